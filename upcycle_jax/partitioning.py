@@ -160,9 +160,9 @@ class Partitioner:
 
     @contextlib.contextmanager
     def activate(self) -> Iterator[Mesh]:
-        """Makes `constrain` effective: enter it around tracing (not around running) any model code."""
+        """Makes `constrain` effective: call (and so trace) jitted model code inside it."""
         rules = [(name, entry or None) for name, entry in self.logical_rules.items()]
-        with self.mesh, nn.logical_axis_rules(rules):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(rules):
             yield self.mesh
 
 
