@@ -1,0 +1,198 @@
+"""The comparison of several runs as one page: Markdown with PNGs beside it, and a self-contained HTML file."""
+
+import base64
+import dataclasses
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import markdown
+import numpy as np
+
+from upcycle_jax.experiments import plots
+from upcycle_jax.experiments.results import Run
+
+NUM_BUDGETS = 5
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{border:1px solid #bbb;padding:.3rem .7rem;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A rendered comparison.
+
+    Attributes:
+      markdown: the page; its images are named relative to it.
+      images: PNG bytes by file name.
+      summary: the first table alone, for a terminal.
+    """
+
+    markdown: str
+    images: dict[str, bytes]
+    summary: str
+
+    def write(self, folder: str | Path) -> tuple[Path, Path]:
+        """Writes `report.md`, its PNGs and `report.html` (which embeds them).
+
+        Returns:
+          The paths of the Markdown and the HTML page.
+        """
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        page = markdown.markdown(self.markdown, extensions=["tables"])
+        for name, data in self.images.items():
+            (root / name).write_bytes(data)
+            page = page.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"')
+        (root / "report.md").write_text(self.markdown)
+        title = html.escape(self.markdown.splitlines()[0].lstrip("# "))
+        (root / "report.html").write_text(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>{page}</body></html>\n'
+        )
+        return root / "report.md", root / "report.html"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal as well."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+
+    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def _summary_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        loss, accuracy = run.curve("loss"), run.curve("accuracy")
+        rows.append(
+            [
+                run.name,
+                f"step {run.start_step:,}" if run.start_step else "scratch",
+                f"{run.manifest['parameters']:,}",
+                f"{run.extra_steps:,}",
+                f"{run.extra_steps * run.flops_per_step / 1e12:,.2f}",
+                _number(loss.first),
+                _number(loss.last),
+                _number(accuracy.first),
+                _number(accuracy.last),
+                _number(run.seconds_per_step, 3),
+                f"{run.extra_steps * run.seconds_per_step:,.0f}",
+            ]
+        )
+    header = ["run", "starts from", "parameters", "extra steps", "extra TFLOP", "loss at start", "loss at end", "accuracy at start"]
+    return _table([*header, "accuracy at end", "s/step", "training s"], rows)
+
+
+def _by_steps(runs: Sequence[Run], metric: str) -> str:
+    """The metric at every number of extra steps at which some run was evaluated."""
+    curves = {run.name: run.curve(metric) for run in runs}
+    extras = sorted({int(step) - run.start_step for run in runs for step in curves[run.name].steps})
+    rows = [[f"{extra:,}", *(_number(curves[run.name].at(run.start_step + extra)) for run in runs)] for extra in extras]
+    return _table(["extra steps", *(run.name for run in runs)], rows)
+
+
+def _by_flops(runs: Sequence[Run], metric: str) -> str:
+    """The metric at equal extra FLOPs, linear between a run's evaluations, up to the cheapest run's total."""
+    curves = {run.name: run.curve(metric) for run in runs}
+    most = min(run.extra_steps * run.flops_per_step for run in runs)
+    rows = []
+    for budget in np.linspace(0.0, most, NUM_BUDGETS + 1):
+        cells = (_number(curves[run.name].at(run.start_step + budget / run.flops_per_step * (1 - 1e-12))) for run in runs)
+        rows.append([f"{budget / 1e12:,.2f}", *cells])
+    return _table(["extra TFLOP", *(run.name for run in runs)], rows)
+
+
+def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
+    """What came out, in words that the numbers decide."""
+    sparse_loss, dense_loss = upcycled.curve("loss"), dense.curve("loss")
+    drop = sparse_loss.first - dense_loss.first
+    lines = [
+        f"* Initial drop: before its first update **{upcycled.name}** has an evaluation loss of {sparse_loss.first:.4f} against "
+        f"{dense_loss.first:.4f} of the dense checkpoint ({drop:+.4f})."
+    ]
+    extra = min(dense.extra_steps, upcycled.extra_steps)
+    budget = min(dense.extra_steps * dense.flops_per_step, upcycled.extra_steps * upcycled.flops_per_step) * (1 - 1e-12)
+    for other in runs:
+        if other is upcycled:
+            continue
+        curve = other.curve("loss")
+        steps = min(extra, other.extra_steps)
+        at_steps = sparse_loss.at(upcycled.start_step + steps) - curve.at(other.start_step + steps)
+        flops = min(budget, other.extra_steps * other.flops_per_step)
+        at_flops = sparse_loss.at(upcycled.start_step + flops / upcycled.flops_per_step) - curve.at(
+            other.start_step + flops / other.flops_per_step
+        )
+        words = {True: "lower", False: "higher"}
+        lines.append(
+            f"* Against **{other.name}**: after {steps:,} extra steps the loss of **{upcycled.name}** is {abs(at_steps):.4f} "
+            f"{words[bool(at_steps < 0)]}; at equal extra compute ({flops / 1e12:,.2f} TFLOP) it is {abs(at_flops):.4f} {words[bool(at_flops < 0)]}."
+        )
+    ratio = upcycled.flops_per_step / dense.flops_per_step
+    lines.append(
+        f"* One step of **{upcycled.name}** costs {ratio:.2f}x the FLOPs and {upcycled.seconds_per_step / dense.seconds_per_step:.2f}x the time "
+        f"of a step of **{dense.name}**."
+    )
+    return "\n".join(lines)
+
+
+def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale: str) -> Report:
+    """Compares runs that were evaluated on the same tasks.
+
+    Args:
+      runs: the runs, in the order of the tables.
+      dense: name of the dense continuation among them.
+      upcycled: name of the upcycled run among them; its expert load is drawn.
+      title: heading of the page.
+      scale: one sentence that says at which scale, on which data and hardware this was measured.
+
+    Raises:
+      ValueError: a name is not among the runs, or the runs were evaluated on different tasks.
+    """
+    by_name = {run.name: run for run in runs}
+    for name in (dense, upcycled):
+        if name not in by_name:
+            raise ValueError(f"no run is called {name!r}; the runs are {list(by_name)}")
+    for run in runs:
+        if run.tasks != runs[0].tasks:
+            raise ValueError(f"runs {runs[0].name!r} and {run.name!r} were evaluated on different tasks: {runs[0].tasks} and {run.tasks}")
+    images = {"learning_curves.png": plots.learning_curves(runs)}
+    load = plots.expert_load(by_name[upcycled], by_name[upcycled].tasks)
+    if load is not None:
+        images["expert_load.png"] = load
+    summary = _summary_table(runs)
+    sections = [
+        f"# {title}",
+        scale,
+        "Losses and accuracies are unweighted means over the evaluation tasks ("
+        + ", ".join(f"`{task}`" for task in runs[0].tasks)
+        + "), teacher-forced. One seed: differences carry no error bar.",
+        "## Summary",
+        summary,
+        "## What came out",
+        _findings(runs, by_name[dense], by_name[upcycled]),
+        "## Learning curves",
+        "![Evaluation loss and token accuracy against extra steps and extra compute](learning_curves.png)",
+        "### Evaluation loss against extra steps",
+        _by_steps(runs, "loss"),
+        "### Token accuracy against extra steps",
+        _by_steps(runs, "accuracy"),
+        "### Evaluation loss against extra compute",
+        "Linear between evaluations; FLOPs are the model's own (matrix products, forward and backward).",
+        _by_flops(runs, "loss"),
+        "### Token accuracy against extra compute",
+        _by_flops(runs, "accuracy"),
+    ]
+    if load is not None:
+        sections += [
+            f"## Expert load of {upcycled} at its last evaluation",
+            "![Expert load per layer and domain](expert_load.png)",
+        ]
+    return Report("\n\n".join(sections) + "\n", images, summary)
