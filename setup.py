@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "flax>=0.12.6,<0.13",
     "gin-config>=0.5,<0.6",
     "jax>=0.10,<0.12",
+    "markdown>=3.5,<4",
     "matplotlib>=3.9,<4",
     "ml_dtypes>=0.5,<0.7",
     "msgpack>=1.0,<2",
