@@ -9,8 +9,8 @@ import numpy as np
 from upcycle_jax.experiments.results import Run
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -38,12 +38,12 @@ def learning_curves(runs: Sequence[Run]) -> bytes:
         for index, run in enumerate(runs):
             curve = run.curve(metric)
             extra = curve.steps - run.start_step
-            style = dict(
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-                linestyle=STYLES[index % len(STYLES)],
-                markersize=4,
-            )
+            style = {
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[index % len(MARKERS)],
+                "linestyle": STYLES[index % len(STYLES)],
+                "markersize": 4,
+            }
             panels[row, 0].plot(extra, curve.values, label=run.name, **style)
             panels[row, 1].plot(extra * run.flops_per_step / 1e12, curve.values, label=run.name, **style)
             in_view += list(curve.values) if run.start_step else [curve.last]

@@ -110,6 +110,10 @@ def _by_flops(runs: Sequence[Run], metric: str) -> str:
     return _table(["extra TFLOP", *(run.name for run in runs)], rows)
 
 
+def _compared(difference: float) -> str:
+    return f"{abs(difference):.4f} {'lower' if difference < 0 else 'higher'}"
+
+
 def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
     """What came out, in words that the numbers decide."""
     sparse_loss, dense_loss = upcycled.curve("loss"), dense.curve("loss")
@@ -130,15 +134,13 @@ def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
         at_flops = sparse_loss.at(upcycled.start_step + flops / upcycled.flops_per_step) - curve.at(
             other.start_step + flops / other.flops_per_step
         )
-        words = {True: "lower", False: "higher"}
         lines.append(
-            f"* Against **{other.name}**: after {steps:,} extra steps the loss of **{upcycled.name}** is {abs(at_steps):.4f} "
-            f"{words[bool(at_steps < 0)]}; at equal extra compute ({flops / 1e12:,.2f} TFLOP) it is {abs(at_flops):.4f} {words[bool(at_flops < 0)]}."
+            f"* Against **{other.name}**: after {steps:,} extra steps the loss of **{upcycled.name}** is {_compared(at_steps)}; "
+            f"at equal extra compute ({flops / 1e12:,.2f} TFLOP) it is {_compared(at_flops)}."
         )
-    ratio = upcycled.flops_per_step / dense.flops_per_step
+    flops_ratio, time_ratio = upcycled.flops_per_step / dense.flops_per_step, upcycled.seconds_per_step / dense.seconds_per_step
     lines.append(
-        f"* One step of **{upcycled.name}** costs {ratio:.2f}x the FLOPs and {upcycled.seconds_per_step / dense.seconds_per_step:.2f}x the time "
-        f"of a step of **{dense.name}**."
+        f"* A step of **{upcycled.name}** costs {flops_ratio:.2f}x the FLOPs and {time_ratio:.2f}x the time of a step of **{dense.name}**."
     )
     return "\n".join(lines)
 

@@ -113,7 +113,7 @@ class Run:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file by step. A step that a resumed run wrote again counts once, as last written; a torn last line is skipped."""
+    """The rows of a JSON-lines file by step. A step that a resumed run wrote again counts once, as last written; a torn line is skipped."""
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
