@@ -1,0 +1,1 @@
+"""Optimizers, schedules, the pure train step, restoring, evaluation and the loop around them."""
