@@ -1,0 +1,103 @@
+"""Names that gin files may use, and where each object lives. A new one is one line; nothing is imported before it is used."""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_LIBRARY = "upcycle_jax"
+
+PATHS: dict[str, str] = {
+    # Models.
+    "T5Config": "models.t5:T5Config",
+    "MoeConfig": "moe.config:MoeConfig",
+    "ExpertsChoose": "moe.routing:ExpertsChoose",
+    "TokensChoose": "moe.routing:TokensChoose",
+    "EncoderDecoderModel": "models.api:EncoderDecoderModel",
+    # Partitioning.
+    "Partitioner": "partitioning:Partitioner",
+    # Surgery.
+    "Recipe": "surgery:Recipe",
+    # Data.
+    "DatasetConfig": "data:DatasetConfig",
+    # Training.
+    "Adafactor": "training.optimizers:Adafactor",
+    "AdamW": "training.optimizers:AdamW",
+    "create_learning_rate_scheduler": "training.schedules:create_learning_rate_scheduler",
+    "Trainer": "training.trainer:Trainer",
+    "CheckpointConfig": "training.config:CheckpointConfig",
+    "RestoreCheckpointConfig": "training.config:RestoreCheckpointConfig",
+    "SaveCheckpointConfig": "training.config:SaveCheckpointConfig",
+    "train": "training.loop:train",
+}
+"""Name -> module (below `upcycle_jax`) and attribute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Configurable:
+    """An object that gin files may bind parameters of.
+
+    Attributes:
+      name: its name in gin files.
+      target: the class or function itself, never a wrapper.
+    """
+
+    name: str
+    target: Callable[..., Any]
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters that can be bound, in order."""
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {name: p for name, p in inspect.signature(self.target).parameters.items() if p.kind in kinds}
+
+    @functools.cached_property
+    def takes_any(self) -> bool:
+        """Whether it has `**kwargs`."""
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(self.target).parameters.values())
+
+    @property
+    def required(self) -> list[str]:
+        """Parameters without a default."""
+        return [name for name, p in self.parameters.items() if p.default is inspect.Parameter.empty]
+
+    def accepts(self, parameter: str) -> bool:
+        """Whether the parameter can be bound."""
+        return parameter in self.parameters or self.takes_any
+
+
+def names() -> frozenset[str]:
+    """All names that gin files may use without an import."""
+    return frozenset(PATHS)
+
+
+def nearest(name: str, known: Any) -> str:
+    """' Did you mean ...?' for the nearest known names, or an empty string."""
+    by_lower = {str(candidate).lower(): str(candidate) for candidate in sorted(known)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(by_lower[key] for key in near)}?" if near else ""
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(f"{_LIBRARY}.{module}"), attribute)
+
+
+def lookup(name: str, imports: Mapping[str, Any]) -> Configurable | None:
+    """The object of that name, or None where there is none.
+
+    Args:
+      name: a name of `PATHS`, or `module.attribute` where the gin file has imported the module.
+      imports: what the gin file's import lines bind.
+    """
+    if name in PATHS:
+        return Configurable(name, _load(PATHS[name]))
+    head, *attributes = name.split(".")
+    if head in imports and attributes:
+        target = functools.reduce(lambda owner, attribute: getattr(owner, attribute, None), attributes, imports[head])
+        if callable(target):
+            return Configurable(name, target)
+    return None
