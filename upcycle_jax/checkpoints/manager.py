@@ -1,0 +1,220 @@
+"""Saves and restores the checkpoints of a training run through Orbax, in T5X's layout. The only module that imports orbax."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from upcycle_jax import trees
+from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, OrbaxReader, find_item
+from upcycle_jax.checkpoints.reader import METADATA_KEY
+from upcycle_jax.trees import LeafSpec
+from upcycle_jax.types import PyTree
+
+DATASET_ITEM = "dataset"
+
+
+class Saveable(Protocol):
+    """A data iterator whose position can be saved and restored."""
+
+    def save(self, directory: epath.Path) -> None: ...
+
+    def restore(self, directory: epath.Path) -> None: ...
+
+
+class DatasetHandler(ocp.CheckpointHandler):
+    """Lets each process save its data iterator in a folder of its own: `dataset/process_<i>-of-<n>`."""
+
+    def save(self, directory: epath.Path, args: "SaveDataset") -> None:
+        folder = process_folder(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        args.item.save(folder)
+
+    def restore(self, directory: epath.Path, args: "RestoreDataset") -> None:
+        args.item.restore(process_folder(directory))
+
+
+@ocp.args.register_with_handler(DatasetHandler, for_save=True)
+@dataclasses.dataclass
+class SaveDataset(ocp.args.CheckpointArgs):
+    """The iterator to save."""
+
+    item: Saveable
+
+
+@ocp.args.register_with_handler(DatasetHandler, for_restore=True)
+@dataclasses.dataclass
+class RestoreDataset(ocp.args.CheckpointArgs):
+    """The iterator to restore into."""
+
+    item: Saveable
+
+
+def process_folder(directory: epath.Path) -> epath.Path:
+    """This process's folder in the dataset item, named as T5X names it."""
+    return epath.Path(directory) / f"process_{jax.process_index()}-of-{jax.process_count()}"
+
+
+class CheckpointManager:
+    """The checkpoints of one MODEL_DIR: `checkpoint_<step>/{state,dataset,_CHECKPOINT_METADATA,commit_success.txt}`.
+
+    A save copies the arrays to the host and writes them in the background. It is renamed into place when complete, so a run that is
+    killed leaves the earlier steps and a temporary folder, which the next manager removes.
+
+    Args:
+      model_dir: the run's folder; made if it is missing.
+      keep: how many of the latest checkpoints to keep; None keeps all.
+      keep_period: steps that are multiples of this are kept beyond `keep`.
+      async_save: write in the background; False returns when the checkpoint is complete.
+      read_only: never create, clean or delete anything.
+    """
+
+    def __init__(
+        self,
+        model_dir: os.PathLike | str,
+        *,
+        keep: int | None = None,
+        keep_period: int | None = None,
+        async_save: bool = True,
+        read_only: bool = False,
+    ):
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep={keep}: at least the latest checkpoint must be kept; use None to keep all")
+        if keep_period is not None and keep_period < 1:
+            raise ValueError(f"keep_period={keep_period} must be positive; use None for none")
+        self.model_dir = storage.absolute(model_dir)
+        policies = ocp.checkpoint_managers.preservation_policy
+        preserve: Any = policies.PreserveAll() if keep is None else policies.LatestN(n=keep)
+        if keep is not None and keep_period is not None:
+            preserve = policies.AnyPreservationPolicy([preserve, policies.EveryNSteps(interval_steps=keep_period)])
+        options = ocp.CheckpointManagerOptions(
+            step_prefix="checkpoint",
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            enable_async_checkpointing=async_save,
+            preservation_policy=preserve,
+            # The dataset handler writes at once, so the folder must exist by then.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager(self.model_dir, options=options, item_names=(STATE_ITEM, DATASET_ITEM))
+
+    def all_steps(self) -> list[int]:
+        """The steps of the finished checkpoints, in order; a save under way or cut short does not count."""
+        return sorted(step for step in self._manager.all_steps() if self.path(step).exists())
+
+    def latest_step(self) -> int | None:
+        """The highest finished step, or None."""
+        return max(self.all_steps(), default=None)
+
+    def path(self, step: int) -> epath.Path:
+        """The folder of a step."""
+        return self.model_dir / f"checkpoint_{step}"
+
+    def save(self, step: int, state_dict: PyTree, *, dataset: Saveable | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+        """Starts saving; the arrays may be donated or changed as soon as it returns.
+
+        Args:
+          step: training step.
+          state_dict: `{'target': params, 'state': {'step': ..., 'param_states': ...}}`, nested, of jax or NumPy arrays.
+          dataset: iterator with `save(directory)`; it is saved before this returns, so its position belongs to this step.
+          metadata: JSON-serialisable record, kept in `_CHECKPOINT_METADATA` and returned by `CheckpointReader.metadata`.
+
+        Raises:
+          ValueError: the step is not above the latest one in MODEL_DIR.
+        """
+        latest = self._manager.latest_step()  # The one under way included.
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"cannot save step {step} in {self.model_dir}: it holds step {latest} already. Use another MODEL_DIR or remove the later steps"
+            )
+        items: dict[str, Any] = {STATE_ITEM: ocp.args.PyTreeSave(state_dict)}
+        if dataset is not None:
+            items[DATASET_ITEM] = SaveDataset(dataset)
+        custom = {METADATA_KEY: dict(metadata)} if metadata else None
+        if not self._manager.save(step, args=ocp.args.Composite(**items), custom_metadata=custom, force=True):
+            raise ValueError(f"Orbax refused to save step {step} in {self.model_dir}; its log says why")
+
+    def restore(self, step: int, specs: Mapping[str, LeafSpec], shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, Any]:
+        """Restores a step; every process reads its own shards.
+
+        Args:
+          step: a finished step.
+          specs: every leaf that the run needs, by full path.
+          shardings: where each leaf goes, by the same names.
+
+        Returns:
+          The nested state dict of jax arrays in the dtypes of `specs`.
+
+        Raises:
+          FileNotFoundError: no such step.
+          ValueError: leaves are missing, superfluous or of another shape; both sides are shown.
+        """
+        path = self._existing(step)
+        item = find_item(path)
+        if item is None:
+            raise ValueError(f"{path} holds no array tree: it is damaged or half-copied. Remove it to go on from an earlier step")
+        reader = OrbaxReader(path, item)
+        difference = trees.diff(specs, reader.specs())
+        if difference:
+            raise ValueError(
+                f"the run's state and {path} do not match:\n{difference}\nRestore with the model and optimizer that saved it, or convert it"
+            )
+        wanted = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in specs.items()}
+        restore_args = {
+            name: ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=spec.shape, dtype=spec.dtype) for name, spec in specs.items()
+        }
+        args = ocp.args.PyTreeRestore(item=trees.unflatten(wanted), restore_args=trees.unflatten(restore_args))
+        return self._manager.restore(step, args=ocp.args.Composite(state=args))[STATE_ITEM]
+
+    def restore_dataset(self, step: int, dataset: Saveable) -> None:
+        """Calls `dataset.restore` with the folder that this process saved.
+
+        Raises:
+          FileNotFoundError: no such step, or it was saved without the iterator or by another number of processes.
+        """
+        folder = process_folder(self._existing(step) / DATASET_ITEM)
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder} does not exist: step {step} was saved without its data iterator, or by another number of processes. "
+                "Restart the data from the beginning or from a batch number instead"
+            )
+        dataset.restore(folder)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The record that was saved with a step."""
+        custom = self._manager.metadata(self._existing_step(step)).custom_metadata or {}
+        return dict(custom.get(METADATA_KEY, {}))
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete; raises what it raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save under way and frees the background threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _existing_step(self, step: int) -> int:
+        if step not in self._manager.all_steps():
+            raise FileNotFoundError(f"{self.model_dir} has no finished checkpoint of step {step}; it has {self.all_steps() or 'none'}")
+        return step
+
+    def _existing(self, step: int) -> epath.Path:
+        return self.path(self._existing_step(step))
+
+
+def host_state(state_dict: PyTree) -> dict[str, np.ndarray]:
+    """A nested state dict as flat host arrays, by full path: for comparisons and tests."""
+    return {name: np.asarray(leaf) for name, leaf in trees.flatten(state_dict).items()}

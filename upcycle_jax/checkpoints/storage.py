@@ -1,0 +1,134 @@
+"""TensorStore specs of the places where arrays lie, and the layout of zarr arrays. The only module that spells these specs."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+Json = dict[str, Any]
+
+OCDBT_CONFIG: Json = {
+    "manifest_kind": "single",
+    "max_inline_value_bytes": 1024,
+    "max_decoded_node_bytes": 100_000_000,
+    "compression": {"id": "zstd"},
+}
+"""Database options as Orbax sets them: entries can be copied between databases only where these agree."""
+
+DATA_FILE_BYTES = 2**31
+
+
+def new_context() -> ts.Context:
+    """A TensorStore context with a cache for B-tree nodes only. Array data is never cached."""
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}, "file_io_concurrency": {"limit": 64}})
+
+
+def is_local(path: os.PathLike | str) -> bool:
+    """Whether `path` is on a file system rather than in a bucket."""
+    return "://" not in os.fspath(path)
+
+
+def absolute(path: os.PathLike | str) -> epath.Path:
+    """`path` as an absolute epath without trailing slash; bucket addresses are left as they are."""
+    text = os.fspath(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(text))) if is_local(text) else epath.Path(text.rstrip("/"))
+
+
+def file_spec(directory: os.PathLike | str) -> Json:
+    """The key-value store over the files of `directory` (local or gs://).
+
+    Raises:
+      ValueError: an address other than a local path or gs://.
+    """
+    text = os.fspath(directory)
+    if is_local(text):
+        return {"driver": "file", "path": os.path.abspath(text) + "/"}
+    scheme, _, rest = text.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "gs":
+        raise ValueError(f"{text}: only local paths and gs:// addresses can be read, not {scheme}://")
+    return {"driver": "gcs", "bucket": bucket, "path": key.strip("/") + "/"}
+
+
+def ocdbt_spec(directory: os.PathLike | str, *, create: bool = False) -> Json:
+    """The OCDBT database in `directory`; with `create`, one with Orbax's options is made where there is none."""
+    spec = {"driver": "ocdbt", "base": file_spec(directory), "cache_pool": "cache_pool#ocdbt"}
+    if create:
+        spec |= {"config": OCDBT_CONFIG, "target_data_file_size": DATA_FILE_BYTES}
+    return spec
+
+
+@dataclasses.dataclass(frozen=True)
+class ZarrLayout:
+    """How a zarr (version 2) array is cut into chunks and encoded: the content of its `.zarray`.
+
+    Attributes:
+      shape: dimensions of the array.
+      chunks: dimensions of one stored chunk.
+      dtype: zarr's spelling of the dtype, e.g. '<f4' or 'bfloat16'.
+      codec: every other member of `.zarray` (compressor, filters, order, fill_value, dimension_separator, zarr_format).
+    """
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    codec: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> "ZarrLayout":
+        members = json.loads(text)
+        return cls(tuple(members.pop("shape")), tuple(members.pop("chunks")), members.pop("dtype"), members)
+
+    def to_json(self) -> Json:
+        return {"chunks": list(self.chunks), **self.codec, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(self.dtype)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of chunks along each dimension."""
+        return tuple(math.ceil(size / chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+
+    @property
+    def separator(self) -> str:
+        return self.codec.get("dimension_separator", ".")
+
+    def key(self, position: Sequence[int]) -> str:
+        """The key of the chunk at a grid position, below the array's own key. A scalar has the one chunk '0'."""
+        return self.separator.join(map(str, position)) if position else "0"
+
+
+def new_layout(shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype, *, compress: bool = True) -> ZarrLayout:
+    """The layout that Orbax itself would write, with the given chunks: zarr 2, zstd level 1, C order."""
+    codec = {
+        "compressor": {"id": "zstd", "level": 1} if compress else None,
+        "dimension_separator": ".",
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "zarr_format": 2,
+    }
+    dtype = np.dtype(dtype)
+    return ZarrLayout(tuple(shape), tuple(chunks), dtype.name if dtype.name == "bfloat16" else dtype.str, codec)
+
+
+def choose_chunks(shape: Sequence[int], itemsize: int, *, leading: int, limit: int) -> tuple[int, ...]:
+    """Chunk dimensions: 1 along the first `leading` axes, then halved along the longest axis until a chunk has at most `limit` bytes.
+
+    >>> choose_chunks((8, 512, 1024), 4, leading=1, limit=2**20)
+    (1, 512, 512)
+    """
+    chunks = [1] * leading + [max(1, n) for n in shape[leading:]]
+    while math.prod(chunks) * itemsize > limit and max(chunks[leading:], default=1) > 1:
+        longest = leading + int(np.argmax(chunks[leading:]))
+        chunks[longest] = math.ceil(chunks[longest] / 2)
+    return tuple(chunks)

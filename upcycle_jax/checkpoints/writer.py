@@ -1,0 +1,413 @@
+"""Writes one Orbax checkpoint in T5X's layout piece by piece: bounded memory, resumable after a kill, visible only when complete.
+
+While it is written, the checkpoint lies at `<path>.partial`. Every stored chunk becomes visible in the database at once or not at all, so the
+database itself says what is done: there is no journal that could disagree with it.
+"""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from upcycle_jax import axes
+from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
+from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
+from upcycle_jax.checkpoints.reader import METADATA_KEY, STEP, Index, checked_index, index_shape
+from upcycle_jax.trees import LeafSpec
+
+IDENTITY, LOCK = "resume.json", ".lock"
+COMMIT_MARK = "commit_success.txt"
+DEFAULT_CHUNK_BYTES = 64 << 20
+DEFAULT_PENDING_BYTES = 256 << 20
+_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+_DICT_KEY = 2  # Orbax's number for "this path element is a dictionary key".
+
+
+def create_checkpoint(
+    path: os.PathLike | str,
+    specs: Mapping[str, LeafSpec],
+    *,
+    step: int,
+    metadata: Mapping[str, Any],
+    layouts: Mapping[str, storage.ZarrLayout] | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    pending_bytes: int = DEFAULT_PENDING_BYTES,
+    compress: bool = True,
+) -> "CheckpointWriter":
+    """Starts a checkpoint at `path`, or goes on with one that the same call started earlier.
+
+    Args:
+      path: the checkpoint's folder, e.g. `MODEL_DIR/checkpoint_1000`. It must not exist; it appears when `finalize` is done.
+      specs: every leaf by full path. A leaf whose first axis is `axes.EXPERT` (or whose path has an `expert` folder) is stored with one
+        chunk row per expert. `state/step` (int32 scalar) is added where it is missing, and written here.
+      step: the training step.
+      metadata: JSON-serialisable record (recipe, seed, source, versions); `CheckpointReader.metadata` returns it.
+      layouts: chunks and codec per leaf, where they are not the default ones.
+      chunk_bytes: default upper bound of one stored chunk, uncompressed.
+      pending_bytes: bound on the bytes that `write` holds before it waits for the disk.
+      compress: zstd level 1, as Orbax does, or raw bytes.
+
+    Raises:
+      FileExistsError: there is something at `path`.
+      ValueError: the partial checkpoint was started with other specs, step, metadata or chunks; or `path` is not local.
+      OSError: the folder cannot be written to. Nothing was changed.
+    """
+    if not storage.is_local(path):
+        raise ValueError(f"{path}: a checkpoint is assembled on a local file system; write it there and copy it with gsutil or gcloud")
+    final = Path(storage.absolute(path))
+    if final.exists():
+        raise FileExistsError(f"{final} exists already: nothing was changed. Choose another output path or remove it first")
+    specs = dict(sorted({STEP: LeafSpec((), np.dtype(np.int32)), **specs}.items()))
+    _check_names(specs)
+    plan = {}
+    for name, spec in specs.items():
+        layout = (layouts or {}).get(name) or _default_layout(name, spec, chunk_bytes, compress)
+        if layout.shape != spec.shape or layout.numpy_dtype != spec.dtype:
+            raise ValueError(f"{name}: layout of {layout.dtype}{list(layout.shape)} given for a leaf {spec}")
+        plan[name] = layout
+    identity = {
+        "format": 1,
+        "step": int(step),
+        "metadata": json.loads(json.dumps(metadata)),
+        "leaves": {name: layout.to_json() for name, layout in plan.items()},
+    }
+    writer = CheckpointWriter(final, specs, plan, identity, pending_bytes)
+    writer.write(STEP, None, np.asarray(step, specs[STEP].dtype))
+    return writer
+
+
+def _check_names(specs: Mapping[str, LeafSpec]) -> None:
+    keys = collections.defaultdict(list)
+    for name in specs:
+        keys[name.replace("/", ".")].append(name)
+    clashes = [names for names in keys.values() if len(names) > 1]
+    if clashes:
+        raise ValueError(f"leaves {clashes[0]} would share one stored name: rename one of them")
+
+
+def _default_layout(name: str, spec: LeafSpec, chunk_bytes: int, compress: bool) -> storage.ZarrLayout:
+    per_expert = bool(spec.shape) and (spec.axes[0] == axes.EXPERT or "/expert/" in name) and spec.shape != (1,)
+    chunks = storage.choose_chunks(spec.shape, spec.dtype.itemsize, leading=int(per_expert), limit=chunk_bytes)
+    return storage.new_layout(spec.shape, chunks, spec.dtype, compress=compress)
+
+
+class CheckpointWriter:
+    """A checkpoint in the making. Use `create_checkpoint`.
+
+    Attributes:
+      path: where the checkpoint will appear.
+      partial: where it lies until then.
+      specs: every leaf, by full path.
+      resumed: whether an earlier, interrupted call had begun it.
+    """
+
+    def __init__(
+        self, path: Path, specs: dict[str, LeafSpec], layouts: dict[str, storage.ZarrLayout], identity: dict[str, Any], pending_bytes: int
+    ):
+        self.path, self.specs = path, specs
+        self.partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._layouts, self._identity, self._pending_limit = layouts, identity, pending_bytes
+        self._pending: collections.deque[tuple[ts.Future, int, list[str]]] = collections.deque()
+        self._pending_bytes = 0
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._closed = False
+        with self._explained():
+            self.resumed = self._claim()
+            self.state.mkdir(exist_ok=True)
+            self.context = storage.new_context()
+            self.store = ts.KvStore.open(storage.ocdbt_spec(self.state, create=True), context=self.context).result()
+            self._present = {key.decode() for key in self.store.list().result()}
+
+    @property
+    def state(self) -> Path:
+        """The folder of the array tree, inside the partial checkpoint."""
+        return self.partial / STATE_ITEM
+
+    def _claim(self) -> bool:
+        """Takes the partial folder for this process; says whether it was begun before."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir(exist_ok=True)
+        self._lock = open(self.partial / LOCK, "w")  # noqa: SIM115  (held until close; the kernel drops it when the process dies)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ValueError(f"{self.partial} is being written by another process: wait for it or stop it") from None
+        identity = self.partial / IDENTITY
+        if identity.exists():
+            try:
+                self._check_identity(json.loads(identity.read_text()))
+            except ValueError:
+                self._lock.close()
+                raise
+            return True
+        if self.state.exists():
+            self._lock.close()
+            raise ValueError(f"{self.partial} was not begun by this writer: remove it and run again")
+        scratch = identity.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self._identity))
+        scratch.rename(identity)
+        return False
+
+    def _check_identity(self, begun: dict[str, Any]) -> None:
+        differing = [part for part in self._identity if begun.get(part) != self._identity[part]]
+        if not differing:
+            return
+        details = []
+        for part in differing:
+            old, new = begun.get(part), self._identity[part]
+            if isinstance(old, dict) and isinstance(new, dict):
+                inner = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+                details.append(f"{part} ({', '.join(inner[:5])}{', ...' if len(inner) > 5 else ''})")
+            else:
+                details.append(f"{part} ({old!r} then, {new!r} now)")
+        raise ValueError(
+            f"{self.partial} was begun with another {' and '.join(details)}: run the same command to finish it, or remove it to start afresh"
+        )
+
+    # Writing.
+
+    def chunks(self, name: str) -> tuple[int, ...]:
+        """Dimensions of one stored chunk of a leaf: `write` takes whole chunks."""
+        return self._layouts[name].chunks
+
+    def pieces(self, name: str) -> Iterator[Index]:
+        """The index of every stored chunk of a leaf, in order: the smallest pieces that can be written."""
+        layout = self._layouts[name]
+        for position in itertools.product(*(range(n) for n in layout.grid)):
+            yield tuple(
+                slice(p * chunk, min(size, (p + 1) * chunk)) for p, chunk, size in zip(position, layout.chunks, layout.shape, strict=True)
+            )
+
+    def is_written(self, name: str, index: Index | None = None) -> bool:
+        """Whether every chunk of a leaf (or of the part that `index` selects) is on disk, from this call or an interrupted one.
+
+        Pieces still under way count as not written: call `flush` first to be sure of them.
+        """
+        return all(key in self._present for key in self._chunk_keys(name, self._aligned(name, index)))
+
+    def missing(self) -> dict[str, int]:
+        """Leaves that are not complete, with the number of chunks that they lack. Waits for pending writes."""
+        self.flush()
+        out = {}
+        for name, spec in self.specs.items():
+            lacking = sum(key not in self._present for key in self._chunk_keys(name, checked_index(name, spec.shape, None)))
+            if lacking or f"{_key(name)}/.zarray" not in self._present:
+                out[name] = lacking
+        return out
+
+    def write(self, name: str, index: Index | None, value: np.ndarray) -> None:
+        """Hands a leaf, or a part of it made of whole chunks, to the disk. Returns before it is there; do not modify `value` afterwards.
+
+        Args:
+          name: full path.
+          index: one slice per leading dimension, on chunk boundaries; None for the whole leaf.
+          value: array of exactly the selected shape and the leaf's dtype: nothing is cast silently.
+
+        Raises:
+          KeyError: no such leaf in the specs.
+          ValueError: shape, dtype or boundaries do not fit.
+          OSError: the disk is full or cannot be written. What was written stays and is resumed by the same call.
+        """
+        index = self._aligned(name, index)
+        value = np.asarray(value)
+        if value.shape != index_shape(index) or value.dtype != self.specs[name].dtype:
+            raise ValueError(
+                f"{name}: {value.dtype.name}{list(value.shape)} given for {self.specs[name].dtype.name}{list(index_shape(index))}"
+            )
+        with self._explained():
+            # `indefinitely` spares a copy: the array is encoded later, from the caller's memory.
+            future = self._array(name)[index].write(value, can_reference_source_data_indefinitely=True).commit
+        self._enqueue(future, value.nbytes, self._chunk_keys(name, index))
+
+    def write_encoded(self, name: str, keys_and_values: Mapping[str, bytes]) -> None:
+        """Stores chunks that are encoded already, by their key below the leaf's own (see `storage.ZarrLayout.key`)."""
+        self._array(name)
+        for key, value in keys_and_values.items():
+            full = f"{_key(name)}/{key}"
+            with self._explained():
+                future = self.store.write(full, value)
+            self._enqueue(future, len(value), [full])
+
+    def flush(self) -> None:
+        """Waits until everything handed over is on disk."""
+        self._wait(0)
+
+    def _enqueue(self, future: ts.Future, nbytes: int, keys: list[str]) -> None:
+        self._pending.append((future, nbytes, keys))
+        self._pending_bytes += nbytes
+        self._wait(self._pending_limit)
+
+    def _wait(self, limit: int) -> None:
+        while self._pending and (self._pending_bytes > limit or limit == 0):
+            future, nbytes, keys = self._pending.popleft()
+            self._pending_bytes -= nbytes
+            with self._explained():
+                future.result()
+            self._present.update(keys)
+
+    def _array(self, name: str) -> ts.TensorStore:
+        if self._closed:
+            raise ValueError(f"{self.path}: the writer is closed")
+        if name not in self.specs:
+            raise KeyError(f"{name} is not among the {len(self.specs)} leaves that the checkpoint was begun with")
+        if name not in self._arrays:
+            spec = {
+                "driver": "zarr",
+                "kvstore": {**self.store.spec().to_json(), "path": f"{_key(name)}/"},
+                "metadata": self._layouts[name].to_json(),
+                "store_data_equal_to_fill_value": True,  # Zeros are data: a chunk that is absent is one that was never written.
+            }
+            self._arrays[name] = ts.open(spec, open=True, create=True, context=self.context).result()
+            self._present.add(f"{_key(name)}/.zarray")
+        return self._arrays[name]
+
+    def _aligned(self, name: str, index: Index | None) -> Index:
+        if name not in self.specs:
+            raise KeyError(f"{name} is not among the {len(self.specs)} leaves that the checkpoint was begun with")
+        layout = self._layouts[name]
+        out = checked_index(name, layout.shape, index)
+        for entry, chunk, size in zip(out, layout.chunks, layout.shape, strict=True):
+            if entry.start % chunk or (entry.stop % chunk and entry.stop != size):
+                raise ValueError(f"{name}: slice {entry.start}:{entry.stop} cuts through the stored chunks {layout.chunks}; see `pieces`")
+        return out
+
+    def _chunk_keys(self, name: str, index: Index) -> list[str]:
+        layout = self._layouts[name]
+        ranges = [range(e.start // c, math.ceil(e.stop / c)) for e, c in zip(index, layout.chunks, strict=True)]
+        return [f"{_key(name)}/{layout.key(position)}" for position in itertools.product(*ranges)]
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write {self.partial}: {error.strerror}. {self._kept()}") from None
+        except (ValueError, RuntimeError) as error:
+            code = _storage_error(str(error))
+            if code is None:
+                raise
+            raise OSError(code, f"cannot write {self.partial}: {os.strerror(code)}. {self._kept()}") from None
+
+    def _kept(self) -> str:
+        kept = "What was written so far is kept: make room or fix the permission, then run the same command to go on"
+        return kept if (self.partial / IDENTITY).exists() else "Nothing was written"
+
+    # Finishing.
+
+    def finalize(self) -> Path:
+        """Checks that every leaf is complete and moves the checkpoint to `path` in one step.
+
+        Raises:
+          ValueError: leaves are missing or incomplete; they are named.
+          FileExistsError: something appeared at `path` meanwhile.
+          OSError: the disk is full or cannot be written.
+        """
+        lacking = self.missing()
+        if lacking:
+            shown = ", ".join(f"{name} ({count} chunks)" for name, count in list(lacking.items())[:8])
+            raise ValueError(
+                f"{self.partial} lacks {len(lacking)} of {len(self.specs)} leaves: {shown}{' ...' if len(lacking) > 8 else ''}"
+            )
+        if self.path.exists():
+            raise FileExistsError(f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move one of them away")
+        with self._explained():
+            _write_json(self.state / TREE_METADATA, self._tree_metadata())
+            _write_json(self.partial / STEP_METADATA, self._step_metadata())
+            for folder in (self.state, self.partial):
+                (folder / COMMIT_MARK).write_text(f"Checkpoint commit was successful to {self.path}")
+            os.rename(self.partial, self.path)
+            for leftover in (IDENTITY, LOCK):  # After the rename: a kill before it must still find them.
+                (self.path / leftover).unlink(missing_ok=True)
+            _sync_folder(self.path.parent)
+        self.close()
+        return self.path
+
+    def close(self) -> None:
+        """Lets go of the partial checkpoint without finishing it. The same `create_checkpoint` call goes on with it."""
+        if not self._closed:
+            self._closed = True
+            self._arrays.clear()
+            self._lock.close()
+
+    def discard(self) -> None:
+        """Removes the partial checkpoint."""
+        with contextlib.suppress(OSError, ValueError):
+            self.flush()
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _tree_metadata(self) -> dict[str, Any]:
+        tree = {}
+        for name, spec in self.specs.items():
+            parts = name.split("/")
+            tree[str(tuple(parts))] = {
+                "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in parts],
+                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(spec.shape)},
+            }
+        return {
+            "tree_metadata": tree,
+            "use_ocdbt": True,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        }
+
+    def _step_metadata(self) -> dict[str, Any]:
+        now = time.time_ns()
+        return {
+            "item_handlers": {STATE_ITEM: _PYTREE_HANDLER},
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": now,
+            "commit_timestamp_nsecs": now,
+            "custom_metadata": {METADATA_KEY: self._identity["metadata"]},
+        }
+
+
+def _key(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with open(path, "w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _storage_error(text: str) -> int | None:
+    """The errno behind a TensorStore error message, or None where it is no storage error."""
+    named = {"No space left": errno.ENOSPC, "File too large": errno.EFBIG, "Permission denied": errno.EACCES, "Read-only": errno.EROFS}
+    for words, code in {**named, "Disk quota exceeded": errno.EDQUOT, "Input/output error": errno.EIO}.items():
+        if re.search(words, text):
+            return code
+    return None
