@@ -1,0 +1,22 @@
+# To be sourced: make_venv EXTRAS makes $VENV (default .venv of the checkout) if absent and installs the project into it. The
+# installation is repeated only when the requirements, the extras or the interpreter have changed.
+
+VENV="${VENV:-$root/.venv}"
+
+make_venv() {
+    local extras="$1" python="${PYTHON:-python3}" stamp wanted
+    if [ ! -x "$VENV/bin/python" ]; then
+        command -v "$python" >/dev/null || { echo "no $python: install Python 3.11 or newer (apt-get install python3 python3-venv), or set PYTHON" >&2; return 1; }
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$("$python" --version) is too old: Python 3.11 or newer is needed; set PYTHON" >&2; return 1; }
+        "$python" -c 'import ensurepip, venv' 2>/dev/null || { echo "$python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; return 1; }
+        echo "making $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV"
+    fi
+    stamp="$VENV/upcycle_jax.$extras"
+    wanted="$(cat "$root/setup.py" "$root/pyproject.toml" | cksum) $root"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "installing upcycle_jax[$extras] into $VENV (a few minutes the first time)"
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"
+        echo "$wanted" >"$stamp"
+    fi
+}
