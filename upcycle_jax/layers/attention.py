@@ -1,0 +1,108 @@
+"""Multi-head attention of T5: no scaling by 1/sqrt(head_dim), positions only through an additive bias."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax import axes
+from upcycle_jax.layers import projection
+from upcycle_jax.partitioning import constrain
+
+
+def dot_product_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    dropout: nn.Dropout | None = None,
+    deterministic: bool = True,
+    float32_logits: bool = True,
+) -> jax.Array:
+    """softmax(query key^T + bias) value, unscaled.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, heads, head_dim]`.
+      value: `[batch, keys, heads, head_dim]`.
+      bias: additive, broadcastable to `[batch, heads, queries, keys]`.
+      dropout: applied to the attention probabilities.
+      deterministic: no dropout.
+      float32_logits: compute logits and softmax in float32 whatever the inputs' dtype.
+
+    Returns:
+      `[batch, queries, heads, head_dim]` in the value's dtype.
+    """
+    if float32_logits:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    if dropout is not None:
+        weights = dropout(weights, deterministic=deterministic)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """Attention with `query`, `key`, `value` and `out` projections, whose kernels are flattened to `[embed, heads * head_dim]`.
+
+    Attributes:
+      num_heads: heads.
+      head_dim: size of a head.
+      dropout_rate: dropout of attention probabilities, shared by all queries of a head.
+      float32_logits: see `dot_product_attention`.
+      dtype: dtype of the computation.
+    """
+
+    num_heads: int
+    head_dim: int
+    dropout_rate: float = 0.0
+    float32_logits: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, queries_from: jax.Array, keys_from: jax.Array, bias: jax.Array | None = None, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Attends from `[batch, queries, d]` to `[batch, keys, d]`; returns `[batch, queries, d]`.
+
+        Args:
+          queries_from: the attending sequence.
+          keys_from: the attended sequence.
+          bias: sum of the position bias and the mask's bias.
+          deterministic: no dropout.
+        """
+        query = self._heads("query", queries_from, _scaled(projection.ATTENTION_INIT, self.head_dim**-0.5))
+        key = self._heads("key", keys_from, projection.ATTENTION_INIT)
+        value = self._heads("value", keys_from, projection.ATTENTION_INIT)
+        attended = dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            dropout=projection.dropout(self.dropout_rate),
+            deterministic=deterministic,
+            float32_logits=self.float32_logits,
+        )
+        attended = attended.reshape(*attended.shape[:2], self.num_heads * self.head_dim)
+        out = projection.Projection(
+            queries_from.shape[-1], (axes.JOINED_KV, axes.EMBED), projection.ATTENTION_INIT, dtype=self.dtype, name="out"
+        )
+        return out(attended)
+
+    def _heads(self, name: str, x: jax.Array, init: projection.Initializer) -> jax.Array:
+        flat = projection.Projection(self.num_heads * self.head_dim, (axes.EMBED, axes.JOINED_KV), init, dtype=self.dtype, name=name)(x)
+        heads = flat.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+        return constrain(heads, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None))
+
+
+def _scaled(init: projection.Initializer, factor: float) -> projection.Initializer:
+    """An initialiser times a factor: T5 puts 1/sqrt(head_dim) into the query kernel at initialisation instead of into attention."""
+
+    def scaled(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return init(key, shape, dtype) * factor
+
+    return scaled

@@ -1,0 +1,41 @@
+"""Bias-free linear projections with flattened kernels, dropout, and the initialisers of T5X's models."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+ATTENTION_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+MLP_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Projection(nn.Module):
+    """`x @ kernel`, without a bias.
+
+    Attributes:
+      features: size of the output's last axis.
+      kernel_axes: logical axes of the kernel `[input features, features]`.
+      kernel_init: initialiser of the float32 kernel.
+      dtype: dtype of the product; inputs and kernel are cast to it.
+    """
+
+    features: int
+    kernel_axes: tuple[str, str]
+    kernel_init: Initializer = MLP_INIT
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., input features]` to `[..., features]`."""
+        init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        return jnp.dot(x.astype(self.dtype), jnp.asarray(kernel, self.dtype))
+
+
+def dropout(rate: float, *, broadcast: Sequence[int] = (-2,)) -> nn.Dropout:
+    """Dropout whose mask is shared along the length axis, as in T5: a hidden unit is dropped for a whole sequence or not at all."""
+    return nn.Dropout(rate=rate, broadcast_dims=tuple(broadcast))

@@ -1,0 +1,251 @@
+"""The model API: what training, evaluation, surgery and inference call.
+
+Metrics, and what each is a mean over (`M` below stands for the weight `aux_scale`, so that microbatches add up to the batch):
+
+  loss: the optimised objective (M); in evaluation its value per target token.
+  cross_ent_loss, z_loss, accuracy: per target token (weighted by `decoder_loss_weights`).
+  target_tokens: the count of target tokens (M).
+  experts/auxiliary_loss, experts/router_z_loss: with their factors, as they enter the loss (M).
+  experts/fraction_tokens_left_behind, experts/expert_usage, experts/router_confidence: averaged over MoE layers (M), as T5X does.
+  experts/<layer>/load: `[E]`, share of the processed tokens that each expert took.
+  experts/<layer>/entropy: of the router probabilities, in nats, per token.
+  experts/<layer>/dropped: share of the placements asked for that were not granted: token choices beyond capacity under
+    tokens choose, tokens without any expert under experts choose.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax import trees
+from upcycle_jax.models import losses
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.metrics import Mean, Metrics
+from upcycle_jax.models.t5 import RESIDUALS, Transformer
+from upcycle_jax.moe.layer import REPORTS, MoeReport
+from upcycle_jax.types import Batch, PyTree
+
+LossNormalizer = float | Literal["NUM_REAL_TARGET_TOKENS"] | None
+
+
+class EncoderDecoderModel:
+    """A T5 1.1 encoder-decoder and its loss.
+
+    Attributes:
+      config: shape and numerics.
+      module: the linen module, a `Transformer`.
+      label_smoothing: see `losses.token_losses`.
+      z_loss: factor of log(Z)^2 of the output logits.
+      loss_normalizing_factor: what the summed token losses are divided by: a number, 'NUM_REAL_TARGET_TOKENS' (the weights of the target
+        tokens in the whole batch), or None for the plain sum, T5X's setting for dense T5 1.1.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 1e-4,
+        loss_normalizing_factor: LossNormalizer = None,
+    ):
+        if isinstance(loss_normalizing_factor, str) and loss_normalizing_factor != "NUM_REAL_TARGET_TOKENS":
+            raise ValueError(f"loss_normalizing_factor must be None, a number or 'NUM_REAL_TARGET_TOKENS', got {loss_normalizing_factor!r}")
+        self.config = config
+        self.module = Transformer(config)
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.loss_normalizing_factor = loss_normalizing_factor
+
+    def param_specs(self) -> dict[str, trees.LeafSpec]:
+        """Shape, dtype and logical axes of every parameter, by path without `target/`. Allocates nothing."""
+        boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
+        specs = {}
+        for path, leaf in trees.flatten(boxed).items():
+            value, names = (leaf.value, leaf.names) if isinstance(leaf, nn.LogicallyPartitioned) else (leaf, ())
+            specs[path] = trees.LeafSpec(value.shape, value.dtype, names)
+        return specs
+
+    def init_params(self, rng: jax.Array) -> PyTree:
+        """Fresh parameters as nested dicts; a pure function that may be jitted with output shardings."""
+        return nn.meta.unbox(self._init_boxed(rng))
+
+    def _init_boxed(self, rng: jax.Array) -> PyTree:
+        tokens = jnp.ones((1, 1), jnp.int32)
+        return self.module.init({"params": rng}, tokens, tokens, tokens)["params"]
+
+    def input_specs(
+        self, batch_size: int, task_feature_lengths: Mapping[str, int], *, packed: bool = False
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch.
+
+        Args:
+          batch_size: rows.
+          task_feature_lengths: lengths of 'inputs' and 'targets'.
+          packed: several examples per row, with segment ids and positions.
+        """
+        lengths = {"encoder": task_feature_lengths["inputs"], "decoder": task_feature_lengths["targets"]}
+        features = {
+            "encoder_input_tokens": (lengths["encoder"], jnp.int32),
+            "decoder_input_tokens": (lengths["decoder"], jnp.int32),
+            "decoder_target_tokens": (lengths["decoder"], jnp.int32),
+            "decoder_loss_weights": (lengths["decoder"], jnp.int32),
+        }
+        if packed:
+            for stack, length in lengths.items():
+                features[f"{stack}_segment_ids"] = features[f"{stack}_positions"] = (length, jnp.int32)
+        return {name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, (length, dtype) in features.items()}
+
+    def loss_denominator(self, batch: Batch) -> jax.Array:
+        """What token losses are divided by: a float32 scalar.
+
+        Computed over the whole batch, before it is split into microbatches, so that splitting does not change the loss.
+        """
+        if self.loss_normalizing_factor is None:
+            return jnp.float32(1.0)
+        if self.loss_normalizing_factor == "NUM_REAL_TARGET_TOKENS":
+            return jnp.maximum(jnp.sum(_loss_weights(batch)), 1.0)
+        return jnp.float32(self.loss_normalizing_factor)
+
+    def loss_fn(
+        self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None, *, denominator: jax.Array, aux_scale: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, Metrics]:
+        """Training loss of a batch or of one microbatch of it: (cross entropy + z-loss) / denominator + aux_scale * auxiliary losses.
+
+        The auxiliary losses are aux_loss_factor * the load-balancing loss and router_z_loss_factor * the router z-loss, each averaged over
+        all MoE layers of both stacks; experts-choose layers report a load-balancing loss of 0 and are part of that mean, as in T5X.
+
+        Args:
+          params: parameters, nested.
+          batch: model features.
+          dropout_rng: key of dropout and router jitter; None for neither.
+          denominator: `loss_denominator` of the whole batch.
+          aux_scale: the microbatch's share of the batch (1 / number of microbatches), so that losses of microbatches add up.
+        """
+        logits, reports = self._forward(params, batch, train=True, dropout_rng=dropout_rng)
+        tokens, weights = self._token_losses(logits, batch), _loss_weights(batch)
+        token_loss = jnp.sum((tokens.cross_entropy + tokens.z_loss) * weights) / denominator
+        auxiliary = self._auxiliary_losses(reports)
+        loss = token_loss + aux_scale * sum(auxiliary.values())
+        metrics = _token_metrics(tokens, weights, aux_scale)
+        metrics["loss"] = _scaled_mean(loss / aux_scale, aux_scale)
+        metrics |= {name: _scaled_mean(value, aux_scale) for name, value in auxiliary.items()}
+        return loss, metrics | _expert_metrics(self.config, reports, aux_scale)
+
+    def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
+        """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token, auxiliary losses included."""
+        logits, reports = self._forward(params, batch, train=False)
+        tokens, weights = self._token_losses(logits, batch), _loss_weights(batch)
+        num_tokens = jnp.sum(weights)
+        auxiliary = self._auxiliary_losses(reports)
+        metrics = _token_metrics(tokens, weights, 1.0)
+        summed = jnp.sum((tokens.cross_entropy + tokens.z_loss) * weights)
+        metrics["loss"] = Mean(total=summed + sum(auxiliary.values()) * num_tokens, weight=num_tokens)
+        metrics |= {name: _scaled_mean(value, 1.0) for name, value in auxiliary.items()}
+        return metrics | _expert_metrics(self.config, reports, 1.0)
+
+    def logits(self, params: PyTree, batch: Batch, *, train: bool = False, dropout_rng: jax.Array | None = None) -> jax.Array:
+        """Float32 logits `[batch, target length, vocab]` with teacher forcing."""
+        return self._forward(params, batch, train=train, dropout_rng=dropout_rng)[0]
+
+    def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """The residual stream `[batch, length, d]` after every layer, 'encoder/layers_0' first, in evaluation mode."""
+        _, variables = self._apply(params, batch, train=False, dropout_rng=None, mutable=[RESIDUALS])
+        outputs = variables[RESIDUALS]
+        return {
+            f"{stack}/layers_{i}": outputs[stack][f"layers_{i}"]["output"]
+            for stack in ("encoder", "decoder")
+            for i in range(self.config.num_layers(stack))
+        }
+
+    def _apply(self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None, mutable: list[str]) -> tuple[Any, Any]:
+        module, rngs = self.module, None
+        if train and dropout_rng is not None:
+            dropout_key, jitter_key = jax.random.split(dropout_rng)
+            rngs = {"dropout": dropout_key, "jitter": jitter_key}
+        elif train:
+            module = Transformer(self.config.without_dropout)
+        return module.apply(
+            {"params": params},
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            batch["decoder_target_tokens"],
+            encoder_segment_ids=batch.get("encoder_segment_ids"),
+            decoder_segment_ids=batch.get("decoder_segment_ids"),
+            train=train,
+            rngs=rngs,
+            mutable=mutable,
+        )
+
+    def _forward(
+        self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, MoeReport]]:
+        """Logits, and the report of every MoE layer by layer ('encoder/layers_1'), in order."""
+        logits, variables = self._apply(params, batch, train=train, dropout_rng=dropout_rng, mutable=[REPORTS])
+        reports = {
+            f"{stack}/layers_{i}": variables[REPORTS][stack][f"layers_{i}"]["mlp"]["report"]
+            for stack in ("encoder", "decoder")
+            for i in self.config.sparse_layers(stack)
+        }
+        return logits, reports
+
+    def _token_losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
+        return losses.token_losses(logits, batch["decoder_target_tokens"], label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+
+    def _auxiliary_losses(self, reports: Mapping[str, MoeReport]) -> dict[str, jax.Array]:
+        if not reports:
+            return {}
+        moe = self.config.moe
+        assert moe is not None
+        return {
+            "experts/auxiliary_loss": moe.aux_loss_factor * _layer_mean(r.auxiliary_loss for r in reports.values()),
+            "experts/router_z_loss": moe.router_z_loss_factor * _layer_mean(r.router_z_loss for r in reports.values()),
+        }
+
+
+def _loss_weights(batch: Batch) -> jax.Array:
+    """Float32 `[batch, length]`; without the feature, every real target token counts 1."""
+    weights = batch.get("decoder_loss_weights")
+    return jnp.asarray(batch["decoder_target_tokens"] > 0 if weights is None else weights, jnp.float32)
+
+
+def _layer_mean(values: Any) -> jax.Array:
+    return jnp.mean(jnp.stack(list(values)))
+
+
+def _scaled_mean(value: jax.Array, weight: jax.Array | float) -> Mean:
+    return Mean(total=value * weight, weight=jnp.float32(weight))
+
+
+def _token_metrics(tokens: losses.TokenLosses, weights: jax.Array, aux_scale: jax.Array | float) -> Metrics:
+    num_tokens = jnp.sum(weights)
+    return {
+        "cross_ent_loss": Mean(total=jnp.sum(tokens.cross_entropy * weights), weight=num_tokens),
+        "z_loss": Mean(total=jnp.sum(tokens.z_loss * weights), weight=num_tokens),
+        "accuracy": Mean(total=jnp.sum(tokens.correct * weights), weight=num_tokens),
+        "target_tokens": Mean(total=num_tokens, weight=jnp.float32(aux_scale)),
+    }
+
+
+def _expert_metrics(config: T5Config, reports: Mapping[str, MoeReport], aux_scale: jax.Array | float) -> Metrics:
+    if not reports:
+        return {}
+    assert config.moe is not None
+    usage = []
+    for layer, report in reports.items():
+        full = config.moe.t5x_mode and config.moe.router(layer.split("/")[0]).fills_capacity
+        usage.append(jnp.float32(1.0) if full else jnp.sum(report.load) / report.capacity)
+    behind = [report.left_behind / jnp.maximum(report.tokens, 1.0) for report in reports.values()]
+    confidence = [report.weight / jnp.maximum(jnp.sum(report.load), 1.0) for report in reports.values()]
+    metrics = {
+        "experts/fraction_tokens_left_behind": _scaled_mean(_layer_mean(behind), aux_scale),
+        "experts/expert_usage": _scaled_mean(_layer_mean(usage), aux_scale),
+        "experts/router_confidence": _scaled_mean(_layer_mean(confidence), aux_scale),
+    }
+    for layer, report in reports.items():
+        metrics[f"experts/{layer}/load"] = Mean(total=report.load, weight=jnp.sum(report.load))
+        metrics[f"experts/{layer}/entropy"] = Mean(total=report.entropy, weight=report.tokens)
+        metrics[f"experts/{layer}/dropped"] = Mean(total=report.dropped, weight=report.offered)
+    return metrics

@@ -1,0 +1,105 @@
+"""Settings of a T5 1.1 encoder-decoder."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from upcycle_jax.layers.mlp import ACTIVATIONS
+from upcycle_jax.models import layout
+from upcycle_jax.moe.config import MoeConfig, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape and numerics of a T5 1.1 model, dense or with MoE layers.
+
+    Attributes:
+      vocab_size: rows of the embedding; T5's vocabularies are padded to a multiple of 128.
+      emb_dim: d, the width of the residual stream.
+      num_heads: attention heads.
+      num_encoder_layers: encoder depth.
+      num_decoder_layers: decoder depth.
+      head_dim: size of a head; heads * head_dim need not equal emb_dim.
+      mlp_dim: hidden size of the dense MLP.
+      mlp_activations: ('gelu', 'linear') is T5 1.1's gated MLP; ('relu',) is T5 1.0's.
+      dropout_rate: dropout everywhere but in experts (`MoeConfig.expert_dropout_rate`). 0.0 for pre-training, 0.1 for fine-tuning.
+      dtype: dtype of activations; parameters, logits and routing are float32.
+      logits_via_embedding: output with the embedding table, scaled by d^-0.5 (T5 1.0), instead of `logits_dense`.
+      float32_attention_logits: attention logits and softmax in float32 whatever the dtype.
+      moe: the MoE layers, or None for a dense model.
+
+    Raises:
+      ValueError: a size below 1, an unknown activation or dtype, or MoE layers that do not fit the stacks.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    head_dim: int
+    mlp_dim: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    dropout_rate: float = 0.1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    logits_via_embedding: bool = False
+    float32_attention_logits: bool = True
+    moe: MoeConfig | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "head_dim", "mlp_dim")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
+        if unknown or not self.mlp_activations:
+            raise ValueError(f"unknown MLP activations {self.mlp_activations}; known: {sorted(ACTIVATIONS)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        self.sparse_layers("encoder")
+        self.sparse_layers("decoder")
+
+    def num_layers(self, stack: Stack) -> int:
+        """Depth of the encoder or the decoder."""
+        return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
+
+    def sparse_layers(self, stack: Stack) -> tuple[int, ...]:
+        """Indices of the MoE layers of the encoder or the decoder, ascending; empty for a dense model."""
+        if self.moe is None:
+            return ()
+        if stack == "encoder":
+            count, where = self.moe.num_encoder_sparse_layers, self.moe.encoder_sparse_layout
+        else:
+            count, where = self.moe.num_decoder_sparse_layers, self.moe.decoder_sparse_layout
+        return layout.sparse_layers(self.num_layers(stack), count, where, stack=stack)
+
+    @property
+    def expert_mlp_dim(self) -> int:
+        """Hidden size of one expert."""
+        return (self.moe and self.moe.expert_mlp_dim) or self.mlp_dim
+
+    @property
+    def expert_dropout_rate(self) -> float:
+        """Dropout rate inside experts."""
+        rate = self.moe.expert_dropout_rate if self.moe else None
+        return self.dropout_rate if rate is None else rate
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        """`dtype` as a dtype."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def dense(self) -> "T5Config":
+        """The same model without MoE layers: what it is upcycled from."""
+        return dataclasses.replace(self, moe=None)
+
+    @property
+    def without_dropout(self) -> "T5Config":
+        """The same model with every dropout rate 0."""
+        moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
+        return dataclasses.replace(self, dropout_rate=0.0, moe=moe)

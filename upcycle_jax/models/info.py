@@ -1,0 +1,58 @@
+"""What a model is made of, as text: one line per array as T5X prints it. The content of `model-info.txt`."""
+
+from collections.abc import Mapping
+
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.trees import LeafSpec
+
+
+def total_parameters(specs: Mapping[str, LeafSpec]) -> int:
+    """Number of elements of all arrays."""
+    return sum(spec.size for spec in specs.values())
+
+
+def _shape(spec: LeafSpec) -> str:
+    parts = [str(size) if axis is None else f"{axis}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True)]
+    return f"({', '.join(parts)})"
+
+
+def _partition(spec: LeafSpec, partitioner: Partitioner | None) -> str:
+    if partitioner is None:
+        return "-"
+    entries = [repr(entry) for entry in partitioner.spec(spec.axes)]
+    return f"({', '.join(entries)}{',' if len(entries) == 1 else ''})"
+
+
+def array_lines(specs: Mapping[str, LeafSpec], partitioner: Partitioner | None = None) -> list[str]:
+    """One line per array, sorted by path: name, number of elements, shape with logical axes, mesh axes.
+
+    Args:
+      specs: flat tree of specs with logical axes.
+      partitioner: decides the mesh axes; only its rules are used, no device.
+    """
+    name_width = max((len(name) for name in specs), default=0)
+    shape_width = max((len(_shape(spec)) for spec in specs.values()), default=0)
+    return [
+        f"Variable    {name:<{name_width}} size {spec.size:<12} shape {_shape(spec):<{shape_width}} "
+        f"dtype {spec.dtype.name:<8} partition spec {_partition(spec, partitioner)}"
+        for name, spec in sorted(specs.items())
+    ]
+
+
+def model_info(
+    params: Mapping[str, LeafSpec], *, partitioner: Partitioner | None = None, state: Mapping[str, LeafSpec] | None = None
+) -> str:
+    """The text of `model-info.txt`.
+
+    Args:
+      params: specs of the parameters by path, without the prefix `target/`.
+      partitioner: adds the partition specs.
+      state: specs of the rest of the train state (step, optimizer slots) by full path, listed after the total.
+
+    Returns:
+      Lines that end with a newline; the line `Total number of parameters: N` counts `params` only.
+    """
+    lines = [*array_lines(params, partitioner), f"Total number of parameters: {total_parameters(params)}"]
+    if state:
+        lines += ["", *array_lines(state, partitioner), f"Total number of elements of the optimizer state: {total_parameters(state)}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,44 @@
+"""Losses of language models."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class TokenLosses:
+    """Float32 `[batch, length]` each.
+
+    Attributes:
+      cross_entropy: in nats, against smoothed targets where smoothing is on; its minimum is 0.
+      z_loss: z_loss factor * log(Z)^2.
+      correct: 1 where the most probable token is the target.
+    """
+
+    cross_entropy: jax.Array
+    z_loss: jax.Array
+    correct: jax.Array
+
+
+def token_losses(logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> TokenLosses:
+    """Cross entropy with label smoothing and z-loss, per token, as T5X computes them.
+
+    Args:
+      logits: float32 `[batch, length, vocab]`.
+      targets: int32 `[batch, length]`.
+      label_smoothing: probability mass that targets give, in equal parts, to all other tokens. The entropy of that target
+        distribution is subtracted, so that a perfect prediction has loss 0.
+      z_loss: factor of log(Z)^2, which keeps logits from drifting.
+    """
+    vocab_size = logits.shape[-1]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        confidence, rest = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+        expected = (confidence - rest) * target_logits + rest * jnp.sum(logits, axis=-1)
+        entropy = -(confidence * jnp.log(confidence) + (vocab_size - 1) * rest * jnp.log(rest + 1e-20))
+        cross_entropy = log_z - expected - entropy
+    else:
+        cross_entropy = log_z - target_logits
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return TokenLosses(cross_entropy=cross_entropy, z_loss=z_loss * jnp.square(log_z), correct=correct)

@@ -1,0 +1,253 @@
+"""T5 1.1 encoder-decoder, whose MLPs in chosen layers may be MoE layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax import axes
+from upcycle_jax.layers import masks, projection
+from upcycle_jax.layers.attention import MultiHeadDotProductAttention
+from upcycle_jax.layers.embedding import Embed
+from upcycle_jax.layers.mlp import MlpBlock
+from upcycle_jax.layers.norm import RMSNorm
+from upcycle_jax.layers.relative_position import RelativePositionBiases
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe.config import Stack
+from upcycle_jax.moe.layer import MoeLayer
+from upcycle_jax.partitioning import constrain
+
+RESIDUALS = "residuals"
+"""The variable collection in which every layer leaves the residual stream after it (under the name `output`)."""
+
+HIDDEN_AXES = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
+
+
+def _zero_padding(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """Zeroes `[batch, length, d]` where bool `[batch, length]` is False: T5X does so before attention and before the MLP."""
+    return x * valid[..., None].astype(x.dtype)
+
+
+def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
+    return MultiHeadDotProductAttention(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        dropout_rate=config.dropout_rate,
+        float32_logits=config.float32_attention_logits,
+        dtype=config.activation_dtype,
+        name=name,
+    )
+
+
+def _feed_forward(layer: "EncoderLayer | DecoderLayer", x: jax.Array, valid: jax.Array, *, stack: Stack, train: bool) -> jax.Array:
+    """Pre-norm, MLP or MoE layer, dropout and residual; submodules belong to the compact `__call__` of `layer`."""
+    config = layer.config
+    y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_mlp_layer_norm")(x), valid)
+    if layer.sparse:
+        assert config.moe is not None
+        y = MoeLayer(
+            config=config.moe,
+            stack=stack,
+            hidden=config.expert_mlp_dim,
+            activations=config.mlp_activations,
+            dropout_rate=config.expert_dropout_rate,
+            dtype=config.activation_dtype,
+            name="mlp",
+        )(y, valid, train=train)
+    else:
+        y = MlpBlock(
+            hidden=config.mlp_dim,
+            activations=config.mlp_activations,
+            dropout_rate=config.dropout_rate,
+            dtype=config.activation_dtype,
+            name="mlp",
+        )(y, not train)
+    y = x + projection.dropout(config.dropout_rate)(y, deterministic=not train)
+    y = constrain(y, HIDDEN_AXES)
+    layer.sow(RESIDUALS, "output", y, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    return y
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and MLP, each pre-normed and residual.
+
+    Attributes:
+      config: the model.
+      sparse: whether the MLP is an MoE layer.
+    """
+
+    config: T5Config
+    sparse: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array, valid: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `[batch, length, d]` to the same shape.
+
+        Args:
+          x: residual stream.
+          bias: position and mask bias of self-attention.
+          valid: bool `[batch, length]`, real tokens.
+          train: dropout and training capacity.
+        """
+        config = self.config
+        y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_attention_layer_norm")(x), valid)
+        y = _attention(config, "attention")(y, y, bias, deterministic=not train)
+        x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
+        return _feed_forward(self, x, valid, stack="encoder", train=train)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder, and MLP, each pre-normed and residual.
+
+    Attributes:
+      config: the model.
+      sparse: whether the MLP is an MoE layer.
+    """
+
+    config: T5Config
+    sparse: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, encoded: jax.Array, self_bias: jax.Array, cross_bias: jax.Array, valid: jax.Array, *, train: bool
+    ) -> jax.Array:
+        """Maps `[batch, length, d]` to the same shape.
+
+        Args:
+          x: residual stream.
+          encoded: encoder output `[batch, input length, d]`.
+          self_bias: position and mask bias of self-attention.
+          cross_bias: mask bias of attention to the encoder.
+          valid: bool `[batch, length]`, real tokens.
+          train: dropout and training capacity.
+        """
+        config = self.config
+        y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_self_attention_layer_norm")(x), valid)
+        y = _attention(config, "self_attention")(y, y, self_bias, deterministic=not train)
+        x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
+        y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_cross_attention_layer_norm")(x), valid)
+        y = _attention(config, "encoder_decoder_attention")(y, encoded, cross_bias, deterministic=not train)
+        x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
+        return _feed_forward(self, x, valid, stack="decoder", train=train)
+
+
+class Encoder(nn.Module):
+    """The encoder stack.
+
+    Attributes:
+      config: the model.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, embedded: jax.Array, mask: jax.Array, valid: jax.Array, *, train: bool) -> jax.Array:
+        """Encodes `[batch, length, d]`.
+
+        Args:
+          embedded: token embeddings.
+          mask: bool `[batch, 1, length, length]`, allowed pairs.
+          valid: bool `[batch, length]`, real tokens.
+          train: dropout and training capacity.
+        """
+        config = self.config
+        positions = jnp.arange(embedded.shape[1])
+        relpos = RelativePositionBiases(num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias")
+        bias = relpos(positions, positions, bidirectional=True) + masks.to_bias(mask)
+        x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
+        sparse = config.sparse_layers("encoder")
+        for i in range(config.num_encoder_layers):
+            x = EncoderLayer(config, sparse=i in sparse, name=f"layers_{i}")(x, bias, valid, train=train)
+        x = RMSNorm(dtype=config.activation_dtype, name="encoder_norm")(x)
+        return _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
+
+
+class Decoder(nn.Module):
+    """The decoder stack, up to the final norm, and the output projection of models that have their own.
+
+    Attributes:
+      config: the model.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, embedded: jax.Array, encoded: jax.Array, self_mask: jax.Array, cross_mask: jax.Array, valid: jax.Array, *, train: bool
+    ) -> jax.Array:
+        """Decodes `[batch, length, d]` to float32 logits, or to the normed residual stream if the model shares its embedding table.
+
+        Args:
+          embedded: token embeddings.
+          encoded: encoder output `[batch, input length, d]`.
+          self_mask: bool `[batch, 1, length, length]`, allowed pairs, causal.
+          cross_mask: bool `[batch, 1, length, input length]`, allowed pairs.
+          valid: bool `[batch, length]`, real tokens.
+          train: dropout and training capacity.
+        """
+        config = self.config
+        positions = jnp.arange(embedded.shape[1])
+        relpos = RelativePositionBiases(num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias")
+        self_bias = relpos(positions, positions, bidirectional=False) + masks.to_bias(self_mask)
+        cross_bias = masks.to_bias(cross_mask)
+        x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
+        sparse = config.sparse_layers("decoder")
+        for i in range(config.num_decoder_layers):
+            layer = DecoderLayer(config, sparse=i in sparse, name=f"layers_{i}")
+            x = layer(x, encoded, self_bias, cross_bias, valid, train=train)
+        x = RMSNorm(dtype=config.activation_dtype, name="decoder_norm")(x)
+        x = _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
+        if config.logits_via_embedding:
+            return x
+        return projection.Projection(config.vocab_size, (axes.EMBED, axes.VOCAB), dtype=jnp.float32, name="logits_dense")(x)
+
+
+class Transformer(nn.Module):
+    """The encoder-decoder: tokens to logits.
+
+    Attributes:
+      config: the model.
+    """
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        decoder_target_tokens: jax.Array,
+        *,
+        encoder_segment_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Float32 logits `[batch, target length, vocab]`.
+
+        Position features of packed batches are not needed: within one example, distances in the packed row are distances in the example.
+
+        Args:
+          encoder_input_tokens: int32 `[batch, input length]`, 0 for padding.
+          decoder_input_tokens: int32 `[batch, target length]`, the targets shifted right.
+          decoder_target_tokens: int32 `[batch, target length]`, 0 for padding; it alone says which decoder positions are real.
+          encoder_segment_ids: int32 `[batch, input length]`, which packed example a token belongs to.
+          decoder_segment_ids: int32 `[batch, target length]`, likewise.
+          train: dropout and training capacity.
+        """
+        config = self.config
+        encoder_valid, decoder_valid = encoder_input_tokens > 0, decoder_target_tokens > 0
+        encoder_mask = masks.padding_mask(encoder_valid, encoder_valid)
+        self_mask = masks.padding_mask(decoder_valid, decoder_valid) & masks.causal_mask(decoder_target_tokens.shape[1])
+        cross_mask = masks.padding_mask(decoder_valid, encoder_valid)
+        if encoder_segment_ids is not None and decoder_segment_ids is not None:
+            encoder_mask &= masks.segment_mask(encoder_segment_ids, encoder_segment_ids)
+            self_mask &= masks.segment_mask(decoder_segment_ids, decoder_segment_ids)
+            cross_mask &= masks.segment_mask(decoder_segment_ids, encoder_segment_ids)
+
+        embed = Embed(config.vocab_size, config.emb_dim, dtype=config.activation_dtype, name="token_embedder")
+        embedded = constrain(embed(encoder_input_tokens), HIDDEN_AXES)
+        encoded = Encoder(config, name="encoder")(embedded, encoder_mask, encoder_valid, train=train)
+        embedded = constrain(embed(decoder_input_tokens), HIDDEN_AXES)
+        logits = Decoder(config, name="decoder")(embedded, encoded, self_mask, cross_mask, decoder_valid, train=train)
+        if config.logits_via_embedding:
+            logits = embed.attend(logits) * config.emb_dim**-0.5
+        return constrain(logits, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_VOCAB))

@@ -1,0 +1,1 @@
+"""Mixture-of-Experts layers: capacity, routing, dispatch, losses, and the layer that joins them."""

@@ -1,0 +1,91 @@
+"""Settings of the MoE layers of a model."""
+
+import dataclasses
+from typing import Literal
+
+from upcycle_jax.moe.routing import ExpertsChoose, Router, TokensChoose
+
+Stack = Literal["encoder", "decoder"]
+SparseLayout = str | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Which layers are MoE layers, and how those route. The defaults are the paper's language model.
+
+    Attributes:
+      num_experts: E, in every MoE layer. More experts mean more parameters and memory at the same FLOPs per token.
+      encoder_router: routing in the encoder.
+      decoder_router: routing in the decoder; it must be causal.
+      num_encoder_sparse_layers: MoE layers in the encoder; None for half of its layers.
+      num_decoder_sparse_layers: MoE layers in the decoder; None for half of its layers.
+      encoder_sparse_layout: where they are: 'MIXED' (every so many layers, never the first), 'BOTTOM', 'MIDDLE', 'TOP', or a tuple of layer
+        indices, which decides alone.
+      decoder_sparse_layout: likewise.
+      expert_mlp_dim: hidden size of one expert; None for the dense MLP's.
+      group_size: GROUP_SIZE, the most tokens that are routed together. Larger groups balance better and cost longer sorts; under
+        experts choose the group is also what each expert chooses from.
+      train_expert_capacity_factor: slots per expert in multiples of its even share of the tokens. Under experts choose it is the average
+        number of experts per token; under tokens choose a larger value only drops fewer tokens.
+      eval_expert_capacity_factor: the same, when not training.
+      min_expert_capacity: slots that an expert has at least, in every group.
+      aux_loss_factor: weight of the load-balancing loss, averaged over all MoE layers.
+      router_z_loss_factor: weight of the router z-loss, averaged over all MoE layers.
+      expert_dropout_rate: dropout inside experts; None for the dense rate.
+      ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are routed as zero vectors.
+      t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does; results then depend on the mesh.
+      num_expert_replicas: devices / (expert partitions x model partitions); used in T5X mode only.
+
+    Raises:
+      ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
+    """
+
+    num_experts: int = 32
+    encoder_router: Router = ExpertsChoose()
+    decoder_router: Router = TokensChoose()
+    num_encoder_sparse_layers: int | None = None
+    num_decoder_sparse_layers: int | None = None
+    encoder_sparse_layout: SparseLayout = "MIXED"
+    decoder_sparse_layout: SparseLayout = "MIXED"
+    expert_mlp_dim: int | None = None
+    group_size: int = 4096
+    train_expert_capacity_factor: float = 2.0
+    eval_expert_capacity_factor: float = 2.0
+    min_expert_capacity: int = 4
+    aux_loss_factor: float = 0.01
+    router_z_loss_factor: float = 0.0
+    expert_dropout_rate: float | None = None
+    ignore_padding_tokens: bool = False
+    t5x_mode: bool = False
+    num_expert_replicas: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "group_size", "min_expert_capacity", "num_expert_replicas"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.expert_mlp_dim is not None and self.expert_mlp_dim < 1:
+            raise ValueError(f"expert_mlp_dim must be at least 1, or None for the dense MLP's size, got {self.expert_mlp_dim}")
+        for name in ("train_expert_capacity_factor", "eval_expert_capacity_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 (1.0 is room for an even share of the tokens), got {getattr(self, name)}")
+        if self.expert_dropout_rate is not None and not 0 <= self.expert_dropout_rate < 1:
+            raise ValueError(f"expert_dropout_rate must be in [0, 1), or None for the dense rate, got {self.expert_dropout_rate}")
+        for stack, router in (("encoder", self.encoder_router), ("decoder", self.decoder_router)):
+            if not isinstance(router, Router):
+                raise ValueError(f"{stack}_router must be a router such as TokensChoose(), got {router!r}")
+        for name in ("encoder_sparse_layout", "decoder_sparse_layout"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.encoder_router.check(self.num_experts)
+        if self.num_decoder_sparse_layers != 0:
+            self.decoder_router.check(self.num_experts)
+            if reason := self.decoder_router.not_causal_because:
+                raise ValueError(f"{type(self.decoder_router).__name__} cannot be the decoder's router: {reason}.")
+
+    def router(self, stack: Stack) -> Router:
+        """The router of the encoder or the decoder."""
+        return self.encoder_router if stack == "encoder" else self.decoder_router
+
+    def capacity_factor(self, *, train: bool) -> float:
+        """The capacity factor of training or of evaluation."""
+        return self.train_expert_capacity_factor if train else self.eval_expert_capacity_factor
