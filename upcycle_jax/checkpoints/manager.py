@@ -132,7 +132,7 @@ class CheckpointManager:
         latest = self._manager.latest_step()  # The one under way included.
         if latest is not None and step <= latest:
             raise ValueError(
-                f"cannot save step {step} in {self.model_dir}: it holds step {latest} already. Use another MODEL_DIR or remove the later steps"
+                f"cannot save step {step} in {self.model_dir}: it holds step {latest} already. Use another MODEL_DIR or remove later steps"
             )
         items: dict[str, Any] = {STATE_ITEM: ocp.args.PyTreeSave(state_dict)}
         if dataset is not None:

@@ -1,7 +1,7 @@
 """Writes one Orbax checkpoint in T5X's layout piece by piece: bounded memory, resumable after a kill, visible only when complete.
 
-While it is written, the checkpoint lies at `<path>.partial`. Every stored chunk becomes visible in the database at once or not at all, so the
-database itself says what is done: there is no journal that could disagree with it.
+While it is written, the checkpoint lies at `<path>.partial`. Every stored chunk becomes visible in the database at once or not at all, so
+the database itself says what is done: there is no journal that could disagree with it.
 """
 
 import collections
@@ -125,12 +125,13 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._arrays: dict[str, ts.TensorStore] = {}
         self._closed = False
-        with self._explained():
+        with self.explained():
             self.resumed = self._claim()
             self.state.mkdir(exist_ok=True)
             self.context = storage.new_context()
             self.store = ts.KvStore.open(storage.ocdbt_spec(self.state, create=True), context=self.context).result()
-            self._present = {key.decode() for key in self.store.list().result()}
+        self.refresh()
+        self._declare()
 
     @property
     def state(self) -> Path:
@@ -176,14 +177,26 @@ class CheckpointWriter:
             else:
                 details.append(f"{part} ({old!r} then, {new!r} now)")
         raise ValueError(
-            f"{self.partial} was begun with another {' and '.join(details)}: run the same command to finish it, or remove it to start afresh"
+            f"{self.partial} was begun with another {' and '.join(details)}: run the command that began it to finish it, or remove it to "
+            "start afresh"
         )
+
+    def _declare(self) -> None:
+        """Stores the shape, chunks and codec of every leaf in one commit, without values."""
+        absent = [name for name in self.specs if f"{_key(name)}/.zarray" not in self._present]
+        transaction = ts.Transaction(atomic=True)
+        store = self.store.with_transaction(transaction)
+        with self.explained():
+            for name in absent:
+                text = json.dumps(self._layouts[name].to_json(), sort_keys=True, separators=(",", ":"))
+                store.write(f"{_key(name)}/.zarray", text).result()
+            transaction.commit_async().result()
 
     # Writing.
 
-    def chunks(self, name: str) -> tuple[int, ...]:
-        """Dimensions of one stored chunk of a leaf: `write` takes whole chunks."""
-        return self._layouts[name].chunks
+    def layout(self, name: str) -> storage.ZarrLayout:
+        """Chunks and codec of a leaf: `write` takes whole chunks."""
+        return self._layouts[name]
 
     def pieces(self, name: str) -> Iterator[Index]:
         """The index of every stored chunk of a leaf, in order: the smallest pieces that can be written."""
@@ -206,7 +219,7 @@ class CheckpointWriter:
         out = {}
         for name, spec in self.specs.items():
             lacking = sum(key not in self._present for key in self._chunk_keys(name, checked_index(name, spec.shape, None)))
-            if lacking or f"{_key(name)}/.zarray" not in self._present:
+            if lacking:
                 out[name] = lacking
         return out
 
@@ -229,19 +242,28 @@ class CheckpointWriter:
             raise ValueError(
                 f"{name}: {value.dtype.name}{list(value.shape)} given for {self.specs[name].dtype.name}{list(index_shape(index))}"
             )
-        with self._explained():
+        with self.explained():
             # `indefinitely` spares a copy: the array is encoded later, from the caller's memory.
             future = self._array(name)[index].write(value, can_reference_source_data_indefinitely=True).commit
         self._enqueue(future, value.nbytes, self._chunk_keys(name, index))
 
     def write_encoded(self, name: str, keys_and_values: Mapping[str, bytes]) -> None:
         """Stores chunks that are encoded already, by their key below the leaf's own (see `storage.ZarrLayout.key`)."""
-        self._array(name)
         for key, value in keys_and_values.items():
             full = f"{_key(name)}/{key}"
-            with self._explained():
+            with self.explained():
                 future = self.store.write(full, value)
             self._enqueue(future, len(value), [full])
+
+    def key(self, name: str) -> str:
+        """The key of a leaf in `store`."""
+        return _key(name)
+
+    def refresh(self) -> None:
+        """Looks again which chunks are there, after chunks were put into `store` by other means than `write`."""
+        self.flush()
+        with self.explained():
+            self._present = {key.decode() for key in self.store.list().result()}
 
     def flush(self) -> None:
         """Waits until everything handed over is on disk."""
@@ -256,7 +278,7 @@ class CheckpointWriter:
         while self._pending and (self._pending_bytes > limit or limit == 0):
             future, nbytes, keys = self._pending.popleft()
             self._pending_bytes -= nbytes
-            with self._explained():
+            with self.explained():
                 future.result()
             self._present.update(keys)
 
@@ -269,11 +291,9 @@ class CheckpointWriter:
             spec = {
                 "driver": "zarr",
                 "kvstore": {**self.store.spec().to_json(), "path": f"{_key(name)}/"},
-                "metadata": self._layouts[name].to_json(),
                 "store_data_equal_to_fill_value": True,  # Zeros are data: a chunk that is absent is one that was never written.
             }
-            self._arrays[name] = ts.open(spec, open=True, create=True, context=self.context).result()
-            self._present.add(f"{_key(name)}/.zarray")
+            self._arrays[name] = ts.open(spec, open=True, context=self.context).result()
         return self._arrays[name]
 
     def _aligned(self, name: str, index: Index | None) -> Index:
@@ -292,7 +312,8 @@ class CheckpointWriter:
         return [f"{_key(name)}/{layout.key(position)}" for position in itertools.product(*ranges)]
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
+        """Turns failures of the storage into an OSError that says what was kept and what to do."""
         try:
             yield
         except OSError as error:
@@ -325,7 +346,7 @@ class CheckpointWriter:
             )
         if self.path.exists():
             raise FileExistsError(f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move one of them away")
-        with self._explained():
+        with self.explained():
             _write_json(self.state / TREE_METADATA, self._tree_metadata())
             _write_json(self.partial / STEP_METADATA, self._step_metadata())
             for folder in (self.state, self.partial):
