@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upcycle_jax.config import check, operative, registry
+from upcycle_jax.config import check, operative, registry, stale
 from upcycle_jax.config.parse import REQUIRED, Bindings, ConfigError, Macro, Reference, add_file, add_flag
 
 Scope = tuple[str, ...]
@@ -134,7 +134,11 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: S
     """
     parsed = Bindings()
     for name in gin_files:
-        add_file(name, search_paths, parsed)
+        try:
+            add_file(name, search_paths, parsed)
+        except FileNotFoundError as error:
+            advice = stale.explain_file(name)
+            raise FileNotFoundError(advice or str(error)) from None
     for text in bindings:
         add_flag(text, parsed)
     problems = parsed.problems + check.names(parsed)
