@@ -42,12 +42,11 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         """Maps `[..., length, d]` to the same shape."""
-        hidden = None
+        gates = []
         for i, name in enumerate(self.activations):
             kernel_name = "wi" if len(self.activations) == 1 else f"wi_{i}"
             y = projection.Projection(self.hidden, (axes.EMBED, self.hidden_axis), dtype=self.dtype, name=kernel_name)(x)
-            y = ACTIVATIONS[name](y)
-            hidden = y if hidden is None else hidden * y
-        hidden = constrain(hidden, self.activation_axes)
+            gates.append(ACTIVATIONS[name](y))
+        hidden = constrain(functools.reduce(jnp.multiply, gates), self.activation_axes)
         hidden = projection.dropout(self.dropout_rate)(hidden, deterministic=deterministic)
         return projection.Projection(x.shape[-1], (self.hidden_axis, axes.EMBED), dtype=self.dtype, name="wo")(hidden)

@@ -72,5 +72,4 @@ class RelativePositionBiases(nn.Module):
         )
         # A product with one-hot rows instead of a lookup: its gradient is a matmul, not a scatter of queries x keys rows into 32.
         one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=self.dtype)
-        table = jnp.asarray(table, self.dtype)
-        return jnp.einsum("hb,qkb->hqk", table, one_hot, precision=jax.lax.Precision.HIGHEST)[None]
+        return jnp.einsum("hb,qkb->hqk", jnp.asarray(table, self.dtype), one_hot, precision=jax.lax.Precision.HIGHEST)[None]

@@ -25,8 +25,11 @@ from upcycle_jax.models import losses
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.models.t5 import RESIDUALS, Transformer
+from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.layer import REPORTS, MoeReport
 from upcycle_jax.types import Batch, PyTree
+
+STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 
 LossNormalizer = float | Literal["NUM_REAL_TARGET_TOKENS"] | None
 
@@ -49,7 +52,9 @@ class EncoderDecoderModel:
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 1e-4,
-        loss_normalizing_factor: LossNormalizer = None,
+        loss_normalizing_factor: STACKS: tuple[Stack, ...] = ("encoder", "decoder")
+
+LossNormalizer = None,
     ):
         if isinstance(loss_normalizing_factor, str) and loss_normalizing_factor != "NUM_REAL_TARGET_TOKENS":
             raise ValueError(f"loss_normalizing_factor must be None, a number or 'NUM_REAL_TARGET_TOKENS', got {loss_normalizing_factor!r}")
@@ -156,7 +161,7 @@ class EncoderDecoderModel:
         outputs = variables[RESIDUALS]
         return {
             f"{stack}/layers_{i}": outputs[stack][f"layers_{i}"]["output"]
-            for stack in ("encoder", "decoder")
+            for stack in STACKS
             for i in range(self.config.num_layers(stack))
         }
 
@@ -186,13 +191,13 @@ class EncoderDecoderModel:
         logits, variables = self._apply(params, batch, train=train, dropout_rng=dropout_rng, mutable=[REPORTS])
         reports = {
             f"{stack}/layers_{i}": variables[REPORTS][stack][f"layers_{i}"]["mlp"]["report"]
-            for stack in ("encoder", "decoder")
+            for stack in STACKS
             for i in self.config.sparse_layers(stack)
         }
         return logits, reports
 
     def _token_losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
-        return losses.token_losses(logits, batch["decoder_target_tokens"], label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        return losses.token_losses(logits, jnp.asarray(batch["decoder_target_tokens"]), label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
     def _auxiliary_losses(self, reports: Mapping[str, MoeReport]) -> dict[str, jax.Array]:
         if not reports:
@@ -233,10 +238,10 @@ def _expert_metrics(config: T5Config, reports: Mapping[str, MoeReport], aux_scal
     if not reports:
         return {}
     assert config.moe is not None
-    usage = []
-    for layer, report in reports.items():
-        full = config.moe.t5x_mode and config.moe.router(layer.split("/")[0]).fills_capacity
-        usage.append(jnp.float32(1.0) if full else jnp.sum(report.load) / report.capacity)
+    # In T5X mode the usage of routers that fill every slot is 1 by definition.
+    full = {f"{stack}/layers_{i}" for stack in STACKS for i in config.sparse_layers(stack) if config.moe.router(stack).fills_capacity}
+    full = full if config.moe.t5x_mode else set()
+    usage = [jnp.float32(1.0) if layer in full else jnp.sum(r.load) / r.capacity for layer, r in reports.items()]
     behind = [report.left_behind / jnp.maximum(report.tokens, 1.0) for report in reports.values()]
     confidence = [report.weight / jnp.maximum(jnp.sum(report.load), 1.0) for report in reports.values()]
     metrics = {

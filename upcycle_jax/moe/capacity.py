@@ -77,6 +77,13 @@ def t5x_grouping(batch_size: int, length: int, *, max_group_size: int, num_exper
     return Grouping(num_groups, num_tokens // num_groups, batch_padding, length_padding)
 
 
+def grouping(batch_size: int, length: int, *, max_group_size: int, num_experts: int, num_expert_replicas: int | None) -> Grouping:
+    """`t5x_grouping` where a number of expert replicas is given, `default_grouping` where it is None."""
+    if num_expert_replicas is None:
+        return default_grouping(batch_size * length, max_group_size=max_group_size)
+    return t5x_grouping(batch_size, length, max_group_size=max_group_size, num_experts=num_experts, num_expert_replicas=num_expert_replicas)
+
+
 def expert_capacity(group_size: int, *, num_experts: int, capacity_factor: float, min_expert_capacity: int = 4) -> int:
     """C = max(round(capacity_factor * S / E), min_expert_capacity), with Python's rounding (half to even) as in Flaxformer.
 

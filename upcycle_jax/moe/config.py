@@ -41,8 +41,8 @@ class MoeConfig:
     """
 
     num_experts: int = 32
-    encoder_router: Router = ExpertsChoose()
-    decoder_router: Router = TokensChoose()
+    encoder_router: Router = dataclasses.field(default_factory=ExpertsChoose)
+    decoder_router: Router = dataclasses.field(default_factory=TokensChoose)
     num_encoder_sparse_layers: int | None = None
     num_decoder_sparse_layers: int | None = None
     encoder_sparse_layout: SparseLayout = "MIXED"
@@ -60,7 +60,7 @@ class MoeConfig:
     num_expert_replicas: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "group_size", "min_expert_capacity", "num_expert_replicas"):
+        for name in ("group_size", "min_expert_capacity", "num_expert_replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.expert_mlp_dim is not None and self.expert_mlp_dim < 1:

@@ -43,7 +43,7 @@ def renormalized(assignment: Assignment, *, group_size: int) -> Assignment:
     # A token whose every weight underflowed to 0 must give 0, not NaN.
     scale = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
     per_slot = scale.at[assignment.token_index].get(mode="fill", fill_value=0.0)
-    return assignment.replace(combine_weight=assignment.combine_weight * per_slot)
+    return Assignment(token_index=assignment.token_index, combine_weight=assignment.combine_weight * per_slot)
 
 
 def dispatch(tokens: jax.Array, assignment: Assignment) -> jax.Array:

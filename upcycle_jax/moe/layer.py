@@ -116,7 +116,13 @@ class MoeLayer(nn.Module):
         config = self.config
         router = config.router(self.stack)
         batch_size, length, _ = x.shape
-        grouping = self._grouping(batch_size, length)
+        grouping = capacity_lib.grouping(
+            batch_size,
+            length,
+            max_group_size=config.group_size,
+            num_experts=config.num_experts,
+            num_expert_replicas=config.num_expert_replicas if config.t5x_mode else None,
+        )
         capacity = capacity_lib.expert_capacity(
             grouping.group_size,
             num_experts=config.num_experts,
@@ -138,18 +144,6 @@ class MoeLayer(nn.Module):
         y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
         y = y.reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
         return constrain(y, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
-
-    def _grouping(self, batch_size: int, length: int) -> capacity_lib.Grouping:
-        config = self.config
-        if not config.t5x_mode:
-            return capacity_lib.default_grouping(batch_size * length, max_group_size=config.group_size)
-        return capacity_lib.t5x_grouping(
-            batch_size,
-            length,
-            max_group_size=config.group_size,
-            num_experts=config.num_experts,
-            num_expert_replicas=config.num_expert_replicas,
-        )
 
     def _logits(self, tokens: jax.Array, router: Router, *, train: bool) -> jax.Array:
         """Float32 logits `[G, S, E]` of `[G, S, d]`."""

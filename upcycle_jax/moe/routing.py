@@ -54,6 +54,8 @@ class Router(abc.ABC):
 
     def check(self, num_experts: int) -> None:
         """Raises ValueError if the router cannot serve `num_experts` experts."""
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
 
     @abc.abstractmethod
     def slots(self, capacity: int, *, group_size: int) -> int:
@@ -180,10 +182,11 @@ class TokensChoose(Router):
         return self.jitter_noise
 
     def check(self, num_experts: int) -> None:
+        super().check(num_experts)
         if self.num_selected_experts > num_experts:
             raise ValueError(
-                f"num_selected_experts={self.num_selected_experts} is more than num_experts={num_experts}: lower NUM_SELECTED_EXPERTS to at "
-                f"most {num_experts} or raise NUM_EXPERTS"
+                f"num_selected_experts={self.num_selected_experts} is more than num_experts={num_experts}: lower NUM_SELECTED_EXPERTS to "
+                f"at most {num_experts} or raise NUM_EXPERTS"
             )
 
     def slots(self, capacity: int, *, group_size: int) -> int:

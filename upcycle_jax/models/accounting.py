@@ -1,0 +1,189 @@
+"""What a model costs: parameters, FLOPs and memory. Every number that the project prints about cost comes from here.
+
+FLOPs are those of matrix products, 2 * m * k * n each, in the forward pass; a training step is three forward passes (one forward, two
+backward). Norms, softmaxes, activations and the optimizer are left out; so are gathers and scatters of MoE layers, which move data.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from upcycle_jax import axes, trees
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe import capacity
+from upcycle_jax.moe.config import Stack
+from upcycle_jax.partitioning import Partitioner
+
+TRAIN_FORWARDS = 3
+"""Forward passes that a training step costs."""
+
+RELPOS_BUCKETS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Attributes:
+      total: all of them.
+      experts: those of experts.
+      routers: those of routers.
+      active: those that a token meets on average: all but the experts that do not process it. Under experts choose that is the
+        capacity factor of experts per token, under tokens choose K.
+    """
+
+    total: int
+    experts: int
+    routers: int
+    active: int
+
+
+def is_expert(leaf: trees.LeafSpec) -> bool:
+    """Whether a parameter belongs to experts."""
+    return axes.EXPERT in leaf.axes
+
+
+def count_parameters(config: T5Config, specs: Mapping[str, trees.LeafSpec], *, train: bool = True) -> ParameterCounts:
+    """Counts the parameters of a model.
+
+    Args:
+      config: the model.
+      specs: its `param_specs()`.
+      train: active experts at the training capacity factor, or at that of evaluation.
+    """
+    total = sum(leaf.size for leaf in specs.values())
+    experts = {path: leaf for path, leaf in specs.items() if is_expert(leaf)}
+    routers = sum(leaf.size for path, leaf in specs.items() if path.endswith("router/router_weights/w/kernel"))
+    inactive = 0.0
+    for path, leaf in experts.items():
+        assert config.moe is not None
+        stack: Stack = "encoder" if path.startswith("encoder/") else "decoder"
+        active = config.moe.router(stack).active_experts(config.moe.capacity_factor(train=train))
+        inactive += leaf.size * (1.0 - min(active / config.moe.num_experts, 1.0))
+    return ParameterCounts(
+        total=total, experts=sum(leaf.size for leaf in experts.values()), routers=routers, active=total - round(inactive)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of the matrix products of one forward pass over a batch.
+
+    Attributes:
+      attention: projections, logits and weighted sums of all attention, and relative position biases.
+      mlp: dense MLPs.
+      experts: experts, every slot counted, whether a token sits in it or not.
+      routers: router logits.
+      logits: the output projection.
+    """
+
+    attention: int
+    mlp: int
+    experts: int
+    routers: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.attention + self.mlp + self.experts + self.routers + self.logits
+
+    @property
+    def train_step(self) -> int:
+        """FLOPs of a training step on the same batch."""
+        return TRAIN_FORWARDS * self.total
+
+
+def forward_flops(config: T5Config, *, batch_size: int, inputs_length: int, targets_length: int, train: bool = True) -> ForwardFlops:
+    """FLOPs of one forward pass with teacher forcing.
+
+    Args:
+      config: the model.
+      batch_size: rows.
+      inputs_length: length of encoder rows; padding costs as much as tokens.
+      targets_length: length of decoder rows.
+      train: training capacity of experts, or that of evaluation.
+
+    Raises:
+      ValueError: the token count does not divide into routing groups.
+    """
+    tokens = {"encoder": batch_size * inputs_length, "decoder": batch_size * targets_length}
+    lengths = {"encoder": inputs_length, "decoder": targets_length}
+    width = config.num_heads * config.head_dim
+    projection = 2 * config.emb_dim * width
+    attention = mlp = experts = routers = 0
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    for stack in stacks:
+        layers, sparse = config.num_layers(stack), len(config.sparse_layers(stack))
+        attention += layers * tokens[stack] * (4 * projection + 4 * width * lengths[stack])
+        attention += 2 * config.num_heads * RELPOS_BUCKETS * lengths[stack] ** 2
+        mlp += (layers - sparse) * tokens[stack] * mlp_flops_per_token(config, config.mlp_dim)
+        if sparse:
+            assert config.moe is not None
+            slots = expert_slots(config, stack, batch_size=batch_size, length=lengths[stack], train=train)
+            experts += sparse * slots * mlp_flops_per_token(config, config.expert_mlp_dim)
+            routers += sparse * tokens[stack] * 2 * config.emb_dim * config.moe.num_experts
+    decoder_layers = config.num_decoder_layers
+    attention += decoder_layers * (2 * projection * (tokens["decoder"] + tokens["encoder"]) + 4 * width * tokens["decoder"] * inputs_length)
+    logits = 2 * tokens["decoder"] * config.emb_dim * config.vocab_size
+    return ForwardFlops(attention=attention, mlp=mlp, experts=experts, routers=routers, logits=logits)
+
+
+def mlp_flops_per_token(config: T5Config, hidden: int) -> int:
+    """FLOPs of one MLP of that hidden size for one token."""
+    return 2 * config.emb_dim * hidden * (len(config.mlp_activations) + 1)
+
+
+def expert_slots(config: T5Config, stack: Stack, *, batch_size: int, length: int, train: bool = True) -> int:
+    """Slots of all experts of one MoE layer, G * E * C, for a batch.
+
+    Raises:
+      ValueError: the token count does not divide into routing groups.
+    """
+    moe = config.moe
+    assert moe is not None
+    grouping = capacity.grouping(
+        batch_size,
+        length,
+        max_group_size=moe.group_size,
+        num_experts=moe.num_experts,
+        num_expert_replicas=moe.num_expert_replicas if moe.t5x_mode else None,
+    )
+    slots = capacity.expert_capacity(
+        grouping.group_size,
+        num_experts=moe.num_experts,
+        capacity_factor=moe.capacity_factor(train=train),
+        min_expert_capacity=moe.min_expert_capacity,
+    )
+    return grouping.num_groups * moe.num_experts * moe.router(stack).slots(slots, group_size=grouping.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a set of arrays.
+
+    Attributes:
+      total: all arrays, once.
+      per_device: what one device of the mesh holds.
+    """
+
+    total: int
+    per_device: int
+
+
+def memory(specs: Mapping[str, trees.LeafSpec], partitioner: Partitioner) -> Memory:
+    """Bytes of parameters, or of optimizer state, in total and on each device of a mesh.
+
+    Args:
+      specs: arrays with their logical axes.
+      partitioner: mesh and rules.
+
+    Raises:
+      ValueError: an array cannot be divided over the mesh; the message names it.
+    """
+    per_device = 0
+    for path, sharding in partitioner.shardings(specs).items():
+        shard = sharding.shard_shape(specs[path].shape)
+        per_device += int(np.prod(shard, dtype=np.int64)) * specs[path].dtype.itemsize
+    return Memory(total=sum(leaf.nbytes for leaf in specs.values()), per_device=per_device)
