@@ -52,9 +52,7 @@ class EncoderDecoderModel:
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 1e-4,
-        loss_normalizing_factor: STACKS: tuple[Stack, ...] = ("encoder", "decoder")
-
-LossNormalizer = None,
+        loss_normalizing_factor: LossNormalizer = None,
     ):
         if isinstance(loss_normalizing_factor, str) and loss_normalizing_factor != "NUM_REAL_TARGET_TOKENS":
             raise ValueError(f"loss_normalizing_factor must be None, a number or 'NUM_REAL_TARGET_TOKENS', got {loss_normalizing_factor!r}")
@@ -160,9 +158,7 @@ LossNormalizer = None,
         _, variables = self._apply(params, batch, train=False, dropout_rng=None, mutable=[RESIDUALS])
         outputs = variables[RESIDUALS]
         return {
-            f"{stack}/layers_{i}": outputs[stack][f"layers_{i}"]["output"]
-            for stack in STACKS
-            for i in range(self.config.num_layers(stack))
+            f"{stack}/layers_{i}": outputs[stack][f"layers_{i}"]["output"] for stack in STACKS for i in range(self.config.num_layers(stack))
         }
 
     def _apply(self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None, mutable: list[str]) -> tuple[Any, Any]:
@@ -197,7 +193,8 @@ LossNormalizer = None,
         return logits, reports
 
     def _token_losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
-        return losses.token_losses(logits, jnp.asarray(batch["decoder_target_tokens"]), label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        targets = jnp.asarray(batch["decoder_target_tokens"])
+        return losses.token_losses(logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 
     def _auxiliary_losses(self, reports: Mapping[str, MoeReport]) -> dict[str, jax.Array]:
         if not reports:
