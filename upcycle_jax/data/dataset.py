@@ -1,0 +1,208 @@
+"""What a run reads, as configuration; and the iterator of batches that it becomes. TensorFlow is imported by the methods only."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+
+from upcycle_jax.data import documents, text_files
+
+POSITION_FILE = "position.json"
+
+HostBatch = dict[str, np.ndarray]
+"""Model features by SeqIO name, int32 `[rows of this process, length]`."""
+
+TextFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a stream of batches stands, and which stream it is.
+
+    Attributes:
+      batches: batches taken so far.
+      seed: seed of the stream.
+      fingerprint: what the stream is made of (`DatasetConfig.fingerprint`).
+      process_count: processes that share each batch; the division of documents among them depends on it.
+    """
+
+    batches: int
+    seed: int
+    fingerprint: Mapping[str, Any]
+    process_count: int
+
+    def write(self, directory: epath.PathLike) -> None:
+        """Writes `position.json`."""
+        (epath.Path(directory) / POSITION_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True))
+
+    @classmethod
+    def read(cls, directory: epath.PathLike) -> "Position":
+        """Reads `position.json`.
+
+        Raises:
+          FileNotFoundError: the checkpoint holds no data position.
+          ValueError: the file is damaged.
+        """
+        path = epath.Path(directory) / POSITION_FILE
+        if not path.exists():
+            raise FileNotFoundError(f"no data position at {path}: the checkpoint was saved without its data set; seek to its step instead")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the data position {path} is damaged ({error}): remove the file and seek to the checkpoint's step") from error
+
+
+@runtime_checkable
+class BatchIterator(Protocol):
+    """An infinite stream of batches whose n-th batch depends on the configuration, the seed and the process only."""
+
+    def __iter__(self) -> Iterator[HostBatch]: ...
+
+    def __next__(self) -> HostBatch: ...
+
+    @property
+    def position(self) -> int:
+        """Batches taken so far."""
+        ...
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes the position: `position.json`, and this process's tf.data iterator."""
+        ...
+
+    def restore(self, directory: epath.PathLike) -> None:
+        """Continues where `save` was called."""
+        ...
+
+    def seek(self, num_batches: int) -> None:
+        """Moves to just before batch number `num_batches` (counted from 0) of the stream."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the stream is made of."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A SeqIO task or mixture, and how it becomes batches. Field names are T5X's where T5X has them.
+
+    Attributes:
+      mixture_or_task_name: registered name; with `text_files`, the name under which those are registered.
+      task_feature_lengths: tokens of 'inputs' and 'targets'. Span corruption of n input tokens needs about 0.22 n target tokens; a value
+        that is too small is refused with the one that fits.
+      split: 'train', 'validation' or any split of the task.
+      batch_size: examples of a whole batch, over all processes.
+      shuffle: in a pseudo-random order, new in each epoch. Off: the task's order.
+      seed: fixes order, mixing and noise. None: drawn anew by each training stream, and recorded in its checkpoints.
+      use_cached: read SeqIO's offline cache of the task.
+      pack: several examples in one row, with segment ids and positions. Denoising tasks fill their rows already; packing serves tasks of
+        short examples.
+      module: Python module or modules to import first, which register the task. Shipped tasks are found without it.
+      text_files: your own text instead of a registered task: {'domain': ['pattern', ...]} or a list of patterns. `.txt` (and any other
+        text), `.jsonl`, `.parquet`, and the first two with `.gz`. One task per domain named '<name>_<domain>', mixed at equal rates.
+      text_field: field of `.jsonl` records and column of `.parquet` files that holds the text.
+      validation_fraction: part of the user's own text that is held out as the split 'validation'.
+      vocabulary: 'bytes', or the path of a SentencePiece model. None: the task's own, which for text files is 'bytes'.
+      extra_ids: sentinels that `vocabulary` gets; T5 uses 100.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    split: str = documents.TRAIN
+    batch_size: int = 32
+    shuffle: bool = True
+    seed: int | None = None
+    use_cached: bool = False
+    pack: bool = False
+    module: str | Sequence[str] | None = None
+    text_files: TextFiles | None = None
+    text_field: str = "text"
+    validation_fraction: float = documents.VALIDATION_FRACTION
+    vocabulary: str | None = None
+    extra_ids: int = 100
+
+    def __post_init__(self):
+        if not self.mixture_or_task_name or not isinstance(self.mixture_or_task_name, str):
+            raise ValueError(f"mixture_or_task_name is {self.mixture_or_task_name!r}: give the name of a SeqIO task or mixture")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: give at least 1")
+        for feature in ("inputs", "targets"):
+            length = self.task_feature_lengths.get(feature)
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(
+                    f"task_feature_lengths is {dict(self.task_feature_lengths)}: it needs a length of at least 1 for '{feature}', "
+                    "for example {'inputs': 512, 'targets': 114}"
+                )
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}: give a value above 0 and below 1")
+        if self.text_files is not None:
+            text_files.normalise(self.text_files)
+            if self.use_cached:
+                raise ValueError("use_cached is set with text_files, which are read directly: unset one of them")
+        elif self.vocabulary is not None and self.use_cached:
+            raise ValueError("vocabulary is set with use_cached: a cached task is already tokenised with its own, so unset one of them")
+
+    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> BatchIterator:
+        """An infinite stream of this process's rows of each batch. Processes read disjoint documents.
+
+        Raises:
+          ValueError: the batch does not divide by the processes, the task or its split is unknown, or its data are unusable.
+        """
+        from upcycle_jax.data import seqio_source
+
+        return seqio_source.train_iterator(self, process_index=process_index, process_count=process_count)
+
+    def eval_batches(
+        self, num_batches: int | None = None, process_index: int = 0, process_count: int = 1
+    ) -> dict[str, Callable[[], Iterator[HostBatch]]]:
+        """For each task of the mixture that has the split: a function that starts a pass over its first `num_batches` batches.
+
+        Each pass is the same. A split that is shorter than asked gives fewer batches; the last one is filled with zeros, which carry no
+        loss weight. Every process gets the same number of batches, and its own rows of each. None: the whole split.
+
+        Raises:
+          ValueError: as `train_iterator`.
+        """
+        from upcycle_jax.data import seqio_source
+
+        return seqio_source.eval_batches(self, num_batches=num_batches, process_index=process_index, process_count=process_count)
+
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks of the mixture, sorted; the name itself for a single task."""
+        from upcycle_jax.data import resolve
+
+        return resolve.task_names(self)
+
+    def vocabularies(self) -> dict[str, Any]:
+        """The seqio.Vocabulary of 'inputs' and 'targets'."""
+        from upcycle_jax.data import resolve
+
+        return resolve.vocabularies(self)
+
+    def vocabulary_size(self) -> int:
+        """The number of token ids, sentinels included: the least `vocab_size` of a model."""
+        return max(int(vocabulary.vocab_size) for vocabulary in self.vocabularies().values())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Tasks with the sha256 of their text, seed, lengths, vocabulary and versions; small and JSON-able.
+
+        Two configurations with equal fingerprints (their 'versions' aside) give the same stream of batches.
+        """
+        from upcycle_jax.data import seqio_source
+
+        return seqio_source.fingerprint(self)
+
+    def local_batch_size(self, process_count: int) -> int:
+        """Rows of each process.
+
+        Raises:
+          ValueError: the batch does not divide by the processes.
+        """
+        if process_count < 1 or self.batch_size % process_count:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by {process_count} processes: choose a multiple of {process_count}"
+            )
+        return self.batch_size // process_count

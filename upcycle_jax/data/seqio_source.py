@@ -1,0 +1,276 @@
+"""Batches from SeqIO: the training stream that can be saved and found again, and repeatable evaluation passes."""
+
+import importlib.metadata
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from absl import logging
+from etils import epath
+
+from upcycle_jax.data import fingerprints, resolve
+from upcycle_jax.data.dataset import DatasetConfig, HostBatch, Position
+
+_CACHED_EVAL_BYTES = 256 * 1024**2  # evaluation batches below this are kept in memory between passes
+_SEEK_REPORT_SECONDS = 10.0
+_PREFETCHED_BATCHES = 4
+
+
+def _keep_off_accelerators() -> None:
+    """A TensorFlow built for accelerators would take their memory: it only feeds data here."""
+    for kind in ("GPU", "TPU"):
+        try:
+            tf.config.set_visible_devices([], kind)
+        except (RuntimeError, ValueError):  # initialised before, or no such kind
+            logging.debug("TensorFlow keeps its %s devices", kind)
+
+
+def _check_split(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> tuple[seqio.Task, ...]:
+    """The tasks that have the split."""
+    having = tuple(task for task in tasks if config.split in task.splits)
+    if not having:
+        splits = sorted({str(split) for task in tasks for split in task.splits})
+        raise ValueError(f"'{config.mixture_or_task_name}' has no split '{config.split}': it has {splits}")
+    return having
+
+
+def _model_features(dataset: tf.data.Dataset, config: DatasetConfig) -> tf.data.Dataset:
+    converter = seqio.EncDecFeatureConverter(pack=config.pack)
+    return converter(dataset, task_feature_lengths=dict(config.task_feature_lengths))
+
+
+def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = True
+    return dataset.with_options(options)
+
+
+def _train_dataset(config: DatasetConfig, *, seed: int, process_index: int, process_count: int) -> tf.data.Dataset:
+    provider = resolve.task_or_mixture(config)
+    examples = provider.get_dataset(
+        sequence_length=dict(config.task_feature_lengths),
+        split=config.split,
+        use_cached=config.use_cached,
+        shuffle=config.shuffle,
+        seed=seed,
+        shard_info=seqio.ShardInfo(index=process_index, num_shards=process_count),
+        num_epochs=None,
+        try_in_mem_cache=False,  # tf.data's memory cache would be written whole into each checkpoint
+    )
+    dataset = _model_features(examples, config)
+    dataset = dataset.batch(config.local_batch_size(process_count), drop_remainder=True)
+    return _with_options(dataset.prefetch(_PREFETCHED_BATCHES))
+
+
+class SeqioBatchIterator:
+    """A `BatchIterator` over tf.data.
+
+    Its checkpoint is tf.data's own, which continues exactly and at once. Where that cannot serve (another number of processes, an
+    unreadable file), the stream starts anew and passes over the batches already taken; with the same number of processes that gives the
+    same continuation, only slower.
+    """
+
+    def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
+        config.local_batch_size(process_count)
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
+        self._config = config
+        self._process_index = process_index
+        self._process_count = process_count
+        self._seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+        self._batches = 0
+        self._start()
+
+    def _start(self) -> None:
+        dataset = _train_dataset(self._config, seed=self._seed, process_index=self._process_index, process_count=self._process_count)
+        self._iterator = iter(dataset)
+        self._batches = 0
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            raise ValueError(
+                f"'{self._config.mixture_or_task_name}' split '{self._config.split}' gives no example of the asked lengths "
+                f"{dict(self._config.task_feature_lengths)} to process {self._process_index}: give it more text or use fewer processes"
+            ) from None
+        self._batches += 1
+        return {name: tensor.numpy() for name, tensor in batch.items()}
+
+    @property
+    def position(self) -> int:
+        """Batches taken so far."""
+        return self._batches
+
+    @property
+    def seed(self) -> int:
+        """The seed in use: the configuration's, or the one drawn or restored where that is None."""
+        return self._seed
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `DatasetConfig.fingerprint`."""
+        return fingerprint(self._config)
+
+    def _tf_path(self, directory: epath.PathLike) -> str:
+        return str(epath.Path(directory) / f"train_ds-{self._process_index:03}-of-{self._process_count:03}")
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes this process's iterator and, on process 0, `position.json`."""
+        epath.Path(directory).mkdir(parents=True, exist_ok=True)
+        tf.train.Checkpoint(iterator=self._iterator).write(self._tf_path(directory))
+        if self._process_index == 0:
+            Position(self._batches, self._seed, self.fingerprint(), self._process_count).write(directory)
+
+    def restore(self, directory: epath.PathLike) -> None:
+        """Continues where `save` was called.
+
+        Raises:
+          FileNotFoundError: no position was saved there.
+          ValueError: the position belongs to other data, another seed or another batch.
+        """
+        position = Position.read(directory)
+        self._check_same_stream(position, directory)
+        if self._config.seed is None and position.seed != self._seed:
+            self._seed = position.seed
+            self._start()
+        if position.process_count == self._process_count and self._restore_tf(directory):
+            self._batches = position.batches
+            return
+        if position.process_count != self._process_count:
+            logging.warning(
+                "The data position at %s was saved by %d processes and is continued by %d: documents are divided differently, so some may "
+                "be seen again before the epoch ends.", directory, position.process_count, self._process_count
+            )  # fmt: skip
+        self._start()
+        self.seek(position.batches)
+
+    def _check_same_stream(self, position: Position, directory: epath.PathLike) -> None:
+        differences = fingerprints.differences(position.fingerprint, self.fingerprint())
+        if differences:
+            listed = "\n".join(f"  {difference}" for difference in differences)
+            raise ValueError(
+                f"the data position at {directory} belongs to another stream of batches:\n{listed}\n"
+                "Restore the former data and settings, or start from the checkpoint in a new MODEL_DIR"
+            )
+
+    def _restore_tf(self, directory: epath.PathLike) -> bool:
+        path = self._tf_path(directory)
+        try:
+            tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
+            return True
+        except Exception as error:  # tf.data raises many types here, and each has the same remedy
+            logging.warning("The tf.data iterator at %s cannot be restored (%s). Passing over the batches taken instead.", path, error)
+            return False
+
+    def seek(self, num_batches: int) -> None:
+        """Moves to just before batch `num_batches`, by taking and dropping batches; backwards from the start.
+
+        Raises:
+          ValueError: a negative position.
+        """
+        if num_batches < 0:
+            raise ValueError(f"cannot seek to batch {num_batches}: give 0 or more")
+        if num_batches < self._batches:
+            self._start()
+        reported = time.monotonic()
+        while self._batches < num_batches:
+            next(self._iterator)
+            self._batches += 1
+            if time.monotonic() - reported > _SEEK_REPORT_SECONDS:
+                reported = time.monotonic()
+                logging.info("Passing over batches of data: %d of %d", self._batches, num_batches)
+
+
+def train_iterator(config: DatasetConfig, *, process_index: int, process_count: int) -> SeqioBatchIterator:
+    """See `DatasetConfig.train_iterator`."""
+    _keep_off_accelerators()
+    _check_split(config, resolve.tasks(config))
+    return SeqioBatchIterator(config, process_index=process_index, process_count=process_count)
+
+
+def _eval_dataset(task: seqio.Task, config: DatasetConfig) -> tf.data.Dataset:
+    """Whole batches of one pass over a task, the last one possibly shorter."""
+    examples = task.get_dataset(
+        sequence_length=dict(config.task_feature_lengths),
+        split=config.split,
+        use_cached=config.use_cached,
+        shuffle=False,
+        seed=config.seed or 0,
+        num_epochs=1,
+        try_in_mem_cache=False,
+    )
+    keys = config.task_feature_lengths.keys()
+    examples = examples.map(lambda example: {key: example[key] for key in keys})
+    return _with_options(_model_features(examples, config).batch(config.batch_size))
+
+
+def _fill(batch: Mapping[str, np.ndarray], rows: int) -> HostBatch:
+    """Adds rows of zeros: padding tokens without loss weight."""
+    return {name: np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)) for name, array in batch.items()}
+
+
+class _EvalPass:
+    """Starts passes over one task's evaluation batches; small ones are kept after the first."""
+
+    def __init__(self, task: seqio.Task, config: DatasetConfig, num_batches: int | None, rows: slice):
+        self._task, self._config, self._num_batches, self._rows = task, config, num_batches, rows
+        self._kept: list[HostBatch] | None = None
+
+    def __call__(self) -> Iterator[HostBatch]:
+        return iter(self._kept) if self._kept is not None else self._first_pass()
+
+    def _first_pass(self) -> Iterator[HostBatch]:
+        kept: list[HostBatch] | None = []
+        held = 0
+        for batch in _eval_dataset(self._task, self._config).take(-1 if self._num_batches is None else self._num_batches):
+            whole = _fill({name: tensor.numpy() for name, tensor in batch.items()}, self._config.batch_size)
+            mine = {name: array[self._rows] for name, array in whole.items()}
+            held += sum(array.nbytes for array in mine.values())
+            if kept is not None:
+                kept = [*kept, mine] if held <= _CACHED_EVAL_BYTES else None
+            yield mine
+        self._kept = kept
+
+
+def eval_batches(
+    config: DatasetConfig, *, num_batches: int | None, process_index: int, process_count: int
+) -> dict[str, Callable[[], Iterator[HostBatch]]]:
+    """See `DatasetConfig.eval_batches`."""
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches is {num_batches}: give at least 1, or None for the whole split")
+    _keep_off_accelerators()
+    local = config.local_batch_size(process_count)
+    rows = slice(process_index * local, (process_index + 1) * local)
+    tasks = _check_split(config, resolve.tasks(config))
+    return {task.name: _EvalPass(task, config, num_batches, rows) for task in tasks}
+
+
+def fingerprint(config: DatasetConfig) -> dict[str, Any]:
+    """See `DatasetConfig.fingerprint`."""
+    provider = resolve.task_or_mixture(config)
+    tasks = {}
+    for task in resolve.tasks(config):
+        rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
+        tasks[task.name] = {"rate": rate, "source": fingerprints.source(task.source), "steps": fingerprints.preprocessors(task)}
+    return {
+        "mixture_or_task": config.mixture_or_task_name,
+        "tasks": tasks,
+        "split": config.split,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "shuffle": config.shuffle,
+        "pack": config.pack,
+        "use_cached": config.use_cached,
+        "task_feature_lengths": dict(config.task_feature_lengths),
+        "vocabularies": {name: fingerprints.vocabulary(feature.vocabulary) for name, feature in provider.output_features.items()},
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("tensorflow", "seqio")}},
+    }

@@ -1,0 +1,127 @@
+"""SeqIO sources over text that is held in memory, and the language-model tasks built on them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from upcycle_jax.data import denoising
+from upcycle_jax.data.documents import SPLITS, TRAIN, Corpus
+
+SHUFFLE_BUFFER = 1000  # segments; documents are shuffled over the whole split before
+
+BYTES = "bytes"
+
+
+class CorpusSource(seqio.DataSource):
+    """Passages of a corpus as examples `{'targets': text}`.
+
+    Unlike SeqIO's function source it shuffles over the whole split, anew in each epoch, and gives each process its own passages before
+    shuffling. The corpus is loaded on first use, so that registering a task costs nothing.
+    """
+
+    def __init__(self, load: Callable[[], Corpus]):
+        super().__init__(splits=SPLITS, caching_permitted=True, performs_internal_shuffling=True)
+        self._load = load
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        """The text itself."""
+        return self._load()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Corpus.fingerprint`."""
+        return self.corpus.fingerprint()
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        return len(self.corpus.splits[split])
+
+    def get_dataset(
+        self,
+        split: str = TRAIN,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused_kwargs: Any,
+    ) -> tf.data.Dataset:
+        """See seqio.DataSource.
+
+        Raises:
+          ValueError: more shards than passages.
+        """
+        passages = self.corpus.splits[split]
+        if shard_info is not None and shard_info.num_shards > len(passages):
+            raise ValueError(
+                f"the domain '{self.corpus.name}' has {len(passages)} passages in the split '{split}', too few for {shard_info.num_shards} "
+                "processes: give it more text or use fewer processes"
+            )
+        if shard_info is not None:
+            passages = passages[shard_info.index :: shard_info.num_shards]
+        texts = tf.constant(passages)
+        order = tf.data.Dataset.range(len(passages))
+        if shuffle:
+            order = order.shuffle(len(passages), seed=seed, reshuffle_each_iteration=True)
+        return order.map(lambda i: {"targets": tf.gather(texts, i)}, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def vocabulary_from(name: str, *, extra_ids: int = 100) -> seqio.Vocabulary:
+    """The byte vocabulary for 'bytes', else the SentencePiece model at a path.
+
+    Raises:
+      FileNotFoundError: no file at the path.
+      ValueError: the file is not a SentencePiece model.
+    """
+    if name == BYTES:
+        return seqio.ByteVocabulary(extra_ids=extra_ids)
+    if not tf.io.gfile.exists(name):
+        raise FileNotFoundError(f"vocabulary {name!r}: no such file; give 'bytes' or the path of a SentencePiece model (spiece.model)")
+    vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=extra_ids)
+    try:
+        int(vocabulary.vocab_size)
+    except Exception as error:  # SentencePiece raises several types for a file that is no model
+        raise ValueError(
+            f"vocabulary {name!r} is not a SentencePiece model ({error}): give 'bytes' or the path of a spiece.model"
+        ) from error
+    return vocabulary
+
+
+def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+    """'inputs' and 'targets' over one vocabulary, both closed by EOS."""
+    return {name: seqio.Feature(vocabulary=vocabulary, add_eos=True) for name in ("inputs", "targets")}
+
+
+def tokenize(dataset: tf.data.Dataset, output_features: denoising.Features) -> tf.data.Dataset:
+    """Tokens of `targets`, without EOS and without a copy of the text."""
+    return seqio.preprocessors.tokenize(dataset, output_features, copy_pretokenized=False, with_eos=False)
+
+
+def language_model_task(
+    name: str,
+    source: seqio.DataSource,
+    vocabulary: seqio.Vocabulary,
+    *,
+    objective: Callable[..., tf.data.Dataset] = denoising.span_corruption,
+) -> seqio.Task:
+    """A task, not registered, that trains by `objective` on the texts of `source`."""
+    return seqio.Task(
+        name,
+        source=source,
+        preprocessors=[
+            tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            objective,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features=output_features(vocabulary),
+        metric_fns=[],
+        shuffle_buffer_size=SHUFFLE_BUFFER,
+    )
