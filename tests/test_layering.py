@@ -105,7 +105,8 @@ def test_the_library_imports_without_tensorflow():
         for path in LIBRARY
         if room_of(path) not in ("data", "tasks") or path == PACKAGE / "data" / "__init__.py"
     ]
-    code = f"import importlib, sys\nfor name in {modules!r}:\n    importlib.import_module(name)\n    assert 'tensorflow' not in sys.modules, name"
+    loop = "    importlib.import_module(name)\n    assert 'tensorflow' not in sys.modules, name"
+    code = f"import importlib, sys\nfor name in {modules!r}:\n{loop}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

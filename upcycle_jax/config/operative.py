@@ -1,6 +1,7 @@
 """The operative configuration: gin text of what a run really used, defaults included."""
 
 import dataclasses
+import enum
 import math
 from typing import Any
 
@@ -15,7 +16,12 @@ def _is_literal(value: Any) -> bool:
         return all(_is_literal(key) and _is_literal(part) for key, part in value.items())
     if type(value) in (list, tuple):
         return all(_is_literal(part) for part in value)
-    return value is None or type(value) in (bool, int, str, bytes) or (type(value) is float and math.isfinite(value))
+    return (
+        value is None
+        or isinstance(value, enum.StrEnum)
+        or type(value) in (bool, int, str, bytes)
+        or (type(value) is float and math.isfinite(value))
+    )
 
 
 def format_value(value: Any, indent: int = 0) -> str:
@@ -31,6 +37,8 @@ def format_value(value: Any, indent: int = 0) -> str:
             return flat
         pad = " " * (indent + 4)
         return f"{ends[0]}\n" + "".join(f"{pad}{part},\n" for part in parts) + " " * indent + ends[1]
+    if isinstance(value, enum.StrEnum):
+        return repr(str(value))
     return str(value) if isinstance(value, (Macro, Reference)) else repr(value)
 
 

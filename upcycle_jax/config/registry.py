@@ -12,7 +12,7 @@ _LIBRARY = "upcycle_jax"
 
 PATHS: dict[str, str] = {
     # Models.
-    "T5Config": "models.t5:T5Config",
+    "T5Config": "models.config:T5Config",
     "MoeConfig": "moe.config:MoeConfig",
     "ExpertsChoose": "moe.routing:ExpertsChoose",
     "TokensChoose": "moe.routing:TokensChoose",
@@ -21,6 +21,20 @@ PATHS: dict[str, str] = {
     "Partitioner": "partitioning:Partitioner",
     # Surgery.
     "Recipe": "surgery:Recipe",
+    "CopyExperts": "surgery:CopyExperts",
+    "NoisyCopies": "surgery:NoisyCopies",
+    "FreshExperts": "surgery:FreshExperts",
+    "PartialCopies": "surgery:PartialCopies",
+    "DropUpcycling": "surgery:DropUpcycling",
+    "VirtualGroups": "surgery:VirtualGroups",
+    "QwenExperts": "surgery:QwenExperts",
+    "ParentExperts": "surgery:ParentExperts",
+    "NormalRouter": "surgery:NormalRouter",
+    "UniformRouter": "surgery:UniformRouter",
+    "ZeroRouter": "surgery:ZeroRouter",
+    "GivenRouter": "surgery:GivenRouter",
+    "DepthTile": "surgery:DepthTile",
+    "MergeRecipe": "surgery:MergeRecipe",
     # Data.
     "DatasetConfig": "data:DatasetConfig",
     # Training.

@@ -34,7 +34,7 @@ def array_lines(specs: Mapping[str, LeafSpec], partitioner: Partitioner | None =
     shape_width = max((len(_shape(spec)) for spec in specs.values()), default=0)
     return [
         f"Variable    {name:<{name_width}} size {spec.size:<12} shape {_shape(spec):<{shape_width}} "
-        f"dtype {spec.dtype.name:<8} partition spec {_partition(spec, partitioner)}"
+        f"partition spec {_partition(spec, partitioner)}"
         for name, spec in sorted(specs.items())
     ]
 

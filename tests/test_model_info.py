@@ -1,0 +1,66 @@
+"""Parameter counts of the shipped models. The expected numbers are Table 1 of the paper (arXiv 2212.05055)."""
+
+import re
+
+import numpy as np
+import pytest
+
+from upcycle_jax import axes, model_info
+from upcycle_jax.config import load
+from upcycle_jax.models import info
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.trees import LeafSpec
+
+TABLE_1 = {
+    "base": 247_577_856,
+    "large": 783_150_080,
+    "xl": 2_849_757_184,
+    "base_upcycled": 2_003_188_992,
+    "large_upcycled": 7_220_096_000,
+    "xl_upcycled": 26_255_546_368,
+}
+
+LINE = re.compile(r"Variable    (\S+) +size (\d+) +shape \((.*?)\) +partition spec \(.*\)")
+
+
+@pytest.mark.parametrize("size", TABLE_1)
+def test_counts_equal_table_1(size):
+    model = load([f"models/t5_1_1_{size}.gin"]).macro("MODEL")
+    assert info.total_parameters(model.param_specs()) == TABLE_1[size]
+
+
+def test_the_command_prints_every_parameter_and_the_total(capsys):
+    assert model_info.main(["--gin_file=gin_configs/models/t5_1_1_base_upcycled.gin"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "Total number of parameters: 2003188992"
+    parsed = [LINE.fullmatch(line) for line in lines[:-1]]
+    assert all(parsed)
+    assert sum(int(match[2]) for match in parsed) == TABLE_1["base_upcycled"]
+    by_name = {match[1]: match[0] for match in parsed}
+    wi = by_name["encoder/layers_1/mlp/expert/wi_0/kernel"]
+    assert f"size {32 * 768 * 2048} " in wi
+    assert "(expert=32, embed=768, expert_mlp=2048)" in wi and wi.endswith("partition spec ('expert', None, 'model')")
+    assert "(embed=768, unmodeled=32)" in by_name["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+
+
+def test_partitioner_bindings_decide_the_specs(capsys):
+    assert model_info.main(["--gin_file=models/t5_1_1_tiny.gin", "--gin.Partitioner.fsdp=True"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "token_embedder/embedding" in line)
+    assert line.endswith("partition spec ('model', 'data')")
+
+
+def test_a_missing_model_is_explained(capsys, tmp_path):
+    empty = tmp_path / "empty.gin"
+    empty.write_text("")
+    assert model_info.main([f"--gin_file={empty}"]) == 2
+    assert "no gin file or flag defines MODEL" in capsys.readouterr().err
+
+
+def test_state_is_listed_after_the_total():
+    params = {"a/kernel": LeafSpec((4, 6), np.float32, (axes.EMBED, axes.MLP))}
+    state = {"state/step": LeafSpec((), np.int32), "state/param_states/a/kernel/v": LeafSpec((1,), np.float32)}
+    lines = info.model_info(params, partitioner=Partitioner(), state=state).splitlines()
+    assert lines[0] == "Variable    a/kernel size 24           shape (embed=4, mlp=6) partition spec (None, 'model')"
+    assert lines[1] == "Total number of parameters: 24"
+    assert [LINE.fullmatch(line)[1] for line in lines[3:5]] == ["state/param_states/a/kernel/v", "state/step"]
+    assert lines[5] == "Total number of elements of the optimizer state: 2"

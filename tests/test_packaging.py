@@ -1,0 +1,114 @@
+"""The project installs from a wheel, and asks for what it imports."""
+
+import ast
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "upcycle_jax", "tasks", "gin_configs")
+COMES_WITH_SEQIO = {"tensorflow"}
+"""Installed by SeqIO, which alone knows the version that fits (see setup.py)."""
+
+
+def setup_constants() -> dict:
+    """The literal constants of setup.py, read without running it."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    wanted = ("REQUIREMENTS", "EXTRAS")
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in wanted
+    }
+
+
+def distribution(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement).group().lower().replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of this checkout, built from a copy so that nothing is left behind in it."""
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(work),
+    ]
+    done = subprocess.run([*pip, str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(work.glob("*.whl"))
+
+
+def test_the_wheel_holds_library_tasks_and_gin_files(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "upcycle_jax").rglob("*.py")}
+    for folder, pattern in (("tasks", "*.py"), ("gin_configs", "*.gin")):
+        expected |= {f"upcycle_jax/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob(pattern)}
+    assert not expected - held, "missing from the wheel"
+    assert not any(name.startswith(("tests/", "tasks/", "gin_configs/")) for name in held), "would be installed under a second name"
+
+
+def test_commands_work_from_a_wheel_in_another_directory(wheel, tmp_path):
+    target = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("-c", "import upcycle_jax.tasks as t; print(t.__file__)").startswith(str(target))
+    by_path = run("-m", "upcycle_jax.model_info", "--gin_file=gin_configs/models/t5_1_1_tiny.gin")
+    by_name = run("-m", "upcycle_jax.cli", "model_info", "--gin_file=models/t5_1_1_tiny.gin")
+    assert by_path == by_name and "Total number of parameters: " in by_path
+
+
+def test_requirements_are_ranges_with_both_ends():
+    constants = setup_constants()
+    for requirement in constants["REQUIREMENTS"]:
+        assert re.search(r">=[\d.]+,<[\d.]+$", requirement), requirement
+
+
+def test_everything_that_is_imported_is_required():
+    constants = setup_constants()
+    declared = {distribution(item) for item in constants["REQUIREMENTS"]}
+    optional = {distribution(item) for items in constants["EXTRAS"].values() for item in items}
+    providers = importlib.metadata.packages_distributions()
+    problems = []
+    for path in [*(ROOT / "upcycle_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for head in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"upcycle_jax"} - COMES_WITH_SEQIO:
+                by = {name.lower().replace("_", "-") for name in providers.get(head, [head])}
+                if not by & (declared | optional if id(node) in inside else declared):
+                    problems.append(
+                        f"{path.relative_to(ROOT)}:{node.lineno} imports {head} ({', '.join(sorted(by))}), which setup.py does not ask for"
+                    )
+    assert not problems, "\n".join(problems)
