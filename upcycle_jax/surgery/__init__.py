@@ -1,0 +1,53 @@
+"""Dense-to-sparse conversion: a recipe becomes a plan, the plan is applied online or offline, and the result is proved from disk.
+
+recipe (choices) -> make_plan (every target leaf, its origin) -> apply_online / apply_offline (the same bits) -> prove (proof.json).
+"""
+
+from upcycle_jax.surgery.apply import apply_offline, apply_online
+from upcycle_jax.surgery.plan import make_plan
+from upcycle_jax.surgery.proof import Proof, prove
+from upcycle_jax.surgery.recipe import (
+    CopyExperts,
+    DepthTile,
+    DropUpcycling,
+    FreshExperts,
+    GivenRouter,
+    MergeRecipe,
+    NoisyCopies,
+    NormalRouter,
+    ParentExperts,
+    PartialCopies,
+    QwenExperts,
+    Recipe,
+    UniformRouter,
+    VirtualGroups,
+    ZeroRouter,
+)
+from upcycle_jax.surgery.sources import join
+from upcycle_jax.surgery.table import Plan, Row
+
+__all__ = [
+    "CopyExperts",
+    "DepthTile",
+    "DropUpcycling",
+    "FreshExperts",
+    "GivenRouter",
+    "MergeRecipe",
+    "NoisyCopies",
+    "NormalRouter",
+    "ParentExperts",
+    "PartialCopies",
+    "Plan",
+    "Proof",
+    "QwenExperts",
+    "Recipe",
+    "Row",
+    "UniformRouter",
+    "VirtualGroups",
+    "ZeroRouter",
+    "apply_offline",
+    "apply_online",
+    "join",
+    "make_plan",
+    "prove",
+]

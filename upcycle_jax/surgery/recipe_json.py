@@ -1,0 +1,42 @@
+"""Recipes as JSON and back: what a converted checkpoint records about itself."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle_jax.surgery.recipe import PARTS
+
+
+def to_json(recipe: Any) -> Any:
+    """A recipe (or a part of one) as plain JSON: `{'type': class name, field: value, ...}`."""
+    if dataclasses.is_dataclass(recipe):
+        fields = {field.name: to_json(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+        return {"type": type(recipe).__name__, **fields}
+    if isinstance(recipe, Mapping):
+        return {name: to_json(value) for name, value in recipe.items()}
+    return [to_json(item) for item in recipe] if isinstance(recipe, tuple | list) else recipe
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`.
+
+    Raises:
+      ValueError: a class or field that this version does not know.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {name: from_json(item) for name, item in value.items() if name != "type"}
+    if "type" not in value:
+        return fields
+    known = {part.__name__: part for part in PARTS}
+    part = known.get(value["type"])
+    unknown = set(fields) - {field.name for field in dataclasses.fields(part)} if part else ()
+    if part is None or unknown:
+        raise ValueError(
+            f"recipe part {value['type']!r} with fields {sorted(fields)} is not known here: it was written by another version; "
+            f"known parts: {sorted(known)}"
+        )
+    return typing.cast(Any, part)(**fields)

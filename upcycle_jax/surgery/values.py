@@ -1,0 +1,106 @@
+"""The values of a plan's rows, region by region on the host: what is written offline, put on devices online, and compared with by the
+proof.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from upcycle_jax.surgery.operations import Expectation, Reach, Region
+from upcycle_jax.surgery.sources import Reader
+from upcycle_jax.surgery.table import Row
+
+
+class RowValues:
+    """The values of one row. Holds at most one dense leaf (or a region of it) and one slab."""
+
+    def __init__(self, row: Row, reader: Reader, seed: int):
+        self.row, self.reader, self.keys, self.seed = row, reader, row.keys(seed), seed
+        self._sources: tuple[Region | None, list[np.ndarray]] | None = None
+        self._slab: tuple[int, np.ndarray] | None = None
+
+    @property
+    def whole_slabs(self) -> bool:
+        """Whether a value can only be had with its whole slab."""
+        return self.row.operation.reach is Reach.WHOLE
+
+    def order(self, regions: Sequence[Region]) -> list[Region]:
+        """The regions in the order that reads every source byte once: where regions are independent, experts innermost."""
+        if not self.row.operation.stacked or self.whole_slabs:
+            return list(regions)
+        return sorted(regions, key=lambda region: [(s.start, s.stop) for s in (*region[1:], region[0])])
+
+    @functools.cached_property
+    def aux(self) -> dict[str, np.ndarray]:
+        """See `Operation.prepare`."""
+        operation = self.row.operation
+        return operation.prepare(self.sources(None) if operation.reads_statistics else (), self.keys, self.row.spec.shape)
+
+    def sources(self, region: Region | None) -> list[np.ndarray]:
+        """The source arrays, or (reach ELEMENT) the part of each that a region without the stacking axis is made of."""
+        operation = self.row.operation
+        if self._sources is None or self._sources[0] != region:
+            self._sources = None  # Free the old ones before the new ones are read.
+            read = []
+            for number, name in enumerate(self.row.sources):
+                index = None if region is None else operation.source_region(region, number)
+                read.append(self.reader.read(name, index or None))
+            self._sources = (region, read)
+        return self._sources[1]
+
+    def region(self, region: Region) -> np.ndarray:
+        """The values of a region of the target leaf (explicit bounds for every axis), in the leaf's dtype.
+
+        Where stacked, the region may hold several experts; the result then is a new array, else possibly a view of a source.
+        """
+        if not self.row.operation.stacked:
+            return self._slab_region(0, region)
+        slabs = [self._slab_region(expert, region[1:]) for expert in range(region[0].start, region[0].stop)]
+        return slabs[0][None] if len(slabs) == 1 else np.stack(slabs)
+
+    def _slab_region(self, expert: int, inner: Region) -> np.ndarray:
+        operation = self.row.operation
+        if self.whole_slabs:
+            if self._slab is None or self._slab[0] != expert:
+                self._slab = None
+                shape = self.row.spec.shape[1:] if operation.stacked else self.row.spec.shape
+                made = operation.make(self.sources(None), self.aux, self.keys, expert, shape)
+                self._slab = (expert, np.asarray(made).astype(self.row.spec.dtype, copy=False))
+            return self._slab[1][inner]
+        shape = tuple(s.stop - s.start for s in inner)
+        made = operation.make(self.sources(inner), self.aux, self.keys, expert, shape)
+        return np.asarray(made).astype(self.row.spec.dtype, copy=False).reshape(shape)
+
+    def expectation(self, region: Region) -> Expectation | None:
+        """What a region of one expert must look like without the generator; a whole slab where `whole_slabs`."""
+        operation = self.row.operation
+        inner = region[1:] if operation.stacked else region
+        sources = self.sources(None if self.whole_slabs else inner)
+        expert = region[0].start if operation.stacked else 0
+        shape = tuple(s.stop - s.start for s in inner)
+        return operation.expectation(sources, self.aux, expert, shape)
+
+
+def regions_of(row: Row, max_bytes: int) -> list[Region]:
+    """Cuts a leaf into regions of at most `max_bytes` where the operation allows it: one expert each where stacked, then along the first
+    axis.
+    """
+    shape = row.spec.shape
+    if not shape:
+        return [()]
+    stacked = row.operation.stacked
+    inner = shape[1:] if stacked else shape
+    whole = tuple(slice(0, n) for n in inner)
+    rows = inner[0] if inner else 1
+    per_row = max(1, (row.spec.nbytes // (shape[0] if stacked else 1)) // max(rows, 1))
+    # A merge reads every expert of the region.
+    fan_in = max(1, sum(s.size for s in row.source_specs) * (shape[0] if stacked else 1) // max(row.spec.size, 1))
+    step = max(1, max_bytes // (per_row * fan_in))
+    if row.operation.reach is Reach.WHOLE or not inner:
+        parts = [whole]
+    else:
+        parts = [(slice(a, min(a + step, rows)), *whole[1:]) for a in range(0, rows, step)] or [whole]
+    if not stacked:
+        return parts
+    return [(slice(e, e + 1), *part) for part in parts for e in range(shape[0])]
