@@ -1,0 +1,45 @@
+"""Bad settings are refused with their numbers."""
+
+import pytest
+
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": -3}, "num_experts must be at least 1, got -3"),
+        ({"train_expert_capacity_factor": 0.0}, r"train_expert_capacity_factor must be above 0 .*got 0\.0"),
+        ({"eval_expert_capacity_factor": -1.0}, r"eval_expert_capacity_factor must be above 0 .*got -1\.0"),
+        ({"train_expert_capacity_factor": float("nan")}, "above 0 .*got nan"),
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"expert_mlp_dim": 0}, "expert_mlp_dim must be at least 1.*got 0"),
+        ({"expert_dropout_rate": 1.0}, r"expert_dropout_rate must be in \[0, 1\).*got 1\.0"),
+        ({"num_experts": 4, "decoder_router": TokensChoose(num_selected_experts=5)}, "num_selected_experts=5 is more than num_experts=4"),
+        ({"num_experts": 1, "encoder_router": TokensChoose()}, "num_selected_experts=2 is more than num_experts=1"),
+        ({"decoder_router": ExpertsChoose()}, "ExpertsChoose cannot be the decoder's router: .*later tokens.*TokensChoose"),
+        (
+            {"decoder_router": TokensChoose(batch_prioritized=True)},
+            "TokensChoose cannot be the decoder's router: .*batch_prioritized=False",
+        ),
+        ({"decoder_router": "TokensChoose"}, "decoder_router must be a router"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MoeConfig(**settings)
+
+
+def test_a_decoder_without_moe_layers_needs_no_causal_router():
+    MoeConfig(decoder_router=ExpertsChoose(), num_decoder_sparse_layers=0)
+
+
+def test_batch_priority_is_fine_in_the_encoder():
+    MoeConfig(encoder_router=TokensChoose(batch_prioritized=True))
+
+
+def test_configs_are_hashable_and_equal_by_value():
+    assert MoeConfig() == MoeConfig() and hash(MoeConfig()) == hash(MoeConfig())
+    assert MoeConfig(encoder_sparse_layout=[1, 2]) == MoeConfig(encoder_sparse_layout=(1, 2))
