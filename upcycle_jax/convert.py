@@ -1,0 +1,114 @@
+"""Converts checkpoints between formats without changing the model: anything readable to Orbax, dense T5 to Hugging Face.
+
+Examples:
+
+    python -m upcycle_jax.convert ~/flan-t5-base /runs/flan --optimizer_state adafactor
+    python -m upcycle_jax.convert gs://bucket/t5/checkpoint_1000000 /runs/t5
+    python -m upcycle_jax.convert /runs/t5/checkpoint_5000 ~/t5-hf --to huggingface --dtype bfloat16
+
+The source is only read. The output appears when it is complete; a command that was interrupted is finished by running it again.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes such as '2GiB', '512M' or '1000000'.
+
+    >>> parse_bytes("2GiB") == parse_bytes("2048M")
+    True
+
+    Raises:
+      argparse.ArgumentTypeError: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match.group(1)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 512MiB or 2GiB")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m upcycle_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5 folder")
+    parser.add_argument("output", help="checkpoint_<step> or the MODEL_DIR to hold it; a new folder for --to huggingface")
+    parser.add_argument("--to", choices=("orbax", "huggingface"), default="orbax", help="format to write (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the parameters; default: as they are stored")
+    parser.add_argument(
+        "--optimizer_state",
+        choices=("keep", "drop", "adafactor"),
+        default="keep",
+        help="copy the source's, leave it out, or write a fresh Adafactor state of zeros, which T5X wants to find (orbax only)",
+    )
+    parser.add_argument("--step", type=int, help="step to record; default: the source's (orbax only)")
+    parser.add_argument("--max_memory", type=parse_bytes, default="1GiB", help="about how much to hold at a time (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> str:
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+    import numpy as np
+
+    from upcycle_jax.checkpoints.conversion import convert_to_orbax
+    from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+    from upcycle_jax.checkpoints.opening import open_checkpoint
+    from upcycle_jax.checkpoints.reader import TARGET
+
+    reader = open_checkpoint(arguments.source)
+    dtype = np.dtype(arguments.dtype) if arguments.dtype else None
+
+    def progress(name: str) -> None:
+        if not arguments.quiet:
+            print(name, file=sys.stderr)
+
+    if arguments.to == "huggingface":
+        if arguments.step is not None or arguments.optimizer_state == "adafactor":
+            raise ValueError("a Hugging Face folder holds neither a step nor optimizer state: leave out --step and --optimizer_state")
+        return str(write_huggingface(reader, arguments.output, dtype=dtype, shard_bytes=arguments.max_memory, progress=progress))
+    fresh = None
+    if arguments.optimizer_state == "adafactor":
+        from upcycle_jax import axes, trees
+        from upcycle_jax.training.optimizers import Adafactor
+
+        def with_axes(name: str, spec: trees.LeafSpec) -> trees.LeafSpec:
+            # The optimizer factors each expert's matrix on its own, and knows experts by their axis.
+            named = (axes.EXPERT, *spec.axes[1:]) if "/expert/" in name else spec.axes
+            return trees.LeafSpec(spec.shape, spec.dtype, named)
+
+        targets = {name.removeprefix(TARGET): with_axes(name, spec) for name, spec in reader.specs().items() if name.startswith(TARGET)}
+        fresh = {f"state/param_states/{name}": spec for name, spec in Adafactor().state_specs(targets).items()}
+    path = convert_to_orbax(
+        reader,
+        arguments.output,
+        step=arguments.step,
+        dtype=dtype,
+        keep_optimizer=arguments.optimizer_state == "keep",
+        fresh_state=fresh,
+        max_memory=arguments.max_memory,
+        progress=progress,
+    )
+    return str(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; 1 when nothing could be converted."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Only files are copied: do not take hold of an accelerator.
+    try:
+        print(f"wrote {_convert(arguments)}")
+    except (ValueError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
