@@ -115,7 +115,9 @@ class Optimizer(abc.ABC):
             new_states.update({f"{path}/{slot}": value for slot, value in new_slots.items()})
         return OptimizerUpdate(params=trees.unflatten(new_params), param_states=trees.unflatten(new_states))
 
-    def _apply_leaf(self, spec: LeafSpec, param, grad, slots: Slots, step, learning_rate) -> tuple[jax.Array, Slots]:
+    def _apply_leaf(
+        self, spec: LeafSpec, param: jax.Array, grad: jax.Array, slots: Slots, step: jax.Array, learning_rate: jax.Array
+    ) -> tuple[jax.Array, Slots]:
         grad = grad.astype(jnp.float32)
         if not _is_expert(spec):
             used = self.slot_specs(spec)
@@ -125,7 +127,7 @@ class Optimizer(abc.ABC):
                 grad = grad * self.expert_gradient_scale
             used = self.slot_specs(_slice_spec(spec))
 
-            def update_one_expert(param, grad, one_slots):
+            def update_one_expert(param: jax.Array, grad: jax.Array, one_slots: Slots) -> tuple[jax.Array, Slots]:
                 return self.update(param, grad, one_slots, step=step, learning_rate=learning_rate)
 
             new_param, new_used = jax.vmap(update_one_expert)(param, grad, {s: slots[s] for s in used})
@@ -189,7 +191,7 @@ class Adafactor(Optimizer):
         state = optax.FactoredState(count=step, **{slot: slots.get(slot, unused) for slot in ("v_row", "v_col", "v")})
         param32 = param.astype(jnp.float32)
         change, state = second_moments.update(grad, state, param32)
-        new_slots = {slot: getattr(state, slot) for slot in ("v_row", "v_col", "v") if slot in slots}
+        new_slots: Slots = {slot: getattr(state, slot) for slot in ("v_row", "v_col", "v") if slot in slots}
         if self.clipping_threshold is not None:
             change = _stateless(optax.clip_by_block_rms(self.clipping_threshold), change, param32)
         change = change * learning_rate

@@ -1,0 +1,155 @@
+"""A model that trains in milliseconds, and deterministic data for it, behind the interfaces of the real ones."""
+
+import dataclasses
+import json
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from upcycle_jax import trees
+from upcycle_jax.models.metrics import Mean
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.optimizers import Adafactor
+from upcycle_jax.training.schedules import create_learning_rate_scheduler
+from upcycle_jax.training.trainer import Trainer
+
+VOCAB, WIDTH, HIDDEN, LENGTH = 24, 8, 16, 6
+F32 = np.dtype(np.float32)
+
+
+class BagModel:
+    """Predicts each target from the mean of the inputs and the previous token; with experts, from their mean output."""
+
+    def __init__(self, num_experts: int = 0, hidden: int = HIDDEN, dropout: float = 0.1, normalise: bool = True):
+        self.config = types.SimpleNamespace(vocab_size=VOCAB)
+        self.num_experts, self.hidden, self.dropout, self.normalise = num_experts, hidden, dropout, normalise
+
+    def param_specs(self):
+        mlp, lead, names, width = "decoder/layers_0/mlp", (), (), "mlp"
+        if self.num_experts:
+            mlp, lead, names, width = f"{mlp}/expert", (self.num_experts,), ("expert",), "expert_mlp"
+        specs = {
+            "token_embedder/embedding": trees.LeafSpec((VOCAB, WIDTH), F32, ("vocab", "embed")),
+            f"{mlp}/wi_0/kernel": trees.LeafSpec((*lead, WIDTH, self.hidden), F32, (*names, "embed", width)),
+            f"{mlp}/wo/kernel": trees.LeafSpec((*lead, self.hidden, WIDTH), F32, (*names, width, "embed")),
+        }
+        if self.num_experts:
+            router = "decoder/layers_0/mlp/router/router_weights/w/kernel"
+            specs[router] = trees.LeafSpec((WIDTH, self.num_experts), F32, ("embed", "unmodeled"))
+        return dict(sorted(specs.items()))
+
+    def init_params(self, rng):
+        keys = {path: jax.random.fold_in(rng, i) for i, path in enumerate(self.param_specs())}
+        return trees.unflatten({path: 0.3 * jax.random.normal(keys[path], spec.shape) for path, spec in self.param_specs().items()})
+
+    def input_specs(self, batch_size, task_feature_lengths, *, packed=False):
+        shape = (batch_size, task_feature_lengths["targets"])
+        return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("encoder_input_tokens", "decoder_target_tokens")}
+
+    def loss_denominator(self, batch):
+        return jnp.sum(batch["decoder_target_tokens"] > 0).astype(jnp.float32) if self.normalise else jnp.float32(1)
+
+    def _cross_entropy(self, params, batch, dropout_rng):
+        embedding, mlp = params["token_embedder"]["embedding"], params["decoder"]["layers_0"]["mlp"]
+        x = embedding[batch["encoder_input_tokens"]].mean(axis=1)
+        if dropout_rng is not None and self.dropout:
+            x = x * jax.random.bernoulli(dropout_rng, 1 - self.dropout, x.shape)
+        if self.num_experts:
+            gates = jax.nn.softmax(x @ mlp["router"]["router_weights"]["w"]["kernel"])
+            h = jax.nn.gelu(jnp.einsum("bd,edf->bef", x, mlp["expert"]["wi_0"]["kernel"]))
+            x = x + jnp.einsum("bef,efd,be->bd", h, mlp["expert"]["wo"]["kernel"], gates)
+        else:
+            x = x + jax.nn.gelu(x @ mlp["wi_0"]["kernel"]) @ mlp["wo"]["kernel"]
+        logits = (x @ embedding.T)[:, None, :]
+        targets = batch["decoder_target_tokens"]
+        ce = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+        weights = (targets > 0).astype(jnp.float32)
+        return jnp.sum(ce * weights), jnp.sum(weights)
+
+    def loss_fn(self, params, batch, dropout_rng, *, denominator, aux_scale=1.0):
+        summed, count = self._cross_entropy(params, batch, dropout_rng)
+        auxiliary = 1e-3 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))  # depends on no batch, so it must count once
+        loss = summed / denominator + aux_scale * auxiliary
+        scale = jnp.float32(aux_scale)
+        return loss, {"loss": Mean(loss, scale), "cross_ent_loss": Mean(summed, count), "target_tokens": Mean(count, scale)}
+
+    def eval_fn(self, params, batch):
+        summed, count = self._cross_entropy(params, batch, None)
+        return {"loss": Mean(summed, count), "cross_ent_loss": Mean(summed, count)}
+
+
+class ArithmeticIterator:
+    """Batch k is drawn from `default_rng((seed, k))`."""
+
+    def __init__(self, cfg):
+        self.cfg, self.position = cfg, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = self.cfg.batch(self.position)
+        self.position += 1
+        return batch
+
+    def save(self, directory):
+        (epath.Path(directory) / "position.json").write_text(json.dumps(self.position))
+
+    def restore(self, directory):
+        self.position = json.loads((epath.Path(directory) / "position.json").read_text())
+
+    def seek(self, num_batches):
+        self.position = num_batches
+
+    def fingerprint(self):
+        return {"name": self.cfg.mixture_or_task_name, "seed": self.cfg.seed, "versions": {"numpy": np.__version__}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArithmeticDataset:
+    """A `DatasetConfig` without TensorFlow. `poison` is a batch number whose tokens are out of range (NaN by jnp.take's fill)."""
+
+    mixture_or_task_name: str = "bags"
+    batch_size: int = 8
+    seed: int = 0
+    pack: bool = False
+    split: str = "train"
+    vocabulary: int = VOCAB
+    task_feature_lengths: Any = dataclasses.field(default_factory=lambda: {"inputs": LENGTH, "targets": LENGTH})
+
+    def batch(self, k):
+        rng = np.random.default_rng((self.seed, k))
+        tokens = rng.integers(1, VOCAB, (self.batch_size, LENGTH)).astype(np.int32)
+        targets = np.sort(tokens, axis=1)
+        targets[rng.random(targets.shape) < 0.2] = 0
+        return {"encoder_input_tokens": tokens, "decoder_target_tokens": targets}
+
+    def vocabulary_size(self):
+        return self.vocabulary
+
+    def train_iterator(self, process_index=0, process_count=1):
+        return ArithmeticIterator(self)
+
+    def eval_batches(self, num_batches=None, process_index=0, process_count=1):
+        def task(first):
+            return lambda: (self.batch(first + i) for i in range(num_batches or 2))
+
+        return {"bags_a": task(10_000), "bags_b": task(20_000)}
+
+
+@pytest.fixture
+def bags():
+    """Namespace of the fakes: Model, Dataset, trainer(...), one_device."""
+    schedule = create_learning_rate_scheduler(base_learning_rate=1.0, warmup_steps=4)
+
+    def trainer(**kwargs):
+        return Trainer(**{"optimizer": Adafactor(min_dim_size_to_factor=8), "learning_rate_fn": schedule, **kwargs})
+
+    return types.SimpleNamespace(
+        Model=BagModel, Dataset=ArithmeticDataset, trainer=trainer, one_device=Partitioner(devices=(jax.devices()[0],))
+    )

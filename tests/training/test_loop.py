@@ -1,0 +1,266 @@
+"""The whole of a run: what it writes, how it resumes, how it stops, what it refuses."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
+from upcycle_jax.training.loop import train
+from upcycle_jax.training.optimizers import AdamW
+
+
+@pytest.fixture
+def start(bags, tmp_path):
+    """`train` with small defaults."""
+
+    def run(name="run", *, period=4, restore=None, steps=8, **kwargs):
+        arguments = {
+            "model": bags.Model(),
+            "model_dir": tmp_path / name,
+            "train_dataset_cfg": bags.Dataset(),
+            "train_eval_dataset_cfg": bags.Dataset(split="validation"),
+            "checkpoint_cfg": CheckpointConfig(restore=restore, save=SaveCheckpointConfig(period=period)),
+            "partitioner": bags.one_device,
+            "trainer": bags.trainer(),
+            "total_steps": steps,
+            "eval_steps": 2,
+            "eval_period": 4,
+            "stats_period": 1,
+        }
+        return train(**arguments | kwargs)
+
+    return run
+
+
+def rows(folder, skip=("wall_time",)):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: {k: v for k, v in row.items() if k not in skip and not k.startswith("timing/")} for row in lines}
+
+
+def leaves(path):
+    reader = open_checkpoint(path)
+    return {name: reader.read(name) for name in reader.specs()}
+
+
+def assert_same_arrays(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_a_run_leaves_what_it_promises(start, tmp_path):
+    result = start(files={"config.gin": "A = 1\n"})
+    folder = tmp_path / "run"
+    assert (result.step, result.start, result.interrupted) == (8, "scratch", None)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.gin", "model-info.txt", "manifest.json", "train", "training_eval", "checkpoint_4", "checkpoint_8"} <= names
+    assert (folder / "config.gin").read_text() == "A = 1\n"
+    assert "Total number of parameters: 448" in (folder / "model-info.txt").read_text()  # 24 * 8 + 2 * 8 * 16
+    assert list(rows(folder / "train")) == list(range(1, 9))
+    for task in ("bags_a", "bags_b"):
+        assert list(rows(folder / "training_eval" / task)) == [0, 4, 8]
+        assert list((folder / "training_eval" / task).glob("events.out.tfevents.*"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["status"], manifest["step"], manifest["start_step"], manifest["parameters"]) == ("finished", 8, 0, 448)
+    assert manifest["starts"][0]["versions"]["jax"] == jax.__version__
+    assert manifest["data"]["name"] == "bags"
+
+
+def test_training_reduces_the_loss(start, tmp_path):
+    result = start(steps=60, period=100, eval_period=60)
+    first = rows(tmp_path / "run" / "training_eval" / "bags_a")[0]["cross_ent_loss"]
+    assert result.evaluation["bags_a"]["cross_ent_loss"] < first - 0.1
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, tmp_path):
+    start("whole", steps=10)
+    start("parts", steps=4)
+    assert start("parts", steps=7).start == "resume"
+    start("parts", steps=10)
+    whole, parts = rows(tmp_path / "whole" / "train"), rows(tmp_path / "parts" / "train")
+    assert whole == parts  # every metric of every step, as printed to JSON without loss of digits
+    assert_same_arrays(leaves(tmp_path / "whole" / "checkpoint_10"), leaves(tmp_path / "parts" / "checkpoint_10"))
+    assert rows(tmp_path / "whole" / "training_eval" / "bags_b")[8] == rows(tmp_path / "parts" / "training_eval" / "bags_b")[8]
+
+
+def test_finished_run_started_again_does_nothing(start, tmp_path):
+    start()
+    before = (tmp_path / "run" / "train" / "metrics.jsonl").read_text()
+    assert start().step == 8
+    assert (tmp_path / "run" / "train" / "metrics.jsonl").read_text() == before
+
+
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_later(start, tmp_path, bags):
+    start("whole", steps=9)
+
+    class Interrupting(bags.Dataset):
+        def batch(self, k):
+            if k == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(k)
+
+    result = start("cut", steps=9, train_dataset_cfg=Interrupting())
+    assert (result.step, result.interrupted) == (6, "SIGTERM")
+    assert (tmp_path / "cut" / "checkpoint_6").exists()
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["status"] == "interrupted by SIGTERM"
+    start("cut", steps=9)
+    assert_same_arrays(leaves(tmp_path / "whole" / "checkpoint_9"), leaves(tmp_path / "cut" / "checkpoint_9"))
+
+
+def test_continuing_keeps_step_schedule_optimizer_and_data_position(start, tmp_path):
+    start("whole", steps=8)
+    start("dense", steps=4)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"))
+    result = start("more", steps=8, restore=restore)
+    assert (result.start, result.step) == ("continue", 8)
+    # Everything is carried on, so a continuation in another MODEL_DIR is the same run.
+    assert_same_arrays(leaves(tmp_path / "whole" / "checkpoint_8"), leaves(tmp_path / "more" / "checkpoint_8"))
+    manifest = json.loads((tmp_path / "more" / "manifest.json").read_text())
+    assert manifest["start_step"] == 4 and manifest["restored_from"]["path"].endswith("checkpoint_4")
+    evaluated = rows(tmp_path / "more" / "training_eval" / "bags_a")
+    assert evaluated[4] == rows(tmp_path / "dense" / "training_eval" / "bags_a")[4]  # the restored state, before any update
+
+
+@pytest.mark.parametrize(("position", "batch"), [("step", 4), ("start", 0), ("checkpoint", 4)])
+def test_data_position_after_restoring(start, tmp_path, bags, position, batch):
+    start("dense", steps=4)
+    seen = []
+
+    class Recording(bags.Dataset):
+        def batch(self, k):
+            seen.append(k)
+            return super().batch(k)
+
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), data_position=position)
+    start("more", steps=6, restore=restore, train_dataset_cfg=Recording())
+    assert seen == [batch, batch + 1]
+
+
+def test_restoring_with_a_new_optimizer_and_step(start, tmp_path, bags):
+    start("dense", steps=4)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), optimizer_state="reset", step="reset")
+    result = start("tune", steps=2, restore=restore, trainer=bags.trainer(optimizer=AdamW()), period=1)
+    assert result.step == 2
+    assert {name.rsplit("/", 1)[-1] for name in leaves(tmp_path / "tune" / "checkpoint_2") if "param_states" in name} == {"mu", "nu"}
+
+
+def test_dry_run_describes_and_writes_nothing(start, tmp_path, capsys):
+    start("dense", steps=4)
+    before = sorted(tmp_path.rglob("*"))
+    start("more", restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")), dry_run=True)
+    out = capsys.readouterr().out
+    assert "continue from" in out and "4 -> 8 (4 to do)" in out and "448" in out and "data 1 x expert 1 x model 1" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_dir_of_another_model_is_refused_and_left_alone(start, tmp_path, bags):
+    start(steps=4)
+    before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").rglob("*"))}
+    with pytest.raises(ValueError, match=r"belongs to a run of another model"):
+        start(model=bags.Model(hidden=32))
+    with pytest.raises(ValueError, match=r"belongs to another model or optimizer.*nu.*expected, not there.*Choose another MODEL_DIR"):
+        with_dots(lambda: start(trainer=bags.trainer(optimizer=AdamW())))
+    (tmp_path / "run" / "manifest.json").rename(tmp_path / "manifest.json")  # a MODEL_DIR that something else wrote
+    with pytest.raises(ValueError, match=r"mlp/wi_0/kernel: expected \[8,32\], found \[8,16\]"):
+        start(model=bags.Model(hidden=32))
+    (tmp_path / "manifest.json").rename(tmp_path / "run" / "manifest.json")
+    assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").rglob("*")) if path != tmp_path / "run"} == {
+        path: time for path, time in before.items() if path != tmp_path / "run"
+    }
+
+
+def with_dots(call):
+    """Raises what `call` raises, on one line."""
+    try:
+        call()
+    except ValueError as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 4}, r"at step 4, TRAIN_STEPS is 4: .*set it above 4"),
+        ({"restore": "nowhere"}, r"nowhere does not exist"),
+        ({"hidden": 32}, r"wi_0/kernel: expected \[8,32\], found \[8,16\].*Choose the model file"),
+        ({"num_experts": 2}, r"dense and the model has experts: set RestoreCheckpointConfig.recipe"),
+        ({"optimizer": AdamW()}, r"Only the optimizer state differs: .*optimizer_state = 'reset'"),
+        ({"step_offset": 5}, r"step_offset is 5, but the run starts at step 4"),
+        ({"batch_size": 6, "microbatches": 4}, r"BATCH_SIZE 6 does not split into 4 microbatches"),
+        ({"vocabulary": 100}, r"has 100 ids, the model's vocab_size is 24"),
+        ({"eval_period": 0}, r"train.eval_period is 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(start, tmp_path, bags, arguments, message):
+    start("dense", steps=4)
+    given = dict(arguments)
+    kwargs = {
+        "restore": RestoreCheckpointConfig(path=str(tmp_path / given.pop("restore", "dense"))),
+        "model": bags.Model(hidden=given.pop("hidden", 16), num_experts=given.pop("num_experts", 0)),
+        "train_dataset_cfg": bags.Dataset(batch_size=given.pop("batch_size", 8), vocabulary=given.pop("vocabulary", 24)),
+    }
+    optimizer = given.pop("optimizer", bags.trainer().optimizer)
+    if "step_offset" in given:
+        optimizer = type(optimizer)(step_offset=given.pop("step_offset"))
+    kwargs["trainer"] = bags.trainer(optimizer=optimizer, num_microbatches=given.pop("microbatches", None))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with_dots(lambda: start("new", **kwargs, **given))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_dir_that_cannot_be_written_to(start, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"MODEL_DIR .*file/run cannot be written to"):
+        start("file/run")
+
+
+def test_damaged_latest_checkpoint_falls_back_to_the_one_before(start, tmp_path, caplog):
+    start("whole", steps=10)
+    start("hurt", steps=8)
+    for data in (tmp_path / "hurt" / "checkpoint_8" / "state").rglob("d/*"):
+        data.write_bytes(b"\0" * data.stat().st_size)
+    result = start("hurt", steps=10)
+    assert result.step == 10 and "IS DAMAGED" in caplog.text
+    assert list((tmp_path / "hurt").glob("damaged_checkpoint_8_*"))
+    assert_same_arrays(leaves(tmp_path / "whole" / "checkpoint_10"), leaves(tmp_path / "hurt" / "checkpoint_10"))
+
+
+def test_nan_stops_the_run_and_names_step_and_batch(start, tmp_path, bags):
+    broken = bags.trainer(learning_rate_fn=lambda step: jax.numpy.where(step == 5, jax.numpy.nan, 0.1))
+    with pytest.raises(ValueError, match=r"step 7: the loss is nan"):  # the update that ends at step 6 spoils the parameters
+        start(trainer=broken, steps=12, eval_period=100)
+    report = json.loads((tmp_path / "run" / "non_finite_7.json").read_text())
+    assert report["batch"] == 6 and set(report["batch_crc32"]) == {"encoder_input_tokens", "decoder_target_tokens"}
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "run" / "checkpoint_8").exists() and (tmp_path / "run" / "checkpoint_4").exists()
+
+
+def test_nan_can_be_skipped(start, tmp_path, bags):
+    class NanAtStepFive(bags.Model):
+        def loss_fn(self, params, batch, dropout_rng, *, denominator, aux_scale=1.0):
+            loss, metrics = super().loss_fn(params, batch, dropout_rng, denominator=denominator, aux_scale=aux_scale)
+            poison = jax.numpy.where(batch["encoder_input_tokens"][0, 0] == marked, jax.numpy.nan, 1.0)
+            return loss * poison, metrics
+
+    marked = int(bags.Dataset().batch(4)["encoder_input_tokens"][0, 0])
+    bad = [k for k in range(8) if bags.Dataset().batch(k)["encoder_input_tokens"][0, 0] == marked]
+    start(model=NanAtStepFive(), trainer=bags.trainer(non_finite="skip"), period=1, eval_period=None)
+    before, after = leaves(tmp_path / "run" / "checkpoint_4"), leaves(tmp_path / "run" / "checkpoint_5")
+    assert after.pop("state/step") == before.pop("state/step") + 1
+    assert_same_arrays(before, after)
+    final = rows(tmp_path / "run" / "train")[8]
+    assert final["skipped_updates"] == len(bad) and np.isfinite(final["loss"])
+
+
+def test_bfloat16_checkpoints_restore(start, tmp_path):
+    config = CheckpointConfig(save=SaveCheckpointConfig(period=4, dtype="bfloat16"))
+    start(steps=4, checkpoint_cfg=config)
+    specs = open_checkpoint(tmp_path / "run" / "checkpoint_4").specs()
+    assert specs["target/token_embedder/embedding"].dtype.name == "bfloat16"
+    assert specs["state/param_states/token_embedder/embedding/v_row"].dtype.name == "float32"
+    assert start(steps=6, checkpoint_cfg=config).start == "resume"

@@ -1,0 +1,126 @@
+"""A run in words, before it starts: what `--dry_run` prints."""
+
+import dataclasses
+
+from upcycle_jax.models import accounting
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.training.prepare import PreparedRun, Settings
+from upcycle_jax.training.restore import Start
+from upcycle_jax.training.train_state import PARAM_STATES, TARGET
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a run costs.
+
+    Attributes:
+      parameters: of the model.
+      active_parameters: that a token meets on average; equal to `parameters` for dense models.
+      train_flops_per_step: matrix products, forward and backward; 0 for architectures that are not counted.
+      parameter_bytes: in total and per device.
+      optimizer_bytes: in total and per device.
+    """
+
+    parameters: int
+    active_parameters: int
+    train_flops_per_step: float
+    parameter_bytes: accounting.Memory
+    optimizer_bytes: accounting.Memory
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, uncompressed."""
+        return self.parameter_bytes.total + self.optimizer_bytes.total
+
+
+def costs(run: PreparedRun) -> Costs:
+    """Counts a run's parameters, FLOPs and bytes from its specs."""
+    settings = run.settings
+    params = {path.removeprefix(TARGET): spec for path, spec in run.specs.items() if path.startswith(TARGET)}
+    slots = {path: spec for path, spec in run.specs.items() if path.startswith(PARAM_STATES)}
+    total = active = sum(spec.size for spec in params.values())
+    flops = 0.0
+    config = settings.model.config
+    if isinstance(config, T5Config):
+        active = accounting.count_parameters(config, params).active
+        lengths, microbatches = settings.train_dataset_cfg.task_feature_lengths, settings.trainer.num_microbatches or 1
+        part = accounting.forward_flops(
+            config,
+            batch_size=settings.train_dataset_cfg.batch_size // microbatches,
+            inputs_length=lengths["inputs"],
+            targets_length=lengths["targets"],
+        )
+        flops = float(part.train_step * microbatches)
+    return Costs(
+        parameters=total,
+        active_parameters=active,
+        train_flops_per_step=flops,
+        parameter_bytes=accounting.memory(params, settings.partitioner),
+        optimizer_bytes=accounting.memory(slots, settings.partitioner),
+    )
+
+
+def describe(run: PreparedRun) -> str:
+    """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the plan of the conversion if there is one."""
+    settings, cost = run.settings, costs(run)
+    mesh = settings.partitioner.mesh
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    device = mesh.devices.flat[0]
+    params, optimizer = cost.parameter_bytes, cost.optimizer_bytes
+    state = params.per_device * 2 + optimizer.per_device
+    lines = [
+        f"MODEL_DIR      {settings.model_dir}",
+        f"start          {run.source.describe()}",
+        f"steps          {run.source.step} -> {settings.total_steps} ({max(settings.total_steps - run.source.step, 0)} to do)",
+        f"parameters     {cost.parameters:,} ({cost.active_parameters:,} active per token)",
+        f"mesh           {mesh.devices.size} x {device.device_kind}: {axes}",
+        f"memory         per device: parameters {_size(params.per_device)}, optimizer {_size(optimizer.per_device)}, "
+        f"gradients {_size(params.per_device)}: {_size(state)}, and activations",
+        f"checkpoint     {_size(cost.checkpoint_bytes)}{_saving(settings)}",
+        f"batch          {_batch(settings)}",
+        f"optimizer      {settings.trainer.optimizer}",
+        f"evaluation     {_evaluation(settings)}",
+    ]
+    if cost.train_flops_per_step:
+        lines.insert(4, f"compute        {cost.train_flops_per_step:.3g} FLOPs per step (matrix products, forward and backward)")
+    if run.source.damaged:
+        lines.append(f"damaged        checkpoints of steps {', '.join(map(str, run.source.damaged))} cannot be read")
+    if run.source.start == Start.UPCYCLE:
+        assert run.source.plan is not None
+        shardings = settings.partitioner.shardings(run.specs)
+        lines += ["", f"Upcycling with {run.source.plan.recipe}:", run.source.plan.text(shardings, max_rows=40)]
+    return "\n".join(lines)
+
+
+def _saving(settings: Settings) -> str:
+    save = settings.checkpoint_cfg.save
+    if save is None:
+        return ", none is saved"
+    keep = f", the latest {save.keep} kept" if save.keep else ", all kept"
+    return f" every {save.period} steps and at the end{keep}"
+
+
+def _batch(settings: Settings) -> str:
+    cfg = settings.train_dataset_cfg
+    lengths = ", ".join(f"{name} {length}" for name, length in cfg.task_feature_lengths.items())
+    parts = f", {settings.trainer.num_microbatches} microbatches" if settings.trainer.num_microbatches else ""
+    return f"{cfg.batch_size} rows of {cfg.mixture_or_task_name} ({lengths}){parts}"
+
+
+def _evaluation(settings: Settings) -> str:
+    cfg = settings.train_eval_dataset_cfg
+    if cfg is None:
+        return "none"
+    when = f"every {settings.eval_period} steps, " if settings.eval_period else ""
+    how_much = f"{settings.eval_steps} batches" if settings.eval_steps else "all batches"
+    return (
+        f"{when}at the start and the end: {how_much} of {cfg.batch_size} rows of each task of {cfg.mixture_or_task_name}, split {cfg.split}"
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.4g} {unit}"

@@ -1,0 +1,53 @@
+"""Teacher-forced evaluation, task by task."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from upcycle_jax.models import metrics
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import batches
+from upcycle_jax.training.progress import host_values
+from upcycle_jax.types import Batch, PyTree
+
+TaskBatches = Mapping[str, Callable[[], Iterable[Batch]]]
+
+
+class Evaluator:
+    """Runs a model over batches and merges its metrics; compiled once per batch shape.
+
+    Args:
+      model: has `eval_fn(params, batch) -> metrics.Metrics`.
+      partitioner: the mesh on which parameters live.
+      num_shards: number of parts in which processes load a batch, see `batches.data_layout`.
+    """
+
+    def __init__(self, model: Any, partitioner: Partitioner, *, num_shards: int = 1):
+        self._partitioner, self._num_shards = partitioner, num_shards
+        replicated = partitioner.replicated
+
+        def add(total: metrics.Metrics, params: PyTree, batch: Batch) -> metrics.Metrics:
+            return metrics.merge(total, model.eval_fn(params, batch))
+
+        self._first = jax.jit(model.eval_fn, out_shardings=replicated)
+        self._next = jax.jit(add, out_shardings=replicated, donate_argnums=0)
+
+    def evaluate(self, params: PyTree, task_batches: TaskBatches) -> dict[str, dict[str, Any]]:
+        """Metrics of every task: floats, or arrays for vector metrics, and `timing/evaluation_seconds`.
+
+        Raises:
+          ValueError: a task gave no batch.
+        """
+        return {task: self._one_task(task, params, make_batches) for task, make_batches in task_batches.items()}
+
+    def _one_task(self, task: str, params: PyTree, make_batches: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
+        started, total = time.monotonic(), None
+        for batch in make_batches():
+            on_device = batches.to_global(batch, self._partitioner, self._num_shards)
+            with self._partitioner.activate():
+                total = self._first(params, on_device) if total is None else self._next(total, params, on_device)
+        if total is None:
+            raise ValueError(f"evaluation of {task!r} got no batch: its split is empty or smaller than one batch. Lower the batch size")
+        return host_values(total) | {"timing/evaluation_seconds": time.monotonic() - started}

@@ -1,0 +1,357 @@
+"""Training from the first check to the last checkpoint."""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from upcycle_jax.models.info import model_info
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.surgery import apply as surgery_apply
+from upcycle_jax.surgery.recipe_json import to_json
+from upcycle_jax.training import batches, description, manifest, prepare, restore
+from upcycle_jax.training.config import CheckpointConfig
+from upcycle_jax.training.evaluation import Evaluator
+from upcycle_jax.training.interrupts import StopRequest
+from upcycle_jax.training.metric_writers import MetricWriter, duration, progress_line
+from upcycle_jax.training.prepare import PreparedRun, Settings
+from upcycle_jax.training.progress import LossWatch, Window
+from upcycle_jax.training.restore import Source, Start
+from upcycle_jax.training.saving import Saver
+from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, from_state_dict, model_hash
+from upcycle_jax.training.train_step import TrainStep, make_train_step
+from upcycle_jax.training.trainer import NonFinite, Trainer
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_STATS_PERIOD = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      step: updates done in the whole run.
+      start: how this call started, e.g. 'scratch' or 'resume'.
+      interrupted: the signal that ended it early, or None.
+      evaluation: metrics of the last evaluation by task, empty without one.
+    """
+
+    step: int
+    start: str
+    interrupted: str | None = None
+    evaluation: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def train(
+    *,
+    model: Any,
+    model_dir: os.PathLike | str,
+    train_dataset_cfg: Any,
+    trainer: Trainer,
+    total_steps: int,
+    train_eval_dataset_cfg: Any = None,
+    checkpoint_cfg: CheckpointConfig = CheckpointConfig(),
+    partitioner: Partitioner = Partitioner(),
+    eval_steps: int | None = None,
+    eval_period: int | None = None,
+    stats_period: int | None = None,
+    random_seed: int = 0,
+    files: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+) -> TrainResult:
+    """Trains a model, resuming where an earlier call in the same MODEL_DIR stopped.
+
+    On one mesh a run that was killed and resumed gives the same losses, bit for bit, as one that was not: the data position, the step (from
+    which dropout keys follow), parameters and optimizer state are all in the checkpoint.
+
+    Args:
+      model: an `EncoderDecoderModel`.
+      model_dir: where everything goes; see the README for its content.
+      train_dataset_cfg: `DatasetConfig` of the training data.
+      trainer: optimizer, schedule, microbatches.
+      total_steps: the step to stop at, counted from step 0 of the first run: a run that continues a checkpoint of step s trains
+        total_steps - s steps.
+      train_eval_dataset_cfg: data for teacher-forced evaluation, or None. Every task of a mixture is evaluated by itself.
+      checkpoint_cfg: what to restore and when to save.
+      partitioner: the mesh.
+      eval_steps: batches per task and evaluation; None for the whole split.
+      eval_period: steps between evaluations; None for none but at the start (before the first update) and at the end.
+      stats_period: steps between reports of training metrics; None is 100, or eval_period where that is less.
+      random_seed: of parameters and dropout.
+      files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
+      dry_run: print the plan of the run and return; nothing is written.
+
+    Raises:
+      FileNotFoundError: the checkpoint to start from does not exist.
+      ValueError: the configuration cannot run; nothing was written. `NonFiniteLossError`: the loss became NaN.
+    """
+    if stats_period is None:
+        stats_period = min(DEFAULT_STATS_PERIOD, eval_period or DEFAULT_STATS_PERIOD)
+    settings = Settings(
+        model=model,
+        model_dir=epath.Path(model_dir),
+        train_dataset_cfg=train_dataset_cfg,
+        train_eval_dataset_cfg=train_eval_dataset_cfg,
+        checkpoint_cfg=checkpoint_cfg,
+        partitioner=partitioner,
+        trainer=trainer,
+        total_steps=total_steps,
+        eval_steps=eval_steps,
+        eval_period=eval_period,
+        stats_period=stats_period,
+        random_seed=random_seed,
+    )
+    run = prepare.prepare(settings)
+    if dry_run:
+        print(description.describe(run))
+        return TrainResult(step=run.source.step, start=str(run.source.start))
+    _log.info("%s", description.describe(run))
+    if run.source.step >= total_steps:
+        _log.info("%s is at step %d of %d already: nothing to do", model_dir, run.source.step, total_steps)
+        return TrainResult(step=run.source.step, start=str(run.source.start))
+    with StopRequest() as stop:
+        return _run(run, files or {}, stop)
+
+
+def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> TrainResult:
+    """Opens data, MODEL_DIR and state, in that order: data that cannot be read leaves no trace in MODEL_DIR."""
+    settings = run.settings
+    for cfg in (settings.train_dataset_cfg, settings.train_eval_dataset_cfg):
+        if cfg is not None:
+            prepare.check_vocabulary(settings.model, cfg)
+    iterator = settings.train_dataset_cfg.train_iterator(process_index=run.train_layout.shard, process_count=run.train_layout.num_shards)
+    eval_tasks = {}
+    if run.eval_layout is not None:
+        eval_tasks = settings.train_eval_dataset_cfg.eval_batches(
+            num_batches=settings.eval_steps, process_index=run.eval_layout.shard, process_count=run.eval_layout.num_shards
+        )
+    cost = description.costs(run)
+    saves = settings.checkpoint_cfg.save is not None
+    prepare.make_model_dir(settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
+    with Saver(settings.model_dir, settings.checkpoint_cfg.save) as saver:
+        state, source = _load(run, saver)
+        restore.place_data(source, iterator, saver.manager)
+        run = dataclasses.replace(run, source=source)
+        _write_start(run, cost, files, iterator.fingerprint())
+        loop = _Loop(run, state, iterator, eval_tasks, saver, flops_per_step=cost.train_flops_per_step)
+        del state  # the loop donates it
+        try:
+            result = loop.run(stop)
+        except BaseException as error:
+            manifest.update(settings.model_dir, status="failed", step=loop.step, error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+        finally:
+            loop.close()
+    status = f"interrupted by {result.interrupted}" if result.interrupted else "finished"
+    manifest.update(settings.model_dir, status=status, step=result.step)
+    return result
+
+
+def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
+    """The first state; a checkpoint of MODEL_DIR that turns out to be damaged is passed over for the one before it."""
+    settings, source, damaged = run.settings, run.source, list(run.source.damaged)
+    first_error: Exception | None = None
+    while True:
+        try:
+            state = restore.load(
+                source,
+                model=settings.model,
+                optimizer=settings.trainer.optimizer,
+                seed=settings.random_seed,
+                specs=run.specs,
+                partitioner=settings.partitioner,
+                manager=saver.manager,
+            )
+            break
+        except Exception as error:
+            if source.start != Start.RESUME:
+                raise
+            first_error = first_error or error
+            _log.warning("CHECKPOINT %s IS DAMAGED and is passed over: %s", source.path, error)
+            damaged.append(source.step)
+            source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, run.specs, passed_over=damaged)
+            if source.start != Start.RESUME:
+                raise first_error from None
+    if damaged and source.start == Start.RESUME:
+        restore.set_aside(settings.model_dir, damaged)
+        saver.reopen()
+    return state, source
+
+
+def _write_start(run: PreparedRun, cost: description.Costs, files: Mapping[str, str], data_fingerprint: Any) -> None:
+    """Leaves the run's description in MODEL_DIR."""
+    settings, source = run.settings, run.source
+    folder = settings.model_dir
+    params = {path.removeprefix(TARGET): spec for path, spec in run.specs.items() if path.startswith(TARGET)}
+    rest = {path: spec for path, spec in run.specs.items() if path == STEP or path.startswith(PARAM_STATES)}
+    texts = {"model-info.txt": model_info(params, partitioner=settings.partitioner, state=rest), **files}
+    for name, text in texts.items():
+        manifest.write_text(folder / name, text)
+    identity = {
+        "start_step": source.step,
+        "total_steps": settings.total_steps,
+        "parameters": cost.parameters,
+        "active_parameters": cost.active_parameters,
+        "train_flops_per_step": cost.train_flops_per_step,
+        "model_hash": model_hash(params),
+        "seed": settings.random_seed,
+        "optimizer": str(settings.trainer.optimizer),
+        "restored_from": source.record(),
+        "recipe": to_json(source.plan.recipe) if source.plan is not None else None,
+        "data": data_fingerprint,
+    }
+    this_start = {
+        "step": source.step,
+        "restored_from": source.record(),
+        "versions": manifest.versions(),
+        "devices": manifest.devices(settings.partitioner.mesh),
+        "config_sha256": {name: manifest.digest(text) for name, text in files.items()},
+    }
+    previous = manifest.read(folder)
+    if previous.get("data") and not _same_data(previous["data"], data_fingerprint):
+        _log.warning("THE TRAINING DATA IS NOT WHAT IT WAS when %s was written: the manifest has the new fingerprint now", folder)
+    manifest.write(folder, manifest.start(previous, identity=identity, this_start=this_start))
+
+
+def _same_data(before: Any, now: Any) -> bool:
+    def bare(fingerprint: Any) -> Any:
+        return {k: v for k, v in fingerprint.items() if k != "versions"} if isinstance(fingerprint, Mapping) else fingerprint
+
+    return manifest.as_json(bare(before)) == manifest.as_json(bare(now))
+
+
+class _Loop:
+    """The state of a run while it runs."""
+
+    def __init__(
+        self,
+        run: PreparedRun,
+        state: TrainState,
+        iterator: Any,
+        eval_tasks: Mapping[str, Any],
+        saver: Saver,
+        *,
+        flops_per_step: float,
+    ):
+        settings = run.settings
+        self._run, self._settings, self._saver, self._iterator, self._eval_tasks = run, settings, saver, iterator, eval_tasks
+        self._state = state
+        self.step = run.source.step
+        self._watch = LossWatch(settings.model_dir, NonFinite(settings.trainer.non_finite))
+        self._window = Window(batch_size=settings.train_dataset_cfg.batch_size, flops_per_step=flops_per_step)
+        self._evaluator = (
+            Evaluator(settings.model, settings.partitioner, num_shards=run.eval_layout.num_shards) if run.eval_layout else None
+        )
+        self._evaluation: dict[str, dict[str, Any]] = {}
+        self._writers: dict[str, MetricWriter] = {}
+        self._metadata = _checkpoint_record(run)
+
+    def run(self, stop: StopRequest) -> TrainResult:
+        """Trains to the end or to a signal.
+
+        The order inside matters: losses are looked at before a state is saved or evaluated, the state is saved before it is evaluated (an
+        evaluation may be long), and the next batch is taken after the save, whose data position then belongs to its step.
+        """
+        settings = self._settings
+        self._evaluate_start()
+        train_step, batch = self._compile(next(self._iterator))
+        reason = None
+        self._window.go_on()
+        while True:
+            on_device = batches.to_global(batch, settings.partitioner, self._run.train_layout.num_shards)
+            self._state, output = train_step(self._state, on_device)
+            self.step += 1
+            self._window.add(output.metrics)
+            self._watch.add(self.step, output, batches.fingerprint(batch))
+            reason = stop.after_step(self.step)
+            ends = self.step >= settings.total_steps or reason is not None
+            evaluates = self._evaluator is not None and not reason and (ends or self._due(settings.eval_period))
+            reports, saves = ends or self._due(settings.stats_period), ends or self._saver.due(self.step)
+            if reports or saves or evaluates:
+                self._watch.settle()
+                self._window.pause()
+                if reports:
+                    self._report()
+                if saves:
+                    self._saver.save(self._state, self.step, self._iterator, self._metadata)
+                if evaluates:
+                    self._evaluate()
+                self._window.go_on()
+            if ends:
+                return TrainResult(step=self.step, start=str(self._run.source.start), interrupted=reason, evaluation=self._evaluation)
+            batch = next(self._iterator)
+
+    def close(self) -> None:
+        """Closes the metric files."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def _due(self, period: int | None) -> bool:
+        return period is not None and self.step % period == 0
+
+    def _compile(self, batch: Mapping[str, Any]) -> tuple[TrainStep, Mapping[str, Any]]:
+        """The compiled step, and the batch that showed its shapes."""
+        settings, shards = self._settings, self._run.train_layout.num_shards
+        cfg = settings.train_dataset_cfg
+        expected = settings.model.input_specs(cfg.batch_size, cfg.task_feature_lengths, packed=cfg.pack)
+        batches.check_first_batch(batch, expected, shards)
+        shardings = from_state_dict(settings.partitioner.shardings(self._run.specs))
+        step = make_train_step(settings.model, settings.trainer, seed=settings.random_seed)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, settings.partitioner.replicated))
+        started = time.monotonic()
+        with settings.partitioner.activate():
+            compiled = jitted.lower(self._state, batches.to_global(batch, settings.partitioner, shards)).compile()
+        _log.info("the train step compiled in %s", duration(time.monotonic() - started))
+        return compiled, batch
+
+    def _writer(self, name: str) -> MetricWriter:
+        if name not in self._writers:
+            self._writers[name] = MetricWriter(self._settings.model_dir / name, first_step=self._run.source.step)
+        return self._writers[name]
+
+    def _report(self) -> None:
+        values = self._window.take()
+        if self._watch.skipped:
+            values["skipped_updates"] = float(self._watch.skipped)
+        if jax.process_index() == 0:
+            self._writer("train").write(self.step, values)
+        speed, tokens = values["timing/steps_per_second"], values["timing/target_tokens_per_second"]
+        _log.info("%s", progress_line(self.step, self._settings.total_steps, values, steps_per_second=speed, tokens_per_second=tokens))
+
+    def _evaluate_start(self) -> None:
+        """Evaluates the restored state before any update, so that the drop that a conversion causes is seen.
+
+        A resumed run has that behind it, unless it was killed in the middle of an evaluation.
+        """
+        if self._evaluator is None:
+            return
+        done = all(self._writer(f"training_eval/{task}").has_step(self.step) for task in self._eval_tasks)
+        if self._run.source.start == Start.RESUME and (done or not (self._due(self._settings.eval_period))):
+            return
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        assert self._evaluator is not None
+        started = time.monotonic()
+        self._evaluation = self._evaluator.evaluate(self._state.params, self._eval_tasks)
+        for task, values in self._evaluation.items():
+            if jax.process_index() == 0:
+                self._writer(f"training_eval/{task}").write(self.step, values)
+            shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("cross_ent_loss", "accuracy") if name in values)
+            _log.info("step %d  %s: %s", self.step, task, shown)
+        _log.info("evaluation took %s", duration(time.monotonic() - started))
+
+
+def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
+    """What every checkpoint of the run says about its origin; the record of a conversion is handed on from checkpoint to checkpoint."""
+    source = run.source
+    if source.plan is not None and source.reader is not None:
+        return surgery_apply.record(source.plan, source.reader)
+    return dict(source.reader.metadata()) if source.reader is not None else {}

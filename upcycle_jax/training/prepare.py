@@ -1,0 +1,137 @@
+"""Everything that can be wrong with a run, checked before it computes or writes anything."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import batches, restore
+from upcycle_jax.training.config import CheckpointConfig
+from upcycle_jax.training.restore import Source, Start
+from upcycle_jax.training.train_state import state_specs
+from upcycle_jax.training.trainer import Trainer
+from upcycle_jax.trees import LeafSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of `loop.train`, under the same names."""
+
+    model: Any
+    model_dir: epath.Path
+    train_dataset_cfg: Any
+    train_eval_dataset_cfg: Any
+    checkpoint_cfg: CheckpointConfig
+    partitioner: Partitioner
+    trainer: Trainer
+    total_steps: int
+    eval_steps: int | None
+    eval_period: int | None
+    stats_period: int
+    random_seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRun:
+    """A run that can start.
+
+    Attributes:
+      settings: what was asked for.
+      specs: specs of the whole state by full path.
+      source: what it starts from.
+      train_layout: this process's rows of training batches.
+      eval_layout: this process's rows of evaluation batches, or None without evaluation.
+    """
+
+    settings: Settings
+    specs: Mapping[str, LeafSpec]
+    source: Source
+    train_layout: batches.DataLayout
+    eval_layout: batches.DataLayout | None
+
+
+def prepare(settings: Settings) -> PreparedRun:
+    """Checks a run without computing, reading data or writing.
+
+    Raises:
+      FileNotFoundError: the checkpoint to start from does not exist.
+      ValueError: numbers that do not divide, a checkpoint that does not fit, a MODEL_DIR of another model; see the message.
+    """
+    _check_numbers(settings)
+    partitioner, trainer = settings.partitioner, settings.trainer
+    batches.check_batch_size(settings.train_dataset_cfg.batch_size, trainer.num_microbatches or 1, partitioner)
+    train_layout = batches.data_layout(partitioner, settings.train_dataset_cfg.batch_size)
+    eval_layout = None
+    if settings.train_eval_dataset_cfg is not None:
+        eval_layout = batches.data_layout(partitioner, settings.train_eval_dataset_cfg.batch_size)
+    specs = state_specs(settings.model, trainer.optimizer)
+    partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
+    source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
+    check_steps(settings, source)
+    return PreparedRun(settings, specs, source, train_layout, eval_layout)
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in ("total_steps", "stats_period"):
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"train.{name} is {value!r}: give a positive number of steps")
+    for name in ("eval_steps", "eval_period"):
+        value = getattr(settings, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"train.{name} is {value!r}: give a positive number, or None")
+
+
+def check_steps(settings: Settings, source: Source) -> None:
+    """Raises a ValueError where the step that the run starts from does not fit TRAIN_STEPS or the optimizer's step offset."""
+    if source.step >= settings.total_steps and source.start != Start.RESUME:
+        raise ValueError(
+            f"the checkpoint {source.path} is at step {source.step}, TRAIN_STEPS is {settings.total_steps}: TRAIN_STEPS counts from step 0 "
+            f"of the first run, so set it above {source.step} (for n more steps: {source.step} + n)"
+        )
+    offset = settings.trainer.optimizer.step_offset
+    if offset > source.step:
+        raise ValueError(
+            f"the optimizer's step_offset is {offset}, but the run starts at step {source.step}: the second moments cannot restart in the "
+            f"future. Set it to {source.step} (restart now) or 0 (go on)"
+        )
+
+
+def check_vocabulary(model: Any, dataset_cfg: Any) -> None:
+    """Raises a ValueError where the data has token ids that the model's embedding does not have."""
+    needed, have = dataset_cfg.vocabulary_size(), model.config.vocab_size
+    if needed > have:
+        raise ValueError(
+            f"the vocabulary of {dataset_cfg.mixture_or_task_name!r} has {needed} ids, the model's vocab_size is {have}: "
+            f"set T5Config.vocab_size to at least {needed} or choose another vocabulary"
+        )
+
+
+def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
+    """Makes MODEL_DIR and tries a write; on local disks also looks at the free space.
+
+    Args:
+      model_dir: the run's folder.
+      checkpoint_bytes: size of one checkpoint, 0 where none is saved.
+
+    Raises:
+      ValueError: it cannot be written to, or one checkpoint does not fit.
+    """
+    probe = model_dir / f".write_test_{os.getpid()}"
+    try:
+        model_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("can this folder be written to?")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"MODEL_DIR {model_dir} cannot be written to ({error}): choose another folder or free it") from error
+    if "://" not in os.fspath(model_dir):
+        free = shutil.disk_usage(os.fspath(model_dir)).free
+        if free < checkpoint_bytes:
+            raise ValueError(
+                f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: "
+                "free space, keep fewer checkpoints (SaveCheckpointConfig.keep) or choose another folder"
+            )

@@ -1,0 +1,127 @@
+"""What happened since the last report: metrics, speed, and steps whose loss is not a number."""
+
+import collections
+import json
+import logging
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from upcycle_jax.models import metrics as metrics_lib
+from upcycle_jax.training import manifest
+from upcycle_jax.training.train_step import Metrics, StepOutput
+from upcycle_jax.training.trainer import NonFinite
+
+_log = logging.getLogger(__name__)
+
+STEPS_AHEAD = 2
+"""How many steps the host may dispatch before their losses are looked at: enough to keep devices busy."""
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient norm of a step is NaN or infinite."""
+
+
+class LossWatch:
+    """Looks at every step's loss, a few steps late so that the host does not wait for the devices.
+
+    Args:
+      model_dir: where the fingerprint of an offending batch is written.
+      policy: stop or skip.
+    """
+
+    def __init__(self, model_dir: epath.Path, policy: NonFinite):
+        self._model_dir, self._policy = model_dir, policy
+        self._pending: collections.deque[tuple[int, StepOutput, str]] = collections.deque()
+        self.skipped = 0
+
+    def add(self, step: int, output: StepOutput, batch_fingerprint: str) -> None:
+        """Takes the output of the update that led to `step`, and looks at those that are due."""
+        self._pending.append((step, output, batch_fingerprint))
+        while len(self._pending) > STEPS_AHEAD:
+            self._look()
+
+    def settle(self) -> None:
+        """Looks at all steps so far: before the state is saved, evaluated or reported.
+
+        Raises:
+          NonFiniteLossError: a step's loss or gradient norm is not finite and the policy is to stop.
+        """
+        while self._pending:
+            self._look()
+
+    def _look(self) -> None:
+        step, output, batch_fingerprint = self._pending.popleft()
+        loss, grad_norm = (float(value) for value in jax.device_get((output.loss, output.grad_norm)))
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        # The update that ends at step s consumed batch s - 1 of the stream.
+        report = {
+            "step": step,
+            "batch": step - 1,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "batch_crc32": json.loads(batch_fingerprint),
+        }
+        path = self._model_dir / f"non_finite_{step}.json"
+        manifest.write_text(path, json.dumps(report, indent=2) + "\n")
+        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} (batch {step - 1}, fingerprint in {path})"
+        if self._policy == NonFinite.STOP:
+            raise NonFiniteLossError(
+                f"{what}. The last checkpoint is from before it. Lower the learning rate, or set Trainer.non_finite = 'skip' to leave out "
+                "such batches"
+            )
+        self.skipped += 1
+        _log.warning("%s: the update is skipped", what)
+
+
+class Window:
+    """Metrics and time since the last report; time spent on evaluating and saving does not count.
+
+    Args:
+      batch_size: rows of a batch.
+      flops_per_step: training FLOPs of one step, or 0 where unknown.
+    """
+
+    def __init__(self, *, batch_size: int, flops_per_step: float = 0.0):
+        self._batch_size, self._flops = batch_size, flops_per_step
+        self._merge = jax.jit(metrics_lib.merge, donate_argnums=0)
+        self._total: Metrics | None = None
+        self._steps, self._seconds, self._since = 0, 0.0, time.monotonic()
+
+    def add(self, metrics: Metrics) -> None:
+        """Merges the metrics of one step, on the devices."""
+        self._total = metrics if self._total is None else self._merge(self._total, metrics)
+        self._steps += 1
+
+    def pause(self) -> None:
+        """Stops the clock; call it when the devices are done."""
+        self._seconds += time.monotonic() - self._since
+
+    def go_on(self) -> None:
+        """Starts the clock again."""
+        self._since = time.monotonic()
+
+    def take(self) -> dict[str, Any]:
+        """Values since the last call: metrics and `timing/*`; empties the window. The clock must be paused."""
+        assert self._total is not None, "a report needs at least one step"
+        values = host_values(self._total)
+        rate = self._steps / max(self._seconds, 1e-9)
+        values["timing/seconds"] = self._seconds
+        values["timing/steps_per_second"] = rate
+        values["timing/seqs_per_second"] = rate * self._batch_size
+        values["timing/target_tokens_per_second"] = rate * values.pop("target_tokens", 0.0)
+        if self._flops:
+            values["timing/model_flops_per_second"] = rate * self._flops
+        self._total, self._steps, self._seconds = None, 0, 0.0
+        return values
+
+
+def host_values(metrics: Metrics) -> dict[str, Any]:
+    """Metrics on the host: a float, or a NumPy vector, per name."""
+    values = jax.device_get(metrics_lib.compute(metrics))
+    return {name: float(value) if np.ndim(value) == 0 else np.asarray(value) for name, value in values.items()}

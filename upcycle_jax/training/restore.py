@@ -1,0 +1,321 @@
+"""Where a run starts: found out and checked before anything is written, then loaded.
+
+Precedence, first that applies:
+  1. resume: MODEL_DIR holds a finished checkpoint of this run. A recipe is never applied again.
+  2. upcycle: `RestoreCheckpointConfig.path` with a recipe; the surgeon builds the state while it is read.
+  3. continue: `RestoreCheckpointConfig.path` without a recipe; the trees must be equal.
+  4. scratch.
+"""
+
+import dataclasses
+import enum
+import logging
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from upcycle_jax import surgery, trees
+from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.surgery import apply as surgery_apply
+from upcycle_jax.training import manifest
+from upcycle_jax.training.config import CheckpointConfig, DataPosition, OptimizerState, RestoreCheckpointConfig, RestoreMode, StepPolicy
+from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, from_state_dict, initial_state, model_hash
+from upcycle_jax.trees import LeafSpec
+
+_log = logging.getLogger(__name__)
+
+EXPERT_FOLDER = "mlp/expert/"
+
+
+class Start(enum.StrEnum):
+    """How a run starts."""
+
+    RESUME = "resume"
+    UPCYCLE = "upcycle"
+    CONTINUE = "continue"
+    SCRATCH = "scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a run starts from, decided and checked; nothing of it is loaded yet.
+
+    Attributes:
+      start: which of the four ways.
+      step: the step of the state that `load` will give.
+      data_position: where the training data begins.
+      path: the checkpoint, or None from scratch.
+      reader: its reader, or None from scratch.
+      plan: of the conversion, for UPCYCLE.
+      fresh_optimizer: CONTINUE with a new optimizer state.
+      damaged: checkpoints of MODEL_DIR that cannot be read and are passed over, latest first.
+    """
+
+    start: Start
+    step: int = 0
+    data_position: DataPosition = DataPosition.STEP
+    path: str | None = None
+    reader: CheckpointReader | None = None
+    plan: surgery.Plan | None = None
+    fresh_optimizer: bool = False
+    damaged: tuple[int, ...] = ()
+
+    def describe(self) -> str:
+        """One line for the log and for `--dry_run`."""
+        if self.start == Start.SCRATCH:
+            return "from scratch, at step 0"
+        what = {Start.RESUME: "resume from", Start.UPCYCLE: "upcycle", Start.CONTINUE: "continue from"}[self.start]
+        fresh = ", with a fresh optimizer state" if self.fresh_optimizer else ""
+        return f"{what} {self.path}, at step {self.step}{fresh}"
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest and for the records of later checkpoints."""
+        out: dict[str, Any] = {"start": str(self.start), "path": self.path, "step": self.step}
+        if self.reader is not None and self.start != Start.RESUME:
+            out["fingerprint"] = self.reader.fingerprint()
+        return out
+
+
+def find_source(
+    model_dir: epath.PathLike, config: CheckpointConfig, specs: Mapping[str, LeafSpec], *, passed_over: Collection[int] = ()
+) -> Source:
+    """Decides where the run starts and checks that it fits; reads no arrays and writes nothing.
+
+    Args:
+      model_dir: the run's folder; it need not exist.
+      config: what to restore.
+      specs: specs of the run's whole state, from `state_specs`.
+      passed_over: steps of MODEL_DIR that are known to be damaged.
+
+    Raises:
+      FileNotFoundError: the checkpoint to restore does not exist.
+      ValueError: MODEL_DIR belongs to another model, the checkpoint is half-written or its tree does not fit.
+    """
+    model_dir = epath.Path(model_dir)
+    check_owner(model_dir, specs)
+    resumed = _resume(model_dir, specs, passed_over)
+    # 1. Resume from the run's own latest checkpoint; whatever `config.restore` says was done when the run began.
+    if resumed is not None:
+        return resumed
+    # 2. Upcycle: a path with a recipe.
+    elif config.restore is not None and config.restore.recipe is not None:
+        return _upcycle(config.restore, specs)
+    # 3. Continue: a path without a recipe.
+    elif config.restore is not None:
+        return _continue(config.restore, specs)
+    # 4. Scratch.
+    else:
+        return Source(Start.SCRATCH)
+
+
+def check_owner(model_dir: epath.Path, specs: Mapping[str, LeafSpec]) -> None:
+    """Raises a ValueError where the manifest in MODEL_DIR was written by a run of another model."""
+    recorded = manifest.read(model_dir).get("model_hash")
+    if recorded is not None and recorded != model_hash(_parameters(specs)):
+        raise ValueError(
+            f"{model_dir} belongs to a run of another model (its {manifest.MANIFEST_FILE} records other parameter names or shapes): "
+            "choose another MODEL_DIR, or the model that it was started with"
+        )
+
+
+def _parameters(specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
+    return {path.removeprefix(TARGET): spec for path, spec in specs.items() if path.startswith(TARGET)}
+
+
+def _resume(model_dir: epath.Path, specs: Mapping[str, LeafSpec], passed_over: Collection[int]) -> Source | None:
+    """The latest checkpoint of MODEL_DIR whose tree can be read, or None where there is none."""
+    damaged = sorted(passed_over, reverse=True)
+    for step in reversed([step for step in finished_steps(model_dir) if step not in damaged]):
+        path = model_dir / f"checkpoint_{step}"
+        try:
+            reader = open_checkpoint(path)
+            found = reader.specs()
+        except (ValueError, OSError) as error:
+            _log.warning("CHECKPOINT %s IS DAMAGED and is passed over: %s", path, error)
+            damaged.append(step)
+            continue
+        difference = trees.diff(specs, found)
+        if difference:
+            raise ValueError(
+                f"{model_dir} belongs to another model or optimizer: its checkpoint_{step} (+) and this run (-) differ:\n"
+                f"{_shortened(difference)}\nChoose another MODEL_DIR, or start this run with the model and optimizer that wrote it"
+            )
+        return Source(Start.RESUME, step=step, path=str(path), reader=reader, data_position=DataPosition.CHECKPOINT, damaged=tuple(damaged))
+    if damaged:
+        raise ValueError(
+            f"no checkpoint in {model_dir} can be read (steps {', '.join(map(str, damaged))}): the log says why. "
+            "Remove them to start the run again, or restore them from a copy"
+        )
+    return None
+
+
+def finished_steps(model_dir: epath.Path) -> list[int]:
+    """Steps of the `checkpoint_<step>` folders in MODEL_DIR, in order; temporary folders of saves cut short do not count."""
+    if not model_dir.is_dir():
+        return []
+    suffixes = (child.name.removeprefix("checkpoint_") for child in model_dir.iterdir() if child.name.startswith("checkpoint_"))
+    return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
+
+
+def set_aside(model_dir: epath.PathLike, steps: Collection[int]) -> None:
+    """Renames damaged checkpoints, so that the run can save those steps again and nothing restores them."""
+    for step in steps:
+        path = epath.Path(model_dir) / f"checkpoint_{step}"
+        if jax.process_index() == 0 and path.exists():
+            path.rename(path.parent / f"damaged_checkpoint_{step}_{time.time_ns()}")
+            _log.warning("%s is kept as damaged_%s_*", path, path.name)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+
+
+def _upcycle(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -> Source:
+    readers = [_open(path, restore.mode) for path in restore.paths]
+    reader: Any = surgery.join(readers)
+    plan = surgery.make_plan(reader.specs(), specs, restore.recipe)
+    step = surgery_apply.result_step(plan, reader)
+    return Source(
+        Start.UPCYCLE, step=step, path=str(reader.path), reader=reader, plan=plan, data_position=DataPosition(restore.data_position)
+    )
+
+
+def _continue(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -> Source:
+    reader = _open(restore.paths[0], restore.mode)
+    found = reader.specs()
+    has_optimizer = any(path.startswith(PARAM_STATES) for path in found)
+    fresh = restore.optimizer_state == OptimizerState.RESET or not has_optimizer
+    if not has_optimizer:
+        _log.info("%s holds no optimizer state: the optimizer starts afresh", reader.path)
+    wanted = {path for path in specs if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)}
+    expected = {path: specs[path] for path in wanted}
+    actual = {path: spec for path, spec in found.items() if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)}
+    difference = trees.diff(expected, actual)
+    if difference:
+        raise ValueError(
+            f"{reader.path} (+) does not fit the model of this run (-):\n{_shortened(difference)}\n{_remedy(expected, actual)}"
+        )
+    step = 0 if restore.step == StepPolicy.RESET else reader.step
+    return Source(
+        Start.CONTINUE,
+        step=step,
+        path=str(reader.path),
+        reader=reader,
+        data_position=DataPosition(restore.data_position),
+        fresh_optimizer=fresh,
+    )
+
+
+def _open(path: Any, mode: str) -> CheckpointReader:
+    reader = open_checkpoint(path)
+    if mode == RestoreMode.SPECIFIC and epath.Path(reader.path).name != epath.Path(path).name:
+        raise ValueError(f"{path} is a folder of checkpoints, but the restore mode is 'specific': name one, e.g. {reader.path}")
+    return reader
+
+
+def _remedy(expected: Mapping[str, LeafSpec], actual: Mapping[str, LeafSpec]) -> str:
+    want_experts, have_experts = (any(EXPERT_FOLDER in path for path in side) for side in (expected, actual))
+    if want_experts and not have_experts:
+        return "The checkpoint is dense and the model has experts: set RestoreCheckpointConfig.recipe = @Recipe() to upcycle it"
+    if have_experts and not want_experts:
+        return "The checkpoint has experts and the model has none: choose the upcycled model file, or merge the experts with a MergeRecipe"
+    parameters = [{path for path in side if path.startswith(TARGET)} for side in (expected, actual)]
+    shapes_agree = parameters[0] == parameters[1] and all(expected[path].shape == actual[path].shape for path in parameters[0])
+    if shapes_agree:
+        return (
+            "Only the optimizer state differs: set RestoreCheckpointConfig.optimizer_state = 'reset', or choose the optimizer that wrote it"
+        )
+    return "Choose the model file that belongs to the checkpoint, or the checkpoint of this model"
+
+
+def _shortened(difference: trees.TreeDiff, limit: int = 40) -> str:
+    lines = str(difference).splitlines()
+    return "\n".join(lines[:limit] + ([f"... and {len(lines) - limit} more"] if len(lines) > limit else []))
+
+
+def load(
+    source: Source,
+    *,
+    model: Any,
+    optimizer: Any,
+    seed: int,
+    specs: Mapping[str, LeafSpec],
+    partitioner: Partitioner,
+    manager: Any = None,
+) -> TrainState:
+    """The state that the run starts with, on the devices, each leaf with its sharding.
+
+    Args:
+      source: from `find_source`.
+      model: for fresh parameters.
+      optimizer: for fresh slots.
+      seed: of fresh parameters.
+      specs: specs of the whole state.
+      partitioner: the mesh.
+      manager: the `CheckpointManager` of MODEL_DIR, for RESUME.
+    """
+    shardings = partitioner.shardings(specs)
+    with partitioner.activate():
+        if source.start == Start.SCRATCH:
+            return initial_state(model, optimizer, seed=seed, shardings=shardings)
+        if source.start == Start.RESUME:
+            return from_state_dict(manager.restore(source.step, specs, shardings))
+        assert source.reader is not None
+        if source.start == Start.UPCYCLE:
+            assert source.plan is not None
+            return from_state_dict(surgery.apply_online(source.plan, source.reader, shardings))
+        return _load_equal(source, optimizer, model, specs, shardings)
+
+
+def _load_equal(
+    source: Source, optimizer: Any, model: Any, specs: Mapping[str, LeafSpec], shardings: Mapping[str, jax.sharding.NamedSharding]
+) -> TrainState:
+    assert source.reader is not None
+    flat: dict[str, jax.Array] = {}
+    for path, spec in specs.items():
+        if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not source.fresh_optimizer):
+            leaf = source.reader.read_sharded(path, shardings[path])
+            flat[path] = leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
+    flat[STEP] = jax.device_put(np.int32(source.step), shardings[STEP])
+    if source.fresh_optimizer:
+        slots = {path.removeprefix(PARAM_STATES): sharding for path, sharding in shardings.items() if path.startswith(PARAM_STATES)}
+        fresh = jax.jit(lambda: optimizer.init(model.param_specs()), out_shardings=trees.unflatten(slots))()
+        flat |= {f"{PARAM_STATES}{path}": leaf for path, leaf in trees.flatten(fresh).items()}
+    return from_state_dict(flat)
+
+
+def place_data(source: Source, iterator: Any, manager: Any = None) -> None:
+    """Moves the training data to where the run starts: batch k feeds the update from step k to k + 1.
+
+    A checkpoint without a data position (saved elsewhere, or by another number of processes) falls back to the batch of its step.
+    """
+    if source.data_position == DataPosition.CHECKPOINT:
+        try:
+            if source.start == Start.RESUME:
+                manager.restore_dataset(source.step, iterator)
+            else:
+                _restore_foreign_dataset(source, iterator)
+            return
+        except FileNotFoundError as error:
+            if source.start != Start.RESUME:
+                raise
+            _log.warning("%s; the data starts at batch %d instead", error, source.step)
+    position = 0 if source.data_position == DataPosition.START else source.step
+    if position:
+        iterator.seek(position)
+
+
+def _restore_foreign_dataset(source: Source, iterator: Any) -> None:
+    assert source.path is not None
+    folder = epath.Path(source.path) / "dataset" / f"process_{jax.process_index()}-of-{jax.process_count()}"
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder} does not exist: the checkpoint was saved without its data position, or by another number of processes. "
+            "Set RestoreCheckpointConfig.data_position to 'step' or 'start'"
+        )
+    iterator.restore(folder)

@@ -1,0 +1,62 @@
+"""When and what a run saves."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from upcycle_jax.checkpoints import CheckpointManager
+from upcycle_jax.training.config import SaveCheckpointConfig
+from upcycle_jax.training.metric_writers import duration
+from upcycle_jax.training.train_state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves checkpoints in MODEL_DIR, or does nothing where saving is off."""
+
+    def __init__(self, model_dir: epath.Path, config: SaveCheckpointConfig | None):
+        self._model_dir, self._config = model_dir, config
+        self.manager: CheckpointManager
+        self.last_step: int | None = None
+
+    def __enter__(self) -> "Saver":
+        self.reopen()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.manager.close()
+
+    def reopen(self) -> None:
+        """Opens the manager, anew where checkpoints were moved behind its back."""
+        if hasattr(self, "manager"):
+            self.manager.close()
+        config = self._config or SaveCheckpointConfig()
+        self.manager = CheckpointManager(self._model_dir, keep=config.keep, keep_period=config.keep_period)
+
+    def due(self, step: int) -> bool:
+        """Whether the period asks for a save after `step`."""
+        return self._config is not None and step % self._config.period == 0
+
+    def save(self, state: TrainState, step: int, iterator: Any, metadata: Mapping[str, Any]) -> None:
+        """Starts a save; the state may be donated when this returns."""
+        if self._config is None or self.last_step == step:
+            return
+        dataset = iterator if self._config.save_dataset else None
+        started = time.monotonic()
+        self.manager.save(step, _arrays(state, self._config.dtype), dataset=dataset, metadata=metadata)
+        self.last_step = step
+        _log.info("saving checkpoint_%d (held up the run for %s)", step, duration(time.monotonic() - started))
+
+
+def _arrays(state: TrainState, dtype: str) -> dict[str, Any]:
+    """The tree to save; parameters in `dtype`, optimizer state as it is."""
+    tree = state.state_dict()
+    if dtype != "float32":
+        tree["target"] = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), tree["target"])
+    return tree

@@ -1,0 +1,79 @@
+"""The state of a run: step, parameters and optimizer state, in the tree that checkpoints hold."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upcycle_jax import trees
+from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.trees import LeafSpec
+from upcycle_jax.types import PyTree
+
+TARGET, STEP, PARAM_STATES = "target/", "state/step", "state/param_states/"
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a train step changes.
+
+    Attributes:
+      step: number of updates done, int32 scalar.
+      params: nested parameters.
+      param_states: nested optimizer slots: the paths of `params`, each followed by a slot name.
+    """
+
+    step: jax.Array
+    params: PyTree
+    param_states: PyTree
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tree of a T5X checkpoint: `{'target': params, 'state': {'step', 'param_states'}}`."""
+        return {"target": self.params, "state": {"step": self.step, "param_states": self.param_states}}
+
+
+def from_state_dict(tree: Mapping[str, Any]) -> TrainState:
+    """The inverse of `TrainState.state_dict`; also takes the flat form with full paths, and shardings or specs in place of arrays."""
+    nested = trees.unflatten(tree) if STEP in tree else tree
+    return TrainState(step=nested["state"]["step"], params=nested["target"], param_states=nested["state"]["param_states"])
+
+
+def state_specs(model: Any, optimizer: Optimizer) -> dict[str, LeafSpec]:
+    """Specs of the whole state by full path, with logical axes; nothing is allocated."""
+    param_specs = model.param_specs()
+    specs = {STEP: LeafSpec((), np.dtype(np.int32))}
+    specs |= {f"{TARGET}{path}": spec for path, spec in param_specs.items()}
+    specs |= {f"{PARAM_STATES}{path}": spec for path, spec in optimizer.state_specs(param_specs).items()}
+    return dict(sorted(specs.items()))
+
+
+def initial_state(model: Any, optimizer: Optimizer, *, seed: int, shardings: Mapping[str, jax.sharding.Sharding]) -> TrainState:
+    """A state at step 0, each device computing only its own part; call it inside `Partitioner.activate`.
+
+    Args:
+      model: has `param_specs` and `init_params`.
+      optimizer: its fresh slots.
+      seed: of the parameters. Dropout draws from other folds of the same seed, see `train_step`.
+      shardings: by full path.
+    """
+
+    def init() -> TrainState:
+        params = model.init_params(initialisation_key(seed))
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, param_states=optimizer.init(model.param_specs()))
+
+    return jax.jit(init, out_shardings=from_state_dict(shardings))()
+
+
+def initialisation_key(seed: int) -> jax.Array:
+    """The key of a model's parameters: a fold that no step reaches."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(2**32 - 1))
+
+
+def model_hash(param_specs: Mapping[str, LeafSpec]) -> str:
+    """A digest of names, shapes and dtypes of the parameters: equal for models that can share a MODEL_DIR."""
+    lines = "\n".join(f"{path} {spec}" for path, spec in sorted(param_specs.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,124 @@
+"""One update as a pure function: state and batch in, state and metrics out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax import axes, partitioning, trees
+from upcycle_jax.models.metrics import Mean, Metrics, merge
+from upcycle_jax.training.train_state import TrainState
+from upcycle_jax.training.trainer import NonFinite, Trainer
+from upcycle_jax.trees import LeafSpec
+from upcycle_jax.types import Array, Batch, PyTree
+
+
+@flax.struct.dataclass
+class StepOutput:
+    """What a step reports besides the new state.
+
+    Attributes:
+      metrics: sums to be merged over steps.
+      loss: the optimised loss, float32 scalar.
+      grad_norm: global norm of the gradients, float32 scalar.
+    """
+
+    metrics: Metrics
+    loss: jax.Array
+    grad_norm: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]
+
+
+def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
+    """The train step of a model; trace it inside `Partitioner.activate`.
+
+    Dropout draws from `fold_in(fold_in(key(seed), step), microbatch)`: a run that resumes at a step draws what the uninterrupted run drew.
+
+    Args:
+      model: has `param_specs`, `loss_denominator` and `loss_fn`.
+      trainer: optimizer, schedule, microbatches.
+      seed: the run's random seed.
+    """
+    param_specs = model.param_specs()
+    num_microbatches = trainer.num_microbatches or 1
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, grads, metrics = _loss_and_grads(model, state.params, batch, key, num_microbatches, param_specs)
+        learning_rate = trainer.learning_rate_fn(state.step)
+        update = trainer.optimizer.apply(
+            state.params, grads, state.param_states, param_specs=param_specs, step=state.step, learning_rate=learning_rate
+        )
+        grad_norm = global_norm(grads)
+        new_state = TrainState(step=state.step + 1, params=update.params, param_states=update.param_states)
+        one = jnp.ones((), jnp.float32)
+        metrics = metrics | {"grad_norm": Mean(grad_norm, one)}
+        if trainer.non_finite == NonFinite.SKIP:
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            new_state = _where(is_finite, new_state, TrainState(state.step + 1, state.params, state.param_states))
+            metrics = _where(is_finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
+        metrics = metrics | {"learning_rate": Mean(learning_rate, one)}
+        return new_state, StepOutput(metrics=metrics, loss=loss, grad_norm=grad_norm)
+
+    return train_step
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """The 2-norm of all leaves together, float32 scalar."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+
+
+def split_batch(batch: Batch, num_microbatches: int) -> dict[str, jax.Array]:
+    """Features `[batch, ...]` -> `[num_microbatches, batch / num_microbatches, ...]`, every microbatch split over all data shards.
+
+    Microbatches are consecutive rows: token groups that fit into a microbatch hold the same tokens as without microbatches. Moving rows
+    between devices for that costs a few integers per token.
+    """
+
+    def split(feature: Array) -> jax.Array:
+        parts = jnp.reshape(feature, (num_microbatches, feature.shape[0] // num_microbatches, *feature.shape[1:]))
+        return partitioning.constrain(parts, (None, axes.BATCH) + (None,) * (parts.ndim - 2))
+
+    return {name: split(feature) for name, feature in batch.items()}
+
+
+def _loss_and_grads(
+    model: Any, params: PyTree, batch: Batch, key: jax.Array, num_microbatches: int, param_specs: Mapping[str, LeafSpec]
+) -> tuple[jax.Array, PyTree, Metrics]:
+    """Loss, float32 gradients and metrics of the whole batch.
+
+    The denominator of the loss is taken over the whole batch and auxiliary losses, which are means, are weighted by the share of each
+    microbatch: the sums over microbatches are then the values without them.
+    """
+    denominator = model.loss_denominator(batch)
+    grad_fn = jax.value_and_grad(model.loss_fn, has_aux=True)
+
+    def one_part(part: Batch, index: jax.Array | int) -> tuple[jax.Array, PyTree, Metrics]:
+        dropout_rng = jax.random.fold_in(key, index)
+        (loss, metrics), grads = grad_fn(params, part, dropout_rng, denominator=denominator, aux_scale=1.0 / num_microbatches)
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+    if num_microbatches == 1:
+        return one_part(batch, 0)
+
+    def constrained(grads: PyTree) -> PyTree:
+        flat = {path: partitioning.constrain(grad, param_specs[path].axes) for path, grad in trees.flatten(grads).items()}
+        return trees.unflatten(flat)
+
+    def add_part(total: tuple[jax.Array, PyTree, Metrics], x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        loss, grads, metrics = one_part(*x)
+        return (total[0] + loss, constrained(jax.tree.map(jnp.add, total[1], grads)), merge(total[2], metrics)), None
+
+    parts = split_batch(batch, num_microbatches)
+    shapes = jax.eval_shape(one_part, {name: part[0] for name, part in parts.items()}, 0)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add_part, zeros, (parts, jnp.arange(num_microbatches)))
+    return total
+
+
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

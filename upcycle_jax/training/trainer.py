@@ -1,0 +1,41 @@
+"""What a run does to the parameters at each step, as configuration."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+import jax
+
+from upcycle_jax.training.optimizers import Optimizer
+
+
+class NonFinite(enum.StrEnum):
+    """What happens at a step whose loss or gradient norm is NaN or infinite."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Optimizer, schedule and the way in which gradients are gathered.
+
+    Attributes:
+      optimizer: `Adafactor` or `AdamW`.
+      learning_rate_fn: global step -> learning rate, e.g. from `create_learning_rate_scheduler`.
+      num_microbatches: split each batch into this many parts that are differentiated one after the other, for less activation memory;
+        None is 1. The loss and the gradients are those of the whole batch, up to dropout masks.
+      non_finite: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters and optimizer state as they were and
+        goes on with the next batch.
+    """
+
+    optimizer: Optimizer
+    learning_rate_fn: Callable[[jax.Array], jax.Array]
+    num_microbatches: int | None = None
+    non_finite: str = NonFinite.STOP
+
+    def __post_init__(self):
+        if self.num_microbatches is not None and self.num_microbatches < 1:
+            raise ValueError(f"Trainer.num_microbatches is {self.num_microbatches}: give a positive number, or None for 1")
+        if self.non_finite not in list(NonFinite):
+            raise ValueError(f"Trainer.non_finite is {self.non_finite!r}: choose 'stop' or 'skip'")
