@@ -8,6 +8,7 @@ def _run(flags: Flags, loaded: Config) -> int:
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -36,10 +37,16 @@ def join_processes(flags: Flags) -> None:
         raise ValueError(f"a run of several processes needs all of --{', --'.join(asked)}; missing: {absent}")
     import jax
 
-    options = {} if flags.initialization_timeout is None else {"initialization_timeout": flags.initialization_timeout}
-    jax.distributed.initialize(
-        coordinator_address=flags.coordinator_address, num_processes=flags.process_count, process_id=flags.process_index, **options
+    join = functools.partial(
+        jax.distributed.initialize,
+        coordinator_address=flags.coordinator_address,
+        num_processes=flags.process_count,
+        process_id=flags.process_index,
     )
+    if flags.initialization_timeout is None:
+        join()
+    else:
+        join(initialization_timeout=flags.initialization_timeout)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -71,6 +78,7 @@ def run(
       extra: adds the command's own flags (see `flags.parse`).
     """
     flags = flags_lib.parse(name, argv, description=description, extra=extra)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads text only; what it says of missing GPUs is noise
     try:
         join_processes(flags)
         from upcycle_jax import config  # imports the rest of the library: after --help has answered

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
@@ -55,7 +56,7 @@ def _boolean(text: str) -> bool:
 class _Parser(argparse.ArgumentParser):
     """Names the nearest flag where one is unknown."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]

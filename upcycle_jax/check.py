@@ -1,0 +1,51 @@
+"""Checks a run before it starts: names, missing and unused settings, divisibility, data, memory, and T5X lines with their new form.
+
+Example, on a laptop, for a run on 64 devices of 32 GiB:
+
+    python -m upcycle_jax.check --gin_file=models/t5_1_1_base_upcycled.gin --gin_file=runs/upcycle.gin --devices=64 --device_memory=32
+
+Nothing is computed and nothing is written. The exit code is 0 where the run can start and 1 where it cannot.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from upcycle_jax.config import command
+from upcycle_jax.config.flags import Flags
+
+if TYPE_CHECKING:
+    from upcycle_jax.config import Config
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("check")
+    own.add_argument("--function", default="train", metavar="NAME", help="the function that the run calls (default train)")
+    own.add_argument("--devices", type=int, metavar="N", help="check for N devices instead of those of this machine")
+    own.add_argument("--device_memory", type=float, metavar="GIB", help="memory of one device, to compare with what the run needs")
+    own.add_argument("--skip_data", action="store_true", help="do not read a batch of the data")
+
+
+def _run(flags: Flags, loaded: "Config") -> int:
+    if flags.extra.devices:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", flags.extra.devices)  # virtual ones: only shapes are looked at
+    from upcycle_jax.config import run_check
+
+    found = run_check.check_run(
+        loaded, function=flags.extra.function, device_memory=flags.extra.device_memory, read_data=not flags.extra.skip_data
+    )
+    sys.stdout.write(found.text())
+    return 1 if found.problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return command.run("check", argv, description=__doc__ or "", body=_run, extra=_add_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

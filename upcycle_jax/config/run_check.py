@@ -1,0 +1,140 @@
+"""Looks for everything that would stop a run, without computing or writing anything, and does not stop at the first finding."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from upcycle_jax.config.build import Config
+from upcycle_jax.config.parse import ConfigError
+from upcycle_jax.models import accounting
+from upcycle_jax.training.train_state import PARAM_STATES, TARGET, state_specs
+
+GIB = 2**30
+
+
+@dataclasses.dataclass
+class Findings:
+    """What the check found.
+
+    Attributes:
+      problems: what would stop the run.
+      warnings: what is probably a mistake.
+      facts: what was looked at and is fine, with its numbers.
+    """
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    facts: list[str] = dataclasses.field(default_factory=list)
+
+    def attempt(self, what: str, step: Callable[[], str | None]) -> bool:
+        """Runs one step of the check; its error becomes a problem. Returns whether it went through."""
+        try:
+            fact = step()
+        except ConfigError as error:
+            self.problems += [f"{what}: {problem}" for problem in error.problems]
+            return False
+        except (ValueError, FileNotFoundError, TypeError) as error:
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            self.problems.append(f"{what}: {error}{notes}")
+            return False
+        if fact:
+            self.facts.append(f"{what}: {fact}")
+        return True
+
+    def text(self) -> str:
+        """One line per finding and a verdict."""
+        lines = [f"ok       {fact}" for fact in self.facts]
+        lines += [f"warning  {warning}" for warning in self.warnings]
+        lines += [f"PROBLEM  {problem}" for problem in self.problems]
+        count = len(self.problems)
+        lines.append(f"{count} problem{'' if count == 1 else 's'}: the run would stop" if count else "the run can start")
+        return "\n".join(lines) + "\n"
+
+
+def check_run(loaded: Config, *, function: str = "train", device_memory: float | None = None, read_data: bool = True) -> Findings:
+    """Checks a configuration as far as it goes.
+
+    Args:
+      loaded: a configuration whose names are already checked.
+      function: the root that the run calls.
+      device_memory: GiB of one device, or None to leave that comparison out.
+      read_data: build the data set and take one batch (imports TensorFlow).
+    """
+    found = Findings()
+    built: list[Callable[..., Any]] = []
+    if found.attempt("configuration", lambda: built.append(loaded.build(function)) or "everything is set and can be built"):
+        call = built[0]
+        arguments = _with_defaults(call)
+        if function == "train":
+            _check_training(found, call, arguments, device_memory=device_memory, read_data=read_data)
+        found.warnings += [f"{line} is not used by {function}" for line in loaded.unused()]
+    return found
+
+
+def _with_defaults(call: Any) -> dict[str, Any]:
+    bound = inspect.signature(call.func).bind(**call.keywords)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _check_training(
+    found: Findings, call: Callable[..., Any], arguments: dict[str, Any], *, device_memory: float | None, read_data: bool
+) -> None:
+    model, partitioner, trainer, dataset = (arguments[name] for name in ("model", "partitioner", "trainer", "train_dataset_cfg"))
+    shaped = found.attempt("mesh", lambda: " x ".join(f"{name} {size}" for name, size in partitioner.mesh.shape.items()))
+    shaped = shaped and found.attempt("divisibility", lambda: _divides(model, partitioner, trainer))
+    if shaped:
+        found.attempt("memory", lambda: _memory(model, partitioner, trainer, device_memory))
+    found.attempt("model on a batch", lambda: _trace(model, partitioner, trainer, dataset))
+    for role in ("train_dataset_cfg", "train_eval_dataset_cfg"):
+        config = arguments.get(role)
+        if config is not None and read_data:
+            found.attempt(f"data ({config.mixture_or_task_name}, {config.split})", lambda config=config: _data(model, config))
+    if shaped:
+        found.attempt("plan of the run", lambda: call(dry_run=True) and None)
+
+
+def _divides(model: Any, partitioner: Any, trainer: Any) -> str:
+    specs = state_specs(model, trainer.optimizer)
+    partitioner.shardings(specs)
+    return f"{len(specs)} arrays fit the mesh"
+
+
+def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | None) -> str:
+    specs = state_specs(model, trainer.optimizer)
+    params = accounting.memory({path: spec for path, spec in specs.items() if path.startswith(TARGET)}, partitioner).per_device
+    slots = accounting.memory({path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)}, partitioner).per_device
+    needed = (2 * params + slots) / GIB
+    parts = f"parameters {params / GIB:.2f}, gradients as much, optimizer {slots / GIB:.2f}"
+    text = f"{needed:.2f} GiB on each device before activations ({parts})"
+    if device_memory is not None and needed > device_memory:
+        raise ValueError(
+            f"{text}, but a device has {device_memory:g} GiB: raise NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS, or set Partitioner.fsdp"
+        )
+    return text
+
+
+def _trace(model: Any, partitioner: Any, trainer: Any, dataset: Any) -> str:
+    """Shapes of the loss on one microbatch: what the model refuses, it refuses here."""
+    rows = dataset.batch_size // (trainer.num_microbatches or 1)
+    lengths = dict(dataset.task_feature_lengths)
+    batch = model.input_specs(rows, lengths, packed=dataset.pack)
+    params = jax.eval_shape(model.init_params, jax.random.key(0))
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return model.loss_fn(params, batch, key, denominator=model.loss_denominator(batch))[0]
+
+    with partitioner.activate():
+        jax.eval_shape(loss, params, batch, jax.random.key(0))
+    return f"{rows} rows of {', '.join(f'{name} {length}' for name, length in lengths.items())}"
+
+
+def _data(model: Any, config: Any) -> str:
+    needed, have = config.vocabulary_size(), model.config.vocab_size
+    if needed > have:
+        raise ValueError(f"its vocabulary has {needed} ids, the model's vocab_size is {have}: set T5Config.vocab_size to at least {needed}")
+    next(config.train_iterator())
+    return f"a batch of {config.batch_size} rows can be read; {needed} token ids of the model's {have}"
