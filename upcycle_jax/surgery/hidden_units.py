@@ -64,7 +64,8 @@ class HiddenUnits(Operation):
         if self.groups and width * self.groups != dense[self.axis]:
             raise ValueError(
                 f"granularity {self.groups} cuts the dense MLP's {dense[self.axis]} hidden units into shards of "
-                f"{dense[self.axis] / self.groups:g}, the model's experts have {width}: set EXPERT_MLP_DIM to the dense size divided by the granularity"
+                f"{dense[self.axis] / self.groups:g}, the model's experts have {width}: "
+                "set EXPERT_MLP_DIM to the dense size divided by the granularity"
             )
         return (target[0], *dense[: self.axis], width, *dense[self.axis + 1 :])
 

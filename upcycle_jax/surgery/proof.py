@@ -98,11 +98,12 @@ class Proof:
         """A summary for people; wrong leaves in full."""
         identical, drawn = sum(leaf.identical for leaf in self.leaves), sum(leaf.drawn for leaf in self.leaves)
         pure = sum(leaf.ok and leaf.identical == leaf.elements for leaf in self.leaves)
+        counts = len(self.missing), len(self.unexplained), len(self.dropped)
         lines = [
             f"proof: {'PASSED' if self.ok else 'FAILED'}",
             f"  {sum(leaf.ok for leaf in self.leaves)} of {len(self.leaves)} leaves right; {pure} of them bit-identical throughout",
             f"  {identical} values equal their source (or the zeros planned) bit for bit, {drawn} values are drawn anew",
-            f"  {len(self.missing)} leaves unwritten, {len(self.unexplained)} unexplained; {len(self.dropped)} source leaves dropped by name",
+            "  {} leaves unwritten, {} unexplained; {} source leaves dropped by name".format(*counts),
         ]
         for leaf in self.leaves:
             if leaf.ok and leaf.std is not None:
