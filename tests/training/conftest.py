@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from upcycle_jax import trees
 from upcycle_jax.models.metrics import Mean
@@ -20,6 +21,26 @@ from upcycle_jax.training.trainer import Trainer
 
 VOCAB, WIDTH, HIDDEN, LENGTH = 24, 8, 16, 6
 F32 = np.dtype(np.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Equal programs, of which runs that resume are full, are compiled once in the session."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    _configure(settings)
+    yield
+    _configure(before)
+
+
+def _configure(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # jax looks at the settings once, at its first compilation
 
 
 class BagModel:

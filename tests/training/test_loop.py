@@ -1,5 +1,6 @@
 """The whole of a run: what it writes, how it resumes, how it stops, what it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -206,7 +207,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(start, tmp_path, 
     }
     optimizer = given.pop("optimizer", bags.trainer().optimizer)
     if "step_offset" in given:
-        optimizer = type(optimizer)(step_offset=given.pop("step_offset"))
+        optimizer = dataclasses.replace(optimizer, step_offset=given.pop("step_offset"))
     kwargs["trainer"] = bags.trainer(optimizer=optimizer, num_microbatches=given.pop("microbatches", None))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         with_dots(lambda: start("new", **kwargs, **given))
