@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,12 +13,15 @@ from etils import epath
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY, STEP_FOLDER
 from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import METADATA_KEY
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
 
 DATASET_ITEM = "dataset"
+COMMIT_MARK = "commit_success.txt"
+_TEMPORARY = re.compile(rf"checkpoint_\d+{re.escape(ORBAX_TEMPORARY)}.*")
 
 
 class Saveable(Protocol):
@@ -56,6 +60,20 @@ class RestoreDataset(ocp.args.CheckpointArgs):
     item: Saveable
 
 
+def _remove_stale(model_dir: epath.Path) -> None:
+    """Removes what saves that never finished have left: temporary folders; in a bucket, steps without Orbax's marker file."""
+    if not model_dir.is_dir():
+        return
+    in_bucket = not storage.is_local(model_dir)
+    for child in model_dir.iterdir():
+        # T5X's older formats have no marker; their index file is written last.
+        unmarked = (
+            in_bucket and STEP_FOLDER.fullmatch(child.name) and not any((child / mark).exists() for mark in (COMMIT_MARK, "checkpoint"))
+        )
+        if unmarked or _TEMPORARY.fullmatch(child.name):
+            child.rmtree()
+
+
 def process_folder(directory: epath.Path) -> epath.Path:
     """This process's folder in the dataset item, named as T5X names it."""
     return epath.Path(directory) / f"process_{jax.process_index()}-of-{jax.process_count()}"
@@ -89,6 +107,8 @@ class CheckpointManager:
         if keep_period is not None and keep_period < 1:
             raise ValueError(f"keep_period={keep_period} must be positive; use None for none")
         self.model_dir = storage.absolute(model_dir)
+        if not read_only and jax.process_index() == 0:
+            _remove_stale(self.model_dir)
         policies = ocp.checkpoint_managers.preservation_policy
         preserve: Any = policies.PreserveAll() if keep is None else policies.LatestN(n=keep)
         if keep is not None and keep_period is not None:
@@ -96,7 +116,7 @@ class CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             step_prefix="checkpoint",
             create=not read_only,
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=False,  # `_remove_stale` did it: Orbax would take any folder of a bucket for a stale save.
             read_only=read_only,
             enable_async_checkpointing=async_save,
             preservation_policy=preserve,
