@@ -142,6 +142,9 @@ class TokensChoose(Router):
     exceeds the capacity is dropped: such a token is processed by fewer experts, or by none. Raising the capacity factor drops
     less and changes nothing else. Load balance is not guaranteed, hence the auxiliary loss.
 
+    In token order this is causal as far as nothing is dropped, or K = 1. With K > 1 a later token's first choice goes before an earlier
+    token's second choice, as in T5X: where capacity is short, that is the one thing an earlier token can feel of a later one.
+
     Attributes:
       num_selected_experts: K.
       batch_prioritized: give out positions by highest first-choice probability instead of in token order (Batch Prioritized Routing,

@@ -1,0 +1,93 @@
+"""A tiny model and batches for it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from upcycle_jax import trees
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+
+TINY = T5Config(
+    vocab_size=64,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    head_dim=8,
+    mlp_dim=32,
+    dropout_rate=0.0,
+)
+
+
+@pytest.fixture
+def tiny():
+    """Makes tiny configs: `tiny()` is dense, `tiny(num_experts=4, ...)` has MoE layers with those settings."""
+
+    def make(*, model=None, **moe):
+        config = dataclasses.replace(TINY, **(model or {}))
+        return dataclasses.replace(config, moe=MoeConfig(**moe)) if moe else config
+
+    return make
+
+
+@pytest.fixture
+def ample():
+    """MoE settings under which nothing is dropped and weights sum to 1: 4 experts, each with room for every token."""
+    return {
+        "num_experts": 4,
+        "encoder_router": ExpertsChoose(renormalize=True),
+        "decoder_router": TokensChoose(renormalize=True),
+        "train_expert_capacity_factor": 4.0,
+        "eval_expert_capacity_factor": 4.0,
+    }
+
+
+@pytest.fixture
+def make_batch():
+    """Makes batches of random tokens; with `lengths`, row i has lengths[i] real tokens on both sides and padding after them."""
+
+    def make(batch_size=4, inputs=12, targets=8, *, lengths=None, seed=0, vocab_size=64):
+        rng = np.random.default_rng(seed)
+        encoder = rng.integers(1, vocab_size, (batch_size, inputs))
+        decoder = rng.integers(1, vocab_size, (batch_size, targets))
+        if lengths is not None:
+            encoder *= np.arange(inputs) < np.asarray(lengths)[:, None]
+            decoder *= np.arange(targets) < np.asarray(lengths)[:, None]
+        shifted = np.pad(decoder, ((0, 0), (1, 0)))[:, :-1]
+        return {
+            "encoder_input_tokens": jnp.asarray(encoder, jnp.int32),
+            "decoder_input_tokens": jnp.asarray(shifted, jnp.int32),
+            "decoder_target_tokens": jnp.asarray(decoder, jnp.int32),
+            "decoder_loss_weights": jnp.asarray(decoder > 0, jnp.int32),
+        }
+
+    return make
+
+
+@pytest.fixture
+def copy_into_experts():
+    """Dense parameters with each MLP of the MoE model's sparse layers copied into all of its experts, and that model's routers."""
+
+    def copy(dense_params, moe_params):
+        dense, out = trees.flatten(dense_params), {}
+        for path, leaf in trees.flatten(moe_params).items():
+            if "/router/" in path:
+                # Larger than at initialisation, so that routing is not nearly uniform.
+                out[path] = leaf * 50
+            elif "/mlp/expert/" in path:
+                out[path] = jnp.broadcast_to(dense[path.replace("/expert/", "/")], leaf.shape)
+            else:
+                out[path] = dense[path]
+        return trees.unflatten(out)
+
+    return copy
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

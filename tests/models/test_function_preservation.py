@@ -1,0 +1,83 @@
+"""Copied experts compute what the dense model computes: the reason why upcycling works."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from upcycle_jax import trees
+from upcycle_jax.layers.mlp import MlpBlock
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+
+
+def initialised(config, key):
+    model = EncoderDecoderModel(config)
+    return model, jax.jit(model.init_params)(key)
+
+
+def test_upcycled_logits_equal_dense_logits(tiny, ample, make_batch, copy_into_experts, key):
+    dense, dense_params = initialised(tiny(), key)
+    sparse, sparse_params = initialised(tiny(**ample), key)
+    batch = make_batch(lengths=[8, 5, 3, 7])
+    params = copy_into_experts(dense_params, sparse_params)
+    real = np.asarray(batch["decoder_target_tokens"]) > 0
+    want = np.asarray(jax.jit(dense.logits)(dense_params, batch))[real]
+    got = np.asarray(jax.jit(sparse.logits)(params, batch))[real]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+    # The negative case: one matrix of one expert of one decoder layer, changed.
+    flat = trees.flatten(params)
+    flat["decoder/layers_1/mlp/expert/wo/kernel"] = flat["decoder/layers_1/mlp/expert/wo/kernel"].at[2].multiply(1.5)
+    changed = np.asarray(jax.jit(sparse.logits)(trees.unflatten(flat), batch))[real]
+    assert np.abs(changed - want).max() > 1e-2
+
+
+def test_layer_outputs_name_the_layers_in_order(tiny, ample, make_batch, copy_into_experts, key):
+    dense, dense_params = initialised(tiny(), key)
+    sparse, sparse_params = initialised(tiny(**ample), key)
+    batch = make_batch()
+    params = copy_into_experts(dense_params, sparse_params)
+    want, got = dense.layer_outputs(dense_params, batch), sparse.layer_outputs(params, batch)
+    assert list(want) == list(got) == ["encoder/layers_0", "encoder/layers_1", "decoder/layers_0", "decoder/layers_1"]
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=name)
+    # With less room some tokens get fewer experts, and without renormalisation less output: the first sparse layer is the first to differ.
+    plain = EncoderDecoderModel(tiny(**ample | {"encoder_router": ExpertsChoose(), "eval_expert_capacity_factor": 1.0}))
+    other = plain.layer_outputs(params, batch)
+    differs = [name for name in want if np.abs(other[name] - want[name]).max() > 1e-4]
+    assert differs[0] == "encoder/layers_1"
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("capacity_factor", [0.5, 4.0])
+def test_without_renormalisation_a_layer_scales_by_the_summed_weights(stack, capacity_factor, key):
+    config = MoeConfig(
+        num_experts=4, train_expert_capacity_factor=1.0, eval_expert_capacity_factor=capacity_factor, min_expert_capacity=1, group_size=16
+    )
+    layer = MoeLayer(config=config, stack=stack, hidden=32)
+    x = jax.random.normal(key, (4, 8, 16))
+    params = nn.meta.unbox(layer.init(key, x))["params"]
+    params["router"]["router_weights"]["w"]["kernel"] *= 50
+    dense = {name: {"kernel": params["expert"][name]["kernel"][0]} for name in ("wi_0", "wi_1", "wo")}
+    params["expert"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4, *leaf.shape)), dense)
+
+    # The summed weights, from the words: two groups of two rows, 16 tokens each.
+    p = jax.nn.softmax(x.reshape(2, 16, 16) @ params["router"]["router_weights"]["w"]["kernel"], axis=-1)
+    capacity = max(round(capacity_factor * 16 / 4), 1)
+    summed = np.zeros((2, 16), np.float32)
+    for group, probabilities in enumerate(np.asarray(p)):
+        for expert in range(4):
+            if stack == "encoder":
+                took = np.argsort(-probabilities[:, expert], kind="stable")[:capacity]
+            else:
+                choices = np.argsort(-probabilities, axis=1, kind="stable")[:, :2]
+                took = [token for k in range(2) for token in range(16) if choices[token, k] == expert][:capacity]
+            summed[group, took] += probabilities[took, expert]
+
+    want = MlpBlock(hidden=32).apply({"params": dense}, x) * summed.reshape(4, 8, 1)
+    got, _ = layer.apply({"params": params}, x, mutable=[REPORTS])
+    np.testing.assert_allclose(got, want, atol=1e-5)
