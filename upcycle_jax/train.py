@@ -1,0 +1,49 @@
+"""Trains a model: from scratch, from a checkpoint, or from a dense checkpoint that is upcycled while it is restored.
+
+Examples:
+
+    python -m upcycle_jax.train --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/pretrain.gin \\
+        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" --gin.MODEL_DIR="'/tmp/tiny'" \\
+        --gin.TRAIN_STEPS=200 --gin.BATCH_SIZE=8
+
+Started again, the command goes on from the latest checkpoint in MODEL_DIR. SIGTERM and SIGINT save a checkpoint after the current
+step and end the run with exit code 0. --dry_run prints what the run would do and writes nothing.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from upcycle_jax.config import command
+from upcycle_jax.config.flags import Flags
+
+if TYPE_CHECKING:
+    from upcycle_jax.config import Config
+
+
+def _log_to_console() -> None:
+    """Progress goes to standard error, one line each; of other libraries only warnings do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log = logging.getLogger("upcycle_jax")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
+def _run(flags: Flags, loaded: "Config") -> int:
+    _log_to_console()
+    run = loaded.build("train", dry_run=flags.dry_run)
+    for binding in loaded.unused():
+        print(f"upcycle_jax.train: warning: nothing uses {binding}", file=sys.stderr)
+    run(files={"config.gin": loaded.operative_text()})
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return command.run("train", argv, description=__doc__ or "", body=_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
