@@ -111,7 +111,8 @@ class FunctionCheck:
         for layer in self.layers:
             lines.append(
                 f"  {layer.layer}: output = dense MLP x gate sum within {layer.difference:.1e}; "
-                f"gate sum {layer.gate_sum_mean:.3f} on average, {100 * layer.untouched:.1f}% of tokens without an expert{'' if layer.ok else '  <-- DIFFERS'}"
+                f"gate sum {layer.gate_sum_mean:.3f} on average, {100 * layer.untouched:.1f}% of tokens without an expert"
+                f"{'' if layer.ok else '  <-- DIFFERS'}"
             )
         if self.first_divergence is not None:
             lines.append(f"  first layer that diverges: {self.first_divergence}")

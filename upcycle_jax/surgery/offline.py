@@ -1,0 +1,193 @@
+"""Performs a plan offline: into a checkpoint on disk, streamed, resumable, finished atomically."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import upcycle_jax
+from upcycle_jax.checkpoints import CheckpointWriter, create_checkpoint, tiling
+from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.surgery.operations import Copy, Tile, Zeros
+from upcycle_jax.surgery.recipe_json import to_json
+from upcycle_jax.surgery.sources import Reader
+from upcycle_jax.surgery.table import STEP, Plan, Row, size
+from upcycle_jax.surgery.values import RowValues
+
+DEFAULT_MAX_MEMORY = 2 << 30
+
+Progress = Callable[[str], None]
+
+
+def result_step(plan: Plan, reader: Reader) -> int:
+    """The training step of the result."""
+    for row in plan.rows:
+        if row.target == STEP:
+            return int(RowValues(row, reader, plan.recipe.seed).region(()))
+    return 0 if plan.recipe.step == "reset" else plan.recipe.step if isinstance(plan.recipe.step, int) else reader.step
+
+
+def record(plan: Plan, reader: Reader) -> dict[str, Any]:
+    """What a converted checkpoint says about its making: recipe, seed, source and versions. The same call gives the same record."""
+    return {
+        "surgery": {
+            "recipe": to_json(plan.recipe),
+            "seed": plan.recipe.seed,
+            "source": str(getattr(reader, "path", "")),
+            "source_format": str(getattr(reader, "format", "")),
+            "source_step": int(reader.step),
+            "source_fingerprint": reader.fingerprint(),
+            "versions": {
+                "upcycle_jax": upcycle_jax.__version__,
+                "jax": jax.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+    }
+
+
+def apply_offline(
+    plan: Plan,
+    reader: Reader,
+    output_path: os.PathLike | str,
+    *,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    materialize: bool = False,
+    compress: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Writes the plan's result as a checkpoint, leaf by leaf, chunk by chunk.
+
+    Leaves that only move bytes out of an Orbax checkpoint are not decoded: where the file system and the library allow it (this is tried,
+    at a small scale), all experts refer to the one stored copy of a dense chunk, and otherwise encoded chunks are copied as they are.
+
+    Nothing stands at `output_path` before everything is written; a call that was killed is finished by the same call, and what it had
+    written already is not written again.
+
+    Args:
+      plan: what to do.
+      reader: the source; it is only read.
+      output_path: folder of the new checkpoint, e.g. `MODEL_DIR/checkpoint_1000`.
+      max_memory: bytes of arrays to hold at a time. The floor is a few times the largest matrix where random numbers are drawn, and a few
+        stored chunks elsewhere.
+      materialize: write every byte, so that the result shares no file with the source.
+      compress: store chunks with zstd (as Orbax does) or raw.
+      metadata: further entries for the checkpoint's record.
+      progress: called with a line of text about every second.
+
+    Returns:
+      The path of the checkpoint.
+
+    Raises:
+      FileExistsError: there is something at `output_path`.
+      ValueError: a partial checkpoint of another plan lies there; `max_memory` is too small to work with.
+      OSError: the disk is full or cannot be written. What was written is kept for the next call.
+    """
+    if max_memory < 16 << 20:
+        raise ValueError(f"max_memory {max_memory} is less than 16 MiB: chunks could not be held; raise it")
+    chunk_bytes = min(64 << 20, max_memory // 16)
+    shared = shared_chunks(plan, reader, output_path, materialize=materialize)
+    if progress is not None:
+        progress(shared.reason)
+    writer = create_checkpoint(
+        output_path,
+        plan.specs(),
+        step=result_step(plan, reader),
+        metadata={**record(plan, reader), **(metadata or {})},
+        layouts=tiling.copied_layouts(reader, shared.references, plan.specs()) if isinstance(reader, OrbaxReader) else None,
+        chunk_bytes=chunk_bytes,
+        pending_bytes=max_memory // 8,
+        compress=compress,
+    )
+    try:
+        if shared.references and isinstance(reader, OrbaxReader):
+            tiling.copy_leaves(writer, reader, shared.references, shared.mode)
+        made = [
+            row for row in plan.rows if row.target != STEP and row.target not in shared.references
+        ]  # The writer stores the step itself.
+        meter = _Meter(sum(row.bytes_written for row in made), progress)
+        for row in made:
+            _offline_leaf(row, reader, plan.recipe.seed, writer, meter)
+        meter.finish()
+        return str(writer.finalize())
+    finally:
+        writer.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedChunks:
+    """The leaves whose stored chunks are taken over without decoding.
+
+    Attributes:
+      references: target leaf -> where its chunks come from.
+      mode: by reference, or as encoded bytes.
+      reason: one line about it for people.
+    """
+
+    references: dict[str, tiling.Reference]
+    mode: tiling.CopyMode
+    reason: str
+
+
+def shared_chunks(plan: Plan, reader: Reader, output_path: os.PathLike | str, *, materialize: bool = False) -> SharedChunks:
+    """Finds out which leaves can be taken over chunk by chunk, and how."""
+    references = {}
+    for row in plan.rows:
+        if row.moves_bits and isinstance(row.operation, Copy | Tile) and row.target != STEP:
+            experts = tuple(range(row.spec.shape[0])) if row.operation.stacked else None
+            references[row.target] = tiling.Reference(row.sources[0], experts)
+    encoded = tiling.CopyMode.ENCODED
+    if not isinstance(reader, OrbaxReader) or not references:
+        return SharedChunks({}, encoded, "every leaf is read and written")
+    if materialize:
+        try:
+            tiling.copied_layouts(reader, references, plan.specs())
+        except (ValueError, KeyError) as error:
+            return SharedChunks({}, encoded, f"every leaf is read and written: {error.args[0]}")
+        return SharedChunks(references, encoded, f"{len(references)} leaves are written as the source's encoded chunks, sharing no file")
+    found = tiling.probe(reader, output_path, references, plan.specs())
+    if found.possible:
+        return SharedChunks(references, tiling.CopyMode.REFERENCE, f"{len(references)} leaves refer to stored chunks: {found.reason}")
+    return SharedChunks({}, encoded, f"every leaf is read and written: {found.reason}")
+
+
+def _offline_leaf(row: Row, reader: Reader, seed: int, writer: CheckpointWriter, meter: "_Meter") -> None:
+    values = RowValues(row, reader, seed)
+    for region in values.order(list(writer.pieces(row.target))):
+        nbytes = int(np.prod([s.stop - s.start for s in region], dtype=np.int64)) * row.spec.dtype.itemsize
+        if not writer.is_written(row.target, region):
+            if isinstance(row.operation, Zeros):
+                writer.write(row.target, region, np.zeros([s.stop - s.start for s in region], row.spec.dtype))
+            else:
+                writer.write(row.target, region, values.region(region))
+        meter.add(nbytes, row.target)
+
+
+class _Meter:
+    """Says about every second how far the conversion is."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.total, self.progress, self.done = max(total, 1), progress, 0
+        self.begun = self.said = time.monotonic()
+
+    def add(self, count: int, name: str) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self.progress is not None and now - self.said >= 1:
+            self.said = now
+            rate = self.done / max(now - self.begun, 1e-9)
+            left = (self.total - self.done) / max(rate, 1)
+            self.progress(
+                f"{100 * self.done / self.total:5.1f}%  {size(self.done)} of {size(self.total)}, {size(rate)}/s, {left:.0f} s left: {name}"
+            )
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.progress(f"written {size(self.done)} in {time.monotonic() - self.begun:.1f} s; finishing")
