@@ -106,7 +106,13 @@ def _segments(
 ) -> tf.data.Dataset:
     """Cuts each sequence into segments of `length` tokens and one shorter rest, and corrupts them: `corrupt([N, L] tokens, seed)`."""
 
+    # Traced once for the full rows and the rest; nothing here needs AutoGraph, whose conversion takes most of the start-up time.
+    corrupt_rows = tf.function(
+        corrupt, autograph=False, input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([2], tf.int64)]
+    )
+
     @seqio.map_over_dataset(num_seeds=1)
+    @tf.autograph.experimental.do_not_convert
     def cut(example, seed):
         tokens = tf.cast(example[feature_key], tf.int32)
         full = tf.size(tokens) // length
@@ -115,8 +121,9 @@ def _segments(
         rest = tokens[full * length :]
         # An empty rest has no noise to place: corrupt a stand-in, and drop it below.
         rest_rows = tf.cond(tf.size(rest) > 0, lambda: rest, lambda: tf.zeros([2], tf.int32))[tf.newaxis]
-        return {"full": corrupt(rows, seeds[0]), "rest": corrupt(rest_rows, seeds[1]), "rest_size": tf.size(rest)}
+        return {"full": corrupt_rows(rows, seeds[0]), "rest": corrupt_rows(rest_rows, seeds[1]), "rest_size": tf.size(rest)}
 
+    @tf.autograph.experimental.do_not_convert
     def emit(group):
         full = tf.data.Dataset.from_tensor_slices(group["full"])
         rest = tf.data.Dataset.from_tensor_slices(group["rest"]).take(tf.cast(group["rest_size"] > 0, tf.int64))

@@ -116,7 +116,7 @@ def _read_json_lines(path: pathlib.Path, text: str, *, field: str) -> Iterator[s
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold other line ends
         if not line.strip():
             continue
-        where = f"{path}, line {number},"
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

@@ -1,0 +1,230 @@
+"""The training stream: a pure function of configuration and seed, found again exactly, divided without overlap."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from upcycle_jax.data import BatchIterator, DatasetConfig, Position
+
+pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
+
+BATCHES = 12
+SAVED_AT = 5
+
+
+def assert_same(stream, expected):
+    for number, (batch, want) in enumerate(zip(stream, expected, strict=True)):
+        assert batch.keys() == want.keys()
+        for name in want:
+            np.testing.assert_array_equal(batch[name], want[name], err_msg=f"batch {number}, {name}")
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+@pytest.fixture(scope="module")
+def saved(make_config, tmp_path_factory):
+    """Twelve batches of an uninterrupted run that saved its position after the fifth, and the folder it saved to."""
+    folder = tmp_path_factory.mktemp("position")
+    iterator = make_config().train_iterator()
+    assert isinstance(iterator, BatchIterator)
+    batches = take(iterator, SAVED_AT)
+    iterator.save(folder)
+    batches += take(iterator, BATCHES - SAVED_AT)
+    assert iterator.position == BATCHES
+    return batches, folder
+
+
+def test_features_are_seqios(saved):
+    batch = saved[0][0]
+    shapes = {name: array.shape for name, array in batch.items()}
+    assert shapes == {
+        "encoder_input_tokens": (8, 64),
+        "decoder_input_tokens": (8, 16),
+        "decoder_target_tokens": (8, 16),
+        "decoder_loss_weights": (8, 16),
+    }
+    assert all(array.dtype == np.int32 for array in batch.values())
+    np.testing.assert_array_equal(batch["decoder_loss_weights"], batch["decoder_target_tokens"] > 0)
+    np.testing.assert_array_equal(batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1])
+    assert (batch["decoder_input_tokens"][:, 0] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def iterator(make_config):
+    """One iterator of the same stream for the tests that move it about: building one takes a second or more."""
+    return make_config().train_iterator()
+
+
+def test_same_seed_same_stream_and_other_seed_other_stream(saved, make_config, iterator):
+    assert_same(take(iterator, 3), saved[0][:3])
+    other = next(make_config(seed=1).train_iterator())
+    assert (other["encoder_input_tokens"] != saved[0][0]["encoder_input_tokens"]).any()
+
+
+def test_restore_continues_bit_for_bit(saved, iterator):
+    batches, folder = saved
+    next(iterator)  # an iterator that has moved is put right too
+    iterator.restore(folder)
+    assert iterator.position == SAVED_AT
+    assert_same(take(iterator, BATCHES - SAVED_AT), batches[SAVED_AT:])
+
+
+def test_seek_agrees_with_restore_forwards_and_backwards(saved, iterator):
+    batches, folder = saved
+    iterator.restore(folder)
+    iterator.seek(SAVED_AT + 2)
+    assert_same(take(iterator, 2), batches[SAVED_AT + 2 : SAVED_AT + 4])
+    iterator.seek(1)
+    assert_same(take(iterator, 2), batches[1:3])
+    with pytest.raises(ValueError, match="cannot seek to batch -1"):
+        iterator.seek(-1)
+
+
+def test_another_process_restores_the_same_stream(saved, make_config, tmp_path):
+    """Nothing of the position lives in the memory of the process that saved it."""
+    batches, folder = saved
+    config = make_config()
+    program = f"""
+import numpy as np
+from upcycle_jax.data import DatasetConfig
+iterator = DatasetConfig({config.mixture_or_task_name!r}, {config.task_feature_lengths!r}, batch_size=8, seed=0,
+                         text_files={config.text_files!r}).train_iterator()
+iterator.restore({str(folder)!r})
+np.save({str(tmp_path / "tokens.npy")!r}, np.stack([next(iterator)["encoder_input_tokens"] for _ in range({BATCHES - SAVED_AT})]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=180)
+    want = np.stack([batch["encoder_input_tokens"] for batch in batches[SAVED_AT:]])
+    np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), want)
+
+
+def test_unreadable_iterator_falls_back_to_seeking(saved, iterator, tmp_path, caplog):
+    batches, folder = saved
+    (tmp_path / "position.json").write_text((folder / "position.json").read_text())  # the iterator's own files are lost
+    iterator.restore(tmp_path)
+    assert_same(take(iterator, 3), batches[SAVED_AT : SAVED_AT + 3])
+    assert "cannot be restored" in caplog.text
+
+
+def test_position_of_another_stream_is_refused(saved, iterator, tmp_path):
+    position = json.loads((saved[1] / "position.json").read_text())
+    for (name, *rest), value, message in (
+        (("seed",), 3, r"seed: was 3, is 0"),
+        (("batch_size",), 4, r"batch_size: was 4, is 8"),
+        (("task_feature_lengths", "inputs"), 32, r"task_feature_lengths/inputs: was 32, is 64"),
+    ):
+        changed = json.loads(json.dumps(position))
+        inner = changed["fingerprint"][name] if rest else changed["fingerprint"]
+        inner[rest[0] if rest else name] = value
+        (tmp_path / "position.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"belongs to another stream(.|\n)*{message}(.|\n)*new MODEL_DIR"):
+            iterator.restore(tmp_path)
+
+
+def test_missing_and_damaged_positions(iterator, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no data position at .*position\.json.*seek"):
+        iterator.restore(tmp_path)
+    (tmp_path / "position.json").write_text("{")
+    with pytest.raises(ValueError, match=r"position\.json is damaged"):
+        iterator.restore(tmp_path)
+
+
+def test_drawn_seed_is_restored(make_config, tmp_path):
+    first, second = (make_config(seed=None).train_iterator() for _ in range(2))
+    assert first.seed != second.seed
+    take(first, 2)
+    first.save(tmp_path)
+    second.restore(tmp_path)
+    assert second.seed == first.seed == Position.read(tmp_path).seed
+    assert_same(take(second, 2), take(first, 2))
+
+
+def test_processes_read_disjoint_documents_that_cover_all(make_config):
+    from upcycle_jax.data import resolve
+
+    seqio = pytest.importorskip("seqio")
+    for task in resolve.tasks(make_config()):
+        shards = [
+            [
+                bytes(example["targets"])
+                for example in task.source.get_dataset("train", seed=0, shard_info=seqio.ShardInfo(index, 3)).as_numpy_iterator()
+            ]
+            for index in range(3)
+        ]
+        together = sorted(itertools.chain(*shards))
+        assert together == sorted(task.source.corpus.splits["train"])
+        assert len(set(together)) == len(together)
+
+
+def test_two_processes_share_a_batch_and_take_up_the_position_of_one(saved, make_config, caplog):
+    parts = [make_config().train_iterator(process_index=index, process_count=2) for index in range(2)]
+    tokens = [next(part)["encoder_input_tokens"] for part in parts]
+    assert [array.shape for array in tokens] == [(4, 64), (4, 64)] and (tokens[0] != tokens[1]).any()
+    parts[1].restore(saved[1])
+    assert parts[1].position == SAVED_AT
+    assert "saved by 1 processes and is continued by 2" in caplog.text
+    with pytest.raises(ValueError, match="batch_size 8 does not divide by 3 processes"):
+        make_config().train_iterator(process_index=0, process_count=3)
+
+
+def test_epochs_are_shuffled_anew(make_config):
+    from upcycle_jax.data import resolve
+
+    source = resolve.tasks(make_config())[0].source
+    twice = [bytes(example["targets"]) for example in source.get_dataset("train", seed=0).repeat(2).as_numpy_iterator()]
+    first, second = twice[: len(twice) // 2], twice[len(twice) // 2 :]
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_packing_numbers_segments_and_positions(make_config, tmp_path):
+    iterator = make_config(pack=True, task_feature_lengths={"inputs": 128, "targets": 40}).train_iterator()
+    batch = next(iterator)
+    assert {"encoder_segment_ids", "encoder_positions", "decoder_segment_ids", "decoder_positions"} <= batch.keys()
+    for side, tokens in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
+        segments, positions = batch[f"{side}_segment_ids"], batch[f"{side}_positions"]
+        np.testing.assert_array_equal(segments > 0, batch[tokens] > 0)
+        starts = np.pad(segments[:, :-1], [(0, 0), (1, 0)]) != segments
+        assert (positions[starts & (segments > 0)] == 0).all()
+        assert (np.diff(positions, axis=1)[~starts[:, 1:] & (segments[:, 1:] > 0)] == 1).all()
+    iterator.save(tmp_path)
+    want = take(iterator, 2)
+    again = make_config(pack=True, task_feature_lengths={"inputs": 128, "targets": 40}).train_iterator()
+    again.restore(tmp_path)
+    assert_same(take(again, 2), want)
+
+
+def test_fingerprint_is_small_json_with_hashes(make_config):
+    fingerprint = make_config().fingerprint()
+    text = json.dumps(fingerprint)
+    assert len(text) < 5000
+    assert json.loads(text) == fingerprint
+    assert set(fingerprint["tasks"]) == {"small_text_code", "small_text_words"}
+    for task in fingerprint["tasks"].values():
+        assert len(task["source"]["train"]["sha256"]) == 64 and task["rate"] == 1.0
+    assert fingerprint["vocabularies"]["inputs"] == {"kind": "ByteVocabulary", "size": 359}
+
+
+def test_importing_the_package_does_not_import_tensorflow():
+    program = "import sys, upcycle_jax.data as d; d.DatasetConfig('t', {'inputs': 4, 'targets': 4}); "
+    program += "print([m for m in ('tensorflow', 'seqio', 't5') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]"
+
+
+def test_configuration_is_checked_at_once():
+    lengths = {"inputs": 64, "targets": 16}
+    for settings, message in (
+        ({"mixture_or_task_name": ""}, "mixture_or_task_name is ''"),
+        ({"batch_size": 0}, "batch_size is 0: give at least 1"),
+        ({"task_feature_lengths": {"inputs": 64}}, "it needs a length of at least 1 for 'targets'"),
+        ({"text_files": []}, "text_files names no file"),
+        ({"text_files": ["a"], "use_cached": True}, "use_cached is set with text_files"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DatasetConfig(**{"mixture_or_task_name": "t", "task_feature_lengths": lengths, **settings})
