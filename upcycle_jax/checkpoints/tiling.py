@@ -17,13 +17,13 @@ from pathlib import Path
 import tensorstore as ts
 
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.database import DATA_FOLDERS, MANIFEST
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.checkpoints.writer import CheckpointWriter
 from upcycle_jax.trees import LeafSpec
 
 _FOLDER = "referenced"
-_MANIFEST = "manifest.ocdbt"
 # Chunk keys are digits with dots; '.zarray' sorts before them and is not copied.
 _CHUNK_KEYS = ts.KvStore.KeyRange(b"0", b":")
 
@@ -111,7 +111,7 @@ def probe(source: CheckpointReader, output: os.PathLike | str, references: Mappi
     try:
         with tempfile.TemporaryDirectory(prefix=".upcycle-probe-", dir=parent) as scratch:
             error = _try_copy(Path(scratch))
-            linked = _can_link(Path(source.item) / _MANIFEST, Path(scratch) / "link")
+            linked = _can_link(Path(source.item) / MANIFEST, Path(scratch) / "link")
     except OSError as error:
         return Probe(False, f"{parent} cannot be written to: {error.strerror}")
     if error:
@@ -205,7 +205,6 @@ def _copy_by_reference(writer: CheckpointWriter, source: OrbaxReader, references
         transaction.commit_async().result()
     writer.refresh()
     _require_complete(writer, source, references)
-    _drop_unused(writer, folder)
 
 
 def _require_complete(writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]) -> None:
@@ -219,49 +218,15 @@ def _bring_files(source: Path, folder: Path) -> None:
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         place = folder / relative
-        if not path.is_file() or not (path.parent.name in ("d", "ocdbt_data", "ocdbt_meta") or relative == Path(_MANIFEST)):
+        if not path.is_file() or not (path.parent.name in DATA_FOLDERS or relative == Path(MANIFEST)):
             continue
         if place.exists() and place.stat().st_size == path.stat().st_size:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        if relative == Path(_MANIFEST) or not _can_link(path, place):
+        if relative == Path(MANIFEST) or not _can_link(path, place):
             scratch = place.with_name(place.name + ".tmp")
             shutil.copyfile(path, scratch)  # Data files are never changed once written, so a link is safe; the manifest may be replaced.
             scratch.rename(place)
-
-
-def _drop_unused(writer: CheckpointWriter, folder: Path) -> None:
-    """Removes linked files that no key of the output points into: what only the source's other leaves needed."""
-    used = {(writer.state / path).resolve() for path in _data_files(writer.state, writer.context)}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_file() and path.resolve() not in used:
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-
-
-def _data_files(state: Path, context: ts.Context) -> set[str]:
-    """Every data file that the current version of a database refers to, relative to its folder."""
-    base = ts.KvStore.open(storage.file_spec(state), context=context).result()
-    manifest = ts.ocdbt.dump(base, context=context).result()
-    todo = [manifest["versions"][-1]["root"]["location"]]
-    files = set()
-    while todo:
-        location = todo.pop()
-        files.add(_file_of(location))
-        node = ts.ocdbt.dump(base, node=location, context=context).result()
-        for entry in node.get("entries", []):
-            if "location" in entry:
-                todo.append(entry["location"])
-            elif "indirect_value" in entry:
-                files.add(_file_of(entry["indirect_value"]))
-    return files
-
-
-def _file_of(location: str) -> str:
-    """The path in a location such as `btreenode:<folder>:<file>:<offset>:<length>`."""
-    _, folder, file, _, _ = location.split(":")
-    return f"{folder}{file}"
 
 
 def _copy_encoded(writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]) -> None:

@@ -24,6 +24,7 @@ import tensorstore as ts
 
 from upcycle_jax import axes
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.database import drop_unused
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
 from upcycle_jax.checkpoints.reader import METADATA_KEY, STEP, Index, checked_index, index_shape
@@ -32,7 +33,7 @@ from upcycle_jax.trees import LeafSpec
 IDENTITY, LOCK = "resume.json", ".lock"
 COMMIT_MARK = "commit_success.txt"
 DEFAULT_CHUNK_BYTES = 64 << 20
-DEFAULT_PENDING_BYTES = 256 << 20
+DEFAULT_PENDING_BYTES = 128 << 20
 _PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 _DICT_KEY = 2  # Orbax's number for "this path element is a dictionary key".
 
@@ -58,7 +59,7 @@ def create_checkpoint(
       metadata: JSON-serialisable record (recipe, seed, source, versions); `CheckpointReader.metadata` returns it.
       layouts: chunks and codec per leaf, where they are not the default ones.
       chunk_bytes: default upper bound of one stored chunk, uncompressed.
-      pending_bytes: bound on the bytes that `write` holds before it waits for the disk.
+      pending_bytes: bound on the bytes that `write` holds before it waits for the disk; encoding takes about as much again.
       compress: zstd level 1, as Orbax does, or raw bytes.
 
     Raises:
@@ -347,6 +348,7 @@ class CheckpointWriter:
         if self.path.exists():
             raise FileExistsError(f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move one of them away")
         with self.explained():
+            drop_unused(self.state, self.context)
             _write_json(self.state / TREE_METADATA, self._tree_metadata())
             _write_json(self.partial / STEP_METADATA, self._step_metadata())
             for folder in (self.state, self.partial):
@@ -362,13 +364,13 @@ class CheckpointWriter:
         """Lets go of the partial checkpoint without finishing it. The same `create_checkpoint` call goes on with it."""
         if not self._closed:
             self._closed = True
+            while self._pending:  # The lock must not be free while writes are under way; whether they succeed matters to the next call.
+                self._pending.popleft()[0].exception()
             self._arrays.clear()
             self._lock.close()
 
     def discard(self) -> None:
         """Removes the partial checkpoint."""
-        with contextlib.suppress(OSError, ValueError):
-            self.flush()
         self.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
