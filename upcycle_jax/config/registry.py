@@ -46,6 +46,9 @@ PATHS: dict[str, str] = {
     "RestoreCheckpointConfig": "training.config:RestoreCheckpointConfig",
     "SaveCheckpointConfig": "training.config:SaveCheckpointConfig",
     "train": "training.loop:train",
+    # Commands on checkpoints.
+    "upcycle": "upcycle:upcycle",
+    "verify": "verify:verify",
 }
 """Name -> module (below `upcycle_jax`) and attribute."""
 

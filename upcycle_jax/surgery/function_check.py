@@ -23,6 +23,7 @@ import numpy as np
 from upcycle_jax import trees
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.moe import capacity as capacity_lib
+from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.layer import MoeLayer, RouterLogits
 from upcycle_jax.surgery.recipe import MergeRecipe
 from upcycle_jax.surgery.sources import Reader
@@ -158,11 +159,15 @@ def _in_float32(sparse: EncoderDecoderModel, *, renormalised: bool = False) -> E
     if renormalised:
         moe = dataclasses.replace(
             moe,
-            encoder_router=dataclasses.replace(moe.encoder_router, renormalize=True),
-            decoder_router=dataclasses.replace(moe.decoder_router, renormalize=True),
+            encoder_router=_renormalised(moe.encoder_router),
+            decoder_router=_renormalised(moe.decoder_router),
             eval_expert_capacity_factor=float(moe.num_experts),  # As many slots as tokens: nothing is dropped, nobody left out.
         )
     return EncoderDecoderModel(dataclasses.replace(sparse.config, moe=moe, dtype="float32"), z_loss=sparse.z_loss)
+
+
+def _renormalised(router: Any) -> Any:
+    return dataclasses.replace(router, renormalize=True)
 
 
 def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction:
@@ -179,7 +184,8 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
         if not shuffled:
             return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
     reasons = []
-    for stack, feature in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
+    features: dict[Stack, str] = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
+    for stack, feature in features.items():
         if sparse.config.sparse_layers(stack):
             reasons += _why_not_exact(sparse, stack, np.shape(batch[feature]))
     if reasons:
@@ -187,7 +193,7 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
     return Prediction(Verdict.EXACT, "experts are copies, combine weights sum to 1 and every token has room")
 
 
-def _why_not_exact(sparse: EncoderDecoderModel, stack: Any, shape: Sequence[int]) -> list[str]:
+def _why_not_exact(sparse: EncoderDecoderModel, stack: Stack, shape: Sequence[int]) -> list[str]:
     moe = sparse.config.moe
     assert moe is not None
     router, reasons = moe.router(stack), []
@@ -231,9 +237,11 @@ def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     want = np.asarray(jax.jit(dense.logits)(dense_params, batch))
     have, inner = forward(configured, sparse_params, batch)
-    losses = [cross_entropy(logits, batch) for logits in (want, have)]
+    dense_loss, sparse_loss = (cross_entropy(logits, batch) for logits in (want, have))
     difference, scale = float(np.abs(want - have).max()), float(np.abs(want).max())
-    twin_difference, first, layers = None, None, []
+    twin_difference: float | None = None
+    first: str | None = None
+    layers: list[LayerScaling] = []
     ok = bool(np.isfinite(have).all())
     if prediction.verdict is not Verdict.NOT_PRESERVED:
         twin, twin_logits = configured, have
@@ -248,7 +256,7 @@ def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree
         wrong = [layer.layer for layer in layers if not layer.ok]
         if wrong:
             ok, first = False, first or wrong[0]
-    return FunctionCheck(prediction, difference, scale, *losses, twin_difference, first, layers, ok)
+    return FunctionCheck(prediction, difference, scale, dense_loss, sparse_loss, twin_difference, first, layers, ok)
 
 
 def cross_entropy(logits: np.ndarray, batch: Batch) -> float:

@@ -15,6 +15,9 @@ import numpy as np
 from upcycle_jax.surgery.keys import KeySource, draw, permutation
 from upcycle_jax.surgery.operations import Expectation, Operation, Reach, Shape
 
+FIRST_REDRAW = 2**31
+"""Permutations from this number on choose redrawn units; those below shuffle the copies of the MLP."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HiddenUnits(Operation):
@@ -84,8 +87,7 @@ class HiddenUnits(Operation):
             return aux
         moved = np.moveaxis(dense, self.axis, 0)
         for expert in range(experts):
-            # Offset by the experts: the draws that shuffle come from the numbers below.
-            number = experts + expert
+            number = FIRST_REDRAW + expert
             chosen = permutation(keys.seed, keys.leaf if self.per_matrix else keys.layer, number, width)[:count]
             aux["redrawn"][expert, chosen] = True
             if self.noise_std is not None:

@@ -1,7 +1,7 @@
 """Performs a plan online: into sharded device arrays, while a run restores."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax
 
 
 @functools.lru_cache(maxsize=256)
-def _movement(operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding):
+def _movement(operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
     """The compiled program that moves source values to where the target's sharding wants them."""
     return jax.jit(lambda sources: operation.move(sources, {}, shape).astype(dtype), out_shardings=sharding)
 

@@ -172,7 +172,7 @@ class _Upcycling(_Matching):
     """Dense to sparse, or dense to deeper."""
 
     def check(self) -> None:
-        experts = [name for name in self.source if is_expert(name) or is_router(name)]
+        experts = sorted((name for name in self.source if is_expert(name) or is_router(name)), key=lambda name: (SLOTS in name, name))
         if experts:
             raise ValueError(
                 f"the source is a Mixture-of-Experts already ({len(experts)} leaves, e.g. {experts[0]}): upcycling happens once. "

@@ -241,9 +241,7 @@ def _check_region(row: Row, values: RowValues, region: Region, actual: np.ndarra
 
 def _check_expectation(row: Row, expected: Expectation, actual: np.ndarray, verdict: LeafVerdict, moments: _Moments) -> str:
     kept = np.broadcast_to(np.asarray(expected.kept), actual.shape)
-    reference = None
-    if expected.values is not None:
-        reference = np.broadcast_to(np.asarray(expected.values), actual.shape)
+    reference = np.broadcast_to(np.asarray(0.0 if expected.values is None else expected.values), actual.shape)
     if kept.any():
         wanted = reference.astype(row.spec.dtype) if reference.dtype != row.spec.dtype else reference
         differing = kept & (_bits(wanted) != _bits(actual))
@@ -267,7 +265,7 @@ def _check_expectation(row: Row, expected: Expectation, actual: np.ndarray, verd
     moments.add(rest)
     # Rounding of narrow types widens the deviation a little.
     slack = expected.std * (1e-2 if row.spec.dtype.itemsize < 4 else 1e-4) + 1e-12
-    if expected.additive and reference is not None:
+    if expected.additive:
         slack += float(np.abs(reference).max(initial=0)) * float(np.finfo(np.float32).eps if row.spec.dtype.itemsize >= 4 else 2**-8)
     mean, std = float(rest.mean()), float(rest.std())
     if abs(mean - expected.mean) > SIGMAS * expected.std / math.sqrt(rest.size) + slack:

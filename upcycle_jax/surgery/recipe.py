@@ -125,6 +125,8 @@ class DropUpcycling:
         return self.ratio == 0
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
+        if self.ratio == 0 and not self.shuffle:
+            return operations.Tile()
         axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
         return hidden_units.HiddenUnits(
             axis, self.ratio, shuffle=self.shuffle, per_matrix=self.per_matrix_indices, noise_std=self.noise_std

@@ -1,0 +1,178 @@
+"""A conversion from start to finish: plan shown, applied, proved, and the function compared. What the commands call."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.surgery import function_check
+from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY, apply_offline, shared_chunks
+from upcycle_jax.surgery.plan import is_expert, make_plan
+from upcycle_jax.surgery.proof import Proof, prove
+from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
+from upcycle_jax.surgery.recipe_json import from_json
+from upcycle_jax.surgery.sources import Reader, join
+from upcycle_jax.surgery.table import Plan
+from upcycle_jax.trees import LeafSpec
+from upcycle_jax.types import Batch
+
+Report = Callable[[str], None]
+
+PLAN_FILE = "plan.json"
+FUNCTION_CHECKS = ("auto", "on", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What came of a conversion.
+
+    Attributes:
+      plan: what was (or would be) done.
+      path: the result, or None for a dry run.
+      proof: the verdict, or None for a dry run.
+    """
+
+    plan: Plan
+    path: str | None = None
+    proof: Proof | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was found wrong."""
+        return self.proof is None or self.proof.ok
+
+
+def open_sources(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Reader:
+    """Opens one dense checkpoint, or several as parents."""
+    several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not several or not all(str(path) for path in several):
+        raise ValueError("no source checkpoint is named: set INITIAL_CHECKPOINT_PATH to a checkpoint or a MODEL_DIR")
+    return join([open_checkpoint(path) for path in several])
+
+
+def convert(
+    source: Reader,
+    target_specs: Mapping[str, LeafSpec],
+    output_path: str | os.PathLike,
+    recipe: Recipe | MergeRecipe,
+    *,
+    model: EncoderDecoderModel,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    materialize: bool = False,
+    check: str = "auto",
+    batch: Batch | None = None,
+    dry_run: bool = False,
+    report: Report = print,
+) -> Conversion:
+    """Plans, applies and proves.
+
+    Args:
+      source: the dense checkpoint (the sparse one when merging).
+      target_specs: every leaf of the result, by full path.
+      output_path: folder of the new checkpoint.
+      recipe: the choices.
+      model: the target model, for the function check.
+      max_memory: see `apply_offline`.
+      materialize: see `apply_offline`.
+      check: the function check: 'on', 'off', or 'auto' for where both models fit into `max_memory`.
+      batch: tokens for the function check; None: random ones.
+      dry_run: stop after the plan.
+      report: is given every line for people.
+
+    Raises:
+      ValueError: the source does not fit, `output_path` is taken, or an argument is out of range. Nothing was written.
+      OSError: the output cannot be written.
+    """
+    _require(check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}")
+    plan = make_plan(source.specs(), target_specs, recipe)
+    report(plan.text())
+    _require(
+        not Path(output_path).exists(),
+        f"{output_path} exists already: choose another OUTPUT_CHECKPOINT_PATH or remove it; nothing was changed",
+    )
+    if dry_run:
+        report(f"{shared_chunks(plan, source, output_path, materialize=materialize).reason}\ndry run: nothing was written to {output_path}")
+        return Conversion(plan)
+    path = apply_offline(plan, source, output_path, max_memory=max_memory, materialize=materialize, progress=report)
+    proof = verify(plan, source, open_checkpoint(path), model=model, check=check, max_memory=max_memory, batch=batch, report=report)
+    proof.write(path)
+    (Path(path) / PLAN_FILE).write_text(json.dumps(plan.json(), indent=1) + "\n")
+    report(f"{path} is written, with {PLAN_FILE} and proof.json")
+    return Conversion(plan, path, proof)
+
+
+def verify(
+    plan: Plan,
+    source: Reader,
+    target: Reader,
+    *,
+    model: EncoderDecoderModel,
+    check: str = "auto",
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    batch: Batch | None = None,
+    report: Report = print,
+) -> Proof:
+    """Proves a result from disk and, where it applies, compares the two models on tokens; reports the verdict."""
+    proof = prove(plan, source, target, progress=report)
+    recorded = target.metadata().get("surgery", {}).get("source_fingerprint")
+    if recorded is not None and recorded != source.fingerprint():
+        report(f"note: the result records another source than {getattr(source, 'path', '')}, or that one has changed since")
+    reason = why_no_function_check(plan, model, check, max_memory)
+    if reason:
+        report(f"function check: skipped, {reason}")
+    elif not proof.leaves_ok and (proof.missing or not all(leaf.ok or leaf.identical or leaf.drawn for leaf in proof.leaves)):
+        report("function check: skipped, leaves are missing or cannot be read")
+    else:
+        tokens = batch if batch is not None else function_check.random_tokens(model.config.vocab_size)
+        dense = function_check.dense_counterpart(model)
+        outcome = function_check.check_function(
+            plan,
+            model,
+            function_check.load_params(source, dense.param_specs()),
+            function_check.load_params(target, model.param_specs()),
+            tokens,
+        )
+        proof.function = {**outcome.json(), "tokens": "given" if batch is not None else "random"}
+    report(proof.text())
+    return proof
+
+
+def why_no_function_check(plan: Plan, model: EncoderDecoderModel, check: str, max_memory: int) -> str:
+    """Why the function check does not run; '' where it does."""
+    if check == "off":
+        return "as asked"
+    if isinstance(plan.recipe, MergeRecipe):
+        return "a merged model is not compared with its experts"
+    if isinstance(plan.recipe.expert_init, ParentExperts):
+        return "there is no single dense parent to compare with"
+    if plan.recipe.depth is not None:
+        return "the source has another depth"
+    if not any(is_expert(row.target) for row in plan.rows):
+        return "the target has no experts"
+    # Both models in float32, and as much again for the forward passes.
+    need = (
+        2 * 4 * sum(spec.size for spec in (*model.param_specs().values(), *function_check.dense_counterpart(model).param_specs().values()))
+    )
+    if check == "auto" and need > max_memory:
+        return (
+            f"both models take about {need / 2**30:.1f} GiB in float32, more than max_memory; set upcycle.function_check = 'on' to run it"
+        )
+    return ""
+
+
+def recorded_recipe(target: Reader) -> Recipe | MergeRecipe | None:
+    """The recipe that a converted checkpoint records; None where it records none.
+
+    Raises:
+      ValueError: it was written by a version with other recipes.
+    """
+    record = target.metadata().get("surgery", {}).get("recipe")
+    return None if record is None else from_json(record)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

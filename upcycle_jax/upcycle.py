@@ -1,0 +1,157 @@
+"""Converts a checkpoint: dense to sparse, several dense parents to one sparse model, shallow to deep, or sparse back to dense.
+
+Example:
+
+    python -m upcycle_jax.upcycle --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin --gin_file=gin_configs/runs/upcycle.gin \\
+        --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
+
+Prints the plan before and the proof after. Without a model file the target is the source's own T5 shape with the paper's MoE layers.
+Exit status: 0 when the proof holds, 1 when it does not, 2 when the conversion was refused or could not be written.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from upcycle_jax.config import command
+from upcycle_jax.config.flags import Flags
+
+if TYPE_CHECKING:
+    from upcycle_jax.config import Config
+    from upcycle_jax.surgery.conversion import Conversion
+
+PathOrPaths = str | Sequence[str]
+
+
+def upcycle(
+    *,
+    initial_checkpoint_path: PathOrPaths,
+    output_checkpoint_path: str,
+    model: Any = None,
+    moe: Any = None,
+    optimizer: Any = None,
+    recipe: Any = None,
+    source_model: Any = None,
+    max_memory: int = 2 << 30,
+    materialize: bool = False,
+    function_check: str = "auto",
+    function_check_dataset: Any = None,
+    dry_run: bool = False,
+    report: Any = print,
+) -> "Conversion":
+    """Converts a checkpoint on disk; see `surgery.conversion.convert`.
+
+    Args:
+      initial_checkpoint_path: the source, in any readable format; a list for several dense parents.
+      output_checkpoint_path: folder of the result, which must not exist.
+      model: the target model; None: the source's T5 shape with `moe`.
+      moe: MoE layers of an inferred model; None: the paper's.
+      optimizer: whose state the result holds; None: no optimizer state.
+      recipe: None: the paper's for language.
+      source_model: the sparse source's model, needed to measure the weights of `MergeRecipe(how='weighted')` where none are given.
+      max_memory: bytes of arrays to hold at a time.
+      materialize: write every byte, sharing no file with the source.
+      function_check: 'auto', 'on' or 'off'.
+      function_check_dataset: a `DatasetConfig` whose first batch the function check uses; None: random tokens, and no TensorFlow.
+      dry_run: stop after the plan.
+      report: is given every line for people.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint at the source path.
+      ValueError: the source does not fit the target, or the output exists.
+      OSError: the output cannot be written.
+    """
+    import numpy as np
+
+    from upcycle_jax import surgery
+    from upcycle_jax.surgery import conversion, infer
+    from upcycle_jax.surgery import function_check as checking
+    from upcycle_jax.training.train_state import STEP, TARGET, state_specs
+    from upcycle_jax.trees import LeafSpec
+
+    recipe = recipe if recipe is not None else surgery.Recipe()
+    source = conversion.open_sources(initial_checkpoint_path)
+    model = model if model is not None else inferred_model(infer, source, moe)
+    batch = first_batch(function_check_dataset)
+    if isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights:
+        recipe = _with_measured_weights(checking, recipe, source, source_model, batch)
+    if optimizer is not None:
+        specs = state_specs(model, optimizer)
+    else:
+        specs = {STEP: LeafSpec((), np.dtype(np.int32)), **{f"{TARGET}{path}": spec for path, spec in model.param_specs().items()}}
+    return conversion.convert(
+        source,
+        specs,
+        output_checkpoint_path,
+        recipe,
+        model=model,
+        max_memory=max_memory,
+        materialize=materialize,
+        check=function_check,
+        batch=batch,
+        dry_run=dry_run,
+        report=report,
+    )
+
+
+def inferred_model(infer: Any, source: Any, moe: Any) -> Any:
+    from upcycle_jax.moe.config import MoeConfig
+
+    specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
+    return infer.infer_sparse_model(specs, moe if moe is not None else MoeConfig())
+
+
+def _with_measured_weights(checking: Any, recipe: Any, source: Any, source_model: Any, batch: Any) -> Any:
+    import dataclasses
+
+    if source_model is None:
+        raise ValueError("MergeRecipe(how='weighted') needs weights, or upcycle.source_model (the sparse model) to measure them with")
+    tokens = batch if batch is not None else checking.random_tokens(source_model.config.vocab_size)
+    params = checking.load_params(source, source_model.param_specs())
+    return dataclasses.replace(recipe, weights=checking.router_weights(source_model, params, tokens))
+
+
+def first_batch(dataset: Any) -> Any:
+    """The first batch of a `DatasetConfig`, None without one."""
+    return next(iter(dataset.train_iterator())) if dataset is not None else None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags."""
+    parser.add_argument("--materialize", action="store_true", help="write every byte: the result shares no file with the source")
+    parser.add_argument("--max_memory", type=int, metavar="BYTES", help="bytes of arrays to hold at a time (default 2 GiB)")
+
+
+def given_by_flags(flags: Flags, loaded: "Config") -> dict[str, Any]:
+    """Arguments that flags decide, and the model where a file defines one."""
+    given: dict[str, Any] = {}
+    if getattr(flags.extra, "materialize", False):
+        given["materialize"] = True
+    if getattr(flags.extra, "max_memory", None) is not None:
+        given["max_memory"] = flags.extra.max_memory
+    if loaded.has_macro("MODEL"):
+        given["model"] = loaded.macro("MODEL")
+    return given
+
+
+def _run(flags: Flags, loaded: "Config") -> int:
+    run = loaded.build("upcycle", **given_by_flags(flags, loaded), dry_run=flags.dry_run)
+    try:
+        return 0 if run().ok else 1
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        print(f"upcycle_jax.upcycle: error: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is on files: do not take hold of an accelerator
+    return command.run("upcycle", argv, description=__doc__ or "", body=_run, extra=add_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
