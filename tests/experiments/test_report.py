@@ -21,7 +21,7 @@ def write_run(folder, *, start, losses, flops, load=None):
     rate = [{"step": start + 10, "timing/steps_per_second": 4.0}, {"step": start + 20, "timing/steps_per_second": 4.0}]
     (folder / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rate))
     for shift, task in enumerate(TASKS):
-        rows = [{"step": start + 10 * i, "loss": loss + shift, "accuracy": 1 / (loss + shift)} for i, loss in enumerate(losses)]
+        rows = [{"step": start + 10 * i, "cross_ent_loss": loss + shift, "accuracy": 1 / (loss + shift)} for i, loss in enumerate(losses)]
         for row in rows if load else ():
             row |= {"experts/encoder/layers_1/load": load, "experts/encoder/layers_1/router_probability": load[::-1]}
         path = folder / "training_eval" / task / "metrics.jsonl"
@@ -51,7 +51,7 @@ def cells(report, heading, first):
 
 
 def test_curve_is_the_mean_over_tasks_and_linear_between_evaluations(folders):
-    curve = load_all(folders)[0].curve("loss")
+    curve = load_all(folders)[0].curve("cross_ent_loss")
     np.testing.assert_allclose(curve.values, [2.5, 2.3, 2.2])  # (2.0 + 3.0) / 2, (1.8 + 2.8) / 2, (1.7 + 2.7) / 2
     assert curve.at(105) == pytest.approx(2.4)
     assert np.isnan(curve.at(121))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
-METRIC_LABELS = {"loss": "evaluation loss (nats per target token)", "accuracy": "token accuracy (fraction)"}
+METRIC_LABELS = {"cross_ent_loss": "evaluation loss (nats per target token)", "accuracy": "token accuracy (fraction)"}
 
 
 def _png(figure: Figure) -> bytes:

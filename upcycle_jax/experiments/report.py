@@ -71,7 +71,7 @@ def _number(value: float, digits: int = 4) -> str:
 def _summary_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        loss, accuracy = run.curve("loss"), run.curve("accuracy")
+        loss, accuracy = run.curve("cross_ent_loss"), run.curve("accuracy")
         rows.append(
             [
                 run.name,
@@ -116,7 +116,7 @@ def _compared(difference: float) -> str:
 
 def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
     """What came out, in words that the numbers decide."""
-    sparse_loss, dense_loss = upcycled.curve("loss"), dense.curve("loss")
+    sparse_loss, dense_loss = upcycled.curve("cross_ent_loss"), dense.curve("cross_ent_loss")
     drop = sparse_loss.first - dense_loss.first
     lines = [
         f"* Initial drop: before its first update **{upcycled.name}** has an evaluation loss of {sparse_loss.first:.4f} against "
@@ -127,7 +127,7 @@ def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
     for other in runs:
         if other is upcycled:
             continue
-        curve = other.curve("loss")
+        curve = other.curve("cross_ent_loss")
         steps = min(extra, other.extra_steps)
         at_steps = sparse_loss.at(upcycled.start_step + steps) - curve.at(other.start_step + steps)
         flops = min(budget, other.extra_steps * other.flops_per_step)
@@ -173,7 +173,7 @@ def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale
     sections = [
         f"# {title}",
         scale,
-        "Losses and accuracies are unweighted means over the evaluation tasks ("
+        "Losses (cross entropy, nats per target token) and accuracies are unweighted means over the evaluation tasks ("
         + ", ".join(f"`{task}`" for task in runs[0].tasks)
         + "), teacher-forced. One seed: differences carry no error bar.",
         "## Summary",
@@ -183,12 +183,12 @@ def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale
         "## Learning curves",
         "![Evaluation loss and token accuracy against extra steps and extra compute](learning_curves.png)",
         "### Evaluation loss against extra steps",
-        _by_steps(runs, "loss"),
+        _by_steps(runs, "cross_ent_loss"),
         "### Token accuracy against extra steps",
         _by_steps(runs, "accuracy"),
         "### Evaluation loss against extra compute",
         "Linear between evaluations; FLOPs are the model's own (matrix products, forward and backward).",
-        _by_flops(runs, "loss"),
+        _by_flops(runs, "cross_ent_loss"),
         "### Token accuracy against extra compute",
         _by_flops(runs, "accuracy"),
     ]

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The whole story on CPU: pre-train a small dense T5 1.1, upcycle it, continue both, train the same MoE from scratch, compare.
+#   ./scripts/quickstart.sh            about a quarter of an hour on two cores, installation included
+#   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
+# Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default quickstart/). Words after the options go to every
+# training run, e.g. --gin.TEXT_FILES="{'mail': ['mail/*.txt'], 'code': ['src/**/*.py']}" --gin.MIXTURE_OR_TASK_NAME="'mine'".
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+dense_steps=2000 extra_steps=600 eval_period=100
+out="${QUICKSTART_DIR:-$root/quickstart}"
+if [ "${1:-}" = --smoke ]; then
+    shift
+    dense_steps=20 extra_steps=10 eval_period=5
+    out="${QUICKSTART_DIR:-$root/quickstart}-smoke"
+fi
+end=$((dense_steps + extra_steps))
+
+source "$root/scripts/venv.sh"
+make_venv ""
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+mkdir -p "$out"
+cd "$out"
+started=$SECONDS
+
+# say TEXT: a heading with the time so far.
+say() { printf '\n=== [%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
+
+# train NAME MODEL RUN STEPS [FLAG...]: a training run in $out/NAME. A finished one is not started again, a killed one resumes.
+train() {
+    local name="$1" model="$2" run="$3" steps="$4"
+    shift 4
+    if [ -f "$name/checkpoint_$steps/commit_success.txt" ]; then
+        echo "$name is complete (step $steps)"
+        return
+    fi
+    "$VENV/bin/python" -m upcycle_jax.train --gin_file="models/$model.gin" --gin_file="runs/$run.gin" --gin_file=runs/quickstart.gin \
+        --gin.MODEL_DIR="'$out/$name'" --gin.TRAIN_STEPS="$steps" --gin.EVAL_PERIOD="$eval_period" --gin.SAVING_PERIOD="$eval_period" "$@"
+}
+
+say "1/6 Pre-training the dense model, $dense_steps steps"
+train dense t5_1_1_tiny pretrain "$dense_steps" "$@"
+
+say "2/6 Upcycling its checkpoint: plan, conversion, proof"
+sparse="$out/upcycled_checkpoint/checkpoint_$dense_steps"
+if [ -f "$sparse/proof.json" ]; then
+    echo "$sparse is complete"
+else
+    "$VENV/bin/python" -m upcycle_jax.upcycle --gin_file=models/t5_1_1_tiny_upcycled.gin --gin_file=runs/upcycle.gin \
+        --gin.VOCAB_SIZE=384 --gin.NUM_EXPERTS=8 \
+        --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" --gin.OUTPUT_CHECKPOINT_PATH="'$sparse'"
+fi
+
+say "3/6 Continuing the dense model, $extra_steps steps"
+train dense_continued t5_1_1_tiny continue_pretrain "$end" --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" "$@"
+
+say "4/6 Continuing the upcycled model on the same batches, $extra_steps steps"
+train upcycled t5_1_1_tiny_upcycled continue_pretrain "$end" --gin.INITIAL_CHECKPOINT_PATH="'$sparse'" "$@"
+
+say "5/6 The same MoE from scratch on the same batches, $extra_steps steps"
+train moe_from_scratch t5_1_1_tiny_upcycled pretrain "$extra_steps" --gin.FIRST_BATCH="$dense_steps" "$@"
+
+say "6/6 The report"
+"$VENV/bin/python" -m upcycle_jax.report --run=dense="$out/dense_continued" --run=upcycled="$out/upcycled" \
+    --run="MoE from scratch"="$out/moe_from_scratch" --dense=dense --upcycled=upcycled --output_dir="$out/report" \
+    --title="Quickstart: dense continuation, upcycled, and MoE from scratch" \
+    --scale="Scaled down: a tiny byte-level T5 1.1 after $dense_steps dense steps on text from this machine, $extra_steps extra steps, on CPU. It shows the path and the shape of the curves; it is not evidence about models of useful size."
+say "Done. Open $out/report/report.html"
