@@ -48,6 +48,36 @@ def ample():
 
 
 @pytest.fixture
+def single(tiny):
+    """As `tiny`, with one layer per stack (an MoE layer where there are MoE settings): half the compile time."""
+
+    def make(*, model=None, **moe):
+        shallow = {"num_encoder_layers": 1, "num_decoder_layers": 1} | (model or {})
+        return tiny(model=shallow, **({"encoder_sparse_layout": (0,), "decoder_sparse_layout": (0,)} | moe if moe else {}))
+
+    return make
+
+
+@pytest.fixture
+def make_params():
+    """Random parameters drawn with NumPy, which needs no compilation: kernels keep their input's scale, router logits have std about 1."""
+
+    def make(model, seed=0):
+        rng = np.random.default_rng(seed)
+        params = {}
+        for path, leaf in model.param_specs().items():
+            if path.endswith("scale"):
+                value = 1 + 0.1 * rng.normal(size=leaf.shape)
+            else:
+                fan_in = 1 if path.endswith("embedding") else leaf.shape[-2]
+                value = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+            params[path] = jnp.asarray(value, jnp.float32)
+        return trees.unflatten(params)
+
+    return make
+
+
+@pytest.fixture
 def make_batch():
     """Makes batches of random tokens; with `lengths`, row i has lengths[i] real tokens on both sides and padding after them."""
 
@@ -71,14 +101,13 @@ def make_batch():
 
 @pytest.fixture
 def copy_into_experts():
-    """Dense parameters with each MLP of the MoE model's sparse layers copied into all of its experts, and that model's routers."""
+    """Dense parameters with each MLP of the MoE model's sparse layers copied into all of its experts, and the routers of `moe_params`."""
 
     def copy(dense_params, moe_params):
         dense, out = trees.flatten(dense_params), {}
         for path, leaf in trees.flatten(moe_params).items():
             if "/router/" in path:
-                # Larger than at initialisation, so that routing is not nearly uniform.
-                out[path] = leaf * 50
+                out[path] = leaf
             elif "/mlp/expert/" in path:
                 out[path] = jnp.broadcast_to(dense[path.replace("/expert/", "/")], leaf.shape)
             else:

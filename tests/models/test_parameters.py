@@ -13,7 +13,7 @@ from upcycle_jax.moe.config import MoeConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-# d, ff, heads, layers of each stack. Dense and 32-expert counts: Table 1 of the paper for base, large and xl; small and xxl by the same sums.
+# d, ff, heads, layers of each stack; then dense, 32-expert and router counts. Base, large and xl are Table 1 of the paper.
 SIZES = {
     "small": ((512, 1024, 6, 8), 76_961_152, 467_162_496, 131_072),
     "base": ((768, 2048, 12, 12), 247_577_856, 2_003_188_992, 294_912),
