@@ -1,0 +1,140 @@
+"""The convert command: every readable format to Orbax, dense T5 to Hugging Face and back, and its refusals."""
+
+import argparse
+import json
+import pathlib
+import re
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+from upcycle_jax import convert as command
+from upcycle_jax import trees
+from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
+from upcycle_jax.trees import LeafSpec
+
+TESTDATA = pathlib.Path(__file__).parents[2] / "shared" / "reference" / "t5x_testdata"
+real = pytest.mark.skipif(not TESTDATA.exists(), reason="the T5X test checkpoints are not beside this checkout")
+TINY = TESTDATA / "test_t5_tiny.checkpoint_0"
+
+
+def run(*arguments):
+    return command.main([str(argument) for argument in (*arguments, "--quiet")])
+
+
+def assert_equal(one, two, *, names=None):
+    for name in names or one.specs():
+        np.testing.assert_array_equal(one.read(name), two.read(name), err_msg=name)
+
+
+@pytest.fixture
+def orbax(tmp_path):
+    """A plain Orbax checkpoint, as a training run saves it."""
+    rng = np.random.default_rng(0)
+    flat = {"target/w": rng.random((40, 30), np.float32), "target/e/expert/w": rng.random((3, 8, 5), np.float32)}
+    state = trees.unflatten({**flat, "state/step": np.int32(9), "state/param_states/w/mu": rng.random((40, 30), np.float32)})
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(9, state)
+    return tmp_path / "run"
+
+
+@real
+def test_legacy_to_orbax_keeps_every_leaf(tmp_path, capsys):
+    assert run(TINY, tmp_path) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path}/checkpoint_0\n"
+    source, result = open_checkpoint(TINY), open_checkpoint(tmp_path)
+    assert source.specs() == result.specs()
+    assert_equal(source, result)
+    assert result.metadata()["source"] == {"path": str(TINY), "format": "t5x_msgpack", "fingerprint": source.fingerprint()}
+    # T5X's own way to it: Orbax's PyTree handler.
+    restored = trees.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / "checkpoint_0" / "state"))
+    assert restored.keys() == source.specs().keys()
+
+
+@real
+def test_legacy_folder_to_orbax(tmp_path):
+    assert run(TESTDATA / "tiny_t5" / "checkpoint_1", tmp_path / "checkpoint_1") == 0
+    assert_equal(open_checkpoint(TESTDATA / "tiny_t5"), open_checkpoint(tmp_path))
+
+
+@real
+def test_to_hugging_face_and_back(tmp_path):
+    assert run(TINY, tmp_path / "hf", "--to", "huggingface") == 0
+    assert run(tmp_path / "hf", tmp_path / "back", "--step", 5, "--optimizer_state", "adafactor") == 0
+    source, result = open_checkpoint(TINY), open_checkpoint(tmp_path / "back")
+    assert result.step == 5
+    assert_equal(source, result, names=[name for name in source.specs() if name.startswith("target/")])
+    # The fresh Adafactor state has the very leaves that T5X itself stored, all zero.
+    assert result.specs() == source.specs()
+    assert not any(result.read(name).any() for name in result.specs() if "param_states" in name)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["num_layers"], config["d_model"], config["d_ff"], config["num_heads"]) == (2, 8, 16, 4)
+
+
+@real
+def test_dtype_changes_parameters_only(tmp_path):
+    assert run(TINY, tmp_path, "--dtype", "bfloat16") == 0
+    source, result = open_checkpoint(TINY), open_checkpoint(tmp_path)
+    for name, spec in result.specs().items():
+        assert spec.dtype.name == ("bfloat16" if name.startswith("target/") else source.specs()[name].dtype.name)
+    name = "target/token_embedder/embedding"
+    np.testing.assert_array_equal(result.read(name), source.read(name).astype("bfloat16"))
+    assert run(tmp_path, tmp_path / "hf", "--to", "huggingface") == 0
+    assert load_file(tmp_path / "hf" / "model.safetensors")["shared.weight"].dtype.name == "bfloat16"
+
+
+def test_orbax_to_orbax(tmp_path, orbax):
+    assert run(orbax, tmp_path / "out") == 0
+    assert_equal(open_checkpoint(orbax), open_checkpoint(tmp_path / "out"))
+    assert open_checkpoint(orbax).zarr_layout("target/w") == open_checkpoint(tmp_path / "out").zarr_layout("target/w")
+    assert run(orbax, tmp_path / "dense", "--optimizer_state", "drop", "--step", 0) == 0
+    assert sorted(open_checkpoint(tmp_path / "dense").specs()) == ["state/step", "target/e/expert/w", "target/w"]
+    assert open_checkpoint(tmp_path / "dense").step == 0
+
+
+def test_fresh_state_of_experts_is_factored_per_expert(tmp_path):
+    specs = {"target/e/expert/w/kernel": LeafSpec((3, 128, 130), np.dtype(np.float32))}
+    with create_checkpoint(tmp_path / "checkpoint_1", specs, step=1, metadata={}) as writer:
+        writer.write("target/e/expert/w/kernel", None, np.ones((3, 128, 130), np.float32))
+        writer.finalize()
+    assert run(tmp_path, tmp_path / "out", "--optimizer_state", "adafactor") == 0
+    specs = open_checkpoint(tmp_path / "out").specs()
+    shapes = {name.rpartition("/")[2]: spec.shape for name, spec in specs.items() if "param_states" in name}
+    assert (shapes["m"], shapes["v"]) == ((1,), (1,))
+    assert {shapes["v_row"], shapes["v_col"]} == {(3, 128), (3, 130)}
+
+
+def test_small_memory_gives_the_same_result(tmp_path, orbax):
+    assert run(orbax, tmp_path / "small", "--max_memory", "4K", "--dtype", "bfloat16") == 0
+    assert run(orbax, tmp_path / "large", "--dtype", "bfloat16") == 0
+    assert_equal(open_checkpoint(tmp_path / "small"), open_checkpoint(tmp_path / "large"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "huggingface"), "no target/encoder|Mixture-of-Experts"),
+        (("--to", "huggingface", "--step", "3"), "holds neither a step nor optimizer state"),
+        (("--optimizer_state", "keep", "--step", "10"), "named for step 9, but the step to record is 10"),
+    ],
+)
+def test_refusals_write_nothing(tmp_path, orbax, capsys, arguments, message):
+    assert run(orbax, tmp_path / "out" / "checkpoint_9", *arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("convert: ")
+    assert re.search(message, captured.err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_an_error(tmp_path, orbax, capsys):
+    assert run(orbax, orbax) == 1
+    assert "checkpoint_9 exists already: nothing was changed" in capsys.readouterr().err
+
+
+def test_sizes():
+    assert [command.parse_bytes(text) for text in ("1024", "1K", "1.5KiB", "2GiB", "3MB")] == [1024, 1024, 1536, 2 << 30, 3 << 20]
+    for text in ("", "0", "two", "1T", "-1M"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+            command.parse_bytes(text)
