@@ -43,6 +43,13 @@ def test_documents_of_one_key_share_a_side():
     assert all(len(splits) == 1 for splits in sides.values())
 
 
+def test_equal_passages_are_kept_once():
+    documents = [Document("the same licence text", key=f"file {n}") for n in range(100)] + _documents(keyed=False)
+    corpus = build_corpus("d", documents, origin={}, validation_fraction=0.3)
+    passages = [passage for split in corpus.splits.values() for passage in split]
+    assert passages.count(b"the same licence text") == 1
+
+
 def test_order_of_documents_does_not_matter():
     documents = _documents(keyed=False)
     assert build_corpus("d", documents, origin={}).fingerprint() == build_corpus("d", documents[::-1], origin={}).fingerprint()

@@ -98,7 +98,7 @@ def build_corpus(
     """Cuts documents into passages and divides them by the hash of their key, or of the passage where there is no key.
 
     The order of passages within a split is that of a hash too: the same on every machine, and the first few evaluation batches are a
-    fair sample of the whole split. At least one key goes to each side.
+    fair sample of the whole split. At least one key goes to each side. Equal passages are kept once, so that none is on both sides.
 
     Raises:
       ValueError: there is no text, or only one passage.
@@ -111,13 +111,20 @@ def build_corpus(
                 place = (_hash("order", document.key, passage), key, number)
                 passages[place] = (key, passage.encode("utf-8", "replace"))
     keys = sorted({key for key, _ in passages.values()})
-    if len(keys) < 2:
-        found = "no text" if not keys else "one passage of text"
+    distinct = len({encoded for _, encoded in passages.values()})
+    if len(keys) < 2 or distinct < 2:
+        found = "one passage of text" if distinct else "no text"
         raise ValueError(f"the domain '{name}' has {found}: training and validation need at least one document each, so give it more text")
     held_out = {key for key in keys if key < validation_fraction * 2.0**64} or {keys[0]}
     if len(held_out) == len(keys):
         held_out.discard(keys[-1])
     splits: dict[str, list[bytes]] = {TRAIN: [], VALIDATION: []}
+    seen: set[bytes] = set()
     for _, (key, encoded) in sorted(passages.items()):
+        if encoded in seen:
+            continue
+        seen.add(encoded)
         splits[VALIDATION if key in held_out else TRAIN].append(encoded)
+    if not all(splits.values()):
+        raise ValueError(f"the documents of the domain '{name}' repeat each other so much that one split is empty: give it more text")
     return Corpus(name=name, splits={split: tuple(texts) for split, texts in splits.items()}, origin=dict(origin))
