@@ -11,8 +11,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "upcycle_jax"
 
 ROOMS = (
-    ("types", "axes", "trees"),
+    ("types", "axes", "trees", "distributed"),
     ("partitioning",),
+    ("distributed",),
     ("layers",),
     ("moe",),
     ("models",),

@@ -75,7 +75,7 @@ def test_help_needs_neither_jax_nor_tensorflow():
 
 def test_half_a_cluster_is_refused():
     with pytest.raises(ValueError, match="needs all of --coordinator_address, --process_count, --process_index; missing: --process_index"):
-        command.join_processes(flags.Flags(coordinator_address="h:1", process_count=2))
+        command.join_processes("train", flags.Flags(coordinator_address="h:1", process_count=2))
 
 
 def test_a_command_says_our_errors_plainly_and_shows_the_traceback_of_others(objects, write, capsys):

@@ -8,7 +8,6 @@ def _run(flags: Flags, loaded: Config) -> int:
 """
 
 import argparse
-import functools
 import os
 import pathlib
 import sys
@@ -22,31 +21,35 @@ from upcycle_jax.config.flags import Flags
 TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 
 
-def join_processes(flags: Flags) -> None:
-    """Starts jax's distributed system where the flags ask for it; must come before any use of a device.
+# Commands that compute on all devices of a pod. The others run on one machine of it, unless flags say otherwise.
+LOOK_FOR_CLUSTER = frozenset({"train", "eval", "infer"})
+
+
+def join_processes(name: str, flags: Flags) -> None:
+    """Joins the other processes of the run, where the flags or the cluster say that there are any (`distributed.join`).
+
+    Must come before any use of a device.
+
+    Args:
+      name: the command's name.
+      flags: its flags.
 
     Raises:
-      ValueError: the three flags of a multi-process run are not all there.
+      ValueError: flags are missing or out of range.
+      TimeoutError: the other processes did not come; the message names them.
     """
-    asked = {"coordinator_address": flags.coordinator_address, "process_count": flags.process_count, "process_index": flags.process_index}
-    given = {name for name, value in asked.items() if value is not None}
-    if not given and not flags.multiprocess_gpu:
-        return
-    if given and given != asked.keys():
-        absent = ", ".join(f"--{name}" for name in asked if name not in given)
-        raise ValueError(f"a run of several processes needs all of --{', --'.join(asked)}; missing: {absent}")
-    import jax
+    asked = (flags.coordinator_address, flags.process_count, flags.process_index)
+    look_for_cluster = flags.multiprocess_gpu or (name in LOOK_FOR_CLUSTER and not flags.dry_run)
+    if look_for_cluster or any(value is not None for value in asked):
+        from upcycle_jax import distributed  # imports jax: after --help has answered
 
-    join = functools.partial(
-        jax.distributed.initialize,
-        coordinator_address=flags.coordinator_address,
-        num_processes=flags.process_count,
-        process_id=flags.process_index,
-    )
-    if flags.initialization_timeout is None:
-        join()
-    else:
-        join(initialization_timeout=flags.initialization_timeout)
+        distributed.join(
+            coordinator_address=flags.coordinator_address,
+            process_count=flags.process_count,
+            process_index=flags.process_index,
+            initialization_timeout=flags.initialization_timeout,
+            look_for_cluster=look_for_cluster,
+        )
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -80,12 +83,16 @@ def run(
     flags = flags_lib.parse(name, argv, description=description, extra=extra)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads text only; what it says of missing GPUs is noise
     try:
-        join_processes(flags)
+        join_processes(name, flags)
         from upcycle_jax import config  # imports the rest of the library: after --help has answered
 
+        if flags.tfds_data_dir or flags.seqio_additional_cache_dirs:
+            from upcycle_jax.data import settings
+
+            settings.configure(tfds_data_dir=flags.tfds_data_dir, cache_dirs=flags.seqio_additional_cache_dirs)
         loaded = config.load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
         return body(flags, loaded) or 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, TimeoutError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_ours(error):
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))

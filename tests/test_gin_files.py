@@ -1,0 +1,198 @@
+"""Every shipped gin file is parsed, checked, built at tiny size and stepped once."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from upcycle_jax.config import load, search
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.surgery import recipe as surgery_recipe
+from upcycle_jax.training.optimizers import Adafactor
+from upcycle_jax.training.schedules import create_learning_rate_scheduler
+from upcycle_jax.training.train_state import initial_state, state_specs
+from upcycle_jax.training.train_step import make_train_step
+from upcycle_jax.training.trainer import Trainer
+
+FOLDER = search.shipped_folder()
+SHIPPED = search.shipped_files()
+MODELS = [name for name in SHIPPED if re.fullmatch(r"models/[^/]+\.gin", name)]
+RUNS = [name for name in SHIPPED if re.fullmatch(r"runs/[^/]+\.gin", name)]
+RECIPES = [name for name in SHIPPED if name.startswith("recipes/")]
+
+SMALL = [
+    "VOCAB_SIZE=512", "ACTIVATION_DTYPE='float32'", "T5Config.emb_dim=16", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2",
+    "T5Config.num_decoder_layers=2", "T5Config.head_dim=8", "T5Config.mlp_dim=32",
+]  # fmt: skip
+LENGTHS = {"inputs": 16, "targets": 8}
+ROWS = 8
+
+
+def small(name: str) -> list[str]:
+    """Bindings that shrink the model of a file."""
+    return [*SMALL, "NUM_EXPERTS=2"] if "upcycled" in name else SMALL
+
+
+def batch_of(model, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {name: random.integers(1, 300, spec.shape, dtype=np.int32) for name, spec in model.input_specs(rows, LENGTHS).items()}
+
+
+@functools.cache
+def one_step(config, smoothing: float, z_loss: float, normalizing) -> float:
+    """The loss of one train step. Files that differ in size only give one and the same small model: it is stepped once."""
+    model = EncoderDecoderModel(config, label_smoothing=smoothing, z_loss=z_loss, loss_normalizing_factor=normalizing)
+    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
+    partitioner = Partitioner(devices=(jax.devices()[0],))
+    shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
+    with partitioner.activate():
+        state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)
+        after, output = jax.jit(make_train_step(model, trainer, seed=0))(state, batch_of(model))
+    assert int(after.step) == 1
+    return float(output.loss)
+
+
+def test_there_are_dense_and_upcycled_models_of_every_size():
+    sizes = ("tiny", "small", "base", "large", "xl", "xxl")
+    assert {f"models/t5_1_1_{size}{kind}.gin" for size in sizes for kind in ("", "_upcycled")} <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS + RUNS)
+def test_files_open_with_what_they_need(name):
+    """A comment that says what is REQUIRED, before the first binding."""
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    head = "\n".join(line for line in text.splitlines()[:40] if line.startswith("#"))
+    assert text.startswith("#") and "REQUIRED" in head
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_build_and_step(name):
+    model = load([name], small(name)).macro("MODEL")
+    assert (model.config.moe is not None) == ("upcycled" in name)
+    loss = one_step(model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor)
+    assert math.isfinite(loss) and loss > 0
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "upcycled" in name])
+def test_upcycled_models_are_the_papers(name):
+    """Section 3.1 and appendix A of arXiv 2212.05055: every second layer, E = 32, C = 2, experts choose / top-2."""
+    full = load([name]).macro("MODEL").config
+    for stack in ("encoder", "decoder"):
+        layers = full.num_encoder_layers if stack == "encoder" else full.num_decoder_layers
+        assert full.sparse_layers(stack) == tuple(range(1, layers, 2))
+    assert full.moe.num_experts == (4 if "tiny" in name else 32)
+    assert (full.moe.train_expert_capacity_factor, full.moe.eval_expert_capacity_factor) == (2.0, 2.0)
+    assert type(full.moe.encoder_router).__name__ == "ExpertsChoose" and full.moe.decoder_router.num_selected_experts == 2
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "upcycled" in name])
+def test_an_upcycled_file_differs_from_the_dense_one_in_its_experts_only(name):
+    dense, sparse = (load([file]).macro("MODEL").config for file in (name.replace("_upcycled", ""), name))
+    assert dataclasses.replace(sparse, moe=None) == dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Batches of random tokens in place of the run's data."""
+
+    model: EncoderDecoderModel
+    batch_size: int = ROWS
+    mixture_or_task_name: str = "random"
+    split: str = "train"
+    pack: bool = False
+    task_feature_lengths: dict = dataclasses.field(default_factory=lambda: dict(LENGTHS))
+
+    def vocabulary_size(self):
+        return 300
+
+    def fingerprint(self):
+        return {"random": True}
+
+    def train_iterator(self, process_index=0, process_count=1):
+        return Stream(self)
+
+    def eval_batches(self, num_batches=None, process_index=0, process_count=1):
+        return {"random": lambda: iter([batch_of(self.model, self.batch_size)])}
+
+
+class Stream:
+    """The train iterator of `Data`."""
+
+    def __init__(self, data: Data, position: int = 0):
+        self.data, self.position = data, position
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.position += 1
+        return batch_of(self.data.model, self.data.batch_size, self.position)
+
+    def fingerprint(self):
+        return self.data.fingerprint()
+
+    def seek(self, num_batches):
+        self.position = num_batches
+
+    def save(self, directory):
+        (pathlib.Path(directory) / "position.json").write_text(json.dumps(self.position))
+
+    def restore(self, directory):
+        self.position = json.loads((pathlib.Path(directory) / "position.json").read_text())
+
+
+def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *bindings: str):
+    """Builds a run file with everything in it, then runs it on random tokens."""
+    required = [f"MODEL_DIR='{model_dir}'", f"TRAIN_STEPS={steps}", f"BATCH_SIZE={ROWS}", "MIXTURE_OR_TASK_NAME='random'"]
+    loaded = load([model_name, name], [*small(model_name), *required, *bindings])
+    call = loaded.build("train")
+    assert "train.model = %MODEL" in loaded.operative_text()
+    data = Data(call.keywords["model"])
+    return call.func(**{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": data})
+
+
+@pytest.fixture(scope="module")
+def dense_checkpoint(tmp_path_factory):
+    """One step of dense pre-training with the shipped run file."""
+    folder = tmp_path_factory.mktemp("dense")
+    result = run_once("runs/pretrain.gin", "models/t5_1_1_tiny.gin", folder, 1)
+    assert result.step == 1
+    return folder / "checkpoint_1"
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "start"),
+    [("models/t5_1_1_tiny.gin", "None", "continue"), ("models/t5_1_1_tiny_upcycled.gin", "@Recipe()", "upcycle")],
+)
+def test_runs_build_and_step(model, recipe, start, dense_checkpoint, tmp_path):
+    """Pre-training is in the fixture; the same file continues dense to dense, and dense to sparse."""
+    bindings = [f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", f"RECIPE={recipe}"]
+    result = run_once("runs/continue_pretrain.gin", model, tmp_path / "run", 2, *bindings)
+    assert (result.step, result.start) == (2, start)
+    assert (tmp_path / "run" / "checkpoint_2").is_dir()
+
+
+def test_offline_conversion_runs(dense_checkpoint, tmp_path):
+    name, output = "models/t5_1_1_tiny_upcycled.gin", tmp_path / "sparse" / "checkpoint_1"
+    paths = [f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", f"OUTPUT_CHECKPOINT_PATH='{output}'"]
+    loaded = load([name, "runs/upcycle.gin"], [*small(name), *paths])
+    lines = []
+    loaded.build("upcycle", report=lines.append)()
+    assert output.is_dir() and any("mlp/expert" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_build(name):
+    paths = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
+    parents = ["PARENTS=['c', 'd']"] if "PARENTS = %gin.REQUIRED" in (FOLDER / name).read_text(encoding="utf-8") else []
+    loaded = load(["models/t5_1_1_tiny_upcycled.gin", "runs/upcycle.gin", name], [*paths, *parents])
+    recipe = loaded.build("upcycle").keywords["recipe"]
+    assert type(recipe) in surgery_recipe.PARTS
+    assert not [line for line in loaded.unused() if line.startswith(str(FOLDER / name)) and ": verify." not in line]
