@@ -241,8 +241,8 @@ def _count_in(address: str, count: int, seconds: float) -> None:
             except TimeoutError:
                 missing = set(range(1, count)) - waiting.keys()
                 raise TimeoutError(
-                    f"{_names(missing)} of {count} did not report to process 0 at {address} within {seconds:.0f} s: see their logs, and that "
-                    "they can reach that address; --initialization_timeout waits longer"
+                    f"{_names(missing)} of {count} did not report to process 0 at {address} within {seconds:.0f} s: see their logs, and "
+                    "that they can reach that address; --initialization_timeout waits longer"
                 ) from None
             stack.enter_context(connection)
             index = _read_hello(connection, count)
@@ -357,8 +357,8 @@ def require_equal(name: str, value: str, *, timeout_seconds: float = DEFAULT_BAR
     different = {index for index, digest in digests.items() if digest != digests[0]}
     if different:
         raise ValueError(
-            f"{name} is not the same in all {count} processes; not as in process 0: {_names(different)}. Start all of them with the same files, "
-            "flags and code"
+            f"{name} is not the same in all {count} processes; not as in process 0: {_names(different)}. Start all with the "
+            "same files, flags and code"
         )
 
 

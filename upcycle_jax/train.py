@@ -7,10 +7,12 @@ Examples:
         --gin.TRAIN_STEPS=200 --gin.BATCH_SIZE=8
 
 Started again, the command goes on from the latest checkpoint in MODEL_DIR. SIGTERM and SIGINT save a checkpoint after the current
-step and end the run with exit code 0. --dry_run prints what the run would do and writes nothing.
+step and end the run with exit code 0, or with the code in the environment variable UPCYCLE_JAX_INTERRUPTED_CODE, from which launchers
+and schedulers see that the run wants to be started again. --dry_run prints what the run would do and writes nothing.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +22,8 @@ from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
+
+INTERRUPTED_CODE_VARIABLE = "UPCYCLE_JAX_INTERRUPTED_CODE"
 
 
 def _log_to_console() -> None:
@@ -36,12 +40,13 @@ def _run(flags: Flags, loaded: "Config") -> int:
     run = loaded.build("train", dry_run=flags.dry_run)
     for binding in loaded.unused():
         print(f"upcycle_jax.train: warning: nothing uses {binding}", file=sys.stderr)
-    run(files={"config.gin": loaded.operative_text()})
-    return 0
+    result = run(files={"config.gin": loaded.operative_text()})
+    return int(os.environ.get(INTERRUPTED_CODE_VARIABLE, 0)) if result.interrupted else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: its notes about devices mislead
     return command.run("train", argv, description=__doc__ or "", body=_run)
 
 
