@@ -13,7 +13,7 @@ from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
 from upcycle_jax.checkpoints.tiling import CopyMode, Reference, copied_layouts, copy_leaves
-from upcycle_jax.checkpoints.writer import create_checkpoint
+from upcycle_jax.checkpoints.writer import DEFAULT_CHUNK_BYTES, create_checkpoint
 from upcycle_jax.trees import LeafSpec
 
 _STEP_NAME = re.compile(r"checkpoint_(\d+)")
@@ -77,9 +77,16 @@ def convert_to_orbax(
     raw = _copied_as_stored(reader, sources, targets)
     layouts = copied_layouts(reader, raw, targets) if isinstance(reader, OrbaxReader) and raw else {}
     specs = {**targets, **(fresh_state or {})}
-    pending = max_memory // 4
-    options = {"chunk_bytes": max(1, min(64 << 20, max_memory // 8)), "pending_bytes": pending, "layouts": layouts}
-    with create_checkpoint(checkpoint_path(output, step), specs, step=step, metadata=record, **options) as writer:
+    begun = create_checkpoint(
+        checkpoint_path(output, step),
+        specs,
+        step=step,
+        metadata=record,
+        layouts=layouts,
+        chunk_bytes=max(1, min(DEFAULT_CHUNK_BYTES, max_memory // 8)),
+        pending_bytes=max_memory // 4,
+    )
+    with begun as writer:
         if isinstance(reader, OrbaxReader):
             copy_leaves(writer, reader, raw, CopyMode.ENCODED)
         for name, spec in specs.items():

@@ -86,7 +86,7 @@ def t5x_tensor(name: str) -> Tensor | None:
     layer = f"{stack}/layers_{block}"
     if norm:
         place = _LAYER_NORMS.get((stack, int(position)))
-        return place and Tensor(f"{layer}/{place}/scale", False)
+        return Tensor(f"{layer}/{place}/scale", False) if place else None
     if part == "relative_attention_bias":
         return Tensor(f"{stack}/relpos_bias/rel_embedding", True)
     if module == "DenseReluDense" and part in ("wi", "wi_0", "wi_1", "wo"):

@@ -178,7 +178,8 @@ def _write_weights(
     progress: Callable[[str], None] | None,
 ) -> None:
     shards = list(_shards(places, specs, dtype, shard_bytes))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}

@@ -127,7 +127,7 @@ class OrbaxReader(ReaderBase):
     def _array(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
             driver = "zarr3" if self.uses_zarr3 else "zarr"
-            spec = {"driver": driver, "kvstore": {**self.store.spec().to_json(), "path": self._path(name)}}
+            spec: storage.Json = {"driver": driver, "kvstore": {**self.store.spec().to_json(), "path": self._path(name)}}
             if self._tree.get("store_array_data_equal_to_fill_value"):
                 spec["fill_missing_data_reads"] = False  # Zeros are stored too, so an absent chunk is a damaged checkpoint.
             self._arrays[name] = ts.open(spec, open=True, context=self.context).result()

@@ -87,8 +87,8 @@ class ReaderBase:
         spec = self.spec(name)
         parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-        def part(index: Index) -> np.ndarray:
-            key = tuple(entry.indices(size)[:2] for entry, size in zip(index, spec.shape, strict=True))
+        def part(index: Index | None) -> np.ndarray:
+            key = tuple(entry.indices(size)[:2] for entry, size in zip(index or (), spec.shape, strict=True))
             if key not in parts:  # Devices that hold copies of one shard share one read.
                 parts[key] = self.read(name, tuple(slice(*bounds) for bounds in key))
             return parts[key]

@@ -59,7 +59,7 @@ def file_spec(directory: os.PathLike | str) -> Json:
 
 def ocdbt_spec(directory: os.PathLike | str, *, create: bool = False) -> Json:
     """The OCDBT database in `directory`; with `create`, one with Orbax's options is made where there is none."""
-    spec = {"driver": "ocdbt", "base": file_spec(directory), "cache_pool": "cache_pool#ocdbt"}
+    spec: Json = {"driver": "ocdbt", "base": file_spec(directory), "cache_pool": "cache_pool#ocdbt"}
     if create:
         spec |= {"config": OCDBT_CONFIG, "target_data_file_size": DATA_FILE_BYTES}
     return spec

@@ -110,12 +110,12 @@ def probe(source: CheckpointReader, output: os.PathLike | str, references: Mappi
         parent = parent.parent
     try:
         with tempfile.TemporaryDirectory(prefix=".upcycle-probe-", dir=parent) as scratch:
-            error = _try_copy(Path(scratch))
+            problem = _try_copy(Path(scratch))
             linked = _can_link(Path(source.item) / MANIFEST, Path(scratch) / "link")
     except OSError as error:
         return Probe(False, f"{parent} cannot be written to: {error.strerror}")
-    if error:
-        return Probe(False, f"the installed tensorstore does not copy keys between databases by reference: {error}")
+    if problem:
+        return Probe(False, f"the installed tensorstore does not copy keys between databases by reference: {problem}")
     if not linked:
         return Probe(True, "the output is on another file system, or files cannot be linked: the dense data files are copied once")
     return Probe(True, "the dense data files are shared by hard links", linked=True)
