@@ -47,12 +47,12 @@ def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax
             reader.read_sharded(name, source_sharding(row, spec, sharding))
             for name, spec in zip(row.sources, row.source_specs, strict=True)
         ]
-        return _movement(row.operation, row.spec.shape, row.spec.dtype, sharding)(sources)
+        return movement(row.operation, row.spec.shape, row.spec.dtype, sharding)(sources)
     return _from_host(row, RowValues(row, reader, seed), sharding)
 
 
 @functools.lru_cache(maxsize=256)
-def _movement(operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
+def movement(operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
     """The compiled program that moves source values to where the target's sharding wants them."""
     return jax.jit(lambda sources: operation.move(sources, {}, shape).astype(dtype), out_shardings=sharding)
 
