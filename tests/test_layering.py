@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "upcycle_jax"
 
 ROOMS = (
-    ("types", "axes", "trees", "distributed"),
-    ("partitioning",),
+    ("types", "axes", "trees"),
+    ("partitioning", "distributed"),
     ("distributed",),
     ("layers",),
     ("moe",),

@@ -1,6 +1,7 @@
 """Looks for everything that would stop a run, without computing or writing anything, and does not stop at the first finding."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +66,12 @@ def check_run(loaded: Config, *, function: str = "train", device_memory: float |
     """
     found = Findings()
     built: list[Callable[..., Any]] = []
-    if found.attempt("configuration", lambda: built.append(loaded.build(function)) or "everything is set and can be built"):
+
+    def build() -> str:
+        built.append(loaded.build(function))
+        return "everything is set and can be built"
+
+    if found.attempt("configuration", build):
         call = built[0]
         arguments = _with_defaults(call)
         if function == "train":
@@ -92,9 +98,14 @@ def _check_training(
     for role in ("train_dataset_cfg", "train_eval_dataset_cfg"):
         config = arguments.get(role)
         if config is not None and read_data:
-            found.attempt(f"data ({config.mixture_or_task_name}, {config.split})", lambda config=config: _data(model, config))
+            found.attempt(f"data ({config.mixture_or_task_name}, {config.split})", functools.partial(_data, model, config))
     if shaped:
-        found.attempt("plan of the run", lambda: call(dry_run=True) and None)
+        found.attempt("plan of the run", lambda: _plan(call))
+
+
+def _plan(call: Callable[..., Any]) -> None:
+    """Prints it, as `--dry_run` does: where the run starts from, its steps, its conversion."""
+    call(dry_run=True)
 
 
 def _divides(model: Any, partitioner: Any, trainer: Any) -> str:

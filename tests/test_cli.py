@@ -1,0 +1,41 @@
+"""The console script, and that every command answers --help at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+from upcycle_jax import cli
+
+COMMANDS = cli.commands()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_imports_neither_jax_nor_tensorflow(name):
+    """This, not a clock, is what keeps start-up short."""
+    code = (
+        "import contextlib, sys\nfrom upcycle_jax import cli\n"
+        f"with contextlib.suppress(SystemExit):\n    cli.main([{name!r}, '--help'])\n"
+        "sys.exit(', '.join({'jax', 'flax', 'orbax', 'tensorflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "", f"{name} --help: {done.stderr}"
+    assert f"upcycle_jax.{name}" in done.stdout
+
+
+def test_every_command_says_what_it_does(capsys):
+    assert {"train", "upcycle", "verify", "model_info", "check", "report"} <= set(COMMANDS)
+    assert all(COMMANDS.values())
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_without_a_command_the_usage_is_shown(capsys):
+    assert cli.main([]) == 2
+    assert "usage: upcycle-jax <command>" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
