@@ -76,8 +76,8 @@ def test_sharded_reads_take_each_part_once(run, spec, monkeypatch):
     reader = open_checkpoint(run)
     mesh = Partitioner(num_model_partitions=2).mesh  # data 4 x expert 1 x model 2
     reads = []
-    whole_read = reader.read
-    monkeypatch.setattr(reader, "read", lambda name, index=None: reads.append(index) or whole_read(name, index))
+    read_parts = reader.read_parts
+    monkeypatch.setattr(reader, "read_parts", lambda name, indices: reads.extend(indices) or read_parts(name, indices))
     array = reader.read_sharded(NAME, NamedSharding(mesh, spec))
     np.testing.assert_array_equal(np.asarray(array), VALUE)
     assert array.sharding.spec == spec

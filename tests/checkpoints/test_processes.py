@@ -37,8 +37,8 @@ CHILD = textwrap.dedent(
     assert manager.all_steps() == [3]
     manager.restore_dataset(3, Data())
     reader = open_checkpoint(folder)
-    reads, read = [], reader.read
-    reader.read = lambda name, part=None: reads.append(part) or read(name, part)
+    reads, read_parts = [], reader.read_parts
+    reader.read_parts = lambda name, parts: reads.extend(parts) or read_parts(name, parts)
     one = reader.read_sharded("target/expert/w", sharding)
     assert len(reads) == 4, reads  # Four of the eight experts live on this process's devices.
     shardings = {"target/expert/w": sharding, "state/step": partitioner.replicated}

@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -138,10 +139,15 @@ class OrbaxReader(ReaderBase):
         return f"{prefix}{self._keys[name]}/"
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        spec = self.spec(name)
-        index = checked_index(name, spec.shape, index)
+        return self.read_parts(name, [index or ()])[0]
+
+    def read_parts(self, name: str, indices: Sequence[Index]) -> list[np.ndarray]:
+        """Several parts of one leaf, in order; asked for at once, so that a chunk that several of them touch is decoded once."""
+        shape = self.spec(name).shape
+        checked = [checked_index(name, shape, index) for index in indices]
         try:
-            return np.asarray(self._array(name)[index].read().result())
+            array = self._array(name)
+            return [np.asarray(future.result()) for future in [array[index].read() for index in checked]]
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{self.item}: leaf {name} cannot be read, its data is missing or damaged: {error}") from None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -83,17 +83,21 @@ class ReaderBase:
     def _files(self) -> Iterable[epath.Path]:
         return sorted(files_below(self.path))
 
+    def read_parts(self, name: str, indices: Sequence[Index]) -> list[np.ndarray]:
+        """Several parts of one leaf, in order."""
+        return [self.read(name, index) for index in indices]
+
     def read_sharded(self, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
         spec = self.spec(name)
-        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-        def part(index: Index | None) -> np.ndarray:
-            key = tuple(entry.indices(size)[:2] for entry, size in zip(index or (), spec.shape, strict=True))
-            if key not in parts:  # Devices that hold copies of one shard share one read.
-                parts[key] = self.read(name, tuple(slice(*bounds) for bounds in key))
-            return parts[key]
+        def bounds(index: Index) -> tuple[tuple[int, int], ...]:
+            return tuple(entry.indices(size)[:2] for entry, size in zip(index, spec.shape, strict=True))
 
-        return jax.make_array_from_callback(spec.shape, sharding, part, dtype=spec.dtype)
+        # Devices that hold copies of one shard share one read.
+        wanted = list(dict.fromkeys(bounds(index or ()) for index in sharding.addressable_devices_indices_map(spec.shape).values()))
+        values = self.read_parts(name, [tuple(slice(*pair) for pair in part) for part in wanted])
+        parts = dict(zip(wanted, values, strict=True))
+        return jax.make_array_from_callback(spec.shape, sharding, lambda index: parts[bounds(index or ())], dtype=spec.dtype)
 
     def spec(self, name: str) -> LeafSpec:
         """The spec of one leaf.
