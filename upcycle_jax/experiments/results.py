@@ -89,7 +89,7 @@ class Run:
     @property
     def extra_steps(self) -> int:
         """Steps trained in this run."""
-        return int(self.curve("loss").steps[-1]) - self.start_step
+        return int(self.curve("accuracy").steps[-1]) - self.start_step
 
     @property
     def seconds_per_step(self) -> float:
