@@ -10,11 +10,11 @@ if __name__ != "upcycle_jax.tasks":
         "install the checkout with `pip install -e .`"
     )
 
+_OBJECTIVES = ("span_corruption", "prefix_lm", "ul2")
+
 SHIPPED = {
-    "upcycle_jax.tasks.embedded_text": (
-        "embedded_text_span_corruption",
-        "python_source_span_corruption",
-        "documentation_prose_span_corruption",
+    "upcycle_jax.tasks.embedded_text": tuple(
+        f"{domain}_{objective}" for objective in _OBJECTIVES for domain in ("embedded_text", "python_source", "documentation_prose")
     ),
 }
 """Names that each module registers."""

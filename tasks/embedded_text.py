@@ -1,23 +1,26 @@
-"""Span corruption over two real and clearly different domains that need no download: Python source, and documentation prose.
+"""Real text of two clearly different domains that needs no download: Python source, and documentation prose.
 
 The default data of the quickstart and of tests. Both are made of what is installed, so they differ between environments: their sha256
 is part of a run's data fingerprint. Byte vocabulary with 100 sentinels (359 ids).
+
+Registers, for each objective (span_corruption, prefix_lm, ul2): `python_source_<objective>`, `documentation_prose_<objective>`, and
+their mixture at equal rates, `embedded_text_<objective>`.
 """
 
 import seqio
 
-from upcycle_jax.data import sources
+from upcycle_jax.data import objectives, sources
 from upcycle_jax.tasks import python_environment
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 
-for _name, _load in (
-    ("python_source_span_corruption", python_environment.python_source),
-    ("documentation_prose_span_corruption", python_environment.documentation_prose),
-):
-    seqio.TaskRegistry.add_provider(_name, sources.language_model_task(_name, sources.CorpusSource(_load), VOCABULARY))
+SOURCES = {
+    "python_source": sources.CorpusSource(python_environment.python_source),
+    "documentation_prose": sources.CorpusSource(python_environment.documentation_prose),
+}
 
-seqio.MixtureRegistry.add(
-    "embedded_text_span_corruption",
-    [("python_source_span_corruption", 1.0), ("documentation_prose_span_corruption", 1.0)],
-)
+for _objective in objectives.OBJECTIVES:
+    for _domain, _source in SOURCES.items():
+        _name = f"{_domain}_{_objective}"
+        seqio.TaskRegistry.add_provider(_name, sources.language_model_task(_name, _source, VOCABULARY, objective=_objective))
+    seqio.MixtureRegistry.add(f"embedded_text_{_objective}", [(f"{_domain}_{_objective}", 1.0) for _domain in SOURCES])

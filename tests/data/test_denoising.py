@@ -8,6 +8,7 @@ from upcycle_jax.data import noise
 tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 denoising = pytest.importorskip("upcycle_jax.data.denoising")
+objectives = pytest.importorskip("upcycle_jax.data.objectives")
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 TOP = VOCABULARY.vocab_size - 1  # the first sentinel
@@ -81,7 +82,7 @@ def corrupted():
         lambda: ({"targets": d} for d in documents), output_signature={"targets": tf.TensorSpec([None], tf.int32)}
     )
     with seqio.utils.map_seed_manager(5):
-        segments = denoising.span_corruption(dataset, {"inputs": 64, "targets": 16}, FEATURES, documents_per_group=16)
+        segments = objectives.span_corruption(dataset, {"inputs": 64, "targets": 16}, FEATURES, documents_per_group=16)
     return documents, list(segments.as_numpy_iterator())
 
 
@@ -109,10 +110,10 @@ def test_masks_differ_between_segments(corrupted):
 def test_too_short_targets_and_too_few_sentinels_are_refused():
     dataset = tf.data.Dataset.from_tensors({"targets": tf.zeros([10], tf.int32)})
     with pytest.raises(ValueError, match=r"gives targets of 114 tokens, but .* is 100: set it to 114 or more"):
-        denoising.span_corruption(dataset, {"inputs": 512, "targets": 100}, FEATURES)
+        objectives.span_corruption(dataset, {"inputs": 512, "targets": 100}, FEATURES)
     few = {name: seqio.Feature(seqio.ByteVocabulary(extra_ids=10)) for name in FEATURES}
-    with pytest.raises(ValueError, match=r"hold 28 noise spans, but the vocabulary has 10 extra ids.*extra_ids=28 or more"):
-        denoising.span_corruption(dataset, {"inputs": 512, "targets": 114}, few)
+    with pytest.raises(ValueError, match=r"needs 28 sentinels, but the vocabulary has 10 extra ids.*extra_ids=28 or more"):
+        objectives.span_corruption(dataset, {"inputs": 512, "targets": 114}, few)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from upcycle_jax.data import documents, text_files
 
 POSITION_FILE = "position.json"
 
+OBJECTIVE_NAMES = ("span_corruption", "prefix_lm", "ul2")
+
 HostBatch = dict[str, np.ndarray]
 """Model features by SeqIO name, int32 `[rows of this process, length]`."""
 
@@ -103,6 +105,7 @@ class DatasetConfig:
       module: Python module or modules to import first, which register the task. Shipped tasks are found without it.
       text_files: your own text instead of a registered task: {'domain': ['pattern', ...]} or a list of patterns. `.txt` (and any other
         text), `.jsonl`, `.parquet`, and the first two with `.gz`. One task per domain named '<name>_<domain>', mixed at equal rates.
+      objective: what is learnt from text files: 'span_corruption', 'prefix_lm' or 'ul2'.
       text_field: field of `.jsonl` records and column of `.parquet` files that holds the text.
       validation_fraction: part of the user's own text that is held out as the split 'validation'.
       vocabulary: 'bytes', or the path of a SentencePiece model. None: the task's own, which for text files is 'bytes'.
@@ -119,6 +122,7 @@ class DatasetConfig:
     pack: bool = False
     module: str | Sequence[str] | None = None
     text_files: TextFiles | None = None
+    objective: str = "span_corruption"
     text_field: str = "text"
     validation_fraction: float = documents.VALIDATION_FRACTION
     vocabulary: str | None = None
@@ -138,6 +142,8 @@ class DatasetConfig:
                 )
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(f"validation_fraction is {self.validation_fraction}: give a value above 0 and below 1")
+        if self.objective not in OBJECTIVE_NAMES:
+            raise ValueError(f"objective is {self.objective!r}: choose one of {OBJECTIVE_NAMES}")
         if self.text_files is not None:
             text_files.normalise(self.text_files)
             if self.use_cached:

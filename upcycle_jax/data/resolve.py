@@ -102,7 +102,7 @@ def _text_file_tasks(config: DatasetConfig, domains: Mapping[str, Sequence[str]]
     name = config.mixture_or_task_name
     vocabulary = config.vocabulary or sources.BYTES
     files = {domain: text_files.find_files(patterns) for domain, patterns in domains.items()}
-    definition = (files, config.text_field, config.validation_fraction, vocabulary, config.extra_ids)
+    definition = (files, config.objective, config.text_field, config.validation_fraction, vocabulary, config.extra_ids)
     known = _registered(name)
     if known is not None:
         if _definitions.get(name) == definition:
@@ -110,6 +110,7 @@ def _text_file_tasks(config: DatasetConfig, domains: Mapping[str, Sequence[str]]
         raise ValueError(
             f"the name {name!r} is taken by another SeqIO task or mixture: choose another MIXTURE_OR_TASK_NAME for your text_files"
         )
+    pieces = sources.vocabulary_from(vocabulary, extra_ids=config.extra_ids)
     tasks = []
     for domain, paths in files.items():
         task_name = f"{name}_{domain}" if domain else name
@@ -124,7 +125,7 @@ def _text_file_tasks(config: DatasetConfig, domains: Mapping[str, Sequence[str]]
         )
         source = sources.CorpusSource(load)
         _ = source.corpus  # bad files are found here, before anything is registered
-        tasks.append(sources.language_model_task(task_name, source, sources.vocabulary_from(vocabulary, extra_ids=config.extra_ids)))
+        tasks.append(sources.language_model_task(task_name, source, pieces, objective=config.objective))
     for task in tasks:
         seqio.TaskRegistry.add_provider(task.name, task)
     _definitions[name] = definition

@@ -7,7 +7,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from upcycle_jax.data import denoising
+from upcycle_jax.data import objectives
 from upcycle_jax.data.documents import SPLITS, TRAIN, Corpus
 
 SHUFFLE_BUFFER = 1000  # segments; documents are shuffled over the whole split before
@@ -99,7 +99,7 @@ def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
     return {name: seqio.Feature(vocabulary=vocabulary, add_eos=True) for name in ("inputs", "targets")}
 
 
-def tokenize(dataset: tf.data.Dataset, output_features: denoising.Features) -> tf.data.Dataset:
+def tokenize(dataset: tf.data.Dataset, output_features: objectives.Features) -> tf.data.Dataset:
     """Tokens of `targets`, without EOS and without a copy of the text."""
     return seqio.preprocessors.tokenize(dataset, output_features, copy_pretokenized=False, with_eos=False)
 
@@ -109,16 +109,16 @@ def language_model_task(
     source: seqio.DataSource,
     vocabulary: seqio.Vocabulary,
     *,
-    objective: Callable[..., tf.data.Dataset] = denoising.span_corruption,
+    objective: str = "span_corruption",
 ) -> seqio.Task:
-    """A task, not registered, that trains by `objective` on the texts of `source`."""
+    """A task, not registered, that trains by an objective of `objectives.OBJECTIVES` on the texts of `source`."""
     return seqio.Task(
         name,
         source=source,
         preprocessors=[
             tokenize,
             seqio.CacheDatasetPlaceholder(),
-            objective,
+            objectives.OBJECTIVES[objective],
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=output_features(vocabulary),
