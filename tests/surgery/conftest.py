@@ -48,8 +48,9 @@ def slots_of(name, spec, *, factored):
     return {f"state/param_states/{name}/{slot}": LeafSpec(shape, np.float32) for slot, shape in shapes.items()}
 
 
-def tree(*, layers=2, sparse=(), experts=4, width=F, d=D, f=F, optimizer="adafactor", dtype=np.float32, stack="encoder"):
+def tree(*, layers=2, sparse=(), experts=4, width=None, d=D, f=F, optimizer="adafactor", dtype=np.float32, stack="encoder"):
     """Specs of a small encoder; layers in `sparse` have experts."""
+    width = f if width is None else width
     params = {"token_embedder/embedding": LeafSpec((VOCAB, d), dtype, (axes.VOCAB, axes.EMBED))}
     for n in range(layers):
         layer = f"{stack}/layers_{n}"

@@ -5,6 +5,7 @@ The same functions serve the online and the offline path, so that both draw the 
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,7 @@ def permutation(seed: np.uint32, path_hash: np.uint32, number: int, size: int) -
 
 
 @functools.lru_cache(maxsize=64)
-def _drawing(kind: str, shape: tuple[int, ...]):
+def _drawing(kind: str, shape: tuple[int, ...]) -> Callable[..., jax.Array]:
     draws = {
         "bits": lambda key: jax.random.bits(key, shape, "uint32"),
         "normal": lambda key: jax.random.normal(key, shape),

@@ -6,6 +6,7 @@ a path, routers by `mlp/router/`, optimizer slots by `state/param_states/`; noth
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from upcycle_jax.surgery.combine import Mean, MergeExperts, PickExpert
 from upcycle_jax.surgery.operations import Constant, Copy, Operation, Tile, Zeros
@@ -52,7 +53,7 @@ def make_plan(source_specs: Specs, target_specs: Specs, recipe: Recipe | MergeRe
 class _Matching:
     """What every kind of conversion shares: collecting rows, uses, drops and faults."""
 
-    def __init__(self, source: dict[str, LeafSpec], target: dict[str, LeafSpec], recipe):
+    def __init__(self, source: dict[str, LeafSpec], target: dict[str, LeafSpec], recipe: Any):
         self.source, self.target, self.recipe = source, target, recipe
         self.rows: list[Row] = []
         self.faults: list[str] = []
@@ -65,7 +66,8 @@ class _Matching:
             if path == STEP:
                 self.step(spec)
             elif path.startswith(SLOTS):
-                self.slot(path, spec)
+                if not self.faults:  # Slots of parameters that do not fit would only repeat it.
+                    self.slot(path, spec)
             else:
                 self.parameter(path, spec)
         self.account()
@@ -134,9 +136,10 @@ class _Matching:
     def account(self) -> None:
         """Every source leaf is used, dropped for a reason, or a fault."""
         used = {name for row in self.rows for name in row.sources}
+        parameters_fit = not self.faults
         drop = [re.compile(pattern) for pattern in getattr(self.recipe, "drop", ())]
         for name, spec in self.source.items():
-            if name in used:
+            if name in used or (not parameters_fit and SLOTS in name):
                 continue
             bare = PARENT.fullmatch(name)
             reason = self.drop_reason(bare.group(2) if bare else name)
@@ -144,12 +147,9 @@ class _Matching:
                 reason = "named in Recipe.drop"
             if reason is not None:
                 self.drops[name] = reason
-            elif not self.consumed_by_fault(name):
+            else:
                 self.faults.append(f"+ {name} {spec} (in the source, no use in the target)")
                 self.remedies.append("Remedy for leaves of the source only: name them in Recipe.drop if they may be lost.")
-
-    def consumed_by_fault(self, name: str) -> bool:
-        return False
 
     def drop_reason(self, name: str) -> str | None:
         if name == STEP:
@@ -289,7 +289,8 @@ class _Merging(_Matching):
         self.add(path, spec, operation, (expert,))
 
     def slot_origin(self, path: str) -> tuple[Operation, tuple[str, ...]]:
-        return (Zeros(), ()) if self._expert(path) in self.source else (Copy(), (path,))
+        expert = self._expert(path)
+        return (Zeros(), ()) if expert != path and expert in self.source else (Copy(), (path,))
 
     def is_converted(self, slot: str) -> bool:
         return is_expert(slot) or is_router(slot)

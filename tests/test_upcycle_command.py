@@ -1,0 +1,151 @@
+"""The commands `upcycle` and `verify`, from flags to exit status."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from upcycle_jax import config, upcycle, verify
+from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.training.optimizers import Adafactor
+from upcycle_jax.training.train_state import state_specs
+
+TINY = ("VOCAB_SIZE=64", "T5Config.emb_dim=16", "T5Config.mlp_dim=32", "T5Config.num_heads=2", "T5Config.head_dim=8")
+MODEL_FILE = "models/t5_1_1_tiny_upcycled.gin"
+
+
+def write_dense(folder, step=7, **scale):
+    model = config.load(["models/t5_1_1_tiny.gin"], TINY).macro("MODEL")
+    specs = state_specs(model, Adafactor())
+    rng = np.random.default_rng(0)
+    writer = create_checkpoint(folder, specs, step=step, metadata={})
+    for name, spec in specs.items():
+        if name != "state/step":
+            writer.write(name, None, (rng.normal(size=spec.shape) * (0.1 if spec.shape != (1,) else 0)).astype(spec.dtype))
+    writer.finalize()
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path):
+    return write_dense(tmp_path / "dense" / "checkpoint_7")
+
+
+def words(dense, output, *more, model=MODEL_FILE):
+    files = [f"--gin_file={model}"] if model else []
+    bindings = [f"--gin.{line}" for line in TINY] if model else []
+    paths = [f"--gin.INITIAL_CHECKPOINT_PATH='{dense}'", f"--gin.OUTPUT_CHECKPOINT_PATH='{output}'"]
+    return [*files, "--gin_file=runs/upcycle.gin", *bindings, *paths, *more]
+
+
+OFF = "--gin.FUNCTION_CHECK='off'"
+
+
+def digest(folder):
+    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
+    before = digest(dense)
+    assert upcycle.main(words(dense.parent, tmp_path / "sparse")) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("tile x4") < shown.index("proof: PASSED")
+    assert "function check: PASSED; predicted: scaled by the gate sum" in shown
+    assert digest(dense) == before
+    proof = json.loads((tmp_path / "sparse" / "proof.json").read_text())
+    assert proof["ok"] and proof["function"]["ok"] and proof["function"]["tokens"] == "random"
+    plan = json.loads((tmp_path / "sparse" / "plan.json").read_text())
+    assert len(plan["rows"]) == len(proof["leaves"])
+    written = open_checkpoint(tmp_path / "sparse")
+    assert written.step == 7
+    record = written.metadata()["surgery"]
+    assert record["recipe"]["type"] == "Recipe" and record["source_step"] == 7 and record["versions"]["jax"]
+
+    assert verify.main(words(dense, tmp_path / "sparse", OFF)) == 0
+    assert "proof: PASSED" in capsys.readouterr().out
+
+
+def test_verify_fails_for_another_source(dense, tmp_path, capsys):
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
+    other = write_dense(tmp_path / "other", step=8)
+    capsys.readouterr()
+    assert verify.main(words(other, tmp_path / "sparse", OFF)) == 1
+    shown = capsys.readouterr().out
+    assert "! state/step (copy)" in shown
+    assert "another source" in shown
+
+
+def test_verify_takes_the_recorded_recipe_and_not_the_configured_one(dense, tmp_path):
+    recipe = ["--gin_file=recipes/drop_upcycling.gin", OFF]
+    assert upcycle.main(words(dense, tmp_path / "sparse", *recipe)) == 0
+    assert verify.main(words(dense, tmp_path / "sparse", OFF)) == 0
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert upcycle.main(words(dense, tmp_path / "sparse", "--dry_run")) == 0
+    shown = capsys.readouterr().out
+    assert "tile x4" in shown and "dry run: nothing was written" in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_a_model_file_the_target_is_the_sources_shape_with_the_papers_experts(dense, tmp_path):
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF, "--materialize", "--max_memory=64000000", model=None)) == 0
+    specs = open_checkpoint(tmp_path / "sparse").specs()
+    assert specs["target/encoder/layers_1/mlp/expert/wi_0/kernel"].shape == (32, 16, 32)
+    assert "target/encoder/layers_0/mlp/wi_0/kernel" in specs
+
+
+@pytest.mark.parametrize("name", ["paper_language", "paper_vision_state", "noisy_copies", "random_experts", "drop_upcycling", "qwen"])
+def test_shipped_recipes_plan(name, dense, tmp_path, capsys):
+    assert upcycle.main(words(dense, tmp_path / "sparse", f"--gin_file=recipes/{name}.gin", "--dry_run")) == 0
+    assert "leaves," in capsys.readouterr().out
+
+
+def test_virtual_groups_recipe(dense, tmp_path):
+    settings = ["--gin.NUM_EXPERTS=8", "--gin.EXPERT_MLP_DIM=8", "--gin.GRANULARITY=4", "--gin.TOP_K=4", OFF]
+    assert upcycle.main(words(dense, tmp_path / "sparse", "--gin_file=recipes/virtual_groups.gin", *settings)) == 0
+    router = open_checkpoint(tmp_path / "sparse").read("target/encoder/layers_1/mlp/router/router_weights/w/kernel")
+    np.testing.assert_array_equal(router[:, :4], np.repeat(router[:, :1], 4, axis=1))
+
+
+def test_parents_and_the_way_back(dense, tmp_path):
+    other = write_dense(tmp_path / "other")
+    paths = f"--gin.INITIAL_CHECKPOINT_PATH=('{dense}', '{other}')"
+    mix = ["--gin_file=recipes/branch_train_mix.gin", "--gin.PARENTS=(0, 1, 0, 1)", paths, OFF]
+    assert upcycle.main(words(dense, tmp_path / "mixed", *mix)) == 0
+    merge = ["--gin_file=recipes/merge_mean.gin"]
+    assert upcycle.main(words(tmp_path / "mixed", tmp_path / "merged", *merge, model="models/t5_1_1_tiny.gin")) == 0
+    name = "target/encoder/layers_1/mlp/wo/kernel"
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "merged").read(name), open_checkpoint(dense).read(name))
+
+
+def test_depth_tiling_recipe(dense, tmp_path):
+    deeper = ["--gin_file=recipes/depth_tiling.gin", "--gin.T5Config.num_encoder_layers=4", "--gin.T5Config.num_decoder_layers=3"]
+    assert upcycle.main(words(dense, tmp_path / "deep", *deeper, model="models/t5_1_1_tiny.gin")) == 0
+    deep, shallow = open_checkpoint(tmp_path / "deep"), open_checkpoint(dense)
+    for layer, origin in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        np.testing.assert_array_equal(
+            deep.read(f"target/encoder/layers_{layer}/attention/out/kernel"),
+            shallow.read(f"target/encoder/layers_{origin}/attention/out/kernel"),
+        )
+
+
+def test_errors_name_the_value_and_the_remedy(dense, tmp_path, capsys):
+    def refused(*arguments, **options):
+        assert upcycle.main(words(*arguments, **options)) == 2
+        return capsys.readouterr().err
+
+    assert "nowhere" in refused(tmp_path / "nowhere", tmp_path / "sparse")
+    assert "does not fit the target model" in refused(dense, tmp_path / "sparse", "--gin.T5Config.emb_dim=24")
+    (tmp_path / "taken").mkdir()
+    assert "taken exists already" in refused(dense, tmp_path / "taken")
+    assert "choose one of" in refused(dense, tmp_path / "sparse", "--gin.FUNCTION_CHECK='maybe'")
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
+    capsys.readouterr()
+    assert "upcycling happens once" in refused(tmp_path / "sparse", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert upcycle.main(["--gin_file=runs/upcycle.gin"]) == 2
+    message = capsys.readouterr().err
+    assert "INITIAL_CHECKPOINT_PATH" in message and "OUTPUT_CHECKPOINT_PATH" in message
