@@ -2,6 +2,7 @@
 # installation is repeated only when the requirements, the extras or the interpreter have changed.
 
 VENV="${VENV:-$root/.venv}"
+[[ "$VENV" = /* ]] || VENV="$PWD/$VENV"
 
 make_venv() {
     local extras="$1" python="${PYTHON:-python3}" stamp wanted

@@ -158,6 +158,23 @@ def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *b
     return call.func(**{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": data})
 
 
+@pytest.mark.parametrize("name", ["models/t5_1_1_base.gin", "models/t5_1_1_base_upcycled.gin"])
+def test_the_operative_configuration_of_a_run_builds_the_same_run(name, tmp_path):
+    """What MODEL_DIR/config.gin holds can be given as --gin_file."""
+    required = ["MODEL_DIR='x'", "TRAIN_STEPS=7", "MIXTURE_OR_TASK_NAME='y'", "INITIAL_CHECKPOINT_PATH='z'", "RECIPE=@Recipe()"]
+    first = load([name, "runs/continue_pretrain.gin"], required)
+    before = dict(first.build("train").keywords)
+    (tmp_path / "config.gin").write_text(first.operative_text())
+    second = load([str(tmp_path / "config.gin")])
+    after = dict(second.build("train").keywords)
+    models = before.pop("model"), after.pop("model")
+    assert models[0].config == models[1].config and models[0].loss_normalizing_factor == models[1].loss_normalizing_factor
+    trainers = before.pop("trainer"), after.pop("trainer")
+    assert str(trainers[0].optimizer) == str(trainers[1].optimizer) and trainers[0].learning_rate_fn == trainers[1].learning_rate_fn
+    assert after.pop("files", None) is None and before.items() <= after.items()
+    assert second.operative_text().splitlines()[2:] == first.operative_text().splitlines()[2:]
+
+
 @pytest.fixture(scope="module")
 def dense_checkpoint(tmp_path_factory):
     """One step of dense pre-training with the shipped run file."""

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -136,3 +137,9 @@ def test_commands_are_short(path):
     """A command parses flags, calls one function and returns an exit code."""
     if path.name != "__init__.py":
         assert path.read_text(encoding="utf-8").count("\n") < 200
+
+
+def test_the_map_names_every_room_and_command():
+    words = set(re.findall(r"[a-z_0-9]+", (ROOT / "WORKSPACE.md").read_text(encoding="utf-8")))
+    here = {room_of(path) for path in LIBRARY if path.parent == PACKAGE or path.name == "__init__.py"} - {"__init__", "cli"}
+    assert not here - words, "not in WORKSPACE.md"
