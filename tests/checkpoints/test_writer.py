@@ -160,6 +160,19 @@ def test_resuming_keeps_what_is_there(tmp_path):
         np.testing.assert_array_equal(open_checkpoint(tmp_path).read(name), value)
 
 
+def test_resuming_over_the_scratch_file_of_a_killed_write(tmp_path):
+    """A longer leftover of the manifest must not end up behind the next, shorter one."""
+    with begin(tmp_path / "checkpoint_5"):
+        pass
+    state = tmp_path / "checkpoint_5.partial" / "state"
+    (state / "manifest.ocdbt.__lock").write_bytes((state / "manifest.ocdbt").read_bytes() + b"x" * 5000)
+    with begin(tmp_path / "checkpoint_5") as writer:
+        write_all(writer, values())
+    with begin(tmp_path / "checkpoint_5") as writer:
+        writer.finalize()
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).read(EXPERT), values()[EXPERT])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

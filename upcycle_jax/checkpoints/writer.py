@@ -129,6 +129,9 @@ class CheckpointWriter:
         with self.explained():
             self.resumed = self._claim()
             self.state.mkdir(exist_ok=True)
+            # A kill leaves the file that TensorStore was about to rename; it would write into it again without truncating it.
+            for scratch in self.state.rglob("*.__lock"):
+                scratch.unlink()
             self.context = storage.new_context()
             self.store = ts.KvStore.open(storage.ocdbt_spec(self.state, create=True), context=self.context).result()
         self.refresh()
