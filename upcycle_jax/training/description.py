@@ -60,8 +60,13 @@ def costs(run: PreparedRun) -> Costs:
     )
 
 
-def describe(run: PreparedRun) -> str:
-    """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the plan of the conversion if there is one."""
+def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
+    """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the plan of the conversion if there is one.
+
+    Args:
+      run: the run.
+      plan_rows: how many leaves of the conversion to list; its totals follow in any case.
+    """
     settings, cost = run.settings, costs(run)
     mesh = settings.partitioner.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -88,7 +93,7 @@ def describe(run: PreparedRun) -> str:
     if run.source.start == Start.UPCYCLE:
         assert run.source.plan is not None
         shardings = settings.partitioner.shardings(run.specs)
-        lines += ["", f"Upcycling with {run.source.plan.recipe}:", run.source.plan.text(shardings, max_rows=40)]
+        lines += ["", f"Upcycling with {run.source.plan.recipe}:", run.source.plan.text(shardings, max_rows=plan_rows)]
     return "\n".join(lines)
 
 

@@ -26,13 +26,8 @@ class Evaluator:
 
     def __init__(self, model: Any, partitioner: Partitioner, *, num_shards: int = 1):
         self._partitioner, self._num_shards = partitioner, num_shards
-        replicated = partitioner.replicated
-
-        def add(total: metrics.Metrics, params: PyTree, batch: Batch) -> metrics.Metrics:
-            return metrics.merge(total, model.eval_fn(params, batch))
-
-        self._first = jax.jit(model.eval_fn, out_shardings=replicated)
-        self._next = jax.jit(add, out_shardings=replicated, donate_argnums=0)
+        self._metrics = jax.jit(model.eval_fn, out_shardings=partitioner.replicated)
+        self._merge = jax.jit(metrics.merge, donate_argnums=0)
 
     def evaluate(self, params: PyTree, task_batches: TaskBatches) -> dict[str, dict[str, Any]]:
         """Metrics of every task: floats, or arrays for vector metrics, and `timing/evaluation_seconds`.
@@ -47,7 +42,8 @@ class Evaluator:
         for batch in make_batches():
             on_device = batches.to_global(batch, self._partitioner, self._num_shards)
             with self._partitioner.activate():
-                total = self._first(params, on_device) if total is None else self._next(total, params, on_device)
+                more = self._metrics(params, on_device)
+                total = more if total is None else self._merge(total, more)
         if total is None:
             raise ValueError(f"evaluation of {task!r} got no batch: its split is empty or smaller than one batch. Lower the batch size")
         return host_values(total) | {"timing/evaluation_seconds": time.monotonic() - started}

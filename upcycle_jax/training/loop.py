@@ -23,8 +23,8 @@ from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import Source, Start
 from upcycle_jax.training.saving import Saver
-from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, from_state_dict, model_hash
-from upcycle_jax.training.train_step import TrainStep, make_train_step
+from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, model_hash
+from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite, Trainer
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def train(
     if dry_run:
         print(description.describe(run))
         return TrainResult(step=run.source.step, start=str(run.source.start))
-    _log.info("%s", description.describe(run))
+    _log.info("%s", description.describe(run, plan_rows=0))
     if run.source.step >= total_steps:
         _log.info("%s is at step %d of %d already: nothing to do", model_dir, run.source.step, total_steps)
         return TrainResult(step=run.source.step, start=str(run.source.start))
@@ -302,9 +302,13 @@ class _Loop:
         cfg = settings.train_dataset_cfg
         expected = settings.model.input_specs(cfg.batch_size, cfg.task_feature_lengths, packed=cfg.pack)
         batches.check_first_batch(batch, expected, shards)
-        shardings = from_state_dict(settings.partitioner.shardings(self._run.specs))
-        step = make_train_step(settings.model, settings.trainer, seed=settings.random_seed)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, settings.partitioner.replicated))
+        jitted = jitted_train_step(
+            settings.model,
+            settings.trainer,
+            partitioner=settings.partitioner,
+            shardings=settings.partitioner.shardings(self._run.specs),
+            seed=settings.random_seed,
+        )
         started = time.monotonic()
         with settings.partitioner.activate():
             compiled = jitted.lower(self._state, batches.to_global(batch, settings.partitioner, shards)).compile()

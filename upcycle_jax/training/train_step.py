@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from upcycle_jax import axes, partitioning, trees
 from upcycle_jax.models.metrics import Mean, Metrics, merge
-from upcycle_jax.training.train_state import TrainState
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.train_state import TrainState, from_state_dict
 from upcycle_jax.training.trainer import NonFinite, Trainer
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Array, Batch, PyTree
@@ -65,6 +66,17 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
         return new_state, StepOutput(metrics=metrics, loss=loss, grad_norm=grad_norm)
 
     return train_step
+
+
+def jitted_train_step(
+    model: Any, trainer: Trainer, *, partitioner: Partitioner, shardings: Mapping[str, jax.sharding.NamedSharding], seed: int
+) -> Any:
+    """The train step as it runs: jitted, the state donated and laid out as `shardings` (by full path), what it reports replicated.
+
+    Call or lower it inside `Partitioner.activate`.
+    """
+    step = make_train_step(model, trainer, seed=seed)
+    return jax.jit(step, donate_argnums=0, out_shardings=(from_state_dict(shardings), partitioner.replicated))
 
 
 def global_norm(tree: PyTree) -> jax.Array:

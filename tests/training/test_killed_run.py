@@ -1,0 +1,69 @@
+"""kill -9 in the middle of a run: the next start loses at most one save period and ends with the same bits."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from upcycle_jax.checkpoints import open_checkpoint
+
+RUN = pathlib.Path(__file__).with_name("killed_run.py")
+STEPS, PERIOD = 14, 3
+
+
+def run(model_dir, tmp_path, seconds=0.0):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    command = [sys.executable, str(RUN), str(model_dir), str(STEPS), str(seconds)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def losses(model_dir):
+    """The loss of every step as last written; a line torn by the kill is left out."""
+    out = {}
+    for line in (model_dir / "train" / "metrics.jsonl").read_text().splitlines():
+        if line.endswith("}"):
+            row = json.loads(line)
+            out[row["step"]] = row["loss"]
+    return out
+
+
+def wait_for_step(process, model_dir, step):
+    deadline = time.monotonic() + 300
+    while not (model_dir / "train" / "metrics.jsonl").exists() or max(losses(model_dir), default=0) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_twice_and_resumed_equals_the_uninterrupted_run(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = run(whole, tmp_path)
+    assert process.wait() == 0, process.communicate()[0]
+    for step in (5, 9):
+        process = run(killed, tmp_path, seconds=0.2)
+        wait_for_step(process, killed, step)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    last = process = run(killed, tmp_path)
+    assert last.wait() == 0, process.communicate()[0]
+    assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
+    readers = [open_checkpoint(folder / f"checkpoint_{STEPS}") for folder in (whole, killed)]
+    for name in readers[0].specs():
+        np.testing.assert_array_equal(readers[0].read(name), readers[1].read(name), err_msg=name)
+    manifest = json.loads((killed / "manifest.json").read_text())
+    started = [entry["step"] for entry in manifest["starts"]]
+    assert started[0] == 0 and started[1] >= 5 - PERIOD - 1 and started[2] >= 9 - PERIOD - 1
+    assert all(step % PERIOD == 0 for step in started)
+    assert re.fullmatch("finished", manifest["status"])

@@ -1,0 +1,146 @@
+"""Upcycling inside a run, on the real tiny model: once, visible at the first evaluation, the same whatever the mesh."""
+
+import json
+
+import numpy as np
+import pytest
+
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.surgery import Recipe
+from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
+from upcycle_jax.training.loop import train
+
+SHAPE = {"vocab_size": 24, "emb_dim": 8, "num_heads": 2, "num_encoder_layers": 2, "num_decoder_layers": 2, "head_dim": 4, "mlp_dim": 16}
+
+
+def moe(**kwargs):
+    settings = {
+        "num_experts": 4,
+        "encoder_router": ExpertsChoose(renormalize=True),
+        "decoder_router": TokensChoose(num_selected_experts=2, renormalize=True),
+        "group_size": 16,
+        "train_expert_capacity_factor": 2.0,
+        "eval_expert_capacity_factor": 4.0,  # ample: every token gets its experts, so the upcycled function equals the dense one
+    }
+    return MoeConfig(**settings | kwargs)
+
+
+@pytest.fixture
+def start(bags, tmp_path):
+    class Sequences(bags.Dataset):
+        def batch(self, k):
+            batch = super().batch(k)
+            inputs, targets = batch["encoder_input_tokens"], batch["decoder_target_tokens"]
+            inputs, targets = np.tile(inputs, (1, 2))[:, :8], np.tile(targets, (1, 2))[:, :8]
+            shifted = np.pad(targets[:, :-1], ((0, 0), (1, 0)))
+            return {
+                "encoder_input_tokens": inputs,
+                "decoder_input_tokens": shifted,
+                "decoder_target_tokens": targets,
+                "decoder_loss_weights": (targets > 0).astype(np.int32),
+            }
+
+    def run(name, *, sparse, steps, restore=None, partitioner=bags.one_device, **kwargs):
+        config = T5Config(**SHAPE, mlp_activations=("gelu", "linear"), dropout_rate=0.1, moe=moe() if sparse else None)
+        data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
+        return train(
+            model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
+            model_dir=tmp_path / name,
+            train_dataset_cfg=data,
+            train_eval_dataset_cfg=data,
+            checkpoint_cfg=CheckpointConfig(restore=restore, save=SaveCheckpointConfig(period=2)),
+            partitioner=partitioner,
+            trainer=bags.trainer(),
+            total_steps=steps,
+            eval_steps=2,
+            eval_period=4,
+            stats_period=1,
+            **kwargs,
+        )
+
+    return run
+
+
+def rows(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: {k: v for k, v in row.items() if k != "wall_time" and not k.startswith("timing/")} for row in rows}
+
+
+def leaves(path):
+    reader = open_checkpoint(path)
+    return {name: reader.read(name) for name in reader.specs()}
+
+
+def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path):
+    start("dense", sparse=False, steps=4)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+    assert start("whole", sparse=True, steps=8, restore=restore).start == "upcycle"
+    start("parts", sparse=True, steps=6, restore=restore)
+    (tmp_path / "dense").rename(tmp_path / "gone")  # resuming must not even look at the dense checkpoint
+    assert start("parts", sparse=True, steps=8, restore=restore).start == "resume"
+    assert rows(tmp_path / "whole" / "train") == rows(tmp_path / "parts" / "train")
+    whole, parts = leaves(tmp_path / "whole" / "checkpoint_8"), leaves(tmp_path / "parts" / "checkpoint_8")
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], parts[name], err_msg=name)
+    # The schedule goes on at the dense step: base rate 1.0, warm-up of 4 steps done, so 1 / sqrt(step before the update).
+    rates = {step: row["learning_rate"] for step, row in rows(tmp_path / "whole" / "train").items()}
+    assert list(rates) == [5, 6, 7, 8]
+    np.testing.assert_allclose(list(rates.values()), [1 / np.sqrt(step) for step in (4, 5, 6, 7)], rtol=1e-6)
+    # Renormalised and with ample capacity, the restored model computes what the dense one did: no initial drop.
+    upcycled, dense = (rows(tmp_path / name / "training_eval" / "bags_a")[4] for name in ("whole", "gone"))
+    np.testing.assert_allclose(upcycled["cross_ent_loss"], dense["cross_ent_loss"], rtol=1e-4)
+    record = open_checkpoint(tmp_path / "parts" / "checkpoint_8").metadata()["surgery"]  # handed on over the resume
+    assert record["source_step"] == 4 and record["recipe"]["type"] == "Recipe"
+    manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
+    assert manifest["recipe"]["type"] == "Recipe" and manifest["start_step"] == 4
+    assert [entry["restored_from"]["start"] for entry in manifest["starts"]] == ["upcycle", "resume"]
+
+
+def test_upcycling_a_sparse_checkpoint_again_is_refused(start, tmp_path):
+    start("dense", sparse=False, steps=2)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+    start("sparse", sparse=True, steps=4, restore=restore)
+    again = RestoreCheckpointConfig(path=str(tmp_path / "sparse"), recipe=Recipe())
+    with pytest.raises(ValueError, match=r"Mixture-of-Experts already"):
+        start("twice", sparse=True, steps=6, restore=again)
+    with pytest.raises(ValueError, match=r"dense and the model has experts: set RestoreCheckpointConfig.recipe = @Recipe\(\)"):
+        start("forgotten", sparse=True, steps=6, restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")))
+    assert not (tmp_path / "twice").exists() and not (tmp_path / "forgotten").exists()
+
+
+def test_dry_run_shows_the_plan(start, tmp_path, capsys):
+    start("dense", sparse=False, steps=2)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+    start("sparse", sparse=True, steps=4, restore=restore, dry_run=True, partitioner=Partitioner(num_expert_partitions=4))
+    out = capsys.readouterr().out
+    assert "upcycle " in out and "tile x4" in out and "expert 4" in out and "2 -> 4 (2 to do)" in out
+    assert not (tmp_path / "sparse").exists()
+
+
+@pytest.mark.parametrize("policy", ["tiled", "dense_only"])
+def test_optimizer_state_policies_reach_the_run(start, tmp_path, policy):
+    start("dense", sparse=False, steps=2)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe(optimizer_state=policy))
+    assert start("sparse", sparse=True, steps=3, restore=restore).step == 3
+
+
+def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, tmp_path):
+    start("dense", sparse=False, steps=2)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+    start("one", sparse=True, steps=5, restore=restore)
+    start("eight", sparse=True, steps=5, restore=restore, partitioner=Partitioner(num_expert_partitions=4))
+    losses = [[row["loss"] for row in rows(tmp_path / name / "train").values()] for name in ("one", "eight")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    evaluated = [rows(tmp_path / name / "training_eval" / "bags_b")[2]["loss"] for name in ("one", "eight")]
+    np.testing.assert_allclose(*evaluated, rtol=1e-5)
+
+
+def test_experts_that_do_not_divide_over_the_mesh(start, tmp_path):
+    with pytest.raises(ValueError, match=r"axis 'expert' of size 4 .* not divisible by the 8 partitions"):
+        start("sparse", sparse=True, steps=4, partitioner=Partitioner(num_expert_partitions=8))
+    assert not (tmp_path / "sparse").exists()
