@@ -16,5 +16,12 @@ SHIPPED = {
     "upcycle_jax.tasks.embedded_text": tuple(
         f"{domain}_{objective}" for objective in _OBJECTIVES for domain in ("embedded_text", "python_source", "documentation_prose")
     ),
+    "upcycle_jax.tasks.c4": ("c4_span_corruption", "c4_v220_span_corruption"),
+    "upcycle_jax.tasks.super_glue": (
+        "super_glue_v102_proportional",
+        *(f"super_glue_{name}_v102" for name in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "axb", "axg")),
+        "super_glue_wsc_v102_simple_train",
+        "super_glue_wsc_v102_simple_eval",
+    ),
 }
-"""Names that each module registers."""
+"""Names that each module registers; those of `super_glue` and `c4_v220_span_corruption` need the package t5."""

@@ -1,5 +1,6 @@
 """From a `DatasetConfig` to the SeqIO task or mixture that it means: imports task modules, registers text files, replaces vocabularies."""
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -83,10 +84,10 @@ def task_or_mixture(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
 
 def _with_vocabulary(provider: seqio.Task | seqio.Mixture, vocabulary: str, extra_ids: int) -> seqio.Task | seqio.Mixture:
     """The same tasks over another vocabulary, not registered: SeqIO's tokenizing steps read it from the task's features."""
-    features = sources.output_features(sources.vocabulary_from(vocabulary, extra_ids=extra_ids))
+    pieces = sources.vocabulary_from(vocabulary, extra_ids=extra_ids)
 
     def replaced(task):
-        merged = {name: features.get(name, feature) for name, feature in task.output_features.items()}
+        merged = {name: dataclasses.replace(feature, vocabulary=pieces) for name, feature in task.output_features.items()}
         return task.replace(output_features=merged)
 
     if isinstance(provider, seqio.Task):

@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from upcycle_jax.data import fingerprints, resolve
+from upcycle_jax.data import fingerprints, resolve, settings
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch, Position
 
 _CACHED_EVAL_BYTES = 256 * 1024**2  # evaluation batches below this are kept in memory between passes
@@ -30,11 +30,30 @@ def _keep_off_accelerators() -> None:
             logging.debug("TensorFlow keeps its %s devices", kind)
 
 
+def _splits(task: seqio.Task) -> tuple[str, ...]:
+    """The splits of a task's data. TFDS tells them only of prepared data.
+
+    Raises:
+      ValueError: the data are not prepared.
+    """
+    if not isinstance(task.source, seqio.TfdsDataSource):
+        return tuple(task.splits)
+    try:
+        return tuple(task.splits)
+    except ValueError as error:
+        dataset = task.source.tfds_dataset
+        folder = settings.current().tfds_data_dir or "~/tensorflow_datasets"
+        raise ValueError(
+            f"the data of the task '{task.name}' (TFDS {dataset.name}) are not prepared in {folder}: prepare them with "
+            f"`tfds build {dataset.name} --data_dir={folder}`, or name the folder that has them with --tfds_data_dir"
+        ) from error
+
+
 def _check_split(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> tuple[seqio.Task, ...]:
     """The tasks that have the split."""
-    having = tuple(task for task in tasks if config.split in task.splits)
+    having = tuple(task for task in tasks if config.split in _splits(task))
     if not having:
-        splits = sorted({str(split) for task in tasks for split in task.splits})
+        splits = sorted({str(split) for task in tasks for split in _splits(task)})
         raise ValueError(f"'{config.mixture_or_task_name}' has no split '{config.split}': it has {splits}")
     return having
 
