@@ -109,7 +109,8 @@ class Partitioner:
         Raises:
           ValueError: an axis has no rule, or two axes of the array want the same mesh axis.
         """
-        entries, used = [], {}
+        entries: list[Any] = []
+        used: dict[str, str | None] = {}
         for name in logical_axes:
             if name is not None and name not in self.logical_rules:
                 raise ValueError(f"logical axis {name!r} has no sharding rule; known axes: {sorted(self.logical_rules)}")
