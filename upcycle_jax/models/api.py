@@ -8,6 +8,7 @@ Metrics, and what each is a mean over (`M` below stands for the weight `aux_scal
   experts/auxiliary_loss, experts/router_z_loss: with their factors, as they enter the loss (M).
   experts/fraction_tokens_left_behind, experts/expert_usage, experts/router_confidence: averaged over MoE layers (M), as T5X does.
   experts/<layer>/load: `[E]`, share of the processed tokens that each expert took.
+  experts/<layer>/router_probability: `[E]`, mean router probability of each expert over tokens.
   experts/<layer>/entropy: of the router probabilities, in nats, per token.
   experts/<layer>/dropped: share of the placements asked for that were not granted: token choices beyond capacity under
     tokens choose, tokens without any expert under experts choose.
@@ -248,6 +249,7 @@ def _expert_metrics(config: T5Config, reports: Mapping[str, MoeReport], aux_scal
     }
     for layer, report in reports.items():
         metrics[f"experts/{layer}/load"] = Mean(total=report.load, weight=jnp.sum(report.load))
+        metrics[f"experts/{layer}/router_probability"] = Mean(total=report.probability, weight=report.tokens)
         metrics[f"experts/{layer}/entropy"] = Mean(total=report.entropy, weight=report.tokens)
         metrics[f"experts/{layer}/dropped"] = Mean(total=report.dropped, weight=report.offered)
     return metrics

@@ -38,6 +38,7 @@ class MoeReport:
       load: `[E]`, counted tokens that each expert processed.
       weight: combine weights of the counted tokens, summed.
       entropy: entropy of the router probabilities (nats), summed over counted tokens.
+      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers, where `load` is what capacity let it have.
       offered: placements asked for (`Routing`).
       dropped: placements not granted (`Routing`).
     """
@@ -50,6 +51,7 @@ class MoeReport:
     load: jax.Array
     weight: jax.Array
     entropy: jax.Array
+    probability: jax.Array
     offered: jax.Array
     dropped: jax.Array
 
@@ -216,7 +218,8 @@ def _report(routing: Routing, logits: jax.Array, z_loss: jax.Array, *, counted: 
     assignment = routing.assignment
     counts = counted.at[assignment.token_index].get(mode="fill", fill_value=0.0)
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+    probabilities = jnp.exp(log_probabilities)
+    entropy = -jnp.sum(probabilities * log_probabilities, axis=-1)
     return MoeReport(
         auxiliary_loss=routing.auxiliary_loss,
         router_z_loss=z_loss,
@@ -226,6 +229,7 @@ def _report(routing: Routing, logits: jax.Array, z_loss: jax.Array, *, counted: 
         load=jnp.sum(counts, axis=-1),
         weight=jnp.sum(assignment.combine_weight * counts),
         entropy=jnp.sum(entropy * counted),
+        probability=jnp.sum(probabilities * counted[:, None], axis=0),
         offered=routing.offered,
         dropped=routing.dropped,
     )
