@@ -307,7 +307,7 @@ def forward(model: EncoderDecoderModel, params: PyTree, batch: Batch) -> tuple[n
 def first_divergence(one: EncoderDecoderModel, one_params: PyTree, other: EncoderDecoderModel, other_params: PyTree, batch: Batch) -> str:
     """The first layer after which the residual streams of two models differ, or 'after the last layer'."""
     ours, theirs = jax.jit(one.layer_outputs)(one_params, batch), jax.jit(other.layer_outputs)(other_params, batch)
-    for layer in one.layer_outputs(one_params, batch):
+    for layer in sorted(ours, key=lambda name: (name.startswith("decoder/"), int(name.rsplit("_", 1)[1]))):
         a, b = np.asarray(ours[layer]), np.asarray(theirs[layer])
         if not np.abs(a - b).max() <= TOLERANCE * max(1.0, float(np.abs(a).max())):
             return layer

@@ -113,8 +113,12 @@ def apply_offline(
             row for row in plan.rows if row.target != STEP and row.target not in shared.references
         ]  # The writer stores the step itself.
         meter = _Meter(sum(row.bytes_written for row in made), progress)
+        repeated = [row for row in made if isinstance(row.operation, Tile) and writer.layout(row.target).chunks[:1] == (1,)]
         for row in made:
-            _offline_leaf(row, reader, plan.recipe.seed, writer, meter)
+            _offline_leaf(row, reader, plan.recipe.seed, writer, meter, first_expert_only=row in repeated)
+        writer.flush()
+        for row in repeated:
+            _repeat_first_expert(row, writer, meter)
         meter.finish()
         return str(writer.finalize())
     finally:
@@ -158,16 +162,34 @@ def shared_chunks(plan: Plan, reader: Reader, output_path: os.PathLike | str, *,
     return SharedChunks({}, encoded, f"every leaf is read and written: {found.reason}")
 
 
-def _offline_leaf(row: Row, reader: Reader, seed: int, writer: CheckpointWriter, meter: "_Meter") -> None:
+def _offline_leaf(row: Row, reader: Reader, seed: int, writer: CheckpointWriter, meter: "_Meter", *, first_expert_only: bool) -> None:
     values = RowValues(row, reader, seed)
-    for region in values.order(list(writer.pieces(row.target))):
-        nbytes = int(np.prod([s.stop - s.start for s in region], dtype=np.int64)) * row.spec.dtype.itemsize
+    regions = list(writer.pieces(row.target))
+    if first_expert_only:
+        regions = [region for region in regions if region[0].start == 0]
+    for region in values.order(regions):
+        shape = [s.stop - s.start for s in region]
         if not writer.is_written(row.target, region):
             if isinstance(row.operation, Zeros):
-                writer.write(row.target, region, np.zeros([s.stop - s.start for s in region], row.spec.dtype))
+                writer.write(row.target, region, np.zeros(shape, row.spec.dtype))
             else:
                 writer.write(row.target, region, values.region(region))
-        meter.add(nbytes, row.target)
+        meter.add(int(np.prod(shape, dtype=np.int64)) * row.spec.dtype.itemsize, row.target)
+
+
+def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: "_Meter") -> None:
+    """Gives every other expert the encoded bytes of expert 0, which is on disk: each chunk is compressed once, not E times."""
+    name, experts, layout = row.target, row.spec.shape[0], writer.layout(row.target)
+    for region in writer.pieces(name):
+        if region[0].start > 0:
+            break  # Pieces come expert by expert.
+        lacking = [e for e in range(1, experts) if not writer.is_written(name, (slice(e, e + 1), *region[1:]))]
+        if lacking:
+            place = [s.start // chunk for s, chunk in zip(region, layout.chunks, strict=True)]
+            encoded = writer.store.read(f"{writer.key(name)}/{layout.key(place)}").result().value
+            writer.write_encoded(name, {layout.key([e, *place[1:]]): encoded for e in lacking})
+        nbytes = int(np.prod([s.stop - s.start for s in region], dtype=np.int64)) * row.spec.dtype.itemsize
+        meter.add(nbytes * (experts - 1), name)
 
 
 class _Meter:
