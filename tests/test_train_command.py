@@ -33,7 +33,13 @@ def own_text(tmp_path):
 
 
 def test_help_answers_without_jax():
-    code = "import sys\nfrom upcycle_jax import train\ntry:\n  train.main(['--help'])\nfinally:\n  print('jax' in sys.modules, file=sys.stderr)"
+    lines = [
+        "import sys",
+        "from upcycle_jax import train",
+        "try: train.main(['--help'])",
+        "finally: print('jax' in sys.modules, file=sys.stderr)",
+    ]
+    code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--gin_file" in done.stdout and "--coordinator_address" in done.stdout and done.stderr.strip() == "False"
 

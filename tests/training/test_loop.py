@@ -4,15 +4,17 @@ import dataclasses
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
 from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import AdamW
+from upcycle_jax.trees import LeafSpec
 
 
 @pytest.fixture
@@ -148,6 +150,29 @@ def test_restoring_with_a_new_optimizer_and_step(start, tmp_path, bags):
     result = start("tune", steps=2, restore=restore, trainer=bags.trainer(optimizer=AdamW()), period=1)
     assert result.step == 2
     assert {name.rsplit("/", 1)[-1] for name in leaves(tmp_path / "tune" / "checkpoint_2") if "param_states" in name} == {"mu", "nu"}
+
+
+def test_a_checkpoint_without_optimizer_state_starts_it_afresh(start, tmp_path, caplog):
+    start("dense", steps=4)
+    state = leaves(tmp_path / "dense" / "checkpoint_4")
+    bare = {name: array for name, array in state.items() if "param_states" not in name}  # as a Hugging Face folder has it
+    writer = create_checkpoint(tmp_path / "bare", {name: LeafSpec(a.shape, a.dtype) for name, a in bare.items()}, step=4, metadata={})
+    for name, array in bare.items():
+        if name != "state/step":
+            writer.write(name, None, array)
+    writer.finalize()
+    with caplog.at_level("INFO", logger="upcycle_jax"):
+        start("more", steps=5, restore=RestoreCheckpointConfig(path=str(tmp_path / "bare")))
+    assert "holds no optimizer state: the optimizer starts afresh" in caplog.text
+    start("reset", steps=5, restore=RestoreCheckpointConfig(path=str(tmp_path / "dense"), optimizer_state="reset"))
+    assert_same_arrays(leaves(tmp_path / "more" / "checkpoint_5"), leaves(tmp_path / "reset" / "checkpoint_5"))
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"0.0 GiB free, one checkpoint takes"):
+        start()
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_describes_and_writes_nothing(start, tmp_path, capsys):

@@ -45,8 +45,8 @@ def start(bags, tmp_path):
                 "decoder_loss_weights": (targets > 0).astype(np.int32),
             }
 
-    def run(name, *, sparse, steps, restore=None, partitioner=bags.one_device, **kwargs):
-        config = T5Config(**SHAPE, mlp_activations=("gelu", "linear"), dropout_rate=0.1, moe=moe() if sparse else None)
+    def run(name, *, sparse, steps, restore=None, partitioner=bags.one_device, group_size=16, **kwargs):
+        config = T5Config(**SHAPE, mlp_activations=("gelu", "linear"), dropout_rate=0.1, moe=moe(group_size=group_size) if sparse else None)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
@@ -143,4 +143,10 @@ def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, tmp_path):
 def test_experts_that_do_not_divide_over_the_mesh(start, tmp_path):
     with pytest.raises(ValueError, match=r"axis 'expert' of size 4 .* not divisible by the 8 partitions"):
         start("sparse", sparse=True, steps=4, partitioner=Partitioner(num_expert_partitions=8))
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_groups_that_do_not_divide_the_tokens(start, tmp_path):
+    with pytest.raises(ValueError, match=r"64 tokens do not divide into groups of GROUP_SIZE=24"):
+        start("sparse", sparse=True, steps=4, group_size=24)
     assert not (tmp_path / "sparse").exists()

@@ -31,6 +31,7 @@ class MetricWriter:
         self.folder = epath.Path(folder)
         self._first_step = first_step
         self._events: Any = None
+        self._text: str | None = None
 
     def has_step(self, step: int) -> bool:
         """Whether a line for that step was written already, e.g. before an interruption."""
@@ -42,9 +43,19 @@ class MetricWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"step": int(step), "wall_time": round(time.time(), 3)}
         row |= {name: _plain(value) for name, value in values.items()}
-        with (self.folder / METRICS_FILE).open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        self._append(json.dumps(row) + "\n")
         self._write_event(step, values)
+
+    def _append(self, line: str) -> None:
+        path = self.folder / METRICS_FILE
+        if "://" not in os.fspath(path):
+            with path.open("a") as stream:
+                stream.write(line)
+            return
+        if self._text is None:  # Buckets cannot append: the file is written anew, from memory.
+            self._text = path.read_text() if path.exists() else ""
+        self._text += line
+        path.write_text(self._text)
 
     def _write_event(self, step: int, values: Scalars) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2

@@ -8,6 +8,9 @@ from typing import Any
 
 from etils import epath
 
+from upcycle_jax.models import accounting
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe.config import Stack
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, restore
 from upcycle_jax.training.config import CheckpointConfig
@@ -69,6 +72,7 @@ def prepare(settings: Settings) -> PreparedRun:
     if settings.train_eval_dataset_cfg is not None:
         eval_layout = batches.data_layout(partitioner, settings.train_eval_dataset_cfg.batch_size)
     specs = state_specs(settings.model, trainer.optimizer)
+    check_groups(settings)
     partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
     source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
     check_steps(settings, source)
@@ -84,6 +88,19 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"train.{name} is {value!r}: give a positive number, or None")
+
+
+def check_groups(settings: Settings) -> None:
+    """Raises a ValueError where the tokens of a training microbatch or of an evaluation batch do not divide into routing groups."""
+    config = settings.model.config
+    if not isinstance(config, T5Config) or config.moe is None:
+        return
+    for cfg, parts in ((settings.train_dataset_cfg, settings.trainer.num_microbatches or 1), (settings.train_eval_dataset_cfg, 1)):
+        if cfg is not None:
+            stacks: dict[Stack, int] = {"encoder": cfg.task_feature_lengths["inputs"], "decoder": cfg.task_feature_lengths["targets"]}
+            for stack, length in stacks.items():
+                if config.sparse_layers(stack):
+                    accounting.expert_slots(config, stack, batch_size=cfg.batch_size // parts, length=length)
 
 
 def check_steps(settings: Settings, source: Source) -> None:
@@ -121,6 +138,14 @@ def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
     Raises:
       ValueError: it cannot be written to, or one checkpoint does not fit.
     """
+    if "://" not in os.fspath(model_dir):
+        existing = next(folder for folder in (model_dir, *model_dir.parents) if folder.exists())
+        free = shutil.disk_usage(os.fspath(existing)).free
+        if free < checkpoint_bytes:
+            raise ValueError(
+                f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: "
+                "free space, keep fewer checkpoints (SaveCheckpointConfig.keep) or choose another folder"
+            )
     probe = model_dir / f".write_test_{os.getpid()}"
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -128,10 +153,3 @@ def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"MODEL_DIR {model_dir} cannot be written to ({error}): choose another folder or free it") from error
-    if "://" not in os.fspath(model_dir):
-        free = shutil.disk_usage(os.fspath(model_dir)).free
-        if free < checkpoint_bytes:
-            raise ValueError(
-                f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: "
-                "free space, keep fewer checkpoints (SaveCheckpointConfig.keep) or choose another folder"
-            )
