@@ -6,15 +6,12 @@ the database itself says what is done: there is no journal that could disagree w
 
 import collections
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
 import math
 import os
-import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,17 +22,16 @@ import tensorstore as ts
 from upcycle_jax import axes
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.database import drop_unused
+from upcycle_jax.checkpoints.finishing import step_metadata, storage_errno, sync_folder, tree_metadata, write_json
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
-from upcycle_jax.checkpoints.reader import METADATA_KEY, STEP, Index, checked_index, index_shape
+from upcycle_jax.checkpoints.reader import STEP, Index, checked_index, index_shape
 from upcycle_jax.trees import LeafSpec
 
 IDENTITY, LOCK = "resume.json", ".lock"
 COMMIT_MARK = "commit_success.txt"
 DEFAULT_CHUNK_BYTES = 64 << 20
 DEFAULT_PENDING_BYTES = 128 << 20
-_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-_DICT_KEY = 2  # Orbax's number for "this path element is a dictionary key".
 
 
 def create_checkpoint(
@@ -323,7 +319,7 @@ class CheckpointWriter:
         except OSError as error:
             raise type(error)(error.errno, f"cannot write {self.partial}: {error.strerror}. {self._kept()}") from None
         except (ValueError, RuntimeError) as error:
-            code = _storage_error(str(error))
+            code = storage_errno(str(error))
             if code is None:
                 raise
             raise OSError(code, f"cannot write {self.partial}: {os.strerror(code)}. {self._kept()}") from None
@@ -352,14 +348,14 @@ class CheckpointWriter:
             raise FileExistsError(f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move one of them away")
         with self.explained():
             drop_unused(self.state, self.context)
-            _write_json(self.state / TREE_METADATA, self._tree_metadata())
-            _write_json(self.partial / STEP_METADATA, self._step_metadata())
+            write_json(self.state / TREE_METADATA, tree_metadata(self.specs))
+            write_json(self.partial / STEP_METADATA, step_metadata(self._identity["metadata"]))
             for folder in (self.state, self.partial):
                 (folder / COMMIT_MARK).write_text(f"Checkpoint commit was successful to {self.path}")
             os.rename(self.partial, self.path)
             for leftover in (IDENTITY, LOCK):  # After the rename: a kill before it must still find them.
                 (self.path / leftover).unlink(missing_ok=True)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.close()
         return self.path
 
@@ -383,57 +379,6 @@ class CheckpointWriter:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def _tree_metadata(self) -> dict[str, Any]:
-        tree = {}
-        for name, spec in self.specs.items():
-            parts = name.split("/")
-            tree[str(tuple(parts))] = {
-                "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in parts],
-                "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(spec.shape)},
-            }
-        return {
-            "tree_metadata": tree,
-            "use_ocdbt": True,
-            "use_zarr3": False,
-            "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
-        }
-
-    def _step_metadata(self) -> dict[str, Any]:
-        now = time.time_ns()
-        return {
-            "item_handlers": {STATE_ITEM: _PYTREE_HANDLER},
-            "metrics": {},
-            "performance_metrics": {},
-            "init_timestamp_nsecs": now,
-            "commit_timestamp_nsecs": now,
-            "custom_metadata": {METADATA_KEY: self._identity["metadata"]},
-        }
-
 
 def _key(name: str) -> str:
     return name.replace("/", ".")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with open(path, "w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _storage_error(text: str) -> int | None:
-    """The errno behind a TensorStore error message, or None where it is no storage error."""
-    named = {"No space left": errno.ENOSPC, "File too large": errno.EFBIG, "Permission denied": errno.EACCES, "Read-only": errno.EROFS}
-    for words, code in {**named, "Disk quota exceeded": errno.EDQUOT, "Input/output error": errno.EIO}.items():
-        if re.search(words, text):
-            return code
-    return None
