@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # To be sourced by the launchers: options, quoting, running or printing.
 #
 # A launcher's own options come first and look like --name=value or --name; the first other word is a command of the library (train,

@@ -19,6 +19,7 @@
 # hosts through the variables that GKE sets.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck disable=SC2154  # parse_options sets OPTION_*
 parse_options "workload cluster type slices image base_image project zone retries xpk" "$@"
 require workload cluster type
 

@@ -19,6 +19,7 @@
 # Needs gcloud. Every start resumes from the latest checkpoint of MODEL_DIR, which must be a gs:// path. The pod is left running.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck disable=SC2154  # parse_options sets OPTION_*
 parse_options "name zone type runtime project spot retries failures wait installed" "$@"
 require name zone type
 

@@ -1,0 +1,152 @@
+"""Whether a run fits a TPU slice, as text and as a row of a table."""
+
+import dataclasses
+
+from upcycle_jax.experiments import ahead_of_time
+from upcycle_jax.experiments.ahead_of_time import Compiled, State, Workload, gib
+from upcycle_jax.experiments.topologies import Topology
+
+COLUMNS = (
+    "configuration",
+    "parameters",
+    "slice",
+    "mesh",
+    "batch",
+    "microbatches",
+    "state and gradients / device",
+    "needed / device",
+    "of",
+    "model FLOPs / device / step",
+    "all-to-all / device / step",
+    "other collectives / device / step",
+    "restore needs / device",
+    "compile time",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PodReport:
+    """What compiling for a slice showed.
+
+    Attributes:
+      name: of the configuration.
+      topology: the slice.
+      workload: what was compiled.
+      state: bytes of the state on one device.
+      step: the compiled train step.
+      restores: the compiled programs of the upcycling restore; empty where nothing is upcycled.
+    """
+
+    name: str
+    topology: Topology
+    workload: Workload
+    state: State
+    step: Compiled
+    restores: tuple[Compiled, ...]
+
+    @property
+    def restore_bytes(self) -> int:
+        """Peak memory of the restore on one device: the whole state, and what the largest leaf's program needs beside it."""
+        return self.state.parameters + self.state.optimizer + max((program.needed_bytes for program in self.restores), default=0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits into one device's memory."""
+        programs = (self.step, *self.restores)
+        memory = self.topology.chip.memory_bytes
+        return all(p.fits for p in programs) and max(self.step.needed_bytes, self.restore_bytes) <= memory
+
+    def text(self) -> str:
+        """Everything, for people; ends with what to change where it does not fit."""
+        work, chip = self.workload, self.topology.chip
+        flops = ahead_of_time.step_flops(work)
+        lines = [
+            f"topology       {self.topology.name} ({self.topology.accelerator_type}): {len(self.topology.devices)} devices "
+            f"of {gib(chip.memory_bytes)}",
+            f"mesh           {ahead_of_time.mesh_text(work.partitioner)}{', fsdp' if work.partitioner.fsdp else ''}",
+            f"model          {ahead_of_time.num_parameters(work):,} parameters",
+            f"batch          {work.batch_size} rows of {dict(work.task_feature_lengths)}, "
+            f"{work.trainer.num_microbatches or 1} microbatches",
+            f"state          per device: parameters {gib(self.state.parameters)}, optimizer {gib(self.state.optimizer)}, "
+            f"gradients {gib(self.state.parameters)}",
+            f"compute        per device and step: {flops:.4g} FLOPs of the model (XLA counts {self.step.flops:.4g}, loop bodies once); "
+            f"at the chip's peak {flops / chip.peak_flops * 1e3:.1f} ms",
+            "",
+            *self._program(self.step),
+        ]
+        for program in self.restores:
+            lines += self._program(program)
+        if self.restores:
+            lines.append(f"the restore needs at most {gib(self.restore_bytes)} per device: the state and one leaf's program")
+        lines += ["", *self._verdict()]
+        return "\n".join(lines) + "\n"
+
+    def _program(self, program: Compiled) -> list[str]:
+        head = f"{program.name}: compiled in {program.seconds:.1f} s"
+        if not program.fits:
+            return [f"{head}; the compiler found no room: it needs {gib(program.needed_bytes)} per device"]
+        lines = [
+            f"{head}; per device {gib(program.needed_bytes)}: arguments {gib(program.argument_bytes)}, "
+            f"temporaries {gib(program.temporary_bytes)}"
+        ]
+        lines += [f"  {_traffic_line(item.kind, item.group_size, item.count, item.nbytes)}" for item in program.traffic]
+        return lines if program.traffic else [*lines, "  no collectives"]
+
+    def _verdict(self) -> list[str]:
+        memory = self.topology.chip.memory_bytes
+        needed = max(self.step.needed_bytes, self.restore_bytes)
+        if self.fits:
+            return [f"FITS: {gib(needed)} of {gib(memory)} per device ({needed / memory:.0%})"]
+        changes = ahead_of_time.advice(self.workload, self.step.needed_bytes, memory)
+        return [f"DOES NOT FIT: {gib(needed)} of {gib(memory)} per device. Any of these helps, the largest saving first:"] + [
+            f"  {line}" for line in changes
+        ]
+
+    def cells(self) -> list[str]:
+        """The row of the table, in the order of `COLUMNS`."""
+        work, chip = self.workload, self.topology.chip
+        exchanged = sum(item.nbytes for item in self.step.traffic if item.kind == "all-to-all")
+        other = sum(item.nbytes for item in self.step.traffic if item.kind != "all-to-all")
+        return [
+            self.name,
+            f"{ahead_of_time.num_parameters(work):,}",
+            f"{self.topology.name} ({self.topology.accelerator_type})",
+            ahead_of_time.mesh_text(work.partitioner) + (", fsdp" if work.partitioner.fsdp else ""),
+            str(work.batch_size),
+            str(work.trainer.num_microbatches or 1),
+            gib(self.state.with_gradients),
+            gib(self.step.needed_bytes) + ("" if self.fits else ": does not fit"),
+            gib(chip.memory_bytes),
+            f"{ahead_of_time.step_flops(work):.3g}",
+            gib(exchanged) if exchanged else "-",
+            gib(other),
+            gib(self.restore_bytes) if self.restores else "-",
+            f"{self.step.seconds + sum(p.seconds for p in self.restores):.0f} s",
+        ]
+
+
+def markdown(reports: list[PodReport]) -> str:
+    """A Markdown table of reports."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(report.cells() for report in reports)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def build(name: str, topology: Topology, workload: Workload) -> PodReport:
+    """Compiles everything.
+
+    Raises:
+      ValueError: the configuration does not fit the mesh.
+    """
+    return PodReport(
+        name=name,
+        topology=topology,
+        workload=workload,
+        state=ahead_of_time.state_bytes(workload),
+        step=ahead_of_time.compile_train_step(workload),
+        restores=tuple(ahead_of_time.compile_upcycling(workload)) if workload.recipe is not None else (),
+    )
+
+
+def _traffic_line(kind: str, group_size: int, count: int, nbytes: int) -> str:
+    among = f"groups of {group_size}" if group_size else "all devices"
+    return f"{kind:<20} {count:>5} x, {gib(nbytes):>10} per device, among {among}"

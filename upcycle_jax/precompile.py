@@ -1,0 +1,80 @@
+"""Compiles a run's programs for a TPU topology on a machine without TPUs, and says whether they fit.
+
+Example:
+
+    python -m upcycle_jax.precompile --gin_file=models/t5_1_1_base_upcycled.gin --gin_file=runs/pretrain.gin --topology=v5e:4x8 \\
+        --gin.BATCH_SIZE=256 --gin.NUM_EXPERT_PARTITIONS=32
+
+The gin files are those of upcycle_jax.train; what only a run needs (MODEL_DIR, data, a checkpoint) may stay open. It compiles the train
+step and, where RestoreCheckpointConfig has a recipe, the programs that make the experts during the restore, and prints memory per
+device against the chip's, FLOPs, what each kind of collective sends, and compile times. The exit code is 1 where something does not
+fit, with what to change. Needs libtpu: pip install 'upcycle_jax[precompile]'.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from upcycle_jax.config import command
+from upcycle_jax.config.flags import Flags
+
+if TYPE_CHECKING:
+    from upcycle_jax.config import Config
+    from upcycle_jax.experiments.ahead_of_time import Workload
+    from upcycle_jax.experiments.topologies import Topology
+
+
+# Needed to build a run, of no consequence for its programs.
+PLACEHOLDERS = {"MODEL_DIR": "none", "MIXTURE_OR_TASK_NAME": "none", "TRAIN_STEPS": 1, "INITIAL_CHECKPOINT_PATH": "none"}
+
+
+def _extra(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", metavar="v5e:4x8", help="generation and shape of the slice (default: the macro TOPOLOGY)")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table of one row instead")
+
+
+def _run(flags: Flags, loaded: "Config") -> int:
+    from upcycle_jax import config
+    from upcycle_jax.experiments import pod_report, topologies
+
+    open_macros = [f"{name}={value!r}" for name, value in PLACEHOLDERS.items() if name in loaded.bindings.macros]
+    loaded = config.load(flags.gin_file, (*flags.gin_bindings, *open_macros), flags.gin_search_paths)
+    name = flags.extra.topology or (loaded.has_macro("TOPOLOGY") and loaded.macro("TOPOLOGY"))
+    if not name:
+        raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
+    topology = topologies.topology(name)
+    workload = _workload(loaded, topology)
+    report = pod_report.build(flags.gin_file[-1] if flags.gin_file else "flags", topology, workload)
+    sys.stdout.write(pod_report.markdown([report]) if flags.extra.markdown else report.text())
+    return 0 if report.fits else 1
+
+
+def _workload(loaded: "Config", topology: "Topology") -> "Workload":
+    from upcycle_jax.experiments.ahead_of_time import Workload
+    from upcycle_jax.partitioning import Partitioner
+
+    run = loaded.build("train", train_eval_dataset_cfg=None).keywords
+    dataset, restore = run["train_dataset_cfg"], getattr(run.get("checkpoint_cfg"), "restore", None)
+    return Workload(
+        model=run["model"],
+        trainer=run["trainer"],
+        partitioner=dataclasses.replace(run.get("partitioner", Partitioner()), devices=topology.devices),
+        batch_size=dataset.batch_size,
+        task_feature_lengths=dataset.task_feature_lengths,
+        packed=dataset.pack,
+        recipe=getattr(restore, "recipe", None),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    from upcycle_jax.experiments import topologies
+
+    topologies.prepare_environment()
+    return command.run("precompile", argv, description=__doc__ or "", body=_run, extra=_extra)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
