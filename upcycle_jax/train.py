@@ -23,6 +23,8 @@ from upcycle_jax.config.flags import Flags
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
 
+_log = logging.getLogger(__name__)
+
 INTERRUPTED_CODE_VARIABLE = "UPCYCLE_JAX_INTERRUPTED_CODE"
 
 
@@ -38,6 +40,8 @@ def _log_to_console() -> None:
 def _run(flags: Flags, loaded: "Config") -> int:
     _log_to_console()
     run = loaded.build("train", dry_run=flags.dry_run)
+    if loaded.has_macro("TOPOLOGY"):
+        _log.info("this configuration was made for the topology %s", loaded.macro("TOPOLOGY"))
     for binding in loaded.unused():
         print(f"upcycle_jax.train: warning: nothing uses {binding}", file=sys.stderr)
     result = run(files={"config.gin": loaded.operative_text()})
