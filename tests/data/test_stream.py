@@ -168,6 +168,8 @@ def test_two_processes_share_a_batch_and_take_up_the_position_of_one(saved, make
     parts[1].restore(saved[1])
     assert parts[1].position == SAVED_AT
     assert "saved by 1 processes and is continued by 2" in caplog.text
+    with pytest.raises(ValueError, match=r"seed is None with 2 processes.*set DatasetConfig\.seed"):
+        make_config(seed=None).train_iterator(process_index=0, process_count=2)
     with pytest.raises(ValueError, match="batch_size 8 does not divide by 3 processes"):
         make_config().train_iterator(process_index=0, process_count=3)
 

@@ -98,7 +98,8 @@ class DatasetConfig:
       split: 'train', 'validation' or any split of the task.
       batch_size: examples of a whole batch, over all processes.
       shuffle: in a pseudo-random order, new in each epoch. Off: the task's order.
-      seed: fixes order, mixing and noise. None: drawn anew by each training stream, and recorded in its checkpoints.
+      seed: fixes order, mixing and noise. None: drawn anew by each training stream, and recorded in its
+        checkpoints; for one process only.
       use_cached: read SeqIO's offline cache of the task.
       pack: several examples in one row, with segment ids and positions. Denoising tasks fill their rows already; packing serves tasks of
         short examples.

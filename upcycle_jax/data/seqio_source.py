@@ -99,6 +99,10 @@ class SeqioBatchIterator:
         config.local_batch_size(process_count)
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
+        if config.seed is None and process_count > 1:
+            raise ValueError(
+                f"seed is None with {process_count} processes, which would each draw their own: set DatasetConfig.seed (RANDOM_SEED)"
+            )
         self._config = config
         self._process_index = process_index
         self._process_count = process_count
