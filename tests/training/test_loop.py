@@ -144,6 +144,19 @@ def test_data_position_after_restoring(start, tmp_path, bags, position, batch):
     assert seen == [batch, batch + 1]
 
 
+def test_first_batch_shifts_the_data_and_a_resumed_run_stays_on_course(start, bags):
+    seen = []
+
+    class Recording(bags.Dataset):
+        def batch(self, k):
+            seen.append(k)
+            return super().batch(k)
+
+    start("scratch", steps=4, first_batch=100, train_dataset_cfg=Recording())
+    start("scratch", steps=6, first_batch=100, train_dataset_cfg=Recording())
+    assert seen == [100, 101, 102, 103, 104, 105]
+
+
 def test_restoring_with_a_new_optimizer_and_step(start, tmp_path, bags):
     start("dense", steps=4)
     restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), optimizer_state="reset", step="reset")
@@ -220,6 +233,7 @@ def with_dots(call):
         ({"batch_size": 6, "microbatches": 4}, r"BATCH_SIZE 6 does not split into 4 microbatches"),
         ({"vocabulary": 100}, r"has 100 ids, the model's vocab_size is 24"),
         ({"eval_period": 0}, r"train.eval_period is 0"),
+        ({"first_batch": -1}, r"train.first_batch is -1"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(start, tmp_path, bags, arguments, message):

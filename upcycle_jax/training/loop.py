@@ -63,6 +63,7 @@ def train(
     eval_period: int | None = None,
     stats_period: int | None = None,
     random_seed: int = 0,
+    first_batch: int = 0,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> TrainResult:
@@ -85,6 +86,8 @@ def train(
       eval_period: steps between evaluations; None for none but at the start (before the first update) and at the end.
       stats_period: steps between reports of training metrics; None is 100, or eval_period where that is less.
       random_seed: of parameters and dropout.
+      first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k. A model trained from scratch sees what the
+        continuation of a checkpoint of step s sees where this is s.
       files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
       dry_run: print the plan of the run and return; nothing is written.
 
@@ -107,6 +110,7 @@ def train(
         eval_period=eval_period,
         stats_period=stats_period,
         random_seed=random_seed,
+        first_batch=first_batch,
     )
     run = prepare.prepare(settings)
     if dry_run:
@@ -137,7 +141,7 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> Train
     prepare.make_model_dir(settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
     with Saver(settings.model_dir, settings.checkpoint_cfg.save) as saver:
         state, source = _load(run, saver)
-        restore.place_data(source, iterator, saver.manager)
+        restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
         run = dataclasses.replace(run, source=source)
         _write_start(run, cost, files, iterator.fingerprint())
         loop = _Loop(run, state, iterator, eval_tasks, saver, flops_per_step=cost.train_flops_per_step)

@@ -36,6 +36,7 @@ class Settings:
     eval_period: int | None
     stats_period: int
     random_seed: int
+    first_batch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ def _check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"train.{name} is {value!r}: give a positive number, or None")
+    if not isinstance(settings.first_batch, int) or settings.first_batch < 0:
+        raise ValueError(f"train.first_batch is {settings.first_batch!r}: give the number of a batch, counted from 0")
 
 
 def check_groups(settings: Settings) -> None:

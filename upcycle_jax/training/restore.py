@@ -289,8 +289,8 @@ def _load_equal(
     return from_state_dict(flat)
 
 
-def place_data(source: Source, iterator: Any, manager: Any = None) -> None:
-    """Moves the training data to where the run starts: batch k feeds the update from step k to k + 1.
+def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batch: int = 0) -> None:
+    """Moves the training data to where the run starts: batch first_batch + k feeds the update from step k to k + 1.
 
     A checkpoint without a data position (saved elsewhere, or by another number of processes) falls back to the batch of its step.
     """
@@ -304,8 +304,8 @@ def place_data(source: Source, iterator: Any, manager: Any = None) -> None:
         except FileNotFoundError as error:
             if source.start != Start.RESUME:
                 raise
-            _log.warning("%s; the data starts at batch %d instead", error, source.step)
-    position = 0 if source.data_position == DataPosition.START else source.step
+            _log.warning("%s; the data starts at batch %d instead", error, first_batch + source.step)
+    position = first_batch + (0 if source.data_position == DataPosition.START else source.step)
     if position:
         iterator.seek(position)
 
