@@ -45,7 +45,8 @@ EXTRAS = {
         "transformers>=5,<6",
     ],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
-    # Compiles for TPUs on any Linux machine (upcycle_jax.precompile). Half a gigabyte, and jax then looks for TPUs: use an environment of its own.
+    # Compiles for TPUs on any Linux machine (upcycle_jax.precompile). Half a gigabyte, and jax then looks for TPUs: best in an environment
+    # of its own.
     "precompile": ["libtpu>=0.0.40,<0.1"],
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
     # The paper's tasks (C4, SuperGLUE). t5 asks for seqio-nightly, which holds the same `seqio` package as the release: keep the release.
