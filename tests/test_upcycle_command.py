@@ -3,11 +3,13 @@
 import hashlib
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from upcycle_jax import config, upcycle, verify
-from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax import config, trees, upcycle, verify
+from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
+from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
 
@@ -64,6 +66,39 @@ def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
 
     assert verify.main(words(dense, tmp_path / "sparse", OFF)) == 0
     assert "proof: PASSED" in capsys.readouterr().out
+
+
+def test_a_hugging_face_source_gives_the_same_parameters(dense, tmp_path, capsys):
+    write_huggingface(open_checkpoint(dense), tmp_path / "hf")
+    assert upcycle.main(words(tmp_path / "hf", tmp_path / "refused", OFF)) == 2
+    assert "Recipe.step = 'reset' or a number" in capsys.readouterr().err
+    assert upcycle.main(words(tmp_path / "hf", tmp_path / "one", OFF, "--gin.Recipe.step=7")) == 0
+    assert upcycle.main(words(dense, tmp_path / "other", OFF)) == 0
+    one, other = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "other")
+    assert one.specs() == other.specs()
+    for name in one.specs():
+        assert one.read(name).tobytes() == other.read(name).tobytes(), name
+
+
+def test_orbax_itself_restores_the_result_with_the_proof_beside_it(dense, tmp_path):
+    assert upcycle.main(words(dense, tmp_path / "run" / "checkpoint_7", OFF)) == 0
+    written, manager = open_checkpoint(tmp_path / "run"), CheckpointManager(tmp_path / "run")
+    specs = written.specs()
+    restored = trees.flatten(manager.restore(7, specs, dict.fromkeys(specs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))))
+    manager.close()
+    assert restored.keys() == specs.keys()
+    for name, leaf in restored.items():
+        assert np.asarray(leaf).tobytes() == written.read(name).tobytes(), name
+
+
+def test_killed_between_writing_and_proving(dense, tmp_path, capsys):
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
+    (tmp_path / "sparse" / "proof.json").unlink()
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF, "--gin.Recipe.seed=1")) == 2  # Another conversion's result stays.
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
+    assert "only the proof is missing" in capsys.readouterr().out
+    assert (tmp_path / "sparse" / "proof.json").exists()
+    assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 2
 
 
 def test_verify_fails_for_another_source(dense, tmp_path, capsys):
@@ -141,6 +176,7 @@ def test_errors_name_the_value_and_the_remedy(dense, tmp_path, capsys):
     assert "does not fit the target model" in refused(dense, tmp_path / "sparse", "--gin.T5Config.emb_dim=24")
     (tmp_path / "taken").mkdir()
     assert "taken exists already" in refused(dense, tmp_path / "taken")
+    assert "named for step 9, but the step to record is 7" in refused(dense, tmp_path / "checkpoint_9")
     assert "choose one of" in refused(dense, tmp_path / "sparse", "--gin.FUNCTION_CHECK='maybe'")
     assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
     capsys.readouterr()

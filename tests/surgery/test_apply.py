@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -326,3 +327,50 @@ def test_memory_bound_holds_for_a_result_several_times_larger(small, tmp_path):
         time.sleep(0.2)
     assert process.returncode == 0
     assert peak - base < 512 << 20, f"{(peak - base) / 2**20:.0f} MiB above {base / 2**20:.0f}"
+
+
+TWO_PROCESSES = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+port, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+import json, pathlib
+from upcycle_jax import surgery
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.surgery import recipe_json
+from upcycle_jax.trees import LeafSpec
+folder = pathlib.Path(folder)
+described = json.loads((folder / "target.json").read_text())
+target = {name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()}
+source, written = open_checkpoint(folder / "dense"), open_checkpoint(folder / "sparse")
+plan = surgery.make_plan(source.specs(), target, recipe_json.from_json(json.loads((folder / "recipe.json").read_text())))
+partitioner = Partitioner(num_expert_partitions=4, num_model_partitions=2)
+for name, leaf in surgery.apply_online(plan, source, partitioner.shardings(target)).items():
+    whole = written.read(name)
+    for shard in leaf.addressable_shards:
+        assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(whole[shard.index]).tobytes(), name
+print("fine", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["copy", "drop"])
+def test_two_processes_make_the_same_bits(small, tmp_path, init):
+    source = save(tmp_path / "dense", small.filled(small.tree(f=16)))
+    target = small.tree(f=16, sparse=(1,), experts=8)
+    recipe = surgery.Recipe(expert_init=INITS[init], optimizer_state="tiled")
+    write_job(tmp_path, target, recipe)
+    surgery.apply_offline(surgery.make_plan(source.specs(), target, recipe), source, tmp_path / "sparse")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    commands = [[sys.executable, "-c", TWO_PROCESSES, str(port), str(index), str(tmp_path)] for index in range(2)]
+    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    for process in processes:
+        output, errors = process.communicate(timeout=300)
+        assert output.strip().endswith("fine"), errors[-3000:]

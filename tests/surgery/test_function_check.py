@@ -141,6 +141,22 @@ def test_shuffled_copies_are_still_exact(dense):
     assert outcome.prediction.verdict is check.Verdict.EXACT and outcome.ok
 
 
+def test_virtual_groups_select_whole_mlps_and_need_no_noise_to_break_ties(dense):
+    """G = T = 4 shards of equal weight 1/4: the layer gives a quarter of the dense MLP, exactly, whichever group a token takes."""
+    router = TokensChoose(num_selected_experts=4, renormalize=True)
+    moe = MoeConfig(8, encoder_router=router, decoder_router=router, expert_mlp_dim=8, eval_expert_capacity_factor=8.0)
+    model = EncoderDecoderModel(dataclasses.replace(CONFIG, moe=moe))
+    init = surgery.VirtualGroups(granularity=4, top_k=4, scale_weights=False)
+    conversion = upcycled(dense, model, surgery.Recipe(expert_init=init, router_init=surgery.NormalRouter(repeat=4)))
+    _, inner = check.forward(model, check.load_params(conversion.target, model.param_specs()), BATCH)
+    for values in inner:
+        kernels = {name: dense[f"target/{values.layer}/mlp/{name}/kernel"] for name in ("wi_0", "wi_1", "wo")}
+        want = check.dense_mlp(values.x, kernels, CONFIG.mlp_activations)
+        np.testing.assert_allclose(values.y * 4, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+        chosen = values.router_logits.argmax(axis=-1) // 4
+        assert len(np.unique(chosen)) == 2  # Both groups are used.
+
+
 def test_numpy_mlp_is_the_models_mlp():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 8)).astype(np.float32)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.checkpoints.conversion import checkpoint_path
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.surgery import function_check
-from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY, apply_offline, shared_chunks
+from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY, apply_offline, record, result_step, shared_chunks
 from upcycle_jax.surgery.plan import is_expert, make_plan
-from upcycle_jax.surgery.proof import Proof, prove
+from upcycle_jax.surgery.proof import FILE_NAME, Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.surgery.recipe_json import from_json
 from upcycle_jax.surgery.sources import Reader, join
@@ -89,19 +90,36 @@ def convert(
     _require(check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}")
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan.text())
+    unproved = is_unproved_result(plan, source, output_path)
     _require(
-        not Path(output_path).exists(),
+        unproved or not Path(output_path).exists(),
         f"{output_path} exists already: choose another OUTPUT_CHECKPOINT_PATH or remove it; nothing was changed",
     )
+    checkpoint_path(output_path, result_step(plan, source))  # Refuses a folder that is named for another step.
     if dry_run:
         report(f"{shared_chunks(plan, source, output_path, materialize=materialize).reason}\ndry run: nothing was written to {output_path}")
         return Conversion(plan)
-    path = apply_offline(plan, source, output_path, max_memory=max_memory, materialize=materialize, progress=report)
+    if unproved:
+        report(f"{output_path} was written by this very conversion, which then was interrupted: only the proof is missing")
+        path = str(output_path)
+    else:
+        path = apply_offline(plan, source, output_path, max_memory=max_memory, materialize=materialize, progress=report)
     proof = verify(plan, source, open_checkpoint(path), model=model, check=check, max_memory=max_memory, batch=batch, report=report)
-    proof.write(path)
     (Path(path) / PLAN_FILE).write_text(json.dumps(plan.json(), indent=1) + "\n")
+    proof.write(path)
     report(f"{path} is written, with {PLAN_FILE} and proof.json")
     return Conversion(plan, path, proof)
+
+
+def is_unproved_result(plan: Plan, source: Reader, output_path: str | os.PathLike) -> bool:
+    """Whether a finished result of this very conversion lies at `output_path` without its proof: the command was killed in between."""
+    if not Path(output_path).is_dir() or (Path(output_path) / FILE_NAME).exists():
+        return False
+    try:
+        found = open_checkpoint(output_path).metadata()
+    except (ValueError, FileNotFoundError):
+        return False
+    return found.get("surgery") == json.loads(json.dumps(record(plan, source)["surgery"]))
 
 
 def verify(
