@@ -18,6 +18,12 @@ STYLES = ("-", "--", "-.", ":")
 METRIC_LABELS = {"cross_ent_loss": "evaluation loss (nats per target token)", "accuracy": "token accuracy (fraction)"}
 
 
+def _depth(layer: str) -> tuple[bool, int]:
+    """Sorts 'encoder/layers_3' and the like as the signal passes them."""
+    stack, _, number = layer.rpartition("/layers_")
+    return stack != "encoder", int(number)
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # No creation date or version in the file: the same data give the same picture.
@@ -71,14 +77,14 @@ def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
     """
     kinds = {"load": "share of dispatched tokens", "router_probability": "mean router probability"}
     grids = {kind: {task: run.last_vectors(kind, task) for task in tasks} for kind in kinds}
-    layers = list(grids["load"][tasks[0]])
+    layers = sorted(grids["load"][tasks[0]], key=_depth)
     if not layers:
         return None
     num_experts = len(grids["load"][tasks[0]][layers[0]])
     figure, panels = plt.subplots(
         len(kinds),
         len(tasks),
-        figsize=(1.5 + 4.6 * len(tasks), 1.6 + 0.75 * len(layers) * len(kinds)),
+        figsize=(1.5 + 4.6 * len(tasks), (1.5 + 0.4 * len(layers)) * len(kinds)),
         squeeze=False,
         constrained_layout=True,
     )
@@ -96,6 +102,6 @@ def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
             for y in range(len(layers)):
                 for x in range(num_experts if num_experts <= 16 else 0):
                     value = values[task][y, x]
-                    panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > top / 2 else "white")
-        figure.colorbar(image, ax=panels[row].tolist(), label="relative to an even split (1 = 1/E)")
+                    panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > 0.55 * top else "white")
+        figure.colorbar(image, ax=panels[row].tolist(), label="1 = 1/E, an even split")
     return _png(figure)
