@@ -66,6 +66,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # the shortened quickstart takes the same path
 def test_run_resume_and_continue_sparse(tmp_path, own_text, capsys):
     assert train.main([*SMALL, *own_text, "--gin.TRAIN_STEPS=2"]) == 0
     assert train.main([*SMALL, *own_text, "--gin.TRAIN_STEPS=4", "--gin.SAVING_PERIOD=2"]) == 0

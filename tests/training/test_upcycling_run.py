@@ -15,7 +15,15 @@ from upcycle_jax.surgery import Recipe
 from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
 from upcycle_jax.training.loop import train
 
-SHAPE = {"vocab_size": 24, "emb_dim": 8, "num_heads": 2, "num_encoder_layers": 2, "num_decoder_layers": 2, "head_dim": 4, "mlp_dim": 16}
+SHAPE = {
+    "vocab_size": 24,
+    "emb_dim": 8,
+    "num_heads": 2,
+    "head_dim": 4,
+    "mlp_dim": 16,
+    "mlp_activations": ("gelu", "linear"),
+    "dropout_rate": 0.1,
+}
 
 
 def moe(**kwargs):
@@ -45,8 +53,9 @@ def start(bags, tmp_path):
                 "decoder_loss_weights": (targets > 0).astype(np.int32),
             }
 
-    def run(name, *, sparse, steps, restore=None, partitioner=bags.one_device, group_size=16, **kwargs):
-        config = T5Config(**SHAPE, mlp_activations=("gelu", "linear"), dropout_rate=0.1, moe=moe(group_size=group_size) if sparse else None)
+    def run(name, *, sparse, steps, restore=None, partitioner=bags.one_device, group_size=16, layers=1, **kwargs):
+        experts = moe(group_size=group_size, num_encoder_sparse_layers=1, num_decoder_sparse_layers=1) if sparse else None
+        config = T5Config(**SHAPE, num_encoder_layers=layers, num_decoder_layers=layers, moe=experts)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
@@ -77,12 +86,12 @@ def leaves(path):
 
 
 def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path):
-    start("dense", sparse=False, steps=4)
+    start("dense", sparse=False, layers=2, steps=4)
     restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
-    assert start("whole", sparse=True, steps=8, restore=restore).start == "upcycle"
-    start("parts", sparse=True, steps=6, restore=restore)
+    assert start("whole", sparse=True, layers=2, steps=8, restore=restore).start == "upcycle"
+    start("parts", sparse=True, layers=2, steps=6, restore=restore)
     (tmp_path / "dense").rename(tmp_path / "gone")  # resuming must not even look at the dense checkpoint
-    assert start("parts", sparse=True, steps=8, restore=restore).start == "resume"
+    assert start("parts", sparse=True, layers=2, steps=8, restore=restore).start == "resume"
     assert rows(tmp_path / "whole" / "train") == rows(tmp_path / "parts" / "train")
     whole, parts = leaves(tmp_path / "whole" / "checkpoint_8"), leaves(tmp_path / "parts" / "checkpoint_8")
     for name in whole:

@@ -86,8 +86,8 @@ def train(
       eval_period: steps between evaluations; None for none but at the start (before the first update) and at the end.
       stats_period: steps between reports of training metrics; None is 100, or eval_period where that is less.
       random_seed: of parameters and dropout.
-      first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k. A model trained from scratch sees what the
-        continuation of a checkpoint of step s sees where this is s.
+      first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k. With s here, a model trained from
+        scratch sees what the continuation of a checkpoint of step s sees.
       files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
       dry_run: print the plan of the run and return; nothing is written.
 
@@ -273,7 +273,7 @@ class _Loop:
             self._state, output = train_step(self._state, on_device)
             self.step += 1
             self._window.add(output.metrics)
-            self._watch.add(self.step, output, batches.fingerprint(batch))
+            self._watch.add(self.step, output, batch=self._iterator.position - 1, batch_fingerprint=batches.fingerprint(batch))
             reason = stop.after_step(self.step)
             ends = self.step >= settings.total_steps or reason is not None
             evaluates = self._evaluator is not None and not reason and (ends or self._due(settings.eval_period))

@@ -36,12 +36,12 @@ class LossWatch:
 
     def __init__(self, model_dir: epath.Path, policy: NonFinite):
         self._model_dir, self._policy = model_dir, policy
-        self._pending: collections.deque[tuple[int, StepOutput, str]] = collections.deque()
+        self._pending: collections.deque[tuple[int, StepOutput, int, str]] = collections.deque()
         self.skipped = 0
 
-    def add(self, step: int, output: StepOutput, batch_fingerprint: str) -> None:
-        """Takes the output of the update that led to `step`, and looks at those that are due."""
-        self._pending.append((step, output, batch_fingerprint))
+    def add(self, step: int, output: StepOutput, *, batch: int, batch_fingerprint: str) -> None:
+        """Takes the output of the update that led to `step`, from batch number `batch`, and looks at those that are due."""
+        self._pending.append((step, output, batch, batch_fingerprint))
         while len(self._pending) > STEPS_AHEAD:
             self._look()
 
@@ -55,21 +55,20 @@ class LossWatch:
             self._look()
 
     def _look(self) -> None:
-        step, output, batch_fingerprint = self._pending.popleft()
+        step, output, batch, batch_fingerprint = self._pending.popleft()
         loss, grad_norm = (float(value) for value in jax.device_get((output.loss, output.grad_norm)))
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        # The update that ends at step s consumed batch s - 1 of the stream.
         report = {
             "step": step,
-            "batch": step - 1,
+            "batch": batch,
             "loss": str(loss),
             "grad_norm": str(grad_norm),
             "batch_crc32": json.loads(batch_fingerprint),
         }
         path = self._model_dir / f"non_finite_{step}.json"
         manifest.write_text(path, json.dumps(report, indent=2) + "\n")
-        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} (batch {step - 1}, fingerprint in {path})"
+        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} (batch {batch}, fingerprint in {path})"
         if self._policy == NonFinite.STOP:
             raise NonFiniteLossError(
                 f"{what}. The last checkpoint is from before it. Lower the learning rate, or set Trainer.non_finite = 'skip' to leave out "
