@@ -18,6 +18,8 @@ end=$((dense_steps + extra_steps))
 
 source "$root/scripts/venv.sh"
 make_venv ""
+# Later runs, and resumed ones, find programs that an earlier one compiled.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/compilation_cache}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 mkdir -p "$out"
 cd "$out"
