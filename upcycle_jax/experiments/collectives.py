@@ -19,6 +19,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\[(?P<count>\d+),(?P<size>\d+)\]<=|\{\{(?P<first>[\d,]*)\})")
+# Over named axes: mesh['data'=2,'expert'=4] {'expert'}; part of an axis is written 'data':(1)2.
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<axes>[^\]]*)\] \{(?P<over>[^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{\{")
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
@@ -146,6 +148,11 @@ def _nbytes(dtype: str, dims: str) -> int:
 def _group_size(line: str) -> int:
     if _PAIRS.search(line):
         return 2
+    over_mesh = _MESH_GROUPS.search(line)
+    if over_mesh is not None:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", over_mesh["axes"]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", over_mesh["over"])
+        return math.prod(int(part or sizes[name]) for name, part in parts)
     groups = _GROUPS.search(line)
     if groups is None:
         return 0
