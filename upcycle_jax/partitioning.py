@@ -170,3 +170,9 @@ class Partitioner:
 def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     """Constrains the sharding of an activation by its logical axes; does nothing outside `Partitioner.activate`."""
     return nn.with_logical_constraint(x, tuple(logical_axes))
+
+
+def active_batch_shards() -> int:
+    """How many ways the mesh of the surrounding `Partitioner.activate` splits a batch; 1 outside of it."""
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    return shape.get(DATA, 1) * shape.get(EXPERT, 1)

@@ -1,14 +1,40 @@
 """Multi-head attention of T5: no scaling by 1/sqrt(head_dim), positions only through an additive bias."""
 
+import enum
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes
 from upcycle_jax.layers import projection
 from upcycle_jax.partitioning import constrain
+
+GROWING_CACHE, FIXED_CACHE = "growing_cache", "fixed_cache"
+"""Variable collections of cached decoding: keys and values of self-attention, written at each step, and of attention to the encoder,
+written at the first step only. All are `[batch, keys, heads, head_dim]`."""
+
+
+class Cached(enum.Enum):
+    """Which keys and values an attention keeps between decoding steps."""
+
+    GROWING = GROWING_CACHE
+    FIXED = FIXED_CACHE
+
+
+@flax.struct.dataclass
+class DecodingStep:
+    """One position of all sequences of a batch.
+
+    Attributes:
+      index: int32 scalar, the position, from 0.
+      max_length: positions for which the caches have room.
+    """
+
+    index: jax.Array
+    max_length: int = flax.struct.field(pytree_node=False)
 
 
 def dot_product_attention(
@@ -65,7 +91,14 @@ class MultiHeadDotProductAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries_from: jax.Array, keys_from: jax.Array, bias: jax.Array | None = None, *, deterministic: bool = True
+        self,
+        queries_from: jax.Array,
+        keys_from: jax.Array,
+        bias: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+        cached: Cached | None = None,
+        step: DecodingStep | None = None,
     ) -> jax.Array:
         """Attends from `[batch, queries, d]` to `[batch, keys, d]`; returns `[batch, queries, d]`.
 
@@ -74,10 +107,17 @@ class MultiHeadDotProductAttention(nn.Module):
           keys_from: the attended sequence.
           bias: sum of the position bias and the mask's bias.
           deterministic: no dropout.
+          cached: with a step, which keys and values are kept. GROWING: `keys_from` is the token of this step, attended with all before it.
+            FIXED: `keys_from` counts in the first step, and is not looked at later.
+          step: the position to decode, or None without caches.
         """
         query = self._heads("query", queries_from, _scaled(projection.ATTENTION_INIT, self.head_dim**-0.5))
-        key = self._heads("key", keys_from, projection.ATTENTION_INIT)
-        value = self._heads("value", keys_from, projection.ATTENTION_INIT)
+        if step is None or cached is None:
+            key, value = self._keys_and_values(keys_from)
+        elif cached == Cached.GROWING:
+            key, value = self._appended(keys_from, step)
+        else:
+            key, value = self._kept(keys_from)
         attended = dot_product_attention(
             query,
             key,
@@ -92,6 +132,28 @@ class MultiHeadDotProductAttention(nn.Module):
             queries_from.shape[-1], (axes.JOINED_KV, axes.EMBED), projection.ATTENTION_INIT, dtype=self.dtype, name="out"
         )
         return out(attended)
+
+    def _keys_and_values(self, keys_from: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values `[batch, keys, heads, head_dim]`."""
+        return tuple(self._heads(name, keys_from, projection.ATTENTION_INIT) for name in ("key", "value"))
+
+    def _appended(self, keys_from: jax.Array, step: DecodingStep) -> tuple[jax.Array, jax.Array]:
+        """All keys and values so far, those of `keys_from` `[batch, 1, d]` at the step's index, zeros after them."""
+        out = []
+        for name, new in zip(("key", "value"), self._keys_and_values(keys_from), strict=True):
+            shape = (new.shape[0], step.max_length, *new.shape[2:])
+            variable = self.variable(GROWING_CACHE, f"cached_{name}", jnp.zeros, shape, new.dtype)
+            variable.value = jax.lax.dynamic_update_slice_in_dim(variable.value, new, step.index, axis=1)
+            out.append(variable.value)
+        return out[0], out[1]
+
+    def _kept(self, keys_from: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the first step."""
+        if not self.has_variable(FIXED_CACHE, "cached_key"):
+            key, value = self._keys_and_values(keys_from)
+            self.put_variable(FIXED_CACHE, "cached_key", key)
+            self.put_variable(FIXED_CACHE, "cached_value", value)
+        return self.get_variable(FIXED_CACHE, "cached_key"), self.get_variable(FIXED_CACHE, "cached_value")
 
     def _heads(self, name: str, x: jax.Array, init: projection.Initializer) -> jax.Array:
         flat = projection.Projection(self.num_heads * self.head_dim, (axes.EMBED, axes.JOINED_KV), init, dtype=self.dtype, name=name)(x)

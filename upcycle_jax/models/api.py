@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import trees
+from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import losses
 from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.models.t5 import RESIDUALS, Transformer
 from upcycle_jax.moe.config import Stack
@@ -31,6 +33,9 @@ from upcycle_jax.moe.layer import REPORTS, MoeReport
 from upcycle_jax.types import Batch, PyTree
 
 STACKS: tuple[Stack, ...] = ("encoder", "decoder")
+
+BOS_ID, EOS_ID = 0, 1
+"""T5's first decoder input, which is padding's id, and the token that ends a sequence in its vocabularies."""
 
 LossNormalizer = float | Literal["NUM_REAL_TARGET_TOKENS"] | None
 
@@ -153,6 +158,85 @@ class EncoderDecoderModel:
     def logits(self, params: PyTree, batch: Batch, *, train: bool = False, dropout_rng: jax.Array | None = None) -> jax.Array:
         """Float32 logits `[batch, target length, vocab]` with teacher forcing."""
         return self._forward(params, batch, train=train, dropout_rng=dropout_rng)[0]
+
+    def predict_batch(
+        self, params: PyTree, batch: Batch, *, decoder: DecodingAlgorithm, keys: jax.Array | None = None, eos_id: int = EOS_ID
+    ) -> jax.Array:
+        """The best sequence of each input, int32 `[batch, target length]`: EOS is its last token, 0 follows.
+
+        Uses `encoder_input_tokens`, and of `decoder_input_tokens` the length. MoE layers route as `MoeConfig.inference_routing` says: by
+        default neither the rest of the batch nor padding changes what is predicted for an input.
+
+        Args:
+          params: parameters, nested.
+          batch: model features, not packed.
+          decoder: how sequences are searched, e.g. `inference.decoding.Greedy()`.
+          keys: `[batch]` random keys for a decoder that draws.
+          eos_id: the vocabulary's end of sequence.
+        """
+        return self.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys, eos_id=eos_id).tokens[:, 0]
+
+    def predict_batch_with_aux(
+        self, params: PyTree, batch: Batch, *, decoder: DecodingAlgorithm, keys: jax.Array | None = None, eos_id: int = EOS_ID
+    ) -> Decoded:
+        """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
+        max_length = batch["decoder_input_tokens"].shape[1]
+        logits, cache = self.start_decoding(params, batch["encoder_input_tokens"], max_length=max_length)
+
+        def next_logits(tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
+            return self.decode_step(params, tokens, index, cache)
+
+        return decoder.decode(next_logits, logits, cache, max_length=max_length, eos_id=eos_id, keys=keys)
+
+    def score_batch(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Float32 `[batch]`: the log-probability of each target, summed over its tokens (weighted by `decoder_loss_weights`).
+
+        Routes as `predict_batch` does.
+        """
+        logits = self._inference_module.apply(
+            {"params": params},
+            *(jnp.asarray(batch[name]) for name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")),
+        )
+        targets = jnp.asarray(batch["decoder_target_tokens"])
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * _loss_weights(batch), axis=-1)
+
+    def start_decoding(self, params: PyTree, encoder_input_tokens: jax.Array, *, max_length: int) -> tuple[jax.Array, DecodingCache]:
+        """Encodes inputs `[batch, input length]` and decodes the first position.
+
+        Args:
+          params: parameters, nested.
+          encoder_input_tokens: int32, 0 for padding.
+          max_length: positions that the caches hold.
+
+        Returns:
+          Float32 logits `[batch, vocab]` of the first token, and the caches.
+        """
+        inputs = jnp.asarray(encoder_input_tokens)
+        encoded = self._inference_module.apply({"params": params}, inputs, method="encode")
+        return self._step(
+            {"params": params}, encoded, inputs > 0, jnp.full(inputs.shape[0], BOS_ID, jnp.int32), DecodingStep(jnp.int32(0), max_length)
+        )
+
+    def decode_step(self, params: PyTree, tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
+        """Decodes one more position; see `generation.NextLogits`."""
+        key = jax.tree.leaves(cache.growing)[0]
+        # Its values are in the cache already; the layers ask for the shape alone.
+        encoded = jnp.zeros((*cache.encoder_valid.shape, self.config.emb_dim), self.config.activation_dtype)
+        variables = {"params": params, GROWING_CACHE: cache.growing, FIXED_CACHE: cache.fixed}
+        return self._step(variables, encoded, cache.encoder_valid, tokens, DecodingStep(index, key.shape[1]))
+
+    def _step(
+        self, variables: Mapping[str, PyTree], encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep
+    ) -> tuple[jax.Array, DecodingCache]:
+        logits, caches = self._inference_module.apply(
+            variables, encoded, encoder_valid, tokens, step, method="decode_step", mutable=[GROWING_CACHE, FIXED_CACHE]
+        )
+        return logits, DecodingCache(growing=caches[GROWING_CACHE], fixed=caches[FIXED_CACHE], encoder_valid=encoder_valid)
+
+    @property
+    def _inference_module(self) -> Transformer:
+        return Transformer(self.config.for_inference)
 
     def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """The residual stream `[batch, length, d]` after every layer, 'encoder/layers_0' first, in evaluation mode."""

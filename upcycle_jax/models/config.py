@@ -103,3 +103,10 @@ class T5Config:
         """The same model with every dropout rate 0."""
         moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
         return dataclasses.replace(self, dropout_rate=0.0, moe=moe)
+
+    @property
+    def for_inference(self) -> "T5Config":
+        """The same model as it predicts and scores: see `MoeConfig.inference_routing`."""
+        if self.moe is None or self.moe.inference_routing != "independent":
+            return self
+        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, independent=True, t5x_mode=False))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from upcycle_jax import axes
 from upcycle_jax.layers import masks, projection
-from upcycle_jax.layers.attention import MultiHeadDotProductAttention
+from upcycle_jax.layers.attention import Cached, DecodingStep, MultiHeadDotProductAttention
 from upcycle_jax.layers.embedding import Embed
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.norm import RMSNorm
@@ -108,7 +108,15 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, encoded: jax.Array, self_bias: jax.Array, cross_bias: jax.Array, valid: jax.Array, *, train: bool
+        self,
+        x: jax.Array,
+        encoded: jax.Array,
+        self_bias: jax.Array,
+        cross_bias: jax.Array,
+        valid: jax.Array,
+        *,
+        train: bool,
+        step: DecodingStep | None = None,
     ) -> jax.Array:
         """Maps `[batch, length, d]` to the same shape.
 
@@ -119,13 +127,15 @@ class DecoderLayer(nn.Module):
           cross_bias: mask bias of attention to the encoder.
           valid: bool `[batch, length]`, real tokens.
           train: dropout and training capacity.
+          step: decode this one position, with caches.
         """
         config = self.config
         y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_self_attention_layer_norm")(x), valid)
-        y = _attention(config, "self_attention")(y, y, self_bias, deterministic=not train)
+        y = _attention(config, "self_attention")(y, y, self_bias, deterministic=not train, cached=Cached.GROWING, step=step)
         x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
         y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_cross_attention_layer_norm")(x), valid)
-        y = _attention(config, "encoder_decoder_attention")(y, encoded, cross_bias, deterministic=not train)
+        attend = _attention(config, "encoder_decoder_attention")
+        y = attend(y, encoded, cross_bias, deterministic=not train, cached=Cached.FIXED, step=step)
         x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
         return _feed_forward(self, x, valid, stack="decoder", train=train)
 
@@ -172,28 +182,38 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, embedded: jax.Array, encoded: jax.Array, self_mask: jax.Array, cross_mask: jax.Array, valid: jax.Array, *, train: bool
+        self,
+        embedded: jax.Array,
+        encoded: jax.Array,
+        self_mask: jax.Array,
+        cross_mask: jax.Array,
+        valid: jax.Array,
+        *,
+        train: bool,
+        step: DecodingStep | None = None,
     ) -> jax.Array:
         """Decodes `[batch, length, d]` to float32 logits, or to the normed residual stream if the model shares its embedding table.
 
         Args:
           embedded: token embeddings.
           encoded: encoder output `[batch, input length, d]`.
-          self_mask: bool `[batch, 1, length, length]`, allowed pairs, causal.
+          self_mask: bool `[batch, 1, length, keys]`, allowed pairs, causal.
           cross_mask: bool `[batch, 1, length, input length]`, allowed pairs.
           valid: bool `[batch, length]`, real tokens.
           train: dropout and training capacity.
+          step: decode this one position, with caches: length is 1, and keys are all positions that these have room for.
         """
         config = self.config
-        positions = jnp.arange(embedded.shape[1])
+        queries = jnp.arange(embedded.shape[1]) if step is None else step.index[None]
+        keys = queries if step is None else jnp.arange(step.max_length)
         relpos = RelativePositionBiases(num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias")
-        self_bias = relpos(positions, positions, bidirectional=False) + masks.to_bias(self_mask)
+        self_bias = relpos(queries, keys, bidirectional=False) + masks.to_bias(self_mask)
         cross_bias = masks.to_bias(cross_mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
         sparse = config.sparse_layers("decoder")
         for i in range(config.num_decoder_layers):
             layer = DecoderLayer(config, sparse=i in sparse, name=f"layers_{i}")
-            x = layer(x, encoded, self_bias, cross_bias, valid, train=train)
+            x = layer(x, encoded, self_bias, cross_bias, valid, train=train, step=step)
         x = RMSNorm(dtype=config.activation_dtype, name="decoder_norm")(x)
         x = _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
         if config.logits_via_embedding:
@@ -210,7 +230,12 @@ class Transformer(nn.Module):
 
     config: T5Config
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.config
+        self.token_embedder = Embed(config.vocab_size, config.emb_dim, dtype=config.activation_dtype)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
     def __call__(
         self,
         encoder_input_tokens: jax.Array,
@@ -233,21 +258,46 @@ class Transformer(nn.Module):
           decoder_segment_ids: int32 `[batch, target length]`, likewise.
           train: dropout and training capacity.
         """
-        config = self.config
         encoder_valid, decoder_valid = encoder_input_tokens > 0, decoder_target_tokens > 0
-        encoder_mask = masks.padding_mask(encoder_valid, encoder_valid)
         self_mask = masks.padding_mask(decoder_valid, decoder_valid) & masks.causal_mask(decoder_target_tokens.shape[1])
         cross_mask = masks.padding_mask(decoder_valid, encoder_valid)
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
-            encoder_mask &= masks.segment_mask(encoder_segment_ids, encoder_segment_ids)
             self_mask &= masks.segment_mask(decoder_segment_ids, decoder_segment_ids)
             cross_mask &= masks.segment_mask(decoder_segment_ids, encoder_segment_ids)
+        else:
+            encoder_segment_ids = None
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids=encoder_segment_ids, train=train)
+        embedded = constrain(self.token_embedder(decoder_input_tokens), HIDDEN_AXES)
+        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, decoder_valid, train=train))
 
-        embed = Embed(config.vocab_size, config.emb_dim, dtype=config.activation_dtype, name="token_embedder")
-        embedded = constrain(embed(encoder_input_tokens), HIDDEN_AXES)
-        encoded = Encoder(config, name="encoder")(embedded, encoder_mask, encoder_valid, train=train)
-        embedded = constrain(embed(decoder_input_tokens), HIDDEN_AXES)
-        logits = Decoder(config, name="decoder")(embedded, encoded, self_mask, cross_mask, decoder_valid, train=train)
-        if config.logits_via_embedding:
-            logits = embed.attend(logits) * config.emb_dim**-0.5
-        return constrain(logits, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_VOCAB))
+    def encode(self, encoder_input_tokens: jax.Array, *, encoder_segment_ids: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """The encoder's output `[batch, input length, d]`; arguments as in `__call__`."""
+        valid = encoder_input_tokens > 0
+        mask = masks.padding_mask(valid, valid)
+        if encoder_segment_ids is not None:
+            mask &= masks.segment_mask(encoder_segment_ids, encoder_segment_ids)
+        embedded = constrain(self.token_embedder(encoder_input_tokens), HIDDEN_AXES)
+        return self.encoder(embedded, mask, valid, train=train)
+
+    def decode_step(self, encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep) -> jax.Array:
+        """Float32 logits `[batch, vocab]` of the token after `tokens`, which are at position `step.index`.
+
+        Reads and writes the collections `GROWING_CACHE` and `FIXED_CACHE`; both begin with the step of index 0.
+
+        Args:
+          encoded: encoder output `[batch, input length, d]`; after the first step only its shape counts.
+          encoder_valid: bool `[batch, input length]`, real input tokens.
+          tokens: int32 `[batch]`.
+          step: the position.
+        """
+        valid = jnp.ones((tokens.shape[0], 1), bool)
+        self_mask = (jnp.arange(step.max_length) <= step.index)[None, None, None, :]
+        cross_mask = masks.padding_mask(valid, encoder_valid)
+        embedded = constrain(self.token_embedder(tokens[:, None]), HIDDEN_AXES)
+        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, valid, train=False, step=step))[:, 0]
+
+    def _logits(self, decoded: jax.Array) -> jax.Array:
+        """Float32 `[batch, length, vocab]` of the decoder's result."""
+        if self.config.logits_via_embedding:
+            decoded = self.token_embedder.attend(decoded) * self.config.emb_dim**-0.5
+        return constrain(decoded, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_VOCAB))

@@ -84,6 +84,20 @@ def grouping(batch_size: int, length: int, *, max_group_size: int, num_experts: 
     return t5x_grouping(batch_size, length, max_group_size=max_group_size, num_experts=num_experts, num_expert_replicas=num_expert_replicas)
 
 
+def ample_grouping(num_tokens: int, *, max_group_size: int, multiple_of: int) -> Grouping:
+    """The fewest groups of at most `max_group_size` tokens, for routing in which groups do not matter; any number of tokens divides.
+
+    Args:
+      num_tokens: batch size times length.
+      max_group_size: GROUP_SIZE.
+      multiple_of: what the number of groups is to divide by, if the tokens allow it: the shards of the batch.
+    """
+    step = multiple_of if num_tokens % multiple_of == 0 else 1
+    at_least = -(-num_tokens // max_group_size)
+    num_groups = next(n for n in range(step, num_tokens + 1, step) if num_tokens % n == 0 and n >= at_least)
+    return Grouping(num_groups, num_tokens // num_groups)
+
+
 def expert_capacity(group_size: int, *, num_experts: int, capacity_factor: float, min_expert_capacity: int = 4) -> int:
     """C = max(round(capacity_factor * S / E), min_expert_capacity), with Python's rounding (half to even) as in Flaxformer.
 

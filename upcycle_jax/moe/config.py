@@ -35,6 +35,14 @@ class MoeConfig:
       ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are routed as zero vectors.
       t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does; results then depend on the mesh.
       num_expert_replicas: devices / (expert partitions x model partitions); used in T5X mode only.
+      inference_routing: how tokens are routed when predicting and scoring. 'independent': the result for a sequence depends neither on the
+        rest of its batch nor on padding (see `independent`). 'grouped': in groups over the batch with the evaluation capacity, as in
+        evaluation and in T5X; a sequence then competes with its neighbours for experts.
+      min_inference_capacity: stands in for `min_expert_capacity` where one sequence is a group. A group of 4096 tokens rarely meets that
+        bound, a sequence of 20 would: 32 experts of 4 slots each are 6 experts per token instead of 2.
+      independent: route as 'independent' says, at all times. Set by `T5Config.for_inference`; training so would never balance experts over
+        more than one sequence. Routers that choose per token have room for every token. For routers that choose per group a sequence is a
+        group: padding takes no slots, and the capacity is that of the sequence's own length.
 
     Raises:
       ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
@@ -58,9 +66,14 @@ class MoeConfig:
     ignore_padding_tokens: bool = False
     t5x_mode: bool = False
     num_expert_replicas: int = 1
+    inference_routing: Literal["independent", "grouped"] = "independent"
+    min_inference_capacity: int = 1
+    independent: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "min_expert_capacity", "num_expert_replicas"):
+        if self.inference_routing not in ("independent", "grouped"):
+            raise ValueError(f"inference_routing must be 'independent' or 'grouped', got {self.inference_routing!r}")
+        for name in ("group_size", "min_expert_capacity", "num_expert_replicas", "min_inference_capacity"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.expert_mlp_dim is not None and self.expert_mlp_dim < 1:

@@ -3,12 +3,15 @@
 Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
 """
 
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle_jax import axes
 from upcycle_jax.layers.mlp import MlpBlock
@@ -17,7 +20,11 @@ from upcycle_jax.moe import capacity as capacity_lib
 from upcycle_jax.moe import dispatch, losses
 from upcycle_jax.moe.config import MoeConfig, Stack
 from upcycle_jax.moe.routing import Router, Routing
-from upcycle_jax.partitioning import constrain
+from upcycle_jax.partitioning import active_batch_shards, constrain
+
+ROOM_FOR_SKEW = 4.0
+"""Without drops, slots of an expert that are computed at first, in multiples of its even share."""
+MIN_ROOM = 8
 
 REPORTS = "moe_reports"
 """The variable collection in which every MoE layer leaves its `MoeReport` (one per call, under the name `report`)."""
@@ -118,6 +125,38 @@ class MoeLayer(nn.Module):
         config = self.config
         router = config.router(self.stack)
         batch_size, length, _ = x.shape
+        grouping, capacity = self._sizes(router, batch_size, length, train=train)
+        if valid is None:
+            valid = jnp.ones((batch_size, length), bool)
+        tokens = constrain(_group(x, grouping), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
+        real = constrain(_group(valid, grouping), (axes.EXPERT_GROUP, None))
+
+        logits = self._logits(tokens, router, train=train)
+        limits = None
+        if config.independent and not router.per_token:
+            # A sequence's capacity follows from its real tokens, whatever padding it came with.
+            by_length = np.array([self._sequence_capacity(n, train=train) for n in range(length + 1)], np.int32)
+            limits = jnp.asarray(by_length)[jnp.sum(real, axis=-1)]
+        routing, report = jax.vmap(functools.partial(self._route, router=router, capacity=capacity))(logits, real, limits)
+        report = _over_groups(report, every_group=config.t5x_mode)
+        self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+        y = self._process(tokens, routing.assignment, train=train)
+        y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
+        y = y.reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
+        return constrain(y, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+
+    def _sizes(self, router: Router, batch_size: int, length: int, *, train: bool) -> tuple[capacity_lib.Grouping, int]:
+        """Groups, and the capacity of an expert in each."""
+        config = self.config
+        if config.independent and router.per_token:
+            # With room for every token results do not depend on the groups, so these may follow the mesh.
+            shards = active_batch_shards()
+            grouping = capacity_lib.ample_grouping(batch_size * length, max_group_size=config.group_size, multiple_of=shards)
+            return grouping, grouping.group_size
+        if config.independent:
+            grouping = capacity_lib.Grouping(num_groups=batch_size, group_size=length)
+            return grouping, self._sequence_capacity(length, train=train)
         grouping = capacity_lib.grouping(
             batch_size,
             length,
@@ -131,21 +170,16 @@ class MoeLayer(nn.Module):
             capacity_factor=config.capacity_factor(train=train),
             min_expert_capacity=config.min_expert_capacity,
         )
-        if valid is None:
-            valid = jnp.ones((batch_size, length), bool)
-        tokens = constrain(_group(x, grouping), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
-        real = constrain(_group(valid, grouping), (axes.EXPERT_GROUP, None))
+        return grouping, capacity
 
-        logits = self._logits(tokens, router, train=train)
-        routing, report = jax.vmap(lambda logits, real: self._route(logits, real, router=router, capacity=capacity))(logits, real)
-        report = _over_groups(report, every_group=config.t5x_mode)
-        self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-
-        outputs = self._experts(tokens, routing.assignment, train=train)
-        y = jax.vmap(lambda out, where: dispatch.combine(out, where, group_size=grouping.group_size))(outputs, routing.assignment)
-        y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
-        y = y.reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
-        return constrain(y, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+    def _sequence_capacity(self, length: int, *, train: bool) -> int:
+        """Capacity of an expert where one sequence of so many real tokens is a group."""
+        return capacity_lib.expert_capacity(
+            length,
+            num_experts=self.config.num_experts,
+            capacity_factor=self.config.capacity_factor(train=train),
+            min_expert_capacity=self.config.min_inference_capacity,
+        )
 
     def _logits(self, tokens: jax.Array, router: Router, *, train: bool) -> jax.Array:
         """Float32 logits `[G, S, E]` of `[G, S, d]`."""
@@ -156,16 +190,18 @@ class MoeLayer(nn.Module):
         logits = RouterLogits(self.config.num_experts, name="router")(tokens)
         return constrain(logits, (axes.EXPERT_GROUP, None, None))
 
-    def _route(self, logits: jax.Array, real: jax.Array, *, router: Router, capacity: int) -> tuple[Routing, MoeReport]:
-        """Routes one group: logits `[S, E]`, real tokens bool `[S]`."""
+    def _route(
+        self, logits: jax.Array, real: jax.Array, limit: jax.Array | None, *, router: Router, capacity: int
+    ) -> tuple[Routing, MoeReport]:
+        """Routes one group: logits `[S, E]`, real tokens bool `[S]`, and the limit of `Router.route`."""
         config = self.config
         group_size = logits.shape[0]
-        routable = real if config.ignore_padding_tokens else jnp.ones_like(real)
+        routable = real if config.ignore_padding_tokens or config.independent else jnp.ones_like(real)
         # What counts in losses. T5X divides by all positions even where padding is ignored.
         counted = (routable if config.t5x_mode else real).astype(jnp.float32)
         count = jnp.float32(group_size) if config.t5x_mode else jnp.sum(counted)
         slots = router.slots(capacity, group_size=group_size)
-        routing = router.route(logits, capacity=slots, routable=routable, counted=counted, count=count)
+        routing = router.route(logits, capacity=slots, routable=routable, counted=counted, count=count, limit=limit)
         if config.t5x_mode:
             # Flaxformer zeroes the logits of ignored tokens and still averages over them.
             logits = logits * counted[:, None]
@@ -173,6 +209,37 @@ class MoeLayer(nn.Module):
         else:
             z_loss = losses.router_z_loss(logits, counted=counted, count=count)
         return routing, _report(routing, logits, z_loss, counted=counted, capacity=capacity if config.t5x_mode else slots)
+
+    def _process(self, tokens: jax.Array, assignment: dispatch.Assignment, *, train: bool) -> jax.Array:
+        """Sends `[G, S, d]` through the experts and adds up what comes back: float32 `[G, S, d]`.
+
+        Where every expert has room for every token, almost all slots are empty. As many as a skewed load needs are computed; all of them
+        only in a batch whose fullest expert is beyond that. Tokens are never dropped.
+        """
+        group_size, slots = tokens.shape[1], assignment.token_index.shape[-1]
+
+        def process(layer: "MoeLayer", tokens: jax.Array, assignment: dispatch.Assignment) -> jax.Array:
+            outputs = layer._experts(tokens, assignment, train=train)
+            return jax.vmap(lambda out, where: dispatch.combine(out, where, group_size=group_size))(outputs, assignment)
+
+        few = slots
+        router = self.config.router(self.stack)
+        if self.config.independent and router.per_token:
+            even_share = router.active_experts(1.0) * group_size / self.config.num_experts
+            few = max(math.ceil(ROOM_FOR_SKEW * even_share), MIN_ROOM)
+        if few >= slots:
+            return process(self, tokens, assignment)
+        fullest = jnp.max(jnp.sum(assignment.filled(group_size), axis=-1))
+        first_slots = jax.tree.map(lambda leaf: leaf[..., :few], assignment)
+        return nn.cond(
+            fullest <= few,
+            lambda layer, tokens, all_slots, first_slots: process(layer, tokens, first_slots),
+            lambda layer, tokens, all_slots, first_slots: process(layer, tokens, all_slots),
+            self,
+            tokens,
+            assignment,
+            first_slots,
+        )
 
     def _experts(self, tokens: jax.Array, assignment: dispatch.Assignment, *, train: bool) -> jax.Array:
         """Sends `[G, S, d]` to the experts; returns their outputs `[G, E, C, d]`.

@@ -52,6 +52,14 @@ class Router(abc.ABC):
         """Whether every slot of every expert holds a token by construction."""
         return False
 
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's experts follow from that token alone, so that with room for every token nothing depends on its group.
+
+        Such a router fills each expert's slots from the first on: what an expert leaves empty is at the end.
+        """
+        return False
+
     def check(self, num_experts: int) -> None:
         """Raises ValueError if the router cannot serve `num_experts` experts."""
         if num_experts < 1:
@@ -66,7 +74,16 @@ class Router(abc.ABC):
         """Experts that process a token, on average and before drops: for counting active parameters."""
 
     @abc.abstractmethod
-    def route(self, logits: jax.Array, *, capacity: int, routable: jax.Array, counted: jax.Array, count: jax.Array) -> Routing:
+    def route(
+        self,
+        logits: jax.Array,
+        *,
+        capacity: int,
+        routable: jax.Array,
+        counted: jax.Array,
+        count: jax.Array,
+        limit: jax.Array | None = None,
+    ) -> Routing:
         """Assigns the tokens of one group.
 
         Args:
@@ -75,6 +92,7 @@ class Router(abc.ABC):
           routable: bool `[S]`, tokens that may take a slot.
           counted: float32 `[S]`, 1 for tokens that losses and metrics count.
           count: float32 scalar, the number of tokens that means of losses run over.
+          limit: int32 scalar, the capacity where it is known only when running: slots from there on stay empty. None: all may be filled.
         """
 
 
@@ -115,13 +133,22 @@ class ExpertsChoose(Router):
     def active_experts(self, capacity_factor: float) -> float:
         return capacity_factor
 
-    def route(self, logits: jax.Array, *, capacity: int, routable: jax.Array, counted: jax.Array, count: jax.Array) -> Routing:
+    def route(
+        self,
+        logits: jax.Array,
+        *,
+        capacity: int,
+        routable: jax.Array,
+        counted: jax.Array,
+        count: jax.Array,
+        limit: jax.Array | None = None,
+    ) -> Routing:
         group_size = logits.shape[0]
         probabilities = jax.nn.softmax(logits, axis=-1)
         # Unroutable tokens rank behind every probability; an expert reaches them only when nothing else is left.
         scores = jnp.where(routable[:, None], probabilities, -1.0).T
         score, token_index = jax.lax.top_k(scores, capacity)
-        taken = score >= 0.0
+        taken = (score >= 0.0) & _below(limit, capacity)
         assignment = dispatch.Assignment(token_index=jnp.where(taken, token_index, group_size), combine_weight=jnp.where(taken, score, 0.0))
         if self.renormalize:
             assignment = dispatch.renormalized(assignment, group_size=group_size)
@@ -184,6 +211,10 @@ class TokensChoose(Router):
     def input_jitter(self) -> float:
         return self.jitter_noise
 
+    @property
+    def per_token(self) -> bool:
+        return True
+
     def check(self, num_experts: int) -> None:
         super().check(num_experts)
         if self.num_selected_experts > num_experts:
@@ -198,7 +229,16 @@ class TokensChoose(Router):
     def active_experts(self, capacity_factor: float) -> float:
         return float(self.num_selected_experts)
 
-    def route(self, logits: jax.Array, *, capacity: int, routable: jax.Array, counted: jax.Array, count: jax.Array) -> Routing:
+    def route(
+        self,
+        logits: jax.Array,
+        *,
+        capacity: int,
+        routable: jax.Array,
+        counted: jax.Array,
+        count: jax.Array,
+        limit: jax.Array | None = None,
+    ) -> Routing:
         group_size, num_experts = logits.shape
         probabilities = jax.nn.softmax(logits, axis=-1)
         # The softmax is monotonic, but near-equal logits can become equal probabilities: choose on what is compared in T5X.
@@ -210,7 +250,7 @@ class TokensChoose(Router):
         if self.batch_prioritized:
             order = jnp.argsort(jnp.where(routable, -gates[:, 0], jnp.inf), stable=True)
         assignment = _place(
-            jnp.where(routable[:, None], choices, num_experts), gates, order=order, num_experts=num_experts, capacity=capacity
+            jnp.where(routable[:, None], choices, num_experts), gates, order=order, num_experts=num_experts, capacity=capacity, limit=limit
         )
         granted = jnp.sum(assignment.experts_per_token(group_size) * counted)
         if self.renormalize:
@@ -224,7 +264,14 @@ class TokensChoose(Router):
         )
 
 
-def _place(choices: jax.Array, gates: jax.Array, *, order: jax.Array, num_experts: int, capacity: int) -> dispatch.Assignment:
+def _below(limit: jax.Array | None, capacity: int) -> jax.Array:
+    """Bool `[C]`: slots below the limit."""
+    return jnp.arange(capacity) < (capacity if limit is None else limit)
+
+
+def _place(
+    choices: jax.Array, gates: jax.Array, *, order: jax.Array, num_experts: int, capacity: int, limit: jax.Array | None = None
+) -> dispatch.Assignment:
     """Gives out expert slots k-major until each expert is full.
 
     A stable sort by expert of the K * S choices, laid out k-major, puts every expert's choices next to each other in the order of
@@ -236,13 +283,14 @@ def _place(choices: jax.Array, gates: jax.Array, *, order: jax.Array, num_expert
       order: int32 `[S]`, token indices by descending priority.
       num_experts: E.
       capacity: C.
+      limit: see `Router.route`.
     """
     group_size = choices.shape[0]
     by_priority = choices[order].T.reshape(-1)
     sorted_experts, rank = jax.lax.sort_key_val(by_priority, jnp.arange(by_priority.size), is_stable=True)
     starts = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1))
     slots = jnp.arange(capacity)
-    filled = slots < (starts[1:] - starts[:-1])[:, None]
+    filled = (slots < (starts[1:] - starts[:-1])[:, None]) & _below(limit, capacity)
     position = rank[jnp.minimum(starts[:-1, None] + slots, rank.size - 1)]
     token_index = order[position % group_size]
     weight = gates[token_index, position // group_size]

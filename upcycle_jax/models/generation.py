@@ -1,0 +1,85 @@
+"""What a decoding algorithm and a model say to each other. The algorithms are in `inference`."""
+
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax.types import PyTree
+
+
+@flax.struct.dataclass
+class DecodingCache:
+    """What a model keeps between the steps of decoding. The leading axis of every array is that of the sequences.
+
+    Attributes:
+      growing: keys and values of the positions so far.
+      fixed: keys and values of the encoder's output.
+      encoder_valid: bool `[sequences, input length]`, real input tokens.
+    """
+
+    growing: PyTree
+    fixed: PyTree
+    encoder_valid: jax.Array
+
+    def repeated(self, times: int) -> "DecodingCache":
+        """Each sequence `times` times, one after the other."""
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
+
+    def reordered(self, rows: jax.Array) -> "DecodingCache":
+        """Continues in place i from sequence rows[i] (int32 `[sequences]`), which must have the same input."""
+        return self.replace(growing=jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self.growing))
+
+
+class NextLogits(Protocol):
+    """One step of decoding: float32 logits `[sequences, vocab]` of the next token, and the cache after the step."""
+
+    def __call__(self, tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
+        """Steps.
+
+        Args:
+          tokens: int32 `[sequences]`, the tokens chosen last.
+          index: int32 scalar, the position that they are at as inputs: 1 for the first tokens that were chosen.
+          cache: from the step before.
+        """
+        ...
+
+
+@flax.struct.dataclass
+class Decoded:
+    """Sequences that a decoding algorithm found, the best of each input first.
+
+    Attributes:
+      tokens: int32 `[batch, decodes, length]`; EOS is the last token, 0 follows.
+      scores: float32 `[batch, decodes]`: the log-probability of the sequence, or what the algorithm ranks by.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+
+
+class DecodingAlgorithm(Protocol):
+    """Finds likely sequences. `inference.decoding` and `inference.beam_search` have them."""
+
+    def decode(
+        self,
+        next_logits: NextLogits,
+        first_logits: jax.Array,
+        cache: DecodingCache,
+        *,
+        max_length: int,
+        eos_id: int,
+        keys: Any | None = None,
+    ) -> Decoded:
+        """Decodes a batch; a pure function that may be jitted.
+
+        Args:
+          next_logits: one step of the model.
+          first_logits: float32 `[batch, vocab]`, logits of the first token.
+          cache: after the step that gave them.
+          max_length: tokens to produce at most, EOS included.
+          eos_id: the token that ends a sequence.
+          keys: `[batch]` random keys, one per input, for algorithms that draw.
+        """
+        ...
