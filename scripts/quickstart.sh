@@ -48,8 +48,8 @@ sparse="$out/upcycled_checkpoint/checkpoint_$dense_steps"
 if [ -f "$sparse/proof.json" ]; then
     echo "$sparse is complete"
 else
-    "$VENV/bin/python" -m upcycle_jax.upcycle --gin_file=models/t5_1_1_tiny_upcycled.gin --gin_file=runs/upcycle.gin \
-        --gin.VOCAB_SIZE=384 --gin.NUM_EXPERTS=8 \
+    "$VENV/bin/python" -m upcycle_jax.upcycle --gin_file=models/t5_1_1_tiny_upcycled.gin --gin_file=runs/upcycle.gin --gin_file=runs/quickstart.gin \
+        --gin.FUNCTION_CHECK_DATASET="@function_check/DatasetConfig()" \
         --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" --gin.OUTPUT_CHECKPOINT_PATH="'$sparse'"
 fi
 

@@ -10,6 +10,8 @@ import pytest
 from upcycle_jax import config, trees, upcycle, verify
 from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+from upcycle_jax.surgery import function_check
+from upcycle_jax.surgery.tokens import random_tokens
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
 
@@ -17,8 +19,8 @@ TINY = ("VOCAB_SIZE=64", "T5Config.emb_dim=16", "T5Config.mlp_dim=32", "T5Config
 MODEL_FILE = "models/t5_1_1_tiny_upcycled.gin"
 
 
-def write_dense(folder, step=7, **scale):
-    model = config.load(["models/t5_1_1_tiny.gin"], TINY).macro("MODEL")
+def write_dense(folder, step=7, bindings=TINY):
+    model = config.load(["models/t5_1_1_tiny.gin"], bindings).macro("MODEL")
     specs = state_specs(model, Adafactor())
     rng = np.random.default_rng(0)
     writer = create_checkpoint(folder, specs, step=step, metadata={})
@@ -56,7 +58,8 @@ def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
     assert "function check: PASSED; predicted: scaled by the gate sum" in shown
     assert digest(dense) == before
     proof = json.loads((tmp_path / "sparse" / "proof.json").read_text())
-    assert proof["ok"] and proof["function"]["ok"] and proof["function"]["tokens"] == "random"
+    assert proof["ok"] and proof["function"]["ok"]
+    assert proof["function"]["tokens"] == "random: 2 x 32 inputs, 2 x 32 targets"
     plan = json.loads((tmp_path / "sparse" / "plan.json").read_text())
     assert len(plan["rows"]) == len(proof["leaves"])
     written = open_checkpoint(tmp_path / "sparse")
@@ -66,6 +69,33 @@ def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
 
     assert verify.main(words(dense, tmp_path / "sparse", OFF)) == 0
     assert "proof: PASSED" in capsys.readouterr().out
+
+
+def test_the_function_check_on_real_text(tmp_path, capsys):
+    """The first batch of the validation split of one's own text, by gin alone; bytes and sentinels are 359 ids."""
+    bindings = [line.replace("VOCAB_SIZE=64", "VOCAB_SIZE=384") for line in TINY]
+    dense = write_dense(tmp_path / "dense" / "checkpoint_7", bindings=bindings)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {n}th sentence speaks of {n * n}, the square of {n}." for n in range(400)))
+    real = [
+        "--gin.FUNCTION_CHECK_DATASET=@function_check/DatasetConfig()",
+        f"--gin.TEXT_FILES=['{text}']",
+        "--gin.MIXTURE_OR_TASK_NAME='squares'",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}",
+        "--gin.BATCH_SIZE=4",
+    ]
+    assert upcycle.main(words(dense, tmp_path / "refused", *real)) == 2
+    refused = capsys.readouterr().err
+    assert "does not fit the target model" in refused or "the model's vocab_size is 64" in refused
+    assert not (tmp_path / "refused").exists()
+
+    assert upcycle.main(words(dense, tmp_path / "sparse", *real, "--gin.VOCAB_SIZE=384")) == 0
+    described = "first batch of squares, split validation: 4 x 64 inputs, 4 x 24 targets"
+    assert described in capsys.readouterr().out
+    function = json.loads((tmp_path / "sparse" / "proof.json").read_text())["function"]
+    assert function["ok"] and function["tokens"] == described
+    assert verify.main(words(dense, tmp_path / "sparse", *real, "--gin.VOCAB_SIZE=384")) == 0
+    assert described in capsys.readouterr().out
 
 
 def test_a_hugging_face_source_gives_the_same_parameters(dense, tmp_path, capsys):
@@ -154,6 +184,34 @@ def test_parents_and_the_way_back(dense, tmp_path):
     assert upcycle.main(words(tmp_path / "mixed", tmp_path / "merged", *merge, model="models/t5_1_1_tiny.gin")) == 0
     name = "target/encoder/layers_1/mlp/wo/kernel"
     np.testing.assert_array_equal(open_checkpoint(tmp_path / "merged").read(name), open_checkpoint(dense).read(name))
+
+
+def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_path, capsys):
+    """Against NumPy: the mean of the experts by the router's mean probabilities on the tokens that the command documents."""
+    parted = ["--gin_file=recipes/noisy_copies.gin", "--gin.Recipe.router_init=@NormalRouter()", "--gin.NormalRouter.std=2.0", OFF]
+    assert upcycle.main(words(dense, tmp_path / "sparse", *parted)) == 0
+    assert upcycle.main(words(tmp_path / "sparse", tmp_path / "merged", "--gin_file=recipes/merge_weighted.gin")) == 0
+    assert "weighted mean of experts" in capsys.readouterr().out
+    merged, sparse = open_checkpoint(tmp_path / "merged"), open_checkpoint(tmp_path / "sparse")
+    model = config.load([MODEL_FILE], TINY).macro("MODEL")
+    tokens = random_tokens(64)
+    weights = function_check.router_weights(model, function_check.load_params(sparse, model.param_specs()), tokens)
+    assert max(weights["encoder/layers_1"]) > 0.26  # Not the plain mean.
+    recorded = merged.metadata()["surgery"]["recipe"]
+    assert recorded["how"] == "weighted" and recorded["weights"].keys() == weights.keys()
+    for layer, shares in weights.items():
+        np.testing.assert_allclose(recorded["weights"][layer], shares, rtol=1e-6)
+        for name in ("wi_0", "wi_1", "wo"):
+            experts = sparse.read(f"target/{layer}/mlp/expert/{name}/kernel").astype(np.float64)
+            expected = sum(share * expert for share, expert in zip(shares, experts, strict=True))
+            np.testing.assert_allclose(merged.read(f"target/{layer}/mlp/{name}/kernel"), expected, rtol=1e-5, atol=1e-7)
+    assert "target/encoder/layers_1/mlp/router/router_weights/w/kernel" not in merged.specs()
+
+    assert verify.main(words(tmp_path / "sparse", tmp_path / "merged", "--gin_file=recipes/merge_weighted.gin")) == 0
+    capsys.readouterr()
+    lacking = ["--gin_file=recipes/merge_weighted.gin", "--gin.SOURCE_MODEL=None"]
+    assert upcycle.main(words(tmp_path / "sparse", tmp_path / "again", *lacking)) == 2
+    assert "needs weights, or upcycle.source_model" in capsys.readouterr().err
 
 
 def test_depth_tiling_recipe(dense, tmp_path):

@@ -54,7 +54,8 @@ def upcycle(
       max_memory: bytes of arrays to hold at a time.
       materialize: write every byte, sharing no file with the source.
       function_check: 'auto', 'on' or 'off'.
-      function_check_dataset: a `DatasetConfig` whose first batch the function check uses; None: random tokens, and no TensorFlow.
+      function_check_dataset: a `DatasetConfig` whose first batch the function check uses (and the weights of a merge are measured
+        with); None: random tokens, and no TensorFlow.
       dry_run: stop after the plan.
       report: is given every line for people.
 
@@ -74,9 +75,10 @@ def upcycle(
     recipe = recipe if recipe is not None else surgery.Recipe()
     source = conversion.open_sources(initial_checkpoint_path)
     model = model if model is not None else inferred_model(infer, source, moe)
-    batch = first_batch(function_check_dataset)
-    if isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights:
-        recipe = _with_measured_weights(checking, recipe, source, source_model, batch)
+    measures = isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights
+    tokens = first_batch(function_check_dataset if measures or function_check != "off" else None, model)
+    if measures:
+        recipe = _with_measured_weights(checking, recipe, source, source_model, tokens)
     if optimizer is not None:
         specs = state_specs(model, optimizer)
     else:
@@ -90,7 +92,7 @@ def upcycle(
         max_memory=max_memory,
         materialize=materialize,
         check=function_check,
-        batch=batch,
+        tokens=tokens,
         dry_run=dry_run,
         report=report,
     )
@@ -103,19 +105,36 @@ def inferred_model(infer: Any, source: Any, moe: Any) -> Any:
     return infer.infer_sparse_model(specs, moe if moe is not None else MoeConfig())
 
 
-def _with_measured_weights(checking: Any, recipe: Any, source: Any, source_model: Any, batch: Any) -> Any:
+def _with_measured_weights(checking: Any, recipe: Any, source: Any, source_model: Any, tokens: Any) -> Any:
     import dataclasses
+
+    from upcycle_jax.surgery.tokens import Tokens
 
     if source_model is None:
         raise ValueError("MergeRecipe(how='weighted') needs weights, or upcycle.source_model (the sparse model) to measure them with")
-    tokens = batch if batch is not None else checking.random_tokens(source_model.config.vocab_size)
+    tokens = tokens if tokens is not None else Tokens.random(source_model.config.vocab_size)
     params = checking.load_params(source, source_model.param_specs())
-    return dataclasses.replace(recipe, weights=checking.router_weights(source_model, params, tokens))
+    return dataclasses.replace(recipe, weights=checking.router_weights(source_model, params, tokens.batch))
 
 
-def first_batch(dataset: Any) -> Any:
-    """The first batch of a `DatasetConfig`, None without one."""
-    return next(iter(dataset.train_iterator())) if dataset is not None else None
+def first_batch(dataset: Any, model: Any) -> Any:
+    """The first batch of a `DatasetConfig`, as `surgery.tokens.Tokens` for a model; None without a data set.
+
+    Raises:
+      ValueError: the model's vocabulary is too small for it.
+    """
+    from upcycle_jax.surgery.tokens import Tokens
+
+    if dataset is None:
+        return None
+    batch = next(iter(dataset.train_iterator()))
+    largest, vocab_size = max(int(array.max()) for array in batch.values()), model.config.vocab_size
+    if largest >= vocab_size:
+        raise ValueError(
+            f"function_check_dataset {dataset.mixture_or_task_name} holds token id {largest}, the model's vocab_size is {vocab_size}: "
+            "choose a data set of the model's vocabulary, or None for random tokens"
+        )
+    return Tokens(batch, f"first batch of {dataset.mixture_or_task_name}, split {dataset.split}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

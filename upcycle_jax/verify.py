@@ -82,7 +82,7 @@ def verify(
         model=model,
         check=function_check,
         max_memory=max_memory,
-        batch=first_batch(function_check_dataset),
+        tokens=first_batch(function_check_dataset if function_check != "off" else None, model),
         report=report,
     )
     if proof_directory is not None:

@@ -16,10 +16,11 @@ from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery import infer
+from upcycle_jax.surgery.tokens import Tokens, random_tokens
 
 VOCAB = 64
 CONFIG = T5Config(VOCAB, emb_dim=16, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, head_dim=8, mlp_dim=32, dropout_rate=0.0)
-BATCH = check.random_tokens(VOCAB, length=8)
+TOKENS = Tokens(random_tokens(VOCAB, length=8), "random")
 
 
 def sparse_model(*, renormalize=False, capacity=2.0, order="before_top_k"):
@@ -75,7 +76,7 @@ def run(conversion, model):
         model,
         check.load_params(conversion.source, dense_model.param_specs()),
         check.load_params(conversion.target, model.param_specs()),
-        BATCH,
+        TOKENS,
     )
 
 
@@ -148,7 +149,7 @@ def test_virtual_groups_select_whole_mlps_and_need_no_noise_to_break_ties(dense)
     model = EncoderDecoderModel(dataclasses.replace(CONFIG, moe=moe))
     init = surgery.VirtualGroups(granularity=4, top_k=4, scale_weights=False)
     conversion = upcycled(dense, model, surgery.Recipe(expert_init=init, router_init=surgery.NormalRouter(repeat=4)))
-    _, inner = check.forward(model, check.load_params(conversion.target, model.param_specs()), BATCH)
+    _, inner = check.forward(model, check.load_params(conversion.target, model.param_specs()), TOKENS.batch)
     for values in inner:
         kernels = {name: dense[f"target/{values.layer}/mlp/{name}/kernel"] for name in ("wi_0", "wi_1", "wo")}
         want = check.dense_mlp(values.x, kernels, CONFIG.mlp_activations)
@@ -178,7 +179,7 @@ def test_cross_entropy_of_a_hand_worked_case():
 def test_router_weights_are_mean_probabilities(dense):
     model = sparse_model()
     conversion = upcycled(dense, model, surgery.Recipe(router_init=surgery.ZeroRouter()))
-    weights = check.router_weights(model, check.load_params(conversion.target, model.param_specs()), BATCH)
+    weights = check.router_weights(model, check.load_params(conversion.target, model.param_specs()), TOKENS.batch)
     assert set(weights) == {"encoder/layers_1", "decoder/layers_1"}
     np.testing.assert_allclose(weights["encoder/layers_1"], [0.25] * 4, rtol=1e-6)
 

@@ -17,8 +17,8 @@ from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.surgery.recipe_json import from_json
 from upcycle_jax.surgery.sources import Reader, join
 from upcycle_jax.surgery.table import Plan
+from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.trees import LeafSpec
-from upcycle_jax.types import Batch
 
 Report = Callable[[str], None]
 
@@ -64,7 +64,7 @@ def convert(
     max_memory: int = DEFAULT_MAX_MEMORY,
     materialize: bool = False,
     check: str = "auto",
-    batch: Batch | None = None,
+    tokens: Tokens | None = None,
     dry_run: bool = False,
     report: Report = print,
 ) -> Conversion:
@@ -79,7 +79,7 @@ def convert(
       max_memory: see `apply_offline`.
       materialize: see `apply_offline`.
       check: the function check: 'on', 'off', or 'auto' for where both models fit into `max_memory`.
-      batch: tokens for the function check; None: random ones.
+      tokens: what the function check compares the models on; None: random tokens.
       dry_run: stop after the plan.
       report: is given every line for people.
 
@@ -90,6 +90,8 @@ def convert(
     _require(check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}")
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan.text())
+    if tokens is not None and not why_no_function_check(plan, model, check, max_memory):
+        function_check.predict(plan, model, tokens.batch)  # Refuses a batch that does not divide into routing groups.
     unproved = is_unproved_result(plan, source, output_path)
     _require(
         unproved or not Path(output_path).exists(),
@@ -104,7 +106,7 @@ def convert(
         path = str(output_path)
     else:
         path = apply_offline(plan, source, output_path, max_memory=max_memory, materialize=materialize, progress=report)
-    proof = verify(plan, source, open_checkpoint(path), model=model, check=check, max_memory=max_memory, batch=batch, report=report)
+    proof = verify(plan, source, open_checkpoint(path), model=model, check=check, max_memory=max_memory, tokens=tokens, report=report)
     (Path(path) / PLAN_FILE).write_text(json.dumps(plan.json(), indent=1) + "\n")
     proof.write(path)
     report(f"{path} is written, with {PLAN_FILE} and proof.json")
@@ -130,7 +132,7 @@ def verify(
     model: EncoderDecoderModel,
     check: str = "auto",
     max_memory: int = DEFAULT_MAX_MEMORY,
-    batch: Batch | None = None,
+    tokens: Tokens | None = None,
     report: Report = print,
 ) -> Proof:
     """Proves a result from disk and, where it applies, compares the two models on tokens; reports the verdict."""
@@ -144,7 +146,7 @@ def verify(
     elif not proof.leaves_ok and (proof.missing or not all(leaf.ok or leaf.identical or leaf.drawn for leaf in proof.leaves)):
         report("function check: skipped, leaves are missing or cannot be read")
     else:
-        tokens = batch if batch is not None else function_check.random_tokens(model.config.vocab_size)
+        tokens = tokens if tokens is not None else Tokens.random(model.config.vocab_size)
         dense = function_check.dense_counterpart(model)
         outcome = function_check.check_function(
             plan,
@@ -153,7 +155,7 @@ def verify(
             function_check.load_params(target, model.param_specs()),
             tokens,
         )
-        proof.function = {**outcome.json(), "tokens": "given" if batch is not None else "random"}
+        proof.function = outcome.json()
     report(proof.text())
     return proof
 

@@ -28,6 +28,7 @@ from upcycle_jax.moe.layer import MoeLayer, RouterLogits
 from upcycle_jax.surgery.recipe import MergeRecipe
 from upcycle_jax.surgery.sources import Reader
 from upcycle_jax.surgery.table import Plan
+from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.types import Batch, PyTree
 
 TOLERANCE = 1e-4
@@ -80,6 +81,7 @@ class FunctionCheck:
 
     Attributes:
       prediction: what was expected.
+      tokens: what was compared on (`Tokens.description`).
       logit_difference: largest difference between sparse and dense logits, as the model is configured.
       logit_scale: largest dense logit.
       dense_loss: cross entropy per target token of the dense model on the tokens.
@@ -91,6 +93,7 @@ class FunctionCheck:
     """
 
     prediction: Prediction
+    tokens: str
     logit_difference: float
     logit_scale: float
     dense_loss: float
@@ -104,6 +107,7 @@ class FunctionCheck:
         """For people."""
         lines = [
             f"function check: {'PASSED' if self.ok else 'FAILED'}; predicted: {self.prediction.verdict} ({self.prediction.reason})",
+            f"  tokens: {self.tokens}",
             f"  as configured: logits differ by at most {self.logit_difference:.3g} (largest dense logit {self.logit_scale:.3g}); "
             f"loss per token {self.dense_loss:.4f} dense, {self.sparse_loss:.4f} sparse",
         ]
@@ -124,22 +128,6 @@ class FunctionCheck:
         out = dataclasses.asdict(self)
         out["prediction"] = {"verdict": str(self.prediction.verdict), "reason": self.prediction.reason}
         return {**out, "text": self.text()}
-
-
-def random_tokens(vocab_size: int, *, batch_size: int = 2, length: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of random token ids, the last quarter of the second row padded; for where no text is at hand."""
-    rng = np.random.default_rng(seed)
-    inputs = rng.integers(1, vocab_size, (batch_size, length), np.int32)
-    targets = rng.integers(1, vocab_size, (batch_size, length), np.int32)
-    inputs[1:, length - length // 4 :] = 0
-    targets[1:, length - length // 4 :] = 0
-    shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    return {
-        "encoder_input_tokens": inputs,
-        "decoder_input_tokens": shifted,
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": (targets > 0).astype(np.int32),
-    }
 
 
 def load_params(reader: Reader, specs: Mapping[str, trees.LeafSpec]) -> PyTree:
@@ -222,7 +210,7 @@ def _group_and_slots(moe: Any, router: Any, shape: Sequence[int]) -> tuple[capac
     return grouping, router.slots(capacity, group_size=grouping.group_size)
 
 
-def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree, sparse_params: PyTree, batch: Batch) -> FunctionCheck:
+def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree, sparse_params: PyTree, tokens: Tokens) -> FunctionCheck:
     """Compares the two models on a batch.
 
     Args:
@@ -230,11 +218,11 @@ def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree
       sparse: the sparse model; the dense one follows from it.
       dense_params: parameters of the dense checkpoint, nested, float32.
       sparse_params: parameters of the sparse checkpoint.
-      batch: model features (`random_tokens`, or real text).
+      tokens: random ones, or real text.
     """
-    prediction = predict(plan, sparse, batch)
+    prediction = predict(plan, sparse, tokens.batch)
     dense, configured = dense_counterpart(sparse), _in_float32(sparse)
-    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    batch = {name: jnp.asarray(value) for name, value in tokens.batch.items()}
     want = np.asarray(jax.jit(dense.logits)(dense_params, batch))
     have, inner = forward(configured, sparse_params, batch)
     dense_loss, sparse_loss = (cross_entropy(logits, batch) for logits in (want, have))
@@ -256,7 +244,8 @@ def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree
         wrong = [layer.layer for layer in layers if not layer.ok]
         if wrong:
             ok, first = False, first or wrong[0]
-    return FunctionCheck(prediction, difference, scale, dense_loss, sparse_loss, twin_difference, first, layers, ok)
+    described = tokens.description
+    return FunctionCheck(prediction, described, difference, scale, dense_loss, sparse_loss, twin_difference, first, layers, ok)
 
 
 def cross_entropy(logits: np.ndarray, batch: Batch) -> float:
