@@ -13,6 +13,7 @@ fit, with what to change. Needs libtpu: pip install 'upcycle_jax[precompile]'.
 
 import argparse
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -46,8 +47,10 @@ def _run(flags: Flags, loaded: "Config") -> int:
         raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
     topology = topologies.topology(name)
     workload = _workload(loaded, topology)
-    report = pod_report.build(flags.gin_file[-1] if flags.gin_file else "flags", topology, workload)
+    report = pod_report.build(pathlib.PurePath((flags.gin_file or ("flags",))[-1]).stem, topology, workload)
     sys.stdout.write(pod_report.markdown([report]) if flags.extra.markdown else report.text())
+    if flags.extra.markdown and not report.fits:
+        sys.stderr.write(report.text())
     return 0 if report.fits else 1
 
 

@@ -1,0 +1,72 @@
+"""What the benchmarks compare is the same computation; how fast it is, tests do not say."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from upcycle_jax.experiments import benchmarks
+from upcycle_jax.experiments.benchmarks import LayerShape, Measurement, StepComparison
+from upcycle_jax.moe import dispatch
+from upcycle_jax.moe.layer import REPORTS, MoeLayer
+
+SHAPE = LayerShape(d=16, ff=32, num_experts=4, tokens=32)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_one_hot_dispatch_computes_what_gather_and_scatter_compute(stack):
+    layer = MoeLayer(benchmarks._moe_config(SHAPE), stack, hidden=SHAPE.ff)
+    x = jax.random.normal(jax.random.key(0), (1, SHAPE.tokens, SHAPE.d))
+    params = nn.meta.unbox(layer.init(jax.random.key(1), x)["params"])
+
+    def loss(params, x):
+        return (layer.apply({"params": params}, x, train=True, mutable=[REPORTS])[0] ** 2).sum()
+
+    gathered = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    before = dispatch.dispatch
+    with benchmarks.one_hot_dispatch():
+        assert dispatch.dispatch is not before
+        one_hot = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+    assert dispatch.dispatch is before
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gathered, one_hot)
+
+
+def test_the_dense_baseline_has_as_many_flops():
+    # C = 2: every token is worth two experts of ff 32, or one MLP of 64. XLA also counts activations, hence the tolerance.
+    x = jax.random.normal(jax.random.key(0), (1, 512, 64))
+    dense = benchmarks.MlpBlock(128)
+    params = dense.init(jax.random.key(0), x)
+    flops = jax.jit(dense.apply).lower(params, x).compile().cost_analysis()["flops"]
+    assert flops == pytest.approx(2 * 512 * 64 * 128 * 3, rel=0.1)
+
+
+def test_layers_are_measured_and_shown():
+    measured = benchmarks.layer(SHAPE, backward=True, rounds=2)
+    assert [m.name for m in measured] == [
+        "dense MLP",
+        "experts choose",
+        "experts choose, one-hot einsum",
+        "tokens choose top-2",
+        "tokens choose top-2, one-hot einsum",
+    ]
+    assert measured[0].ratio == 1.0 and all(m.seconds > 0 and m.tokens_per_second > 0 for m in measured)
+    table = benchmarks.layer_table(measured)
+    assert len(table.splitlines()) == 7 and "| dense MLP | 1.00x |" in table
+
+
+def test_step_table_divides_the_time_ratio_by_the_flop_ratio():
+    dense = Measurement("dense", 0.1, 1.0, 1.0, 0, 1000.0)
+    upcycled = Measurement("upcycled", 0.18, 1.8, 1.0, 0, 555.0)
+    table = benchmarks.step_table([StepComparison("tiny", dense, upcycled, 1.5)])
+    assert table.splitlines()[2] == "| tiny | 1.80x | 1.50x | 1.20 | 100 | 180 | 555 |"
+
+
+def test_each_program_is_compared_with_the_baseline_that_ran_beside_it():
+    # The baseline takes 1, 2 and 4 units, the other always twice as long: a drifting machine does not change the ratio.
+    clock = iter([0, 1, 1, 3, 3, 5, 5, 9, 9, 13, 13, 21])
+    program = benchmarks._Program(lambda: 0, 0.0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks.time, "perf_counter", lambda: next(clock))
+        base, other = benchmarks.compare({"base": program, "other": program}, baseline="base", tokens=10, rounds=3)
+    assert (base.seconds, base.ratio, base.tokens_per_second) == (2, 1.0, 5)
+    assert (other.seconds, other.ratio) == (4, 2.0)

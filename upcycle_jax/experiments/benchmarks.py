@@ -1,0 +1,292 @@
+"""Speed as ratios: what is compared runs in one process, in turns, so that the machine's other work hits all of it alike.
+
+The baseline of an MoE layer is the dense MLP with as many FLOPs: with capacity factor C (or top-K) an expert's work is done C (K) times
+per token, so its hidden axis is C (K) times as wide.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax.layers.mlp import MlpBlock
+from upcycle_jax.models import accounting
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.moe import dispatch
+from upcycle_jax.moe.config import MoeConfig, Stack
+from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.train_state import initial_state, state_specs
+from upcycle_jax.training.train_step import jitted_train_step
+from upcycle_jax.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """One size to measure an MoE layer at.
+
+    Attributes:
+      d: width of the residual stream.
+      ff: hidden size of an expert.
+      num_experts: E.
+      tokens: per group; one group.
+      groups: groups.
+      capacity_factor: C, and K of the top-K layer.
+      dtype: of the computation.
+    """
+
+    d: int = 512
+    ff: int = 1024
+    num_experts: int = 8
+    tokens: int = 4096
+    groups: int = 1
+    capacity_factor: int = 2
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One program.
+
+    Attributes:
+      name: what was measured.
+      seconds: median of one execution.
+      ratio: its time over the baseline's: the median of the ratios of neighbouring executions.
+      compile_seconds: tracing and compilation.
+      temporary_bytes: XLA's temporaries, the memory beside arguments and results.
+      tokens_per_second: at the median.
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    compile_seconds: float
+    temporary_bytes: int
+    tokens_per_second: float
+
+
+@dataclasses.dataclass
+class _Program:
+    call: Callable[[], Any]
+    compile_seconds: float
+    temporary_bytes: int
+
+
+def compare(programs: Mapping[str, _Program], *, baseline: str, tokens: int, rounds: int) -> list[Measurement]:
+    """Runs the programs in turns. A program that is not the baseline runs directly after it in every round, and is compared with that
+    execution: both then see the same state of the machine."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    ratios: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        for _ in range(2):
+            jax.block_until_ready(program.call())
+    for _ in range(rounds):
+        for name, program in programs.items():
+            if name == baseline and len(programs) > 1:
+                continue
+            before = _timed(programs[baseline].call)
+            times[baseline].append(before)
+            times[name].append(_timed(program.call))
+            ratios[name].append(times[name][-1] / before)
+    out = []
+    for name, program in programs.items():
+        seconds = statistics.median(times[name])
+        ratio = 1.0 if name == baseline else statistics.median(ratios[name])
+        out.append(Measurement(name, seconds, ratio, program.compile_seconds, program.temporary_bytes, tokens / seconds))
+    return out
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
+
+
+def _program(function: Callable[..., Any], *arguments: Any) -> _Program:
+    started = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    return _Program(lambda: compiled(*arguments), seconds, int(memory.temp_size_in_bytes))
+
+
+def layer(shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: int = 15) -> list[Measurement]:
+    """An MoE layer with either router against the FLOP-equal dense MLP and, where asked, against one-hot einsum dispatch.
+
+    Args:
+      shape: the size.
+      backward: forward and backward (gradients of parameters and input), or forward only.
+      one_hot: also the einsum form; it needs two arrays of S * E * C elements per group.
+      rounds: executions of each.
+    """
+    x = jax.random.normal(jax.random.key(0), (shape.groups, shape.tokens, shape.d), jnp.dtype(shape.dtype))
+    dense = MlpBlock(shape.ff * shape.capacity_factor, dtype=jnp.dtype(shape.dtype))
+    programs = {"dense MLP": _layer_program(dense, x, backward)}
+    stacks: tuple[tuple[str, Stack], ...] = (("experts choose", "encoder"), (f"tokens choose top-{shape.capacity_factor}", "decoder"))
+    for name, stack in stacks:
+        moe = MoeLayer(_moe_config(shape), stack, hidden=shape.ff, dtype=jnp.dtype(shape.dtype))
+        programs[name] = _layer_program(moe, x, backward)
+        if one_hot:
+            with one_hot_dispatch():
+                programs[f"{name}, one-hot einsum"] = _layer_program(moe, x, backward)
+    return compare(programs, baseline="dense MLP", tokens=shape.groups * shape.tokens, rounds=rounds)
+
+
+def _moe_config(shape: LayerShape) -> MoeConfig:
+    return MoeConfig(
+        num_experts=shape.num_experts,
+        encoder_router=ExpertsChoose(),
+        decoder_router=TokensChoose(num_selected_experts=shape.capacity_factor),
+        group_size=shape.tokens,
+        train_expert_capacity_factor=float(shape.capacity_factor),
+    )
+
+
+def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) -> _Program:
+    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf.value if hasattr(leaf, "value") else leaf, params, is_leaf=lambda leaf: hasattr(leaf, "value"))
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        if isinstance(module, MoeLayer):
+            return module.apply({"params": params}, x, train=True, mutable=[REPORTS])[0]
+        return module.apply({"params": params}, x)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(forward(params, x).astype(jnp.float32)))
+
+    return _program(jax.grad(loss, argnums=(0, 1)) if backward else forward, params, x)
+
+
+@contextlib.contextmanager
+def one_hot_dispatch() -> Iterator[None]:
+    """While entered, what is traced moves tokens by products with one-hot arrays `[E, C, S]`, as T5X and Flaxformer do."""
+
+    def mask(assignment: dispatch.Assignment, group_size: int) -> jax.Array:
+        return jax.nn.one_hot(assignment.token_index, group_size, dtype=jnp.float32)  # empty slots hold group_size: all zeros
+
+    def gathered(tokens: jax.Array, assignment: dispatch.Assignment) -> jax.Array:
+        return jnp.einsum("ecs,sd->ecd", mask(assignment, tokens.shape[0]).astype(tokens.dtype), tokens)
+
+    def scattered(expert_outputs: jax.Array, assignment: dispatch.Assignment, *, group_size: int) -> jax.Array:
+        weights = mask(assignment, group_size) * assignment.combine_weight[..., None]
+        return jnp.einsum("ecs,ecd->sd", weights, expert_outputs.astype(jnp.float32))
+
+    before = dispatch.dispatch, dispatch.combine
+    dispatch.dispatch, dispatch.combine = gathered, scattered
+    try:
+        yield
+    finally:
+        dispatch.dispatch, dispatch.combine = before
+
+
+@dataclasses.dataclass(frozen=True)
+class StepComparison:
+    """An upcycled model's train step against the dense model's.
+
+    Attributes:
+      name: of the size.
+      dense: the baseline.
+      upcycled: the MoE.
+      flop_ratio: model FLOPs of a step, upcycled over dense.
+    """
+
+    name: str
+    dense: Measurement
+    upcycled: Measurement
+    flop_ratio: float
+
+
+def train_steps(
+    name: str, models: Sequence[EncoderDecoderModel], trainer: Trainer, *, batch_size: int, inputs: int, targets: int, rounds: int
+) -> StepComparison:
+    """Measures the train step of a dense and of an upcycled model, as the loop jits it.
+
+    Args:
+      name: shown in the table.
+      models: the dense one, then the upcycled one.
+      trainer: optimizer and schedule.
+      batch_size: rows.
+      inputs: length of encoder rows.
+      targets: length of decoder rows.
+      rounds: executions of each.
+    """
+    lengths = {"inputs": inputs, "targets": targets}
+    programs = {key: _step_program(model, trainer, batch_size, lengths) for key, model in zip(("dense", "upcycled"), models, strict=True)}
+    dense, upcycled = compare(programs, baseline="dense", tokens=batch_size * (inputs + targets), rounds=rounds)
+    flops = [
+        accounting.forward_flops(model.config, batch_size=batch_size, inputs_length=inputs, targets_length=targets).total
+        for model in models
+    ]
+    return StepComparison(name, dense, upcycled, flops[1] / flops[0])
+
+
+def _step_program(model: EncoderDecoderModel, trainer: Trainer, batch_size: int, lengths: Mapping[str, int]) -> _Program:
+    partitioner = Partitioner(devices=(jax.devices()[0],))
+    shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
+    features = model.input_specs(batch_size, lengths)
+    batch = {key: jnp.ones(leaf.shape, leaf.dtype) for key, leaf in features.items()}
+    batch["encoder_input_tokens"] = jax.random.randint(
+        jax.random.key(3), batch["encoder_input_tokens"].shape, 1, model.config.vocab_size, jnp.int32
+    )
+    batch = {key: jax.device_put(value, partitioner.batch_sharding) for key, value in batch.items()}
+    with partitioner.activate():
+        state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)
+        started = time.perf_counter()
+        step = jitted_train_step(model, trainer, partitioner=partitioner, shardings=shardings, seed=0)
+        compiled = step.lower(state, batch).compile()
+    seconds = time.perf_counter() - started
+    held = [state]
+
+    def call() -> jax.Array:
+        held[0], output = compiled(held[0], batch)  # the state is donated: each execution goes on from the last
+        return output.loss
+
+    return _Program(call, seconds, int(compiled.memory_analysis().temp_size_in_bytes))
+
+
+def layer_table(measured: Sequence[Measurement]) -> str:
+    """A Markdown table of one comparison."""
+    rows = ["| form | time / dense | ms | tokens/s | compile s | temporaries MiB |", "| --- | --- | --- | --- | --- | --- |"]
+    rows += [
+        f"| {m.name} | {m.ratio:.2f}x | {m.seconds * 1e3:.1f} | {m.tokens_per_second:,.0f} | {m.compile_seconds:.1f} | "
+        f"{m.temporary_bytes / 2**20:.0f} |"
+        for m in measured
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def step_table(measured: Sequence[StepComparison]) -> str:
+    """A Markdown table of train steps."""
+    rows = [
+        "| model | time, upcycled / dense | FLOPs, upcycled / dense | time ratio / FLOP ratio | dense ms | upcycled ms | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows += [
+        f"| {m.name} | {m.upcycled.ratio:.2f}x | {m.flop_ratio:.2f}x | {m.upcycled.ratio / m.flop_ratio:.2f} | "
+        f"{m.dense.seconds * 1e3:.0f} | {m.upcycled.seconds * 1e3:.0f} | {m.upcycled.tokens_per_second:,.0f} |"
+        for m in measured
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def hardware() -> str:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    return f"jax {jax.__version__}, {device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()} {_processor()}, load {load}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
