@@ -281,7 +281,8 @@ def hardware() -> str:
     """What the numbers were measured on."""
     device = jax.devices()[0]
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    return f"jax {jax.__version__}, {device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()} {_processor()}, load {load}"
+    cpu = f"{os.cpu_count()} cores, {platform.machine()} {_processor()}"
+    return f"jax {jax.__version__}, {device.platform} {device.device_kind}, {cpu}, load {load}"
 
 
 def _processor() -> str:
