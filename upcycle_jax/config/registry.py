@@ -46,6 +46,12 @@ PATHS: dict[str, str] = {
     "RestoreCheckpointConfig": "training.config:RestoreCheckpointConfig",
     "SaveCheckpointConfig": "training.config:SaveCheckpointConfig",
     "train": "training.loop:train",
+    # Inference.
+    "Greedy": "inference.decoding:Greedy",
+    "Sampling": "inference.decoding:Sampling",
+    "BeamSearch": "inference.beam_search:BeamSearch",
+    "evaluate": "inference.evaluation:evaluate",
+    "infer": "inference.predictions:infer",
     # Commands on checkpoints.
     "upcycle": "upcycle:upcycle",
     "verify": "verify:verify",

@@ -1,0 +1,181 @@
+"""The examples of tasks one by one, with their text, and the tasks' own metrics: what prediction and inference evaluation need."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow_datasets as tfds
+
+from upcycle_jax.data import resolve, seqio_source
+from upcycle_jax.data.dataset import DatasetConfig, HostBatch
+
+Example = dict[str, Any]
+"""One example as SeqIO gives it: tokens of 'inputs' and 'targets', and whatever else the task keeps (`inputs_pretokenized`, `idx`, ...)."""
+
+_OUTPUTS = {
+    seqio.metrics.ModelOutputType.PREDICTION: "prediction",
+    seqio.metrics.ModelOutputType.SCORE: "score",
+}
+PRETOKENIZED = "_pretokenized"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What a task's metrics say of a model's outputs.
+
+    Attributes:
+      metrics: numbers by name, as the task's metric functions name them.
+      targets: post-processed target of each example, or None where no metric has used them.
+      predictions: post-processed prediction of each example, likewise.
+    """
+
+    metrics: Mapping[str, float]
+    targets: Sequence[Any] | None
+    predictions: Sequence[Any] | None
+
+
+class TaskExamples:
+    """One task's split, read from its beginning and in the task's order.
+
+    Args:
+      task: the SeqIO task.
+      config: split, lengths and seed. `shuffle` and `pack` are not looked at.
+    """
+
+    def __init__(self, task: seqio.Task, config: DatasetConfig):
+        self._task, self._config = task, config
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self._task.name
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a target."""
+        eos_id = self._task.output_features["targets"].vocabulary.eos_id
+        return 1 if eos_id is None else int(eos_id)
+
+    def examples(self, limit: int | None = None, *, shard: int = 0, num_shards: int = 1) -> Iterator[Example]:
+        """The first `limit` examples of the split (None: all), of which every `num_shards`-th from number `shard` on."""
+        dataset = self._task.get_dataset(
+            sequence_length=dict(self._config.task_feature_lengths),
+            split=self._config.split,
+            use_cached=self._config.use_cached,
+            shuffle=False,
+            seed=self._config.seed or 0,
+            num_epochs=1,
+            try_in_mem_cache=False,
+        )
+        yield from itertools.islice(tfds.as_numpy(dataset), shard, limit, num_shards)
+
+    def batch(self, examples: Sequence[Mapping[str, Any]], rows: int) -> HostBatch:
+        """Model features of at most `rows` examples, as SeqIO's EncDecFeatureConverter makes them; the rows that are left are zeros."""
+        lengths = self._config.task_feature_lengths
+        inputs, targets = (_padded([example.get(key, ()) for example in examples], rows, lengths[key]) for key in ("inputs", "targets"))
+        return {
+            "encoder_input_tokens": inputs,
+            "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": (targets > 0).astype(np.int32),
+        }
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Text of predicted token ids, up to EOS."""
+        ids = [int(token) for token in np.trim_zeros(np.asarray(tokens), "b")]
+        return self._task.output_features["targets"].vocabulary.decode(ids)
+
+    def record(self, example: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
+        """An example as JSON: its texts as they were before tokenizing, or decoded where the task keeps none.
+
+        Args:
+          example: one of `examples`.
+          whole: every feature, tokens included.
+        """
+        if whole:
+            return {key: as_json(value) for key, value in example.items()}
+        texts = {key: as_json(value) for key, value in example.items() if key.endswith(PRETOKENIZED)}
+        if texts:
+            return texts
+        features = self._task.output_features
+        present = [key for key in ("inputs", "targets") if key in example]
+        return {key: features[key].vocabulary.decode([int(token) for token in example[key]]) for key in present}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the task's metrics need of a model: 'prediction', 'score', both, or nothing where the task has no metrics.
+
+        Raises:
+          ValueError: a metric needs something else.
+        """
+        kinds = sorted({int(metric.model_output_type) for metric in self._task.metric_objs})
+        unknown = [seqio.metrics.ModelOutputType.to_str(kind) for kind in kinds if kind not in _OUTPUTS]
+        if unknown:
+            raise ValueError(
+                f"a metric of the task '{self.name}' needs {unknown[0]}: only metrics of predictions and of scores are computed"
+            )
+        return tuple(_OUTPUTS[kind] for kind in kinds)
+
+    def evaluate(self, examples: Sequence[Mapping[str, Any]], outputs: Mapping[str, Sequence[Any]]) -> TaskResult:
+        """The task's metrics, computed as SeqIO's Evaluator does.
+
+        Args:
+          examples: all examples.
+          outputs: for each of `self.outputs`, one entry per example: predicted token ids, or the score of the target.
+
+        Raises:
+          ValueError: two metrics of the task have one name.
+        """
+        values: dict[str, float] = {}
+        found: dict[str, Sequence[Any]] = {}
+        for metric in self._task.metric_objs:
+            output = np.array(outputs[_OUTPUTS[metric.model_output_type]])
+            instance = metric.from_model_output(examples, output, self._task.output_features, "targets")
+            if isinstance(instance, seqio.metrics.CollectingMetric):
+                computed, inferences = instance.actual_compute(examples, self._task.output_features, "targets")
+            else:
+                computed, inferences = instance.compute(), getattr(instance, "targets_and_inferences", {})
+            found |= inferences or {}
+            for name, value in computed.items():
+                if name in values:
+                    raise ValueError(f"two metrics of the task '{self.name}' are named {name!r}: rename one")
+                value = value.value if isinstance(value, seqio.metrics.Scalar) else value
+                if np.ndim(value) == 0 and not isinstance(value, seqio.metrics.MetricValue):
+                    values[name] = float(value)
+        return TaskResult(metrics=values, targets=found.get("targets"), predictions=found.get("prediction"))
+
+
+def task_examples(config: DatasetConfig) -> tuple[TaskExamples, ...]:
+    """The tasks of the mixture that have the split, by name.
+
+    Raises:
+      ValueError: the name or the split is unknown, or the data are unusable.
+    """
+    seqio_source._keep_off_accelerators()
+    tasks = seqio_source._check_split(config, resolve.tasks(config))
+    return tuple(TaskExamples(task, config) for task in tasks)
+
+
+def as_json(value: Any) -> Any:
+    """A feature, target or prediction as JSON knows it; bytes as text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return as_json(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _padded(sequences: Sequence[Any], rows: int, length: int) -> np.ndarray:
+    """Int32 `[rows, length]`; longer sequences are cut."""
+    out = np.zeros((rows, length), np.int32)
+    for row, sequence in zip(out, sequences, strict=False):
+        tokens = np.asarray(sequence, np.int32)[:length]
+        row[: len(tokens)] = tokens
+    return out

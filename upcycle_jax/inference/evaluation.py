@@ -1,0 +1,242 @@
+"""Evaluation of checkpoints: teacher-forced metrics, and the tasks' own metrics of what the model predicts or scores."""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from upcycle_jax import distributed
+from upcycle_jax.checkpoints import CheckpointReader
+from upcycle_jax.inference import running
+from upcycle_jax.inference.decoding import Greedy
+from upcycle_jax.models.generation import DecodingAlgorithm
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import batches, prepare
+from upcycle_jax.training.evaluation import Evaluator
+from upcycle_jax.training.metric_writers import MetricWriter
+from upcycle_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from upcycle_jax.data.examples import Example, TaskExamples, TaskResult
+
+_log = logging.getLogger(__name__)
+
+FOLDER = "inference_eval"
+TEACHER_FORCED = "teacher_forced/"
+AVERAGE = "average"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Evaluation:
+    """The arguments of `evaluate`, under the same names, and what follows from them."""
+
+    model: Any
+    dataset_cfg: Any
+    output_dir: epath.Path
+    partitioner: Partitioner
+    decoder: DecodingAlgorithm
+    num_examples: int | None
+    teacher_forced: bool
+    teacher_forced_batches: int | None
+    write_predictions: bool
+    random_seed: int
+
+
+def evaluate(
+    *,
+    model: Any,
+    dataset_cfg: Any,
+    checkpoint_path: os.PathLike | str,
+    output_dir: os.PathLike | str,
+    steps: str | int | Sequence[int] = "latest",
+    partitioner: Partitioner = Partitioner(),
+    decoder: DecodingAlgorithm = Greedy(),
+    num_examples: int | None = None,
+    teacher_forced: bool = True,
+    teacher_forced_batches: int | None = None,
+    write_predictions: bool = True,
+    skip_evaluated: bool = False,
+    random_seed: int = 0,
+    files: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Evaluates one, several or all checkpoints on every task of a mixture; returns metrics by step and task.
+
+    Writes into `<output_dir>/inference_eval`: for each task a folder with one line per step in `metrics.jsonl` and TensorBoard events, and
+    `<task>-<step>.jsonl`, one line per example: `{"input": ..., "target": ..., "prediction" and/or "score": ...}`. Metrics are the task's
+    own (computed from predictions, or from scores for rank classification) and, as `teacher_forced/<name>`, those of evaluation during
+    training. A mixture of several tasks gets a folder of its own with `average`: the mean over tasks of the mean of each task's own
+    metrics, as SuperGLUE averages.
+
+    Args:
+      model: an `EncoderDecoderModel`.
+      dataset_cfg: `DatasetConfig` of what to evaluate on; its batch size is that of evaluation.
+      checkpoint_path: a checkpoint, or a MODEL_DIR.
+      output_dir: usually the MODEL_DIR.
+      steps: which checkpoints of a MODEL_DIR: 'latest', 'all', a step or several.
+      partitioner: the mesh.
+      decoder: how predictions are searched.
+      num_examples: only the first so many examples of each task for its own metrics; None for all.
+      teacher_forced: also compute loss, accuracy and so on of the given targets.
+      teacher_forced_batches: batches per task for those; None for the whole split.
+      write_predictions: write `<task>-<step>.jsonl`.
+      skip_evaluated: leave out steps that have a line for every task: a call that was interrupted goes on.
+      random_seed: of a decoder that draws.
+      files: small text files to leave in `inference_eval` (name -> content), e.g. 'config.gin'.
+      dry_run: say what would be done and return; nothing is written.
+
+    Raises:
+      FileNotFoundError: no checkpoint is there.
+      ValueError: settings that cannot run, or a checkpoint of another model.
+    """
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples must be at least 1, or None for all, got {num_examples}")
+    layout = batches.data_layout(partitioner, dataset_cfg.batch_size)
+    readers = running.checkpoints(checkpoint_path, steps)
+    if dry_run:
+        listed = ", ".join(str(reader.step) for reader in readers)
+        print(
+            f"evaluate {readers[0].path.parent if len(readers) > 1 else readers[0].path} (steps {listed}) on "
+            f"{dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, with {decoder!r}, to {output_dir}/{FOLDER}"
+        )
+        return {}
+
+    from upcycle_jax.data.examples import task_examples
+
+    prepare.check_vocabulary(model, dataset_cfg)
+    evaluation = _Evaluation(
+        model=model,
+        dataset_cfg=dataset_cfg,
+        output_dir=epath.Path(output_dir) / FOLDER,
+        partitioner=partitioner,
+        decoder=decoder,
+        num_examples=num_examples,
+        teacher_forced=teacher_forced,
+        teacher_forced_batches=teacher_forced_batches,
+        write_predictions=write_predictions,
+        random_seed=random_seed,
+    )
+    tasks = {task.name: _Task(evaluation, task) for task in task_examples(dataset_cfg)}
+    if distributed.is_first():
+        evaluation.output_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in (files or {}).items():
+            (evaluation.output_dir / name).write_text(text)
+    given = {}
+    if teacher_forced:
+        given = dataset_cfg.eval_batches(num_batches=teacher_forced_batches, process_index=layout.shard, process_count=layout.num_shards)
+    evaluator = Evaluator(model, partitioner, num_shards=layout.num_shards)
+    results = {}
+    for reader in readers:
+        if skip_evaluated and all(_writer(evaluation, name).has_step(reader.step) for name in tasks):
+            _log.info("step %d has been evaluated", reader.step)
+            continue
+        results[reader.step] = _one_checkpoint(evaluation, reader, tasks, evaluator, given)
+    return results
+
+
+def _one_checkpoint(
+    evaluation: _Evaluation, reader: CheckpointReader, tasks: Mapping[str, "_Task"], evaluator: Evaluator, given: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Metrics by task of one checkpoint, written as they come."""
+    params = running.load_params(reader, evaluation.model, evaluation.partitioner)
+    results: dict[str, dict[str, float]] = {}
+    own = {}
+    for name, task in tasks.items():
+        started = time.monotonic()
+        result = task.run(params, reader.step)
+        if result is not None:
+            own[name] = dict(result.metrics)
+        values: dict[str, Any] = dict(own.get(name, {}))
+        if name in given:
+            forced = evaluator.evaluate(params, {name: given[name]})[name]
+            values |= {f"{TEACHER_FORCED}{key}": value for key, value in forced.items() if not key.startswith("timing/")}
+        values["timing/evaluation_seconds"] = time.monotonic() - started
+        results[name] = values
+        _write(evaluation, name, reader.step, values)
+    scored = [np.mean(list(metrics.values())) for metrics in own.values() if metrics]
+    if len(scored) > 1:
+        mixture = evaluation.dataset_cfg.mixture_or_task_name
+        results[mixture] = {AVERAGE: float(np.mean(scored)), "tasks": float(len(scored))}
+        _write(evaluation, mixture, reader.step, results[mixture])
+    return results
+
+
+class _Task:
+    """One task: its examples are read once, its programs are compiled once, for all checkpoints."""
+
+    def __init__(self, evaluation: _Evaluation, task: "TaskExamples"):
+        self._evaluation, self._task = evaluation, task
+        self._outputs = task.outputs  # raises early where a metric cannot be served
+        self._examples: list[Example] | None = None
+        self._runner = running.Runner(
+            evaluation.model,
+            evaluation.partitioner,
+            batch_size=evaluation.dataset_cfg.batch_size,
+            decoder=evaluation.decoder,
+            eos_id=task.eos_id,
+            seed=evaluation.random_seed,
+        )
+
+    def run(self, params: PyTree, step: int) -> "TaskResult | None":
+        """Predicts and scores what the task's metrics need and computes them; None where the task has none.
+
+        Raises:
+          ValueError: the split is empty.
+        """
+        if not self._outputs:
+            _log.info("%s has no metrics of its own", self._task.name)
+            return None
+        if self._examples is None:
+            self._examples = list(self._task.examples(self._evaluation.num_examples))
+            if not self._examples:
+                raise ValueError(f"the split '{self._evaluation.dataset_cfg.split}' of the task '{self._task.name}' is empty")
+        outputs: dict[str, list[Any]] = {kind: [] for kind in self._outputs}
+        for rows in running.in_batches(list(enumerate(self._examples)), self._runner.batch_size):
+            batch = self._task.batch([example for _, example in rows], self._runner.batch_size)
+            if "prediction" in outputs:
+                outputs["prediction"] += list(self._runner.predict(params, batch, [number for number, _ in rows]).tokens[:, 0])
+            if "score" in outputs:
+                outputs["score"] += self._runner.score(params, batch, len(rows)).tolist()
+        result = self._task.evaluate(self._examples, outputs)
+        if self._evaluation.write_predictions and distributed.is_first():
+            self._write_predictions(step, outputs, result)
+        return result
+
+    def _write_predictions(self, step: int, outputs: Mapping[str, Sequence[Any]], result: "TaskResult") -> None:
+        from upcycle_jax.data.examples import as_json
+
+        assert self._examples is not None
+        lines = []
+        for i, example in enumerate(self._examples):
+            record: dict[str, Any] = {"input": self._task.record(example)}
+            if result.targets is not None:
+                record["target"] = as_json(result.targets[i])
+            if "prediction" in outputs:
+                record["output"] = self._task.decode(outputs["prediction"][i])
+                record["prediction"] = as_json(result.predictions[i]) if result.predictions is not None else record["output"]
+            if "score" in outputs:
+                record["score"] = float(outputs["score"][i])
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self._evaluation.output_dir / f"{self._task.name}-{step}.jsonl"
+        partial = path.parent / f"{path.name}.partial"
+        partial.write_text("".join(lines))
+        partial.rename(path)
+
+
+def _writer(evaluation: _Evaluation, name: str) -> MetricWriter:
+    return MetricWriter(evaluation.output_dir / name)
+
+
+def _write(evaluation: _Evaluation, name: str, step: int, values: Mapping[str, Any]) -> None:
+    if distributed.is_first():
+        writer = _writer(evaluation, name)
+        writer.write(step, values)
+        writer.close()
+    shown = {key: float(value) for key, value in values.items() if not key.startswith(("timing/", f"{TEACHER_FORCED}experts/"))}
+    _log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.4f}" for key, value in shown.items()))

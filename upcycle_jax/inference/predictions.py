@@ -1,0 +1,271 @@
+"""Predictions or scores for every example of a task or mixture, as T5X-style JSON lines that survive an interruption."""
+
+import dataclasses
+import enum
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from upcycle_jax import distributed
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.inference import running
+from upcycle_jax.inference.decoding import Greedy
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import batches, prepare
+
+if TYPE_CHECKING:
+    from upcycle_jax.data.examples import TaskExamples
+
+_log = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+
+
+class Mode(enum.StrEnum):
+    """What is written of each example."""
+
+    PREDICT = "predict"
+    PREDICT_WITH_AUX = "predict_with_aux"
+    SCORE = "score"
+
+
+@dataclasses.dataclass(frozen=True)
+class InferResult:
+    """What a call of `infer` wrote.
+
+    Attributes:
+      files: the finished file of each task.
+      examples: examples that this call computed; those of an earlier, interrupted call do not count.
+    """
+
+    files: Mapping[str, epath.Path]
+    examples: int
+
+
+def infer(
+    *,
+    mode: str = Mode.PREDICT,
+    model: Any,
+    dataset_cfg: Any,
+    checkpoint_path: os.PathLike | str,
+    output_dir: os.PathLike | str,
+    partitioner: Partitioner = Partitioner(),
+    decoder: DecodingAlgorithm = Greedy(),
+    checkpoint_period: int = 100,
+    shard_id: int = 0,
+    num_shards: int = 1,
+    num_examples: int | None = None,
+    include_all_inputs: bool = False,
+    random_seed: int = 0,
+    files: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+) -> InferResult:
+    """Writes `<output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>` for each task of a mixture.
+
+    A line is `{"inputs": {"inputs_pretokenized": ..., ...}, "prediction": "..."}` or `{"inputs": ..., "score": ...}`, in the order of the
+    task; predict_with_aux adds `"aux": {"scores": [...], "predictions": [...]}`, all decodes and what the decoder ranks them by. Finished
+    batches are kept in `tmp-...` beside the file: the same command goes on from them, and has nothing to do where the file exists.
+
+    Args:
+      mode: 'predict', 'predict_with_aux' or 'score' (the log-probability of the example's target).
+      model: an `EncoderDecoderModel`.
+      dataset_cfg: `DatasetConfig` of what to read; its batch size is that of predictions. It is read once and in order.
+      checkpoint_path: a checkpoint, or a MODEL_DIR (its latest step).
+      output_dir: made if need be.
+      partitioner: the mesh.
+      decoder: how predictions are searched.
+      checkpoint_period: batches between two writes, T5X's name.
+      shard_id: which part of the examples this job computes, from 0; jobs do not need to know of each other.
+      num_shards: number of parts. Part i is every num_shards-th example from number i on.
+      num_examples: only the first so many examples of each task; None for all.
+      include_all_inputs: write every feature of an example, tokens included.
+      random_seed: of a decoder that draws.
+      files: small text files to leave in output_dir (name -> content), e.g. 'config.gin'.
+      dry_run: say what would be done and return; nothing is written.
+
+    Raises:
+      FileNotFoundError: no checkpoint is there.
+      ValueError: settings that cannot run, a checkpoint of another model, or unfinished work of other settings in output_dir.
+    """
+    if mode not in list(Mode):
+        raise ValueError(f"mode must be one of {', '.join(repr(str(known)) for known in Mode)}, got {mode!r}")
+    for name, value in (("checkpoint_period", checkpoint_period), ("num_shards", num_shards)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= shard_id < num_shards:
+        raise ValueError(f"shard_id must be from 0 to {num_shards - 1} (num_shards={num_shards}), got {shard_id}")
+    batches.data_layout(partitioner, dataset_cfg.batch_size)
+    reader = open_checkpoint(checkpoint_path)
+    job = _Job(
+        mode=Mode(mode),
+        output_dir=epath.Path(output_dir),
+        part=f"{shard_id:05}-of-{num_shards:05}",
+        settings={
+            "mode": str(mode),
+            "checkpoint": str(reader.path),
+            "fingerprint": reader.fingerprint(),
+            "decoder": repr(decoder) if mode != Mode.SCORE else None,
+            "model": repr(model.config.for_inference),
+            "task_feature_lengths": dict(dataset_cfg.task_feature_lengths),
+            "split": dataset_cfg.split,
+            "batch_size": dataset_cfg.batch_size,
+            "checkpoint_period": checkpoint_period,
+            "num_examples": num_examples,
+            "include_all_inputs": include_all_inputs,
+            "random_seed": random_seed,
+        },
+    )
+    if dry_run:
+        print(
+            f"{mode} {dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, part {job.part}, with {reader.path} (step "
+            f"{reader.step}) and {decoder!r}, {dataset_cfg.batch_size} examples at a time, to {output_dir}"
+        )
+        return InferResult(files={}, examples=0)
+
+    from upcycle_jax.data.examples import task_examples
+
+    prepare.check_vocabulary(model, dataset_cfg)
+    tasks = task_examples(dataset_cfg)
+    for task in tasks:
+        job.check(task.name)
+    params = running.load_params(reader, model, partitioner)
+    job.write_files(files or {})
+    done, count = {}, 0
+    for task in tasks:
+        runner = running.Runner(
+            model, partitioner, batch_size=dataset_cfg.batch_size, decoder=decoder, eos_id=task.eos_id, seed=random_seed
+        )
+        numbered = enumerate(task.examples(num_examples, shard=shard_id, num_shards=num_shards))
+        examples = ((shard_id + place * num_shards, example) for place, example in numbered)
+        count += _infer_task(job, task, runner, params, examples, checkpoint_period, include_all_inputs)
+        done[task.name] = job.file(task.name)
+    return InferResult(files=done, examples=count)
+
+
+def _infer_task(
+    job: "_Job", task: "TaskExamples", runner: running.Runner, params: Any, examples: Any, batches_per_chunk: int, whole: bool
+) -> int:
+    """Writes the chunks of one task that are not there yet, then the file; returns the number of examples computed."""
+    if job.file(task.name).exists():
+        _log.info("%s is there already", job.file(task.name))
+        return 0
+    started, count = time.monotonic(), 0
+    finished = job.begin(task.name)
+    if finished:
+        _log.info("%s: going on after %d chunks of %d batches", task.name, finished, batches_per_chunk)
+    chunks = 0
+    for chunk in running.in_batches(examples, batches_per_chunk * runner.batch_size):
+        chunks += 1
+        if chunks <= finished:
+            continue
+        lines = []
+        for rows in running.in_batches(chunk, runner.batch_size):
+            lines += _records(job.mode, task, runner, params, rows, whole)
+        job.write_chunk(task.name, chunks - 1, lines)
+        count += len(chunk)
+        _log.info("%s: %d examples, %.1f per second", task.name, count, count / (time.monotonic() - started))
+    job.merge(task.name, chunks)
+    return count
+
+
+def _records(mode: Mode, task: "TaskExamples", runner: running.Runner, params: Any, rows: Sequence[Any], whole: bool) -> list[str]:
+    """JSON lines of one batch of (number, example)."""
+    numbers, examples = [number for number, _ in rows], [example for _, example in rows]
+    batch = task.batch(examples, runner.batch_size)
+    records: list[dict[str, Any]] = [{"inputs": task.record(example, whole=whole)} for example in examples]
+    if mode == Mode.SCORE:
+        scores = runner.score(params, batch, len(rows))
+        for record, score in zip(records, scores, strict=True):
+            record["score"] = float(score)
+    else:
+        decoded = runner.predict(params, batch, numbers)
+        for i, record in enumerate(records):
+            record["prediction"] = task.decode(decoded.tokens[i, 0])
+            if mode == Mode.PREDICT_WITH_AUX:
+                record["aux"] = _all_decodes(task, decoded, i)
+    return [json.dumps(record, ensure_ascii=False) for record in records]
+
+
+def _all_decodes(task: "TaskExamples", decoded: Decoded, row: int) -> dict[str, Any]:
+    return {"scores": np.asarray(decoded.scores[row]).tolist(), "predictions": [task.decode(tokens) for tokens in decoded.tokens[row]]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The files of one call. Process 0 writes; the others wait where they will read."""
+
+    mode: Mode
+    output_dir: epath.Path
+    part: str
+    settings: Mapping[str, Any]
+
+    def file(self, task: str) -> epath.Path:
+        """The finished file."""
+        return self.output_dir / f"{task}-{self.mode}.jsonl-{self.part}"
+
+    def _folder(self, task: str) -> epath.Path:
+        return self.output_dir / f"tmp-{task}-{self.mode}-{self.part}"
+
+    def _chunk(self, task: str, index: int) -> epath.Path:
+        return self._folder(task) / f"chunk-{index:06}.jsonl"
+
+    def check(self, task: str) -> None:
+        """Raises a ValueError where unfinished work of other settings is in the way."""
+        path = self._folder(task) / SETTINGS_FILE
+        if self.file(task).exists() or not path.exists():
+            return
+        before = json.loads(path.read_text())
+        different = [name for name, value in self.settings.items() if before.get(name) != json.loads(json.dumps(value))]
+        if different:
+            raise ValueError(
+                f"{path.parent} holds an unfinished job of other settings ({', '.join(different)}): finish it with those, remove the "
+                "folder, or choose another INFER_OUTPUT_DIR"
+            )
+
+    def write_files(self, files: Mapping[str, str]) -> None:
+        """Leaves small files in the output folder."""
+        if distributed.is_first():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (self.output_dir / name).write_text(text)
+
+    def begin(self, task: str) -> int:
+        """Makes the folder of chunks; returns how many of them are finished."""
+        if distributed.is_first():
+            folder = self._folder(task)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=1))
+        distributed.barrier(f"chunks of {task}")
+        finished = 0
+        while self._chunk(task, finished).exists():
+            finished += 1
+        distributed.barrier(f"chunks of {task} counted")
+        return finished
+
+    def write_chunk(self, task: str, index: int, lines: Sequence[str]) -> None:
+        """Writes a chunk under a temporary name first: one that is there is whole."""
+        if distributed.is_first():
+            path = self._chunk(task, index)
+            partial = path.parent / f"{path.name}.partial"
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.rename(path)
+
+    def merge(self, task: str, chunks: int) -> None:
+        """Joins all chunks into the finished file and removes their folder."""
+        if distributed.is_first():
+            file = self.file(task)
+            partial = file.parent / f"{file.name}.partial"
+            with partial.open("w") as out:
+                for index in range(chunks):
+                    out.write(self._chunk(task, index).read_text())
+            partial.rename(file)
+            self._folder(task).rmtree()
+            _log.info("wrote %s", file)
+        distributed.barrier(f"{task} merged")

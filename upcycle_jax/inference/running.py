@@ -1,0 +1,136 @@
+"""Parameters of a checkpoint on the devices, and compiled prediction and scoring over host batches."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from upcycle_jax import trees
+from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
+from upcycle_jax.checkpoints.opening import checkpoint_steps
+from upcycle_jax.checkpoints.storage import absolute
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import batches
+from upcycle_jax.training.train_state import TARGET
+from upcycle_jax.types import Batch, PyTree
+
+
+def load_params(reader: CheckpointReader, model: Any, partitioner: Partitioner) -> PyTree:
+    """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer state is not read.
+
+    Raises:
+      ValueError: the checkpoint is not one of this model.
+    """
+    specs = {f"{TARGET}{path}": spec for path, spec in model.param_specs().items()}
+    found = {path: spec for path, spec in reader.specs().items() if path.startswith(TARGET)}
+    difference = trees.diff(specs, found)
+    if difference:
+        lines = str(difference).splitlines()
+        shown = "\n".join(lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else []))
+        raise ValueError(
+            f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model file that the checkpoint was trained with"
+        )
+    shardings = partitioner.shardings(specs)
+    flat = {}
+    for path, spec in specs.items():
+        leaf = reader.read_sharded(path, shardings[path])
+        flat[path.removeprefix(TARGET)] = leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
+    return trees.unflatten(flat)
+
+
+def checkpoints(path: os.PathLike | str, steps: str | int | Sequence[int]) -> list[CheckpointReader]:
+    """The checkpoints that are meant, by rising step.
+
+    Args:
+      path: a checkpoint, or a folder of them.
+      steps: 'latest', 'all', one step or several.
+
+    Raises:
+      FileNotFoundError: nothing is there, or a step is not.
+      ValueError: `steps` is none of these, or steps are asked of a single checkpoint.
+    """
+    if steps == "latest":
+        return [open_checkpoint(path)]
+    folder = absolute(path)
+    known = checkpoint_steps(folder) if folder.is_dir() else {}
+    if not known:
+        open_checkpoint(path)  # says what is wrong with the path, if anything is
+        raise ValueError(
+            f"{path} is a single checkpoint, so CHECKPOINT_STEPS must be 'latest', got {steps!r}; or name the folder around it"
+        )
+    if steps == "all":
+        wanted: Sequence[int] = sorted(known)
+    elif isinstance(steps, int):
+        wanted = [steps]
+    elif isinstance(steps, list | tuple) and steps and all(isinstance(step, int) for step in steps):
+        wanted = sorted(steps)
+    else:
+        raise ValueError(f"CHECKPOINT_STEPS must be 'latest', 'all', a step or a list of steps, got {steps!r}")
+    missing = [step for step in wanted if step not in known]
+    if missing:
+        raise FileNotFoundError(f"{path} has no checkpoint of step {missing[0]}; it has {', '.join(map(str, known))}")
+    return [open_checkpoint(known[step]) for step in wanted]
+
+
+class Runner:
+    """Predicts and scores batches; compiled once for each.
+
+    Results come back whole on every process, in the order of the batch.
+
+    Args:
+      model: an `EncoderDecoderModel`.
+      partitioner: the mesh on which parameters live.
+      batch_size: rows of a whole batch.
+      decoder: how predictions are searched.
+      eos_id: the token that ends a target.
+      seed: of decoders that draw. The key of an example is a fold of its number, so that it does not depend on batches.
+
+    Raises:
+      ValueError: the batch does not split over the mesh.
+    """
+
+    def __init__(self, model: Any, partitioner: Partitioner, *, batch_size: int, decoder: DecodingAlgorithm, eos_id: int, seed: int = 0):
+        self._partitioner, self.batch_size = partitioner, batch_size
+        self._layout = batches.data_layout(partitioner, batch_size)
+
+        def predict(params: PyTree, batch: Batch, numbers: jax.Array) -> Decoded:
+            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
+            return model.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys, eos_id=eos_id)
+
+        self._predict = jax.jit(predict, out_shardings=partitioner.replicated)
+        self._score = jax.jit(model.score_batch, out_shardings=partitioner.replicated)
+
+    def predict(self, params: PyTree, batch: Mapping[str, np.ndarray], numbers: Sequence[int]) -> Decoded:
+        """NumPy arrays for the rows `[0, len(numbers))` of a whole batch; `numbers` tells examples apart."""
+        rows = np.zeros(self.batch_size, np.uint32)
+        rows[: len(numbers)] = numbers
+        placed = self._place({**batch, "numbers": rows})
+        with self._partitioner.activate():
+            decoded = self._predict(params, {name: placed[name] for name in batch}, placed["numbers"])
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(numbers)], decoded)
+
+    def score(self, params: PyTree, batch: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
+        """Float32 `[rows]`: log-probabilities of the first rows' targets."""
+        placed = self._place(batch)
+        with self._partitioner.activate():
+            return np.asarray(self._score(params, placed))[:rows]
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        local = self.batch_size // self._layout.num_shards
+        mine = slice(self._layout.shard * local, (self._layout.shard + 1) * local)
+        return batches.to_global({name: np.asarray(rows)[mine] for name, rows in batch.items()}, self._partitioner, self._layout.num_shards)
+
+
+def in_batches(examples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` examples, the last one possibly shorter."""
+    held: list[Any] = []
+    for example in examples:
+        held.append(example)
+        if len(held) == size:
+            yield held
+            held = []
+    if held:
+        yield held
