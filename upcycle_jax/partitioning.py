@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from upcycle_jax import axes, trees
@@ -84,7 +85,13 @@ class Partitioner:
                 "partitions: the product must divide the number of devices. Change NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS."
             )
         shape = (len(devices) // split, self.num_expert_partitions, self.num_model_partitions)
-        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        axis_types = (AxisType.Auto,) * len(MESH_AXES)
+        try:
+            return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=axis_types)
+        except NotImplementedError:
+            # A TPU torus whose sides do not multiply to these sizes, e.g. 32 experts on 4x4x4: a side then serves two mesh axes.
+            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(placed, MESH_AXES, axis_types=axis_types)
 
     @functools.cached_property
     def logical_rules(self) -> dict[str, tuple[str, ...]]:
