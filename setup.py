@@ -46,8 +46,8 @@ EXTRAS = {
     ],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     # Compiles for TPUs on any Linux machine (upcycle_jax.precompile). Half a gigabyte, and jax then looks for TPUs: best in an environment
-    # of its own.
-    "precompile": ["libtpu>=0.0.40,<0.1"],
+    # of its own. jax names the libtpu whose programs it can read: with a newer one, some cannot be shown.
+    "precompile": ["jax[tpu]>=0.10,<0.12"],
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
     # The paper's tasks (C4, SuperGLUE). t5 asks for seqio-nightly, which holds the same `seqio` package as the release: keep the release.
     "t5": ["t5==0.9.4"],

@@ -85,3 +85,16 @@ def test_batches_are_split_over_data_and_expert_axes():
     batch = jax.device_put(jnp.zeros((8, 3)), partitioner.batch_sharding)
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
     assert jax.device_put(jnp.zeros(3), partitioner.replicated).sharding.is_fully_replicated
+
+
+def test_a_torus_whose_sides_do_not_fit_is_split(monkeypatch):
+    """Making a mesh of 2 x 32 on a 4 x 4 x 4 slice fails unless a side may serve two mesh axes."""
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 32")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = Partitioner(num_expert_partitions=4).mesh
+    assert dict(mesh.shape) == {"data": 2, "expert": 4, "model": 1}
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in jax.devices())
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)

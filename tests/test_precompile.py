@@ -176,6 +176,17 @@ def test_a_row_of_the_table(compiled):
     assert row.startswith("| continue_pretrain | ") and "data 2 x expert 4 x model 1" in row
 
 
+def test_a_program_that_jax_cannot_read_is_reported_as_such(compiled):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update instruction should have 1 operands but sees 3")
+
+    assert ahead_of_time._traffic(Unreadable()) is None
+    report = dataclasses.replace(compiled[0], step=dataclasses.replace(compiled[0].step, traffic=None))
+    assert "collectives unknown" in report.text() and report.fits
+    assert report.cells()[pod_report.COLUMNS.index("all-to-all / device / step")] == "unknown"
+
+
 def test_what_the_compiler_says_it_lacks_is_read():
     class Lowered:
         def compile(self):

@@ -64,7 +64,7 @@ class Compiled:
       argument_bytes: of its arguments.
       temporary_bytes: of its temporaries.
       flops: as XLA counts them, a loop's body once; 0 where it does not say.
-      traffic: collectives by kind.
+      traffic: collectives by kind, or None where jax cannot read the program (a libtpu that is newer than jax).
       fits: whether the compiler found room, apart from any comparison made here.
     """
 
@@ -74,7 +74,7 @@ class Compiled:
     argument_bytes: int = 0
     temporary_bytes: int = 0
     flops: float = 0.0
-    traffic: tuple[Traffic, ...] = ()
+    traffic: tuple[Traffic, ...] | None = ()
     fits: bool = True
 
 
@@ -192,8 +192,16 @@ def _compiled(name: str, lower: Any) -> Compiled:
         argument_bytes=arguments,
         temporary_bytes=temporaries,
         flops=float(cost.get("flops", 0.0)),
-        traffic=tuple(collectives.summary(collectives.collectives(program.as_text()))),
+        traffic=_traffic(program),
     )
+
+
+def _traffic(program: Any) -> tuple[Traffic, ...] | None:
+    try:
+        text = program.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return tuple(collectives.summary(collectives.collectives(text)))
 
 
 def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str]:

@@ -89,6 +89,8 @@ class PodReport:
             f"{head}; per device {gib(program.needed_bytes)}: arguments {gib(program.argument_bytes)}, "
             f"temporaries {gib(program.temporary_bytes)}"
         ]
+        if program.traffic is None:
+            return [*lines, "  collectives unknown: jax cannot read the program of this libtpu; install the one that jax[tpu] names"]
         lines += [f"  {_traffic_line(item.kind, item.group_size, item.count, item.nbytes)}" for item in program.traffic]
         return lines if program.traffic else [*lines, "  no collectives"]
 
@@ -105,8 +107,10 @@ class PodReport:
     def cells(self) -> list[str]:
         """The row of the table, in the order of `COLUMNS`."""
         work, chip = self.workload, self.topology.chip
-        exchanged = sum(item.nbytes for item in self.step.traffic if item.kind == "all-to-all")
-        other = sum(item.nbytes for item in self.step.traffic if item.kind != "all-to-all")
+        exchanged = other = "unknown"
+        if self.step.traffic is not None:
+            sums = [sum(t.nbytes for t in self.step.traffic if (t.kind == "all-to-all") == is_exchange) for is_exchange in (True, False)]
+            exchanged, other = (gib(nbytes) if nbytes else "-" for nbytes in sums)
         return [
             self.name,
             f"{ahead_of_time.num_parameters(work):,}",
@@ -118,8 +122,8 @@ class PodReport:
             gib(self.step.needed_bytes) + ("" if self.fits else ": does not fit"),
             gib(chip.memory_bytes),
             f"{ahead_of_time.step_flops(work):.3g}",
-            gib(exchanged) if exchanged else "-",
-            gib(other),
+            exchanged,
+            other,
             gib(self.restore_bytes) if self.restores else "-",
             f"{self.step.seconds + sum(p.seconds for p in self.restores):.0f} s",
         ]
