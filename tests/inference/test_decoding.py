@@ -198,25 +198,27 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-def test_a_model_decodes_with_each_algorithm(make_model, make_params, make_batch, keys):
+@pytest.mark.parametrize(
+    "decoder", [Greedy(), pytest.param(BeamSearch(num_decodes=3), marks=pytest.mark.slow)], ids=lambda d: type(d).__name__
+)
+def test_a_model_decodes_with_each_algorithm(decoder, make_model, make_params, make_batch, keys):
     """Batched against alone, through a model with experts and its caches."""
     model = make_model(eval_expert_capacity_factor=0.5, min_expert_capacity=1)
     params, batch = make_params(model, eos=1.0), make_batch([5, 8, 3])
     one = {name: value[1:2] for name, value in batch.items()}
-    for decoder in (Greedy(), BeamSearch(num_decodes=3)):
-        run = jax.jit(lambda params, batch, keys, decoder=decoder: model.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys))
-        together = run(params, batch, keys(3))
-        alone = run(params, one, keys(3)[1:2])
-        assert together.tokens.shape == (3, getattr(decoder, "num_decodes", 1), 8)
-        np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
-        np.testing.assert_allclose(alone.scores[0], together.scores[1], atol=1e-4)
-        if isinstance(decoder, Greedy):
-            # Scoring what was decoded gives the same log-probability. Token 0, which a trained model does not produce, would be padding.
-            tokens = np.asarray(together.tokens[:, 0])
-            length = np.array([list(row).index(EOS) + 1 if EOS in row else 8 for row in tokens])
-            written = np.arange(8) < length[:, None]
-            whole = ~np.any((tokens == 0) & written, axis=1)
-            assert whole.any()
-            inputs = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-            scored = batch | {"decoder_target_tokens": tokens, "decoder_input_tokens": inputs, "decoder_loss_weights": written}
-            np.testing.assert_allclose(model.score_batch(params, scored)[whole], together.scores[whole, 0], atol=1e-4)
+    run = jax.jit(lambda params, batch, keys: model.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys))
+    together = run(params, batch, keys(3))
+    alone = run(params, one, keys(3)[1:2])
+    assert together.tokens.shape == (3, getattr(decoder, "num_decodes", 1), 8)
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
+    np.testing.assert_allclose(alone.scores[0], together.scores[1], atol=1e-4)
+    if isinstance(decoder, Greedy):
+        # Scoring what was decoded gives the same log-probability. Token 0, which a trained model does not produce, would be padding.
+        tokens = np.asarray(together.tokens[:, 0])
+        length = np.array([list(row).index(EOS) + 1 if EOS in row else 8 for row in tokens])
+        written = np.arange(8) < length[:, None]
+        whole = ~np.any((tokens == 0) & written, axis=1)
+        assert whole.any()
+        inputs = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+        scored = batch | {"decoder_target_tokens": tokens, "decoder_input_tokens": inputs, "decoder_loss_weights": written}
+        np.testing.assert_allclose(model.score_batch(params, scored)[whole], together.scores[whole, 0], atol=1e-4)

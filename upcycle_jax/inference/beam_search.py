@@ -86,7 +86,7 @@ class BeamSearch:
         def step(state: _State) -> _State:
             last = jax.lax.dynamic_index_in_dim(state.live_tokens, state.index - 1, axis=2, keepdims=False)
             logits, cache = next_logits(last.reshape(-1), state.index, state.cache)
-            return self._extend(state.replace(cache=cache), logits, eos_id)
+            return self._extend(dataclasses.replace(state, cache=cache), logits, eos_id)
 
         state = self._extend(state, jnp.repeat(first_logits, beams, axis=0), eos_id)
         state = jax.lax.while_loop(more, step, state)
@@ -117,7 +117,8 @@ class BeamSearch:
         finished_scores, best = jax.lax.top_k(all_scores, beams)
         all_tokens = jnp.concatenate([state.finished_tokens, tokens], axis=1)
         all_finished = jnp.concatenate([state.finished, ends], axis=1)
-        return state.replace(
+        return dataclasses.replace(
+            state,
             index=length,
             live_scores=live_scores,
             live_tokens=jnp.take_along_axis(tokens, kept[..., None], axis=1),

@@ -89,7 +89,8 @@ class Sampling:
             chosen = jnp.where(state.ended, 0, self._choose(state.logits, keys, state.index))
             log_probabilities = jax.nn.log_softmax(state.logits, axis=-1)
             gained = jnp.take_along_axis(log_probabilities, chosen[:, None], axis=-1)[:, 0]
-            return state.replace(
+            return dataclasses.replace(
+                state,
                 index=state.index + 1,
                 tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.index, axis=1),
                 scores=state.scores + jnp.where(state.ended, 0.0, gained),
@@ -99,7 +100,7 @@ class Sampling:
         def step(state: _State) -> _State:
             last = jax.lax.dynamic_index_in_dim(state.tokens, state.index - 1, axis=1, keepdims=False)
             logits, cache = next_logits(last, state.index, state.cache)
-            return choose(state.replace(logits=logits, cache=cache))
+            return choose(dataclasses.replace(state, logits=logits, cache=cache))
 
         state = jax.lax.while_loop(more, step, choose(state))
         tokens = state.tokens.reshape(num_inputs, self.num_decodes, max_length)

@@ -99,6 +99,8 @@ def evaluate(
         raise ValueError(f"num_examples must be at least 1, or None for all, got {num_examples}")
     layout = batches.data_layout(partitioner, dataset_cfg.batch_size)
     readers = running.checkpoints(checkpoint_path, steps)
+    for reader in readers:
+        running.check_params(reader, model)
     if dry_run:
         listed = ", ".join(str(reader.step) for reader in readers)
         print(

@@ -103,6 +103,7 @@ def infer(
         raise ValueError(f"shard_id must be from 0 to {num_shards - 1} (num_shards={num_shards}), got {shard_id}")
     batches.data_layout(partitioner, dataset_cfg.batch_size)
     reader = open_checkpoint(checkpoint_path)
+    running.check_params(reader, model)
     job = _Job(
         mode=Mode(mode),
         output_dir=epath.Path(output_dir),
@@ -187,14 +188,17 @@ def _records(mode: Mode, task: "TaskExamples", runner: running.Runner, params: A
     else:
         decoded = runner.predict(params, batch, numbers)
         for i, record in enumerate(records):
-            record["prediction"] = task.decode(decoded.tokens[i, 0])
+            record["prediction"] = task.decode(np.asarray(decoded.tokens[i, 0]))
             if mode == Mode.PREDICT_WITH_AUX:
                 record["aux"] = _all_decodes(task, decoded, i)
     return [json.dumps(record, ensure_ascii=False) for record in records]
 
 
 def _all_decodes(task: "TaskExamples", decoded: Decoded, row: int) -> dict[str, Any]:
-    return {"scores": np.asarray(decoded.scores[row]).tolist(), "predictions": [task.decode(tokens) for tokens in decoded.tokens[row]]}
+    return {
+        "scores": np.asarray(decoded.scores[row]).tolist(),
+        "predictions": [task.decode(tokens) for tokens in np.asarray(decoded.tokens[row])],
+    }
 
 
 @dataclasses.dataclass(frozen=True)

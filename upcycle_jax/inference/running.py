@@ -18,8 +18,8 @@ from upcycle_jax.training.train_state import TARGET
 from upcycle_jax.types import Batch, PyTree
 
 
-def load_params(reader: CheckpointReader, model: Any, partitioner: Partitioner) -> PyTree:
-    """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer state is not read.
+def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSpec]:
+    """Specs of the model's parameters by full path, which are those of the checkpoint. Reads no array.
 
     Raises:
       ValueError: the checkpoint is not one of this model.
@@ -33,6 +33,16 @@ def load_params(reader: CheckpointReader, model: Any, partitioner: Partitioner) 
         raise ValueError(
             f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model file that the checkpoint was trained with"
         )
+    return specs
+
+
+def load_params(reader: CheckpointReader, model: Any, partitioner: Partitioner) -> PyTree:
+    """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer state is not read.
+
+    Raises:
+      ValueError: the checkpoint is not one of this model, or a dimension does not divide over the mesh.
+    """
+    specs = check_params(reader, model)
     shardings = partitioner.shardings(specs)
     flat = {}
     for path, spec in specs.items():

@@ -135,7 +135,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
     def _keys_and_values(self, keys_from: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[batch, keys, heads, head_dim]`."""
-        return tuple(self._heads(name, keys_from, projection.ATTENTION_INIT) for name in ("key", "value"))
+        return self._heads("key", keys_from, projection.ATTENTION_INIT), self._heads("value", keys_from, projection.ATTENTION_INIT)
 
     def _appended(self, keys_from: jax.Array, step: DecodingStep) -> tuple[jax.Array, jax.Array]:
         """All keys and values so far, those of `keys_from` `[batch, 1, d]` at the step's index, zeros after them."""

@@ -181,7 +181,7 @@ class EncoderDecoderModel:
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
         max_length = batch["decoder_input_tokens"].shape[1]
-        logits, cache = self.start_decoding(params, batch["encoder_input_tokens"], max_length=max_length)
+        logits, cache = self.start_decoding(params, jnp.asarray(batch["encoder_input_tokens"]), max_length=max_length)
 
         def next_logits(tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
             return self.decode_step(params, tokens, index, cache)
@@ -193,7 +193,7 @@ class EncoderDecoderModel:
 
         Routes as `predict_batch` does.
         """
-        logits = self._inference_module.apply(
+        logits: Any = self._inference_module.apply(
             {"params": params},
             *(jnp.asarray(batch[name]) for name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")),
         )
@@ -212,8 +212,8 @@ class EncoderDecoderModel:
         Returns:
           Float32 logits `[batch, vocab]` of the first token, and the caches.
         """
-        inputs = jnp.asarray(encoder_input_tokens)
-        encoded = self._inference_module.apply({"params": params}, inputs, method="encode")
+        inputs = encoder_input_tokens
+        encoded: Any = self._inference_module.apply({"params": params}, inputs, method="encode")
         return self._step(
             {"params": params}, encoded, inputs > 0, jnp.full(inputs.shape[0], BOS_ID, jnp.int32), DecodingStep(jnp.int32(0), max_length)
         )

@@ -1,5 +1,6 @@
 """What a decoding algorithm and a model say to each other. The algorithms are in `inference`."""
 
+import dataclasses
 from typing import Any, Protocol
 
 import flax.struct
@@ -29,7 +30,8 @@ class DecodingCache:
 
     def reordered(self, rows: jax.Array) -> "DecodingCache":
         """Continues in place i from sequence rows[i] (int32 `[sequences]`), which must have the same input."""
-        return self.replace(growing=jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self.growing))
+        growing = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self.growing)
+        return dataclasses.replace(self, growing=growing)
 
 
 class NextLogits(Protocol):
