@@ -76,3 +76,12 @@ def test_active_parameters_follow_the_router(tiny):
     # Encoder, experts choose: the capacity factor; decoder: K = 2.
     assert accounting.count_parameters(config, specs).active == dense_part + (1 + 2) * expert
     assert accounting.count_parameters(config, specs, train=False).active == dense_part + (3 + 2) * expert
+
+
+def test_exchanged_bytes_by_hand(tiny):
+    # As in test_flops_of_experts_count_slots: 64 + 32 slots of 16 float32, four times, shared by eight devices.
+    config = tiny(num_experts=4, group_size=16)
+    lengths = {"batch_size": 4, "inputs_length": 8, "targets_length": 4}
+    assert accounting.exchange_bytes(config, Partitioner(num_expert_partitions=4), **lengths) == 4 * 96 * 16 * 4 // 8
+    assert accounting.exchange_bytes(config, Partitioner(), **lengths) == 0
+    assert accounting.exchange_bytes(tiny(), Partitioner(num_expert_partitions=4), **lengths) == 0

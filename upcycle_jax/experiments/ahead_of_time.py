@@ -120,6 +120,19 @@ def step_flops(workload: Workload) -> float:
     return part.train_step * microbatches / workload.partitioner.mesh.size
 
 
+def exchange_bytes(workload: Workload) -> int:
+    """Bytes of all-to-alls on one device in one step, from the shapes."""
+    microbatches = workload.trainer.num_microbatches or 1
+    part = accounting.exchange_bytes(
+        workload.model.config,
+        workload.partitioner,
+        batch_size=workload.batch_size // microbatches,
+        inputs_length=workload.task_feature_lengths["inputs"],
+        targets_length=workload.task_feature_lengths["targets"],
+    )
+    return part * microbatches
+
+
 def compile_train_step(workload: Workload) -> Compiled:
     """Compiles the train step.
 

@@ -71,6 +71,7 @@ class PodReport:
             f"gradients {gib(self.state.parameters)}",
             f"compute        per device and step: {flops:.4g} FLOPs of the model (XLA counts {self.step.flops:.4g}, loop bodies once); "
             f"at the chip's peak {flops / chip.peak_flops * 1e3:.1f} ms",
+            f"exchange       per device and step: {gib(ahead_of_time.exchange_bytes(work))} of all-to-alls, from the shapes",
             "",
             *self._program(self.step),
         ]

@@ -159,6 +159,32 @@ def expert_slots(config: T5Config, stack: Stack, *, batch_size: int, length: int
     return grouping.num_groups * moe.num_experts * moe.router(stack).slots(slots, group_size=grouping.group_size)
 
 
+EXCHANGES = 4
+"""All-to-alls of an MoE layer in a training step: to the experts and back, and the same for the gradients."""
+
+
+def exchange_bytes(
+    config: T5Config, partitioner: Partitioner, *, batch_size: int, inputs_length: int, targets_length: int, train: bool = True
+) -> int:
+    """Bytes that all-to-alls hand over on each device in a training step: every slot of every MoE layer, in the activations' dtype.
+
+    The part that stays on its own device (1 / expert partitions) is included, as it is in XLA's shapes. 0 where experts are not divided.
+
+    Raises:
+      ValueError: the token count does not divide into routing groups.
+    """
+    if config.moe is None or partitioner.num_expert_partitions == 1:
+        return 0
+    slots = 0
+    lengths: tuple[tuple[Stack, int], ...] = (("encoder", inputs_length), ("decoder", targets_length))
+    for stack, length in lengths:
+        layers = len(config.sparse_layers(stack))
+        if layers:
+            slots += layers * expert_slots(config, stack, batch_size=batch_size, length=length, train=train)
+    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    return EXCHANGES * slots * config.emb_dim * itemsize // partitioner.num_data_shards
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of a set of arrays.
