@@ -8,9 +8,11 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
+from upcycle_jax import train
 from upcycle_jax.config import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -222,3 +224,24 @@ fi""",
     stand_in(tmp_path, "fails", '[[ "$1" == -c ]] && echo 1234 && exit; exit 3')
     failed = launch("local.sh", "--grace=0", "--retries=1", "train", PYTHON=str(tmp_path / "fails"))
     assert failed.returncode == 3 and "ended with code 3 after 2 starts" in failed.stderr
+
+
+@pytest.mark.parametrize(("interrupted", "variable", "code"), [("SIGTERM", "75", 75), ("SIGTERM", None, 0), (None, "75", 0)])
+def test_train_tells_launchers_that_it_was_stopped_early(interrupted, variable, code, monkeypatch):
+    class Loaded:
+        def build(self, name, **given):
+            return lambda files: types.SimpleNamespace(interrupted=interrupted)
+
+        def has_macro(self, name):
+            return False
+
+        def unused(self):
+            return []
+
+        def operative_text(self):
+            return ""
+
+    monkeypatch.delenv(train.INTERRUPTED_CODE_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(train.INTERRUPTED_CODE_VARIABLE, variable)
+    assert train._run(flags.Flags(), Loaded()) == code
