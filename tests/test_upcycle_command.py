@@ -19,10 +19,10 @@ TINY = ("VOCAB_SIZE=64", "T5Config.emb_dim=16", "T5Config.mlp_dim=32", "T5Config
 MODEL_FILE = "models/t5_1_1_tiny_upcycled.gin"
 
 
-def write_dense(folder, step=7, bindings=TINY):
+def write_dense(folder, step=7, bindings=TINY, seed=0):
     model = config.load(["models/t5_1_1_tiny.gin"], bindings).macro("MODEL")
     specs = state_specs(model, Adafactor())
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     writer = create_checkpoint(folder, specs, step=step, metadata={})
     for name, spec in specs.items():
         if name != "state/step":
@@ -184,6 +184,17 @@ def test_parents_and_the_way_back(dense, tmp_path):
     assert upcycle.main(words(tmp_path / "mixed", tmp_path / "merged", *merge, model="models/t5_1_1_tiny.gin")) == 0
     name = "target/encoder/layers_1/mlp/wo/kernel"
     np.testing.assert_array_equal(open_checkpoint(tmp_path / "merged").read(name), open_checkpoint(dense).read(name))
+
+
+def test_nexus_recipe_shared_expert_from_the_first_parent(dense, tmp_path):
+    other = write_dense(tmp_path / "other", seed=1)
+    paths = f"--gin.INITIAL_CHECKPOINT_PATH=('{dense}', '{other}')"
+    nexus = ["--gin_file=recipes/nexus.gin", "--gin.PARENTS=(1, 1, 0, 1)", "--gin.SHARED_EXPERT_MLP_DIM=8", paths, OFF]
+    assert upcycle.main(words(dense, tmp_path / "sparse", *nexus)) == 0
+    sparse, first, second = (open_checkpoint(path) for path in (tmp_path / "sparse", dense, other))
+    name = "target/encoder/layers_1/mlp/{}wo/kernel"
+    np.testing.assert_array_equal(sparse.read(name.format("shared_expert/")), first.read(name.format(""))[:8])
+    np.testing.assert_array_equal(sparse.read(name.format("expert/"))[0], second.read(name.format("")))
 
 
 def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_path, capsys):

@@ -72,7 +72,7 @@ class ForwardFlops:
 
     Attributes:
       attention: projections, logits and weighted sums of all attention, and relative position biases.
-      mlp: dense MLPs.
+      mlp: dense MLPs, and the shared experts of MoE layers, which every token passes.
       experts: experts, every slot counted, whether a token sits in it or not.
       routers: router logits.
       logits: the output projection.
@@ -123,6 +123,7 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs_length: int, targ
             assert config.moe is not None
             slots = expert_slots(config, stack, batch_size=batch_size, length=lengths[stack], train=train)
             experts += sparse * slots * mlp_flops_per_token(config, config.expert_mlp_dim)
+            mlp += sparse * tokens[stack] * mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
             routers += sparse * tokens[stack] * 2 * config.emb_dim * config.moe.num_experts
     decoder_layers = config.num_decoder_layers
     attention += decoder_layers * (2 * projection * (tokens["decoder"] + tokens["encoder"]) + 4 * width * tokens["decoder"] * inputs_length)

@@ -23,6 +23,8 @@ class MoeConfig:
         indices, which decides alone.
       decoder_sparse_layout: likewise.
       expert_mlp_dim: hidden size of one expert; None for the dense MLP's.
+      shared_expert_mlp_dim: hidden size of a dense MLP whose output for every token is added to that of the routed experts (Qwen2-MoE,
+        arXiv 2407.10671; Nexus, arXiv 2408.15901); None for none.
       group_size: GROUP_SIZE, the most tokens that are routed together. Larger groups balance better and cost longer sorts; under
         experts choose the group is also what each expert chooses from.
       train_expert_capacity_factor: slots per expert in multiples of its even share of the tokens. Under experts choose it is the average
@@ -56,6 +58,7 @@ class MoeConfig:
     encoder_sparse_layout: SparseLayout = "MIXED"
     decoder_sparse_layout: SparseLayout = "MIXED"
     expert_mlp_dim: int | None = None
+    shared_expert_mlp_dim: int | None = None
     group_size: int = 4096
     train_expert_capacity_factor: float = 2.0
     eval_expert_capacity_factor: float = 2.0
@@ -78,6 +81,8 @@ class MoeConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.expert_mlp_dim is not None and self.expert_mlp_dim < 1:
             raise ValueError(f"expert_mlp_dim must be at least 1, or None for the dense MLP's size, got {self.expert_mlp_dim}")
+        if self.shared_expert_mlp_dim is not None and self.shared_expert_mlp_dim < 1:
+            raise ValueError(f"shared_expert_mlp_dim must be at least 1, or None for no shared expert, got {self.shared_expert_mlp_dim}")
         for name in ("train_expert_capacity_factor", "eval_expert_capacity_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0 (1.0 is room for an even share of the tokens), got {getattr(self, name)}")

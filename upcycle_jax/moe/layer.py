@@ -1,4 +1,4 @@
-"""The MoE layer: group, route, dispatch, the lifted dense MLP, combine, ungroup.
+"""The MoE layer: group, route, dispatch, the lifted dense MLP, combine, ungroup; and the expert that all tokens share, if there is one.
 
 Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
 """
@@ -45,7 +45,8 @@ class MoeReport:
       load: `[E]`, counted tokens that each expert processed.
       weight: combine weights of the counted tokens, summed.
       entropy: entropy of the router probabilities (nats), summed over counted tokens.
-      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers, where `load` is what capacity let it have.
+      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers, where `load` is what capacity let it
+        have.
       offered: placements asked for (`Routing`).
       dropped: placements not granted (`Routing`).
     """
@@ -144,7 +145,20 @@ class MoeLayer(nn.Module):
         y = self._process(tokens, routing.assignment, train=train)
         y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
         y = y.reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
+        if config.shared_expert_mlp_dim is not None:
+            y = y + self._shared_expert(x, config.shared_expert_mlp_dim, train=train)
         return constrain(y, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+
+    def _shared_expert(self, x: jax.Array, hidden: int, *, train: bool) -> jax.Array:
+        """The MLP that processes every token `[batch, length, d]`: no routing, no capacity, weight 1."""
+        shared = MlpBlock(
+            hidden=hidden,
+            activations=self.activations,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            name="shared_expert",
+        )
+        return shared(x.astype(self.dtype), not train)
 
     def _sizes(self, router: Router, batch_size: int, length: int, *, train: bool) -> tuple[capacity_lib.Grouping, int]:
         """Groups, and the capacity of an expert in each."""

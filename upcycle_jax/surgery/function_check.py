@@ -6,7 +6,8 @@ The recipe and the routers predict one of three verdicts:
   scaled: experts are copies, but combine weights sum to something else; every MoE layer must give the dense MLP's output times that sum.
     This is checked layer by layer, on the inputs that the layers get in the sparse model's own forward pass, against an MLP written in
     NumPy with the dense checkpoint's weights; and a twin of the sparse model with renormalised weights and room for every token must
-    give the dense logits, which covers everything between the MoE layers.
+    give the dense logits, which covers everything between the MoE layers. A shared expert adds the dense MLP (or its first hidden units)
+    once more: it is part of the comparison by layers, and the twin goes without it.
   not preserved: the recipe changes experts; the difference is measured and nothing is claimed.
 """
 
@@ -88,6 +89,7 @@ class FunctionCheck:
       sparse_loss: the same of the sparse model as configured.
       twin_difference: as `logit_difference`, of the twin with renormalised weights and room for every token; None where nothing is claimed.
       first_divergence: first layer whose residual stream differs when it should not.
+      shared_expert: MoE layers have one.
       layers: the layer-by-layer comparison, where the verdict is 'scaled'.
       ok: the prediction holds.
     """
@@ -100,6 +102,7 @@ class FunctionCheck:
     sparse_loss: float
     twin_difference: float | None
     first_divergence: str | None
+    shared_expert: bool
     layers: list[LayerScaling]
     ok: bool
 
@@ -115,7 +118,8 @@ class FunctionCheck:
             lines.append(f"  with renormalised weights and room for every token: logits differ by at most {self.twin_difference:.3g}")
         for layer in self.layers:
             lines.append(
-                f"  {layer.layer}: output = dense MLP x gate sum within {layer.difference:.1e}; "
+                f"  {layer.layer}: output = dense MLP x gate sum{' + shared expert' if self.shared_expert else ''} "
+                f"within {layer.difference:.1e}; "
                 f"gate sum {layer.gate_sum_mean:.3f} on average, {100 * layer.untouched:.1f}% of tokens without an expert"
                 f"{'' if layer.ok else '  <-- DIFFERS'}"
             )
@@ -149,6 +153,7 @@ def _in_float32(sparse: EncoderDecoderModel, *, renormalised: bool = False) -> E
             moe,
             encoder_router=_renormalised(moe.encoder_router),
             decoder_router=_renormalised(moe.decoder_router),
+            shared_expert_mlp_dim=None,
             eval_expert_capacity_factor=float(moe.num_experts),  # As many slots as tokens: nothing is dropped, nobody left out.
         )
     return EncoderDecoderModel(dataclasses.replace(sparse.config, moe=moe, dtype="float32"), z_loss=sparse.z_loss)
@@ -171,7 +176,8 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
         shuffled = all(row.moves_values or "shuffled" in row.operation.name for row in plan.rows if row.sources)
         if not shuffled:
             return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
-    reasons = []
+    assert sparse.config.moe is not None
+    reasons = ["a shared expert is added"] if sparse.config.moe.shared_expert_mlp_dim is not None else []
     features: dict[Stack, str] = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
     for stack, feature in features.items():
         if sparse.config.sparse_layers(stack):
@@ -244,8 +250,19 @@ def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree
         wrong = [layer.layer for layer in layers if not layer.ok]
         if wrong:
             ok, first = False, first or wrong[0]
-    described = tokens.description
-    return FunctionCheck(prediction, described, difference, scale, dense_loss, sparse_loss, twin_difference, first, layers, ok)
+    return FunctionCheck(
+        prediction=prediction,
+        tokens=tokens.description,
+        logit_difference=difference,
+        logit_scale=scale,
+        dense_loss=dense_loss,
+        sparse_loss=sparse_loss,
+        twin_difference=twin_difference,
+        first_divergence=first,
+        shared_expert=configured.config.moe is not None and configured.config.moe.shared_expert_mlp_dim is not None,
+        layers=layers,
+        ok=ok,
+    )
 
 
 def cross_entropy(logits: np.ndarray, batch: Batch) -> float:
@@ -304,8 +321,11 @@ def first_divergence(one: EncoderDecoderModel, one_params: PyTree, other: Encode
 
 
 def check_layers(sparse: EncoderDecoderModel, dense_params: PyTree, inner: Sequence[InnerValues]) -> list[LayerScaling]:
-    """Compares every MoE layer with the dense MLP times the summed combine weights, on the inputs of the sparse forward pass."""
+    """Compares every MoE layer with the dense MLP times the summed combine weights, plus the shared expert, on the inputs of the sparse
+    forward pass.
+    """
     flat = trees.flatten(dense_params)
+    shared_units = sparse.config.moe.shared_expert_mlp_dim if sparse.config.moe is not None else None
     out = []
     for values in inner:
         prefix, valid = f"{values.layer}/mlp/", values.valid
@@ -317,7 +337,11 @@ def check_layers(sparse: EncoderDecoderModel, dense_params: PyTree, inner: Seque
         dense = dense_mlp(values.x, kernels, sparse.config.mlp_activations)
         gates = gate_sums(sparse, values)
         scale = max(float(np.abs(dense[valid]).max(initial=0)), 1e-20)
-        difference = float(np.abs(values.y - dense * gates[..., None])[valid].max(initial=0)) / scale
+        expected = dense * gates[..., None]
+        if shared_units is not None:
+            units = {name: kernel[:shared_units] if name == "wo" else kernel[:, :shared_units] for name, kernel in kernels.items()}
+            expected = expected + dense_mlp(values.x, units, sparse.config.mlp_activations)
+        difference = float(np.abs(values.y - expected)[valid].max(initial=0)) / scale
         out.append(LayerScaling(values.layer, difference, float(gates[valid].mean()), float((gates[valid] == 0).mean())))
     return out
 

@@ -131,6 +131,44 @@ class Copy(Operation):
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstUnits(Operation):
+    """The first hidden units of an MLP's matrix, `[d, f] -> [d, w]` or `[f, d] -> [w, d]`: a shared expert narrower than the dense MLP.
+
+    Attributes:
+      axis: the intermediate axis.
+      width: w, hidden units of the result.
+    """
+
+    axis: int
+    width: int
+
+    preserves: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"first {self.width} units"
+
+    def result_shape(self, sources, target):
+        shape = list(sources[0])
+        if self.width > shape[self.axis]:
+            raise ValueError(
+                f"a shared expert of {self.width} hidden units cannot be cut from an MLP of {shape[self.axis]}: set SHARED_EXPERT_MLP_DIM "
+                f"to at most {shape[self.axis]}"
+            )
+        shape[self.axis] = self.width
+        return tuple(shape)
+
+    def make(self, sources, aux, keys, expert, shape):
+        return sources[0]  # Regions of the result are the same regions of the source.
+
+    def move(self, sources, aux, shape):
+        return jax.lax.slice_in_dim(sources[0], 0, self.width, axis=self.axis)
+
+    def expectation(self, sources, aux, expert, shape):
+        return Expectation(values=sources[0], kept=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tile(Operation):
     """Gives every expert the dense leaf (Komatsuzaki et al. 2023, section 2.2; T5X's `UpcycleCheckpointer`): `[*D] -> [E, *D]`."""
 

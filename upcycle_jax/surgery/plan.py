@@ -1,7 +1,8 @@
 """From two trees of specs and a recipe to a plan, or to one error that shows what does not fit on both sides.
 
 Target first: every target leaf gets exactly one origin; every source leaf is used or dropped by name. Experts are found by `mlp/expert/` in
-a path, routers by `mlp/router/`, optimizer slots by `state/param_states/`; nothing else of an architecture is known here.
+a path, shared experts by `mlp/shared_expert/`, routers by `mlp/router/`, optimizer slots by `state/param_states/`; nothing else of an
+architecture is known here.
 """
 
 import re
@@ -9,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle_jax.surgery.combine import Mean, MergeExperts, PickExpert
-from upcycle_jax.surgery.operations import Constant, Copy, Operation, Tile, Zeros
+from upcycle_jax.surgery.hidden_units import shape_of_mlp_axis
+from upcycle_jax.surgery.operations import Constant, Copy, FirstUnits, Operation, Tile, Zeros
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.surgery.table import STEP, Dropped, Plan, Row
 from upcycle_jax.trees import LeafSpec
@@ -26,6 +28,11 @@ Specs = Mapping[str, LeafSpec]
 def is_expert(path: str) -> bool:
     """Whether a path is of an expert's matrix or of one of its optimizer slots."""
     return EXPERT in path
+
+
+def is_shared(path: str) -> bool:
+    """Whether a path is of a shared expert's matrix or of one of its optimizer slots."""
+    return SHARED in path
 
 
 def is_router(path: str) -> bool:
@@ -200,8 +207,22 @@ class _Upcycling(_Matching):
         elif is_expert(path):
             operation = self.recipe.expert_init.operation(path, spec)
             self.add(path, spec, operation, self.expert_sources(path), layer=path.split(EXPERT)[0] + "mlp")
+        elif is_shared(path):
+            self.shared(path, spec)
         else:
             self.dense(path, spec)
+
+    def shared(self, path: str, spec: LeafSpec) -> None:
+        self.cut(path, spec, self.origin(path))
+
+    def cut(self, path: str, spec: LeafSpec, source: str) -> None:
+        """A shared expert's matrix from a dense one: as it is, or its first hidden units."""
+        found = self.source.get(source)
+        if found is None or found.shape == spec.shape:
+            self.add(path, spec, Copy(), (source,))
+            return
+        axis = shape_of_mlp_axis(path, spec.axes, spec.shape)
+        self.add(path, spec, FirstUnits(axis, spec.shape[axis]), (source,))
 
     def expert_sources(self, path: str) -> tuple[str, ...]:
         return (self.origin(path),)
@@ -212,6 +233,12 @@ class _Upcycling(_Matching):
     def slot_origin(self, path: str) -> tuple[Operation, tuple[str, ...]]:
         if is_router(path) or (is_expert(path) and self.recipe.optimizer_state == "dense_only"):
             return Zeros(), ()
+        if is_shared(path):
+            # Factored slots of a part of a matrix are not parts of the factored slots.
+            parameter = "target/" + path.removeprefix(SLOTS).rsplit("/", 1)[0]
+            dense = self.source.get(self.origin(parameter))
+            if dense is not None and dense.shape != self.target[parameter].shape:
+                return Zeros(), ()
         return (Tile() if is_expert(path) else Copy()), (self.origin(path),)
 
     def is_converted(self, slot: str) -> bool:
@@ -228,7 +255,7 @@ class _Parents(_Upcycling):
         self.parents = sorted({int(match.group(1)) for name in self.source if (match := PARENT.fullmatch(name))})
         if not self.parents:
             raise ValueError("ParentExperts needs several source checkpoints: give a list of them as INITIAL_CHECKPOINT_PATH")
-        named = set(init.parents) | ({init.rest} if isinstance(init.rest, int) else set())
+        named = set(init.parents) | {parent for parent in (init.rest, init.shared) if isinstance(parent, int)}
         if not named <= set(self.parents):
             raise ValueError(f"ParentExperts names parents {sorted(named)}, there are {len(self.parents)}: {self.parents}")
         if self.recipe.optimizer_state != "reset":
@@ -243,6 +270,15 @@ class _Parents(_Upcycling):
             self.add(path, spec, Mean(), tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents))
         else:
             self.add(path, spec, Copy(), (f"parent_{rest}/{self.origin(path)}",))
+
+    def shared(self, path: str, spec: LeafSpec) -> None:
+        init = self.recipe.expert_init
+        parent = init.shared if init.shared is not None else init.rest
+        if parent != "mean":
+            self.cut(path, spec, f"parent_{parent}/{self.origin(path)}")
+            return
+        sources = tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
+        self.add(path, spec, Mean(), sources, "Remedy: a narrower shared expert is cut from one parent; set ParentExperts.shared.")
 
     def step_source(self) -> str:
         rest = self.recipe.expert_init.rest
@@ -263,6 +299,12 @@ class _Merging(_Matching):
     def check(self) -> None:
         if not any(is_expert(name) for name in self.source):
             raise ValueError("the source has no experts to merge: it is dense already")
+        shared = [name for name in self.source if is_shared(name)]
+        if shared:
+            raise ValueError(
+                f"the source has shared experts (e.g. {shared[0]}), whose sum with the routed ones is no MLP of the dense size: only "
+                "models without them can be merged"
+            )
         experts = [name for name in self.target if is_expert(name)]
         if experts:
             raise ValueError(f"merging gives a dense model, the target has experts (e.g. {experts[0]}): choose the dense model file")

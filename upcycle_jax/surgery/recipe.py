@@ -208,10 +208,13 @@ class ParentExperts:
     Attributes:
       parents: the parent of each expert, by position in the list of source checkpoints.
       rest: 'mean' averages everything else over the parents, as the paper does; an integer takes it from that parent.
+      shared: the parent of the shared expert, where the model has one; None: as `rest`. Nexus (Gritsch et al. 2024, arXiv 2408.15901) takes
+        the model that the specialised parents were branched from.
     """
 
     parents: tuple[int, ...]
     rest: str | int = "mean"
+    shared: int | None = None
     keeps_shape = True
     preserves_function = False
 
@@ -304,6 +307,8 @@ class DepthTile:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a dense checkpoint becomes the target model.
+
+    A shared expert of the target (`MoeConfig.shared_expert_mlp_dim`) is the dense MLP, or its first hidden units where it is narrower.
 
     Attributes:
       expert_init: what an expert starts as. Default: copies (paper, section 2.2).
