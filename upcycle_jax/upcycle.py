@@ -162,7 +162,8 @@ def _run(flags: Flags, loaded: "Config") -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        print(f"upcycle_jax.upcycle: error: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: {error.strerror}. What is finished is kept: put this right and run the same command again"
+        print(f"upcycle_jax.upcycle: error: {where if error.filename and error.strerror else error}", file=sys.stderr)
         return 2
 
 
