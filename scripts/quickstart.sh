@@ -3,7 +3,7 @@
 #   ./scripts/quickstart.sh            about a quarter of an hour on two cores, installation included
 #   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
 # Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default quickstart/). Words after the options go to every
-# training run, e.g. --gin.TEXT_FILES="{'mail': ['mail/*.txt'], 'code': ['src/**/*.py']}" --gin.MIXTURE_OR_TASK_NAME="'mine'".
+# training run and to the conversion, e.g. --gin.TEXT_FILES="{'mail': ['mail/*.txt'], 'code': ['src/**/*.py']}" --gin.MIXTURE_OR_TASK_NAME="'mine'".
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -50,7 +50,7 @@ if [ -f "$sparse/proof.json" ]; then
 else
     "$VENV/bin/python" -m upcycle_jax.upcycle --gin_file=models/t5_1_1_tiny_upcycled.gin --gin_file=runs/upcycle.gin --gin_file=runs/quickstart.gin \
         --gin.FUNCTION_CHECK_DATASET="@function_check/DatasetConfig()" \
-        --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" --gin.OUTPUT_CHECKPOINT_PATH="'$sparse'"
+        --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" --gin.OUTPUT_CHECKPOINT_PATH="'$sparse'" "$@"
 fi
 
 say "3/6 Continuing the dense model, $extra_steps steps"
