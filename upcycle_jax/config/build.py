@@ -43,7 +43,7 @@ class Config:
             raise ConfigError(problems)
         return self._resolve(Macro(name), ())
 
-    def build(self, name: str, **given: Any) -> Callable[..., Any]:
+    def build(self, name: str, **given: Any) -> functools.partial[Any]:
         """The function or class `name` with every parameter that the configuration binds, as `functools.partial`.
 
         Args:

@@ -115,6 +115,7 @@ def _program(function: Callable[..., Any], *arguments: Any) -> _Program:
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
+    assert memory is not None  # every backend that is benchmarked has the analysis
     return _Program(lambda: compiled(*arguments), seconds, int(memory.temp_size_in_bytes))
 
 
@@ -154,7 +155,7 @@ def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) ->
     params = jax.jit(module.init)(jax.random.key(1), x)["params"]
     params = jax.tree.map(lambda leaf: leaf.value if hasattr(leaf, "value") else leaf, params, is_leaf=lambda leaf: hasattr(leaf, "value"))
 
-    def forward(params: Any, x: jax.Array) -> jax.Array:
+    def forward(params: Any, x: jax.Array) -> Any:
         if isinstance(module, MoeLayer):
             return module.apply({"params": params}, x, train=True, mutable=[REPORTS])[0]
         return module.apply({"params": params}, x)
