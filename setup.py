@@ -52,6 +52,8 @@ EXTRAS = {
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
     # The paper's tasks (C4, SuperGLUE). t5 asks for seqio-nightly, which holds the same `seqio` package as the release: keep the release.
     "t5": ["t5==0.9.4"],
+    # Not on PyPI, so named by their public repositories; nothing here imports them (docs/t5x.md). An upload to PyPI has to leave this out.
+    "t5x": ["t5x @ git+https://github.com/google-research/t5x.git", "flaxformer @ git+https://github.com/google/flaxformer.git"],
     "parquet": ["pyarrow>=17,<30"],
     "wandb": ["wandb>=0.18,<1"],
 }

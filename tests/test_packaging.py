@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "upcycle_jax", "tasks", "gin_configs")
-COMES_WITH_SEQIO = {"tensorflow"}
+COMES_WITH_SEQIO = {"tensorflow", "tensorflow_datasets"}
 """Installed by SeqIO, which alone knows the version that fits (see setup.py)."""
 
 
