@@ -107,6 +107,8 @@ def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path)
     assert record["source_step"] == 4 and record["recipe"]["type"] == "Recipe"
     manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
     assert manifest["recipe"]["type"] == "Recipe" and manifest["start_step"] == 4
+    assert manifest["converted_by"] == manifest["recipe"]
+    assert manifest["model"]["moe"]["encoder_router"]["type"] == "ExpertsChoose" and manifest["batch_size"] > 0
     assert [entry["restored_from"]["start"] for entry in manifest["starts"]] == ["upcycle", "resume"]
 
 

@@ -205,10 +205,13 @@ def _write_start(run: PreparedRun, cost: description.Costs, files: Mapping[str, 
         "active_parameters": cost.active_parameters,
         "train_flops_per_step": cost.train_flops_per_step,
         "model_hash": model_hash(params),
+        "model": to_json(settings.model.config),
+        "batch_size": settings.train_dataset_cfg.batch_size,
         "seed": settings.random_seed,
         "optimizer": str(settings.trainer.optimizer),
         "restored_from": source.record(),
         "recipe": to_json(source.plan.recipe) if source.plan is not None else None,
+        "converted_by": _checkpoint_record(run).get("surgery", {}).get("recipe"),
         "data": data_fingerprint,
     }
     this_start = {
