@@ -16,7 +16,8 @@ from upcycle_jax import config, precompile
 from upcycle_jax.config.search import shipped_files, shipped_folder
 from upcycle_jax.experiments import ahead_of_time, collectives, pod_report, topologies
 from upcycle_jax.experiments.collectives import Collective, Traffic
-from upcycle_jax.experiments.topologies import GIB, Chip, Topology
+from upcycle_jax.experiments.topologies import Chip, Topology
+from upcycle_jax.models.hardware import GIB
 
 PODS = [name for name in shipped_files() if "/pods/" in name and not name.endswith("common.gin")]
 TINY = [

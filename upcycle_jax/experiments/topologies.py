@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-GIB = 2**30
+from upcycle_jax.models import hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,21 @@ class Chip:
         return f"{self.accelerator}-{num_devices * self.cores_per_device}"
 
 
-# Sources: Cloud TPU's pages of each version (memory and peak per chip). v2 and v3 show each of a chip's two cores as a device.
+def _chip(name: str, accelerator: str, **others: Any) -> Chip:
+    """A generation of the table of accelerators."""
+    known = hardware.accelerator(name)
+    return Chip(name, known.device_hbm_bytes, known.device_peak_flops, accelerator, **others)
+
+
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v2", 8 * GIB, 22.5e12, "v2"),
-        Chip("v3", 16 * GIB, 61.5e12, "v3"),
-        Chip("v4", 32 * GIB, 275e12, "v4", 2, (("chip_config_name", "megacore"),)),
-        Chip("v5e", 16 * GIB, 197e12, "v5litepod"),
-        Chip("v5p", 95 * GIB, 459e12, "v5p", 2),
-        Chip("v6e", 32 * GIB, 918e12, "v6e"),
+        _chip("v2", "v2"),
+        _chip("v3", "v3"),
+        _chip("v4", "v4", cores_per_device=2, options=(("chip_config_name", "megacore"),)),
+        _chip("v5e", "v5litepod"),
+        _chip("v5p", "v5p", cores_per_device=2),
+        _chip("v6e", "v6e"),
     )
 }
 
