@@ -7,7 +7,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-dense_steps=1500 extra_steps=700 eval_period=100
+dense_steps=2000 extra_steps=1000 eval_period=100
 out="${QUICKSTART_DIR:-$root/quickstart}"
 if [ "${1:-}" = --smoke ]; then
     shift
