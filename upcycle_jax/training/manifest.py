@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from upcycle_jax.training.process_record import this_process
+
 MANIFEST_FILE = "manifest.json"
 PACKAGES = ("upcycle_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow", "tensorflow-cpu")
 
@@ -93,6 +95,6 @@ def start(previous: Mapping[str, Any], *, identity: Mapping[str, Any], this_star
       identity: entries that describe the run as a whole, e.g. `start_step`, `parameters`, `model_hash`, `recipe`.
       this_start: entries of this process: step, restore source, versions, devices, configuration.
     """
-    starts = [*previous.get("starts", ()), {"time": now(), **this_start}]
+    starts = [*previous.get("starts", ()), {"time": now(), "process": this_process(), **this_start}]
     kept = {name: value for name, value in previous.items() if name in ("start_step", "restored_from", "recipe", "created")}
     return {"created": now(), **identity, **kept, "status": "running", "step": this_start.get("step", 0), "starts": starts}
