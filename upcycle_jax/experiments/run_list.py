@@ -86,11 +86,12 @@ def list_runs(folder: os.PathLike | str, *, now: float | None = None) -> list[Ru
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder: name one with MODEL_DIRs in it, or a MODEL_DIR")
     moment = time.time() if now is None else now
-    found = (read_status(path, name=path.relative_to(root).as_posix(), now=moment) for path in _model_dirs(root))
+    found = (read_status(path, name=path.relative_to(root).as_posix(), now=moment) for path in model_dirs(root))
     return [status for status in found if status is not None]
 
 
-def _model_dirs(root: pathlib.Path) -> Iterator[pathlib.Path]:
+def model_dirs(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Folders at or below `root` that hold a manifest, by path; checkpoints are not entered."""
     for place, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not NOT_ENTERED.fullmatch(name))
         if MANIFEST in files:
