@@ -42,6 +42,7 @@ PATHS: dict[str, str] = {
     "AdamW": "training.optimizers:AdamW",
     "create_learning_rate_scheduler": "training.schedules:create_learning_rate_scheduler",
     "Trainer": "training.trainer:Trainer",
+    "LossSpikes": "training.spikes:LossSpikes",
     "CheckpointConfig": "training.config:CheckpointConfig",
     "RestoreCheckpointConfig": "training.config:RestoreCheckpointConfig",
     "SaveCheckpointConfig": "training.config:SaveCheckpointConfig",
@@ -52,6 +53,9 @@ PATHS: dict[str, str] = {
     "BeamSearch": "inference.beam_search:BeamSearch",
     "evaluate": "inference.evaluation:evaluate",
     "infer": "inference.predictions:infer",
+    # Studies.
+    "Sweep": "experiments.sweeps:Sweep",
+    "Stage": "experiments.sweeps:Stage",
     # Commands on checkpoints.
     "upcycle": "upcycle:upcycle",
     "verify": "verify:verify",
