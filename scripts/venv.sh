@@ -3,6 +3,9 @@
 
 VENV="${VENV:-$root/.venv}"
 [[ "$VENV" = /* ]] || VENV="$PWD/$VENV"
+# XLA's CPU backend takes and gives back large buffers in every step; in huge pages (glibc 2.35 or newer, else without effect) that costs far
+# fewer page faults: docs/benchmarks.md has the difference.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 make_venv() {
     local extras="$1" python="${PYTHON:-python3}" stamp wanted
