@@ -14,6 +14,8 @@ from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
 from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import AdamW
+from upcycle_jax.training.progress import LossSpikeError
+from upcycle_jax.training.spikes import LossSpikes
 from upcycle_jax.trees import LeafSpec
 
 
@@ -304,3 +306,79 @@ def test_bfloat16_checkpoints_restore(start, tmp_path):
     assert specs["target/token_embedder/embedding"].dtype.name == "bfloat16"
     assert specs["state/param_states/token_embedder/embedding/v_row"].dtype.name == "float32"
     assert start(steps=6, checkpoint_cfg=config).start == "resume"
+
+
+def with_spikes(bags, *marked, by=50.0):
+    """A model whose loss of the batches `marked` is multiplied; batches are told by their first tokens."""
+    prints = [tuple(int(token) for token in bags.Dataset().batch(k)["encoder_input_tokens"][0]) for k in marked]
+
+    class Spiking(bags.Model):
+        def loss_fn(self, params, batch, dropout_rng, *, denominator, aux_scale=1.0):
+            loss, metrics = super().loss_fn(params, batch, dropout_rng, denominator=denominator, aux_scale=aux_scale)
+            row = batch["encoder_input_tokens"][0]
+            hit = jax.numpy.any(jax.numpy.stack([jax.numpy.all(row == jax.numpy.array(p)) for p in prints]))
+            return loss * jax.numpy.where(hit, by, 1.0), metrics
+
+    return Spiking()
+
+
+def test_a_loss_spike_stops_the_run_and_names_the_batch(start, tmp_path, bags):
+    stop = bags.trainer(loss_spikes=LossSpikes(window=8))
+    with pytest.raises(LossSpikeError, match=r"step 11: the loss .* is a spike, above .*batch 10, .*LossSpikes.policy = 'skip'"):
+        start(model=with_spikes(bags, 10), trainer=stop, steps=16, eval_period=None)
+    report = json.loads((tmp_path / "run" / "loss_spike_11.json").read_text())
+    assert report["batch"] == 10 and float(report["loss"]) > report["limit"] and set(report["batch_crc32"]) == {
+        "encoder_input_tokens", "decoder_target_tokens"
+    }  # fmt: skip
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+    assert (tmp_path / "run" / "checkpoint_8").exists() and not (tmp_path / "run" / "checkpoint_12").exists()
+
+
+def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(start, tmp_path, bags):
+    """Batch 3 comes before half a window (4 losses) is known, so it trains; 10 and 13 are skipped, wherever the run was cut."""
+    arguments = {
+        "model": with_spikes(bags, 3, 10, 13),
+        "trainer": bags.trainer(loss_spikes=LossSpikes(policy="skip", window=8)),
+        "eval_period": None,
+        "period": 3,
+    }
+    start("whole", steps=16, **arguments)
+    for steps in (9, 12, 16):  # the window of step 11, and of step 14, lies partly before a cut
+        start("parts", steps=steps, **arguments)
+    assert sorted(path.name for path in (tmp_path / "parts").glob("loss_spike_*")) == ["loss_spike_11.json", "loss_spike_14.json"]
+    for name in ("loss_spike_11.json", "loss_spike_14.json"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert_same_arrays(leaves(tmp_path / "whole" / "checkpoint_16"), leaves(tmp_path / "parts" / "checkpoint_16"))
+    assert rows(tmp_path / "whole" / "train", skip=("wall_time", "skipped_updates")) == rows(
+        tmp_path / "parts" / "train", skip=("wall_time", "skipped_updates")
+    )
+
+
+def test_a_skipped_spike_changes_nothing_but_the_step(start, tmp_path, bags):
+    skip = bags.trainer(loss_spikes=LossSpikes(policy="skip", window=8))
+    start(model=with_spikes(bags, 10), trainer=skip, steps=11, eval_period=None, period=1)
+    before, after = leaves(tmp_path / "run" / "checkpoint_10"), leaves(tmp_path / "run" / "checkpoint_11")
+    assert after.pop("state/step") == before.pop("state/step") + 1
+    assert_same_arrays(before, after)
+    assert rows(tmp_path / "run" / "train")[11]["skipped_updates"] == 1
+
+
+def test_looking_for_spikes_leaves_a_run_without_any_as_it_was(start, tmp_path, bags):
+    """'stop' runs the same program; 'skip' another one, which XLA may round otherwise."""
+    start("plain", steps=12, eval_period=None, period=12)
+    for policy in ("stop", "skip"):
+        start(policy, steps=12, eval_period=None, period=12, trainer=bags.trainer(loss_spikes=LossSpikes(policy=policy, window=8)))
+    plain, stop, skip = (leaves(tmp_path / name / "checkpoint_12") for name in ("plain", "stop", "skip"))
+    assert rows(tmp_path / "plain" / "train") == rows(tmp_path / "stop" / "train")
+    assert_same_arrays(plain, stop)
+    for name, array in plain.items():
+        np.testing.assert_allclose(array, skip[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_continuation_in_another_model_dir_knows_no_losses(start, tmp_path, bags):
+    """Another objective may have other losses: the window belongs to the run."""
+    stop = bags.trainer(loss_spikes=LossSpikes(window=8))
+    start("dense", steps=4, trainer=stop)
+    assert len(open_checkpoint(tmp_path / "dense" / "checkpoint_4").metadata()["recent_losses"]) == 4
+    start("more", steps=5, trainer=stop, restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")))
+    assert [step for step, _ in open_checkpoint(tmp_path / "more" / "checkpoint_5").metadata()["recent_losses"]] == [5]

@@ -42,6 +42,7 @@ PATHS: dict[str, str] = {
     "AdamW": "training.optimizers:AdamW",
     "create_learning_rate_scheduler": "training.schedules:create_learning_rate_scheduler",
     "Trainer": "training.trainer:Trainer",
+    "Wandb": "training.tracking:Wandb",
     "LossSpikes": "training.spikes:LossSpikes",
     "CheckpointConfig": "training.config:CheckpointConfig",
     "RestoreCheckpointConfig": "training.config:RestoreCheckpointConfig",

@@ -70,6 +70,11 @@ def to_global(batch: Batch, partitioner: Partitioner, num_shards: int = 1) -> di
     return {name: put(feature) for name, feature in batch.items()}
 
 
+def replicated_scalar(value: float, partitioner: Partitioner) -> jax.Array:
+    """A float32 scalar on all devices; every process must give the same value."""
+    return jax.make_array_from_callback((), partitioner.replicated, lambda _: np.float32(value))
+
+
 def check_first_batch(batch: Mapping[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct], num_shards: int) -> None:
     """Raises a ValueError where the data does not give the features and shapes that the configuration promises."""
     got = {name: (np.shape(feature)[0] * num_shards, *np.shape(feature)[1:]) for name, feature in batch.items()}

@@ -23,6 +23,8 @@ from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import Source, Start
 from upcycle_jax.training.saving import Saver
+from upcycle_jax.training.spikes import LossHistory, OnSpike
+from upcycle_jax.training.tracking import Wandb, WandbRun
 from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite, Trainer
@@ -30,6 +32,8 @@ from upcycle_jax.training.trainer import NonFinite, Trainer
 _log = logging.getLogger(__name__)
 
 DEFAULT_STATS_PERIOD = 100
+RECENT_LOSSES = "recent_losses"
+"""Entry of a checkpoint's record: the losses that the next ones are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ def train(
     stats_period: int | None = None,
     random_seed: int = 0,
     first_batch: int = 0,
+    tracker: Wandb | None = None,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> TrainResult:
@@ -88,12 +93,14 @@ def train(
       random_seed: of parameters and dropout.
       first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k. With s here, a model trained from
         scratch sees what the continuation of a checkpoint of step s sees.
+      tracker: where metrics go beside MODEL_DIR, or None.
       files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
       dry_run: print the plan of the run and return; nothing is written.
 
     Raises:
       FileNotFoundError: the checkpoint to start from does not exist.
       ValueError: the configuration cannot run; nothing was written. `NonFiniteLossError`: the loss became NaN.
+        `LossSpikeError`: it rose far above those before it, and the trainer says to stop then.
     """
     if stats_period is None:
         stats_period = min(DEFAULT_STATS_PERIOD, eval_period or DEFAULT_STATS_PERIOD)
@@ -111,6 +118,7 @@ def train(
         stats_period=stats_period,
         random_seed=random_seed,
         first_batch=first_batch,
+        tracker=tracker,
     )
     run = prepare.prepare(settings)
     if dry_run:
@@ -146,13 +154,15 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> Train
         _write_start(run, cost, files, iterator.fingerprint())
         loop = _Loop(run, state, iterator, eval_tasks, saver, flops_per_step=cost.train_flops_per_step)
         del state  # the loop donates it
+        failed = True
         try:
             result = loop.run(stop)
+            failed = False
         except BaseException as error:
             manifest.update(settings.model_dir, status="failed", step=loop.step, error=f"{type(error).__name__}: {error}"[:2000])
             raise
         finally:
-            loop.close()
+            loop.close(failed=failed)
     status = f"interrupted by {result.interrupted}" if result.interrupted else "finished"
     manifest.update(settings.model_dir, status=status, step=result.step)
     return result
@@ -251,7 +261,7 @@ class _Loop:
         self._run, self._settings, self._saver, self._iterator, self._eval_tasks = run, settings, saver, iterator, eval_tasks
         self._state = state
         self.step = run.source.step
-        self._watch = LossWatch(settings.model_dir, NonFinite(settings.trainer.non_finite))
+        self._watch = LossWatch(settings.model_dir, NonFinite(settings.trainer.non_finite), _loss_history(run))
         self._window = Window(batch_size=settings.train_dataset_cfg.batch_size, flops_per_step=flops_per_step)
         self._evaluator = (
             Evaluator(settings.model, settings.partitioner, num_shards=run.eval_layout.num_shards) if run.eval_layout else None
@@ -259,6 +269,9 @@ class _Loop:
         self._evaluation: dict[str, dict[str, Any]] = {}
         self._writers: dict[str, MetricWriter] = {}
         self._metadata = _checkpoint_record(run)
+        self._tracker: WandbRun | None = None
+        if settings.tracker is not None and jax.process_index() == 0:
+            self._tracker = settings.tracker.start(settings.model_dir, manifest.read(settings.model_dir))
 
     def run(self, stop: StopRequest) -> TrainResult:
         """Trains to the end or to a signal.
@@ -273,7 +286,7 @@ class _Loop:
         self._window.go_on()
         while True:
             on_device = batches.to_global(batch, settings.partitioner, self._run.train_layout.num_shards)
-            self._state, output = train_step(self._state, on_device)
+            self._state, output = train_step(self._state, on_device, *self._loss_limit())
             self.step += 1
             self._window.add(output.metrics)
             self._watch.add(self.step, output, batch=self._iterator.position - 1, batch_fingerprint=batches.fingerprint(batch))
@@ -287,7 +300,7 @@ class _Loop:
                 if reports:
                     self._report()
                 if saves:
-                    self._saver.save(self._state, self.step, self._iterator, self._metadata)
+                    self._saver.save(self._state, self.step, self._iterator, self._record())
                 if evaluates:
                     self._evaluate()
                 self._window.go_on()
@@ -295,10 +308,24 @@ class _Loop:
                 return TrainResult(step=self.step, start=str(self._run.source.start), interrupted=reason, evaluation=self._evaluation)
             batch = next(self._iterator)
 
-    def close(self) -> None:
-        """Closes the metric files."""
+    def close(self, *, failed: bool) -> None:
+        """Closes the metric files and the tracker."""
         for writer in self._writers.values():
             writer.close()
+        if self._tracker is not None:
+            self._tracker.close(failed=failed)
+
+    def _loss_limit(self) -> tuple[jax.Array, ...]:
+        """The loss above which the next update is skipped, as the step's third argument; nothing where no spike is skipped."""
+        history = self._watch.history
+        if history is None or history.spikes.policy != OnSpike.SKIP:
+            return ()
+        return (batches.replicated_scalar(history.limit(self.step + 1), self._settings.partitioner),)
+
+    def _record(self) -> dict[str, Any]:
+        """What the next checkpoint says of itself."""
+        history = self._watch.history
+        return self._metadata | ({RECENT_LOSSES: history.record()} if history is not None else {})
 
     def _due(self, period: int | None) -> bool:
         return period is not None and self.step % period == 0
@@ -318,7 +345,7 @@ class _Loop:
         )
         started = time.monotonic()
         with settings.partitioner.activate():
-            compiled = jitted.lower(self._state, batches.to_global(batch, settings.partitioner, shards)).compile()
+            compiled = jitted.lower(self._state, batches.to_global(batch, settings.partitioner, shards), *self._loss_limit()).compile()
         _log.info("the train step compiled in %s", duration(time.monotonic() - started))
         return compiled, batch
 
@@ -327,12 +354,18 @@ class _Loop:
             self._writers[name] = MetricWriter(self._settings.model_dir / name, first_step=self._run.source.step)
         return self._writers[name]
 
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        """Metrics of one kind ('train', 'training_eval/<task>') at this step, from process 0."""
+        if jax.process_index() == 0:
+            self._writer(name).write(self.step, values)
+            if self._tracker is not None:
+                self._tracker.write(self.step, name, values)
+
     def _report(self) -> None:
         values = self._window.take()
         if self._watch.skipped:
             values["skipped_updates"] = float(self._watch.skipped)
-        if jax.process_index() == 0:
-            self._writer("train").write(self.step, values)
+        self._write("train", values)
         speed, tokens = values["timing/steps_per_second"], values["timing/target_tokens_per_second"]
         _log.info("%s", progress_line(self.step, self._settings.total_steps, values, steps_per_second=speed, tokens_per_second=tokens))
 
@@ -353,8 +386,7 @@ class _Loop:
         started = time.monotonic()
         self._evaluation = self._evaluator.evaluate(self._state.params, self._eval_tasks)
         for task, values in self._evaluation.items():
-            if jax.process_index() == 0:
-                self._writer(f"training_eval/{task}").write(self.step, values)
+            self._write(f"training_eval/{task}", values)
             shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("cross_ent_loss", "accuracy") if name in values)
             _log.info("step %d  %s: %s", self.step, task, shown)
         _log.info("evaluation took %s", duration(time.monotonic() - started))
@@ -365,4 +397,15 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
     source = run.source
     if source.plan is not None and source.reader is not None:
         return surgery_apply.record(source.plan, source.reader)
-    return dict(source.reader.metadata()) if source.reader is not None else {}
+    record = dict(source.reader.metadata()) if source.reader is not None else {}
+    record.pop(RECENT_LOSSES, None)
+    return record
+
+
+def _loss_history(run: PreparedRun) -> LossHistory | None:
+    """The losses that spikes stand out of, those of the checkpoint included where the run resumes; None where spikes are not looked for."""
+    spikes, source = run.settings.trainer.loss_spikes, run.source
+    if spikes is None:
+        return None
+    known = source.reader.metadata().get(RECENT_LOSSES, ()) if source.start == Start.RESUME and source.reader is not None else ()
+    return LossHistory(spikes, known)

@@ -15,6 +15,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, restore
 from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.restore import Source, Start
+from upcycle_jax.training.tracking import Wandb
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import LeafSpec
@@ -37,6 +38,7 @@ class Settings:
     stats_period: int
     random_seed: int
     first_batch: int = 0
+    tracker: Wandb | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ def prepare(settings: Settings) -> PreparedRun:
       ValueError: numbers that do not divide, a checkpoint that does not fit, a MODEL_DIR of another model; see the message.
     """
     _check_numbers(settings)
+    if settings.tracker is not None:
+        settings.tracker.check()
     partitioner, trainer = settings.partitioner, settings.trainer
     batches.check_batch_size(settings.train_dataset_cfg.batch_size, trainer.num_microbatches or 1, partitioner)
     train_layout = batches.data_layout(partitioner, settings.train_dataset_cfg.batch_size)

@@ -13,6 +13,7 @@ from etils import epath
 
 from upcycle_jax.models import metrics as metrics_lib
 from upcycle_jax.training import manifest
+from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.train_step import Metrics, StepOutput
 from upcycle_jax.training.trainer import NonFinite
 
@@ -26,16 +27,21 @@ class NonFiniteLossError(ValueError):
     """The loss or the gradient norm of a step is NaN or infinite."""
 
 
+class LossSpikeError(ValueError):
+    """The loss of a step is a spike, and the policy is to stop."""
+
+
 class LossWatch:
     """Looks at every step's loss, a few steps late so that the host does not wait for the devices.
 
     Args:
       model_dir: where the fingerprint of an offending batch is written.
-      policy: stop or skip.
+      policy: stop or skip, where a loss is no number.
+      history: the last losses, where spikes are looked for; None where they are not.
     """
 
-    def __init__(self, model_dir: epath.Path, policy: NonFinite):
-        self._model_dir, self._policy = model_dir, policy
+    def __init__(self, model_dir: epath.Path, policy: NonFinite, history: LossHistory | None = None):
+        self._model_dir, self._policy, self.history = model_dir, policy, history
         self._pending: collections.deque[tuple[int, StepOutput, int, str]] = collections.deque()
         self.skipped = 0
 
@@ -50,6 +56,7 @@ class LossWatch:
 
         Raises:
           NonFiniteLossError: a step's loss or gradient norm is not finite and the policy is to stop.
+          LossSpikeError: a step's loss is a spike and the policy is to stop.
         """
         while self._pending:
             self._look()
@@ -57,8 +64,9 @@ class LossWatch:
     def _look(self) -> None:
         step, output, batch, batch_fingerprint = self._pending.popleft()
         loss, grad_norm = (float(value) for value in jax.device_get((output.loss, output.grad_norm)))
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
+        limit = self.history.limit(step) if self.history else math.inf
+        if self.history:
+            self.history.add(step, loss)
         report = {
             "step": step,
             "batch": batch,
@@ -66,9 +74,35 @@ class LossWatch:
             "grad_norm": str(grad_norm),
             "batch_crc32": json.loads(batch_fingerprint),
         }
-        path = self._model_dir / f"non_finite_{step}.json"
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._not_finite(report)
+        elif loss > limit:
+            self._spike(report, limit)
+
+    def _save(self, kind: str, report: dict[str, Any]) -> epath.Path:
+        path = self._model_dir / f"{kind}_{report['step']}.json"
         manifest.write_text(path, json.dumps(report, indent=2) + "\n")
-        what = f"step {step}: the loss is {loss} and the gradient norm {grad_norm} (batch {batch}, fingerprint in {path})"
+        return path
+
+    def _spike(self, report: dict[str, Any], limit: float) -> None:
+        assert self.history is not None
+        path, spikes = self._save("loss_spike", report | {"limit": limit}), self.history.spikes
+        where = f"batch {report['batch']}, fingerprint in {path}"
+        what = f"step {report['step']}: the loss {report['loss']} is a spike, above {limit:.6g} ({where})"
+        if spikes.policy == OnSpike.STOP:
+            raise LossSpikeError(
+                f"{what}. The last checkpoint is from before it. Lower the learning rate, raise LossSpikes.factor ({spikes.factor:g}) "
+                "where such losses are usual, or set LossSpikes.policy = 'skip' to leave out such batches"
+            )
+        self.skipped += 1
+        _log.warning("%s: the update is skipped", what)
+
+    def _not_finite(self, report: dict[str, Any]) -> None:
+        path = self._save("non_finite", report)
+        what = (
+            f"step {report['step']}: the loss is {report['loss']} and the gradient norm {report['grad_norm']} (batch {report['batch']}, "
+            f"fingerprint in {path})"
+        )
         if self._policy == NonFinite.STOP:
             raise NonFiniteLossError(
                 f"{what}. The last checkpoint is from before it. Lower the learning rate, or set Trainer.non_finite = 'skip' to leave out "

@@ -31,7 +31,8 @@ class StepOutput:
     grad_norm: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]
+TrainStep = Callable[..., tuple[TrainState, StepOutput]]
+"""State, batch, and (float32 scalar, may be left out) the loss above which the update is skipped."""
 
 
 def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
@@ -47,7 +48,7 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
     param_specs = model.param_specs()
     num_microbatches = trainer.num_microbatches or 1
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+    def train_step(state: TrainState, batch: Batch, loss_limit: jax.Array | None = None) -> tuple[TrainState, StepOutput]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads, metrics = _loss_and_grads(model, state.params, batch, key, num_microbatches, param_specs)
         learning_rate = trainer.learning_rate_fn(state.step)
@@ -58,10 +59,15 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
         new_state = TrainState(step=state.step + 1, params=update.params, param_states=update.param_states)
         one = jnp.ones((), jnp.float32)
         metrics = metrics | {"grad_norm": Mean(grad_norm, one)}
+        applies = None
         if trainer.non_finite == NonFinite.SKIP:
-            is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            new_state = _where(is_finite, new_state, TrainState(state.step + 1, state.params, state.param_states))
-            metrics = _where(is_finite, metrics, jax.tree.map(jnp.zeros_like, metrics))
+            applies = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if loss_limit is not None:
+            within = ~(loss > loss_limit)  # a loss that is no number is the other policy's
+            applies = within if applies is None else applies & within
+        if applies is not None:
+            new_state = _where(applies, new_state, TrainState(state.step + 1, state.params, state.param_states))
+            metrics = _where(applies, metrics, jax.tree.map(jnp.zeros_like, metrics))
         metrics = metrics | {"learning_rate": Mean(learning_rate, one)}
         return new_state, StepOutput(metrics=metrics, loss=loss, grad_norm=grad_norm)
 

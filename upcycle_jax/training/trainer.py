@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.training.spikes import LossSpikes
 
 
 class NonFinite(enum.StrEnum):
@@ -27,12 +28,14 @@ class Trainer:
         None is 1. The loss and the gradients are those of the whole batch, up to dropout masks.
       non_finite: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters and optimizer state as they were and
         goes on with the next batch.
+      loss_spikes: what counts as a loss spike and what happens then, or None: finite losses are not looked at.
     """
 
     optimizer: Optimizer
     learning_rate_fn: Callable[[jax.Array], jax.Array]
     num_microbatches: int | None = None
     non_finite: str = NonFinite.STOP
+    loss_spikes: LossSpikes | None = None
 
     def __post_init__(self):
         if self.num_microbatches is not None and self.num_microbatches < 1:
