@@ -26,6 +26,8 @@ SHIPPED = search.shipped_files()
 MODELS = [name for name in SHIPPED if re.fullmatch(r"models/[^/]+\.gin", name)]
 RUNS = [name for name in SHIPPED if re.fullmatch(r"runs/[^/]+\.gin", name)]
 RECIPES = [name for name in SHIPPED if name.startswith("recipes/")]
+PAPER = "papers/sparse_upcycling"
+PAPERS = [name for name in SHIPPED if re.fullmatch(rf"{PAPER}/[^/]+\.gin", name)]
 
 SMALL = [
     "VOCAB_SIZE=512", "ACTIVATION_DTYPE='float32'", "T5Config.emb_dim=16", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2",
@@ -37,7 +39,7 @@ ROWS = 8
 
 def small(name: str) -> list[str]:
     """Bindings that shrink the model of a file."""
-    return [*SMALL, "NUM_EXPERTS=2"] if "upcycled" in name else SMALL
+    return [*SMALL, "NUM_EXPERTS=2"] if "upcycled" in name or "moe_" in name else SMALL
 
 
 def batch_of(model, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
@@ -46,10 +48,10 @@ def batch_of(model, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def one_step(config, smoothing: float, z_loss: float, normalizing) -> float:
+def one_step(config, smoothing: float, z_loss: float, normalizing, schedule=create_learning_rate_scheduler()) -> float:
     """The loss of one train step. Files that differ in size only give one and the same small model: it is stepped once."""
     model = EncoderDecoderModel(config, label_smoothing=smoothing, z_loss=z_loss, loss_normalizing_factor=normalizing)
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
+    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=schedule)
     partitioner = Partitioner(devices=(jax.devices()[0],))
     shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
     with partitioner.activate():
@@ -64,7 +66,7 @@ def test_there_are_dense_and_upcycled_models_of_every_size():
     assert {f"models/t5_1_1_{size}{kind}.gin" for size in sizes for kind in ("", "_upcycled")} <= set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS + RUNS)
+@pytest.mark.parametrize("name", MODELS + RUNS + PAPERS)
 def test_files_open_with_what_they_need(name):
     """A comment that says what is REQUIRED, before the first binding."""
     text = (FOLDER / name).read_text(encoding="utf-8")
@@ -203,6 +205,106 @@ def test_offline_conversion_runs(dense_checkpoint, tmp_path):
     lines = []
     loaded.build("upcycle", report=lines.append)()
     assert output.is_dir() and any("mlp/expert" in line for line in lines)
+
+
+PAPER_REQUIRED = ["MODEL_DIR='x'", "INITIAL_CHECKPOINT_PATH='y'"]
+PAPER_KINDS = ("dense", "upcycled", "moe_from_scratch", "depth_tiled", "dense_superglue", "upcycled_superglue")
+
+
+def paper_run(name: str, *bindings: str):
+    """The arguments that a paper file gives to `train`."""
+    required = PAPER_REQUIRED if "scratch" not in name else PAPER_REQUIRED[:1]
+    if "superglue" in name:
+        required = [*required, "TRAIN_STEPS=1700000"]
+    loaded = load([name], [*required, *bindings])
+    call = loaded.build("train").keywords
+    shipped = [line for line in loaded.unused() if line.startswith(str(FOLDER)) and "/models/" not in line]
+    return call, shipped
+
+
+def test_every_size_has_every_run_of_the_paper():
+    assert set(PAPERS) == {f"{PAPER}/{size}_{kind}.gin" for size in ("base", "large", "xl") for kind in PAPER_KINDS}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_paper_files_build_and_step(name):
+    """The run is built whole, with every binding used; its model and its schedule, at small size, are stepped."""
+    call, unused = paper_run(name, *small(name), *(["T5Config.num_decoder_layers=4"] if "depth" in name else []))
+    assert unused == []
+    model = call["model"]
+    loss = one_step(model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor, call["trainer"].learning_rate_fn)
+    assert math.isfinite(loss) and loss > 0
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if "superglue" not in name])
+def test_pre_training_is_the_papers(name):
+    """Sections 3.1 and 4.1, table 1: see the comments of the files."""
+    call, _ = paper_run(name)
+    model, data, trainer = call["model"], call["train_dataset_cfg"], call["trainer"]
+    parameters = {"base": 2_003_188_992, "large": 7_220_096_000, "xl": 26_255_546_368}
+    size = name.rpartition("/")[2].partition("_")[0]
+    count = sum(spec.size for spec in model.param_specs().values())
+    if "upcycled" in name or "scratch" in name:
+        assert count == parameters[size]
+        assert (model.config.moe.num_experts, model.config.moe.train_expert_capacity_factor) == (32, 2.0)
+        assert not model.config.moe.encoder_router.renormalize and not model.config.moe.decoder_router.renormalize
+    else:
+        assert model.config.moe is None
+    # A third more layers: 16 and 32. The rest is as wide as the dense model.
+    layers = {"base": 12, "large": 24, "xl": 24}[size] * (4 if "depth" in name else 3) // 3
+    assert (model.config.num_encoder_layers, model.config.num_decoder_layers) == (layers, layers)
+    assert [float(trainer.learning_rate_fn(step)) for step in (0, 10**6, 2 * 10**6)] == pytest.approx([0.01, 1e-3, 7.0711e-4], rel=1e-4)
+    assert model.config.dropout_rate == 0.0 and data.mixture_or_task_name == "c4_v220_span_corruption"
+    # Routing groups of 4096 tokens divide both stacks' tokens.
+    assert all(data.batch_size * length % 4096 == 0 for length in data.task_feature_lengths.values())
+    restore = call["checkpoint_cfg"].restore
+    if "scratch" in name:
+        assert restore is None
+    else:
+        assert (restore.recipe is None) == name.endswith("_dense.gin")
+        assert (getattr(restore.recipe, "depth", None) is not None) == ("depth" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "expert_dropout"),
+    [
+        ("base_dense", 1e-3, None),
+        ("large_dense", 1e-3, None),
+        ("base_upcycled", 1e-4, 0.1),
+        ("large_upcycled", 1e-3, 0.3),
+        ("xl_upcycled", 1e-3, 0.3),
+    ],
+)
+def test_fine_tuning_is_the_papers(name, rate, expert_dropout):
+    """Appendix A: learning rate, dropout and expert dropout by size."""
+    call, _ = paper_run(f"{PAPER}/{name}_superglue.gin")
+    assert [float(call["trainer"].learning_rate_fn(step)) for step in (0, 10**6)] == pytest.approx([rate, rate])
+    config = call["model"].config
+    assert config.dropout_rate == 0.1
+    assert expert_dropout is None or config.expert_dropout_rate == expert_dropout
+    assert (call["train_dataset_cfg"].mixture_or_task_name, call["train_dataset_cfg"].batch_size) == ("super_glue_v102_proportional", 128)
+
+
+def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path):
+    """The base file at small size: three layers per stack made of two, then a step."""
+    name = f"{PAPER}/base_depth_tiled.gin"
+    required = [f"MODEL_DIR='{tmp_path}/run'", f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", "TRAIN_STEPS=2", f"BATCH_SIZE={ROWS}"]
+    deeper = ["T5Config.num_encoder_layers=3", "T5Config.num_decoder_layers=3"]
+    call = load([name], [*SMALL, *required, *deeper]).build("train")
+    data = Data(call.keywords["model"])
+    result = call.func(**{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": None})
+    assert (result.step, result.start) == (2, "upcycle")
+
+
+@pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm", "ul2"])
+@pytest.mark.parametrize("name", ["pretrain", "eval", "infer"])
+def test_the_objective_of_text_files_is_a_macro(name, objective):
+    required = ["MODEL_DIR='x'", "TRAIN_STEPS=7"] if name == "pretrain" else ["CHECKPOINT_PATH='x'"]
+    required += {"eval": ["EVAL_OUTPUT_DIR='z'"], "infer": ["INFER_OUTPUT_DIR='z'"]}.get(name, [])
+    bindings = [*required, "MIXTURE_OR_TASK_NAME='mine'", "TEXT_FILES='mine/*.txt'", f"OBJECTIVE='{objective}'"]
+    root = {"pretrain": "train", "eval": "evaluate", "infer": "infer"}[name]
+    call = load(["models/t5_1_1_tiny.gin", f"runs/{name}.gin"], bindings).build(root).keywords
+    assert call["train_dataset_cfg" if name == "pretrain" else "dataset_cfg"].objective == objective
 
 
 @pytest.mark.parametrize("name", RECIPES)
