@@ -51,7 +51,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
 
-    sweep: "Sweep" = loaded.build("Sweep")()
+    sweep: Sweep = loaded.build("Sweep")()
     cells = _chosen(sweep.cells(), flags.extra.cells)
     if not flags.extra.skip_check:
         _check(cells, flags)
