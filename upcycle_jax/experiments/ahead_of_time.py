@@ -259,8 +259,8 @@ def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str
             saved.append((activations - activations // factor, text))
             break
     lines = [text for _, text in sorted(saved, key=lambda item: -item[0])]
-    if hasattr(config, "remat") and not config.remat:
-        lines.append("REMAT = True: activations inside layers are computed again in the backward pass")
+    if config.remat_policy != "full":
+        lines.append("REMAT_POLICY = 'full': activations inside layers are computed again in the backward pass")
     return [*lines, "a larger topology, or a smaller BATCH_SIZE"]
 
 

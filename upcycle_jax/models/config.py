@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.models import layout
+from upcycle_jax.models.stacking import REMAT_POLICIES, RematPolicy
 from upcycle_jax.moe.config import MoeConfig, Stack
 
 
@@ -27,10 +28,14 @@ class T5Config:
       dtype: dtype of activations; parameters, logits and routing are float32.
       logits_via_embedding: output with the embedding table, scaled by d^-0.5 (T5 1.0), instead of `logits_dense`.
       float32_attention_logits: attention logits and softmax in float32 whatever the dtype.
+      remat_policy: what the backward pass computes again instead of keeping it: 'none', 'minimal' or 'full'
+        (`stacking.REMAT_POLICIES`; T5X's names). It trades time for the memory of activations and changes no value.
+      scan_layers: compile a block of layers that repeats once and loop over it (see `stacking` for what that costs). Checkpoints are the
+        same either way. Deep models compile in a fraction of the time.
       moe: the MoE layers, or None for a dense model.
 
     Raises:
-      ValueError: a size below 1, an unknown activation or dtype, or MoE layers that do not fit the stacks.
+      ValueError: a size below 1, an unknown activation, dtype or remat policy, or MoE layers that do not fit the stacks.
     """
 
     vocab_size: int
@@ -45,6 +50,8 @@ class T5Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     logits_via_embedding: bool = False
     float32_attention_logits: bool = True
+    remat_policy: RematPolicy = "none"
+    scan_layers: bool = False
     moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +65,10 @@ class T5Config:
             raise ValueError(f"unknown MLP activations {self.mlp_activations}; known: {sorted(ACTIVATIONS)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if self.remat_policy not in ("none", *REMAT_POLICIES):
+            raise ValueError(f"remat_policy (REMAT_POLICY) must be 'none', 'minimal' or 'full', got {self.remat_policy!r}")
+        if not isinstance(self.scan_layers, bool):
+            raise ValueError(f"scan_layers (SCAN_LAYERS) must be True or False, got {self.scan_layers!r}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
         self.sparse_layers("encoder")
@@ -103,6 +114,11 @@ class T5Config:
         """The same model with every dropout rate 0."""
         moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
         return dataclasses.replace(self, dropout_rate=0.0, moe=moe)
+
+    @property
+    def unrolled(self) -> "T5Config":
+        """The same model run layer by layer, nothing computed twice: for code that looks into single layers."""
+        return dataclasses.replace(self, remat_policy="none", scan_layers=False)
 
     @property
     def for_inference(self) -> "T5Config":

@@ -11,6 +11,7 @@ from upcycle_jax.layers.embedding import Embed
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.norm import RMSNorm
 from upcycle_jax.layers.relative_position import RelativePositionBiases
+from upcycle_jax.models import stacking
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.layer import MoeLayer
@@ -38,7 +39,9 @@ def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
     )
 
 
-def _feed_forward(layer: "EncoderLayer | DecoderLayer", x: jax.Array, valid: jax.Array, *, stack: Stack, train: bool) -> jax.Array:
+def _feed_forward(
+    layer: "EncoderLayer | DecoderLayer", x: jax.Array, valid: jax.Array, token_ids: jax.Array, *, stack: Stack, train: bool
+) -> jax.Array:
     """Pre-norm, MLP or MoE layer, dropout and residual; submodules belong to the compact `__call__` of `layer`."""
     config = layer.config
     y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_mlp_layer_norm")(x), valid)
@@ -52,7 +55,7 @@ def _feed_forward(layer: "EncoderLayer | DecoderLayer", x: jax.Array, valid: jax
             dropout_rate=config.expert_dropout_rate,
             dtype=config.activation_dtype,
             name="mlp",
-        )(y, valid, train=train)
+        )(y, valid, token_ids, train=train)
     else:
         y = MlpBlock(
             hidden=config.mlp_dim,
@@ -79,20 +82,21 @@ class EncoderLayer(nn.Module):
     sparse: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, valid: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array, valid: jax.Array, token_ids: jax.Array, *, train: bool) -> jax.Array:
         """Maps `[batch, length, d]` to the same shape.
 
         Args:
           x: residual stream.
           bias: position and mask bias of self-attention.
           valid: bool `[batch, length]`, real tokens.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
           train: dropout and training capacity.
         """
         config = self.config
         y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_attention_layer_norm")(x), valid)
         y = _attention(config, "attention")(y, y, bias, deterministic=not train)
         x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
-        return _feed_forward(self, x, valid, stack="encoder", train=train)
+        return _feed_forward(self, x, valid, token_ids, stack="encoder", train=train)
 
 
 class DecoderLayer(nn.Module):
@@ -114,6 +118,7 @@ class DecoderLayer(nn.Module):
         self_bias: jax.Array,
         cross_bias: jax.Array,
         valid: jax.Array,
+        token_ids: jax.Array,
         *,
         train: bool,
         step: DecodingStep | None = None,
@@ -126,6 +131,7 @@ class DecoderLayer(nn.Module):
           self_bias: position and mask bias of self-attention.
           cross_bias: mask bias of attention to the encoder.
           valid: bool `[batch, length]`, real tokens.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
           train: dropout and training capacity.
           step: decode this one position, with caches.
         """
@@ -137,7 +143,7 @@ class DecoderLayer(nn.Module):
         attend = _attention(config, "encoder_decoder_attention")
         y = attend(y, encoded, cross_bias, deterministic=not train, cached=Cached.FIXED, step=step)
         x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
-        return _feed_forward(self, x, valid, stack="decoder", train=train)
+        return _feed_forward(self, x, valid, token_ids, stack="decoder", train=train)
 
 
 class Encoder(nn.Module):
@@ -150,13 +156,14 @@ class Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, embedded: jax.Array, mask: jax.Array, valid: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, embedded: jax.Array, mask: jax.Array, valid: jax.Array, token_ids: jax.Array, *, train: bool) -> jax.Array:
         """Encodes `[batch, length, d]`.
 
         Args:
           embedded: token embeddings.
           mask: bool `[batch, 1, length, length]`, allowed pairs.
           valid: bool `[batch, length]`, real tokens.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
           train: dropout and training capacity.
         """
         config = self.config
@@ -165,8 +172,15 @@ class Encoder(nn.Module):
         bias = relpos(positions, positions, bidirectional=True) + masks.to_bias(mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
         sparse = config.sparse_layers("encoder")
-        for i in range(config.num_encoder_layers):
-            x = EncoderLayer(config, sparse=i in sparse, name=f"layers_{i}")(x, bias, valid, train=train)
+        x = stacking.run_layers(
+            self,
+            lambda i, **module: EncoderLayer(config, sparse=i in sparse, **module),
+            lambda layer, x: layer(x, bias, valid, token_ids, train=train),
+            x,
+            kinds=[i in sparse for i in range(config.num_encoder_layers)],
+            scan=config.scan_layers,
+            remat_policy=config.remat_policy,
+        )
         x = RMSNorm(dtype=config.activation_dtype, name="encoder_norm")(x)
         return _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
 
@@ -188,6 +202,7 @@ class Decoder(nn.Module):
         self_mask: jax.Array,
         cross_mask: jax.Array,
         valid: jax.Array,
+        token_ids: jax.Array,
         *,
         train: bool,
         step: DecodingStep | None = None,
@@ -200,6 +215,7 @@ class Decoder(nn.Module):
           self_mask: bool `[batch, 1, length, keys]`, allowed pairs, causal.
           cross_mask: bool `[batch, 1, length, input length]`, allowed pairs.
           valid: bool `[batch, length]`, real tokens.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
           train: dropout and training capacity.
           step: decode this one position, with caches: length is 1, and keys are all positions that these have room for.
         """
@@ -211,9 +227,16 @@ class Decoder(nn.Module):
         cross_bias = masks.to_bias(cross_mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
         sparse = config.sparse_layers("decoder")
-        for i in range(config.num_decoder_layers):
-            layer = DecoderLayer(config, sparse=i in sparse, name=f"layers_{i}")
-            x = layer(x, encoded, self_bias, cross_bias, valid, train=train, step=step)
+        x = stacking.run_layers(
+            self,
+            lambda i, **module: DecoderLayer(config, sparse=i in sparse, **module),
+            lambda layer, x: layer(x, encoded, self_bias, cross_bias, valid, token_ids, train=train, step=step),
+            x,
+            kinds=[i in sparse for i in range(config.num_decoder_layers)],
+            # A step of cached decoding is a small program, and would move all caches to loop over them.
+            scan=config.scan_layers and step is None,
+            remat_policy=config.remat_policy if step is None else "none",
+        )
         x = RMSNorm(dtype=config.activation_dtype, name="decoder_norm")(x)
         x = _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
         if config.logits_via_embedding:
@@ -268,7 +291,7 @@ class Transformer(nn.Module):
             encoder_segment_ids = None
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids=encoder_segment_ids, train=train)
         embedded = constrain(self.token_embedder(decoder_input_tokens), HIDDEN_AXES)
-        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, decoder_valid, train=train))
+        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, decoder_valid, decoder_input_tokens, train=train))
 
     def encode(self, encoder_input_tokens: jax.Array, *, encoder_segment_ids: jax.Array | None = None, train: bool = False) -> jax.Array:
         """The encoder's output `[batch, input length, d]`; arguments as in `__call__`."""
@@ -277,7 +300,7 @@ class Transformer(nn.Module):
         if encoder_segment_ids is not None:
             mask &= masks.segment_mask(encoder_segment_ids, encoder_segment_ids)
         embedded = constrain(self.token_embedder(encoder_input_tokens), HIDDEN_AXES)
-        return self.encoder(embedded, mask, valid, train=train)
+        return self.encoder(embedded, mask, valid, encoder_input_tokens, train=train)
 
     def decode_step(self, encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep) -> jax.Array:
         """Float32 logits `[batch, vocab]` of the token after `tokens`, which are at position `step.index`.
@@ -294,7 +317,7 @@ class Transformer(nn.Module):
         self_mask = (jnp.arange(step.max_length) <= step.index)[None, None, None, :]
         cross_mask = masks.padding_mask(valid, encoder_valid)
         embedded = constrain(self.token_embedder(tokens[:, None]), HIDDEN_AXES)
-        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, valid, train=False, step=step))[:, 0]
+        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, valid, tokens[:, None], train=False, step=step))[:, 0]
 
     def _logits(self, decoded: jax.Array) -> jax.Array:
         """Float32 `[batch, length, vocab]` of the decoder's result."""

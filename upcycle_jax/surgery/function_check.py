@@ -26,6 +26,7 @@ from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.moe import capacity as capacity_lib
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.layer import MoeLayer, RouterLogits
+from upcycle_jax.moe.routing import Group
 from upcycle_jax.surgery.recipe import MergeRecipe
 from upcycle_jax.surgery.sources import Reader
 from upcycle_jax.surgery.table import Plan
@@ -141,7 +142,7 @@ def load_params(reader: Reader, specs: Mapping[str, trees.LeafSpec]) -> PyTree:
 
 def dense_counterpart(sparse: EncoderDecoderModel) -> EncoderDecoderModel:
     """The dense model that a sparse one is upcycled from, in float32."""
-    config = dataclasses.replace(sparse.config, moe=None, dtype="float32")
+    config = dataclasses.replace(sparse.config.unrolled, moe=None, dtype="float32")
     return EncoderDecoderModel(config, label_smoothing=0.0, z_loss=sparse.z_loss)
 
 
@@ -156,11 +157,11 @@ def _in_float32(sparse: EncoderDecoderModel, *, renormalised: bool = False) -> E
             shared_expert_mlp_dim=None,
             eval_expert_capacity_factor=float(moe.num_experts),  # As many slots as tokens: nothing is dropped, nobody left out.
         )
-    return EncoderDecoderModel(dataclasses.replace(sparse.config, moe=moe, dtype="float32"), z_loss=sparse.z_loss)
+    return EncoderDecoderModel(dataclasses.replace(sparse.config.unrolled, moe=moe, dtype="float32"), z_loss=sparse.z_loss)
 
 
 def _renormalised(router: Any) -> Any:
-    return dataclasses.replace(router, renormalize=True)
+    return router.renormalized() or router
 
 
 def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction:
@@ -177,6 +178,10 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
         if not shuffled:
             return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
     assert sparse.config.moe is not None
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    for router in (sparse.config.moe.router(stack) for stack in stacks if sparse.config.sparse_layers(stack)):
+        if router.renormalized() is None:
+            return Prediction(Verdict.NOT_PRESERVED, f"{type(router).__name__} gives experts mixtures of tokens")
     reasons = ["a shared expert is added"] if sparse.config.moe.shared_expert_mlp_dim is not None else []
     features: dict[Stack, str] = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_tokens"}
     for stack, feature in features.items():
@@ -191,7 +196,7 @@ def _why_not_exact(sparse: EncoderDecoderModel, stack: Stack, shape: Sequence[in
     moe = sparse.config.moe
     assert moe is not None
     router, reasons = moe.router(stack), []
-    if not (getattr(router, "renormalize", False) or getattr(router, "softmax_order", "") == "after_top_k"):
+    if not router.unit_weights:
         reasons.append(f"combine weights are not renormalised in the {stack}")
     grouping, slots = _group_and_slots(moe, router, shape)
     if slots < grouping.group_size:
@@ -276,11 +281,14 @@ def cross_entropy(logits: np.ndarray, batch: Batch) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class InnerValues:
-    """What went through one MoE layer in a forward pass: input and output `[batch, length, d]`, real tokens, router logits `[G, S, E]`."""
+    """What went through one MoE layer in a forward pass: input and output `[batch, length, d]`, real tokens and token ids
+    `[batch, length]`, router logits `[G, S, E]`.
+    """
 
     layer: str
     x: np.ndarray
     valid: np.ndarray
+    token_ids: np.ndarray
     y: np.ndarray
     router_logits: np.ndarray
 
@@ -295,11 +303,11 @@ def forward(model: EncoderDecoderModel, params: PyTree, batch: Batch) -> tuple[n
 
         def record(call, args, kwargs, context):
             out = call(*args, **kwargs)
-            if isinstance(context.module, RouterLogits):
+            if isinstance(context.module, RouterLogits) and context.method_name == "__call__":
                 router_logits.append(out)
             elif isinstance(context.module, MoeLayer) and context.method_name == "__call__":
                 names.append("/".join(context.module.path[:2]))
-                seen.append((args[0], args[1], out, router_logits[-1]))
+                seen.append((*args[:3], out, router_logits[-1]))
             return out
 
         with nn.intercept_methods(record):
@@ -368,15 +376,15 @@ def gate_sums(sparse: EncoderDecoderModel, values: InnerValues) -> np.ndarray:
     router = moe.router("encoder" if values.layer.startswith("encoder/") else "decoder")
     grouping, slots = _group_and_slots(moe, router, values.valid.shape)
     padding = ((0, grouping.batch_padding), (0, grouping.length_padding))
-    real = np.pad(values.valid, padding).reshape(grouping.num_groups, grouping.group_size)
+    real, ids = (np.pad(a, padding).reshape(grouping.num_groups, grouping.group_size) for a in (values.valid, values.token_ids))
 
-    def one_group(logits, real):
-        routable = real if moe.ignore_padding_tokens else jnp.ones_like(real)
+    def one_group(logits, real, token_ids):
+        routable = real if moe.ignore_padding_tokens or router.skips_padding else jnp.ones_like(real)
         counted = real.astype(jnp.float32)
-        routing = router.route(logits, capacity=slots, routable=routable, counted=counted, count=jnp.sum(counted))
-        return routing.assignment.weight_per_token(grouping.group_size)
+        group = Group(logits, moe.num_experts, routable, counted, jnp.sum(counted), token_ids=token_ids)
+        return router.route(group, capacity=slots).plan.weight_per_token(grouping.group_size)
 
-    sums = np.asarray(jax.jit(jax.vmap(one_group))(values.router_logits, real))
+    sums = np.asarray(jax.jit(jax.vmap(one_group))(values.router_logits, real, ids))
     rows, columns = values.valid.shape
     return sums.reshape(rows + grouping.batch_padding, columns + grouping.length_padding)[:rows, :columns]
 
@@ -390,6 +398,8 @@ def router_weights(sparse: EncoderDecoderModel, sparse_params: PyTree, batch: Ba
     out = {}
     for values in inner:
         logits = values.router_logits.astype(np.float64)
+        if sparse.config.moe is None or logits.shape[-1] != sparse.config.moe.num_experts:
+            raise ValueError(f"{values.layer} has no router logit per expert, so its experts cannot be weighted: merge with how='mean'")
         odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
         mean = (odds / odds.sum(axis=-1, keepdims=True)).reshape(-1, logits.shape[-1]).mean(axis=0)
         out[values.layer] = tuple(float(p) for p in mean / mean.sum())
