@@ -15,9 +15,11 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "upcycle_jax" / "__init
 # tensorflow-text, which asks for the one TensorFlow that it was built against; naming tensorflow-cpu as well would install both.
 REQUIREMENTS = [
     "absl-py>=2.1,<3",
+    "array_record>=0.8,<0.9",
     "etils[epath]>=1.9,<2",
     "flax>=0.12.6,<0.13",
     "gin-config>=0.5,<0.6",
+    "grain>=0.2.13,<0.3",
     "jax>=0.10,<0.12",
     "markdown>=3.5,<4",
     "matplotlib>=3.9,<4",
@@ -84,7 +86,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=NAMES,
     package_dir=FOLDERS,
-    package_data={"upcycle_jax.gin_configs": ["**/*.gin"]},
+    package_data={"upcycle_jax.gin_configs": ["**/*.gin"], "upcycle_jax.experiments": ["paper_data/*.csv"]},
     include_package_data=False,
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -62,7 +62,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_library_tasks_and_gin_files(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "upcycle_jax").rglob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.csv") for path in (ROOT / "upcycle_jax").rglob(kind)}
     for folder, pattern in (("tasks", "*.py"), ("gin_configs", "*.gin")):
         expected |= {f"upcycle_jax/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob(pattern)}
     assert not expected - held, "missing from the wheel"

@@ -1,0 +1,83 @@
+"""Shows tables and figures of the sparse-upcycling paper as data beside this project's results, and the commands for what is missing.
+
+Examples:
+
+    python -m upcycle_jax.paper list
+    python -m upcycle_jax.paper table1
+    python -m upcycle_jax.paper figure2 --results=/data/runs --format=markdown
+
+Each number of the paper says how it is known: printed, read off a figure's image, or estimated by eye. Runs are found below the results
+folder by what their manifests say: those of the paper's models on C4 stand beside the paper's values, with the mean and the 95 % interval
+over seeds; runs at other scales are compared by their gain over the dense continuation. Vision has data and no runs: it is not yet
+supported.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upcycle_jax.models.config import T5Config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m upcycle_jax.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("exhibit", nargs="+", metavar="TABLE|FIGURE", help="'list', 'all', or names such as table1, figure2, b7")
+    parser.add_argument("--results", metavar="DIR", help="folder with MODEL_DIRs, at any depth")
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default text")
+    parser.add_argument("--runs_dir", metavar="DIR", help="where the printed commands put runs (default: --results, else results/paper)")
+    parser.add_argument(
+        "--dense_checkpoints",
+        metavar="DIR",
+        default="/data/dense",
+        help="where the printed commands find t5_1_1_<size>/checkpoint_1000000 (default /data/dense)",
+    )
+    return parser
+
+
+@functools.cache
+def _load_config(gin_file: str) -> "T5Config":
+    from upcycle_jax import config
+
+    return config.load([gin_file]).macro("MODEL").config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the exhibits and returns the exit code: 1 where a size of table 1 differs from the printed one, 2 for bad input."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are computed: do not take hold of an accelerator
+    arguments = _parser().parse_args(argv)
+
+    from upcycle_jax.experiments import paper_exhibits
+    from upcycle_jax.experiments.paper_commands import Places
+    from upcycle_jax.experiments.paper_compare import compare
+    from upcycle_jax.experiments.paper_render import Format, Table, as_json, json_text, render
+
+    style = Format(arguments.format)
+    try:
+        if arguments.exhibit == ["list"]:
+            rows = paper_exhibits.listing(list(paper_exhibits.exhibits().values()))
+            header = ("name", "shows", "numbers known")
+            listed = [dict(zip(header, row, strict=True)) for row in rows]
+            print(json_text(listed) if style == Format.JSON else Table(paper_exhibits.PAPER, header, rows).render(style))
+            return 0
+        names = list(paper_exhibits.exhibits()) if arguments.exhibit == ["all"] else arguments.exhibit
+        chosen = [paper_exhibits.exhibit(name) for name in names]
+        places = Places(arguments.runs_dir or arguments.results or Places.results, arguments.dense_checkpoints)
+        found = [compare(one, results=arguments.results, load_config=_load_config, places=places) for one in chosen]
+    except (ValueError, FileNotFoundError) as error:
+        print(f"upcycle_jax.paper: error: {error}", file=sys.stderr)
+        return 2
+    if style == Format.JSON:
+        print(json_text([as_json(one) for one in found] if len(found) > 1 else as_json(found[0])))
+    else:
+        print("\n\n".join(render(one, style).rstrip() for one in found))
+    return 1 if any(row.equal is False for one in found for row in one.sizes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
