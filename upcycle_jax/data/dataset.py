@@ -3,12 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
-from upcycle_jax.data import documents, text_files
+from upcycle_jax.data import documents, fingerprints, text_files
+
+if TYPE_CHECKING:
+    from upcycle_jax.data.cache_lookup import CachedMixture
 
 POSITION_FILE = "position.json"
 
@@ -28,13 +31,15 @@ class Position:
       batches: batches taken so far.
       seed: seed of the stream.
       fingerprint: what the stream is made of (`DatasetConfig.fingerprint`).
-      process_count: processes that share each batch; the division of documents among them depends on it.
+      process_count: processes that share each batch; on data read on the fly, the division of documents among them depends on it.
+      packing: of a packed stream from a cache, where the plan of rows stands (`packing.PackingPlan.anchor`).
     """
 
     batches: int
     seed: int
     fingerprint: Mapping[str, Any]
     process_count: int
+    packing: Mapping[str, int] | None = None
 
     def write(self, directory: epath.PathLike) -> None:
         """Writes `position.json`."""
@@ -56,6 +61,16 @@ class Position:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the data position {path} is damaged ({error}): remove the file and seek to the checkpoint's step") from error
 
+    def check(self, current: Mapping[str, Any], directory: epath.PathLike) -> None:
+        """Raises a ValueError that lists the differences where the position is not of the stream whose fingerprint is `current`."""
+        differences = fingerprints.differences(self.fingerprint, current)
+        if differences:
+            listed = "\n".join(f"  {difference}" for difference in differences)
+            raise ValueError(
+                f"the data position at {directory} belongs to another stream of batches:\n{listed}\n"
+                "Restore the former data and settings, or start from the checkpoint in a new MODEL_DIR"
+            )
+
 
 @runtime_checkable
 class BatchIterator(Protocol):
@@ -71,7 +86,7 @@ class BatchIterator(Protocol):
         ...
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes the position: `position.json`, and this process's tf.data iterator."""
+        """Writes the position: `position.json`, and on data read on the fly this process's tf.data iterator."""
         ...
 
     def restore(self, directory: epath.PathLike) -> None:
@@ -100,7 +115,8 @@ class DatasetConfig:
       shuffle: in a pseudo-random order, new in each epoch. Off: the task's order.
       seed: fixes order, mixing and noise. None: drawn anew by each training stream, and recorded in its
         checkpoints; for one process only.
-      use_cached: read SeqIO's offline cache of the task.
+      use_cached: read the tokenised examples that `python -m upcycle_jax.cache_tasks` wrote (without TensorFlow), or else SeqIO's offline
+        cache of the task; both are looked for in the folders of `--seqio_additional_cache_dirs`.
       pack: several examples in one row, with segment ids and positions. Denoising tasks fill their rows already; packing serves tasks of
         short examples.
       module: Python module or modules to import first, which register the task. Shipped tasks are found without it.
@@ -147,17 +163,27 @@ class DatasetConfig:
             raise ValueError(f"objective is {self.objective!r}: choose one of {OBJECTIVE_NAMES}")
         if self.text_files is not None:
             text_files.normalise(self.text_files)
-            if self.use_cached:
-                raise ValueError("use_cached is set with text_files, which are read directly: unset one of them")
-        elif self.vocabulary is not None and self.use_cached:
-            raise ValueError("vocabulary is set with use_cached: a cached task is already tokenised with its own, so unset one of them")
+
+    def _cache(self) -> "CachedMixture | None":
+        """The caches to read, None where the data come through SeqIO."""
+        if not self.use_cached:
+            return None
+        from upcycle_jax.data import cache_lookup
+
+        return cache_lookup.find(self)
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> BatchIterator:
         """An infinite stream of this process's rows of each batch. Processes read disjoint documents.
 
         Raises:
           ValueError: the batch does not divide by the processes, the task or its split is unknown, or its data are unusable.
+          FileNotFoundError: `use_cached` is set and there is no cache; with the command that makes it.
         """
+        cache = self._cache()
+        if cache is not None:
+            from upcycle_jax.data import cached_source
+
+            return cached_source.train_iterator(self, cache, process_index=process_index, process_count=process_count)
         from upcycle_jax.data import seqio_source
 
         return seqio_source.train_iterator(self, process_index=process_index, process_count=process_count)
@@ -171,14 +197,24 @@ class DatasetConfig:
         loss weight. Every process gets the same number of batches, and its own rows of each. None: the whole split.
 
         Raises:
-          ValueError: as `train_iterator`.
+          ValueError, FileNotFoundError: as `train_iterator`.
         """
+        cache = self._cache()
+        if cache is not None:
+            from upcycle_jax.data import cached_source
+
+            return cached_source.eval_batches(
+                self, cache, num_batches=num_batches, process_index=process_index, process_count=process_count
+            )  # fmt: skip
         from upcycle_jax.data import seqio_source
 
         return seqio_source.eval_batches(self, num_batches=num_batches, process_index=process_index, process_count=process_count)
 
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks of the mixture, sorted; the name itself for a single task."""
+        cache = self._cache()
+        if cache is not None:
+            return tuple(task.manifest.task for task, _ in cache.tasks)
         from upcycle_jax.data import resolve
 
         return resolve.task_names(self)
@@ -187,10 +223,13 @@ class DatasetConfig:
         """The seqio.Vocabulary of 'inputs' and 'targets'."""
         from upcycle_jax.data import resolve
 
-        return resolve.vocabularies(self)
+        return resolve.vocabularies(dataclasses.replace(self, use_cached=False))
 
     def vocabulary_size(self) -> int:
         """The number of token ids, sentinels included: the least `vocab_size` of a model."""
+        cache = self._cache()
+        if cache is not None:
+            return cache.vocabulary_size
         return max(int(vocabulary.vocab_size) for vocabulary in self.vocabularies().values())
 
     def fingerprint(self) -> dict[str, Any]:
@@ -198,6 +237,11 @@ class DatasetConfig:
 
         Two configurations with equal fingerprints (their 'versions' aside) give the same stream of batches.
         """
+        cache = self._cache()
+        if cache is not None:
+            from upcycle_jax.data import cached_source
+
+            return cached_source.fingerprint(self, cache)
         from upcycle_jax.data import seqio_source
 
         return seqio_source.fingerprint(self)

@@ -4,6 +4,7 @@ Integers only, no TensorFlow: a configuration can be checked before anything hea
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -80,3 +81,40 @@ def span_lengths(
         raw -= 1
         counts = span_counts(raw, noise_density=density, mean_noise_span_length=mean)
     return SpanLengths(raw=raw, inputs=counts.inputs, targets=counts.targets, spans=counts.spans)
+
+
+def fitting_span_lengths(
+    sequence_length: Mapping[str, int], *, prefix_tokens: int, extra_ids: int, noise_density: float, mean_noise_span_length: float
+) -> SpanLengths:
+    """`span_lengths` of what the inputs leave beside a prefix.
+
+    Raises:
+      ValueError: the targets do not fit, or the vocabulary has too few sentinels; both with what would.
+    """
+    available = sequence_length["inputs"] - prefix_tokens
+    lengths = span_lengths(available, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length)
+    if sequence_length["targets"] < lengths.targets:
+        raise ValueError(
+            f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of inputs of "
+            f"{sequence_length['inputs']} tokens gives targets of {lengths.targets} tokens, but task_feature_lengths['targets'] is "
+            f"{sequence_length['targets']}: set it to {lengths.targets} or more, or shorten the inputs"
+        )
+    if lengths.spans > extra_ids:
+        raise ValueError(
+            f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of inputs of "
+            f"{sequence_length['inputs']} tokens needs {lengths.spans} sentinels, but the vocabulary has {extra_ids} extra "
+            f"ids: make it with extra_ids={lengths.spans} or more, or shorten the inputs"
+        )
+    return lengths
+
+
+def fitting_prefix_length(sequence_length: Mapping[str, int], *, prefix_tokens: int) -> int:
+    """Tokens of a segment of prefix language modelling: what the inputs leave beside a prefix.
+
+    Raises:
+      ValueError: nothing to divide.
+    """
+    available = sequence_length["inputs"] - prefix_tokens
+    if available < 2 or sequence_length["targets"] < 2:
+        raise ValueError(f"task_feature_lengths {dict(sequence_length)} leave a prefix language model no text: give 2 tokens or more")
+    return available

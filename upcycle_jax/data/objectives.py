@@ -77,22 +77,13 @@ class SpanDenoiser:
     pads = False
 
     def raw_length(self, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> int:
-        available = sequence_length["inputs"] - len(vocabulary.encode(self.prefix))
-        lengths = noise.span_lengths(
-            available, noise_density=self.noise_density, mean_noise_span_length=self.mean_noise_span_length
-        )  # fmt: skip
-        if sequence_length["targets"] < lengths.targets:
-            raise ValueError(
-                f"span corruption (density {self.noise_density}, mean span {self.mean_noise_span_length}) of inputs of "
-                f"{sequence_length['inputs']} tokens gives targets of {lengths.targets} tokens, but task_feature_lengths['targets'] is "
-                f"{sequence_length['targets']}: set it to {lengths.targets} or more, or shorten the inputs"
-            )
-        if lengths.spans > vocabulary.extra_ids:
-            raise ValueError(
-                f"span corruption (density {self.noise_density}, mean span {self.mean_noise_span_length}) of inputs of "
-                f"{sequence_length['inputs']} tokens needs {lengths.spans} sentinels, but the vocabulary has {vocabulary.extra_ids} extra "
-                f"ids: make it with extra_ids={lengths.spans} or more, or shorten the inputs"
-            )
+        lengths = noise.fitting_span_lengths(
+            sequence_length,
+            prefix_tokens=len(vocabulary.encode(self.prefix)),
+            extra_ids=vocabulary.extra_ids,
+            noise_density=self.noise_density,
+            mean_noise_span_length=self.mean_noise_span_length,
+        )
         return lengths.raw
 
     def corrupt(self, tokens: tf.Tensor, seed: tf.Tensor, *, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> Rows:
@@ -122,10 +113,7 @@ class PrefixDenoiser:
     pads = True
 
     def raw_length(self, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> int:
-        available = sequence_length["inputs"] - len(vocabulary.encode(self.prefix))
-        if available < 2 or sequence_length["targets"] < 2:
-            raise ValueError(f"task_feature_lengths {dict(sequence_length)} leave a prefix language model no text: give 2 tokens or more")
-        return available
+        return noise.fitting_prefix_length(sequence_length, prefix_tokens=len(vocabulary.encode(self.prefix)))
 
     def corrupt(self, tokens: tf.Tensor, seed: tf.Tensor, *, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> Rows:
         rows, length = tf.unstack(tf.shape(tokens))

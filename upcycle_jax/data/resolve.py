@@ -62,6 +62,11 @@ def task_or_mixture(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
       FileNotFoundError: a text file or vocabulary is not there.
     """
     _apply_settings()
+    if config.use_cached and config.vocabulary is not None:
+        raise ValueError(
+            "vocabulary is set with use_cached, and the cache is SeqIO's: its examples are tokenised with the task's own vocabulary, so "
+            "unset one of them (caches of `python -m upcycle_jax.cache_tasks` can have another one)"
+        )
     modules = (config.module,) if isinstance(config.module, str) else tuple(config.module or ())
     for task_module in modules:
         _import_task_module(task_module)

@@ -161,7 +161,7 @@ class SeqioBatchIterator:
           ValueError: the position belongs to other data, another seed or another batch.
         """
         position = Position.read(directory)
-        self._check_same_stream(position, directory)
+        position.check(self.fingerprint(), directory)
         if self._config.seed is None and position.seed != self._seed:
             self._seed = position.seed
             self._start()
@@ -175,15 +175,6 @@ class SeqioBatchIterator:
             )  # fmt: skip
         self._start()
         self.seek(position.batches)
-
-    def _check_same_stream(self, position: Position, directory: epath.PathLike) -> None:
-        differences = fingerprints.differences(position.fingerprint, self.fingerprint())
-        if differences:
-            listed = "\n".join(f"  {difference}" for difference in differences)
-            raise ValueError(
-                f"the data position at {directory} belongs to another stream of batches:\n{listed}\n"
-                "Restore the former data and settings, or start from the checkpoint in a new MODEL_DIR"
-            )
 
     def _restore_tf(self, directory: epath.PathLike) -> bool:
         path = self._tf_path(directory)

@@ -1,0 +1,80 @@
+"""Writes the tokenised examples of tasks as ArrayRecord files, which training reads without TensorFlow, shuffled as a whole.
+
+Examples:
+
+    python -m upcycle_jax.cache_tasks --tasks=embedded_text_span_corruption --output_cache_dir=cache
+    python -m upcycle_jax.cache_tasks --gin_file=runs/pretrain.gin --gin.MIXTURE_OR_TASK_NAME="'my_text'" \\
+        --gin.TEXT_FILES="{'c4': ['/data/c4/*.jsonl.gz']}" --gin.VOCABULARY="'/data/spiece.model'" --output_cache_dir=/data/cache
+
+Then train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs=<output_cache_dir>. Noise (span corruption and its kin) is not
+cached: it is drawn anew each time a segment is read. Killed and started again, the command goes on after the last whole file; a finished
+cache is left alone.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from upcycle_jax.config import command
+from upcycle_jax.config.flags import Flags
+
+if TYPE_CHECKING:
+    from upcycle_jax.config import Config
+
+_LENGTHS = "task_feature_lengths"
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("cache")
+    own.add_argument("--output_cache_dir", type=pathlib.Path, required=True, metavar="DIR", help="folder of all caches")
+    own.add_argument("--tasks", type=_names, default=[], metavar="NAME,NAME", help="tasks and mixtures (default: MIXTURE_OR_TASK_NAME)")
+    own.add_argument("--splits", type=_names, default=None, metavar="NAME,NAME", help="splits to cache (default: all of a task)")
+    own.add_argument("--module_import", action="append", default=[], metavar="MODULE", help="Python module that registers tasks")
+    own.add_argument("--num_shards", type=int, metavar="N", help="files of a split (default: by its size, or as many as its source has)")
+    own.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random steps before the place for caching (default 0)")
+    own.add_argument("--overwrite", action="store_true", help="replace a cache that was made from something else")
+
+
+def _run(flags: Flags, loaded: "Config") -> int:
+    asked = flags.extra
+    if asked.num_shards is not None and asked.num_shards < 1:
+        raise ValueError(f"--num_shards is {asked.num_shards}: give at least 1")
+    bound = loaded.bindings.effective("DatasetConfig", ())
+    given: dict[str, Any] = {"use_cached": False}
+    if asked.module_import:
+        given["module"] = tuple(asked.module_import)
+    if _LENGTHS not in bound:
+        given[_LENGTHS] = {"inputs": 1, "targets": 1}  # not looked at
+    if not asked.tasks and "mixture_or_task_name" not in bound:
+        raise ValueError("no task is named: give --tasks, or a gin file with MIXTURE_OR_TASK_NAME")
+    chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]
+    configs = [loaded.build("DatasetConfig", **given, **name)() for name in chosen]
+    from upcycle_jax.data import cache_writing
+
+    options = cache_writing.CacheOptions(
+        output_cache_dir=asked.output_cache_dir.expanduser(),
+        splits=asked.splits,
+        num_shards=asked.num_shards,
+        seed=asked.seed,
+        sequence_length=configs[0].task_feature_lengths if _LENGTHS in bound else None,
+        overwrite=asked.overwrite,
+    )
+    for config in configs:
+        cache_writing.write_caches(config, options, dry_run=flags.dry_run)
+    print(f"train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs={asked.output_cache_dir}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return command.run("cache_tasks", argv, description=__doc__ or "", body=_run, extra=_add_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

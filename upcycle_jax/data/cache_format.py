@@ -1,0 +1,230 @@
+"""Cached tasks on disk: where they lie, what their manifest says, how an example is stored. Neither TensorFlow nor SeqIO.
+
+    <cache folder>/<task>/manifest.json                              what was cached, from what, with counts and sha256
+                         /<split>-00000-of-00004.array_record        examples, one a record
+                         /<split>.ends.npy                           int64 [records, features]: tokens up to and with each record
+    <cache folder>/<mixture>/mixture.json                            tasks and rates
+
+The manifest is written last and the task's folder renamed into place after it, so a folder with its name is whole.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MIXTURE = "mixture.json"
+UNFINISHED = ".unfinished"
+SEQIO_COMPLETED = "COMPLETED"
+
+Example = dict[str, Any]
+
+
+def folder_name(task_name: str) -> str:
+    """A task's folder below the cache folder, as SeqIO names it."""
+    return task_name.replace(":", os.sep)
+
+
+def encode(example: Mapping[str, Any], *, token_dtypes: Mapping[str, str]) -> bytes:
+    """One record.
+
+    Args:
+      example: arrays, scalars and byte strings by feature.
+      token_dtypes: the dtype in which the tokens of each model feature are kept, 'uint16' or 'int32'.
+    """
+    packed: dict[str, Any] = {}
+    for name, value in example.items():
+        if name in token_dtypes:
+            packed[name] = np.asarray(value).astype(token_dtypes[name]).tobytes()
+            continue
+        array = np.asarray(value)
+        if array.ndim == 0:
+            packed[name] = array.item()
+        elif array.dtype.kind in "OSU":
+            packed[name] = array.tolist()
+        else:
+            packed[name] = {"shape": list(array.shape), "dtype": array.dtype.str, "data": array.tobytes()}
+    return msgpack.packb(packed)
+
+
+def decode(record: bytes, *, token_dtypes: Mapping[str, str]) -> Example:
+    """The example of `encode`; tokens are int32 `[length]`, text is bytes."""
+    example = msgpack.unpackb(record)
+    for name, value in example.items():
+        if name in token_dtypes:
+            example[name] = np.frombuffer(value, token_dtypes[name]).astype(np.int32)
+        elif isinstance(value, dict):
+            example[name] = np.frombuffer(value["data"], value["dtype"]).reshape(value["shape"])
+    return example
+
+
+def token_dtype(vocabulary_size: int) -> str:
+    """The smallest dtype that holds every id."""
+    return "uint16" if vocabulary_size <= 2**16 else "int32"
+
+
+def sha256_of_file(path: pathlib.Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(described: Any) -> str:
+    """A short sha256 of something JSON-able."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """A file of a cache: its name in the task's folder, its records (0 for an index), bytes and sha256."""
+
+    name: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitEntry:
+    """One split.
+
+    Attributes:
+      records: examples.
+      tokens: their tokens, by model feature.
+      files: the ArrayRecord files in order.
+      index: the file of cumulative token counts.
+    """
+
+    records: int
+    tokens: Mapping[str, int]
+    files: Sequence[FileEntry]
+    index: FileEntry
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a cached task is.
+
+    Attributes:
+      task: its name.
+      identity: what the examples were made from: source, steps, vocabularies, seed; two caches with equal identities hold equal examples.
+      features: for each model feature its vocabulary's description, `eos_id`, `add_eos` and the dtype in which tokens are kept.
+      steps: what is left to do when an example is read, as `cached_steps` knows it.
+      feature_lengths: lengths for which the examples were made, where steps that need them ran before they were written; else None.
+      splits: by name.
+      versions: of the libraries that wrote it.
+      format: of this file.
+    """
+
+    task: str
+    identity: Mapping[str, Any]
+    features: Mapping[str, Mapping[str, Any]]
+    steps: Sequence[Mapping[str, Any]]
+    feature_lengths: Mapping[str, int] | None
+    splits: Mapping[str, SplitEntry]
+    versions: Mapping[str, str]
+    format: int = FORMAT
+
+    @property
+    def token_dtypes(self) -> dict[str, str]:
+        """See `encode`."""
+        return {name: feature["dtype"] for name, feature in self.features.items()}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of token ids."""
+        return max(int(feature["vocabulary"]["size"]) for feature in self.features.values())
+
+    def digest(self) -> str:
+        """A short hash of everything that decides which examples are read."""
+        return digest({key: value for key, value in self.to_json().items() if key not in ("versions", "features")})
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is written."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Manifest":
+        """The manifest of `to_json`."""
+        splits = {
+            name: SplitEntry(
+                records=entry["records"],
+                tokens=entry["tokens"],
+                files=tuple(FileEntry(**file) for file in entry["files"]),
+                index=FileEntry(**entry["index"]),
+            )
+            for name, entry in fields["splits"].items()
+        }
+        return cls(**{**fields, "splits": splits})
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one step: a reader sees the former file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
+    os.replace(temporary, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTask:
+    """A finished cache: its folder and manifest."""
+
+    folder: pathlib.Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: pathlib.Path, *, remedy: str) -> "CachedTask":
+        """Reads the manifest and looks whether every file is there and as long as it says.
+
+        Args:
+          folder: the task's folder.
+          remedy: what an error tells the user to do.
+
+        Raises:
+          ValueError: the manifest or a file is damaged, missing, or of another version.
+        """
+        path = folder / MANIFEST
+        try:
+            fields = json.loads(path.read_text())
+            if fields.get("format") != FORMAT:
+                raise ValueError(f"it has format {fields.get('format')!r}, this version reads {FORMAT}")
+            manifest = Manifest.from_json(fields)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"the cached task's manifest {path} cannot be read ({error}): {remedy}") from error
+        for split in manifest.splits.values():
+            for entry in (*split.files, split.index):
+                file = folder / entry.name
+                size = file.stat().st_size if file.exists() else None
+                if size != entry.bytes:
+                    found = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
+                    raise ValueError(f"the cached task '{manifest.task}' is damaged: {file} {found}. To make it again: {remedy}")
+        return cls(folder, manifest)
+
+    def verify(self, *, remedy: str) -> None:
+        """Reads every file and compares its sha256.
+
+        Raises:
+          ValueError: a file is not what was written.
+        """
+        for split in self.manifest.splits.values():
+            for entry in (*split.files, split.index):
+                if sha256_of_file(self.folder / entry.name) != entry.sha256:
+                    raise ValueError(f"the cached task '{self.manifest.task}' is damaged: {self.folder / entry.name} has other content "
+                                     f"than was written. To make it again: {remedy}")  # fmt: skip
+
+
+def find_folder(cache_dirs: Sequence[str], name: str, file: str) -> pathlib.Path | None:
+    """The first `<cache folder>/<name>` that holds `file`."""
+    for cache_dir in cache_dirs:
+        folder = pathlib.Path(os.path.expanduser(cache_dir), folder_name(name))
+        if (folder / file).exists():
+            return folder
+    return None

@@ -1,0 +1,102 @@
+"""Which of a SeqIO task's steps run before its examples are cached, and what is left to do when they are read."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import seqio
+
+from upcycle_jax.data import fingerprints, numpy_denoising, objectives
+from upcycle_jax.data.cached_views import APPEND_EOS, APPEND_EOS_AFTER_TRIM, DENOISE
+
+# T5's own function does what ours does (tests/data/test_denoising.py), but for documents above 65,536 tokens, which it cuts.
+_SPAN_CORRUPTION = ("upcycle_jax.data.objectives.span_corruption", "t5.data.preprocessors.span_corruption")
+_IGNORED_KEYWORDS = frozenset({"documents_per_group", "merge_examples_to_reduce_padding"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How a task's steps divide.
+
+    Attributes:
+      steps: what is left to do when an example is read, as `cached_views` knows it.
+      frozen: steps after the place for caching that can only run in SeqIO: they run once, and their random choices are the same in every
+        epoch. Empty where all are known. With any, no step is left.
+    """
+
+    steps: tuple[dict[str, Any], ...]
+    frozen: tuple[str, ...]
+
+
+def _place(step: Any) -> str:
+    return f"{getattr(step, '__module__', '')}.{getattr(step, '__name__', type(step).__name__)}"
+
+
+def _unwrapped(step: Any) -> tuple[Any, dict[str, Any]]:
+    """A step and the keywords that partial application gave it."""
+    keywords: dict[str, Any] = {}
+    while isinstance(step, functools.partial) and not step.args:
+        keywords = {**step.keywords, **keywords}
+        step = step.func
+    return step, keywords
+
+
+def _denoise(denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabulary) -> dict[str, Any] | None:
+    described = []
+    for denoiser in denoisers:
+        ids = tuple(vocabulary.encode(denoiser.prefix)) if getattr(denoiser, "prefix", "") else ()
+        if isinstance(denoiser, objectives.SpanDenoiser):
+            noise: numpy_denoising.Noise = numpy_denoising.SpanNoise(
+                noise_density=denoiser.noise_density,
+                mean_noise_span_length=denoiser.mean_noise_span_length,
+                prefix=denoiser.prefix,
+                prefix_ids=ids,
+                weight=denoiser.weight,
+            )
+        elif isinstance(denoiser, objectives.PrefixDenoiser):
+            noise = numpy_denoising.PrefixSplit(prefix=denoiser.prefix, prefix_ids=ids, weight=denoiser.weight)
+        else:
+            return None
+        described.append(numpy_denoising.to_json(noise))
+    return {"step": DENOISE, "denoisers": described}
+
+
+def _known(step: Any, features: Mapping[str, seqio.Feature]) -> dict[str, Any] | None:
+    """A step after the place for caching as it is done when an example is read; None for one that is not known here."""
+    function, keywords = _unwrapped(step)
+    keywords = {name: value for name, value in keywords.items() if name not in _IGNORED_KEYWORDS or not value}
+    if function is seqio.preprocessors.append_eos and not keywords:
+        return {"step": APPEND_EOS}
+    if function is seqio.preprocessors.append_eos_after_trim and not keywords:
+        return {"step": APPEND_EOS_AFTER_TRIM}
+    vocabulary = features["targets"].vocabulary
+    if _place(function) in _SPAN_CORRUPTION and keywords.keys() <= {"noise_density", "mean_noise_span_length"}:
+        return _denoise((objectives.SpanDenoiser(**keywords),), vocabulary)
+    if function is objectives.prefix_lm and not keywords:
+        return _denoise((objectives.PrefixDenoiser(),), vocabulary)
+    if function is objectives.ul2 and not keywords:
+        return _denoise(objectives.UL2_DENOISERS, vocabulary)
+    if function is objectives.denoise and keywords.keys() == {"denoisers"}:
+        return _denoise(keywords["denoisers"], vocabulary)
+    return None
+
+
+def divide(task: seqio.Task) -> Division:
+    """Divides a task's steps at its `CacheDatasetPlaceholder`; without one, nothing is left to do when an example is read."""
+    places = [number for number, step in enumerate(task.preprocessors) if isinstance(step, seqio.CacheDatasetPlaceholder)]
+    if not places:
+        return Division((), tuple(fingerprints.preprocessors(task)))
+    after = task.preprocessors[places[0] + 1 :]
+    known = [_known(step, task.output_features) for step in after]
+    late_noise = any(step is not None and step["step"] == DENOISE for step in known[1:])
+    if None in known or late_noise:
+        return Division((), tuple(fingerprints.preprocessors(task)[places[0] + 1 :]))
+    return Division(tuple(step for step in known if step is not None), ())
+
+
+def vocabulary(vocab: seqio.Vocabulary) -> dict[str, Any]:
+    """What a machine without SeqIO has to know of a vocabulary."""
+    described = {**fingerprints.vocabulary(vocab), "eos_id": vocab.eos_id, "unk_id": vocab.unk_id, "extra_ids": int(vocab.extra_ids)}
+    path = getattr(vocab, "sentencepiece_model_file", None)
+    return {**described, "path": str(path)} if path is not None else described

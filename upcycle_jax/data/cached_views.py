@@ -1,0 +1,226 @@
+"""The examples of one split of a cached task, by number: read, and finished as the task's last steps would. No TensorFlow.
+
+A cache holds what a task's steps gave up to SeqIO's `CacheDatasetPlaceholder`: token sequences before anything that depends on lengths or
+is random. What comes after is done here, each time an example is read, so that every epoch has fresh noise.
+
+Axis legend: R records, T tokens of the whole split, L tokens of a segment.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from upcycle_jax.data import draws, numpy_denoising
+from upcycle_jax.data.cache_format import CachedTask, decode
+
+INPUTS, TARGETS = "inputs", "targets"
+
+DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM = "denoise", "append_eos", "append_eos_after_trim"
+STEPS = (DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM)
+"""Steps after caching that are known here: `{'step': name}`, denoising with its 'denoisers'."""
+
+_OFFSET_DRAW = 0x0FF5E7  # tells the draws of offsets from those of noise
+
+Tokens = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which example, and which time that it is seen.
+
+    Attributes:
+      place: number of the example in the split.
+      epoch: passes over the split before this one.
+      number: examples of the split drawn before this one; fixes the noise.
+    """
+
+    place: int
+    epoch: int
+    number: int
+
+
+class View(Protocol):
+    """Numbered examples."""
+
+    def __len__(self) -> int:
+        """Examples of one epoch."""
+        ...
+
+    def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
+        """Tokens of 'inputs' and 'targets', each int32 and no longer than asked; `key` is the seed of noise."""
+        ...
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        """Tokens of inputs and targets of examples, int64 `[N, 2]`, or more where noise decides."""
+        ...
+
+
+class _Records:
+    """Random access to the records of a split."""
+
+    def __init__(self, task: CachedTask, split: str):
+        entry = task.manifest.splits[split]
+        paths = [os.fspath(task.folder / file.name) for file in entry.files]
+        self._source = grain.sources.ArrayRecordDataSource(paths)
+        self._dtypes = task.manifest.token_dtypes
+        if len(self._source) != entry.records:
+            raise ValueError(
+                f"the cached task '{task.manifest.task}' is damaged: split '{split}' has {len(self._source)} records instead of "
+                f"{entry.records}: make it again (python -m upcycle_jax.cache_tasks --overwrite)"
+            )
+        index = np.load(task.folder / entry.index.name, mmap_mode="r")
+        self.ends = {name: index[:, column] for column, name in enumerate(sorted(self._dtypes))}
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return decode(self._source[number], token_dtypes=self._dtypes)
+
+
+def _finish(tokens: np.ndarray, steps: Sequence[Mapping[str, Any]], feature: Mapping[str, Any], length: int) -> np.ndarray:
+    """EOS and trimming, as SeqIO's steps of these names do it."""
+    for step in steps:
+        if feature["add_eos"] and step["step"] in (APPEND_EOS, APPEND_EOS_AFTER_TRIM):
+            kept = tokens[: length - 1] if step["step"] == APPEND_EOS_AFTER_TRIM else tokens
+            tokens = np.append(kept, np.int32(feature["eos_id"]))
+    return tokens[:length]
+
+
+class ExampleView:
+    """Records that are examples already."""
+
+    def __init__(self, task: CachedTask, split: str, sequence_length: Mapping[str, int]):
+        self._records = _Records(task, split)
+        self._features, self._steps = task.manifest.features, task.manifest.steps
+        self._lengths = dict(sequence_length)
+        self._count = task.manifest.splits[split].records
+
+    def __len__(self) -> int:
+        return self._count
+
+    def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
+        return [{name: self.whole(draw.place)[name] for name in (INPUTS, TARGETS)} for draw in drawn]
+
+    def whole(self, place: int) -> dict[str, Any]:
+        """An example with everything that the task keeps: its text before tokenizing, numbers for metrics."""
+        example = self._records[place]
+        for name, length in self._lengths.items():
+            if name in example and name in self._features:
+                example[name] = _finish(example[name], self._steps, self._features[name], length)
+        return example
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        columns = []
+        for name in (INPUTS, TARGETS):
+            ends = self._records.ends[name]
+            before = np.where(places > 0, ends[np.maximum(places - 1, 0)], 0)
+            extra = sum(self._features[name]["add_eos"] for step in self._steps if step["step"] in (APPEND_EOS, APPEND_EOS_AFTER_TRIM))
+            columns.append(np.minimum(ends[places] - before + extra, self._lengths[name]))
+        return np.stack(columns, axis=1)
+
+
+class TextView:
+    """Segments of the split's whole text, the records' tokens one after another, each corrupted when it is read.
+
+    A segment has exactly the tokens that fill the model's inputs. In training the cuts lie elsewhere in each epoch, and what is left at
+    both ends, less than one round of the denoisers, is left out; in one pass for evaluation the cuts start with the text and the last,
+    shorter segment is given too. Where an objective has several denoisers they take turns along the text, so that together they see all
+    of it.
+    """
+
+    def __init__(self, task: CachedTask, split: str, sequence_length: Mapping[str, int], *, one_pass: bool, seed: int = 0):
+        self._records = _Records(task, split)
+        self._features, self._lengths = task.manifest.features, dict(sequence_length)
+        denoise, *self._steps = task.manifest.steps
+        self._denoisers = [numpy_denoising.from_json(described) for described in denoise["denoisers"]]
+        vocabulary = self._features[TARGETS]["vocabulary"]
+        self._first_sentinel = int(vocabulary["size"]) - 1
+        raw = [denoiser.raw_length(self._lengths, int(vocabulary["extra_ids"])) for denoiser in self._denoisers]
+        self._turns = numpy_denoising.pattern(self._denoisers)
+        self._edges = [0, *itertools.accumulate(raw[turn] for turn in self._turns)]
+        self._ends = self._records.ends[TARGETS]
+        self._total = int(self._ends[-1]) if len(self._ends) else 0
+        self._seed = seed
+        if self._total < 2:
+            raise ValueError(f"the cached task '{task.manifest.task}' has no text in the split '{split}': cache more text")
+        cycle = self._edges[-1]
+        if one_pass or self._total < cycle:
+            whole, rest = divmod(self._total, cycle)
+            self._count = whole * len(self._turns) + bisect.bisect_left(self._edges, rest)
+            self._slack = 0
+        else:
+            rounds = max(1, (self._total - cycle + 1) // cycle)
+            self._count = rounds * len(self._turns)
+            self._slack = min(cycle - 1, self._total - rounds * cycle)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _span(self, draw: Draw) -> tuple[int, int, int]:
+        """(denoiser, first token, end) of a segment."""
+        cycle, turn = divmod(draw.place, len(self._turns))
+        offset = int(draws.bits(self._seed, _OFFSET_DRAW, draw.epoch) % np.uint64(self._slack + 1)) if self._slack else 0
+        start = offset + cycle * self._edges[-1]
+        return self._turns[turn], start + self._edges[turn], min(start + self._edges[turn + 1], self._total)
+
+    def _tokens(self, start: int, stop: int) -> np.ndarray:
+        """int32 `[stop - start]` of the whole text."""
+        record = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while start < stop:
+            end = int(self._ends[record])
+            begin = int(self._ends[record - 1]) if record else 0
+            if end > start:
+                parts.append(self._records[record][TARGETS][start - begin : stop - begin])
+                start = end
+            record += 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
+        spans = [self._span(draw) for draw in drawn]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for row, (denoiser, start, stop) in enumerate(spans):
+            alike.setdefault((denoiser, stop - start), []).append(row)
+        out: list[Tokens] = [{}] * len(drawn)
+        for (denoiser, _), rows in alike.items():
+            tokens = np.stack([self._tokens(*spans[row][1:]) for row in rows])
+            keys = draws.bits(key, np.array([drawn[row].number for row in rows]))
+            pairs = self._denoisers[denoiser].corrupt(tokens, keys, sequence_length=self._lengths, first_sentinel=self._first_sentinel)
+            for row, inputs, targets in zip(rows, *pairs, strict=True):
+                out[row] = {
+                    name: _finish(value, self._steps, self._features[name], self._lengths[name])
+                    for name, value in ((INPUTS, inputs), (TARGETS, targets))
+                }
+        return out
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        by_turn = np.array([
+            self._denoisers[turn].result_lengths(stop - start, self._lengths)
+            for turn, start, stop in zip(self._turns, self._edges[:-1], self._edges[1:], strict=True)
+        ])  # fmt: skip
+        return by_turn[places % len(self._turns)].astype(np.int64)
+
+
+def open_view(
+    task: CachedTask, split: str, sequence_length: Mapping[str, int], *, one_pass: bool = False, seed: int = 0
+) -> ExampleView | TextView:
+    """The examples of a split.
+
+    Args:
+      task: the cache.
+      split: one of its splits.
+      sequence_length: longest 'inputs' and 'targets'.
+      one_pass: for evaluation: all of it in order, once.
+      seed: of the cuts.
+
+    Raises:
+      ValueError: the lengths do not suit the objective, or the split is empty or damaged.
+    """
+    steps = task.manifest.steps
+    if steps and steps[0]["step"] == DENOISE:
+        return TextView(task, split, sequence_length, one_pass=one_pass, seed=seed)
+    return ExampleView(task, split, sequence_length)

@@ -1,0 +1,130 @@
+"""Several short examples in one row, with segment ids and positions; planned from lengths alone, so that any row can be found.
+
+Axis legend: B rows, L tokens of a row.
+"""
+
+import bisect
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from upcycle_jax.data.dataset import HostBatch
+
+WINDOW = 4096
+"""Examples that are packed among themselves: a row never holds examples of two windows, so windows can be planned one by one."""
+
+
+def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
+    """Fills rows in order, each with as many of the next examples as fit.
+
+    Args:
+      lengths: int `[N, F]` tokens of each feature of each example.
+      capacity: tokens of a row, for each feature; an example that is longer counts as a whole row.
+
+    Returns:
+      int64: the first example of each row, and N.
+    """
+    fitted = np.minimum(lengths, np.asarray(capacity))
+    ends = np.concatenate([np.zeros((1, fitted.shape[1]), np.int64), np.cumsum(fitted, axis=0)])
+    # From each example as a row's first: the first that does not fit any more.
+    following = np.min(
+        [np.searchsorted(ends[:, column], ends[:-1, column] + room, side="right") - 1 for column, room in enumerate(capacity)], axis=0
+    )
+    starts = [0]
+    while starts[-1] < len(lengths):
+        starts.append(max(int(following[starts[-1]]), starts[-1] + 1))
+    return np.array(starts, np.int64)
+
+
+class PackingPlan:
+    """Which examples of an endless stream each row holds.
+
+    Args:
+      lengths: gives tokens `[count, F]` of examples `first, first + 1, ...` of the stream.
+      capacity: tokens of a row, for each feature.
+    """
+
+    def __init__(self, lengths: Callable[[int, int], np.ndarray], capacity: Sequence[int]):
+        self._lengths, self._capacity = lengths, tuple(capacity)
+        self._lock = threading.Lock()
+        self._first_window = 0
+        self._first_rows = [0]  # the first row of each window from `_first_window` on, and the row after the last known one
+        self._known: dict[int, np.ndarray] = {}
+
+    def _starts(self, window: int) -> np.ndarray:
+        if window not in self._known:
+            while len(self._known) >= 8:
+                del self._known[min(self._known)]
+            self._known[window] = row_starts(self._lengths(window * WINDOW, WINDOW), self._capacity)
+        return self._known[window]
+
+    def _find(self, row: int) -> int:
+        """The window of a row."""
+        if row < self._first_rows[0]:
+            self._first_window, self._first_rows = 0, [0]
+        while row >= self._first_rows[-1]:
+            window = self._first_window + len(self._first_rows) - 1
+            self._first_rows.append(self._first_rows[-1] + len(self._starts(window)) - 1)
+        return self._first_window + bisect.bisect_right(self._first_rows, row) - 1
+
+    def row(self, row: int) -> range:
+        """Numbers of the examples of a row."""
+        with self._lock:
+            window = self._find(row)
+            starts = self._starts(window)
+            number = row - self._first_rows[window - self._first_window]
+            return range(window * WINDOW + int(starts[number]), window * WINDOW + int(starts[number + 1]))
+
+    def anchor(self, row: int) -> dict[str, int]:
+        """What finds the row again at once: its window, and that window's first row."""
+        with self._lock:
+            window = self._find(row)
+            return {"window": window, "first_row": self._first_rows[window - self._first_window]}
+
+    def start_from(self, anchor: dict[str, int]) -> None:
+        """Makes rows from `anchor` on available without counting those before."""
+        with self._lock:
+            self._first_window, self._first_rows = anchor["window"], [anchor["first_row"]]
+
+
+def _shifted(targets: np.ndarray) -> np.ndarray:
+    """Decoder inputs: targets one place later, 0 first."""
+    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+
+
+def padded_rows(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], lengths: Sequence[int], rows: int) -> HostBatch:
+    """One example a row, zeros after it: the features of SeqIO's EncDecFeatureConverter, int32 `[B, L]`. Missing rows are zeros."""
+    filled = []
+    for sequences, length in zip((inputs, targets), lengths, strict=True):
+        out = np.zeros((rows, length), np.int32)
+        for row, tokens in enumerate(sequences):
+            out[row, : len(tokens)] = tokens
+        filled.append(out)
+    return {
+        "encoder_input_tokens": filled[0],
+        "decoder_input_tokens": _shifted(filled[1]),
+        "decoder_target_tokens": filled[1],
+        "decoder_loss_weights": (filled[1] > 0).astype(np.int32),
+    }
+
+
+def packed_rows(inputs: Sequence[Sequence[np.ndarray]], targets: Sequence[Sequence[np.ndarray]], lengths: Sequence[int]) -> HostBatch:
+    """Several examples a row: as `padded_rows`, with segment ids counted from 1 and positions counted from 0 in each example."""
+    batch: HostBatch = {}
+    for side, tokens_name, examples, length in (
+        ("encoder", "encoder_input_tokens", inputs, lengths[0]),
+        ("decoder", "decoder_target_tokens", targets, lengths[1]),
+    ):
+        tokens, segments, positions = (np.zeros((len(examples), length), np.int32) for _ in range(3))
+        for row, sequences in enumerate(examples):
+            place = 0
+            for number, sequence in enumerate(sequences, start=1):
+                here = slice(place, place + len(sequence))
+                tokens[row, here], segments[row, here], positions[row, here] = sequence, number, np.arange(len(sequence))
+                place += len(sequence)
+        batch |= {tokens_name: tokens, f"{side}_segment_ids": segments, f"{side}_positions": positions}
+    shifted = _shifted(batch["decoder_target_tokens"])
+    batch["decoder_input_tokens"] = np.where(batch["decoder_positions"] > 0, shifted, 0)
+    batch["decoder_loss_weights"] = (batch["decoder_target_tokens"] > 0).astype(np.int32)
+    return batch
