@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 
 from upcycle_jax.moe import dispatch
-from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+from upcycle_jax.moe.routing import ExpertsChoose, Group, TokensChoose
 
 S, D, E, C = 12, 5, 3, 4
 
 
+def routed(router, logits):
+    return router.route(Group(logits, E, jnp.ones(S, bool), jnp.ones(S), jnp.float32(S)), capacity=C).plan
+
+
 def einsum_moe(tokens, logits, expert_kernels, router):
     """The oracle: a dispatch mask and a combine array of `[S, E, C]`, two einsums."""
-    assignment = router.route(logits, capacity=C, routable=jnp.ones(S, bool), counted=jnp.ones(S), count=jnp.float32(S)).assignment
+    assignment = routed(router, logits)
     mask = jax.nn.one_hot(assignment.token_index, S)  # [E, C, S]; index S gives a row of zeros
     inputs = jnp.einsum("sd,ecs->ecd", tokens, mask)
     outputs = jnp.tanh(jnp.einsum("ecd,edf->ecf", inputs, expert_kernels))
@@ -21,7 +25,7 @@ def einsum_moe(tokens, logits, expert_kernels, router):
 
 
 def gather_moe(tokens, logits, expert_kernels, router):
-    assignment = router.route(logits, capacity=C, routable=jnp.ones(S, bool), counted=jnp.ones(S), count=jnp.float32(S)).assignment
+    assignment = routed(router, logits)
     inputs = dispatch.dispatch(tokens, assignment)
     outputs = jnp.tanh(jnp.einsum("ecd,edf->ecf", inputs, expert_kernels))
     return dispatch.combine(outputs, assignment, group_size=S)
@@ -59,7 +63,7 @@ def test_gather_equals_one_hot_einsum(router):
 def test_identity_experts_return_tokens_times_their_summed_weights():
     tokens = jax.random.normal(jax.random.key(0), (S, D))
     logits = jax.random.normal(jax.random.key(1), (S, E))
-    assignment = TokensChoose().route(logits, capacity=C, routable=jnp.ones(S, bool), counted=jnp.ones(S), count=jnp.float32(S)).assignment
+    assignment = routed(TokensChoose(), logits)
     y = dispatch.combine(dispatch.dispatch(tokens, assignment), assignment, group_size=S)
     np.testing.assert_allclose(y, tokens * assignment.weight_per_token(S)[:, None], atol=1e-6)
 

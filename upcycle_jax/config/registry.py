@@ -16,6 +16,12 @@ PATHS: dict[str, str] = {
     "MoeConfig": "moe.config:MoeConfig",
     "ExpertsChoose": "moe.routing:ExpertsChoose",
     "TokensChoose": "moe.routing:TokensChoose",
+    "SwitchTop1": "moe.routing:SwitchTop1",
+    "DroplessTopK": "moe.routing:DroplessTopK",
+    "SigmoidTopK": "moe.routing:SigmoidTopK",
+    "LossFreeTopK": "moe.routing:LossFreeTopK",
+    "HashTop1": "moe.routing:HashTop1",
+    "SoftMoe": "moe.routing:SoftMoe",
     "EncoderDecoderModel": "models.api:EncoderDecoderModel",
     # Partitioning.
     "Partitioner": "partitioning:Partitioner",

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from upcycle_jax.moe.dropless import DISPATCHES, Dispatch
 from upcycle_jax.moe.routing import ExpertsChoose, Router, TokensChoose
 
 Stack = Literal["encoder", "decoder"]
@@ -34,6 +35,10 @@ class MoeConfig:
       aux_loss_factor: weight of the load-balancing loss, averaged over all MoE layers.
       router_z_loss_factor: weight of the router z-loss, averaged over all MoE layers.
       expert_dropout_rate: dropout inside experts; None for the dense rate.
+      dispatch: how tokens reach the experts of dropless routers; routers with a capacity gather into slots always.
+        'sorted': rows sorted by expert, worked off in blocks. 'ragged_dot': `jax.lax.ragged_dot`; refused where it becomes one masked
+        product per expert. 'gather': a slot of every expert for every token, of which few are computed first. 'auto': 'ragged_dot' where it
+        is one grouped product, else 'sorted'; the choice is logged.
       ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are routed as zero vectors.
       t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does; results then depend on the mesh.
       num_expert_replicas: devices / (expert partitions x model partitions); used in T5X mode only.
@@ -66,6 +71,7 @@ class MoeConfig:
     aux_loss_factor: float = 0.01
     router_z_loss_factor: float = 0.0
     expert_dropout_rate: float | None = None
+    dispatch: Dispatch = "auto"
     ignore_padding_tokens: bool = False
     t5x_mode: bool = False
     num_expert_replicas: int = 1
@@ -95,10 +101,29 @@ class MoeConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self.encoder_router.check(self.num_experts)
+        self._check_routers()
         if self.num_decoder_sparse_layers != 0:
             self.decoder_router.check(self.num_experts)
             if reason := self.decoder_router.not_causal_because:
                 raise ValueError(f"{type(self.decoder_router).__name__} cannot be the decoder's router: {reason}.")
+
+    def _check_routers(self) -> None:
+        """What settings and the routers in use ask of each other."""
+        counts = (self.num_encoder_sparse_layers, self.num_decoder_sparse_layers)
+        routers = [router for router, count in zip((self.encoder_router, self.decoder_router), counts, strict=True) if count != 0]
+        if self.dispatch not in DISPATCHES:
+            raise ValueError(f"dispatch must be one of {', '.join(map(repr, DISPATCHES))}, got {self.dispatch!r}")
+        if self.dispatch not in ("auto", "gather") and not any(router.has_room_for_all for router in routers):
+            raise ValueError(
+                f"dispatch={self.dispatch!r} moves the tokens of dropless routers, and both routers have a capacity: leave dispatch at "
+                "'auto', or use DroplessTopK()"
+            )
+        for router in routers:
+            if self.t5x_mode and not router.in_flaxformer:
+                raise ValueError(
+                    f"t5x_mode follows Flaxformer, which has no {router}: use ExpertsChoose, TokensChoose or SwitchTop1 with a "
+                    "capacity, or set t5x_mode=False"
+                )
 
     def router(self, stack: Stack) -> Router:
         """The router of the encoder or the decoder."""

@@ -1,14 +1,14 @@
-"""The MoE layer: group, route, dispatch, the lifted dense MLP, combine, ungroup; and the expert that all tokens share, if there is one.
+"""The MoE layer: group, route, send tokens to experts by the router's plan, ungroup; and the expert that all tokens share, if there is one.
 
 Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,79 +17,61 @@ from upcycle_jax import axes
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.projection import Projection
 from upcycle_jax.moe import capacity as capacity_lib
-from upcycle_jax.moe import dispatch, losses
+from upcycle_jax.moe import dropless, losses
+from upcycle_jax.moe import report as report_lib
 from upcycle_jax.moe.config import MoeConfig, Stack
-from upcycle_jax.moe.routing import Router, Routing
+from upcycle_jax.moe.dispatch import Choices, Plan
+from upcycle_jax.moe.report import REPORTS, MoeReport
+from upcycle_jax.moe.routing import Group, Router, Routing
 from upcycle_jax.partitioning import active_batch_shards, constrain
+
+__all__ = ["REPORTS", "MoeLayer", "MoeReport", "RouterLogits"]
 
 ROOM_FOR_SKEW = 4.0
 """Without drops, slots of an expert that are computed at first, in multiples of its even share."""
 MIN_ROOM = 8
 
-REPORTS = "moe_reports"
-"""The variable collection in which every MoE layer leaves its `MoeReport` (one per call, under the name `report`)."""
-
-
-@flax.struct.dataclass
-class MoeReport:
-    """What one MoE layer did with one batch. Float32 scalars unless stated; sums, so that reports can be added up.
-
-    Only real tokens count, except in T5X mode, where padding counts too.
-
-    Attributes:
-      auxiliary_loss: load-balancing loss, the mean over the groups that hold a counted token.
-      router_z_loss: likewise.
-      tokens: counted tokens.
-      left_behind: counted tokens that no expert processed.
-      capacity: slots of all experts and groups.
-      load: `[E]`, counted tokens that each expert processed.
-      weight: combine weights of the counted tokens, summed.
-      entropy: entropy of the router probabilities (nats), summed over counted tokens.
-      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers, where `load` is what capacity let it
-        have.
-      offered: placements asked for (`Routing`).
-      dropped: placements not granted (`Routing`).
-    """
-
-    auxiliary_loss: jax.Array
-    router_z_loss: jax.Array
-    tokens: jax.Array
-    left_behind: jax.Array
-    capacity: jax.Array
-    load: jax.Array
-    weight: jax.Array
-    entropy: jax.Array
-    probability: jax.Array
-    offered: jax.Array
-    dropped: jax.Array
-
 
 class RouterLogits(nn.Module):
-    """The router's kernel `router_weights/w/kernel [d, E]`, N(0, 0.02), no bias.
+    """The router's kernel `router_weights/w/kernel [d, columns]`, N(0, 0.02), no bias in the logits; and, apart, the selection bias.
 
     Attributes:
-      num_experts: E.
+      columns: E for most routers, see `Router.logit_columns`; without columns there is no kernel.
+      biased_experts: E of routers that have a `Router.balance_rate`: there is a parameter `bias` `[E]`; 0 for the others.
     """
 
-    num_experts: int
+    columns: int
+    biased_experts: int = 0
 
-    @nn.compact
+    def setup(self) -> None:
+        if self.columns:
+            self.router_weights = _RouterWeights(self.columns)
+        if self.biased_experts:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (axes.UNMODELED,))
+            self.bias = self.param("bias", init, (self.biased_experts,), jnp.float32)
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Float32 logits `[..., E]` of `[..., d]`.
+        """Float32 logits `[..., columns]` of `[..., d]`.
 
         Inputs are cast to float32 before the product: rounding router logits to bfloat16 makes training unstable (Switch
         Transformer, section 2.4, "selective precision").
         """
-        return _RouterWeights(self.num_experts, name="router_weights")(tokens.astype(jnp.float32))
+        if not self.columns:
+            return jnp.zeros((*tokens.shape[:-1], 0), jnp.float32)
+        return self.router_weights(tokens.astype(jnp.float32))
+
+    def selection_bias(self) -> jax.Array | None:
+        """Float32 `[E]`, or None; no gradient reaches it."""
+        return jax.lax.stop_gradient(self.bias) if self.biased_experts else None
 
 
 class _RouterWeights(nn.Module):
-    num_experts: int
+    columns: int
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        return Projection(self.num_experts, (axes.EMBED, axes.UNMODELED), init, dtype=jnp.float32, name="w")(tokens)
+        return Projection(self.columns, (axes.EMBED, axes.UNMODELED), init, dtype=jnp.float32, name="w")(tokens)
 
 
 class MoeLayer(nn.Module):
@@ -112,37 +94,49 @@ class MoeLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None = None, token_ids: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
         """Maps `[batch, length, d]` to the same shape, and leaves a `MoeReport` in the collection `moe_reports`.
 
         Args:
           x: tokens; zero vectors at padded positions.
           valid: bool `[batch, length]`, real tokens; None if all are.
+          token_ids: int32 `[batch, length]`, for routers that need them.
           train: training capacity, dropout and router jitter.
 
         Raises:
-          ValueError: the token count does not divide into groups.
+          ValueError: the token count does not divide into groups, or the router needs token ids and there are none.
         """
         config = self.config
         router = config.router(self.stack)
+        if router.needs_token_ids and token_ids is None:
+            raise ValueError(
+                f"{type(router).__name__} routes by token ids, and this model has none for its MoE layers: use TokensChoose() or another "
+                "router that looks at features"
+            )
         batch_size, length, _ = x.shape
         grouping, capacity = self._sizes(router, batch_size, length, train=train)
         if valid is None:
             valid = jnp.ones((batch_size, length), bool)
         tokens = constrain(_group(x, grouping), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
         real = constrain(_group(valid, grouping), (axes.EXPERT_GROUP, None))
+        ids = _group(token_ids, grouping) if router.needs_token_ids and token_ids is not None else None
 
-        logits = self._logits(tokens, router, train=train)
+        biased = 0 if router.balance_rate is None else config.num_experts
+        router_module = RouterLogits(router.logit_columns(config.num_experts), biased, name="router")
+        logits = self._logits(router_module, tokens, router, train=train)
         limits = None
         if config.independent and not router.per_token:
             # A sequence's capacity follows from its real tokens, whatever padding it came with.
             by_length = np.array([self._sequence_capacity(n, train=train) for n in range(length + 1)], np.int32)
             limits = jnp.asarray(by_length)[jnp.sum(real, axis=-1)]
-        routing, report = jax.vmap(functools.partial(self._route, router=router, capacity=capacity))(logits, real, limits)
-        report = _over_groups(report, every_group=config.t5x_mode)
+        route = functools.partial(self._route, router=router, capacity=capacity, bias=router_module.selection_bias())
+        routing, report = jax.vmap(route)(logits, real, limits, ids)
+        report = report_lib.over_groups(report, every_group=config.t5x_mode)
         self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
-        y = self._process(tokens, routing.assignment, train=train)
+        y = self._process(tokens, routing.plan, router, train=train)
         y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
         y = y.reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
         if config.shared_expert_mlp_dim is not None:
@@ -168,7 +162,7 @@ class MoeLayer(nn.Module):
             shards = active_batch_shards()
             grouping = capacity_lib.ample_grouping(batch_size * length, max_group_size=config.group_size, multiple_of=shards)
             return grouping, grouping.group_size
-        if config.independent:
+        if config.independent or router.group_is_sequence:
             grouping = capacity_lib.Grouping(num_groups=batch_size, group_size=length)
             return grouping, self._sequence_capacity(length, train=train)
         grouping = capacity_lib.grouping(
@@ -195,94 +189,132 @@ class MoeLayer(nn.Module):
             min_expert_capacity=self.config.min_inference_capacity,
         )
 
-    def _logits(self, tokens: jax.Array, router: Router, *, train: bool) -> jax.Array:
-        """Float32 logits `[G, S, E]` of `[G, S, d]`."""
+    def _logits(self, module: RouterLogits, tokens: jax.Array, router: Router, *, train: bool) -> jax.Array:
+        """Float32 logits `[G, S, columns]` of `[G, S, d]`."""
         tokens = tokens.astype(jnp.float32)
         if train and router.input_jitter > 0 and self.has_rng("jitter"):
             low, high = 1.0 - router.input_jitter, 1.0 + router.input_jitter
             tokens = tokens * jax.random.uniform(self.make_rng("jitter"), tokens.shape, minval=low, maxval=high)
-        logits = RouterLogits(self.config.num_experts, name="router")(tokens)
-        return constrain(logits, (axes.EXPERT_GROUP, None, None))
+        return constrain(module(tokens), (axes.EXPERT_GROUP, None, None))
 
     def _route(
-        self, logits: jax.Array, real: jax.Array, limit: jax.Array | None, *, router: Router, capacity: int
+        self,
+        logits: jax.Array,
+        real: jax.Array,
+        limit: jax.Array | None,
+        token_ids: jax.Array | None,
+        *,
+        router: Router,
+        capacity: int,
+        bias: jax.Array | None,
     ) -> tuple[Routing, MoeReport]:
-        """Routes one group: logits `[S, E]`, real tokens bool `[S]`, and the limit of `Router.route`."""
+        """Routes one group; the arguments are those of `Group`."""
         config = self.config
-        group_size = logits.shape[0]
-        routable = real if config.ignore_padding_tokens or config.independent else jnp.ones_like(real)
+        skips_padding = config.ignore_padding_tokens or config.independent or router.skips_padding
+        routable = real if skips_padding else jnp.ones_like(real)
         # What counts in losses. T5X divides by all positions even where padding is ignored.
         counted = (routable if config.t5x_mode else real).astype(jnp.float32)
-        count = jnp.float32(group_size) if config.t5x_mode else jnp.sum(counted)
-        slots = router.slots(capacity, group_size=group_size)
-        routing = router.route(logits, capacity=slots, routable=routable, counted=counted, count=count, limit=limit)
+        count = jnp.float32(real.size) if config.t5x_mode else jnp.sum(counted)
+        group = Group(logits, config.num_experts, routable, counted, count, limit=limit, bias=bias, token_ids=token_ids)
+        slots = router.slots(capacity, group_size=real.size)
+        routing = router.route(group, capacity=slots)
         if config.t5x_mode:
             # Flaxformer zeroes the logits of ignored tokens and still averages over them.
-            logits = logits * counted[:, None]
-            z_loss = losses.router_z_loss(logits, counted=jnp.ones_like(counted), count=count)
-        else:
+            z_loss = losses.router_z_loss(logits * counted[:, None], counted=jnp.ones_like(counted), count=count)
+        elif logits.size:
             z_loss = losses.router_z_loss(logits, counted=counted, count=count)
-        return routing, _report(routing, logits, z_loss, counted=counted, capacity=capacity if config.t5x_mode else slots)
+        else:
+            z_loss = jnp.zeros((), jnp.float32)
+        computed = capacity if config.t5x_mode else slots
+        rows = router.expert_rows(config.num_experts, computed, group_size=max(real.size, computed))
+        return routing, report_lib.of_group(routing, group, z_loss, rows=rows)
 
-    def _process(self, tokens: jax.Array, assignment: dispatch.Assignment, *, train: bool) -> jax.Array:
+    def _process(self, tokens: jax.Array, plan: Plan, router: Router, *, train: bool) -> jax.Array:
         """Sends `[G, S, d]` through the experts and adds up what comes back: float32 `[G, S, d]`.
 
-        Where every expert has room for every token, almost all slots are empty. As many as a skewed load needs are computed; all of them
+        Where every expert has a slot for every token, almost all slots are empty. As many as a skewed load needs are computed; all of them
         only in a batch whose fullest expert is beyond that. Tokens are never dropped.
         """
-        group_size, slots = tokens.shape[1], assignment.token_index.shape[-1]
+        group_size = tokens.shape[1]
+        if self.config.dispatch == "gather" or self.is_initializing():
+            plan = jax.vmap(lambda one: one.in_slots(group_size))(plan)
 
-        def process(layer: "MoeLayer", tokens: jax.Array, assignment: dispatch.Assignment) -> jax.Array:
-            outputs = layer._experts(tokens, assignment, train=train)
-            return jax.vmap(lambda out, where: dispatch.combine(out, where, group_size=group_size))(outputs, assignment)
+        def process(layer: "MoeLayer", tokens: jax.Array, plan: Plan) -> jax.Array:
+            return plan.process(tokens.astype(layer.dtype), _Experts(layer, train))
 
-        few = slots
-        router = self.config.router(self.stack)
-        if self.config.independent and router.per_token:
+        short = None
+        if router.per_token and (self.config.independent or router.has_room_for_all):
             even_share = router.active_experts(1.0) * group_size / self.config.num_experts
-            few = max(math.ceil(ROOM_FOR_SKEW * even_share), MIN_ROOM)
-        if few >= slots:
-            return process(self, tokens, assignment)
-        fullest = jnp.max(jnp.sum(assignment.filled(group_size), axis=-1))
-        first_slots = jax.tree.map(lambda leaf: leaf[..., :few], assignment)
+            short = plan.shortened(max(math.ceil(ROOM_FOR_SKEW * even_share), MIN_ROOM), group_size=group_size)
+        if short is None:
+            return process(self, tokens, plan)
         return nn.cond(
-            fullest <= few,
+            short.holds_all,
             lambda layer, tokens, all_slots, first_slots: process(layer, tokens, first_slots),
             lambda layer, tokens, all_slots, first_slots: process(layer, tokens, all_slots),
             self,
             tokens,
-            assignment,
-            first_slots,
+            plan,
+            short.plan,
         )
 
-    def _experts(self, tokens: jax.Array, assignment: dispatch.Assignment, *, train: bool) -> jax.Array:
-        """Sends `[G, S, d]` to the experts; returns their outputs `[G, E, C, d]`.
+
+@dataclasses.dataclass(frozen=True)
+class _Experts:
+    """The experts of a layer, as plans use them (`dispatch.Experts`)."""
+
+    layer: MoeLayer
+    train: bool
+
+    def on_slots(self, inputs: jax.Array) -> jax.Array:
+        """Outputs `[G, E, C, d]` of `[G, E, C, d]`.
 
         Before, groups are split over all data and expert shards; in between, groups over data shards only and experts over expert shards.
         The change from one to the other and back is what becomes the two all-to-alls, and nothing else crosses devices.
         """
+        layer = self.layer
         here = (axes.EXPERT_GROUP, None, None, axes.ACTIVATION_EMBED)
         there = (axes.EXPERT_REPLICA_GROUP, axes.ACTIVATION_EXPERT, None, axes.ACTIVATION_EMBED)
-        inputs = constrain(jax.vmap(dispatch.dispatch)(tokens.astype(self.dtype), assignment), here)
-        inputs = constrain(inputs, there)
+        inputs = constrain(constrain(inputs, here), there)
         expert = nn.vmap(
             MlpBlock,
             in_axes=(1, None),
             out_axes=1,
-            axis_size=self.config.num_experts,
+            axis_size=layer.config.num_experts,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             metadata_params={nn.PARTITION_NAME: axes.EXPERT},
         )(
-            hidden=self.hidden,
-            activations=self.activations,
+            hidden=layer.hidden,
+            activations=layer.activations,
             hidden_axis=axes.EXPERT_MLP,
             activation_axes=(axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
-            dropout_rate=self.dropout_rate,
-            dtype=self.dtype,
+            dropout_rate=layer.dropout_rate,
+            dtype=layer.dtype,
             name="expert",
+            parent=layer,
         )
-        return constrain(constrain(expert(inputs, not train), there), here)
+        return constrain(constrain(expert(inputs, not self.train), there), here)
+
+    def on_choices(self, tokens: jax.Array, choices: Choices) -> jax.Array:
+        """Float32 `[G, S, d]`. The parameters are those that `on_slots` makes; how they are multiplied differs alone."""
+        layer = self.layer
+        kernels = {name: leaf["kernel"] for name, leaf in nn.meta.unbox(layer.variables["params"]["expert"]).items()}
+        flat = [a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight)]
+        scale = None
+        if self.train and layer.dropout_rate > 0:
+            # As in `MlpBlock`, a hidden unit of an expert is dropped for all tokens or for none.
+            keep = 1.0 - layer.dropout_rate
+            shape = kernels["wo"].shape[:2]
+            scale = jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
+        out = dropless.process(
+            *flat,
+            kernels,
+            activations=layer.activations,
+            dispatch=dropless.resolve(layer.config.dispatch),
+            hidden_scale=scale,
+        )
+        return out.reshape(*tokens.shape)
 
 
 def _group(x: jax.Array, grouping: capacity_lib.Grouping) -> jax.Array:
@@ -291,40 +323,3 @@ def _group(x: jax.Array, grouping: capacity_lib.Grouping) -> jax.Array:
     if grouping.batch_padding or grouping.length_padding:
         x = jnp.pad(x, padding)
     return x.reshape(grouping.num_groups, grouping.group_size, *x.shape[2:])
-
-
-def _report(routing: Routing, logits: jax.Array, z_loss: jax.Array, *, counted: jax.Array, capacity: int) -> MoeReport:
-    """The report of one group."""
-    group_size, num_experts = logits.shape
-    assignment = routing.assignment
-    counts = counted.at[assignment.token_index].get(mode="fill", fill_value=0.0)
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    probabilities = jnp.exp(log_probabilities)
-    entropy = -jnp.sum(probabilities * log_probabilities, axis=-1)
-    return MoeReport(
-        auxiliary_loss=routing.auxiliary_loss,
-        router_z_loss=z_loss,
-        tokens=jnp.sum(counted),
-        left_behind=jnp.sum(counted * (assignment.experts_per_token(group_size) == 0)),
-        capacity=jnp.float32(num_experts * capacity),
-        load=jnp.sum(counts, axis=-1),
-        weight=jnp.sum(assignment.combine_weight * counts),
-        entropy=jnp.sum(entropy * counted),
-        probability=jnp.sum(probabilities * counted[:, None], axis=0),
-        offered=routing.offered,
-        dropped=routing.dropped,
-    )
-
-
-def _over_groups(report: MoeReport, *, every_group: bool) -> MoeReport:
-    """The layer's report from those of its groups `[G, ...]`: losses are averaged, the rest is summed.
-
-    A group of nothing but padding has no loss to average, unless padding counts (`every_group`).
-    """
-    weight = jnp.ones_like(report.tokens) if every_group else (report.tokens > 0).astype(jnp.float32)
-    num_groups = jnp.maximum(jnp.sum(weight), 1.0)
-    summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), report)
-    return summed.replace(
-        auxiliary_loss=jnp.sum(report.auxiliary_loss * weight) / num_groups,
-        router_z_loss=jnp.sum(report.router_z_loss * weight) / num_groups,
-    )

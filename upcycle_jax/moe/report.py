@@ -1,0 +1,84 @@
+"""What an MoE layer reports about a batch, for losses and metrics."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax.moe.routing import Group, Routing
+
+REPORTS = "moe_reports"
+"""The variable collection in which every MoE layer leaves its `MoeReport` (one per call, under the name `report`)."""
+
+
+@flax.struct.dataclass
+class MoeReport:
+    """What one MoE layer did with one batch. Float32 scalars unless stated; sums, so that reports can be added up.
+
+    Only real tokens count, except in T5X mode, where padding counts too.
+
+    Attributes:
+      auxiliary_loss: load-balancing loss, the mean over the groups that hold a counted token.
+      router_z_loss: likewise.
+      tokens: counted tokens.
+      left_behind: counted tokens that no expert processed.
+      capacity: slots of all experts and groups.
+      load: `[E]`, counted tokens that each expert processed.
+      chosen: `[E]`, counted tokens that wanted each expert, before any drop.
+      weight: combine weights of the counted tokens, summed.
+      entropy: entropy of the router probabilities (nats), summed over counted tokens.
+      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers, where `load` is what capacity let it
+        have.
+      offered: placements asked for (`Routing`).
+      dropped: placements not granted (`Routing`).
+      non_finite: router logits that are NaN or infinite, of all tokens.
+    """
+
+    auxiliary_loss: jax.Array
+    router_z_loss: jax.Array
+    tokens: jax.Array
+    left_behind: jax.Array
+    capacity: jax.Array
+    load: jax.Array
+    chosen: jax.Array
+    weight: jax.Array
+    entropy: jax.Array
+    probability: jax.Array
+    offered: jax.Array
+    dropped: jax.Array
+    non_finite: jax.Array
+
+
+def of_group(routing: Routing, group: Group, z_loss: jax.Array, *, rows: int) -> MoeReport:
+    """The report of one group, whose experts compute `rows` vectors."""
+    group_size, counted = group.counted.size, group.counted
+    experts_per_token = routing.plan.experts_per_token(group_size)
+    entropy = jnp.sum(jax.scipy.special.entr(routing.probabilities), axis=-1)
+    return MoeReport(
+        auxiliary_loss=routing.auxiliary_loss,
+        router_z_loss=z_loss,
+        tokens=jnp.sum(counted),
+        left_behind=jnp.sum(counted * (experts_per_token == 0)),
+        capacity=jnp.float32(rows),
+        load=routing.plan.load(counted),
+        chosen=routing.chosen,
+        weight=jnp.sum(routing.plan.weight_per_token(group_size) * counted),
+        entropy=jnp.sum(entropy * counted),
+        probability=jnp.sum(routing.probabilities * counted[:, None], axis=0),
+        offered=routing.offered,
+        dropped=routing.dropped,
+        non_finite=jnp.sum(~jnp.isfinite(group.logits), dtype=jnp.float32),
+    )
+
+
+def over_groups(report: MoeReport, *, every_group: bool) -> MoeReport:
+    """The layer's report from those of its groups `[G, ...]`: losses are averaged, the rest is summed.
+
+    A group of nothing but padding has no loss to average, unless padding counts (`every_group`).
+    """
+    weight = jnp.ones_like(report.tokens) if every_group else (report.tokens > 0).astype(jnp.float32)
+    num_groups = jnp.maximum(jnp.sum(weight), 1.0)
+    summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), report)
+    return summed.replace(
+        auxiliary_loss=jnp.sum(report.auxiliary_loss * weight) / num_groups,
+        router_z_loss=jnp.sum(report.router_z_loss * weight) / num_groups,
+    )

@@ -1,0 +1,167 @@
+"""The interface of all routers: from what is known about ONE group of tokens to a plan of who meets which expert.
+
+Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
+
+Ties are broken in favour of the lowest index everywhere, so that exact copies of router columns route deterministically.
+"""
+
+import abc
+import dataclasses
+
+import flax.struct
+import jax
+
+from upcycle_jax.moe.dispatch import Plan
+
+
+@flax.struct.dataclass
+class Group:
+    """One group of tokens, as routers see it.
+
+    Attributes:
+      logits: float32 `[S, columns]`, see `Router.logit_columns`.
+      num_experts: E.
+      routable: bool `[S]`, tokens that may take a place.
+      counted: float32 `[S]`, 1 for tokens that losses and metrics count.
+      count: float32 scalar, the number of tokens that means of losses run over.
+      limit: int32 scalar, the capacity where it is known only when running: slots from there on stay empty. None: all may be filled.
+      bias: float32 `[E]`, added to what experts are selected by, for routers with a `Router.balance_rate`; None: zeros.
+      token_ids: int32 `[S]`, for routers that `Router.needs_token_ids`.
+    """
+
+    logits: jax.Array
+    num_experts: int = flax.struct.field(pytree_node=False)
+    routable: jax.Array
+    counted: jax.Array
+    count: jax.Array
+    limit: jax.Array | None = None
+    bias: jax.Array | None = None
+    token_ids: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Routing:
+    """What a router decides about one group.
+
+    Attributes:
+      plan: who meets whom, and with which weight.
+      probabilities: float32 `[S, E]`, what the router prefers; every row sums to 1.
+      chosen: float32 `[E]`, counted tokens that each expert was wanted by, before any drop.
+      auxiliary_loss: float32 scalar, the load-balancing loss of the group (0 for routers that balance by other means).
+      offered: float32 scalar, how many placements were asked for (the router says what counts as one).
+      dropped: float32 scalar, how many of those were not granted.
+    """
+
+    plan: Plan
+    probabilities: jax.Array
+    chosen: jax.Array
+    auxiliary_loss: jax.Array
+    offered: jax.Array
+    dropped: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Router(abc.ABC):
+    """A routing algorithm. Callers use its methods and never ask which one it is.
+
+    The properties say what a router needs and promises; a subclass overrides those in which it differs from a plain one.
+    """
+
+    @property
+    def not_causal_because(self) -> str | None:
+        """Why this router may not be used in an autoregressive decoder, or None if it may."""
+        return None
+
+    @property
+    def not_packable_because(self) -> str | None:
+        """Why rows that hold several examples may not pass this router, or None if they may."""
+        return None
+
+    @property
+    def in_flaxformer(self) -> bool:
+        """Whether Flaxformer has this router, so that T5X mode has a meaning."""
+        return False
+
+    @property
+    def input_jitter(self) -> float:
+        """During training the router's inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter]; 0 for none."""
+        return 0.0
+
+    @property
+    def balance_rate(self) -> float | None:
+        """How far the selection bias of each expert moves after a step (see `moe.balance`); None for routers without one."""
+        return None
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether `Group.token_ids` must be given."""
+        return False
+
+    @property
+    def skips_padding(self) -> bool:
+        """Whether padding never takes a place, whatever `MoeConfig.ignore_padding_tokens` says."""
+        return False
+
+    @property
+    def group_is_sequence(self) -> bool:
+        """Whether every sequence is a group of its own, whatever GROUP_SIZE says."""
+        return False
+
+    @property
+    def fills_capacity(self) -> bool:
+        """Whether every slot of every expert holds a token by construction."""
+        return False
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's experts follow from that token alone, so that with room for every token nothing depends on its group.
+
+        Such a router fills each expert's slots from the first on: what an expert leaves empty is at the end.
+        """
+        return False
+
+    @property
+    def has_room_for_all(self) -> bool:
+        """Whether every token meets every expert that it chose, at any load: there is no capacity."""
+        return False
+
+    @property
+    def unit_weights(self) -> bool:
+        """Whether the combine weights of a token sum to 1 where nothing is dropped: copies of one expert then equal that expert."""
+        return False
+
+    def renormalized(self) -> "Router | None":
+        """The same router with unit weights, or None where tokens do not meet experts one by one."""
+        return dataclasses.replace(self, renormalize=True)  # type: ignore[call-arg]
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError if the router cannot serve `num_experts` experts."""
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+
+    def logit_columns(self, num_experts: int) -> int:
+        """Columns of the router's kernel `[d, columns]`; 0 for routers that learn nothing and have none."""
+        return num_experts
+
+    def flops_per_token(self, emb_dim: int, num_experts: int) -> int:
+        """FLOPs of the router's own matrix products for one token, forward."""
+        return 2 * emb_dim * self.logit_columns(num_experts)
+
+    def expert_rows(self, num_experts: int, capacity: int, *, group_size: int) -> int:
+        """Vectors that the experts compute in one group: what their cost follows from."""
+        return num_experts * self.slots(capacity, group_size=group_size)
+
+    @abc.abstractmethod
+    def slots(self, capacity: int, *, group_size: int) -> int:
+        """C as this router uses it: slots that could never hold a token are not allocated."""
+
+    @abc.abstractmethod
+    def active_experts(self, capacity_factor: float) -> float:
+        """Experts that process a token, on average and before drops: for counting active parameters."""
+
+    @abc.abstractmethod
+    def route(self, group: Group, *, capacity: int) -> Routing:
+        """Plans one group with `capacity` slots per expert (as from `slots`).
+
+        Routers map with `jax.vmap` over groups, so shapes may not depend on values.
+        """
