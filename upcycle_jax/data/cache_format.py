@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 MIXTURE = "mixture.json"
 UNFINISHED = ".unfinished"
 SEQIO_COMPLETED = "COMPLETED"
+TEXT_SETTINGS = ("objective", "text_field", "validation_fraction")
+"""Fields of `DatasetConfig` that decide what a task over the user's own text files gives."""
 
 Example = dict[str, Any]
 
@@ -121,6 +123,7 @@ class Manifest:
       feature_lengths: lengths for which the examples were made, where steps that need them ran before they were written; else None.
       splits: by name.
       versions: of the libraries that wrote it.
+      text_files: `TEXT_SETTINGS` of a task over the user's own text files, else None.
       format: of this file.
     """
 
@@ -131,6 +134,7 @@ class Manifest:
     feature_lengths: Mapping[str, int] | None
     splits: Mapping[str, SplitEntry]
     versions: Mapping[str, str]
+    text_files: Mapping[str, Any] | None = None
     format: int = FORMAT
 
     @property
@@ -145,7 +149,7 @@ class Manifest:
 
     def digest(self) -> str:
         """A short hash of everything that decides which examples are read."""
-        return digest({key: value for key, value in self.to_json().items() if key not in ("versions", "features")})
+        return digest({key: value for key, value in self.to_json().items() if key not in ("versions", "features", "text_files")})
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""

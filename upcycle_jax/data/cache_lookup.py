@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle_jax.data import settings
-from upcycle_jax.data.cache_format import MANIFEST, MIXTURE, SEQIO_COMPLETED, CachedTask, find_folder, sha256_of_file
+from upcycle_jax.data.cache_format import MANIFEST, MIXTURE, SEQIO_COMPLETED, TEXT_SETTINGS, CachedTask, find_folder, sha256_of_file
 from upcycle_jax.data.dataset import DatasetConfig
 
 _DEFAULT_FOLDER = "cache"
@@ -130,8 +130,8 @@ def _check(config: DatasetConfig, task: CachedTask, again: str) -> None:
     if config.vocabulary is not None or config.text_files is not None:
         problems += [problem for name, feature in manifest.features.items() for problem in _other_vocabulary(config, name, feature)]
     if config.text_files is not None:
-        made = manifest.identity.get("text_files") or {}
-        for name in ("objective", "text_field", "validation_fraction"):
+        made = manifest.text_files or {}
+        for name in TEXT_SETTINGS:
             if made.get(name) != getattr(config, name):
                 problems.append(f"{name} was {made.get(name)!r} and is {getattr(config, name)!r}")
     if problems:

@@ -19,7 +19,7 @@ import tensorflow as tf
 from array_record.python import array_record_module
 
 from upcycle_jax.data import cache_format, cached_steps, fingerprints, resolve, seqio_source
-from upcycle_jax.data.cache_format import CachedTask, FileEntry, Manifest, SplitEntry
+from upcycle_jax.data.cache_format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
 from upcycle_jax.data.cached_views import DENOISE
 from upcycle_jax.data.dataset import DatasetConfig
 
@@ -125,8 +125,6 @@ def _plan(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> _Pl
         "seed": options.seed,
         "parts": parts,
     }
-    if config.text_files is not None:
-        identity["text_files"] = {name: getattr(config, name) for name in ("objective", "text_field", "validation_fraction")}
     return _Plan(task, division, parts, json.loads(json.dumps(identity)), features, lengths)
 
 
@@ -314,6 +312,7 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
             steps=plan.division.steps,
             feature_lengths=plan.sequence_length,
             splits=splits,
+            text_files={name: getattr(config, name) for name in TEXT_SETTINGS} if config.text_files is not None else None,
             versions={name: importlib.metadata.version(name) for name in ("seqio", "tensorflow", "array_record")},
         )
         cache_format.write_json(work / cache_format.MANIFEST, manifest.to_json())
