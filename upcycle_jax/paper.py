@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from upcycle_jax.experiments import paper_exhibits
     from upcycle_jax.experiments.paper_commands import Places
     from upcycle_jax.experiments.paper_compare import compare
-    from upcycle_jax.experiments.paper_render import Format, Table, as_json, json_text, render
+    from upcycle_jax.experiments.paper_render import as_json, render
+    from upcycle_jax.experiments.text_tables import Format, Table, json_text
 
     style = Format(arguments.format)
     try:

@@ -70,6 +70,20 @@ class Partitioner:
     rules: Rules = STANDARD_RULES
     devices: tuple[Any, ...] | None = None
 
+    def mesh_shape(self, num_devices: int) -> tuple[int, int, int]:
+        """Sizes of the mesh's axes over so many devices.
+
+        Raises:
+          ValueError: the device count is not a multiple of the two partition counts.
+        """
+        split = self.num_expert_partitions * self.num_model_partitions
+        if split < 1 or num_devices % split:
+            raise ValueError(
+                f"{num_devices} devices cannot form a mesh of {self.num_expert_partitions} expert x {self.num_model_partitions} model "
+                "partitions: the product must divide the number of devices. Change NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS."
+            )
+        return num_devices // split, self.num_expert_partitions, self.num_model_partitions
+
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The `('data', 'expert', 'model')` mesh over all devices.
@@ -78,13 +92,7 @@ class Partitioner:
           ValueError: the device count is not a multiple of the two partition counts.
         """
         devices = list(self.devices) if self.devices is not None else jax.devices()
-        split = self.num_expert_partitions * self.num_model_partitions
-        if split < 1 or len(devices) % split:
-            raise ValueError(
-                f"{len(devices)} devices cannot form a mesh of {self.num_expert_partitions} expert x {self.num_model_partitions} model "
-                "partitions: the product must divide the number of devices. Change NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS."
-            )
-        shape = (len(devices) // split, self.num_expert_partitions, self.num_model_partitions)
+        shape = self.mesh_shape(len(devices))
         axis_types = (AxisType.Auto,) * len(MESH_AXES)
         try:
             return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=axis_types)

@@ -24,7 +24,6 @@ from upcycle_jax.config.flags import Flags
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
     from upcycle_jax.experiments.ahead_of_time import Workload
-    from upcycle_jax.experiments.topologies import Topology
 
 
 # Needed to build a run, of no consequence for its programs.
@@ -40,21 +39,27 @@ def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax import config
     from upcycle_jax.experiments import pod_report, topologies
 
-    open_macros = [f"{name}={value!r}" for name, value in PLACEHOLDERS.items() if name in loaded.bindings.macros]
-    loaded = config.load(flags.gin_file, (*flags.gin_bindings, *open_macros), flags.gin_search_paths)
+    loaded = config.load(flags.gin_file, (*flags.gin_bindings, *placeholders(loaded)), flags.gin_search_paths)
     name = flags.extra.topology or (loaded.has_macro("TOPOLOGY") and loaded.macro("TOPOLOGY"))
     if not name:
         raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
     topology = topologies.topology(name)
-    workload = _workload(loaded, topology)
-    report = pod_report.build(pathlib.PurePath((flags.gin_file or ("flags",))[-1]).stem, topology, workload)
+    run = workload(loaded)
+    work = dataclasses.replace(run, partitioner=dataclasses.replace(run.partitioner, devices=topology.devices))
+    report = pod_report.build(pathlib.PurePath((flags.gin_file or ("flags",))[-1]).stem, topology, work)
     sys.stdout.write(pod_report.markdown([report]) if flags.extra.markdown else report.text())
     if flags.extra.markdown and not report.fits:
         sys.stderr.write(report.text())
     return 0 if report.fits else 1
 
 
-def _workload(loaded: "Config", topology: "Topology") -> "Workload":
+def placeholders(loaded: "Config") -> list[str]:
+    """Bindings of macros that only a real run needs."""
+    return [f"{name}={value!r}" for name, value in PLACEHOLDERS.items() if name in loaded.bindings.macros]
+
+
+def workload(loaded: "Config") -> "Workload":
+    """The parts of the configured training run that decide its programs; its partitioner still has this machine's devices."""
     from upcycle_jax.experiments.ahead_of_time import Workload
     from upcycle_jax.partitioning import Partitioner
 
@@ -63,7 +68,7 @@ def _workload(loaded: "Config", topology: "Topology") -> "Workload":
     return Workload(
         model=run["model"],
         trainer=run["trainer"],
-        partitioner=dataclasses.replace(run.get("partitioner", Partitioner()), devices=topology.devices),
+        partitioner=run.get("partitioner", Partitioner()),
         batch_size=dataset.batch_size,
         task_feature_lengths=dataset.task_feature_lengths,
         packed=dataset.pack,

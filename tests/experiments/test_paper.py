@@ -12,7 +12,8 @@ from upcycle_jax.config import flags
 from upcycle_jax.experiments import paper_compare, paper_exhibits, paper_runs
 from upcycle_jax.experiments.paper_commands import Places, commands
 from upcycle_jax.experiments.paper_exhibits import Kind, Method, exhibit, exhibits
-from upcycle_jax.experiments.paper_render import Format, render
+from upcycle_jax.experiments.paper_render import render
+from upcycle_jax.experiments.text_tables import Format
 
 REFERENCE = pathlib.Path(__file__).resolve().parents[3] / "shared" / "reference" / "paper_figures.csv"
 LANGUAGE = [(one.name, series) for one in exhibits().values() for series in one.series("language")]

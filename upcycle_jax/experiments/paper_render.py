@@ -1,9 +1,6 @@
 """Comparisons with the paper as text for a terminal (at most 140 columns), as Markdown and as JSON."""
 
 import dataclasses
-import enum
-import json
-import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -12,44 +9,10 @@ from upcycle_jax.experiments.paper_commands import quoted_word
 from upcycle_jax.experiments.paper_compare import Comparison, Curve, Line, Scaled
 from upcycle_jax.experiments.paper_estimates import Estimate
 from upcycle_jax.experiments.paper_exhibits import KIND_NOTES, METRICS, PAPER, Kind, Point, Series
+from upcycle_jax.experiments.text_tables import WIDTH, Format, Table, json_text
 
 NOT_SUPPORTED = "not yet supported"
 SHOWN_COMMANDS = 3
-WIDTH = 138
-NUMBER = re.compile(r"[-+]?\d|-$")
-
-
-class Format(enum.StrEnum):
-    """How a comparison is written."""
-
-    TEXT = "text"
-    MARKDOWN = "markdown"
-    JSON = "json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells under a heading."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def render(self, style: Format) -> str:
-        """The table; the first column is flush left, all others flush right."""
-        lines = [list(self.header), *map(list, self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        left = {i for i in range(len(self.header)) if i == 0 or not all(NUMBER.match(row[i]) for row in self.rows)}
-
-        def cells(line: Sequence[str]) -> list[str]:
-            return [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
-
-        if style == Format.MARKDOWN:
-            rule = ["-" * width if i in left else "-" * max(width - 1, 1) + ":" for i, width in enumerate(widths)]
-            body = [f"| {' | '.join(line)} |" for line in (cells(self.header), rule, *map(cells, self.rows))]
-            return "\n".join([f"### {self.title}", "", *body])
-        body = ["  ".join(cells(line)).rstrip() for line in (self.header, *self.rows)]
-        return "\n".join([self.title, *(f"  {line}" for line in body)])
 
 
 def render(comparison: Comparison, style: Format) -> str:
@@ -200,11 +163,6 @@ def _wrapped(words: Sequence[str], width: int = WIDTH) -> str:
         else:
             current += f" {word}"
     return "\n".join([*lines, current])
-
-
-def json_text(value: Any) -> str:
-    """Plain values as indented JSON."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
