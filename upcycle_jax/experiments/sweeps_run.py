@@ -108,6 +108,7 @@ class Runner:
       retries: how often a cell that dies is started again; it resumes from its checkpoint.
       environment: of the processes.
       further_flags: of every command, e.g. search paths of gin files.
+      program: what runs a command's module.
       progress_period: seconds between lines of progress.
     """
 
@@ -120,6 +121,7 @@ class Runner:
         retries: int = 1,
         environment: Mapping[str, str] | None = None,
         further_flags: Sequence[str] = (),
+        program: Sequence[str] = (sys.executable, "-m"),
         progress_period: float = 60.0,
     ):
         if num_parallel < 1:
@@ -131,7 +133,7 @@ class Runner:
         self._environment = dict(os.environ if environment is None else environment)
         self._environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self._root / "compilation_cache"))
         self._environment |= {"UPCYCLE_JAX_INTERRUPTED_CODE": str(INTERRUPTED), "PYTHONUNBUFFERED": "1"}
-        self._further = tuple(further_flags)
+        self._program, self._further = tuple(program), tuple(further_flags)
         self._running: dict[str, _Running] = {}
         self._finished: dict[str, Cell] = {}
         self._failures: dict[str, Failure] = {}
@@ -206,7 +208,7 @@ class Runner:
         path = self._log_path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("ab")
-        line = [sys.executable, "-m", f"upcycle_jax.{cell.command}", *cell.words, *self._further]
+        line = [*self._program, f"upcycle_jax.{cell.command}", *cell.words, *self._further]
         log.write(f"$ {shlex.join(line)}\n".encode())
         log.flush()
         sweeps_state.note(str(self._root), "start", cell=cell.name, from_step=sweeps_state.step_reached(cell))
