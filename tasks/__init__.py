@@ -16,6 +16,10 @@ SHIPPED = {
     "upcycle_jax.tasks.embedded_text": tuple(
         f"{domain}_{objective}" for objective in _OBJECTIVES for domain in ("embedded_text", "python_source", "documentation_prose")
     ),
+    "upcycle_jax.tasks.offline_suite": (
+        "offline_suite_finetune",
+        *(f"offline_suite_{name}" for name in ("package", "keyword", "match", "choice", "default")),
+    ),
     "upcycle_jax.tasks.c4": ("c4_span_corruption", "c4_v220_span_corruption"),
     "upcycle_jax.tasks.super_glue": (
         "super_glue_v102_proportional",

@@ -171,12 +171,12 @@ def _prose_documents(packages: Sequence[str]) -> Iterator[Document]:
                 yield Document(prose, key=f"{package}/{name}")
 
 
-def _cache_file(identity: Mapping[str, object]) -> pathlib.Path:
+def _cache_file(identity: Mapping[str, object], name: str = "documentation_prose") -> pathlib.Path:
     folder = os.environ.get(CACHE_VARIABLE)
     if not folder:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "upcycle_jax")
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return pathlib.Path(folder, f"documentation_prose-{key}.json.gz")
+    return pathlib.Path(folder, f"{name}-{key}.json.gz")
 
 
 def _load_cache(path: pathlib.Path) -> list[Document] | None:
@@ -198,9 +198,8 @@ def _save_cache(path: pathlib.Path, documents: Sequence[Document]) -> None:
         return  # a read-only home costs a few seconds at each start, nothing more
 
 
-@functools.cache
-def documentation_prose() -> Corpus:
-    """Documentation written in English inside the environment: docstrings, language reference topics, package descriptions.
+def prose_documents() -> tuple[list[Document], dict[str, str]]:
+    """The documents of `documentation_prose`, keyed `stdlib/<file>`, `<package>/<file>` or `topics/<name>`; and the packages' versions.
 
     Parsing takes several seconds, so the extracted text is kept in `$UPCYCLE_JAX_CACHE` (default: `~/.cache/upcycle_jax`) under a key of
     all the versions and places that it depends on.
@@ -213,5 +212,12 @@ def documentation_prose() -> Corpus:
     if documents is None:
         documents = list(_prose_documents(tuple(versions)))
         _save_cache(path, documents)
+    return documents, versions
+
+
+@functools.cache
+def documentation_prose() -> Corpus:
+    """Documentation written in English inside the environment: docstrings, language reference topics, package descriptions."""
+    documents, versions = prose_documents()
     origin = {"kind": "documentation", "python": platform.python_version(), "packages": versions}
     return build_corpus("documentation_prose", documents, origin=origin)

@@ -12,7 +12,6 @@ cache is left alone.
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ def _names(text: str) -> list[str]:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("cache")
-    own.add_argument("--output_cache_dir", type=pathlib.Path, required=True, metavar="DIR", help="folder of all caches")
+    own.add_argument("--output_cache_dir", required=True, metavar="DIR", help="folder of all caches")
     own.add_argument("--tasks", type=_names, default=[], metavar="NAME,NAME", help="tasks and mixtures (default: MIXTURE_OR_TASK_NAME)")
     own.add_argument("--splits", type=_names, default=None, metavar="NAME,NAME", help="splits to cache (default: all of a task)")
     own.add_argument("--module_import", action="append", default=[], metavar="MODULE", help="Python module that registers tasks")
@@ -58,7 +57,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax.data import cache_writing
 
     options = cache_writing.CacheOptions(
-        output_cache_dir=asked.output_cache_dir.expanduser(),
+        output_cache_dir=asked.output_cache_dir,
         splits=asked.splits,
         num_shards=asked.num_shards,
         seed=asked.seed,

@@ -45,15 +45,29 @@ class CacheOptions:
       sequence_length: lengths for tasks with steps that need them before they can be cached, or None.
       overwrite: replace a cache, or an unfinished one, that was made from something else.
       report: takes lines of progress.
+
+    Raises:
+      ValueError: the output folder is not on a local disk.
     """
 
-    output_cache_dir: pathlib.Path
+    output_cache_dir: pathlib.Path | str
     splits: Sequence[str] | None = None
     num_shards: int | None = None
     seed: int = 0
     sequence_length: Mapping[str, int] | None = None
     overwrite: bool = False
     report: Report = print
+
+    def __post_init__(self) -> None:
+        if "://" in os.fspath(self.output_cache_dir):
+            raise ValueError(
+                f"output_cache_dir is {os.fspath(self.output_cache_dir)!r}: ArrayRecord files are written to local or mounted folders only"
+            )
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder of all caches."""
+        return pathlib.Path(os.path.expanduser(self.output_cache_dir))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +304,7 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
       ValueError: the task has no such split or cannot be cached, or the folder holds something else, cannot be written to or is full.
     """
     plan = _plan(task, config, options)
-    folder = options.output_cache_dir / cache_format.folder_name(task.name)
+    folder = options.folder / cache_format.folder_name(task.name)
     existing = _existing(folder, plan, overwrite=options.overwrite)
     if existing is not None:
         options.report(f"{task.name}: cached already at {folder}")
@@ -347,12 +361,8 @@ def write_caches(config: DatasetConfig, options: CacheOptions, *, dry_run: bool 
     """Caches every task that the configuration names; of a mixture its rates too. A dry run only reports what would be written.
 
     Raises:
-      ValueError: as `write_task`; or the output folder is not on a local disk.
+      ValueError: as `write_task`.
     """
-    if "://" in os.fspath(options.output_cache_dir):
-        raise ValueError(
-            f"output_cache_dir is {os.fspath(options.output_cache_dir)!r}: ArrayRecord files are written to local or mounted folders only"
-        )
     seqio_source._keep_off_accelerators()
     provider = resolve.task_or_mixture(config)
     tasks = resolve.tasks(config)
@@ -362,7 +372,7 @@ def write_caches(config: DatasetConfig, options: CacheOptions, *, dry_run: bool 
         return ()
     written = tuple(write_task(task, config, options) for task in tasks)
     if isinstance(provider, seqio.Mixture):
-        folder = options.output_cache_dir / cache_format.folder_name(provider.name)
+        folder = options.folder / cache_format.folder_name(provider.name)
         folder.mkdir(parents=True, exist_ok=True)
         rates = {task.name: float(provider.get_rate(task)) for task in tasks}
         cache_format.write_json(folder / cache_format.MIXTURE, {"mixture": provider.name, "tasks": rates})

@@ -87,6 +87,11 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
+def is_held_out(key: str, fraction: float = VALIDATION_FRACTION) -> bool:
+    """Whether documents with this key belong to validation: the rule of `build_corpus`, for examples made of the same documents."""
+    return _hash(key) < fraction * 2.0**64
+
+
 def build_corpus(
     name: str,
     documents: Iterable[Document],

@@ -1,7 +1,9 @@
 """SeqIO sources over text that is held in memory, and the language-model tasks built on them."""
 
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import seqio
@@ -71,6 +73,54 @@ class CorpusSource(seqio.DataSource):
         if shuffle:
             order = order.shuffle(len(passages), seed=seed, reshuffle_each_iteration=True)
         return order.map(lambda i: {"targets": tf.gather(texts, i)}, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+class LabelledSource(seqio.DataSource):
+    """Examples `{'inputs': text, 'targets': text}` of any splits, held in memory and shuffled as a whole; loaded on first use."""
+
+    def __init__(self, load: Callable[[], Mapping[str, Sequence[tuple[str, str]]]], *, splits: Sequence[str] = SPLITS):
+        super().__init__(splits=tuple(splits), caching_permitted=True, performs_internal_shuffling=True)
+        self._load = load
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    @functools.cached_property
+    def pairs(self) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """(input, target) by split."""
+        return self._load()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Number of examples and sha256 of each split."""
+        return {
+            split: {"examples": len(pairs), "sha256": hashlib.sha256(json.dumps(list(map(list, pairs))).encode()).hexdigest()}
+            for split, pairs in self.pairs.items()
+        }
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        return len(self.pairs[split])
+
+    def get_dataset(
+        self,
+        split: str = TRAIN,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused_kwargs: Any,
+    ) -> tf.data.Dataset:
+        """See seqio.DataSource."""
+        pairs = self.pairs[split]
+        if shard_info is not None:
+            pairs = pairs[shard_info.index :: shard_info.num_shards]
+        texts = tf.reshape(tf.constant([text for pair in pairs for text in pair], tf.string), [-1, 2])
+        order = tf.data.Dataset.range(len(pairs))
+        if shuffle:
+            order = order.shuffle(max(1, len(pairs)), seed=seed, reshuffle_each_iteration=True)
+        return order.map(lambda i: {"inputs": texts[i, 0], "targets": texts[i, 1]})
 
 
 def vocabulary_from(name: str, *, extra_ids: int = 100) -> seqio.Vocabulary:
