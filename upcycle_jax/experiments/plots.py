@@ -18,15 +18,16 @@ STYLES = ("-", "--", "-.", ":")
 METRIC_LABELS = {"cross_ent_loss": "evaluation loss (nats per target token)", "accuracy": "token accuracy (fraction)"}
 
 
-def _depth(layer: str) -> tuple[bool, int]:
+def depth(layer: str) -> tuple[bool, int]:
     """Sorts 'encoder/layers_3' and the like as the signal passes them."""
     stack, _, number = layer.rpartition("/layers_")
     return stack != "encoder", int(number)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG, the same bytes for the same data."""
     buffer = io.BytesIO()
-    # No creation date or version in the file: the same data give the same picture.
+    # No creation date or version in the file.
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
@@ -63,7 +64,7 @@ def learning_curves(runs: Sequence[Run]) -> bytes:
         for panel in panels[row]:
             panel.grid(alpha=0.3)
     panels[0, 0].legend()
-    return _png(figure)
+    return png(figure)
 
 
 def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
@@ -77,7 +78,7 @@ def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
     """
     kinds = {"load": "share of dispatched tokens", "router_probability": "mean router probability"}
     grids = {kind: {task: run.last_vectors(kind, task) for task in tasks} for kind in kinds}
-    layers = sorted(grids["load"][tasks[0]], key=_depth)
+    layers = sorted(grids["load"][tasks[0]], key=depth)
     if not layers:
         return None
     num_experts = len(grids["load"][tasks[0]][layers[0]])
@@ -104,4 +105,4 @@ def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
                     value = values[task][y, x]
                     panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > 0.55 * top else "white")
         figure.colorbar(image, ax=panels[row].tolist(), label="1 = 1/E, an even split")
-    return _png(figure)
+    return png(figure)

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import markdown
@@ -27,11 +27,13 @@ class Report:
       markdown: the page; its images are named relative to it.
       images: PNG bytes by file name.
       summary: the first table alone, for a terminal.
+      files: further text files beside the page, by name.
     """
 
     markdown: str
     images: dict[str, bytes]
     summary: str
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Writes `report.md`, its PNGs and `report.html` (which embeds them).
@@ -45,6 +47,8 @@ class Report:
         for name, data in self.images.items():
             (root / name).write_bytes(data)
             page = page.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"')
+        for name, text in self.files.items():
+            (root / name).write_text(text)
         (root / "report.md").write_text(self.markdown)
         title = html.escape(self.markdown.splitlines()[0].lstrip("# "))
         (root / "report.html").write_text(
@@ -53,7 +57,7 @@ class Report:
         return root / "report.md", root / "report.html"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal as well."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -88,7 +92,7 @@ def _summary_table(runs: Sequence[Run]) -> str:
             ]
         )
     header = ["run", "starts from", "parameters", "extra steps", "extra TFLOP", "loss at start", "loss at end", "accuracy at start"]
-    return _table([*header, "accuracy at end", "s/step", "training s"], rows)
+    return table([*header, "accuracy at end", "s/step", "training s"], rows)
 
 
 def _by_steps(runs: Sequence[Run], metric: str) -> str:
@@ -96,7 +100,7 @@ def _by_steps(runs: Sequence[Run], metric: str) -> str:
     curves = {run.name: run.curve(metric) for run in runs}
     extras = sorted({int(step) - run.start_step for run in runs for step in curves[run.name].steps})
     rows = [[f"{extra:,}", *(_number(curves[run.name].at(run.start_step + extra)) for run in runs)] for extra in extras]
-    return _table(["extra steps", *(run.name for run in runs)], rows)
+    return table(["extra steps", *(run.name for run in runs)], rows)
 
 
 def _by_flops(runs: Sequence[Run], metric: str) -> str:
@@ -107,7 +111,7 @@ def _by_flops(runs: Sequence[Run], metric: str) -> str:
     for budget in np.linspace(0.0, most, NUM_BUDGETS + 1):
         cells = (_number(curves[run.name].at(run.start_step + budget / run.flops_per_step * (1 - 1e-12))) for run in runs)
         rows.append([f"{budget / 1e12:,.2f}", *cells])
-    return _table(["extra TFLOP", *(run.name for run in runs)], rows)
+    return table(["extra TFLOP", *(run.name for run in runs)], rows)
 
 
 def _compared(difference: float) -> str:

@@ -19,7 +19,7 @@ class Curve:
 
     Attributes:
       steps: global training steps, increasing, `[n]`.
-      values: the metric after that many steps, `[n]`.
+      values: the metric after that many steps, `[n]`; `[n, E]` for one value per expert.
     """
 
     steps: np.ndarray
@@ -103,7 +103,14 @@ class Run:
         steps = sorted(set.intersection(*(set(rows) for rows in by_task)))
         if not steps:
             raise ValueError(f"run {self.name!r} has no evaluation with the metric {metric!r}")
-        return Curve(np.array(steps), np.array([np.mean([rows[step] for rows in by_task]) for step in steps]))
+        return Curve(np.array(steps), np.array([np.mean([rows[step] for rows in by_task], axis=0) for step in steps]))
+
+    def vectors_over_time(self, suffix: str) -> dict[str, Curve]:
+        """Per-layer vectors of all evaluations: layer -> steps `[n]` and values `[n, E]`, unweighted means over the tasks."""
+        prefix, end = "experts/", f"/{suffix}"
+        first = self.evaluations[self.tasks[0]]
+        keys = [key for key in (first[0] if first else {}) if key.startswith(prefix) and key.endswith(end)]
+        return {key[len(prefix) : -len(end)]: self.curve(key) for key in keys}
 
     def last_vectors(self, suffix: str, task: str) -> dict[str, np.ndarray]:
         """Per-layer vectors of the last evaluation: `{'encoder/layers_1': [E], ...}` for metrics `experts/<layer>/<suffix>`."""
