@@ -167,14 +167,14 @@ _STATEMENT = re.compile(rf"^( *)({'|'.join(KEYWORDS)})\b(.*)$")
 
 
 def keywords() -> Iterator[Example]:
-    """Three lines of code, of which the last has lost its first word: which keyword was it?"""
+    """A line of code that has lost its first word, and the two lines before it: which keyword was it?"""
     for file, text in _sources():
         lines = text.split("\n")
         for number in range(2, len(lines)):
             found = _STATEMENT.match(lines[number])
             if found and len(found[3]) >= 3 and _order(f"{file} {number}") % 4 == 0:  # a quarter is plenty
                 before = "\n".join(lines[number - 2 : number])
-                yield Example(file, f"keyword code:\n{before}\n{found[1]}____{found[3]}", found[2])
+                yield Example(file, f"keyword: ____{found[3]}\nafter:\n{before}", found[2])
 
 
 def matches() -> Iterator[Example]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 
+import grain
 import numpy as np
 import pytest
 
@@ -193,18 +194,14 @@ def test_shuffling_is_global(config):
     """The first batch of a long text comes from all over it."""
     from upcycle_jax.data import cache_lookup, cached_views
 
-    task = dict((task.manifest.task, task) for task, _ in cache_lookup.find(config).tasks)["cached_span_corruption_code"]
+    task = {task.manifest.task: task for task, _ in cache_lookup.find(config).tasks}["cached_span_corruption_code"]
     count = len(cached_views.open_view(task, "train", config.task_feature_lengths))
-    import grain
-
     places = [grain.MapDataset.range(count).shuffle(seed=0)[n] for n in range(64)]
     assert len(set(places)) == 64 and min(places) < count / 8 and max(places) > count * 7 / 8
 
 
 def test_noise_and_cuts_are_fresh_in_each_epoch(make_config):
-    config = make_config(
-        mixture_or_task_name="cached_span_corruption_words", text_files=None, use_cached=True, shuffle=False, batch_size=1
-    )
+    config = make_config(mixture_or_task_name="cached_span_corruption_words", text_files=None, use_cached=True, shuffle=False, batch_size=1)
     iterator = config.train_iterator()
     views = iterator._source._stream._views
     per_epoch = len(views[0])

@@ -1,5 +1,7 @@
 """Packing: rows are as full as their order allows, and the features are those that SeqIO makes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ def test_rows_fit_and_no_row_could_take_one_more(lengths):
     table = np.minimum(np.array(lengths), (10, 4))
     starts = packing.row_starts(np.array(lengths), (10, 4))
     assert starts[0] == 0 and starts[-1] == len(lengths)
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in itertools.pairwise(starts):
         assert (table[start:stop].sum(axis=0) <= (10, 4)).all()
         if stop < len(lengths):
             assert (table[start : stop + 1].sum(axis=0) > (10, 4)).any()
@@ -56,7 +58,8 @@ def test_features_equal_seqios():
     tf = pytest.importorskip("tensorflow")
     generator = np.random.default_rng(0)
     examples = [
-        {name: generator.integers(3, 50, size=generator.integers(1, 9)).astype(np.int32) for name in ("inputs", "targets")} for _ in range(40)
+        {name: generator.integers(3, 50, size=generator.integers(1, 9)).astype(np.int32) for name in ("inputs", "targets")}
+        for _ in range(40)
     ]
     lengths = {"inputs": 16, "targets": 12}
     dataset = tf.data.Dataset.from_generator(

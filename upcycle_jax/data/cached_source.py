@@ -19,8 +19,9 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.data import draws, packing
+from upcycle_jax.data.cache_format import CachedTask
 from upcycle_jax.data.cache_lookup import CachedMixture
-from upcycle_jax.data.cached_views import INPUTS, TARGETS, Draw, Tokens, open_view
+from upcycle_jax.data.cached_views import INPUTS, TARGETS, Draw, ExampleView, Tokens, open_view
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch, Position
 
 _log = logging.getLogger(__name__)
@@ -246,10 +247,21 @@ def eval_batches(
     rows = slice(process_index * local, (process_index + 1) * local)
     passes = {}
     for task, _ in mixture.tasks_with(config.split):
-        key = int(draws.bits(config.seed or 0, draws.name_number(task.manifest.task), _NOISE_DRAW))
         view = open_view(task, config.split, config.task_feature_lengths, one_pass=True)
-        passes[task.manifest.task] = _EvalPass(view, key, config, num_batches, rows)
+        passes[task.manifest.task] = _EvalPass(view, _eval_key(config, task), config, num_batches, rows)
     return passes
+
+
+def whole_examples(config: DatasetConfig, task: CachedTask) -> Iterator[dict[str, Any]]:
+    """One pass over a task's split in the order of evaluation, each example with everything that the task keeps."""
+    view = open_view(task, config.split, config.task_feature_lengths, one_pass=True)
+    key = _eval_key(config, task)
+    for place in range(len(view)):
+        yield view.whole(place) if isinstance(view, ExampleView) else dict(view.examples([Draw(place, 0, place)], key=key)[0])
+
+
+def _eval_key(config: DatasetConfig, task: CachedTask) -> int:
+    return int(draws.bits(config.seed or 0, draws.name_number(task.manifest.task), _NOISE_DRAW))
 
 
 def fingerprint(config: DatasetConfig, mixture: CachedMixture) -> dict[str, Any]:

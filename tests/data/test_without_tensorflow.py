@@ -1,0 +1,93 @@
+"""A machine without TensorFlow and SeqIO trains from a cache; killed and started again it ends with the same losses."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("seqio", reason="caches are written by SeqIO")
+
+RUN = pathlib.Path(__file__).with_name("cached_run.py")
+STEPS, PERIOD = 12, 3
+SMALL = [
+    "--gin_file=models/t5_1_1_tiny.gin",
+    "--gin_file=runs/pretrain.gin",
+    "--gin.MIXTURE_OR_TASK_NAME='without_tensorflow'",
+    "--gin.USE_CACHED_TASKS=True",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+    "--gin.BATCH_SIZE=8",
+    "--gin.EVAL_STEPS=1",
+    "--gin.STATS_PERIOD=1",
+    f"--gin.SAVING_PERIOD={PERIOD}",
+    f"--gin.TRAIN_STEPS={STEPS}",
+    "--gin.T5Config.num_encoder_layers=1",
+    "--gin.T5Config.num_decoder_layers=1",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, text_folder):
+    """A cache of two domains, written by the command."""
+    from upcycle_jax import cache_tasks
+
+    folder = tmp_path_factory.mktemp("cache")
+    domains = {"code": [str(text_folder / "code.txt")], "words": [str(text_folder / "words.txt")]}
+    flags = ["--gin_file=runs/pretrain.gin", "--gin.MIXTURE_OR_TASK_NAME='without_tensorflow'", f"--gin.TEXT_FILES={domains!r}"]
+    assert cache_tasks.main([*flags, f"--output_cache_dir={folder}"]) == 0
+    return folder
+
+
+def start(model_dir, folder, seconds=0.0, devices=1):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, str(RUN), str(seconds), *SMALL, f"--gin.MODEL_DIR='{model_dir}'", f"--seqio_additional_cache_dirs={folder}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def losses(model_dir):
+    """The loss of every step as last written; a line torn by the kill is left out."""
+    path = model_dir / "train" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_training_imports_neither_and_a_killed_run_ends_with_the_same_losses(folder, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(whole, folder)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "imported: []" in output
+    evaluated = {path.name for path in (whole / "training_eval").iterdir()}
+    assert evaluated == {"without_tensorflow_code", "without_tensorflow_words"}
+
+    process = start(killed, folder, seconds=0.3)
+    deadline = time.monotonic() + 300
+    while max(losses(killed), default=0) < 5:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    process = start(killed, folder)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "imported: []" in output, output
+    assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
+    starts = [entry["step"] for entry in json.loads((killed / "manifest.json").read_text())["starts"]]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] in (3, 6)
+
+
+def test_a_missing_cache_is_told_without_tensorflow_too(folder, tmp_path):
+    flags = [flag.replace("without_tensorflow", "not_there") for flag in SMALL]
+    command = [sys.executable, str(RUN), "0", *flags, f"--gin.MODEL_DIR='{tmp_path}/run'", f"--seqio_additional_cache_dirs={folder}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert f"Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there --output_cache_dir={folder}`" in done.stderr
+    assert not (tmp_path / "run").exists()
