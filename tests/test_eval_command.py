@@ -131,6 +131,8 @@ def test_batches_are_those_of_seqio():
         ("EVAL_SPLIT='test'", "has no split 'test'"),
         ("VOCAB_SIZE=256", "expected [256,32], found [384,32]"),
         ("NUM_EXAMPLES=0", "num_examples must be at least 1"),
+        ("PREDICT_BY='guess'", "PREDICT_BY must be 'decode' or 'rank', got 'guess'"),
+        ("PREDICT_BY='rank'", "does not say which answers it allows"),
         ("BATCH_SIZE=12", "does not split over the 8 data shards"),
         ("T5Config.mlp_dim=128", "is not a checkpoint of this model"),
     ],
@@ -155,3 +157,43 @@ def test_dry_run_and_help(run, tmp_path, capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "CHECKPOINT_STEPS" in done.stdout and done.stderr.strip() == "False"
+
+
+def test_ranked_answers_are_the_likeliest(run, tmp_path, capsys):
+    """Against the model's score of every answer, one example at a time: neither batch nor order matters."""
+    folder, model, params = run
+    given = [f"CHECKPOINT_PATH='{folder}'", "MIXTURE_OR_TASK_NAME='small_labels'", "PREDICT_BY='rank'", "TEACHER_FORCED=False"]
+    given.append("TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}")
+    assert eval_command.main(flags("eval", *given, f"EVAL_OUTPUT_DIR='{tmp_path}'")) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    (task,) = task_examples(DatasetConfig("small_labels", {"inputs": 24, "targets": 8}, split="validation"))
+    score, right = jax.jit(model.score_batch), []
+    lines = rows_of(tmp_path / "inference_eval" / "small_labels-5.jsonl")
+    for line, example in zip(lines, task.examples(), strict=True):
+        answers = task.options(example)
+        want = [float(score(params[5], task.batch([task.answered(example, text)], 1))[0]) for text in answers]
+        assert tuple(line["options"]) == answers == ("even", "odd", "neither")
+        np.testing.assert_allclose(list(line["options"].values()), want, rtol=1e-4)
+        assert line["output"] == answers[int(np.argmax(want))] and line["prediction"] == int(np.argmax(want))
+        right.append(line["prediction"] == line["target"])
+    assert row["accuracy"] == pytest.approx(100 * np.mean(right), abs=1e-4)
+
+    # Answers given on the command line, and each example's own.
+    two = ["RANK_OPTIONS={'small_labels': ('even', 'odd')}", "BATCH_SIZE=16", f"EVAL_OUTPUT_DIR='{tmp_path}/two'"]
+    assert eval_command.main(flags("eval", *given, *two)) == 0
+    again = rows_of(tmp_path / "two" / "inference_eval" / "small_labels-5.jsonl")
+    for line, before in zip(again, lines, strict=True):
+        assert list(line["options"]) == ["even", "odd"]
+        np.testing.assert_allclose(list(line["options"].values()), list(before["options"].values())[:2], rtol=1e-4)
+
+
+def test_shots_are_before_the_inputs_of_the_own_metrics(run, tmp_path, capsys):
+    shots = ["FEW_SHOT=@FewShot()", "FewShot.num_shots=2", "TASK_FEATURE_LENGTHS={'inputs': 80, 'targets': 6}", "TEACHER_FORCED=False"]
+    given = [f"CHECKPOINT_PATH='{run[0]}'", f"EVAL_OUTPUT_DIR='{tmp_path}'", "MIXTURE_OR_TASK_NAME='small_parities'", *shots]
+    assert eval_command.main(flags("eval", *given)) == 0
+    one, again, average = map(json.loads, capsys.readouterr().out.splitlines())
+    assert one["shots_per_example"] == 2.0
+    own = np.mean([one[name] for name in ("exact_match", "mean_length", "mean_score")])  # the number of shots is no quality
+    assert average["average"] == pytest.approx((own + again["exact_match"]) / 2, rel=1e-4)
+    line = rows_of(tmp_path / "inference_eval" / "small_parity-5.jsonl")[3]
+    assert line["input"]["inputs_pretokenized"].count("small_parity") == 3

@@ -65,6 +65,16 @@ def test_scores_are_the_models(checkpoint, tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("tmp-*")] == [] and (tmp_path / "config.gin").exists()
 
 
+def test_ranked_answers_with_shots(checkpoint, tmp_path):
+    options = ["RANK_OPTIONS=('even', 'odd')", "FEW_SHOT=@FewShot()", "FewShot.num_shots=1", "NUM_EXAMPLES=3"]
+    code, files = infer(checkpoint, tmp_path, "MODE='rank'", *options, "TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 6}")
+    rows = files[f"{NAME}-rank.jsonl-00000-of-00001"]
+    assert code == 0 and len(rows) == 3
+    for row in rows:
+        assert row["prediction"] == max(row["options"], key=row["options"].get) and set(row["options"]) == {"even", "odd"}
+        assert row["inputs"]["inputs_pretokenized"].count(NAME) == 2
+
+
 def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch):
     draw = ("DECODER=@Sampling()", "Sampling.num_decodes=2", "MODE='predict_with_aux'")
     code, whole = infer(checkpoint, tmp_path / "whole", *draw)
@@ -114,7 +124,8 @@ def test_unfinished_work_of_other_settings_is_named(checkpoint, tmp_path, capsys
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("MODE='guess'", "mode must be one of 'predict', 'predict_with_aux', 'score', got 'guess'"),
+        ("MODE='guess'", "mode must be one of 'predict', 'predict_with_aux', 'score', 'rank', got 'guess'"),
+        ("MODE='rank'", "does not say which answers it allows"),
         ("SHARD_ID=2", "shard_id must be from 0 to 0 (num_shards=1), got 2"),
         ("CHECKPOINT_PERIOD=0", "checkpoint_period must be at least 1"),
         ("CHECKPOINT_PATH='nowhere'", "does not exist"),

@@ -11,8 +11,6 @@ Metrics are printed, one line per step and task, and written to EVAL_OUTPUT_DIR/
 """
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -25,12 +23,8 @@ if TYPE_CHECKING:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("upcycle_jax").setLevel(logging.INFO)
-    run = loaded.build("evaluate", dry_run=flags.dry_run)
-    for binding in loaded.unused():
-        print(f"upcycle_jax.eval: warning: nothing uses {binding}", file=sys.stderr)
-    for step, tasks in run(files={"config.gin": loaded.operative_text()}).items():
+    metrics = command.call("evaluate", flags, loaded, name="eval")
+    for step, tasks in metrics.items() if command.is_first() else ():
         for task, values in tasks.items():
             numbers = {name: round(float(value), 6) for name, value in values.items() if getattr(value, "ndim", 0) == 0}
             print(json.dumps({"step": step, "task": task, **numbers}))
@@ -39,7 +33,6 @@ def _run(flags: Flags, loaded: "Config") -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: its notes about devices mislead
     return command.run("eval", argv, description=__doc__ or "", body=_run)
 
 

@@ -10,8 +10,6 @@ Example:
 Started again after an interruption, the same command goes on from the last finished chunk. --dry_run says what would be done.
 """
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,20 +22,14 @@ if TYPE_CHECKING:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("upcycle_jax").setLevel(logging.INFO)
-    run = loaded.build("infer", dry_run=flags.dry_run)
-    for binding in loaded.unused():
-        print(f"upcycle_jax.infer: warning: nothing uses {binding}", file=sys.stderr)
-    result = run(files={"config.gin": loaded.operative_text()})
-    for path in result.files.values():
+    result = command.call("infer", flags, loaded, name="infer")
+    for path in result.files.values() if command.is_first() else ():
         print(path)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: its notes about devices mislead
     return command.run("infer", argv, description=__doc__ or "", body=_run)
 
 

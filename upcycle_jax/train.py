@@ -11,7 +11,6 @@ step and end the run with exit code 0, or with the code in the environment varia
 and schedulers see that the run wants to be started again. --dry_run prints what the run would do and writes nothing.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,34 +22,18 @@ from upcycle_jax.config.flags import Flags
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
 
-_log = logging.getLogger(__name__)
-
 INTERRUPTED_CODE_VARIABLE = "UPCYCLE_JAX_INTERRUPTED_CODE"
 
 
-def _log_to_console() -> None:
-    """Progress goes to standard error, one line each; of other libraries only warnings do."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    log = logging.getLogger("upcycle_jax")
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
-
-
 def _run(flags: Flags, loaded: "Config") -> int:
-    _log_to_console()
-    run = loaded.build("train", dry_run=flags.dry_run)
     if loaded.has_macro("TOPOLOGY"):
-        _log.info("this configuration was made for the topology %s", loaded.macro("TOPOLOGY"))
-    for binding in loaded.unused():
-        print(f"upcycle_jax.train: warning: nothing uses {binding}", file=sys.stderr)
-    result = run(files={"config.gin": loaded.operative_text()})
+        print(f"this configuration was made for the topology {loaded.macro('TOPOLOGY')}", file=sys.stderr)
+    result = command.call("train", flags, loaded, name="train")
     return int(os.environ.get(INTERRUPTED_CODE_VARIABLE, 0)) if result.interrupted else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: its notes about devices mislead
     return command.run("train", argv, description=__doc__ or "", body=_run)
 
 

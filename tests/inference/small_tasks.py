@@ -1,4 +1,6 @@
-"""Two tiny text-to-text tasks with metrics of predictions and of scores, and a mixture of them. Imported as MIXTURE_OR_TASK_MODULE."""
+"""Tiny text-to-text tasks with metrics of predictions and of scores, and a mixture. Imported as MIXTURE_OR_TASK_MODULE."""
+
+import functools
 
 import numpy as np
 import seqio
@@ -55,3 +57,34 @@ for _name, _metrics in (("small_parity", [exact_match, mean_length, mean_score])
         )
 if "small_parities" not in seqio.MixtureRegistry.names():
     seqio.MixtureRegistry.add("small_parities", [("small_parity", 1.0), ("small_parity_again", 1.0)])
+
+
+def label_number(text, example=None, is_target=False, label_classes=()):
+    """Number of a label, -1 for another text, as T5's classification tasks post-process."""
+    del example, is_target
+    return label_classes.index(text) if text in label_classes else -1
+
+
+def accuracy(targets, predictions):
+    assert all(target >= 0 for target in targets)
+    return {"accuracy": 100.0 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])}
+
+
+def own_options(dataset):
+    """Each example's own answers: its parity, and the number's name in the task."""
+    return dataset.map(lambda example: {**example, "options": [example["targets_pretokenized"], example["inputs_pretokenized"]]})
+
+
+for _name, _steps, _post in (
+    ("small_labels", [], functools.partial(label_number, label_classes=["even", "odd", "neither"])),
+    ("small_options", [own_options], None),
+):
+    if _name not in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.add(
+            _name,
+            source=_source(_name),
+            preprocessors=[seqio.preprocessors.tokenize, *_steps, seqio.preprocessors.append_eos],
+            output_features=FEATURES,
+            postprocess_fn=_post,
+            metric_fns=[accuracy] if _post else [exact_match],
+        )

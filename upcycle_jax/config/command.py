@@ -8,11 +8,13 @@ def _run(flags: Flags, loaded: Config) -> int:
 """
 
 import argparse
+import logging
 import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import upcycle_jax
 from upcycle_jax.config import flags as flags_lib
@@ -58,6 +60,40 @@ def _is_ours(error: BaseException) -> bool:
     package = pathlib.Path(upcycle_jax.__file__).resolve().parent
     tasks = package.parent / "tasks"
     return bool(frames) and any(folder in pathlib.Path(frames[-1].filename).resolve().parents for folder in (package, tasks))
+
+
+def is_first() -> bool:
+    """Whether this is process 0 of the run: the one that prints results."""
+    from upcycle_jax import distributed
+
+    return distributed.is_first()
+
+
+def log_to_console() -> None:
+    """Progress goes to standard error, one line each; of other libraries only warnings do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log = logging.getLogger("upcycle_jax")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
+def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
+    """Builds a function of the registry, says which bindings nothing uses, and calls it.
+
+    The function takes `dry_run`, and `files`: the operative configuration, to be left beside the results.
+
+    Args:
+      function: its name in gin files.
+      flags: of the command.
+      loaded: the `Config`.
+      name: the command's name.
+    """
+    log_to_console()
+    built = loaded.build(function, dry_run=flags.dry_run)
+    for binding in loaded.unused():
+        print(f"upcycle_jax.{name}: warning: nothing uses {binding}", file=sys.stderr)
+    return built(files={"config.gin": loaded.operative_text()})
 
 
 def run(

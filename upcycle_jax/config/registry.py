@@ -43,6 +43,7 @@ PATHS: dict[str, str] = {
     "MergeRecipe": "surgery:MergeRecipe",
     # Data.
     "DatasetConfig": "data:DatasetConfig",
+    "FewShot": "data.prompts:FewShot",
     # Training.
     "Adafactor": "training.optimizers:Adafactor",
     "AdamW": "training.optimizers:AdamW",

@@ -9,7 +9,7 @@ import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from upcycle_jax.data import resolve, seqio_source
+from upcycle_jax.data import prompts, resolve, seqio_source
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
 Example = dict[str, Any]
@@ -20,6 +20,8 @@ _OUTPUTS = {
     seqio.metrics.ModelOutputType.SCORE: "score",
 }
 PRETOKENIZED = "_pretokenized"
+SHOTS = "num_shots"
+"""Feature that says how many solved examples stand before an input."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,12 @@ class TaskExamples:
     Args:
       task: the SeqIO task.
       config: split, lengths and seed. `shuffle` and `pack` are not looked at.
+      few_shot: solved examples that stand before each input, or None.
     """
 
-    def __init__(self, task: seqio.Task, config: DatasetConfig):
+    def __init__(self, task: seqio.Task, config: DatasetConfig, few_shot: prompts.FewShot | None = None):
         self._task, self._config = task, config
+        self._shots = prompts.Shots(few_shot, task, config) if few_shot is not None else None
 
     @property
     def name(self) -> str:
@@ -70,7 +74,40 @@ class TaskExamples:
             num_epochs=1,
             try_in_mem_cache=False,
         )
-        yield from itertools.islice(tfds.as_numpy(dataset), shard, limit, num_shards)
+        chosen = itertools.islice(tfds.as_numpy(dataset), shard, limit, num_shards)
+        yield from chosen if self._shots is None else map(self._with_shots, chosen)
+
+    def _with_shots(self, example: Mapping[str, Any]) -> Example:
+        assert self._shots is not None
+        feature = self._task.output_features["inputs"]
+        given = np.asarray(example["inputs"])
+        ends = bool(len(given)) and feature.vocabulary.eos_id is not None and int(given[-1]) == feature.vocabulary.eos_id
+        ids, text, count = self._shots.before(
+            prompts.text_of(self._task, example, "inputs"), ends=ends or (feature.add_eos and not len(given))
+        )
+        return {**example, "inputs": ids, f"inputs{PRETOKENIZED}": text.encode(), SHOTS: count}
+
+    def options(self, example: Mapping[str, Any], given: prompts.Options | None = None) -> tuple[str, ...]:
+        """The answers to choose from; see `prompts.options`."""
+        return prompts.options(self._task, example, given)
+
+    def has_options(self, example: Mapping[str, Any], given: prompts.Options | None = None) -> bool:
+        """Whether anything says which answers the example allows."""
+        return prompts.find_options(self._task, example, given) is not None
+
+    def answered(self, example: Mapping[str, Any], text: str) -> Example:
+        """The example with this text as its target.
+
+        Raises:
+          ValueError: it is longer than targets may be.
+        """
+        feature, length = self._task.output_features["targets"], self._config.task_feature_lengths["targets"]
+        ids = prompts.tokens(feature, text, ends=feature.add_eos)
+        if len(ids) > length:
+            raise ValueError(
+                f"the answer {text!r} of the task '{self.name}' has {len(ids)} tokens: raise TASK_FEATURE_LENGTHS['targets'] ({length})"
+            )
+        return {**example, "targets": ids}
 
     def batch(self, examples: Sequence[Mapping[str, Any]], rows: int) -> HostBatch:
         """Model features of at most `rows` examples, as SeqIO's EncDecFeatureConverter makes them; the rows that are left are zeros."""
@@ -148,15 +185,19 @@ class TaskExamples:
         return TaskResult(metrics=values, targets=found.get("targets"), predictions=found.get("prediction"))
 
 
-def task_examples(config: DatasetConfig) -> tuple[TaskExamples, ...]:
+def task_examples(config: DatasetConfig, few_shot: prompts.FewShot | None = None) -> tuple[TaskExamples, ...]:
     """The tasks of the mixture that have the split, by name.
+
+    Args:
+      config: what to read.
+      few_shot: solved examples before each input, or None.
 
     Raises:
       ValueError: the name or the split is unknown, or the data are unusable.
     """
     seqio_source._keep_off_accelerators()
     tasks = seqio_source._check_split(config, resolve.tasks(config))
-    return tuple(TaskExamples(task, config) for task in tasks)
+    return tuple(TaskExamples(task, config, few_shot) for task in tasks)
 
 
 def as_json(value: Any) -> Any:

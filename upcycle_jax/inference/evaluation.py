@@ -1,6 +1,7 @@
 """Evaluation of checkpoints: teacher-forced metrics, and the tasks' own metrics of what the model predicts or scores."""
 
 import dataclasses
+import enum
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from etils import epath
 
 from upcycle_jax import distributed
 from upcycle_jax.checkpoints import CheckpointReader
-from upcycle_jax.inference import running
+from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.models.generation import DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
@@ -29,7 +30,17 @@ _log = logging.getLogger(__name__)
 
 FOLDER = "inference_eval"
 TEACHER_FORCED = "teacher_forced/"
+
+
+class Answering(enum.StrEnum):
+    """Where a task's predictions come from."""
+
+    DECODE = "decode"
+    RANK = "rank"
+
+
 AVERAGE = "average"
+SHOTS = "shots_per_example"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,8 @@ class _Evaluation:
     output_dir: epath.Path
     partitioner: Partitioner
     decoder: DecodingAlgorithm
+    answering: Answering
+    rank_options: Any
     num_examples: int | None
     teacher_forced: bool
     teacher_forced_batches: int | None
@@ -57,6 +70,9 @@ def evaluate(
     steps: str | int | Sequence[int] = "latest",
     partitioner: Partitioner = Partitioner(),
     decoder: DecodingAlgorithm = Greedy(),
+    answering: str = Answering.DECODE,
+    rank_options: Any = None,
+    few_shot: Any = None,
     num_examples: int | None = None,
     teacher_forced: bool = True,
     teacher_forced_batches: int | None = None,
@@ -82,6 +98,10 @@ def evaluate(
       steps: which checkpoints of a MODEL_DIR: 'latest', 'all', a step or several.
       partitioner: the mesh.
       decoder: how predictions are searched.
+      answering: 'decode' predicts with the decoder; 'rank' takes the most likely of the answers that each example allows as its prediction.
+        Tasks whose metrics are of scores are not changed by it, and those of a mixture that list no answers are decoded.
+      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks (`data.prompts`).
+      few_shot: `FewShot`, solved examples before each input of the tasks' own metrics, or None. Teacher-forced metrics are without.
       num_examples: only the first so many examples of each task for its own metrics; None for all.
       teacher_forced: also compute loss, accuracy and so on of the given targets.
       teacher_forced_batches: batches per task for those; None for the whole split.
@@ -97,15 +117,18 @@ def evaluate(
     """
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, or None for all, got {num_examples}")
+    if answering not in list(Answering):
+        raise ValueError(f"PREDICT_BY must be 'decode' or 'rank', got {answering!r}")
     layout = batches.data_layout(partitioner, dataset_cfg.batch_size)
     readers = running.checkpoints(checkpoint_path, steps)
     for reader in readers:
         running.check_params(reader, model)
     if dry_run:
         listed = ", ".join(str(reader.step) for reader in readers)
+        how = repr(decoder) if answering == Answering.DECODE else "ranked answers"
         print(
             f"evaluate {readers[0].path.parent if len(readers) > 1 else readers[0].path} (steps {listed}) on "
-            f"{dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, with {decoder!r}, to {output_dir}/{FOLDER}"
+            f"{dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, with {how}, to {output_dir}/{FOLDER}"
         )
         return {}
 
@@ -118,13 +141,16 @@ def evaluate(
         output_dir=epath.Path(output_dir) / FOLDER,
         partitioner=partitioner,
         decoder=decoder,
+        answering=Answering(answering),
+        rank_options=rank_options,
         num_examples=num_examples,
         teacher_forced=teacher_forced,
         teacher_forced_batches=teacher_forced_batches,
         write_predictions=write_predictions,
         random_seed=random_seed,
     )
-    tasks = {task.name: _Task(evaluation, task) for task in task_examples(dataset_cfg)}
+    found = task_examples(dataset_cfg, few_shot)
+    tasks = {task.name: _Task(evaluation, task, is_one_of_many=len(found) > 1) for task in found}
     if distributed.is_first():
         evaluation.output_dir.mkdir(parents=True, exist_ok=True)
         for name, text in (files or {}).items():
@@ -161,7 +187,8 @@ def _one_checkpoint(
         values["timing/evaluation_seconds"] = time.monotonic() - started
         results[name] = values
         _write(evaluation, name, reader.step, values)
-    scored = [np.mean(list(metrics.values())) for metrics in own.values() if metrics]
+    qualities = [[value for key, value in metrics.items() if key != SHOTS] for metrics in own.values()]
+    scored = [np.mean(values) for values in qualities if values]
     if len(scored) > 1:
         mixture = evaluation.dataset_cfg.mixture_or_task_name
         results[mixture] = {AVERAGE: float(np.mean(scored)), "tasks": float(len(scored))}
@@ -172,9 +199,10 @@ def _one_checkpoint(
 class _Task:
     """One task: its examples are read once, its programs are compiled once, for all checkpoints."""
 
-    def __init__(self, evaluation: _Evaluation, task: "TaskExamples"):
-        self._evaluation, self._task = evaluation, task
+    def __init__(self, evaluation: _Evaluation, task: "TaskExamples", *, is_one_of_many: bool):
+        self._evaluation, self._task, self._is_one_of_many = evaluation, task, is_one_of_many
         self._outputs = task.outputs  # raises early where a metric cannot be served
+        self._ranks = "prediction" in self._outputs and evaluation.answering == Answering.RANK and self._check_options()
         self._examples: list[Example] | None = None
         self._runner = running.Runner(
             evaluation.model,
@@ -184,6 +212,19 @@ class _Task:
             eos_id=task.eos_id,
             seed=evaluation.random_seed,
         )
+
+    def _check_options(self) -> bool:
+        """Whether the first example says which answers it allows. A task of a mixture that does not is decoded.
+
+        Raises:
+          ValueError: the only task does not.
+        """
+        for example in self._task.examples(1):
+            if self._is_one_of_many and not self._task.has_options(example, self._evaluation.rank_options):
+                _log.warning("%s does not say which answers it allows: its predictions are decoded", self._task.name)
+                return False
+            self._task.options(example, self._evaluation.rank_options)
+        return True
 
     def run(self, params: PyTree, step: int) -> "TaskResult | None":
         """Predicts and scores what the task's metrics need and computes them; None where the task has none.
@@ -199,18 +240,27 @@ class _Task:
             if not self._examples:
                 raise ValueError(f"the split '{self._evaluation.dataset_cfg.split}' of the task '{self._task.name}' is empty")
         outputs: dict[str, list[Any]] = {kind: [] for kind in self._outputs}
+        ranked = None
+        if self._ranks:
+            ranked = ranking.rank(self._task, self._runner, params, self._examples, self._evaluation.rank_options)
+            outputs["prediction"] = [answer.tokens for answer in ranked]
         for rows in running.in_batches(list(enumerate(self._examples)), self._runner.batch_size):
             batch = self._task.batch([example for _, example in rows], self._runner.batch_size)
-            if "prediction" in outputs:
+            if "prediction" in outputs and not self._ranks:
                 outputs["prediction"] += list(self._runner.predict(params, batch, [number for number, _ in rows]).tokens[:, 0])
             if "score" in outputs:
                 outputs["score"] += self._runner.score(params, batch, len(rows)).tolist()
         result = self._task.evaluate(self._examples, outputs)
+        shots = [int(example["num_shots"]) for example in self._examples if "num_shots" in example]
+        if shots:
+            result = dataclasses.replace(result, metrics={**result.metrics, SHOTS: float(np.mean(shots))})
         if self._evaluation.write_predictions and distributed.is_first():
-            self._write_predictions(step, outputs, result)
+            self._write_predictions(step, outputs, result, ranked)
         return result
 
-    def _write_predictions(self, step: int, outputs: Mapping[str, Sequence[Any]], result: "TaskResult") -> None:
+    def _write_predictions(
+        self, step: int, outputs: Mapping[str, Sequence[Any]], result: "TaskResult", ranked: Sequence[ranking.Ranked] | None
+    ) -> None:
         from upcycle_jax.data.examples import as_json
 
         assert self._examples is not None
@@ -222,6 +272,8 @@ class _Task:
             if "prediction" in outputs:
                 record["output"] = self._task.decode(outputs["prediction"][i])
                 record["prediction"] = as_json(result.predictions[i]) if result.predictions is not None else record["output"]
+            if ranked is not None:
+                record["options"] = dict(ranked[i].scores)
             if "score" in outputs:
                 record["score"] = float(outputs["score"][i])
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from etils import epath
 
 from upcycle_jax import distributed
 from upcycle_jax.checkpoints import open_checkpoint
-from upcycle_jax.inference import running
+from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
@@ -34,6 +34,7 @@ class Mode(enum.StrEnum):
     PREDICT = "predict"
     PREDICT_WITH_AUX = "predict_with_aux"
     SCORE = "score"
+    RANK = "rank"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ def infer(
     num_shards: int = 1,
     num_examples: int | None = None,
     include_all_inputs: bool = False,
+    rank_options: Any = None,
+    few_shot: Any = None,
     random_seed: int = 0,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,
@@ -70,11 +73,13 @@ def infer(
     """Writes `<output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>` for each task of a mixture.
 
     A line is `{"inputs": {"inputs_pretokenized": ..., ...}, "prediction": "..."}` or `{"inputs": ..., "score": ...}`, in the order of the
-    task; predict_with_aux adds `"aux": {"scores": [...], "predictions": [...]}`, all decodes and what the decoder ranks them by. Finished
+    task; predict_with_aux adds `"aux": {"scores": [...], "predictions": [...]}`, all decodes and what the decoder ranks them by; rank gives
+    `"prediction": "..."` and `"options": {"...": log-probability, ...}`. Finished
     batches are kept in `tmp-...` beside the file: the same command goes on from them, and has nothing to do where the file exists.
 
     Args:
-      mode: 'predict', 'predict_with_aux' or 'score' (the log-probability of the example's target).
+      mode: 'predict', 'predict_with_aux', 'score' (the log-probability of the example's target) or 'rank' (the most likely of the answers
+        that an example allows).
       model: an `EncoderDecoderModel`.
       dataset_cfg: `DatasetConfig` of what to read; its batch size is that of predictions. It is read once and in order.
       checkpoint_path: a checkpoint, or a MODEL_DIR (its latest step).
@@ -86,6 +91,8 @@ def infer(
       num_shards: number of parts. Part i is every num_shards-th example from number i on.
       num_examples: only the first so many examples of each task; None for all.
       include_all_inputs: write every feature of an example, tokens included.
+      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks (`data.prompts`).
+      few_shot: `FewShot`, solved examples before each input, or None.
       random_seed: of a decoder that draws.
       files: small text files to leave in output_dir (name -> content), e.g. 'config.gin'.
       dry_run: say what would be done and return; nothing is written.
@@ -112,7 +119,9 @@ def infer(
             "mode": str(mode),
             "checkpoint": str(reader.path),
             "fingerprint": reader.fingerprint(),
-            "decoder": repr(decoder) if mode != Mode.SCORE else None,
+            "decoder": repr(decoder) if mode in (Mode.PREDICT, Mode.PREDICT_WITH_AUX) else None,
+            "rank_options": rank_options if mode == Mode.RANK else None,
+            "few_shot": repr(few_shot),
             "model": repr(model.config.for_inference),
             "task_feature_lengths": dict(dataset_cfg.task_feature_lengths),
             "split": dataset_cfg.split,
@@ -133,9 +142,11 @@ def infer(
     from upcycle_jax.data.examples import task_examples
 
     prepare.check_vocabulary(model, dataset_cfg)
-    tasks = task_examples(dataset_cfg)
+    tasks = task_examples(dataset_cfg, few_shot)
     for task in tasks:
         job.check(task.name)
+        for example in task.examples(1) if mode == Mode.RANK else ():
+            task.options(example, rank_options)
     params = running.load_params(reader, model, partitioner)
     job.write_files(files or {})
     done, count = {}, 0
@@ -145,13 +156,20 @@ def infer(
         )
         numbered = enumerate(task.examples(num_examples, shard=shard_id, num_shards=num_shards))
         examples = ((shard_id + place * num_shards, example) for place, example in numbered)
-        count += _infer_task(job, task, runner, params, examples, checkpoint_period, include_all_inputs)
+        count += _infer_task(job, task, runner, params, examples, checkpoint_period, include_all_inputs, rank_options)
         done[task.name] = job.file(task.name)
     return InferResult(files=done, examples=count)
 
 
 def _infer_task(
-    job: "_Job", task: "TaskExamples", runner: running.Runner, params: Any, examples: Any, batches_per_chunk: int, whole: bool
+    job: "_Job",
+    task: "TaskExamples",
+    runner: running.Runner,
+    params: Any,
+    examples: Any,
+    batches_per_chunk: int,
+    whole: bool,
+    rank_options: Any,
 ) -> int:
     """Writes the chunks of one task that are not there yet, then the file; returns the number of examples computed."""
     if job.file(task.name).exists():
@@ -168,7 +186,7 @@ def _infer_task(
             continue
         lines = []
         for rows in running.in_batches(chunk, runner.batch_size):
-            lines += _records(job.mode, task, runner, params, rows, whole)
+            lines += _records(job.mode, task, runner, params, rows, whole, rank_options)
         job.write_chunk(task.name, chunks - 1, lines)
         count += len(chunk)
         _log.info("%s: %d examples, %.1f per second", task.name, count, count / (time.monotonic() - started))
@@ -176,7 +194,9 @@ def _infer_task(
     return count
 
 
-def _records(mode: Mode, task: "TaskExamples", runner: running.Runner, params: Any, rows: Sequence[Any], whole: bool) -> list[str]:
+def _records(
+    mode: Mode, task: "TaskExamples", runner: running.Runner, params: Any, rows: Sequence[Any], whole: bool, rank_options: Any
+) -> list[str]:
     """JSON lines of one batch of (number, example)."""
     numbers, examples = [number for number, _ in rows], [example for _, example in rows]
     batch = task.batch(examples, runner.batch_size)
@@ -185,6 +205,10 @@ def _records(mode: Mode, task: "TaskExamples", runner: running.Runner, params: A
         scores = runner.score(params, batch, len(rows))
         for record, score in zip(records, scores, strict=True):
             record["score"] = float(score)
+    elif mode == Mode.RANK:
+        ranked = ranking.rank(task, runner, params, examples, rank_options)
+        for record, answer in zip(records, ranked, strict=True):
+            record |= {"prediction": answer.best, "options": dict(answer.scores)}
     else:
         decoded = runner.predict(params, batch, numbers)
         for i, record in enumerate(records):
