@@ -49,8 +49,8 @@ def _mean_curve(group: Group, metric: str) -> tuple[np.ndarray, np.ndarray]:
 def learning_curves(study: Study) -> Picture:
     """Loss and accuracy against extra steps, compute and time: the mean over the seeds, and each seed as a thin line.
 
-    The ordinate is cut to the range of the runs that continue a checkpoint and of where the others end, so that a run from scratch, which
-    starts far away, does not flatten them.
+    The ordinate is cut to what the runs that continue a checkpoint cover after their first updates, and the baseline's start: initial drops
+    (which have their own figure) and runs from scratch, which start far away, would flatten them.
     """
     figure, panels = plt.subplots(2, len(BUDGETS), figsize=(15, 8.5), sharey="row", layout="constrained")
     data: dict[str, Any] = {}
@@ -59,7 +59,8 @@ def learning_curves(study: Study) -> Picture:
         for index, group in enumerate(study.groups):
             steps, mean = _mean_curve(group, metric)
             data.setdefault(group.name, {})[metric] = {"extra_steps": steps.tolist(), "mean": mean.tolist()}
-            in_view += mean.tolist() if group.first.start_step else [float(mean[-1])]
+            if group.first.start_step or not any(other.first.start_step for other in study.groups):
+                in_view += mean[0 if study.baseline_of(group) is None else 1 :].tolist()
             for column, (label, scale) in enumerate(BUDGETS.items()):
                 panel = panels[row, column]
                 unit = float(np.mean([scale(run) for run in group.runs.values()]))
@@ -169,27 +170,34 @@ def routing(run: Run) -> Picture | None:
     if not layers:
         return None
     experts = grids["load"][layers[0]].values.shape[1]
-    top = max(2.0, *(float(curve.values.max()) * experts for grid in grids.values() for curve in grid.values()))
     figure, panels = plt.subplots(
-        len(layers), len(grids), figsize=(11, 0.9 + 2.1 * len(layers)), squeeze=False, layout="constrained", sharex=True
+        len(layers), len(grids), figsize=(12, 0.9 + 2.1 * len(layers)), squeeze=False, layout="constrained", sharex=True
     )
+    scales = {kind: _around_one([curve.values * experts for curve in grid.values()]) for kind, grid in grids.items()}
     data: dict[str, Any] = {}
     for row, layer in enumerate(layers):
         for column, (kind, grid) in enumerate(grids.items()):
             curve = grid[layer]
             panel, values = panels[row, column], curve.values.T * experts
-            image = panel.imshow(values, cmap="cividis", vmin=0.0, vmax=top, aspect="auto", origin="lower")
+            image = panel.imshow(values, cmap="cividis", vmin=scales[kind][0], vmax=scales[kind][1], aspect="auto", origin="lower")
             steps = [int(step) - run.start_step for step in curve.steps]
             shown = range(0, len(steps), max(1, -(-len(steps) // 12)))
             panel.set_xticks(list(shown), [str(steps[i]) for i in shown])
             panel.set_yticks(range(0, experts, max(1, experts // 8)))
             panel.set_title(f"{layer}: {LOAD_KINDS[kind]}", fontsize=9)
             panel.set_ylabel("expert")
+            if row == len(layers) - 1:
+                figure.colorbar(image, ax=panels[:, column].tolist(), label="1 = 1/E, an even split")
             data[f"{layer}/{kind}"] = {"extra_steps": steps, "relative_to_even": np.round(curve.values * experts, 5).tolist()}
     for panel in panels[-1]:
         panel.set_xlabel("extra training steps")
-    figure.colorbar(image, ax=panels.ravel().tolist(), label="1 = 1/E, an even split")
     return Picture(plots.png(figure), data)
+
+
+def _around_one(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """A range with 1 in the middle that holds all values, and at least 0.9 to 1.1."""
+    reach = max(0.1, *(float(np.abs(array - 1).max()) for array in values))
+    return 1 - reach, 1 + reach
 
 
 def similarity(study: Study) -> Picture | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from upcycle_jax.experiments.report_figures import Picture
 from upcycle_jax.experiments.results import Run
 from upcycle_jax.experiments.results_study import Group, Study, at_flops, at_steps
 from upcycle_jax.experiments.statistics import CONFIDENCE, Interval, paired_difference
+from upcycle_jax.experiments.sweeps import shell_line
 
 LOSS, ACCURACY = "cross_ent_loss", "accuracy"
 FIGURES_FILE = "figures.json"
@@ -61,8 +63,8 @@ def _pictures(study: Study) -> dict[str, tuple[Picture, str]]:
         ),
         "learning_curves": (
             report_figures.learning_curves(study),
-            f"Thick lines: mean over the seeds ({n} at most); thin lines: each seed. Markers are evaluations. A curve that starts outside "
-            "of the picture enters it from above (loss) or below (accuracy).",
+            f"Thick lines: mean over the seeds ({n} at most); thin lines: each seed; markers: evaluations. The ordinate shows what the "
+            "runs that continue a checkpoint cover after their first updates: initial drops and runs from scratch may lie outside.",
         ),
         "initial_drop": (
             report_figures.initial_drop(study),
@@ -96,7 +98,7 @@ def _scale(study: Study) -> str:
     extra = sorted(
         {cell["end_step"] - cell["start_step"] for cell in study.plan["cells"] if study.plan["stages"][cell["stage"]]["compared"]}
     )
-    lines = [study.plan["scale"]] if study.plan["scale"] else []
+    lines = [f"{study.plan['scale']}\n"] if study.plan["scale"] else []
     lines.append(f"* **Runs**: {len(study.runs)} compared, of {' or '.join(f'{n:,}' for n in extra)} extra steps; seeds {seeds}.")
     for name, run in study.shared.items():
         lines.append(
@@ -292,7 +294,7 @@ def _every_run(study: Study) -> str:
 def _provenance(study: Study) -> str:
     versions = study.groups[0].first.manifest.get("starts", [{}])[-1].get("versions", {})
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    commands = "\n".join(f"    {cell['command']}" for cell in study.plan["cells"])
+    commands = "\n".join(f"    {shell_line(shlex.split(cell['command']))}" for cell in study.plan["cells"])
     return (
         f"Software: {shown}. `{FIGURES_FILE}` beside this page holds every number of the figures. The runs, as ordinary command lines "
         f"(`{{SWEEP_DIR}}` is the study's folder):\n\n{commands}"

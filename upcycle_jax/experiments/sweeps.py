@@ -97,7 +97,7 @@ class Cell:
 
     def command_line(self, python: str = "python") -> str:
         """The line for a shell."""
-        return shlex.join([python, "-m", f"upcycle_jax.{self.command}", *self.words])
+        return shell_line([python, "-m", f"upcycle_jax.{self.command}", *self.words])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,6 +264,15 @@ class _Planner:
             end_step=end,
             needs=(parent.name,) if parent else (),
         )
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """Words for a shell; single quotes, which gin's strings need, inside double ones.
+
+    >>> print(shell_line(["train", "--gin.MODEL_DIR='/a b'", "--gin.X=(1, 2)"]))
+    train "--gin.MODEL_DIR='/a b'" '--gin.X=(1, 2)'
+    """
+    return " ".join(f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word) for word in words)
 
 
 def gin_text(value: Any) -> str:
