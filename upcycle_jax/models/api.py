@@ -12,6 +12,8 @@ Metrics, and what each is a mean over (`M` below stands for the weight `aux_scal
   experts/<layer>/entropy: of the router probabilities, in nats, per token.
   experts/<layer>/dropped: share of the placements asked for that were not granted: token choices beyond capacity under
     tokens choose, tokens without any expert under experts choose.
+  experts/<layer>/dead: share of the experts that received no real token of the batch. Of train steps and evaluation batches.
+  experts/<layer>/chosen: `[E]`, as load, but before any drop. Where a bias balances the router.
 """
 
 from collections.abc import Mapping
@@ -23,19 +25,20 @@ import jax.numpy as jnp
 
 from upcycle_jax import trees
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
-from upcycle_jax.models import losses
+from upcycle_jax.models import expert_metrics, losses
 from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.expert_metrics import STACKS, scaled_mean
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.models.t5 import RESIDUALS, Transformer
-from upcycle_jax.moe.config import Stack
-from upcycle_jax.moe.layer import REPORTS, MoeReport
+from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.types import Batch, PyTree
-
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 
 BOS_ID, EOS_ID = 0, 1
 """T5's first decoder input, which is padding's id, and the token that ends a sequence in its vocabularies."""
+
+NON_FINITE_LOGITS = "non_finite_router_logits/"
+"""Before a layer ('encoder/layers_1'): the metric of `loss_fn` that counts router logits that are NaN or infinite, for train steps."""
 
 LossNormalizer = float | Literal["NUM_REAL_TARGET_TOKENS"] | None
 
@@ -76,6 +79,15 @@ class EncoderDecoderModel:
             value, names = (leaf.value, leaf.names) if isinstance(leaf, nn.LogicallyPartitioned) else (leaf, ())
             specs[path] = trees.LeafSpec(value.shape, value.dtype, names)
         return specs
+
+    @property
+    def balance_rates(self) -> dict[str, float]:
+        """How far the selection bias of each MoE layer that has one moves after a step, by layer ('encoder/layers_1')."""
+        moe = self.config.moe
+        if moe is None:
+            return {}
+        rates = {f"{stack}/layers_{i}": moe.router(stack).balance_rate for stack in STACKS for i in self.config.sparse_layers(stack)}
+        return {layer: rate for layer, rate in rates.items() if rate is not None}
 
     def init_params(self, rng: jax.Array) -> PyTree:
         """Fresh parameters as nested dicts; a pure function that may be jitted with output shardings."""
@@ -139,9 +151,10 @@ class EncoderDecoderModel:
         auxiliary = self._auxiliary_losses(reports)
         loss = token_loss + aux_scale * sum(auxiliary.values())
         metrics = _token_metrics(tokens, weights, aux_scale)
-        metrics["loss"] = _scaled_mean(loss / aux_scale, aux_scale)
-        metrics |= {name: _scaled_mean(value, aux_scale) for name, value in auxiliary.items()}
-        return loss, metrics | _expert_metrics(self.config, reports, aux_scale)
+        metrics["loss"] = scaled_mean(loss / aux_scale, aux_scale)
+        metrics |= {name: scaled_mean(value, aux_scale) for name, value in auxiliary.items()}
+        metrics |= {f"{NON_FINITE_LOGITS}{layer}": Mean(report.non_finite, jnp.float32(aux_scale)) for layer, report in reports.items()}
+        return loss, metrics | expert_metrics.of_reports(self.config, reports, aux_scale)
 
     def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
         """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token, auxiliary losses included."""
@@ -152,8 +165,9 @@ class EncoderDecoderModel:
         metrics = _token_metrics(tokens, weights, 1.0)
         summed = jnp.sum((tokens.cross_entropy + tokens.z_loss) * weights)
         metrics["loss"] = Mean(total=summed + sum(auxiliary.values()) * num_tokens, weight=num_tokens)
-        metrics |= {name: _scaled_mean(value, 1.0) for name, value in auxiliary.items()}
-        return metrics | _expert_metrics(self.config, reports, 1.0)
+        metrics |= {name: scaled_mean(value, 1.0) for name, value in auxiliary.items()}
+        metrics |= expert_metrics.of_reports(self.config, reports, 1.0)
+        return metrics | expert_metrics.dead_experts(metrics)
 
     def logits(self, params: PyTree, batch: Batch, *, train: bool = False, dropout_rng: jax.Array | None = None) -> jax.Array:
         """Float32 logits `[batch, target length, vocab]` with teacher forcing."""
@@ -248,6 +262,11 @@ class EncoderDecoderModel:
 
     def _apply(self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None, mutable: list[str]) -> tuple[Any, Any]:
         module, rngs = self.module, None
+        for stack in STACKS:
+            if f"{stack}_segment_ids" in batch and self.config.moe is not None and self.config.sparse_layers(stack):
+                router = self.config.moe.router(stack)
+                if reason := router.not_packable_because:
+                    raise ValueError(f"{type(router).__name__} cannot route packed rows: {reason}.")
         if train and dropout_rng is not None:
             dropout_key, jitter_key = jax.random.split(dropout_rng)
             rngs = {"dropout": dropout_key, "jitter": jitter_key}
@@ -287,8 +306,8 @@ class EncoderDecoderModel:
         moe = self.config.moe
         assert moe is not None
         return {
-            "experts/auxiliary_loss": moe.aux_loss_factor * _layer_mean(r.auxiliary_loss for r in reports.values()),
-            "experts/router_z_loss": moe.router_z_loss_factor * _layer_mean(r.router_z_loss for r in reports.values()),
+            "experts/auxiliary_loss": moe.aux_loss_factor * expert_metrics.layer_mean(r.auxiliary_loss for r in reports.values()),
+            "experts/router_z_loss": moe.router_z_loss_factor * expert_metrics.layer_mean(r.router_z_loss for r in reports.values()),
         }
 
 
@@ -296,14 +315,6 @@ def _loss_weights(batch: Batch) -> jax.Array:
     """Float32 `[batch, length]`; without the feature, every real target token counts 1."""
     weights = batch.get("decoder_loss_weights")
     return jnp.asarray(batch["decoder_target_tokens"] > 0 if weights is None else weights, jnp.float32)
-
-
-def _layer_mean(values: Any) -> jax.Array:
-    return jnp.mean(jnp.stack(list(values)))
-
-
-def _scaled_mean(value: jax.Array, weight: jax.Array | float) -> Mean:
-    return Mean(total=value * weight, weight=jnp.float32(weight))
 
 
 def _token_metrics(tokens: losses.TokenLosses, weights: jax.Array, aux_scale: jax.Array | float) -> Metrics:
@@ -314,26 +325,3 @@ def _token_metrics(tokens: losses.TokenLosses, weights: jax.Array, aux_scale: ja
         "accuracy": Mean(total=jnp.sum(tokens.correct * weights), weight=num_tokens),
         "target_tokens": Mean(total=num_tokens, weight=jnp.float32(aux_scale)),
     }
-
-
-def _expert_metrics(config: T5Config, reports: Mapping[str, MoeReport], aux_scale: jax.Array | float) -> Metrics:
-    if not reports:
-        return {}
-    assert config.moe is not None
-    # In T5X mode the usage of routers that fill every slot is 1 by definition.
-    full = {f"{stack}/layers_{i}" for stack in STACKS for i in config.sparse_layers(stack) if config.moe.router(stack).fills_capacity}
-    full = full if config.moe.t5x_mode else set()
-    usage = [jnp.float32(1.0) if layer in full else jnp.sum(r.load) / r.capacity for layer, r in reports.items()]
-    behind = [report.left_behind / jnp.maximum(report.tokens, 1.0) for report in reports.values()]
-    confidence = [report.weight / jnp.maximum(jnp.sum(report.load), 1.0) for report in reports.values()]
-    metrics = {
-        "experts/fraction_tokens_left_behind": _scaled_mean(_layer_mean(behind), aux_scale),
-        "experts/expert_usage": _scaled_mean(_layer_mean(usage), aux_scale),
-        "experts/router_confidence": _scaled_mean(_layer_mean(confidence), aux_scale),
-    }
-    for layer, report in reports.items():
-        metrics[f"experts/{layer}/load"] = Mean(total=report.load, weight=jnp.sum(report.load))
-        metrics[f"experts/{layer}/router_probability"] = Mean(total=report.probability, weight=report.tokens)
-        metrics[f"experts/{layer}/entropy"] = Mean(total=report.entropy, weight=report.tokens)
-        metrics[f"experts/{layer}/dropped"] = Mean(total=report.dropped, weight=report.offered)
-    return metrics

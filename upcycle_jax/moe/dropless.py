@@ -53,8 +53,8 @@ def _automatic(platform: str) -> Dispatch:
 
 def _platform() -> str:
     """Where the program will run: on the devices of the surrounding mesh, which may be those of another machine."""
-    mesh = jax.sharding.get_mesh()
-    return jax.default_backend() if mesh.empty else mesh.devices.flat[0].platform
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def process(

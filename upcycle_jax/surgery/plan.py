@@ -40,6 +40,11 @@ def is_router(path: str) -> bool:
     return ROUTER in path
 
 
+def is_router_bias(path: str) -> bool:
+    """Whether a path is of the bias that balances a router, or of one of its optimizer slots."""
+    return f"{ROUTER}bias" in path
+
+
 def make_plan(source_specs: Specs, target_specs: Specs, recipe: Recipe | MergeRecipe | None = None) -> Plan:
     """Plans the conversion of a checkpoint into a target model.
 
@@ -202,7 +207,9 @@ class _Upcycling(_Matching):
         return f"{stack}layers_{self.recipe.depth.source_layer(number, *counts)}/{path[match.end() :]}" if counts[0] else path
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
-        if is_router(path):
+        if is_router_bias(path):
+            self.add(path, spec, Zeros(), ())  # No expert is preferred before any load was seen.
+        elif is_router(path):
             self.add(path, spec, self.recipe.router_init.operation(path), (), "Remedy: give routers of the model's shape.")
         elif is_expert(path):
             operation = self.recipe.expert_init.operation(path, spec)

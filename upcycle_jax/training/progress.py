@@ -24,7 +24,7 @@ STEPS_AHEAD = 2
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or the gradient norm of a step is NaN or infinite."""
+    """The loss, the gradient norm or a router logit of a step is NaN or infinite."""
 
 
 class LossSpikeError(ValueError):
@@ -55,7 +55,7 @@ class LossWatch:
         """Looks at all steps so far: before the state is saved, evaluated or reported.
 
         Raises:
-          NonFiniteLossError: a step's loss or gradient norm is not finite and the policy is to stop.
+          NonFiniteLossError: a step's loss or gradient norm, or a router logit, is not finite and the policy is to stop.
           LossSpikeError: a step's loss is a spike and the policy is to stop.
         """
         while self._pending:
@@ -63,7 +63,9 @@ class LossWatch:
 
     def _look(self) -> None:
         step, output, batch, batch_fingerprint = self._pending.popleft()
-        loss, grad_norm = (float(value) for value in jax.device_get((output.loss, output.grad_norm)))
+        loss, grad_norm, bad_logits = jax.device_get((output.loss, output.grad_norm, output.bad_logits))
+        loss, grad_norm = float(loss), float(grad_norm)
+        bad = {layer: int(count) for layer, count in bad_logits.items() if count}
         limit = self.history.limit(step) if self.history else math.inf
         if self.history:
             self.history.add(step, loss)
@@ -74,7 +76,9 @@ class LossWatch:
             "grad_norm": str(grad_norm),
             "batch_crc32": json.loads(batch_fingerprint),
         }
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if bad:
+            report["non_finite_router_logits"] = bad
+        if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._not_finite(report)
         elif loss > limit:
             self._spike(report, limit)
@@ -103,6 +107,12 @@ class LossWatch:
             f"step {report['step']}: the loss is {report['loss']} and the gradient norm {report['grad_norm']} (batch {report['batch']}, "
             f"fingerprint in {path})"
         )
+        if bad := report.get("non_finite_router_logits"):
+            first = min(bad, key=_depth)
+            what += (
+                f". Router logits that are NaN or infinite: {bad[first]} in {first}, the first of {len(bad)} such MoE layers: what reaches "
+                "that router, or its kernel, is not finite (MoeConfig.router_z_loss_factor = 0.001 keeps logits small)"
+            )
         if self._policy == NonFinite.STOP:
             raise NonFiniteLossError(
                 f"{what}. The last checkpoint is from before it. Lower the learning rate, or set Trainer.non_finite = 'skip' to leave out "
@@ -110,6 +120,12 @@ class LossWatch:
             )
         self.skipped += 1
         _log.warning("%s: the update is skipped", what)
+
+
+def _depth(layer: str) -> tuple[bool, int]:
+    """Orders layers ('encoder/layers_1') as a forward pass meets them; what jit returns is ordered by name."""
+    stack, _, number = layer.partition("/layers_")
+    return stack == "decoder", int(number) if number.isdigit() else 0
 
 
 class Window:

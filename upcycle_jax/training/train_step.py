@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes, partitioning, trees
+from upcycle_jax.models import expert_metrics
+from upcycle_jax.models.api import NON_FINITE_LOGITS
 from upcycle_jax.models.metrics import Mean, Metrics, merge
+from upcycle_jax.moe import balance
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import TrainState, from_state_dict
 from upcycle_jax.training.trainer import NonFinite, Trainer
@@ -24,11 +27,13 @@ class StepOutput:
       metrics: sums to be merged over steps.
       loss: the optimised loss, float32 scalar.
       grad_norm: global norm of the gradients, float32 scalar.
+      bad_logits: by MoE layer, in order, how many router logits are NaN or infinite, float32 scalars.
     """
 
     metrics: Metrics
     loss: jax.Array
     grad_norm: jax.Array
+    bad_logits: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 TrainStep = Callable[..., tuple[TrainState, StepOutput]]
@@ -41,7 +46,7 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
     Dropout draws from `fold_in(fold_in(key(seed), step), microbatch)`: a run that resumes at a step draws what the uninterrupted run drew.
 
     Args:
-      model: has `param_specs`, `loss_denominator` and `loss_fn`.
+      model: has `param_specs`, `loss_denominator` and `loss_fn`; and `balance_rates`, if routers balance by a bias.
       trainer: optimizer, schedule, microbatches.
       seed: the run's random seed.
     """
@@ -56,12 +61,17 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
             state.params, grads, state.param_states, param_specs=param_specs, step=state.step, learning_rate=learning_rate
         )
         grad_norm = global_norm(grads)
-        new_state = TrainState(step=state.step + 1, params=update.params, param_states=update.param_states)
+        params = _balanced(model, update.params, state.params, metrics)
+        new_state = TrainState(step=state.step + 1, params=params, param_states=update.param_states)
+        bad_logits = {
+            name.removeprefix(NON_FINITE_LOGITS): metrics.pop(name).total for name in list(metrics) if name.startswith(NON_FINITE_LOGITS)
+        }
+        metrics = metrics | expert_metrics.dead_experts(metrics)
         one = jnp.ones((), jnp.float32)
         metrics = metrics | {"grad_norm": Mean(grad_norm, one)}
         applies = None
         if trainer.non_finite == NonFinite.SKIP:
-            applies = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            applies = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (sum(bad_logits.values(), jnp.float32(0)) == 0)
         if loss_limit is not None:
             within = ~(loss > loss_limit)  # a loss that is no number is the other policy's
             applies = within if applies is None else applies & within
@@ -69,9 +79,18 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
             new_state = _where(applies, new_state, TrainState(state.step + 1, state.params, state.param_states))
             metrics = _where(applies, metrics, jax.tree.map(jnp.zeros_like, metrics))
         metrics = metrics | {"learning_rate": Mean(learning_rate, one)}
-        return new_state, StepOutput(metrics=metrics, loss=loss, grad_norm=grad_norm)
+        return new_state, StepOutput(metrics=metrics, loss=loss, grad_norm=grad_norm, bad_logits=bad_logits)
 
     return train_step
+
+
+def _balanced(model: Any, params: PyTree, before: PyTree, metrics: Metrics) -> PyTree:
+    """The parameters after the optimizer, with the biases that balance routers moved by the load of the whole batch."""
+    rates = getattr(model, "balance_rates", {})
+    if not rates:
+        return params
+    chosen = expert_metrics.chosen_counts(metrics)
+    return trees.unflatten(balance.with_moved_biases(trees.flatten(params), trees.flatten(before), chosen, rates))
 
 
 def jitted_train_step(

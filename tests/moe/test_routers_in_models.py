@@ -1,0 +1,299 @@
+"""Every router inside a model: it trains, sees no later token, depends neither on the batch nor on padding nor on the mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from upcycle_jax import surgery, trees
+from upcycle_jax.models import accounting, metrics
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, HashTop1, LossFreeTopK, SigmoidTopK, SoftMoe, SwitchTop1, TokensChoose
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.optimizers import AdamW
+from upcycle_jax.training.train_state import initial_state, state_specs
+from upcycle_jax.training.train_step import jitted_train_step, make_train_step
+from upcycle_jax.training.trainer import Trainer
+
+DENSE = T5Config(
+    vocab_size=64, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.0
+)
+EVERYWHERE = [SwitchTop1(), SigmoidTopK(), LossFreeTopK(update_rate=0.01), HashTop1(), DroplessTopK()]
+ROUTERS = [*EVERYWHERE, SoftMoe(2)]
+IDS = [type(router).__name__ for router in ROUTERS]
+BIAS = "encoder/layers_0/mlp/router/bias"
+
+
+def make_model(router, **settings):
+    """The router in both stacks; where it may not be in the decoder, in the encoder alone."""
+    decoder = TokensChoose() if router.not_causal_because else router
+    moe = {
+        "num_experts": 8,
+        "encoder_sparse_layout": (0,),
+        "decoder_sparse_layout": (0,),
+        "encoder_router": router,
+        "decoder_router": decoder,
+    }
+    config = dataclasses.replace(DENSE, moe=MoeConfig(**(moe | settings)))
+    return EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
+
+
+def make_params(model, seed=0):
+    rng, params = np.random.default_rng(seed), {}
+    for path, leaf in model.param_specs().items():
+        scale = 0.1 if len(leaf.shape) == 1 else 1 / np.sqrt(1 if path.endswith("embedding") else leaf.shape[-2])
+        params[path] = jnp.asarray(rng.normal(size=leaf.shape) * scale + path.endswith("scale"), jnp.float32)
+    return trees.unflatten(params)
+
+
+def make_batch(lengths, inputs=8, targets=8, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = len(lengths)
+    encoder, decoder = (rng.integers(1, 64, (rows, 12))[:, :n] * (np.arange(n) < np.asarray(lengths)[:, None]) for n in (inputs, targets))
+    batch = {
+        "encoder_input_tokens": encoder,
+        "decoder_input_tokens": np.pad(decoder, ((0, 0), (1, 0)))[:, :-1],
+        "decoder_target_tokens": decoder,
+        "decoder_loss_weights": decoder > 0,
+    }
+    return {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+
+
+def trainer(num_microbatches=None):
+    return Trainer(optimizer=AdamW(weight_decay=0.1), learning_rate_fn=lambda step: jnp.float32(0.01), num_microbatches=num_microbatches)
+
+
+def train(model, steps, *, partitioner=None, num_microbatches=None, batch=None):
+    """The state and the outputs of some steps on one batch."""
+    partitioner = partitioner or Partitioner(devices=(jax.devices()[0],))
+    setup = trainer(num_microbatches)
+    shardings = partitioner.shardings(state_specs(model, setup.optimizer))
+    batch = make_batch([8, 3, 5, 8, 2, 8, 7, 4]) if batch is None else batch
+    with partitioner.activate():
+        state = initial_state(model, setup.optimizer, seed=0, shardings=shardings)
+        step = jitted_train_step(model, setup, partitioner=partitioner, shardings=shardings, seed=0)
+        batch, outputs = jax.device_put(batch, partitioner.batch_sharding), []
+        for _ in range(steps):
+            state, output = step(state, batch)
+            outputs.append(jax.device_get(output))
+    return state, outputs
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=IDS)
+def test_the_loss_falls(router):
+    model = make_model(router)
+    state, outputs = train(model, 25)
+    losses = [float(output.loss) for output in outputs]
+    assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0], losses
+    values = metrics.compute(outputs[-1].metrics)
+    for stack in ("encoder", "decoder"):
+        layer = f"{stack}/layers_0"
+        np.testing.assert_allclose(values[f"experts/{layer}/load"].sum(), 1, rtol=1e-5)
+        np.testing.assert_allclose(values[f"experts/{layer}/dead"], (values[f"experts/{layer}/load"] == 0).mean())
+        assert outputs[-1].bad_logits[layer] == 0
+    for path, rate in ((f"{layer}/mlp/router/bias", rate) for layer, rate in model.balance_rates.items()):
+        # Weight decay and momentum leave the bias alone: it is a sum of whole steps.
+        steps = np.asarray(trees.flatten(state.params)[path]) / rate
+        assert np.abs(steps).max() > 0
+        np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+
+
+def inference_logits(model):
+    return jax.jit(EncoderDecoderModel(model.config.for_inference).logits)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=IDS)
+def test_alone_padded_and_causal(router):
+    model = make_model(router, eval_expert_capacity_factor=0.5, min_expert_capacity=1)
+    params, logits = make_params(model), inference_logits(model)
+    batch = make_batch([8, 3, 5])
+    together = logits(params, batch)
+    others = make_batch([8, 8, 1], seed=1)
+    mixed = {name: jnp.concatenate([value[:1], others[name][1:]]) for name, value in batch.items()}
+    np.testing.assert_allclose(logits(params, mixed)[0], together[0], atol=1e-5)
+    longer = {name: jnp.pad(value, ((0, 0), (0, 4))) for name, value in batch.items()}
+    for row, length in enumerate((8, 3, 5)):
+        np.testing.assert_allclose(logits(params, longer)[row, :length], together[row, :length], atol=1e-5)
+    # Another token from position 5 on: nothing before it changes, in training's routing neither where there is room.
+    changed = dict(batch, decoder_input_tokens=batch["decoder_input_tokens"].at[:, 5:].set(1))
+    after = logits(params, changed)
+    np.testing.assert_allclose(after[:, :5], together[:, :5], atol=1e-6)
+    assert np.abs(after[0, 5:] - together[0, 5:]).max() > 1e-2
+
+
+MESHES = [
+    pytest.param(router, marks=[pytest.mark.slow] if isinstance(router, (SwitchTop1, SigmoidTopK, HashTop1)) else [], id=name)
+    for router, name in zip(ROUTERS, IDS, strict=True)
+]
+
+
+@pytest.mark.parametrize("router", MESHES)
+def test_eight_devices_equal_one(router):
+    model = make_model(router)
+    one, eight = (train(model, 3, partitioner=p) for p in (None, Partitioner(num_expert_partitions=4)))
+    for first, second in zip(one[1], eight[1], strict=True):
+        np.testing.assert_allclose(second.loss, first.loss, rtol=1e-4)
+        want, got = (metrics.compute(output.metrics) for output in (first, second))
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    for path, leaf in trees.flatten(one[0].params).items():
+        if path.endswith("router/bias"):
+            np.testing.assert_array_equal(trees.flatten(eight[0].params)[path], leaf, err_msg=path)
+
+
+def test_the_bias_follows_the_whole_batch_whatever_its_division():
+    model = make_model(LossFreeTopK(update_rate=0.25), group_size=8)
+    biases = []
+    for parts in (None, 4):
+        state, outputs = train(model, 1, num_microbatches=parts)
+        chosen = np.asarray(outputs[0].metrics["experts/encoder/layers_0/chosen"].total)
+        # Two choices of each of 45 real tokens; padding wants nobody.
+        assert chosen.sum() == 2 * 45
+        bias = np.asarray(trees.flatten(state.params)[BIAS])
+        np.testing.assert_array_equal(bias, 0.25 * np.sign(chosen.mean() - chosen))
+        biases.append(bias)
+    np.testing.assert_array_equal(*biases)
+
+
+def test_a_biased_router_balances_a_skewed_load():
+    # All tokens prefer expert 0 by a constant: the bias takes that away.
+    model = make_model(LossFreeTopK(num_selected_experts=1, update_rate=0.02), num_decoder_sparse_layers=0, decoder_sparse_layout="MIXED")
+    setup = trainer()
+    setup = dataclasses.replace(setup, learning_rate_fn=lambda step: jnp.float32(0))
+    specs = model.param_specs()
+    params = make_params(model)
+    router = params["encoder"]["layers_0"]["mlp"]["router"]
+    router["bias"] = jnp.zeros(8).at[0].set(0.5)
+    step = jax.jit(make_train_step(model, setup, seed=0))
+    state_type = type(initial_state(model, setup.optimizer, seed=0, shardings=_single_shardings(model, setup)))
+    state = state_type(step=jnp.int32(0), params=params, param_states=setup.optimizer.init(specs))
+    violations = []
+    for seed in range(40):
+        state, output = step(state, make_batch([8] * 8, seed=seed))
+        chosen = np.asarray(output.metrics["experts/encoder/layers_0/chosen"].total)
+        violations.append(chosen.max() / chosen.mean() - 1)
+    # At first everybody goes to expert 0: 8 times the mean.
+    assert violations[0] > 5 and np.mean(violations[-10:]) < 0.35 * violations[0]
+
+
+def _single_shardings(model, setup):
+    return Partitioner(devices=(jax.devices()[0],)).shardings(state_specs(model, setup.optimizer))
+
+
+def test_the_surgeon_writes_biases_of_zero_and_checkpoints_hold_them():
+    model = make_model(LossFreeTopK())
+    setup = trainer()
+    target, dense = state_specs(model, setup.optimizer), state_specs(EncoderDecoderModel(DENSE), setup.optimizer)
+    assert target[f"target/{BIAS}"].shape == (8,)
+    rows = {row.target: row for row in surgery.make_plan(dense, target, surgery.Recipe()).rows}
+    assert rows[f"target/{BIAS}"].operation.name == "zeros"
+    kernel = "target/encoder/layers_0/mlp/router/router_weights/w/kernel"
+    assert rows[kernel].operation.name == "normal(0.02)"
+    assert rows[f"state/param_states/{BIAS}/mu"].operation.name == "zeros"
+
+
+def test_router_leaves_follow_the_router():
+    def leaves(router):
+        specs = make_model(router).param_specs()
+        return {path.split("router/")[1]: leaf.shape for path, leaf in specs.items() if path.startswith("encoder") and "router/" in path}
+
+    assert leaves(HashTop1()) == {}
+    assert leaves(SoftMoe(3)) == {"router_weights/w/kernel": (16, 24)}
+    assert leaves(LossFreeTopK()) == {"router_weights/w/kernel": (16, 8), "bias": (8,)}
+
+
+@pytest.mark.parametrize(
+    ("router", "expert_rows", "router_flops", "active"),
+    [
+        # 4 rows of 8 tokens, 8 experts, d 16. Capacity 2 * 32 / 8 = 8 slots.
+        (SwitchTop1(), 8 * 8, 32 * 2 * 16 * 8, 1),
+        (SigmoidTopK(), 8 * 8, 32 * 2 * 16 * 8, 2),
+        (HashTop1(), 8 * 8, 0, 1),
+        (DroplessTopK(num_selected_experts=3), 3 * 32, 32 * 2 * 16 * 8, 3),
+        # Two slots of eight experts in each of 4 sequences; logits, and mixing there and back, over 16 slots.
+        (SoftMoe(2), 4 * 8 * 2, 32 * 3 * 2 * 16 * 16, 8),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
+)
+def test_costs_by_hand(router, expert_rows, router_flops, active):
+    config = make_model(router, num_decoder_sparse_layers=0, decoder_sparse_layout="MIXED").config
+    flops = accounting.forward_flops(config, batch_size=4, inputs_length=8, targets_length=8)
+    assert flops.experts == expert_rows * 3 * 2 * 16 * 32
+    assert flops.routers == router_flops
+    counts = accounting.count_parameters(config, EncoderDecoderModel(config).param_specs())
+    assert counts.total - counts.active == (8 - active) * 3 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decoder_router": SoftMoe()}, "SoftMoe cannot be the decoder's router: every slot is a mixture of all tokens.*TokensChoose"),
+        ({"t5x_mode": True, "decoder_router": SigmoidTopK()}, "t5x_mode follows Flaxformer, which has no SigmoidTopK"),
+        ({"t5x_mode": True, "decoder_router": DroplessTopK()}, "t5x_mode follows Flaxformer, which has no DroplessTopK"),
+        ({"dispatch": "einsum"}, "dispatch must be one of 'auto', 'sorted', 'ragged_dot', 'gather', got 'einsum'"),
+        ({"dispatch": "sorted"}, "dispatch='sorted' moves the tokens of dropless routers, and both routers have a capacity"),
+        ({"decoder_router": SigmoidTopK(40)}, "num_selected_experts=40 is more than num_experts=32"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MoeConfig(**settings)
+
+
+def test_packed_rows_and_missing_ids_are_refused():
+    model = make_model(SoftMoe())
+    batch = make_batch([8, 8])
+    batch["encoder_segment_ids"] = batch["decoder_segment_ids"] = jnp.ones((2, 8), jnp.int32)
+    with pytest.raises(ValueError, match="SoftMoe cannot route packed rows: .*would see each other.*PACK"):
+        jax.eval_shape(model.logits, model_params_shapes(model), batch)
+    from upcycle_jax.moe.layer import MoeLayer
+
+    layer = MoeLayer(MoeConfig(encoder_router=HashTop1(), num_experts=4), "encoder", hidden=8)
+    with pytest.raises(ValueError, match="HashTop1 routes by token ids, and this model has none.*TokensChoose"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 4, 8)))
+
+
+def model_params_shapes(model):
+    return trees.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.param_specs().items()})
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "gather"])
+def test_dropless_forms_and_a_capacity_for_all_agree(dispatch):
+    tokens = {"encoder_router": DroplessTopK(renormalize=True), "decoder_router": DroplessTopK(renormalize=True)}
+    model = make_model(DroplessTopK(), **tokens, dispatch=dispatch)
+    ample = make_model(TokensChoose(renormalize=True), eval_expert_capacity_factor=8.0, ignore_padding_tokens=True)
+    params, batch = make_params(model), make_batch([8, 3, 5, 1])
+    np.testing.assert_allclose(jax.jit(model.logits)(params, batch), jax.jit(ample.logits)(params, batch), atol=1e-5)
+
+
+def test_dropout_in_dropless_experts_drops_hidden_units_of_an_expert():
+    # Experts are relu(x) with one of two hidden units each; with a rate of 1/2 a unit gives 0 or twice its value, the same for all tokens.
+    from upcycle_jax.moe.layer import MoeLayer
+
+    config = MoeConfig(num_experts=2, decoder_router=DroplessTopK(num_selected_experts=1, renormalize=True))
+    layer = MoeLayer(config, "decoder", hidden=2, activations=("relu",), dropout_rate=0.5)
+    params = {
+        "router": {"router_weights": {"w": {"kernel": jnp.array([[9.0, -9.0], [-9.0, 9.0]])}}},
+        "expert": {"wi": {"kernel": jnp.stack([jnp.eye(2)] * 2)}, "wo": {"kernel": jnp.stack([jnp.eye(2)] * 2)}},
+    }
+    x = jnp.array([[[2.0, 1.0], [1.0, 2.0], [3.0, 1.0], [1.0, 3.0]]])
+    seen = set()
+    for seed in range(12):
+        y = layer.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(seed)})
+        ratio = np.asarray(y / x)[0]
+        assert set(ratio.reshape(-1).tolist()) <= {0.0, 2.0}
+        np.testing.assert_array_equal(ratio[0], ratio[2])
+        np.testing.assert_array_equal(ratio[1], ratio[3])
+        seen.add(tuple(ratio[:2].reshape(-1).tolist()))
+    assert len(seen) > 3
+    np.testing.assert_allclose(layer.apply({"params": params}, x), x, rtol=1e-6)
+
+
+def test_experts_choose_is_unchanged_by_the_dispatch_of_others():
+    one, other = (make_model(ExpertsChoose(), decoder_router=TokensChoose(), dispatch=d) for d in ("auto", "gather"))
+    params, batch = make_params(one), make_batch([8, 3])
+    np.testing.assert_array_equal(jax.jit(one.logits)(params, batch), jax.jit(other.logits)(params, batch))
