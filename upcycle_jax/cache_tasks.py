@@ -37,7 +37,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--module_import", action="append", default=[], metavar="MODULE", help="Python module that registers tasks")
     own.add_argument("--num_shards", type=int, metavar="N", help="files of a split (default: by its size, or as many as its source has)")
     own.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random steps before the place for caching (default 0)")
-    own.add_argument("--overwrite", action="store_true", help="replace a cache that was made from something else")
+    own.add_argument("--overwrite", action="store_true", help="replace a cache, whatever it was made from")
+    own.add_argument("--verify", action="store_true", help="read every file of a cache that is there already, and compare its sha256")
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
@@ -63,6 +64,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
         seed=asked.seed,
         sequence_length=configs[0].task_feature_lengths if _LENGTHS in bound else None,
         overwrite=asked.overwrite,
+        verify=asked.verify,
     )
     for config in configs:
         cache_writing.write_caches(config, options, dry_run=flags.dry_run)

@@ -148,6 +148,12 @@ def test_dataset_position_belongs_to_its_step(tmp_path):
         assert restored.position == 10
         with pytest.raises(FileNotFoundError, match="step 2 was saved without its data iterator"):
             manager.restore_dataset(2, restored)
+        # Saved by the first of two processes and read by one: a position counts global batches, so it serves.
+        dataset = tmp_path / "checkpoint_1" / "dataset"
+        (dataset / "process_0-of-1").rename(dataset / "process_0-of-2")
+        again = Counter()
+        manager.restore_dataset(1, again)
+        assert again.position == 10
 
 
 def test_stale_temporary_folders_are_removed_and_never_seen(tmp_path):

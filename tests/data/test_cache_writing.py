@@ -226,7 +226,7 @@ def test_check_tells_the_command(tmp_path, capsys):
                      rf"--output_cache_dir={tmp_path}`", out)  # fmt: skip
 
 
-def test_damage_is_told_with_the_remedy(cache, tmp_path):
+def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
     assert cache() == 0
     folder = tmp_path / "cache" / "small_sums"
     whole = tmp_path / "whole"
@@ -255,7 +255,10 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path):
     file.write_bytes(b"\0" + file.read_bytes()[1:])
     with pytest.raises(ValueError, match="has other content than was written. To make it again: r"):
         task.verify(remedy="r")
+    assert cache("small_sums", "--verify") == 2
+    assert "is damaged" in capsys.readouterr().err
     restored()
+    assert cache("small_sums", "--verify") == 0 and "every file as it was written" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"the cache of 'small_sums' has no split 'test': it has \['train', 'validation'\]"):
         config(split="test").train_iterator()
 
@@ -290,3 +293,35 @@ def test_a_mixture_that_lacks_a_task_is_told(cache, tmp_path, tasks):
     shutil.rmtree(tmp_path / "cache" / "small_sums_again")
     with pytest.raises(FileNotFoundError, match=r"'small_sums_again' of the mixture 'two_sums' is not cached.*--tasks=two_sums"):
         config("two_sums").train_iterator()
+
+
+def write_as_seqio(folder, split, examples):
+    """What SeqIO's own cache command leaves for one split (its Beam pipeline is not needed for so few examples)."""
+    import tensorflow as tf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    features = {name: {"shape": [None], "dtype": "int32"} for name in ("inputs", "targets")}
+    info = {"num_shards": 1, "features": features, "seqio_version": seqio.__version__}
+    (folder / f"info.{split}.json").write_text(json.dumps(info))
+    (folder / f"stats.{split}.json").write_text(json.dumps({"examples": len(examples)}))
+    with tf.io.TFRecordWriter(str(folder / f"{split}.tfrecord-00000-of-00001")) as writer:
+        for example in examples:
+            writer.write(seqio.utils.dict_to_tfexample(example).SerializeToString())
+
+
+def test_seqios_own_cache_is_read_and_left_alone(cache, tasks, tmp_path, capsys):
+    name = tasks.register("small_sums_of_seqio")
+    folder = tmp_path / "cache" / name
+    for split in ("train", "validation"):
+        write_as_seqio(folder, split, [{"inputs": np.array([n, n + 1]), "targets": np.array([n + 2])} for n in range(10, 30)])
+    (folder / "COMPLETED").write_text("")
+    assert config(name).vocabulary_size() == 359
+    batch = next(config(name, shuffle=False).train_iterator())
+    assert batch["encoder_input_tokens"][:, :4].tolist() == [[n, n + 1, 1, 0] for n in range(10, 14)]  # EOS comes when it is read
+    (batches,) = config(name, split="validation").eval_batches(1).values()
+    assert next(batches())["decoder_target_tokens"][0, :3].tolist() == [12, 1, 0]
+    with pytest.raises(ValueError, match=r"vocabulary is set with use_cached, and the cache is SeqIO's"):
+        config(name, vocabulary="bytes").train_iterator()
+    assert cache(name, "--overwrite") == 2
+    assert "is there and is no cache of this command (SeqIO's own?): choose another --output_cache_dir" in capsys.readouterr().err
+    assert (folder / "COMPLETED").exists()

@@ -299,3 +299,22 @@ def test_fingerprints_are_small_and_name_the_cache(config):
     assert json.loads(json.dumps(fingerprint)) == fingerprint and len(json.dumps(fingerprint)) < 5000
     assert fingerprint["tasks"]["cached_span_corruption_code"]["source"].keys() == {"cache"}
     assert fingerprint["vocabularies"]["inputs"]["kind"] == "ByteVocabulary"
+
+
+def test_metrics_of_a_cached_task_need_its_text_only():
+    """Prediction reads the cache, with everything that the task keeps, and the task's own metrics."""
+    from upcycle_jax.data.examples import task_examples
+
+    for limit, use_cached in ((None, True), (4, False)):
+        (task,) = task_examples(sums(split="validation", use_cached=use_cached))
+        examples = list(task.examples(limit))
+        assert task.record(examples[2]) == {"inputs_pretokenized": "1002 + 1", "targets_pretokenized": "is 1003"}
+        assert [int(example["idx"]) for example in examples[:3]] == [1000, 1001, 1002]
+        assert examples[2]["targets"].tolist() == [*(byte + 3 for byte in b"is 1003"), 1]
+    (task,) = task_examples(sums(split="validation"))
+    assert len(list(task.examples())) == 21 and len(list(task.examples(shard=1, num_shards=4))) == 5
+    answers = [example["targets"][:-1] for example in task.examples()]
+    result = task.evaluate(list(task.examples()), {"prediction": [*answers[:7], *answers[:14]]})
+    assert result.metrics == {"exact": 7 / 21}
+    (text,) = task_examples(DatasetConfig("cached_ul2_words", {"inputs": 64, "targets": 64}, use_cached=True, split="validation", seed=0))
+    assert {"inputs", "targets"} <= next(text.examples()).keys()

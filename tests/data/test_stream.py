@@ -225,7 +225,6 @@ def test_configuration_is_checked_at_once():
         ({"batch_size": 0}, "batch_size is 0: give at least 1"),
         ({"task_feature_lengths": {"inputs": 64}}, "it needs a length of at least 1 for 'targets'"),
         ({"text_files": []}, "text_files names no file"),
-        ({"text_files": ["a"], "use_cached": True}, "use_cached is set with text_files"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ):
         with pytest.raises(ValueError, match=message):

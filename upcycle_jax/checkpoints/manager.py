@@ -79,6 +79,25 @@ def process_folder(directory: epath.Path) -> epath.Path:
     return epath.Path(directory) / f"process_{jax.process_index()}-of-{jax.process_count()}"
 
 
+def saved_process_folder(directory: epath.Path) -> epath.Path:
+    """Where this process finds its data position in the dataset item: its own folder, or one that another number of processes saved.
+
+    Positions count global batches, so every process's is as good; whether the data can go on from it is up to the iterator.
+
+    Raises:
+      FileNotFoundError: no process saved one.
+    """
+    own = process_folder(directory)
+    if own.exists():
+        return own
+    others = sorted(
+        folder for folder in epath.Path(directory).glob("process_*-of-*") if not folder.name.endswith(f"-of-{jax.process_count()}")
+    )
+    if not others:
+        raise FileNotFoundError(f"{own} does not exist: the checkpoint was saved without its data iterator")
+    return others[0]
+
+
 class CheckpointManager:
     """The checkpoints of one MODEL_DIR: `checkpoint_<step>/{state,dataset,_CHECKPOINT_METADATA,commit_success.txt}`.
 
@@ -194,17 +213,19 @@ class CheckpointManager:
         return self._manager.restore(step, args=ocp.args.Composite(state=args))[STATE_ITEM]
 
     def restore_dataset(self, step: int, dataset: Saveable) -> None:
-        """Calls `dataset.restore` with the folder that this process saved.
+        """Calls `dataset.restore` with the folder that this process saved (see `saved_process_folder`).
 
         Raises:
-          FileNotFoundError: no such step, or it was saved without the iterator or by another number of processes.
+          FileNotFoundError: no such step, or it was saved without the iterator.
         """
-        folder = process_folder(self._existing(step) / DATASET_ITEM)
-        if not folder.exists():
+        directory = self._existing(step) / DATASET_ITEM
+        try:
+            folder = saved_process_folder(directory)
+        except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{folder} does not exist: step {step} was saved without its data iterator, or by another number of processes. "
-                "Restart the data from the beginning or from a batch number instead"
-            )
+                f"{directory}: step {step} was saved without its data iterator. Restart the data from the beginning or from a batch number "
+                "instead"
+            ) from error
         dataset.restore(folder)
 
     def metadata(self, step: int) -> dict[str, Any]:

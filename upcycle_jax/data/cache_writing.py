@@ -44,6 +44,7 @@ class CacheOptions:
       seed: of random steps before the place for caching.
       sequence_length: lengths for tasks with steps that need them before they can be cached, or None.
       overwrite: replace a cache, or an unfinished one, that was made from something else.
+      verify: read every file of a cache that is there already and compare its sha256.
       report: takes lines of progress.
 
     Raises:
@@ -56,6 +57,7 @@ class CacheOptions:
     seed: int = 0
     sequence_length: Mapping[str, int] | None = None
     overwrite: bool = False
+    verify: bool = False
     report: Report = print
 
     def __post_init__(self) -> None:
@@ -307,7 +309,9 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
     folder = options.folder / cache_format.folder_name(task.name)
     existing = _existing(folder, plan, overwrite=options.overwrite)
     if existing is not None:
-        options.report(f"{task.name}: cached already at {folder}")
+        if options.verify:
+            existing.verify(remedy="start again with --overwrite")
+        options.report(f"{task.name}: cached already at {folder}{', every file as it was written' if options.verify else ''}")
         return existing
     if plan.division.frozen:
         options.report(f"{task.name}: these steps run once and are the same in every epoch: {', '.join(plan.division.frozen)}")

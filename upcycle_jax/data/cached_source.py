@@ -171,12 +171,11 @@ class CachedBatchIterator:
         return fingerprint(self._config, self._mixture)
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes `position.json` on process 0."""
+        """Writes `position.json`; each process its own, in a folder of its own or the same content in one."""
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
-        if self._process_index == 0:
-            plan = self._source.plan
-            anchor = plan.anchor(self._batches * self._config.batch_size) if plan is not None else None
-            Position(self._batches, self._seed, self.fingerprint(), self._process_count, packing=anchor).write(directory)
+        plan = self._source.plan
+        anchor = plan.anchor(self._batches * self._config.batch_size) if plan is not None else None
+        Position(self._batches, self._seed, self.fingerprint(), self._process_count, packing=anchor).write(directory)
 
     def restore(self, directory: epath.PathLike) -> None:
         """Continues where `save` was called, on any number of processes.
@@ -245,7 +244,7 @@ def eval_batches(
         raise ValueError(f"num_batches is {num_batches}: give at least 1, or None for the whole split")
     local = config.local_batch_size(process_count)
     rows = slice(process_index * local, (process_index + 1) * local)
-    passes = {}
+    passes: dict[str, Callable[[], Iterator[HostBatch]]] = {}
     for task, _ in mixture.tasks_with(config.split):
         view = open_view(task, config.split, config.task_feature_lengths, one_pass=True)
         passes[task.manifest.task] = _EvalPass(view, _eval_key(config, task), config, num_batches, rows)

@@ -42,20 +42,25 @@ def _unwrapped(step: Any) -> tuple[Any, dict[str, Any]]:
     return step, keywords
 
 
+def _ids(text: str, vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
+    return tuple(vocabulary.encode(text)) if text else ()
+
+
 def _denoise(denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabulary) -> dict[str, Any] | None:
     described = []
     for denoiser in denoisers:
-        ids = tuple(vocabulary.encode(denoiser.prefix)) if getattr(denoiser, "prefix", "") else ()
         if isinstance(denoiser, objectives.SpanDenoiser):
             noise: numpy_denoising.Noise = numpy_denoising.SpanNoise(
                 noise_density=denoiser.noise_density,
                 mean_noise_span_length=denoiser.mean_noise_span_length,
                 prefix=denoiser.prefix,
-                prefix_ids=ids,
+                prefix_ids=_ids(denoiser.prefix, vocabulary),
                 weight=denoiser.weight,
             )
         elif isinstance(denoiser, objectives.PrefixDenoiser):
-            noise = numpy_denoising.PrefixSplit(prefix=denoiser.prefix, prefix_ids=ids, weight=denoiser.weight)
+            noise = numpy_denoising.PrefixSplit(
+                prefix=denoiser.prefix, prefix_ids=_ids(denoiser.prefix, vocabulary), weight=denoiser.weight
+            )
         else:
             return None
         described.append(numpy_denoising.to_json(noise))

@@ -164,8 +164,12 @@ class DatasetConfig:
         if self.text_files is not None:
             text_files.normalise(self.text_files)
 
-    def _cache(self) -> "CachedMixture | None":
-        """The caches to read, None where the data come through SeqIO."""
+    def cache(self) -> "CachedMixture | None":
+        """The caches of `python -m upcycle_jax.cache_tasks` to read; None where the data come through SeqIO.
+
+        Raises:
+          FileNotFoundError, ValueError: `use_cached` is set and there is no cache, or none that fits; with the command that makes it.
+        """
         if not self.use_cached:
             return None
         from upcycle_jax.data import cache_lookup
@@ -179,7 +183,7 @@ class DatasetConfig:
           ValueError: the batch does not divide by the processes, the task or its split is unknown, or its data are unusable.
           FileNotFoundError: `use_cached` is set and there is no cache; with the command that makes it.
         """
-        cache = self._cache()
+        cache = self.cache()
         if cache is not None:
             from upcycle_jax.data import cached_source
 
@@ -199,7 +203,7 @@ class DatasetConfig:
         Raises:
           ValueError, FileNotFoundError: as `train_iterator`.
         """
-        cache = self._cache()
+        cache = self.cache()
         if cache is not None:
             from upcycle_jax.data import cached_source
 
@@ -212,7 +216,7 @@ class DatasetConfig:
 
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks of the mixture, sorted; the name itself for a single task."""
-        cache = self._cache()
+        cache = self.cache()
         if cache is not None:
             return tuple(task.manifest.task for task, _ in cache.tasks)
         from upcycle_jax.data import resolve
@@ -227,7 +231,7 @@ class DatasetConfig:
 
     def vocabulary_size(self) -> int:
         """The number of token ids, sentinels included: the least `vocab_size` of a model."""
-        cache = self._cache()
+        cache = self.cache()
         if cache is not None:
             return cache.vocabulary_size
         return max(int(vocabulary.vocab_size) for vocabulary in self.vocabularies().values())
@@ -237,7 +241,7 @@ class DatasetConfig:
 
         Two configurations with equal fingerprints (their 'versions' aside) give the same stream of batches.
         """
-        cache = self._cache()
+        cache = self.cache()
         if cache is not None:
             from upcycle_jax.data import cached_source
 

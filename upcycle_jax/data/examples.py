@@ -10,6 +10,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from upcycle_jax.data import prompts, resolve, seqio_source
+from upcycle_jax.data.cache_format import CachedTask
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
 Example = dict[str, Any]
@@ -46,10 +47,13 @@ class TaskExamples:
       task: the SeqIO task.
       config: split, lengths and seed. `shuffle` and `pack` are not looked at.
       few_shot: solved examples that stand before each input, or None.
+      cached: where the examples are read, instead of through the task.
     """
 
-    def __init__(self, task: seqio.Task, config: DatasetConfig, few_shot: prompts.FewShot | None = None):
-        self._task, self._config = task, config
+    def __init__(
+        self, task: seqio.Task, config: DatasetConfig, few_shot: prompts.FewShot | None = None, *, cached: CachedTask | None = None
+    ):
+        self._task, self._config, self._cached = task, config, cached
         self._shots = prompts.Shots(few_shot, task, config) if few_shot is not None else None
 
     @property
@@ -65,6 +69,14 @@ class TaskExamples:
 
     def examples(self, limit: int | None = None, *, shard: int = 0, num_shards: int = 1) -> Iterator[Example]:
         """The first `limit` examples of the split (None: all), of which every `num_shards`-th from number `shard` on."""
+        chosen = itertools.islice(self._read(), shard, limit, num_shards)
+        yield from chosen if self._shots is None else map(self._with_shots, chosen)
+
+    def _read(self) -> Iterator[Example]:
+        if self._cached is not None:
+            from upcycle_jax.data import cached_source
+
+            return cached_source.whole_examples(self._config, self._cached)
         dataset = self._task.get_dataset(
             sequence_length=dict(self._config.task_feature_lengths),
             split=self._config.split,
@@ -74,8 +86,7 @@ class TaskExamples:
             num_epochs=1,
             try_in_mem_cache=False,
         )
-        chosen = itertools.islice(tfds.as_numpy(dataset), shard, limit, num_shards)
-        yield from chosen if self._shots is None else map(self._with_shots, chosen)
+        return iter(tfds.as_numpy(dataset))
 
     def _with_shots(self, example: Mapping[str, Any]) -> Example:
         assert self._shots is not None
@@ -196,6 +207,12 @@ def task_examples(config: DatasetConfig, few_shot: prompts.FewShot | None = None
       ValueError: the name or the split is unknown, or the data are unusable.
     """
     seqio_source._keep_off_accelerators()
+    cache = config.cache()
+    if cache is not None:
+        config = dataclasses.replace(config, use_cached=False)
+        cached = {task.manifest.task: task for task, _ in cache.tasks_with(config.split)}
+        having = (task for task in resolve.tasks(config) if task.name in cached)
+        return tuple(TaskExamples(task, config, few_shot, cached=cached[task.name]) for task in having)
     tasks = seqio_source._check_split(config, resolve.tasks(config))
     return tuple(TaskExamples(task, config, few_shot) for task in tasks)
 

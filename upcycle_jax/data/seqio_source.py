@@ -147,11 +147,10 @@ class SeqioBatchIterator:
         return str(epath.Path(directory) / f"train_ds-{self._process_index:03}-of-{self._process_count:03}")
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes this process's iterator and, on process 0, `position.json`."""
+        """Writes this process's iterator and `position.json`, the same for all; checkpoints give each process a folder."""
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
         tf.train.Checkpoint(iterator=self._iterator).write(self._tf_path(directory))
-        if self._process_index == 0:
-            Position(self._batches, self._seed, self.fingerprint(), self._process_count).write(directory)
+        Position(self._batches, self._seed, self.fingerprint(), self._process_count).write(directory)
 
     def restore(self, directory: epath.PathLike) -> None:
         """Continues where `save` was called.

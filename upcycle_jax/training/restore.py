@@ -20,6 +20,7 @@ from etils import epath
 
 from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
+from upcycle_jax.checkpoints.manager import saved_process_folder
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.training import manifest
@@ -292,7 +293,7 @@ def _load_equal(
 def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batch: int = 0) -> None:
     """Moves the training data to where the run starts: batch first_batch + k feeds the update from step k to k + 1.
 
-    A checkpoint without a data position (saved elsewhere, or by another number of processes) falls back to the batch of its step.
+    A checkpoint without a data position (saved elsewhere) falls back to the batch of its step.
     """
     if source.data_position == DataPosition.CHECKPOINT:
         try:
@@ -312,10 +313,8 @@ def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batc
 
 def _restore_foreign_dataset(source: Source, iterator: Any) -> None:
     assert source.path is not None
-    folder = epath.Path(source.path) / "dataset" / f"process_{jax.process_index()}-of-{jax.process_count()}"
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"{folder} does not exist: the checkpoint was saved without its data position, or by another number of processes. "
-            "Set RestoreCheckpointConfig.data_position to 'step' or 'start'"
-        )
+    try:
+        folder = saved_process_folder(epath.Path(source.path) / "dataset")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. Set RestoreCheckpointConfig.data_position to 'step' or 'start'") from error
     iterator.restore(folder)
