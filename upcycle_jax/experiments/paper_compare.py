@@ -6,10 +6,10 @@ from pathlib import Path
 
 from upcycle_jax.experiments import paper_runs
 from upcycle_jax.experiments.paper_commands import Command, Places, commands
-from upcycle_jax.experiments.paper_estimates import Estimate, estimate
 from upcycle_jax.experiments.paper_exhibits import Exhibit, Method, Point, Series
 from upcycle_jax.experiments.paper_runs import Found
 from upcycle_jax.experiments.paper_sizes import SizeRow, size_rows
+from upcycle_jax.experiments.statistics import Interval, mean_interval, paired_difference
 from upcycle_jax.models.config import T5Config
 
 
@@ -23,7 +23,7 @@ class Line:
     """
 
     point: Point
-    ours: Estimate | None
+    ours: Interval | None
 
     @property
     def delta(self) -> float | None:
@@ -73,9 +73,9 @@ class Scaled:
     parameters: int
     num_experts: int
     extra_steps: int
-    start: Estimate
-    end: Estimate
-    gain: Estimate | None
+    start: Interval
+    end: Interval
+    gain: Interval | None
     reference: str
     paper_gain: dict[str, float]
 
@@ -151,7 +151,7 @@ def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
     return tuple(Line(point, _accuracy(point, point is series.points[-1], pretrained)) for point in series.points)
 
 
-def _accuracy(point: Point, is_last: bool, runs: Sequence[Found]) -> Estimate | None:
+def _accuracy(point: Point, is_last: bool, runs: Sequence[Found]) -> Interval | None:
     """Token accuracy in percent at the point's extra steps; where those are not known, the last of a curve is a run's last."""
     values = []
     for one in runs:
@@ -165,18 +165,18 @@ def _accuracy(point: Point, is_last: bool, runs: Sequence[Found]) -> Estimate | 
     return _percent(values)
 
 
-def _percent(values: Sequence[float]) -> Estimate | None:
+def _percent(values: Sequence[float]) -> Interval | None:
     known = [100 * value for value in values if value == value]
-    return estimate(known) if known else None
+    return mean_interval(known) if known else None
 
 
-def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Estimate | None:
+def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Interval | None:
     values = []
     for one in runs:
         score = paper_runs.superglue(one)
         if score is not None and (point.extra_steps is None or paper_runs.extra_steps_before(one, list(found)) == point.extra_steps):
             values.append(score)
-    return estimate(values) if values else None
+    return mean_interval(values) if values else None
 
 
 def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -> list[Scaled]:
@@ -208,22 +208,22 @@ def _reference(one: Found, found: Sequence[Found]) -> tuple[str, list[Found]]:
 def _scaled_row(group: Sequence[Found], reference: str, others: Sequence[Found], curves: Sequence[Curve]) -> Scaled:
     first = group[0]
     is_reference = any(other in group for other in others)
-    by_seed = {other.seed: other for other in others} if not is_reference else {}
-    pairs = [(one, by_seed[one.seed]) for one in group if one.seed in by_seed]
-    steps = min(one.run.extra_steps for one in [*group, *(other for _, other in pairs)])
+    paired = {other.seed for other in others} & {one.seed for one in group} if not is_reference else set()
+    compared = [*group, *(other for other in others if other.seed in paired)]
+    steps = min(one.run.extra_steps for one in compared)
     settings = " ".join(f"{key}={value}" for key, value in first.setting.items())
-    gains = [100 * (_after(one, steps) - _after(other, steps)) for one, other in pairs]
+    ours, theirs = ({one.seed: 100 * _after(one, steps) for one in runs if one.seed in paired} for runs in (group, others))
     return Scaled(
         label=" ".join(filter(None, (str(first.method), settings))),
         runs=tuple(one.run.name for one in group),
         parameters=int(first.run.manifest["parameters"]),
         num_experts=first.num_experts,
         extra_steps=steps,
-        start=estimate([100 * one.run.curve("accuracy").first for one in group]),
-        end=estimate([100 * _after(one, steps) for one in group]),
-        gain=estimate(gains) if gains else None,
-        reference=reference if gains else "",
-        paper_gain=_paper_gains(first, reference, curves) if gains else {},
+        start=mean_interval(100 * one.run.curve("accuracy").first for one in group),
+        end=mean_interval(100 * _after(one, steps) for one in group),
+        gain=paired_difference(ours, theirs) if paired else None,
+        reference=reference if paired else "",
+        paper_gain=_paper_gains(first, reference, curves) if paired else {},
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from upcycle_jax.experiments.paper_commands import quoted_word
 from upcycle_jax.experiments.paper_compare import Comparison, Curve, Line, Scaled
-from upcycle_jax.experiments.paper_estimates import Estimate
 from upcycle_jax.experiments.paper_exhibits import KIND_NOTES, METRICS, PAPER, Kind, Point, Series
+from upcycle_jax.experiments.statistics import Interval
 from upcycle_jax.experiments.text_tables import WIDTH, Format, Table, json_text
 
 NOT_SUPPORTED = "not yet supported"
@@ -57,12 +57,11 @@ def _sizes(comparison: Comparison) -> Table:
     return Table("Parameters", header, rows)
 
 
-def estimate_text(value: Estimate | None, digits: int = 2, *, sign: bool = False) -> str:
-    """'70.84 +- 0.05 (n=3)'; a single run shows no interval."""
+def interval_text(value: Interval | None, *, signed: bool = False) -> str:
+    """'70.84 ± 0.05 (n=3)'; a single run shows no interval."""
     if value is None:
         return "-"
-    mean = f"{value.mean:+.{digits}f}" if sign else f"{value.mean:.{digits}f}"
-    return f"{mean} (n=1)" if value.half_width is None else f"{mean} ± {value.half_width:.{digits}f} (n={value.count})"
+    return value.text(2, signed=signed) + (f" (n={value.count})" if value.count > 1 else "")
 
 
 def _position(point: Point) -> str:
@@ -78,7 +77,7 @@ def _curve_row(line: Line, series: Series) -> list[str]:
     at_end = "end" if point is series.points[-1] else "-"
     steps = at_end if point.extra_steps is None else f"{point.extra_steps:,}"
     delta = "-" if line.delta is None else f"{line.delta:+.2f}"
-    return [series.label, steps, _position(point), _paper_value(point), str(point.kind), estimate_text(line.ours), delta]
+    return [series.label, steps, _position(point), _paper_value(point), str(point.kind), interval_text(line.ours), delta]
 
 
 def _curves(metric: str, curves: Sequence[Curve]) -> Table:
@@ -103,9 +102,9 @@ def _scaled(scaled: Sequence[Scaled]) -> Table:
                 f"{row.parameters:,}",
                 str(row.num_experts or "-"),
                 f"{row.extra_steps:,}",
-                estimate_text(row.start),
-                estimate_text(row.end),
-                estimate_text(row.gain, sign=True),
+                interval_text(row.start),
+                interval_text(row.end),
+                interval_text(row.gain, signed=True),
                 paper or "-",
             ]
         )
@@ -182,17 +181,29 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "curves": [
             {
                 "label": curve.series.label,
-                "points": [
-                    {**_point_json(line.point), "ours": None if line.ours is None else dataclasses.asdict(line.ours), "delta": line.delta}
-                    for line in curve.lines
-                ],
+                "points": [{**_point_json(line.point), "ours": _interval_json(line.ours), "delta": line.delta} for line in curve.lines],
                 "missing": curve.is_missing,
                 "commands": [{"command": command.text(), "makes": command.makes} for command in curve.commands],
             }
             for curve in comparison.curves
         ],
-        "other_scales": [dataclasses.asdict(row) for row in comparison.scaled],
+        "other_scales": [
+            {**dataclasses.asdict(row), **{name: _interval_json(getattr(row, name)) for name in ("start", "end", "gain")}}
+            for row in comparison.scaled
+        ],
         "vision": {"status": NOT_SUPPORTED, "points": [_point_json(point) for one in comparison.vision for point in one.points]},
+    }
+
+
+def _interval_json(value: Interval | None) -> dict[str, Any] | None:
+    """An interval; one value has no half width, which JSON could not hold either."""
+    if value is None:
+        return None
+    return {
+        "mean": value.mean,
+        "half_width": value.half_width if value.count > 1 else None,
+        "n": value.count,
+        "confidence": value.confidence,
     }
 
 

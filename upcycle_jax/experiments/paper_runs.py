@@ -124,10 +124,13 @@ def _size(model: Mapping[str, Any], method: Method | None) -> str | None:
 def _setting(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:
     """Differences from `DEFAULTS`."""
     moe = model["moe"]
-    router = moe["encoder_router"]
-    if router["type"] == "ExpertsChoose":
+    router = moe.get("encoder_router") or {}
+    name = str(router.get("type", ""))
+    if name == "ExpertsChoose":
         name = "experts_choose"
-    else:
+    elif name == "SwitchTop1":
+        name = "switch"
+    elif name == "TokensChoose":
         chosen = router["num_selected_experts"]
         name = "switch" if chosen == 1 else f"top_{chosen}{'_bpr' if router['batch_prioritized'] else ''}"
     converted = manifest.get("converted_by") or manifest.get("recipe") or {}
@@ -135,7 +138,7 @@ def _setting(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str,
     here = {
         "C": f"{moe['train_expert_capacity_factor']:g}",
         "router": name,
-        "renormalize": "yes" if router["renormalize"] else "no",
+        "renormalize": "yes" if router.get("renormalize") else "no",
         "init": "copy" if init == "CopyExperts" else init,
         "moe_layers": _moe_layers(model),
     }
@@ -146,10 +149,12 @@ def _moe_layers(model: Mapping[str, Any]) -> str:
     """'half' for every second layer of both stacks, else what the manifest says."""
     moe, parts = model["moe"], []
     for stack in ("encoder", "decoder"):
+        if f"num_{stack}_layers" not in model:
+            continue
         layers, count, where = model[f"num_{stack}_layers"], moe[f"num_{stack}_sparse_layers"], moe[f"{stack}_sparse_layout"]
         half = where == "MIXED" and count in (None, layers // 2)
         parts.append("half" if half else f"{stack}:{where if count is None else f'{count}_{where}'}")
-    return "half" if parts == ["half", "half"] else "_".join(str(part).replace(" ", "") for part in parts)
+    return "half" if set(parts) == {"half"} else "_".join(str(part).replace(" ", "") for part in parts)
 
 
 def paper_setting(setting: Mapping[str, str]) -> dict[str, str]:
