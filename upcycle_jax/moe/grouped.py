@@ -8,6 +8,7 @@ is reserved for the worst case.
 """
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -117,7 +118,7 @@ def _rows_times(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, contract:
             product = jax.lax.dot_general(block, kernel, (((1,), (contract - 1,)), ((), ())), preferred_element_type=jnp.float32)
             return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), at, 0)
 
-        return _over_blocks(offsets[e], sizes[e], one_block, out)
+        return _over_blocks(offsets[e], sizes[e], one_block, out, at_most=x.shape[0])
 
     offsets = jnp.cumsum(sizes) - sizes
     out = jnp.zeros((x.shape[0], kernels.shape[3 - contract]), x.dtype)
@@ -132,16 +133,16 @@ def _sums_of_products(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Ar
             left, right = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (x, grad))
             return total + jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
-        total = _over_blocks(offsets[e], sizes[e], one_block, jnp.zeros(out.shape[1:], jnp.float32))
+        total = _over_blocks(offsets[e], sizes[e], one_block, jnp.zeros(out.shape[1:], jnp.float32), at_most=x.shape[0])
         return jax.lax.dynamic_update_index_in_dim(out, total, e, 0)
 
     offsets = jnp.cumsum(sizes) - sizes
     return jax.lax.fori_loop(0, sizes.size, one_expert, jnp.zeros((sizes.size, x.shape[1], grad.shape[1]), jnp.float32))
 
 
-def _over_blocks(start, size, one_block, carry):  # type: ignore[no-untyped-def]
-    """Folds `one_block(first row, rows, carry)` over the blocks of one run."""
-    for rows in BLOCKS:
+def _over_blocks(start: jax.Array, size: jax.Array, one_block: Any, carry: jax.Array, *, at_most: int) -> jax.Array:
+    """Folds `one_block(first row, rows, carry)` over the blocks of one run, none larger than all rows there can be."""
+    for rows in (rows for rows in BLOCKS if rows <= at_most):
         count = size // rows
         body = functools.partial(lambda i, carry, rows, start: one_block(start + i * rows, rows, carry), rows=rows, start=start)
         carry = jax.lax.fori_loop(0, count, body, carry)
@@ -186,5 +187,5 @@ def _take(values: jax.Array, index: jax.Array) -> jax.Array:
     return values.at[index].get(mode="fill", fill_value=0)
 
 
-def _up_to(number, multiple: int):  # type: ignore[no-untyped-def]
+def _up_to(number: Any, multiple: int) -> Any:
     return (number + multiple - 1) // multiple * multiple

@@ -23,6 +23,7 @@ from upcycle_jax.moe.config import MoeConfig, Stack
 from upcycle_jax.moe.dispatch import Choices, Plan
 from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.moe.routing import Group, Router, Routing
+from upcycle_jax.moe.sizes import layer_sizes, sequence_capacity
 from upcycle_jax.partitioning import active_batch_shards, constrain
 
 __all__ = ["REPORTS", "MoeLayer", "MoeReport", "RouterLogits"]
@@ -116,7 +117,8 @@ class MoeLayer(nn.Module):
                 "router that looks at features"
             )
         batch_size, length, _ = x.shape
-        grouping, capacity = self._sizes(router, batch_size, length, train=train)
+        sizes = layer_sizes(config, router, batch_size, length, train=train, batch_shards=active_batch_shards())
+        grouping = sizes.grouping
         if valid is None:
             valid = jnp.ones((batch_size, length), bool)
         tokens = constrain(_group(x, grouping), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
@@ -129,9 +131,9 @@ class MoeLayer(nn.Module):
         limits = None
         if config.independent and not router.per_token:
             # A sequence's capacity follows from its real tokens, whatever padding it came with.
-            by_length = np.array([self._sequence_capacity(n, train=train) for n in range(length + 1)], np.int32)
+            by_length = np.array([sequence_capacity(config, n, train=train) for n in range(length + 1)], np.int32)
             limits = jnp.asarray(by_length)[jnp.sum(real, axis=-1)]
-        route = functools.partial(self._route, router=router, capacity=capacity, bias=router_module.selection_bias())
+        route = functools.partial(self._route, router=router, capacity=sizes.capacity, bias=router_module.selection_bias())
         routing, report = jax.vmap(route)(logits, real, limits, ids)
         report = report_lib.over_groups(report, every_group=config.t5x_mode)
         self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
@@ -153,41 +155,6 @@ class MoeLayer(nn.Module):
             name="shared_expert",
         )
         return shared(x.astype(self.dtype), not train)
-
-    def _sizes(self, router: Router, batch_size: int, length: int, *, train: bool) -> tuple[capacity_lib.Grouping, int]:
-        """Groups, and the capacity of an expert in each."""
-        config = self.config
-        if config.independent and router.per_token:
-            # With room for every token results do not depend on the groups, so these may follow the mesh.
-            shards = active_batch_shards()
-            grouping = capacity_lib.ample_grouping(batch_size * length, max_group_size=config.group_size, multiple_of=shards)
-            return grouping, grouping.group_size
-        if config.independent or router.group_is_sequence:
-            grouping = capacity_lib.Grouping(num_groups=batch_size, group_size=length)
-            return grouping, self._sequence_capacity(length, train=train)
-        grouping = capacity_lib.grouping(
-            batch_size,
-            length,
-            max_group_size=config.group_size,
-            num_experts=config.num_experts,
-            num_expert_replicas=config.num_expert_replicas if config.t5x_mode else None,
-        )
-        capacity = capacity_lib.expert_capacity(
-            grouping.group_size,
-            num_experts=config.num_experts,
-            capacity_factor=config.capacity_factor(train=train),
-            min_expert_capacity=config.min_expert_capacity,
-        )
-        return grouping, capacity
-
-    def _sequence_capacity(self, length: int, *, train: bool) -> int:
-        """Capacity of an expert where one sequence of so many real tokens is a group."""
-        return capacity_lib.expert_capacity(
-            length,
-            num_experts=self.config.num_experts,
-            capacity_factor=self.config.capacity_factor(train=train),
-            min_expert_capacity=self.config.min_inference_capacity,
-        )
 
     def _logits(self, module: RouterLogits, tokens: jax.Array, router: Router, *, train: bool) -> jax.Array:
         """Float32 logits `[G, S, columns]` of `[G, S, d]`."""
