@@ -92,7 +92,7 @@ def differences(study: Study) -> Picture | None:
         f"after {study.common_steps:,} extra steps": at_steps("cross_ent_loss", study.common_steps),
         f"after {study.common_flops / 1e12:,.2f} extra TFLOP": at_flops("cross_ent_loss", study.common_flops),
     }
-    figure, panels = plt.subplots(1, 2, figsize=(14, 1.6 + 0.55 * len(groups)), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(15, 1.6 + 0.55 * len(groups)), sharey=True, layout="constrained")
     data: dict[str, Any] = {}
     for panel, (title, value) in zip(panels, measures.items(), strict=True):
         intervals = {group.name: study.difference(group, value) for group in groups}
@@ -113,19 +113,27 @@ def _seed_differences(study: Study, group: Group, value: Callable[[Run], float])
 
 
 def _bars(panel: Any, intervals: Mapping[str, Interval | None], seeds: Mapping[str, Sequence[float]], study: Study) -> None:
-    """Horizontal bars; an interval that is much wider than all differences leaves the picture, with an arrow where it does."""
+    """Horizontal bars with their numbers beside them.
+
+    Runs that continue a checkpoint set the scale; bars from scratch, and intervals that are much wider than all differences, leave the
+    picture, with an arrow where they do.
+    """
     colours = {group.name: COLOURS[index % len(COLOURS)] for index, group in enumerate(study.groups)}
-    largest = max((abs(d) for values in seeds.values() for d in values), default=0.0) or 1e-6
-    widest = max((abs(i.mean) + i.half_width for i in intervals.values() if i and np.isfinite(i.half_width)), default=largest)
+    scratch = {group.name for group in study.groups if not group.first.start_step}
+    scaling = [name for name in intervals if name not in scratch] or list(intervals)
+    largest = max((abs(d) for name in scaling for d in seeds[name]), default=0.0) or 1e-6
+    shown = [interval for name in scaling if (interval := intervals[name]) is not None and np.isfinite(interval.half_width)]
+    widest = max((abs(interval.mean) + interval.half_width for interval in shown), default=largest)
     limit = 1.08 * min(max(largest, widest), WIDEST * largest)
     for y, (name, interval) in enumerate(intervals.items()):
         if interval is None or np.isnan(interval.mean):
             continue
         panel.barh(y, interval.mean, color=colours[name], alpha=0.55, height=0.6)
+        panel.text(1.01, y, interval.text(3, signed=True), transform=panel.get_yaxis_transform(), va="center", fontsize=8)
         panel.plot(
             seeds[name], [y] * len(seeds[name]), "o", markersize=4.5, color=colours[name], markeredgecolor="black", markeredgewidth=0.6
         )
-        low, high = max(interval.low, -limit), min(interval.high, limit)
+        low, high = (min(max(end, -limit), limit) for end in (interval.low, interval.high))
         panel.plot([low, high], [y, y], color="black", linewidth=1.2)
         for end, cut, sign in ((low, interval.low < -limit, "<"), (high, interval.high > limit, ">")):
             panel.plot([end], [y], sign if cut else "|", color="black", markersize=7 if cut else 11, clip_on=False)

@@ -58,8 +58,8 @@ def _pictures(study: Study) -> dict[str, tuple[Picture, str]]:
     found: dict[str, tuple[Picture | None, str]] = {
         "differences": (
             report_figures.differences(study),
-            f"Bars: mean over the seeds of the paired difference. Dots: each seed. Lines: {percent} confidence intervals; an arrowhead "
-            "means that the interval goes on beyond the picture.",
+            f"Bars: mean over the seeds of the paired difference. Dots: each seed. Lines: {percent} confidence intervals, with their "
+            "numbers on the right; an arrowhead means that the interval goes on beyond the picture.",
         ),
         "learning_curves": (
             report_figures.learning_curves(study),
@@ -152,8 +152,8 @@ def _hardware(study: Study) -> str:
 def _how_to_read(study: Study) -> str:
     baseline = study.plan["stages"].get(study.plan["baseline"], {}).get("label")
     paired = (
-        f" Differences to **{baseline}** are paired: runs of one seed see the same batches in the same order, and the interval is that of "
-        "the differences."
+        f" Differences to **{baseline}** are paired: runs of one seed see the same batches in the same order and are evaluated on the same "
+        "corrupted spans (both follow from the seed), and the interval is that of the differences."
         if baseline
         else ""
     )
