@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -276,3 +277,16 @@ def test_shipped_sweeps_name_cells_that_can_be_built(name):
         loaded.build(cell.command)
         idle = [line for line in loaded.unused() if line.startswith("--gin.") and "EXPERT" not in line]
         assert not idle, f"{cell.name}: nothing uses {idle}"
+
+
+def test_the_study_in_the_documentation_can_be_built(tmp_path):
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    block = text.split("## Your own")[1].split("* An axis")[0]
+    (tmp_path / "mine.gin").write_text(textwrap.dedent(block.strip("\n")))
+    sweep = load([str(tmp_path / "mine.gin")], ["SWEEP_DIR='/x'"]).build("Sweep")()
+    cells = sweep.cells()
+    assert len(cells) == 1 + 2 + 2 * 2 * 2 * 2  # dense, its continuation per seed, experts x rates x budgets x seeds
+    for cell in cells:
+        files, bindings = cell.gin
+        load(files, bindings).build(cell.command)
+    assert {cell.end_step - cell.start_step for cell in cells if cell.stage == "upcycled"} == {100, 400}
