@@ -3,15 +3,16 @@
     taskset -c 1 nice -n 19 python scripts/measure_memory.py --log=memory.jsonl --period=60 --limit_minutes=60 -- \\
         python -m upcycle_jax.train --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/pretrain.gin ...
 
-Each sample is one JSON line: seconds since the start, resident MiB of the command and its children, the load average. At the end the
-least-squares slope over the samples after `--warmup_minutes` is printed. At the time limit the command gets SIGTERM, on which a training
-run saves and ends. Linux only: it reads /proc. The exit status is that of the command.
+Each sample is one JSON line: minutes since the start, MiB of the command and its children, the load average. What a program holds is
+its anonymous memory; resident memory also counts pages of libraries and files, which the kernel drops and reads again as it likes. At the
+end the least-squares slope of the anonymous memory after `--warmup_minutes` is printed. At the time limit the command gets SIGTERM, on
+which a training run saves and ends. Linux only: it reads /proc. The exit status is that of the command.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -19,21 +20,31 @@ import time
 from collections.abc import Sequence
 
 
-def resident_mib(root: int) -> float:
-    """Resident memory of a process and its descendants, MiB; pages that they share count once per process."""
-    parents, pages = {}, {}
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of a process and its descendants, MiB; pages that they share count once per process."""
+
+    resident: float
+    anonymous: float
+
+
+def memory(root: int) -> Memory:
+    """Looks at /proc."""
+    parents, resident, anonymous = {}, {}, {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             # Fields after the command's name, which may contain spaces: state, parent, ...
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            pages[int(folder.name)] = int((folder / "statm").read_text().split()[1])
-        except (OSError, IndexError):  # it ended while it was looked at
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+            resident[int(folder.name)] = int(status["VmRSS"].split()[0]) / 1024
+            anonymous[int(folder.name)] = int(status["RssAnon"].split()[0]) / 1024
+        except (OSError, IndexError, KeyError):  # it ended while it was looked at
             continue
     family, added = {root}, True
     while added:
         added = {child for child, parent in parents.items() if parent in family} - family
         family |= added
-    return sum(pages.get(process, 0) for process in family) * resource.getpagesize() / 2**20
+    return Memory(*(sum(found.get(process, 0.0) for process in family) for found in (resident, anonymous)))
 
 
 def slope(samples: Sequence[tuple[float, float]]) -> float:
@@ -57,7 +68,7 @@ def summary(samples: Sequence[tuple[float, float]], *, warmup_minutes: float) ->
         return f"{len(samples)} samples, none after the first {warmup_minutes:g} minutes"
     low, high = min(mib for _, mib in steady), max(mib for _, mib in steady)
     return (
-        f"{len(steady)} samples from minute {steady[0][0]:.1f} to {steady[-1][0]:.1f}: {low:.0f} to {high:.0f} MiB resident, "
+        f"{len(steady)} samples from minute {steady[0][0]:.1f} to {steady[-1][0]:.1f}: {low:.0f} to {high:.0f} MiB anonymous, "
         f"first {steady[0][1]:.0f}, last {steady[-1][1]:.0f}, slope {slope(steady):+.1f} MiB per hour"
     )
 
@@ -77,10 +88,12 @@ def main() -> int:
     with subprocess.Popen(given.command) as process:
         while process.poll() is None:
             minutes = (time.monotonic() - started) / 60
-            samples.append((minutes, resident_mib(process.pid)))
+            found = memory(process.pid)
+            samples.append((minutes, found.anonymous))
             load = pathlib.Path("/proc/loadavg").read_text().split()[0]
             with given.log.open("a") as log:
-                log.write(json.dumps({"minutes": round(minutes, 2), "resident_mib": round(samples[-1][1], 1), "load": float(load)}) + "\n")
+                row = {"minutes": round(minutes, 2), "anonymous_mib": round(found.anonymous, 1), "resident_mib": round(found.resident, 1)}
+                log.write(json.dumps(row | {"load": float(load)}) + "\n")
             if given.limit_minutes is not None and minutes >= given.limit_minutes and not asked_to_end:
                 process.send_signal(signal.SIGTERM)
                 asked_to_end = True
