@@ -8,6 +8,7 @@ can also do so on the devices, in `move`.
 
 import dataclasses
 import enum
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -302,8 +303,22 @@ class Given(Operation):
         return "given"
 
     def _values(self) -> np.ndarray:
-        loaded = np.load(self.file, allow_pickle=False)
-        return np.asarray(loaded[self.member] if self.member else loaded)
+        """The array.
+
+        Raises:
+          ValueError: the file is not there, is damaged or lacks the array.
+        """
+        try:
+            loaded = np.load(self.file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.file} cannot be read as NumPy's .npz ({error}): write it with numpy.savez, arrays only") from None
+        if not self.member:
+            return np.asarray(loaded)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError(f"{self.file} holds one array without a name: write a .npz with an array {self.member!r}")
+        if self.member not in loaded:
+            raise ValueError(f"{self.file} has no array {self.member!r}; it has {', '.join(loaded.files[:8]) or 'none'}")
+        return np.asarray(loaded[self.member])
 
     def result_shape(self, sources, target):
         return self._values().shape

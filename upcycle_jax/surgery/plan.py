@@ -134,8 +134,8 @@ class _Matching:
         unequal = sorted({str(list(s.shape)) for s in specs})
         try:
             result = operation.result_shape([s.shape for s in specs], spec.shape) if len(unequal) < 2 else None
-        except (ValueError, KeyError, OSError) as error:
-            self.faults.append(f"! {path}: {error.args[0] if error.args else error}")
+        except ValueError as error:
+            self.faults.append(f"! {path}: {error}")
             return
         if result is None:
             self.faults.append(f"! {path}: the sources differ in shape: {', '.join(unequal)}")

@@ -5,6 +5,8 @@ kernel. Defaults are the paper's for language (Komatsuzaki et al., ICLR 2023, ar
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,6 +17,16 @@ from upcycle_jax.trees import LeafSpec
 
 OPTIMIZER_STATES = ("reset", "dense_only", "tiled")
 STEPS = ("keep", "reset")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: choose a share from 0 to 1")
+
+
+def _check_std(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}: a standard deviation is 0 or more")
 
 
 class ExpertInit(Protocol):
@@ -64,6 +76,9 @@ class NoisyCopies:
     keeps_shape = True
     preserves_function = False
 
+    def __post_init__(self):
+        _check_std("NoisyCopies.std", self.std)
+
     def operation(self, path: str, target: LeafSpec) -> Operation:
         return operations.AddNoise(self.std, self.relative)
 
@@ -91,6 +106,13 @@ class PartialCopies:
     keeps_shape = True
     preserves_function = False
 
+    def __post_init__(self):
+        if isinstance(self.copied, int):
+            if self.copied < 0:
+                raise ValueError(f"PartialCopies.copied is {self.copied}: give the number of experts to copy, or their indices")
+        elif len(set(self.copied)) != len(self.copied):
+            raise ValueError(f"PartialCopies.copied is {tuple(self.copied)}: name every expert once")
+
     def operation(self, path: str, target: LeafSpec) -> Operation:
         return operations.RandomExperts(tuple(range(self.copied)) if isinstance(self.copied, int) else tuple(self.copied))
 
@@ -116,8 +138,9 @@ class DropUpcycling:
     keeps_shape = True
 
     def __post_init__(self):
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"DropUpcycling.ratio is {self.ratio}: choose a share from 0 to 1")
+        _check_share("DropUpcycling.ratio", self.ratio)
+        if self.noise_std is not None:
+            _check_std("DropUpcycling.noise_std", self.noise_std)
 
     @property
     def preserves_function(self) -> bool:
@@ -196,6 +219,9 @@ class QwenExperts:
     keeps_shape = False
     preserves_function = False
 
+    def __post_init__(self):
+        _check_share("QwenExperts.redraw", self.redraw)
+
     def operation(self, path: str, target: LeafSpec) -> Operation:
         axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
         return hidden_units.HiddenUnits(axis, self.redraw, shuffle=self.shuffle)
@@ -239,6 +265,11 @@ class NormalRouter:
     std: float = 0.02
     repeat: int = 1
 
+    def __post_init__(self):
+        _check_std("NormalRouter.std", self.std)
+        if self.repeat < 1:
+            raise ValueError(f"NormalRouter.repeat is {self.repeat}: a column stands there at least once")
+
     def operation(self, path: str) -> Operation:
         return operations.RouterNormal(self.std, self.repeat)
 
@@ -248,6 +279,9 @@ class UniformRouter:
     """Router kernel uniform, mean-subtracted, scaled to `std` (Drop-Upcycling's released code, there with 0.02)."""
 
     std: float = 0.02
+
+    def __post_init__(self):
+        _check_std("UniformRouter.std", self.std)
 
     def operation(self, path: str) -> Operation:
         return operations.RouterUniform(self.std)
@@ -321,7 +355,7 @@ class Recipe:
         step (for sources that record none: the public T5 1.1 checkpoints were trained for 1000000 steps).
       seed: seed of everything random.
       depth: how layers are repeated where the target is deeper than the source; None: numbers of layers must agree.
-      drop: regular expressions of source leaves that may stay unused; they are listed in the plan.
+      drop: regular expressions of source leaves that may stay unused (one alone may be given as it is); they are listed in the plan.
     """
 
     expert_init: Any = CopyExperts()
@@ -333,7 +367,12 @@ class Recipe:
     drop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "drop", tuple(self.drop))
+        object.__setattr__(self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop))
+        for pattern in self.drop:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"Recipe.drop: {pattern!r} is no regular expression ({error}); a dot is written \\.") from None
         if self.optimizer_state not in OPTIMIZER_STATES:
             raise ValueError(f"Recipe.optimizer_state is {self.optimizer_state!r}: choose one of {OPTIMIZER_STATES}")
         if self.step not in STEPS and not (isinstance(self.step, int) and self.step >= 0):
@@ -368,6 +407,9 @@ class MergeRecipe:
     def __post_init__(self):
         if self.how not in ("mean", "weighted", "expert"):
             raise ValueError(f"MergeRecipe.how is {self.how!r}: choose 'mean', 'weighted' or 'expert'")
+        for layer, weights in self.weights.items():
+            if not all(weight >= 0 for weight in weights) or not sum(weights) > 0:
+                raise ValueError(f"MergeRecipe.weights of {layer!r} are {tuple(weights)}: give weights of 0 or more, not all 0")
         if self.optimizer_state not in ("reset", "dense_only"):
             raise ValueError(f"MergeRecipe.optimizer_state is {self.optimizer_state!r}: choose 'reset' or 'dense_only'")
         if self.step not in STEPS:
