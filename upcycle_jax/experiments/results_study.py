@@ -12,8 +12,8 @@ from typing import Any
 from upcycle_jax.experiments import statistics
 from upcycle_jax.experiments.results import MANIFEST, METRICS, Run, read_rows
 from upcycle_jax.experiments.statistics import Interval
-from upcycle_jax.experiments.sweeps import ROOT_MARK, SEED_AXIS
-from upcycle_jax.experiments.sweeps_state import EVENTS_FILE, SWEEP_FILE, TABLE_FILE
+from upcycle_jax.experiments.sweeps import SEED_AXIS
+from upcycle_jax.experiments.sweeps_state import EVENTS_FILE, SWEEP_FILE, TABLE_FILE, portable
 
 CELLS = "cells"
 CONFIG = "config.gin"
@@ -180,7 +180,7 @@ def _lines(path: Path) -> list[str]:
 def store(folder: str | Path, output: str | Path) -> Path:
     """Copies what reports need, a few hundred kB: plans, configurations, manifests and metrics, no checkpoints.
 
-    Paths of the sweep's folder become `{SWEEP_DIR}` and those of gin files `gin_configs/...`, so that nothing says where it was made.
+    Paths of the sweep's folder become `{SWEEP_DIR}` and those of gin files `gin_configs/...`: they say nothing about a machine's folders.
 
     Args:
       folder: the sweep's folder.
@@ -199,7 +199,7 @@ def store(folder: str | Path, output: str | Path) -> Path:
     for name in names:
         paths += [path for pattern in STORED_CELL_FILES for path in sorted((root / CELLS / name).glob(pattern))]
     for path in paths:
-        text = path.read_text().replace(str(root), ROOT_MARK)
+        text = portable(path.read_text(), str(root))
         text = re.sub(r"(?:/[^\s/'\"]+)+/(gin_configs/)", r"\1", text)
         copy = target / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)

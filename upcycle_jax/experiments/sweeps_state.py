@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,8 +71,12 @@ def describe(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def portable(text: str, root: str) -> str:
-    """The text with the sweep's folder as `{SWEEP_DIR}`."""
-    return text.replace(root, ROOT_MARK)
+    """The text with the sweep's folder as `{SWEEP_DIR}`.
+
+    >>> portable("/a/b/cells/x, /a/bc/d", "/a/b")
+    '{SWEEP_DIR}/cells/x, /a/bc/d'
+    """
+    return re.sub(re.escape(root) + r"(?![\w.-])", lambda match: ROOT_MARK, text)
 
 
 def save_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
