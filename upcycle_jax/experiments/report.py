@@ -14,7 +14,8 @@ from upcycle_jax.experiments.results import Run
 
 NUM_BUDGETS = 5
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}pre{overflow-x:auto}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:1rem 0;"
+    "display:block;overflow-x:auto}pre{overflow-x:auto}"
     "td,th{border:1px solid #bbb;padding:.3rem .7rem;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
 

@@ -99,8 +99,8 @@ class Study:
             for run in group.runs.values():
                 if run.tasks != tasks:
                     raise ValueError(f"{run.name} was evaluated on {run.tasks}, others on {tasks}: they cannot be compared")
-        compared = {run.name for group in groups for run in group.runs.values()}
-        shared = {name: run for name, run in runs.items() if name not in compared}
+        stages = {cell["name"]: plan["stages"][cell["stage"]] for cell in plan["cells"]}
+        shared = {name: run for name, run in runs.items() if not stages[name]["compared"]}
         rows = [json.loads(line) for line in _lines(root / EVENTS_FILE)]
         return cls(plan, groups, shared, unfinished, rows)
 
