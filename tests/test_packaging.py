@@ -85,6 +85,7 @@ def test_commands_work_from_a_wheel_in_another_directory(wheel, tmp_path):
     by_path = run("-m", "upcycle_jax.model_info", "--gin_file=gin_configs/models/t5_1_1_tiny.gin")
     by_name = run("-m", "upcycle_jax.cli", "model_info", "--gin_file=models/t5_1_1_tiny.gin")
     assert by_path == by_name and "Total number of parameters: " in by_path
+    assert "Table 1: sizes of the models" in run("-m", "upcycle_jax.paper", "list")  # reads the data file of the package
 
 
 def test_requirements_are_ranges_with_both_ends():

@@ -1,6 +1,7 @@
 """Finding out what a path holds, reading Orbax trees in parts and in shards, and the messages for what cannot be read."""
 
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -95,6 +96,16 @@ def test_fingerprint_follows_the_content(run, tmp_path):
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
     assert open_checkpoint(copy).fingerprint() != open_checkpoint(run).fingerprint()
+
+
+def test_a_proof_written_again_is_no_other_checkpoint(run, tmp_path):
+    """What was converted from a checkpoint must go on counting as its own after that one was verified once more."""
+    copy = epath.Path(tmp_path / "checkpoint_12")
+    shutil.copytree(run / "checkpoint_12", copy)
+    before = open_checkpoint(copy).fingerprint()
+    (copy / "proof.json").write_text("{}")
+    (copy / "plan.json").write_text("{}")
+    assert open_checkpoint(copy).fingerprint() == before
 
 
 def test_lost_data_is_an_error_and_never_zeros(tmp_path):

@@ -19,6 +19,9 @@ STEP = "state/step"
 METADATA_KEY = "upcycle_jax"
 """Where this library's own record lies in the custom metadata of an Orbax checkpoint."""
 
+NOTES = frozenset({"plan.json", "proof.json"})
+"""What a conversion leaves beside the arrays, and writes again when it is proved again: no part of the checkpoint."""
+
 
 @runtime_checkable
 class CheckpointReader(Protocol):
@@ -81,7 +84,7 @@ class ReaderBase:
         raise TypeError(f"{type(self).__name__} does not say how to read {name}{index or ''}")
 
     def _files(self) -> Iterable[epath.Path]:
-        return sorted(files_below(self.path))
+        return sorted(path for path in files_below(self.path) if path.parent != self.path or path.name not in NOTES)
 
     def read_parts(self, name: str, indices: Sequence[Index]) -> list[np.ndarray]:
         """Several parts of one leaf, in order."""
