@@ -185,7 +185,7 @@ def _learning_rate(case: Case) -> list[Advice]:
     out.append(Advice(topic, Stance.NOTE, text, NVIDIA, Kind.PRINTED))
     text = "0.3B parent: from its 100B-token checkpoint a peak of 1.8e-3 (loss 2.23), from the 300B-token one a constant 3e-4 (2.25)"
     out.append(Advice(topic, Stance.NOTE, text, SKYWORK, Kind.READ_OFF))
-    text = f"batch: 4M tokens better than 2M, 32M worst; this plan has {case.batch_tokens / 1e6:.2g}M (the paper's is not known)"
+    text = f"4M tokens better than 2M, 32M worst; this plan has {case.batch_tokens / 1e6:.2g}M (the paper's is not known)"
     return [*out, Advice("batch", Stance.NOTE, text, NVIDIA, Kind.PRINTED)]
 
 

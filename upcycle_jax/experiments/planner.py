@@ -7,6 +7,7 @@ must move at least.
 import dataclasses
 import enum
 import functools
+import math
 import re
 
 from jax.sharding import AbstractMesh
@@ -341,19 +342,24 @@ def cost_of(kind: Kind, workload: Workload, hardware: Hardware, *, mfu: tuple[fl
     return Cost(kind, counts.total, counts.active, per_device * hardware.num_devices, memory, time)
 
 
-def gradient_bytes(workload: Workload) -> int:
-    """Bytes that one device sends in a step so that gradients are summed over replicas: 2 (n - 1) / n of each, a ring's.
+def summed_bytes(workload: Workload) -> dict[int, int]:
+    """Bytes of the gradients that one device holds a sum of, by the number of replicas that they are summed over (1: none).
 
-    Gradients of experts are summed over the data axis, all others over the data and the expert axis; float32.
+    Gradients of experts are summed over the data axis, all others over the data and the expert axis. They are summed in the activations'
+    dtype, as XLA does it, but for the embedding and the logits, whose gradients are float32.
     """
     partitioner = workload.partitioner
     sizes = partitioner.mesh.shape
-    sent = 0.0
-    for leaf in workload.model.param_specs().values():
+    narrow = {"float32": 4, "bfloat16": 2}[workload.model.config.dtype]
+    found: dict[int, int] = {}
+    for path, leaf in workload.model.param_specs().items():
         replicas = sizes[DATA] if axes.EXPERT in leaf.axes else sizes[DATA] * sizes[EXPERT]
-        shard = partitioner.sharding(leaf).shard_shape(leaf.shape)
-        nbytes = 4
-        for size in shard:
-            nbytes *= size
-        sent += 2 * nbytes * (replicas - 1) / replicas
-    return round(sent)
+        itemsize = 4 if axes.VOCAB in leaf.axes else narrow
+        shard = partitioner.shardings({path: leaf})[path].shard_shape(leaf.shape)
+        found[replicas] = found.get(replicas, 0) + math.prod(shard) * itemsize
+    return found
+
+
+def gradient_bytes(workload: Workload) -> int:
+    """Bytes that one device sends in a step so that gradients are summed over replicas: 2 (n - 1) / n of each, a ring's."""
+    return round(sum(2 * nbytes * (replicas - 1) / replicas for replicas, nbytes in summed_bytes(workload).items()))
