@@ -89,11 +89,14 @@ def _check(cells: "Sequence[Cell]", flags: Flags) -> None:
 
     from upcycle_jax import config
     from upcycle_jax.config.parse import ConfigError
+    from upcycle_jax.experiments.sweeps import COMMANDS
 
     if flags.extra.devices:
         jax.config.update("jax_num_cpu_devices", flags.extra.devices)
     problems = []
     for cell in cells:
+        if cell.command not in COMMANDS:
+            continue
         files, bindings = cell.gin
         try:
             config.load(files, bindings, flags.gin_search_paths).build(cell.command)
@@ -120,14 +123,16 @@ def _run_here(sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment
 
     if "://" in sweep.root:
         raise ValueError(f"SWEEP_DIR is {sweep.root}: cells run on this machine in a local folder only; --write_jobs serves buckets")
-    paths = [f"--gin_search_paths={path}" for path in flags.gin_search_paths]
+    further = [f"--gin_search_paths={path}" for path in flags.gin_search_paths]
+    further += [f"--seqio_additional_cache_dirs={path}" for path in flags.seqio_additional_cache_dirs]
+    further += [f"--tfds_data_dir={flags.tfds_data_dir}"] if flags.tfds_data_dir else []
     runner = sweeps_run.Runner(
         sweep,
         cells,
         num_parallel=flags.extra.num_parallel,
         retries=flags.extra.retries,
         environment=environment,
-        further_flags=paths,
+        further_flags=further,
     )
     sweeps_state.save_plan(sweep, sweep.cells())
     sweeps_state.write_whole(Path(sweep.root) / "config.gin", sweeps_state.portable(text, sweep.root))

@@ -70,6 +70,19 @@ def test_conversions_are_cells_too():
     assert "INITIAL_CHECKPOINT_PATH='/r/cells/convert/checkpoint_3'" in cells[2].gin[1] and cells[2].end_step == 5
 
 
+def test_data_are_cached_once_for_all(tmp_path):
+    sweep = Sweep(name="s", sweep_dir=str(tmp_path), stages=[Stage(**STAGE)], cached_tasks=["a", "b"])
+    cache, dense = sweep.cells()
+    assert cache.command_line() == f"python -m upcycle_jax.cache_tasks --tasks=a,b --output_cache_dir={tmp_path}/cache_tasks"
+    assert dense.needs == ("cache_tasks",)
+    assert dense.words[-2:] == ("--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={tmp_path}/cache_tasks")
+    assert not sweeps_state.is_finished(cache)
+    sweeps_state.mark_finished(cache)
+    assert sweeps_state.is_finished(cache)
+    with pytest.raises(ValueError, match="give a list of tasks"):
+        Sweep(name="s", sweep_dir="d", stages=[Stage(**STAGE)], cached_tasks="a")
+
+
 def test_values_become_gin_text():
     assert gin_text({"a": ("@b/C()", "%D"), "e": "f"}) == "{'a': (@b/C(), %D), 'e': 'f'}"
     assert gin_text(("x",)) == "('x',)" and gin_text(None) == "None"

@@ -84,7 +84,8 @@ class Study:
         plan = json.loads((root / SWEEP_FILE).read_text())
         runs: dict[str, Run] = {}
         unfinished: dict[str, int] = {}
-        for cell in plan["cells"]:
+        trained = [cell for cell in plan["cells"] if cell.get("kind", "train") == "train"]
+        for cell in trained:
             path = root / CELLS / cell["name"]
             run = _load_run(cell["name"], path)
             if run is not None:
@@ -99,7 +100,7 @@ class Study:
             for run in group.runs.values():
                 if run.tasks != tasks:
                     raise ValueError(f"{run.name} was evaluated on {run.tasks}, others on {tasks}: they cannot be compared")
-        stages = {cell["name"]: plan["stages"][cell["stage"]] for cell in plan["cells"]}
+        stages = {cell["name"]: plan["stages"][cell["stage"]] for cell in trained}
         shared = {name: run for name, run in runs.items() if not stages[name]["compared"]}
         rows = [json.loads(line) for line in _lines(root / EVENTS_FILE)]
         return cls(plan, groups, shared, unfinished, rows)
@@ -153,7 +154,7 @@ def _load_run(name: str, path: Path) -> Run | None:
 def _groups(plan: Mapping[str, Any], runs: Mapping[str, Run]) -> list[Group]:
     found: dict[tuple[str, tuple[tuple[str, str], ...]], dict[str, Run]] = {}
     for cell in plan["cells"]:
-        if plan["stages"][cell["stage"]]["compared"] and cell["name"] in runs:
+        if cell["name"] in runs and plan["stages"][cell["stage"]]["compared"]:
             labels = {axis: label for axis, label in cell["labels"].items() if axis != SEED_AXIS}
             members = found.setdefault((cell["stage"], tuple(labels.items())), {})
             members[cell["labels"].get(SEED_AXIS, "0")] = runs[cell["name"]]

@@ -16,6 +16,7 @@ from typing import Any
 SEED_AXIS = "seed"
 STEPS_KEY = "steps"
 COMMANDS = ("train", "upcycle")
+CACHE = "cache_tasks"
 ROOT_MARK = "{SWEEP_DIR}"
 
 Bindings = Mapping[str, Any]
@@ -66,9 +67,9 @@ class Cell:
       name: of its folder below `<sweep>/cells`, unique.
       stage: the stage's name.
       labels: axis -> the label of its choice, seed included.
-      command: 'train' or 'upcycle'.
+      command: 'train', 'upcycle', or 'cache_tasks' for the shared cache of the data.
       words: the command's flags.
-      folder: the run's MODEL_DIR, or the folder in which the converted checkpoint lies.
+      folder: the run's MODEL_DIR, or the folder in which the converted checkpoint or the cache lies.
       start_step: step that it starts from.
       end_step: step of its last checkpoint.
       needs: names of the cells that must have finished before.
@@ -113,6 +114,8 @@ class Sweep:
       seeds: values of the axis 'seed', which binds RANDOM_SEED: of parameters, dropout and data order.
       points: None for the full grid, or a list of {axis: label}: only cells that agree with one of them on the axes that both name.
       bindings: for every cell of every stage, before the stage's own.
+      cached_tasks: tasks and mixtures whose data are tokenised once, by a first cell, and read from that cache by all others; none by
+        default.
       baseline: stage that differences are taken against, e.g. dense continuation; None for no differences.
       title: heading of the report.
       scale: sentences that say at which scale and on which data this was measured.
@@ -125,6 +128,7 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     points: Sequence[Mapping[str, Any]] | None = None
     bindings: Bindings = dataclasses.field(default_factory=dict)
+    cached_tasks: Sequence[str] = ()
     baseline: str | None = None
     title: str = ""
     scale: str = ""
@@ -134,8 +138,10 @@ class Sweep:
         if not str(self.sweep_dir):
             raise ValueError("Sweep.sweep_dir is empty: name the folder of the study (SWEEP_DIR)")
         names = [stage.name for stage in self.stages]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"Sweep.stages must be stages with different names, got {names}")
+        if isinstance(self.cached_tasks, str):
+            raise ValueError(f"Sweep.cached_tasks is {self.cached_tasks!r}: give a list of tasks")
+        if not names or len(set(names)) < len(names) or CACHE in names:
+            raise ValueError(f"Sweep.stages must be stages with different names, none of them {CACHE!r}, got {names}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Sweep.seeds is {list(self.seeds)}: give different whole numbers")
         if SEED_AXIS in self.axes:
@@ -213,11 +219,18 @@ class _Planner:
 
     def cells(self) -> list[Cell]:
         done: dict[str, Cell] = {}
+        if self._sweep.cached_tasks:
+            done[CACHE] = self._cache()
         for stage in self._sweep.stages:
             for labels in self._points(stage):
                 cell = self._cell(stage, labels, done)
                 done[cell.name] = cell
         return list(done.values())
+
+    def _cache(self) -> Cell:
+        folder = f"{self._sweep.root}/{CACHE}"
+        words = (f"--tasks={','.join(self._sweep.cached_tasks)}", f"--output_cache_dir={folder}")
+        return Cell(name=CACHE, stage=CACHE, labels={}, command=CACHE, words=words, folder=folder, start_step=0, end_step=0)
 
     def _points(self, stage: Stage) -> list[dict[str, str]]:
         axes = self._axes[stage.name]
@@ -253,6 +266,10 @@ class _Planner:
             end = start + steps
             own |= {"MODEL_DIR": folder, "TRAIN_STEPS": end}
         words = [*(f"--gin_file={file}" for file in stage.gin_files), *(f"--gin.{key}={gin_text(value)}" for key, value in own.items())]
+        needs = [parent.name] if parent else []
+        if self._sweep.cached_tasks and stage.command == "train":
+            words += ["--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={done[CACHE].folder}"]
+            needs.append(CACHE)
         return Cell(
             name=name,
             stage=stage.name,
@@ -262,7 +279,7 @@ class _Planner:
             folder=folder,
             start_step=start,
             end_step=end,
-            needs=(parent.name,) if parent else (),
+            needs=tuple(needs),
         )
 
 

@@ -232,6 +232,8 @@ class Runner:
             os.close(running.lock)
 
     def _judge(self, cell: Cell, code: int) -> None:
+        if code == 0:
+            sweeps_state.mark_finished(cell)
         if code == 0 and sweeps_state.is_finished(cell):
             self._finished[cell.name] = cell
             _log.info("done %s", cell.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax.experiments.results import MANIFEST, METRICS, read_rows
-from upcycle_jax.experiments.sweeps import ROOT_MARK, Cell, Sweep
+from upcycle_jax.experiments.sweeps import CACHE, ROOT_MARK, Cell, Sweep
 
 SWEEP_FILE = "sweep.json"
 EVENTS_FILE = "events.jsonl"
@@ -26,8 +26,20 @@ def is_finished(cell: Cell) -> bool:
     if cell.command == "upcycle":
         proof = _read_json(checkpoint / PROOF_FILE)
         return bool(proof) and bool(proof.get("ok"))
+    if cell.command == CACHE:
+        return _cache_mark(cell).is_file()
     manifest = _read_json(Path(cell.folder) / MANIFEST)
     return manifest.get("status") == "finished" and manifest.get("step") == cell.end_step and checkpoint.is_dir()
+
+
+def _cache_mark(cell: Cell) -> Path:
+    return Path(cell.folder) / "finished_by_sweep"
+
+
+def mark_finished(cell: Cell) -> None:
+    """Remembers that a cell ended well, where its own files do not say so."""
+    if cell.command == CACHE:
+        write_whole(_cache_mark(cell), "")
 
 
 def step_reached(cell: Cell) -> int:
@@ -59,6 +71,7 @@ def describe(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Any]:
             {
                 "name": cell.name,
                 "stage": cell.stage,
+                "kind": cell.command,
                 "labels": dict(cell.labels),
                 "start_step": cell.start_step,
                 "end_step": cell.end_step,
