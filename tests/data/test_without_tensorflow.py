@@ -83,11 +83,17 @@ def test_training_imports_neither_and_a_killed_run_ends_with_the_same_losses(fol
     assert len(starts) == 2 and starts[0] == 0 and starts[1] in (3, 6)
 
 
-def test_a_missing_cache_is_told_without_tensorflow_too(folder, tmp_path):
-    flags = [flag.replace("without_tensorflow", "not_there") for flag in SMALL]
+@pytest.mark.parametrize(
+    ("cached", "message"),
+    [
+        ("True", "Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there --output_cache_dir={folder}`"),
+        ("False", "is read through SeqIO, which is not installed ("),
+    ],
+)
+def test_what_is_missing_is_told(folder, tmp_path, cached, message):
+    flags = [flag.replace("without_tensorflow", "not_there").replace("TASKS=True", f"TASKS={cached}") for flag in SMALL]
     command = [sys.executable, str(RUN), "0", *flags, f"--gin.MODEL_DIR='{tmp_path}/run'", f"--seqio_additional_cache_dirs={folder}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 2
-    assert f"Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there --output_cache_dir={folder}`" in done.stderr
+    assert done.returncode == 2 and message.format(folder=folder) in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()

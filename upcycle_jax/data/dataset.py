@@ -1,6 +1,7 @@
 """What a run reads, as configuration; and the iterator of batches that it becomes. TensorFlow is imported by the methods only."""
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -176,6 +177,20 @@ class DatasetConfig:
 
         return cache_lookup.find(self)
 
+    def _through_seqio(self, module: str) -> Any:
+        """A module of this room that imports TensorFlow and SeqIO."""
+        try:
+            return importlib.import_module(f"upcycle_jax.data.{module}")
+        except ModuleNotFoundError as error:
+            if error.name not in ("tensorflow", "seqio", "tensorflow_datasets"):
+                raise
+            from upcycle_jax.data import cache_lookup
+
+            raise ValueError(
+                f"'{self.mixture_or_task_name}' is read through SeqIO, which is not installed ({error}): pip install seqio, or cache the "
+                f"task where it is installed (`{cache_lookup.command(self)}`) and set USE_CACHED_TASKS"
+            ) from error
+
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> BatchIterator:
         """An infinite stream of this process's rows of each batch. Processes read disjoint documents.
 
@@ -188,9 +203,7 @@ class DatasetConfig:
             from upcycle_jax.data import cached_source
 
             return cached_source.train_iterator(self, cache, process_index=process_index, process_count=process_count)
-        from upcycle_jax.data import seqio_source
-
-        return seqio_source.train_iterator(self, process_index=process_index, process_count=process_count)
+        return self._through_seqio("seqio_source").train_iterator(self, process_index=process_index, process_count=process_count)
 
     def eval_batches(
         self, num_batches: int | None = None, process_index: int = 0, process_count: int = 1
@@ -210,24 +223,20 @@ class DatasetConfig:
             return cached_source.eval_batches(
                 self, cache, num_batches=num_batches, process_index=process_index, process_count=process_count
             )  # fmt: skip
-        from upcycle_jax.data import seqio_source
-
-        return seqio_source.eval_batches(self, num_batches=num_batches, process_index=process_index, process_count=process_count)
+        return self._through_seqio("seqio_source").eval_batches(
+            self, num_batches=num_batches, process_index=process_index, process_count=process_count
+        )
 
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks of the mixture, sorted; the name itself for a single task."""
         cache = self.cache()
         if cache is not None:
             return tuple(task.manifest.task for task, _ in cache.tasks)
-        from upcycle_jax.data import resolve
-
-        return resolve.task_names(self)
+        return self._through_seqio("resolve").task_names(self)
 
     def vocabularies(self) -> dict[str, Any]:
         """The seqio.Vocabulary of 'inputs' and 'targets'."""
-        from upcycle_jax.data import resolve
-
-        return resolve.vocabularies(dataclasses.replace(self, use_cached=False))
+        return self._through_seqio("resolve").vocabularies(dataclasses.replace(self, use_cached=False))
 
     def vocabulary_size(self) -> int:
         """The number of token ids, sentinels included: the least `vocab_size` of a model."""
@@ -246,9 +255,7 @@ class DatasetConfig:
             from upcycle_jax.data import cached_source
 
             return cached_source.fingerprint(self, cache)
-        from upcycle_jax.data import seqio_source
-
-        return seqio_source.fingerprint(self)
+        return self._through_seqio("seqio_source").fingerprint(self)
 
     def local_batch_size(self, process_count: int) -> int:
         """Rows of each process.
