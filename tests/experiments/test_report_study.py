@@ -3,12 +3,14 @@
 import json
 import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
 
+from upcycle_jax.config import load
 from upcycle_jax.experiments import report_figures, report_study, results_study
-from upcycle_jax.experiments.results import Run
+from upcycle_jax.experiments.results import Run, read_rows
 from upcycle_jax.experiments.results_study import Study
 from upcycle_jax.report import main
 
@@ -205,3 +207,18 @@ def test_the_stored_report_is_what_the_stored_results_give():
     assert made.markdown == (STORED / "report" / "report.md").read_text()
     assert made.files["figures.json"] == (STORED / "report" / "figures.json").read_text()
     assert sorted(made.images) == sorted(path.name for path in (STORED / "report").glob("*.png"))
+
+
+@pytest.mark.skipif(not (STORED / "sweep.json").is_file(), reason="results/capacity_factor is not in this checkout")
+def test_the_stored_study_is_the_shipped_one():
+    """Rerunning gin_configs/sweeps/capacity_factor.gin runs the command lines that the stored results came from."""
+    sweep = load(["sweeps/capacity_factor.gin"], ["SWEEP_DIR='/x'"]).build("Sweep")()
+    cells = {cell.name: [word.replace("/x/", "{SWEEP_DIR}/") for word in cell.words] for cell in sweep.cells()}
+    stored = {cell["name"]: shlex.split(cell["command"])[3:] for cell in json.loads((STORED / "sweep.json").read_text())["cells"]}
+    assert cells == stored
+    rows = [json.loads(line) for line in (STORED / "table.jsonl").read_text().splitlines()]
+    assert {row["cell"] for row in rows} == set(cells)
+    for row in rows:
+        for task, values in row["tasks"].items():
+            last = read_rows(STORED / "cells" / row["cell"] / "training_eval" / task / "metrics.jsonl")[-1]
+            assert last["step"] == row["step"] and values == {name: last[name] for name in values}
