@@ -49,7 +49,8 @@ class RouterLogits(nn.Module):
             self.router_weights = _RouterWeights(self.columns)
         if self.biased_experts:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (axes.UNMODELED,))
-            self.bias = self.param("bias", init, (self.biased_experts,), jnp.float32)
+            bias: Any = self.param("bias", init, (self.biased_experts,), jnp.float32)
+            self.bias = bias
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Float32 logits `[..., columns]` of `[..., d]`.
@@ -267,7 +268,7 @@ class _Experts:
         """Float32 `[G, S, d]`. The parameters are those that `on_slots` makes; how they are multiplied differs alone."""
         layer = self.layer
         kernels = {name: leaf["kernel"] for name, leaf in nn.meta.unbox(layer.variables["params"]["expert"]).items()}
-        flat = [a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight)]
+        flat, expert, weight = (a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight))
         scale = None
         if self.train and layer.dropout_rate > 0:
             # As in `MlpBlock`, a hidden unit of an expert is dropped for all tokens or for none.
@@ -275,7 +276,9 @@ class _Experts:
             shape = kernels["wo"].shape[:2]
             scale = jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
         out = dropless.process(
-            *flat,
+            flat,
+            expert,
+            weight,
             kernels,
             activations=layer.activations,
             dispatch=dropless.resolve(layer.config.dispatch),
