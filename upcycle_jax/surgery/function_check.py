@@ -23,10 +23,10 @@ import numpy as np
 
 from upcycle_jax import trees
 from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.moe import capacity as capacity_lib
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.layer import MoeLayer, RouterLogits
 from upcycle_jax.moe.routing import Group
+from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.surgery.recipe import MergeRecipe
 from upcycle_jax.surgery.sources import Reader
 from upcycle_jax.surgery.table import Plan
@@ -198,27 +198,11 @@ def _why_not_exact(sparse: EncoderDecoderModel, stack: Stack, shape: Sequence[in
     router, reasons = moe.router(stack), []
     if not router.unit_weights:
         reasons.append(f"combine weights are not renormalised in the {stack}")
-    grouping, slots = _group_and_slots(moe, router, shape)
+    sizes = layer_sizes(moe, router, shape[0], shape[1], train=False)
+    grouping, slots = sizes.grouping, sizes.slots
     if slots < grouping.group_size:
         reasons.append(f"{stack} experts have {slots} slots for {grouping.group_size} tokens")
     return reasons
-
-
-def _group_and_slots(moe: Any, router: Any, shape: Sequence[int]) -> tuple[capacity_lib.Grouping, int]:
-    grouping = capacity_lib.grouping(
-        shape[0],
-        shape[1],
-        max_group_size=moe.group_size,
-        num_experts=moe.num_experts,
-        num_expert_replicas=moe.num_expert_replicas if moe.t5x_mode else None,
-    )
-    capacity = capacity_lib.expert_capacity(
-        grouping.group_size,
-        num_experts=moe.num_experts,
-        capacity_factor=moe.capacity_factor(train=False),
-        min_expert_capacity=moe.min_expert_capacity,
-    )
-    return grouping, router.slots(capacity, group_size=grouping.group_size)
 
 
 def check_function(plan: Plan, sparse: EncoderDecoderModel, dense_params: PyTree, sparse_params: PyTree, tokens: Tokens) -> FunctionCheck:
@@ -374,7 +358,9 @@ def gate_sums(sparse: EncoderDecoderModel, values: InnerValues) -> np.ndarray:
     moe = sparse.config.moe
     assert moe is not None
     router = moe.router("encoder" if values.layer.startswith("encoder/") else "decoder")
-    grouping, slots = _group_and_slots(moe, router, values.valid.shape)
+    rows, columns = values.valid.shape
+    sizes = layer_sizes(moe, router, rows, columns, train=False)
+    grouping, slots = sizes.grouping, sizes.slots
     padding = ((0, grouping.batch_padding), (0, grouping.length_padding))
     real, ids = (np.pad(a, padding).reshape(grouping.num_groups, grouping.group_size) for a in (values.valid, values.token_ids))
 
@@ -385,7 +371,6 @@ def gate_sums(sparse: EncoderDecoderModel, values: InnerValues) -> np.ndarray:
         return router.route(group, capacity=slots).plan.weight_per_token(grouping.group_size)
 
     sums = np.asarray(jax.jit(jax.vmap(one_group))(values.router_logits, real, ids))
-    rows, columns = values.valid.shape
     return sums.reshape(rows + grouping.batch_padding, columns + grouping.length_padding)[:rows, :columns]
 
 
