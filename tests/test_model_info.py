@@ -32,8 +32,8 @@ def test_counts_equal_table_1(size):
 def test_the_command_prints_every_parameter_and_the_total(capsys):
     assert model_info.main(["--gin_file=gin_configs/models/t5_1_1_base_upcycled.gin"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "Total number of parameters: 2003188992"
-    parsed = [LINE.fullmatch(line) for line in lines[:-1]]
+    total = lines.index("Total number of parameters: 2003188992")
+    parsed = [LINE.fullmatch(line) for line in lines[:total]]
     assert all(parsed)
     assert sum(int(match[2]) for match in parsed) == TABLE_1["base_upcycled"]
     by_name = {match[1]: match[0] for match in parsed}
@@ -41,6 +41,23 @@ def test_the_command_prints_every_parameter_and_the_total(capsys):
     assert f"size {32 * 768 * 2048} " in wi
     assert "(expert=32, embed=768, expert_mlp=2048)" in wi and wi.endswith("partition spec ('expert', None, 'model')")
     assert "(embed=768, unmodeled=32)" in by_name["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+
+
+def test_the_command_prints_what_the_model_costs(capsys):
+    assert model_info.main(["--gin_file=models/t5_1_1_base_upcycled.gin", "--gin.REMAT_POLICY='full'"]) == 0
+    costs = capsys.readouterr().out.partition("Total number of parameters: ")[2]
+    # 12 of 24 layers are sparse and a token meets 2 of 32 experts: 30 experts of 3 * 768 * 2048 are inactive in each.
+    assert f"Active parameters per token: {TABLE_1['base_upcycled'] - 12 * 30 * 3 * 768 * 2048}" in costs
+    assert f"Parameters of experts: {12 * 32 * 3 * 768 * 2048}, of routers: {12 * 768 * 32}" in costs
+    assert f"Bytes of parameters: {4 * TABLE_1['base_upcycled']}" in costs
+    assert "in training (matrix products; 64 rows of 512 + 128 tokens)" in costs and "computed again under remat_policy 'full'" in costs
+
+
+def test_the_batch_may_be_named(capsys, tmp_path):
+    run = tmp_path / "run.gin"
+    run.write_text("BATCH_SIZE = 4\nTASK_FEATURE_LENGTHS = {'inputs': 32, 'targets': 8}\n")
+    assert model_info.main(["--gin_file=models/t5_1_1_tiny_upcycled.gin", f"--gin_file={run}"]) == 0
+    assert "4 rows of 32 + 8 tokens" in capsys.readouterr().out
 
 
 def test_partitioner_bindings_decide_the_specs(capsys):

@@ -13,15 +13,17 @@ def test_flops_by_hand(tiny):
     flops = accounting.forward_flops(tiny(), batch_size=3, inputs_length=10, targets_length=4)
     projection = 2 * 16 * 16
     # Per token and layer: four projections, logits and weighted sum over the length; per stack the bias, 2 * 2 heads * 32 * length^2.
-    encoder = 2 * 30 * (4 * projection + 2 * 2 * 16 * 10) + 2 * 2 * 32 * 10**2
-    decoder = 2 * 12 * (4 * projection + 2 * 2 * 16 * 4) + 2 * 2 * 32 * 4**2
+    encoder = 2 * 30 * (4 * projection + 2 * 2 * 16 * 10)
+    decoder = 2 * 12 * (4 * projection + 2 * 2 * 16 * 4)
     # Query and out on the decoder's tokens, key and value on the encoder's.
     cross = 2 * (12 * 2 * projection + 30 * 2 * projection + 12 * 2 * 2 * 16 * 10)
     assert flops.attention == encoder + decoder + cross
+    assert flops.position_bias == 2 * 2 * 32 * (10**2 + 4**2)
     assert flops.mlp == 2 * (30 + 12) * 3 * 2 * 16 * 32
     assert flops.logits == 12 * 2 * 16 * 64
     assert (flops.experts, flops.routers) == (0, 0)
-    assert flops.total == flops.attention + flops.mlp + flops.logits and flops.train_step == 3 * flops.total
+    assert flops.total == flops.attention + flops.position_bias + flops.mlp + flops.logits
+    assert flops.train_step == 3 * flops.total - flops.position_bias
 
 
 def test_flops_of_experts_count_slots(tiny):

@@ -16,8 +16,10 @@ import numpy as np
 from upcycle_jax import surgery
 from upcycle_jax.experiments import collectives
 from upcycle_jax.experiments.collectives import Traffic
-from upcycle_jax.models import accounting
+from upcycle_jax.models import accounting, step_cost, step_memory
 from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.step_cost import StepFlops, StepShape
+from upcycle_jax.models.step_memory import StepMemory
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import online
 from upcycle_jax.training import batches
@@ -108,29 +110,47 @@ def state_bytes(workload: Workload, partitioner: Partitioner | None = None) -> S
     return State(*(accounting.memory(part, partitioner).per_device for part in parts))
 
 
-def step_flops(workload: Workload) -> float:
-    """Model FLOPs of one step on one device: matrix products, forward and backward, from the shapes."""
-    microbatches = workload.trainer.num_microbatches or 1
-    part = accounting.forward_flops(
-        workload.model.config,
-        batch_size=workload.batch_size // microbatches,
+def step_shape(workload: Workload) -> StepShape:
+    """What a step works on."""
+    return StepShape(
+        batch_size=workload.batch_size,
         inputs_length=workload.task_feature_lengths["inputs"],
         targets_length=workload.task_feature_lengths["targets"],
+        num_microbatches=workload.trainer.num_microbatches or 1,
     )
-    return part.train_step * microbatches / workload.partitioner.mesh.size
+
+
+def all_flops(workload: Workload) -> StepFlops:
+    """FLOPs of one step from the shapes: the model's, those computed again, and all that one device executes."""
+    return step_cost.step_flops(
+        workload.model.config,
+        step_shape(workload),
+        partitioner=workload.partitioner,
+        specs=workload.model.param_specs(),
+        optimizer_operations=workload.trainer.optimizer.operations_per_parameter,
+    )
+
+
+def memory(workload: Workload) -> StepMemory:
+    """Bytes of a step on one device, from the shapes."""
+    specs = state_specs(workload.model, workload.trainer.optimizer)
+    return step_memory.step_memory(
+        workload.model.config,
+        step_shape(workload),
+        partitioner=workload.partitioner,
+        specs=workload.model.param_specs(),
+        optimizer_specs={path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)},
+    )
+
+
+def step_flops(workload: Workload) -> float:
+    """Model FLOPs of one step on one device: matrix products, forward and backward, from the shapes."""
+    return all_flops(workload).model / workload.partitioner.mesh.size
 
 
 def exchange_bytes(workload: Workload) -> int:
     """Bytes of all-to-alls on one device in one step, from the shapes."""
-    microbatches = workload.trainer.num_microbatches or 1
-    part = accounting.exchange_bytes(
-        workload.model.config,
-        workload.partitioner,
-        batch_size=workload.batch_size // microbatches,
-        inputs_length=workload.task_feature_lengths["inputs"],
-        targets_length=workload.task_feature_lengths["targets"],
-    )
-    return part * microbatches
+    return step_cost.exchange_bytes(workload.model.config, step_shape(workload), partitioner=workload.partitioner)
 
 
 def compile_train_step(workload: Workload) -> Compiled:

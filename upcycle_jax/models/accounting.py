@@ -1,7 +1,8 @@
 """What a model costs: parameters, FLOPs and memory. Every number that the project prints about cost comes from here.
 
 FLOPs are those of matrix products, 2 * m * k * n each, in the forward pass; a training step is three forward passes (one forward, two
-backward). Norms, softmaxes, activations and the optimizer are left out; so are gathers and scatters of MoE layers, which move data.
+backward). Norms, softmaxes, activations and the optimizer are left out; so are gathers and scatters of MoE layers, which move data:
+`step_cost` adds them, and what a mesh repeats.
 """
 
 import dataclasses
@@ -11,8 +12,8 @@ import numpy as np
 
 from upcycle_jax import axes, trees
 from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe import capacity
 from upcycle_jax.moe.config import Stack
+from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.partitioning import Partitioner
 
 TRAIN_FORWARDS = 3
@@ -71,7 +72,8 @@ class ForwardFlops:
     """FLOPs of the matrix products of one forward pass over a batch.
 
     Attributes:
-      attention: projections, logits and weighted sums of all attention, and relative position biases.
+      attention: projections, logits and weighted sums of all attention.
+      position_bias: relative position biases, a product of their table with one-hot rows.
       mlp: dense MLPs, and the shared experts of MoE layers, which every token passes.
       experts: experts, every slot counted, whether a token sits in it or not.
       routers: router logits.
@@ -79,6 +81,7 @@ class ForwardFlops:
     """
 
     attention: int
+    position_bias: int
     mlp: int
     experts: int
     routers: int
@@ -87,12 +90,12 @@ class ForwardFlops:
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.attention + self.mlp + self.experts + self.routers + self.logits
+        return self.attention + self.position_bias + self.mlp + self.experts + self.routers + self.logits
 
     @property
     def train_step(self) -> int:
-        """FLOPs of a training step on the same batch."""
-        return TRAIN_FORWARDS * self.total
+        """FLOPs of a training step on the same batch: products with one-hot rows have one gradient, all others two."""
+        return TRAIN_FORWARDS * self.total - self.position_bias
 
 
 def forward_flops(config: T5Config, *, batch_size: int, inputs_length: int, targets_length: int, train: bool = True) -> ForwardFlops:
@@ -112,23 +115,23 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs_length: int, targ
     lengths = {"encoder": inputs_length, "decoder": targets_length}
     width = config.num_heads * config.head_dim
     projection = 2 * config.emb_dim * width
-    attention = mlp = experts = routers = 0
+    attention = position_bias = mlp = experts = routers = 0
     stacks: tuple[Stack, ...] = ("encoder", "decoder")
     for stack in stacks:
         layers, sparse = config.num_layers(stack), len(config.sparse_layers(stack))
         attention += layers * tokens[stack] * (4 * projection + 4 * width * lengths[stack])
-        attention += 2 * config.num_heads * RELPOS_BUCKETS * lengths[stack] ** 2
+        position_bias += 2 * config.num_heads * RELPOS_BUCKETS * lengths[stack] ** 2
         mlp += (layers - sparse) * tokens[stack] * mlp_flops_per_token(config, config.mlp_dim)
         if sparse:
             assert config.moe is not None
             slots = expert_slots(config, stack, batch_size=batch_size, length=lengths[stack], train=train)
             experts += sparse * slots * mlp_flops_per_token(config, config.expert_mlp_dim)
             mlp += sparse * tokens[stack] * mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
-            routers += sparse * tokens[stack] * 2 * config.emb_dim * config.moe.num_experts
+            routers += sparse * tokens[stack] * config.moe.router(stack).flops_per_token(config.emb_dim, config.moe.num_experts)
     decoder_layers = config.num_decoder_layers
     attention += decoder_layers * (2 * projection * (tokens["decoder"] + tokens["encoder"]) + 4 * width * tokens["decoder"] * inputs_length)
     logits = 2 * tokens["decoder"] * config.emb_dim * config.vocab_size
-    return ForwardFlops(attention=attention, mlp=mlp, experts=experts, routers=routers, logits=logits)
+    return ForwardFlops(attention=attention, position_bias=position_bias, mlp=mlp, experts=experts, routers=routers, logits=logits)
 
 
 def mlp_flops_per_token(config: T5Config, hidden: int) -> int:
@@ -137,27 +140,14 @@ def mlp_flops_per_token(config: T5Config, hidden: int) -> int:
 
 
 def expert_slots(config: T5Config, stack: Stack, *, batch_size: int, length: int, train: bool = True) -> int:
-    """Slots of all experts of one MoE layer, G * E * C, for a batch.
+    """Vectors that the experts of one MoE layer compute for a batch: slots, G * E * C, or the choices of a dropless router.
 
     Raises:
       ValueError: the token count does not divide into routing groups.
     """
     moe = config.moe
     assert moe is not None
-    grouping = capacity.grouping(
-        batch_size,
-        length,
-        max_group_size=moe.group_size,
-        num_experts=moe.num_experts,
-        num_expert_replicas=moe.num_expert_replicas if moe.t5x_mode else None,
-    )
-    slots = capacity.expert_capacity(
-        grouping.group_size,
-        num_experts=moe.num_experts,
-        capacity_factor=moe.capacity_factor(train=train),
-        min_expert_capacity=moe.min_expert_capacity,
-    )
-    return grouping.num_groups * moe.num_experts * moe.router(stack).slots(slots, group_size=grouping.group_size)
+    return layer_sizes(moe, moe.router(stack), batch_size, length, train=train).rows
 
 
 EXCHANGES = 4
@@ -169,7 +159,8 @@ def exchange_bytes(
 ) -> int:
     """Bytes that all-to-alls hand over on each device in a training step: every slot of every MoE layer, in the activations' dtype.
 
-    The part that stays on its own device (1 / expert partitions) is included, as it is in XLA's shapes. 0 where experts are not divided.
+    The part that stays on its own device (1 / expert partitions) is included, as it is in XLA's shapes. 0 where experts are not divided,
+    and for dropless routers, which exchange by an all-gather and a reduce-scatter instead (`moe.dropless`).
 
     Raises:
       ValueError: the token count does not divide into routing groups.
@@ -180,7 +171,7 @@ def exchange_bytes(
     lengths: tuple[tuple[Stack, int], ...] = (("encoder", inputs_length), ("decoder", targets_length))
     for stack, length in lengths:
         layers = len(config.sparse_layers(stack))
-        if layers:
+        if layers and not config.moe.router(stack).has_room_for_all:
             slots += layers * expert_slots(config, stack, batch_size=batch_size, length=length, train=train)
     itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
     return EXCHANGES * slots * config.emb_dim * itemsize // partitioner.num_data_shards

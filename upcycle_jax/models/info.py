@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+from upcycle_jax.models import accounting, step_cost
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.step_cost import StepShape
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 
@@ -37,6 +40,43 @@ def array_lines(specs: Mapping[str, LeafSpec], partitioner: Partitioner | None =
         f"partition spec {_partition(spec, partitioner)}"
         for name, spec in sorted(specs.items())
     ]
+
+
+REFERENCE_ROWS, REFERENCE_LENGTHS = 64, {"inputs": 512, "targets": 128}
+"""The batch of which `cost_lines` tells the cost where none is given."""
+
+
+def cost_lines(
+    config: T5Config, params: Mapping[str, LeafSpec], *, batch_size: int | None = None, lengths: Mapping[str, int] | None = None
+) -> list[str]:
+    """What a model costs, from `accounting`: parameters that a token meets, bytes, FLOPs per token forward and in training.
+
+    Args:
+      config: the model.
+      params: its `param_specs()`.
+      batch_size: rows, or None for `REFERENCE_ROWS`; it decides the routing groups.
+      lengths: of 'inputs' and 'targets', or None for `REFERENCE_LENGTHS`.
+
+    Raises:
+      ValueError: the tokens do not divide into routing groups.
+    """
+    rows, lengths = batch_size or REFERENCE_ROWS, lengths or REFERENCE_LENGTHS
+    counts = accounting.count_parameters(config, params)
+    flops = accounting.forward_flops(config, batch_size=rows, inputs_length=lengths["inputs"], targets_length=lengths["targets"])
+    tokens = rows * (lengths["inputs"] + lengths["targets"])
+    shape = f"{rows} rows of {lengths['inputs']} + {lengths['targets']} tokens"
+    lines = [
+        f"Active parameters per token: {counts.active}",
+        f"Parameters of experts: {counts.experts}, of routers: {counts.routers}",
+        f"Bytes of parameters: {sum(spec.nbytes for spec in params.values())}",
+        f"FLOPs per token: {flops.total / tokens:.4g} forward, {flops.train_step / tokens:.4g} in training (matrix products; {shape})",
+    ]
+    again = step_cost.recomputed_flops(
+        config, StepShape(batch_size=rows, inputs_length=lengths["inputs"], targets_length=lengths["targets"])
+    )
+    if again:
+        lines.append(f"FLOPs per token computed again under remat_policy {config.remat_policy!r}: {again / tokens:.4g}")
+    return lines
 
 
 def model_info(

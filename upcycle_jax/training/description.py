@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from upcycle_jax.models import accounting
+from upcycle_jax.models import accounting, step_cost, step_memory
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.restore import Start
@@ -17,6 +17,10 @@ class Costs:
       parameters: of the model.
       active_parameters: that a token meets on average; equal to `parameters` for dense models.
       train_flops_per_step: matrix products, forward and backward; 0 for architectures that are not counted.
+      hardware_flops_per_step: the same with what the backward pass computes again (`T5Config.remat_policy`).
+      device_flops_per_step: what one device executes, elementwise operations, the optimizer and what is not split over the mesh included.
+      exchange_bytes: all-to-alls of one device in a step.
+      activation_bytes: what one device keeps for the backward pass.
       parameter_bytes: in total and per device.
       optimizer_bytes: in total and per device.
     """
@@ -24,6 +28,10 @@ class Costs:
     parameters: int
     active_parameters: int
     train_flops_per_step: float
+    hardware_flops_per_step: float
+    device_flops_per_step: float
+    exchange_bytes: int
+    activation_bytes: int
     parameter_bytes: accounting.Memory
     optimizer_bytes: accounting.Memory
 
@@ -33,28 +41,45 @@ class Costs:
         return self.parameter_bytes.total + self.optimizer_bytes.total
 
 
+def step_shape(settings: Settings) -> step_cost.StepShape:
+    """What a step of the run works on."""
+    cfg = settings.train_dataset_cfg
+    return step_cost.StepShape(
+        batch_size=cfg.batch_size,
+        inputs_length=cfg.task_feature_lengths["inputs"],
+        targets_length=cfg.task_feature_lengths["targets"],
+        num_microbatches=settings.trainer.num_microbatches or 1,
+    )
+
+
 def costs(run: PreparedRun) -> Costs:
     """Counts a run's parameters, FLOPs and bytes from its specs."""
     settings = run.settings
     params = {path.removeprefix(TARGET): spec for path, spec in run.specs.items() if path.startswith(TARGET)}
     slots = {path: spec for path, spec in run.specs.items() if path.startswith(PARAM_STATES)}
     total = active = sum(spec.size for spec in params.values())
-    flops = 0.0
+    flops, exchanged, activations = step_cost.StepFlops(model=0, recomputed=0, device=0.0), 0, 0.0
     config = settings.model.config
     if isinstance(config, T5Config):
         active = accounting.count_parameters(config, params).active
-        lengths, microbatches = settings.train_dataset_cfg.task_feature_lengths, settings.trainer.num_microbatches or 1
-        part = accounting.forward_flops(
+        shape = step_shape(settings)
+        flops = step_cost.step_flops(
             config,
-            batch_size=settings.train_dataset_cfg.batch_size // microbatches,
-            inputs_length=lengths["inputs"],
-            targets_length=lengths["targets"],
+            shape,
+            partitioner=settings.partitioner,
+            specs=params,
+            optimizer_operations=settings.trainer.optimizer.operations_per_parameter,
         )
-        flops = float(part.train_step * microbatches)
+        exchanged = step_cost.exchange_bytes(config, shape, partitioner=settings.partitioner)
+        activations = step_memory.activation_bytes(config, shape, partitioner=settings.partitioner)
     return Costs(
         parameters=total,
         active_parameters=active,
-        train_flops_per_step=flops,
+        train_flops_per_step=float(flops.model),
+        hardware_flops_per_step=float(flops.hardware),
+        device_flops_per_step=flops.device,
+        exchange_bytes=exchanged,
+        activation_bytes=round(activations),
         parameter_bytes=accounting.memory(params, settings.partitioner),
         optimizer_bytes=accounting.memory(slots, settings.partitioner),
     )
@@ -80,14 +105,16 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
         f"parameters     {cost.parameters:,} ({cost.active_parameters:,} active per token)",
         f"mesh           {mesh.devices.size} x {device.device_kind}: {axes}",
         f"memory         per device: parameters {_size(params.per_device)}, optimizer {_size(optimizer.per_device)}, "
-        f"gradients {_size(params.per_device)}: {_size(state)}, and activations",
+        f"gradients {_size(params.per_device)}: {_size(state)}, and activations{_activations(cost)}",
         f"checkpoint     {_size(cost.checkpoint_bytes)}{_saving(settings)}",
         f"batch          {_batch(settings)}",
         f"optimizer      {settings.trainer.optimizer}",
         f"evaluation     {_evaluation(settings)}",
     ]
     if cost.train_flops_per_step:
-        lines.insert(4, f"compute        {cost.train_flops_per_step:.3g} FLOPs per step (matrix products, forward and backward)")
+        lines.insert(4, f"compute        {_compute(cost)}")
+    if cost.exchange_bytes:
+        lines.insert(7, f"exchange       per device and step: {_size(cost.exchange_bytes)} of all-to-alls")
     if run.source.damaged:
         lines.append(f"damaged        checkpoints of steps {', '.join(map(str, run.source.damaged))} cannot be read")
     if run.source.start == Start.UPCYCLE:
@@ -95,6 +122,19 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
         shardings = settings.partitioner.shardings(run.specs)
         lines += ["", f"Upcycling with {run.source.plan.recipe}:", run.source.plan.text(shardings, max_rows=plan_rows)]
     return "\n".join(lines)
+
+
+def _activations(cost: Costs) -> str:
+    return f", about {_size(cost.activation_bytes)}" if cost.activation_bytes else ""
+
+
+def _compute(cost: Costs) -> str:
+    again = cost.hardware_flops_per_step - cost.train_flops_per_step
+    return (
+        f"{cost.train_flops_per_step:.3g} FLOPs per step (matrix products, forward and backward)"
+        + (f", and {again:.3g} computed again" if again else "")
+        + f"; one device executes {cost.device_flops_per_step:.3g}, elementwise operations included"
+    )
 
 
 def _saving(settings: Settings) -> str:

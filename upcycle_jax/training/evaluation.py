@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from upcycle_jax.models import metrics
+from upcycle_jax.models import expert_similarity, metrics
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches
 from upcycle_jax.training.progress import host_values
@@ -28,14 +28,21 @@ class Evaluator:
         self._partitioner, self._num_shards = partitioner, num_shards
         self._metrics = jax.jit(model.eval_fn, out_shardings=partitioner.replicated)
         self._merge = jax.jit(metrics.merge, donate_argnums=0)
+        self._similarity = jax.jit(expert_similarity.metrics, out_shardings=partitioner.replicated)
 
     def evaluate(self, params: PyTree, task_batches: TaskBatches) -> dict[str, dict[str, Any]]:
         """Metrics of every task: floats, or arrays for vector metrics, and `timing/evaluation_seconds`.
 
+        `experts/<layer>/similarity` follows from the parameters alone and is the same for all tasks.
+
         Raises:
           ValueError: a task gave no batch.
         """
-        return {task: self._one_task(task, params, make_batches) for task, make_batches in task_batches.items()}
+        if not task_batches:
+            return {}
+        with self._partitioner.activate():
+            similarity = host_values(self._similarity(params))
+        return {task: self._one_task(task, params, make_batches) | similarity for task, make_batches in task_batches.items()}
 
     def _one_task(self, task: str, params: PyTree, make_batches: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
         started, total = time.monotonic(), None

@@ -28,6 +28,7 @@ from upcycle_jax.training.tracking import Wandb, WandbRun
 from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite, Trainer
+from upcycle_jax.training.utilisation import Utilisation
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> Train
         restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
         run = dataclasses.replace(run, source=source)
         _write_start(run, cost, files, iterator.fingerprint())
-        loop = _Loop(run, state, iterator, eval_tasks, saver, flops_per_step=cost.train_flops_per_step)
+        loop = _Loop(run, state, iterator, eval_tasks, saver, cost)
         del state  # the loop donates it
         failed = True
         try:
@@ -254,15 +255,19 @@ class _Loop:
         iterator: Any,
         eval_tasks: Mapping[str, Any],
         saver: Saver,
-        *,
-        flops_per_step: float,
+        cost: description.Costs,
     ):
         settings = run.settings
         self._run, self._settings, self._saver, self._iterator, self._eval_tasks = run, settings, saver, iterator, eval_tasks
         self._state = state
         self.step = run.source.step
         self._watch = LossWatch(settings.model_dir, NonFinite(settings.trainer.non_finite), _loss_history(run))
-        self._window = Window(batch_size=settings.train_dataset_cfg.batch_size, flops_per_step=flops_per_step)
+        self._window = Window(batch_size=settings.train_dataset_cfg.batch_size, flops_per_step=cost.train_flops_per_step)
+        self._utilisation = Utilisation.of_run(
+            model_flops=cost.train_flops_per_step,
+            hardware_flops=cost.hardware_flops_per_step,
+            devices=settings.partitioner.mesh.devices.flat,
+        )
         self._evaluator = (
             Evaluator(settings.model, settings.partitioner, num_shards=run.eval_layout.num_shards) if run.eval_layout else None
         )
@@ -363,6 +368,7 @@ class _Loop:
 
     def _report(self) -> None:
         values = self._window.take()
+        values |= self._utilisation.metrics(values["timing/steps_per_second"])
         if self._watch.skipped:
             values["skipped_updates"] = float(self._watch.skipped)
         self._write("train", values)

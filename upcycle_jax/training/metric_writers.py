@@ -120,6 +120,8 @@ def progress_line(step: int, total_steps: int, values: Scalars, *, steps_per_sec
     parts += [f"{name} {float(values[name]):.4g}" for name in ("loss", "accuracy", "learning_rate") if name in values]
     if steps_per_second > 0:
         parts += [f"{steps_per_second:.3g} steps/s", f"{_short(tokens_per_second)} tokens/s"]
+        if "timing/mfu" in values:
+            parts.append(f"MFU {float(values['timing/mfu']):.1%}")
         parts.append(f"{duration((total_steps - step) / steps_per_second)} left")
     return "  ".join(parts)
 

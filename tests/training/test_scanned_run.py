@@ -1,0 +1,87 @@
+"""A run that loops over its layers leaves checkpoints that a run without the loop goes on from, and the other way round."""
+
+import json
+
+import numpy as np
+import pytest
+
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig
+from upcycle_jax.training.loop import train
+
+SHAPE = {
+    "vocab_size": 24,
+    "emb_dim": 8,
+    "num_heads": 2,
+    "head_dim": 4,
+    "mlp_dim": 16,
+    "dropout_rate": 0.0,  # a loop draws other masks
+    "num_encoder_layers": 4,
+    "num_decoder_layers": 2,
+}
+
+
+@pytest.fixture
+def start(bags, tmp_path):
+    class Sequences(bags.Dataset):
+        def batch(self, k):
+            tokens = np.random.default_rng((self.seed, k)).integers(1, 24, (2, self.batch_size, 8)).astype(np.int32)
+            shifted = np.pad(tokens[1][:, :-1], ((0, 0), (1, 0)))
+            return {
+                "encoder_input_tokens": tokens[0],
+                "decoder_input_tokens": shifted,
+                "decoder_target_tokens": tokens[1],
+                "decoder_loss_weights": np.ones_like(shifted),
+            }
+
+    def run(name, *, scan, steps, remat="none"):
+        experts = MoeConfig(num_experts=4, group_size=16, decoder_sparse_layout=())
+        config = T5Config(**SHAPE, moe=experts, scan_layers=scan, remat_policy=remat)
+        data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
+        return train(
+            model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
+            model_dir=tmp_path / name,
+            train_dataset_cfg=data,
+            train_eval_dataset_cfg=data,
+            checkpoint_cfg=CheckpointConfig(save=SaveCheckpointConfig(period=2)),
+            partitioner=bags.one_device,
+            trainer=bags.trainer(),
+            total_steps=steps,
+            eval_steps=1,
+            eval_period=2,
+            stats_period=1,
+        )
+
+    return run
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in lines}
+
+
+def specs(path):
+    return open_checkpoint(path).specs()
+
+
+def test_runs_go_on_in_the_other_form(start, tmp_path):
+    start("layers", scan=False, steps=4)
+    start("mixed", scan=True, remat="minimal", steps=2)
+    assert specs(tmp_path / "mixed" / "checkpoint_2") == specs(tmp_path / "layers" / "checkpoint_2")
+    assert start("mixed", scan=False, steps=4).start == "resume"
+    want, have = (rows(tmp_path / name / "train") for name in ("layers", "mixed"))
+    assert list(have) == [1, 2, 3, 4]
+    for step, row in want.items():
+        names = [name for name in row if not name.startswith(("timing/", "wall"))]
+        assert set(names) == {name for name in have[step] if not name.startswith(("timing/", "wall"))}
+        for name in names:
+            np.testing.assert_allclose(have[step][name], row[name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}: {name}")
+    # What is computed again is said where it is, and an evaluation says how alike experts are.
+    first = rows(tmp_path / "mixed" / "train")[1]
+    assert first["timing/hardware_flops_per_second"] > first["timing/model_flops_per_second"]
+    assert "timing/mfu" not in first  # the peak of a CPU is nobody's to know
+    evaluated = rows(next((tmp_path / "mixed" / "training_eval").iterdir()))
+    assert all(-1 <= row["experts/encoder/layers_1/similarity"] <= 1 for row in evaluated.values())
