@@ -75,9 +75,10 @@ def _executable(path: Path, text: str) -> Path:
 
 
 def _write_slurm(sweep: Sweep, stages: Sequence[tuple[str, list[Cell]]], options: str, out: Path, launchers: Path) -> list[Path]:
-    given = dict(word.removeprefix("--").partition("=")[::2] for word in shlex.split(options))
-    shape = {name: given.pop(name, default) for name, default in GEOMETRY.items()}
-    rest = " ".join(f"--{name}={shlex.quote(value)}" for name, value in given.items())
+    words = shlex.split(options)
+    shape = dict(GEOMETRY)
+    shape.update(word.removeprefix("--").split("=", 1) for word in words if word.startswith(tuple(f"--{name}=" for name in GEOMETRY)))
+    rest = shlex.join(word for word in words if word.removeprefix("--").partition("=")[0] not in GEOMETRY)
     _executable(out / "array.sh", _ARRAY_BODY)
     text = _SUBMIT_HEAD.format(name=sweep.name, launchers=launchers, options=shlex.quote(rest))
     submitted: list[str] = []
