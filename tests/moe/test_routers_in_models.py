@@ -130,6 +130,20 @@ def test_alone_padded_and_causal(router):
     assert np.abs(after[0, 5:] - together[0, 5:]).max() > 1e-2
 
 
+@pytest.mark.parametrize("router", [HashTop1(), DroplessTopK()], ids=repr)
+def test_cached_decoding_equals_the_full_pass(router):
+    # In a step the ids and the rows to sort are those of one position.
+    model = make_model(router)
+    params, batch = make_params(model), make_batch([8, 8, 8])
+    want = inference_logits(model)(params, batch)
+    logits, cache = jax.jit(lambda p, x: model.start_decoding(p, x, max_length=8))(params, batch["encoder_input_tokens"])
+    np.testing.assert_allclose(logits, want[:, 0], atol=1e-5)
+    step = jax.jit(model.decode_step)
+    for at in range(1, 8):
+        logits, cache = step(params, batch["decoder_input_tokens"][:, at], jnp.int32(at), cache)
+        np.testing.assert_allclose(logits, want[:, at], atol=1e-5)
+
+
 @pytest.mark.parametrize("router", LONG)
 def test_eight_devices_equal_one(router):
     model = make_model(router)

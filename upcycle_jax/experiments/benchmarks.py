@@ -176,7 +176,7 @@ def one_hot_dispatch() -> Iterator[None]:
 
     The dispatch mask is boolean and converted to the tokens' dtype for its product; the combine array is float32 and differentiated as a
     whole. Who sits where is decided as without it: a mask costs one comparison here, where those build it from one-hot choices by
-    cumulative sums. The baseline is therefore a little faster than theirs.
+    cumulative sums: the baseline does a little less work than theirs.
     """
 
     def mask(assignment: dispatch.Assignment, group_size: int) -> jax.Array:
