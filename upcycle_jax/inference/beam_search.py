@@ -4,13 +4,12 @@ Axis legend: B inputs, N beams per input, V vocabulary, L length.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from upcycle_jax.models.generation import Decoded, DecodingCache, NextLogits
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, DecodingStart
 
 IMPOSSIBLE = -1.0e7
 """Score of a beam that is not there: below every real one, and finite."""
@@ -22,7 +21,7 @@ def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BeamSearch:
+class BeamSearch(DecodingAlgorithm):
     """Keeps the N most probable unfinished sequences and the N best finished ones, as T5X does.
 
     At each position every live beam is extended by every token. Of the 2N best extensions those that end are candidates for the finished
@@ -47,23 +46,14 @@ class BeamSearch:
         if self.alpha < 0:
             raise ValueError(f"alpha must be 0 (no length normalisation) or above, got {self.alpha}")
 
-    def decode(
-        self,
-        next_logits: NextLogits,
-        first_logits: jax.Array,
-        cache: DecodingCache,
-        *,
-        max_length: int,
-        eos_id: int,
-        keys: Any | None = None,
-    ) -> Decoded:
-        """See `DecodingAlgorithm`. Scores are log-probabilities divided by the brevity penalty.
+    def search(self, start: DecodingStart) -> Decoded:
+        """Scores are log-probabilities divided by the brevity penalty.
 
         Raises:
           ValueError: 2N is more than the vocabulary.
         """
-        num_inputs, vocab_size = first_logits.shape
-        beams = self.num_decodes
+        num_inputs, vocab_size = start.first_logits.shape
+        beams, max_length, eos_id = self.num_decodes, start.max_length, start.eos_id
         if 2 * beams > vocab_size:
             raise ValueError(f"num_decodes={beams} needs a vocabulary of at least {2 * beams} tokens, got {vocab_size}: lower num_decodes")
         # All beams begin alike: only the first may be extended, so that the others do not repeat it.
@@ -75,7 +65,7 @@ class BeamSearch:
             finished_scores=jnp.full((num_inputs, beams), IMPOSSIBLE, jnp.float32),
             finished_tokens=jnp.zeros((num_inputs, beams, max_length), jnp.int32),
             finished=jnp.zeros((num_inputs, beams), bool),
-            cache=cache.repeated(beams),
+            cache=start.cache.repeated(beams),
         )
 
         def more(state: _State) -> jax.Array:
@@ -85,10 +75,10 @@ class BeamSearch:
 
         def step(state: _State) -> _State:
             last = jax.lax.dynamic_index_in_dim(state.live_tokens, state.index - 1, axis=2, keepdims=False)
-            logits, cache = next_logits(last.reshape(-1), state.index, state.cache)
+            logits, cache = start.next_logits(last.reshape(-1), state.index, state.cache)
             return self._extend(dataclasses.replace(state, cache=cache), logits, eos_id)
 
-        state = self._extend(state, jnp.repeat(first_logits, beams, axis=0), eos_id)
+        state = self._extend(state, jnp.repeat(start.first_logits, beams, axis=0), eos_id)
         state = jax.lax.while_loop(more, step, state)
         return self._ranked(state)
 

@@ -4,20 +4,19 @@ Axis legend: B inputs, N sequences per input, V vocabulary, L length.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from upcycle_jax.models.generation import Decoded, DecodingCache, NextLogits
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, DecodingStart
 
 NEGATIVE = -1e10
 """Logit of a token that may not be drawn: finite, so that differences of such logits are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(DecodingAlgorithm):
     """Draws each token from the model's distribution, sharpened and cut off as asked.
 
     Every draw depends on the input's own key, the sequence's number and the position only, so that the rest of a batch changes nothing.
@@ -50,22 +49,14 @@ class Sampling:
         if self.temperature == 0 and self.num_decodes > 1:
             raise ValueError(f"temperature 0 gives num_decodes={self.num_decodes} equal sequences: raise it, or set num_decodes to 1")
 
-    def decode(
-        self,
-        next_logits: NextLogits,
-        first_logits: jax.Array,
-        cache: DecodingCache,
-        *,
-        max_length: int,
-        eos_id: int,
-        keys: Any | None = None,
-    ) -> Decoded:
-        """See `DecodingAlgorithm`. Scores are log-probabilities under the model itself, whatever the temperature.
+    def search(self, start: DecodingStart) -> Decoded:
+        """Scores are log-probabilities under the model itself, whatever the temperature.
 
         Raises:
           ValueError: a temperature above 0 without keys.
         """
-        num_inputs = first_logits.shape[0]
+        first_logits, cache, keys = start.first_logits, start.cache, start.keys
+        num_inputs, max_length, eos_id = first_logits.shape[0], start.max_length, start.eos_id
         if self.temperature > 0:
             if keys is None:
                 raise ValueError("sampling needs a random key per input: give `keys`, e.g. jax.random.split(key, batch_size)")
@@ -99,7 +90,7 @@ class Sampling:
 
         def step(state: _State) -> _State:
             last = jax.lax.dynamic_index_in_dim(state.tokens, state.index - 1, axis=1, keepdims=False)
-            logits, cache = next_logits(last, state.index, state.cache)
+            logits, cache = start.next_logits(last, state.index, state.cache)
             return choose(dataclasses.replace(state, logits=logits, cache=cache))
 
         state = jax.lax.while_loop(more, step, choose(state))
@@ -118,22 +109,12 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Greedy:
+class Greedy(DecodingAlgorithm):
     """Takes the most probable token at every position; of equal ones, the lowest id."""
 
-    def decode(
-        self,
-        next_logits: NextLogits,
-        first_logits: jax.Array,
-        cache: DecodingCache,
-        *,
-        max_length: int,
-        eos_id: int,
-        keys: Any | None = None,
-    ) -> Decoded:
-        """See `DecodingAlgorithm`. Scores are log-probabilities."""
-        greedy = Sampling(temperature=0.0)
-        return greedy.decode(next_logits, first_logits, cache, max_length=max_length, eos_id=eos_id)
+    def search(self, start: DecodingStart) -> Decoded:
+        """Scores are log-probabilities."""
+        return Sampling(temperature=0.0).search(start)
 
 
 @flax.struct.dataclass

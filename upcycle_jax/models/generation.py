@@ -1,5 +1,6 @@
 """What a decoding algorithm and a model say to each other. The algorithms are in `inference`."""
 
+import abc
 import dataclasses
 from typing import Any, Protocol
 
@@ -61,7 +62,28 @@ class Decoded:
     scores: jax.Array
 
 
-class DecodingAlgorithm(Protocol):
+@dataclasses.dataclass(frozen=True)
+class DecodingStart:
+    """What a search begins with.
+
+    Attributes:
+      next_logits: one step of the model.
+      first_logits: float32 `[batch, vocab]`, logits of the first token.
+      cache: after the step that gave them.
+      max_length: tokens to produce at most, EOS included.
+      eos_id: the token that ends a sequence.
+      keys: `[batch]` random keys, one per input, for algorithms that draw.
+    """
+
+    next_logits: NextLogits
+    first_logits: jax.Array
+    cache: DecodingCache
+    max_length: int
+    eos_id: int
+    keys: Any | None = None
+
+
+class DecodingAlgorithm(abc.ABC):
     """Finds likely sequences. `inference.decoding` and `inference.beam_search` have them."""
 
     def decode(
@@ -74,14 +96,9 @@ class DecodingAlgorithm(Protocol):
         eos_id: int,
         keys: Any | None = None,
     ) -> Decoded:
-        """Decodes a batch; a pure function that may be jitted.
+        """Decodes a batch; a pure function that may be jitted. Arguments: see `DecodingStart`."""
+        return self.search(DecodingStart(next_logits, first_logits, cache, max_length, eos_id, keys))
 
-        Args:
-          next_logits: one step of the model.
-          first_logits: float32 `[batch, vocab]`, logits of the first token.
-          cache: after the step that gave them.
-          max_length: tokens to produce at most, EOS included.
-          eos_id: the token that ends a sequence.
-          keys: `[batch]` random keys, one per input, for algorithms that draw.
-        """
-        ...
+    @abc.abstractmethod
+    def search(self, start: DecodingStart) -> Decoded:
+        """As `decode`."""
