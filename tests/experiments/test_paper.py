@@ -215,6 +215,20 @@ def test_other_scales_show_gains_paired_by_seed(tmp_path):
     assert "+3.50 ± 6.35 (n=2)" in render(found, Format.MARKDOWN)
 
 
+def test_gains_are_counted_from_what_the_exhibit_shows_beside_them(tmp_path):
+    """Figure 4 has the MoE from scratch and the upcycled model: 30 against 45 %, though a dense continuation is there too."""
+    tiny, small = BASE | DEPTH | {"emb_dim": 128, "vocab_size": 384}, MOE | {"num_experts": 8}
+    kwargs = {"every": 50, "model": tiny, "task": "prose"}
+    write_run(tmp_path / "dense", [0.3, 0.40], start=100, **kwargs)
+    write_run(tmp_path / "sparse", [0.2, 0.45], start=100, moe=small, recipe=COPIES, **kwargs)
+    write_run(tmp_path / "scratch", [0.0, 0.30], start=0, moe=small, **kwargs)
+    rows = {row.label: row for row in compare("figure4", tmp_path).scaled}
+    assert (rows["scratch"].gain.mean, rows["scratch"].reference) == (pytest.approx(-15.0), "upcycled as in the paper")
+    assert rows["upcycled"].gain is None
+    # The last point that both of the paper's curves have is 900k: 70.77 - 70.72.
+    assert rows["scratch"].paper_gain["Base"] == pytest.approx(0.05)
+
+
 def test_superglue_scores_are_matched_to_the_checkpoint_they_come_from(tmp_path):
     """Fine-tuning from extra step 200,000: three seeds, 77, 78 and 79."""
     write_run(tmp_path / "pretrained", [0.5, 0.7, 0.7], moe=MOE, recipe=COPIES)

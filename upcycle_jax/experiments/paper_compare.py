@@ -12,6 +12,9 @@ from upcycle_jax.experiments.paper_sizes import SizeRow, size_rows
 from upcycle_jax.experiments.statistics import Interval, mean_interval, paired_difference
 from upcycle_jax.models.config import T5Config
 
+DENSE, DEFAULT = "dense continuation", "upcycled as in the paper"
+"""What gains are counted from."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -188,21 +191,26 @@ def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -
         model = one.run.manifest["parameters"]
         key = (one.family, str(one.method), tuple(sorted(one.setting.items())), one.num_experts, model)
         groups.setdefault(key, []).append(one)
+    shown = {head.method for head in heads}
     rows = []
     for group in groups.values():
-        label, reference = _reference(group[0], found)
+        label, reference = _reference(group[0], found, has_dense=Method.DENSE in shown)
         rows.append(_scaled_row(group, label, reference, curves))
     return rows
 
 
-def _reference(one: Found, found: Sequence[Found]) -> tuple[str, list[Found]]:
-    """What a run's gain is counted from: dense continuations of its family, else upcycled runs of it with the paper's setting."""
+def _reference(one: Found, found: Sequence[Found], *, has_dense: bool) -> tuple[str, list[Found]]:
+    """What a run's gain is counted from, among the runs of its family: what the exhibit shows beside it, else what there is.
+
+    That is the dense continuation where the exhibit has one, else the upcycled model with the paper's setting.
+    """
     family = [other for other in found if other.family == one.family and other.num_experts in (0, one.num_experts)]
-    dense = [other for other in family if other.method == Method.DENSE]
-    if dense:
-        return "dense continuation", dense
-    default = [other for other in family if other.method == Method.UPCYCLED and not other.setting]
-    return ("upcycled as in the paper", default) if default else ("", [])
+    choices = {
+        DENSE: [other for other in family if other.method == Method.DENSE],
+        DEFAULT: [other for other in family if other.method == Method.UPCYCLED and not other.setting],
+    }
+    order = (DENSE, DEFAULT) if has_dense else (DEFAULT, DENSE)
+    return next(((label, choices[label]) for label in order if choices[label]), ("", []))
 
 
 def _scaled_row(group: Sequence[Found], reference: str, others: Sequence[Found], curves: Sequence[Curve]) -> Scaled:
@@ -242,7 +250,7 @@ def _paper_gains(one: Found, reference: str, curves: Sequence[Curve]) -> dict[st
         for other in curves:
             there = other.series.head
             same = (there.part, there.size, there.metric, there.x_unit) == (head.part, head.size, head.metric, head.x_unit)
-            is_reference = there.method == (Method.DENSE if reference == "dense continuation" else Method.UPCYCLED)
+            is_reference = there.method == (Method.DENSE if reference == DENSE else Method.UPCYCLED)
             if same and other is not curve and is_reference and not paper_runs.paper_setting(there.setting):
                 gain = _last_difference(curve.series, other.series)
                 if gain is not None:
