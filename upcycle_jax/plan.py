@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("plan")
     own.add_argument("--hardware", metavar="KIND:CHIPS", required=True, help="e.g. tpu_v5e:256, tpu_v5p:64, h100:8")
-    own.add_argument("--extra_steps", type=int, metavar="N", help="steps of the upcycled model (default: TRAIN_STEPS - dense steps)")
+    own.add_argument(
+        "--extra_steps", type=int, metavar="N", help="steps of the upcycled model (default: TRAIN_STEPS - dense steps, else 100000)"
+    )
     own.add_argument("--dense_steps", type=int, metavar="N", help="steps of the dense checkpoint (default: from its path)")
     own.add_argument("--mfu", metavar="LOW,HIGH", help="model FLOPs utilisation of dense models (default 0.25,0.55)")
     own.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default text")
@@ -40,8 +42,8 @@ def _literal(loaded: "Config", name: str) -> object:
     return loaded.bindings.macros[name].value if loaded.has_macro(name) else None
 
 
-def _steps(flags: Flags, loaded: "Config") -> tuple[int, int | None]:
-    """Extra steps and dense steps, from the flags or from the configuration."""
+def _steps(flags: Flags, loaded: "Config") -> tuple[int | None, int | None]:
+    """Extra steps and dense steps, from the flags or from the configuration; None where neither says."""
     extra, dense = flags.extra.extra_steps, flags.extra.dense_steps
     path, total = _literal(loaded, "INITIAL_CHECKPOINT_PATH"), _literal(loaded, "TRAIN_STEPS")
     match = re.search(r"checkpoint_(\d+)/?$", path) if isinstance(path, str) else None
@@ -49,11 +51,6 @@ def _steps(flags: Flags, loaded: "Config") -> tuple[int, int | None]:
         dense = int(match[1])
     if extra is None and isinstance(total, int) and dense is not None and total > dense:
         extra = total - dense
-    if extra is None:
-        raise ValueError(
-            "how many extra steps? Give --extra_steps=100000, or TRAIN_STEPS above the dense steps (--dense_steps, or the step in "
-            "INITIAL_CHECKPOINT_PATH)"
-        )
     return extra, dense
 
 

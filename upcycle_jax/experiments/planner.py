@@ -23,6 +23,8 @@ from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, Partitioner
 from upcycle_jax.training import batches
 
 SECONDS_PER_DAY = 86_400
+ASSUMED_EXTRA_STEPS = 100_000
+"""Where nothing says how long to train: one plotted point of the paper's figures."""
 DEFAULT_MFU = (0.25, 0.55)
 MOE_SLOWDOWN = (0.75, 0.97)
 MFU_SOURCE = (
@@ -200,6 +202,7 @@ class Plan:
       workload: the upcycled run.
       costs: per step, by kind.
       extra_steps: steps that the upcycled model is trained.
+      is_assumed: nobody gave the extra steps.
       dense_steps: steps that the dense checkpoint was trained, or None where not known.
       tokens_per_step: positions of a batch.
       mfu: of dense models.
@@ -211,6 +214,7 @@ class Plan:
     workload: Workload
     costs: dict[Kind, Cost]
     extra_steps: int
+    is_assumed: bool
     dense_steps: int | None
     tokens_per_step: int
     mfu: Range
@@ -255,7 +259,7 @@ def make_plan(
     workload: Workload,
     hardware: Hardware,
     *,
-    extra_steps: int,
+    extra_steps: int | None,
     dense_steps: int | None,
     mfu: tuple[float, float] = DEFAULT_MFU,
 ) -> Plan:
@@ -265,7 +269,7 @@ def make_plan(
       name: what to call it.
       workload: the upcycled run; its devices do not matter.
       hardware: what to run on.
-      extra_steps: steps that the upcycled model is trained.
+      extra_steps: steps that the upcycled model is trained; None: `ASSUMED_EXTRA_STEPS`.
       dense_steps: steps that the dense checkpoint was trained, or None.
       mfu: lowest and highest MFU of dense models.
 
@@ -278,8 +282,9 @@ def make_plan(
         raise ValueError(f"plans count T5 1.1 models; MODEL is {type(config).__name__}")
     if config.moe is None:
         raise ValueError("MODEL is dense: give the model that it becomes, e.g. --gin_file=models/t5_1_1_base_upcycled.gin")
-    if extra_steps < 1 or (dense_steps is not None and dense_steps < 1):
-        raise ValueError(f"extra_steps {extra_steps} and dense_steps {dense_steps} must be at least 1")
+    steps = ASSUMED_EXTRA_STEPS if extra_steps is None else extra_steps
+    if steps < 1 or (dense_steps is not None and dense_steps < 1):
+        raise ValueError(f"extra_steps {steps} and dense_steps {dense_steps} must be at least 1")
     if not 0 < mfu[0] <= mfu[1] <= 1:
         raise ValueError(f"mfu is {mfu[0]:g},{mfu[1]:g}: give the lowest and the highest utilisation, above 0 and at most 1, e.g. 0.3,0.5")
     old = workload.partitioner
@@ -306,7 +311,8 @@ def make_plan(
             Kind.UPCYCLED: upcycled,
             Kind.SCRATCH: dataclasses.replace(upcycled, kind=Kind.SCRATCH),
         },
-        extra_steps=extra_steps,
+        extra_steps=steps,
+        is_assumed=extra_steps is None,
         dense_steps=dense_steps,
         tokens_per_step=sparse.batch_size * (lengths["inputs"] + lengths["targets"]),
         mfu=Range(*mfu),

@@ -48,6 +48,7 @@ def _frame(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in work.partitioner.mesh.shape.items())
     lengths = ", ".join(f"{name} {length}" for name, length in work.task_feature_lengths.items())
     dense = f"{plan.dense_steps:,}" if plan.dense_steps else "not known"
+    assumed = " (assumed: give --extra_steps)" if plan.is_assumed else ""
     share = f"; the extra training costs {plan.extra_share:.0%} of that" if plan.extra_share is not None else ""
     return "\n".join(
         [
@@ -55,7 +56,7 @@ def _frame(plan: Plan) -> str:
             f"{gib(chip.device_hbm_bytes)} and {chip.device_peak_flops / 1e12:g} bfloat16 TFLOP/s ({chip.source})",
             f"batch     {work.batch_size} rows ({lengths}): {plan.tokens_per_step:,} positions; "
             f"{work.trainer.num_microbatches or 1} microbatches",
-            f"steps     dense checkpoint {dense}, extra {plan.extra_steps:,}{share}",
+            f"steps     dense checkpoint {dense}, extra {plan.extra_steps:,}{assumed}{share}",
         ]
     )
 
@@ -165,6 +166,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "positions_per_step": plan.tokens_per_step,
         "dense_steps": plan.dense_steps,
         "extra_steps": plan.extra_steps,
+        "extra_steps_assumed": plan.is_assumed,
         "extra_share_of_dense_flops": plan.extra_share,
         "mfu": {"dense": dataclasses.asdict(plan.mfu), "moe_factor": list(MOE_SLOWDOWN), "source": MFU_SOURCE},
         "costs": costs,
