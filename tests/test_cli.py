@@ -1,5 +1,6 @@
 """The console script, and that every command answers --help at once."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -39,3 +40,8 @@ def test_without_a_command_the_usage_is_shown(capsys):
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+
+
+def test_the_documentation_has_every_command():
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"`{name}`" not in text and f"## {name}" not in text] == []

@@ -57,7 +57,8 @@ class Wandb:
         id_file = model_dir / RUN_ID_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
-        run = wandb.init(
+        init: Any = wandb.init  # the package's own types differ between its versions
+        run = init(
             project=self.project,
             name=self.name or model_dir.name,
             entity=self.entity,
