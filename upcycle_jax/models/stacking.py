@@ -26,7 +26,7 @@ computed again. 'full' keeps the residual stream between layers alone."""
 class LayerFactory(Protocol):
     """Makes layer number `index` of a stack; the keywords are those of `nn.Module` (`name`, `parent`)."""
 
-    def __call__(self, index: int, **module: Any) -> nn.Module:
+    def __call__(self, index: int, /, **module: Any) -> nn.Module:
         """Makes it."""
         ...
 

@@ -28,7 +28,7 @@ from upcycle_jax.training.tracking import Wandb, WandbRun
 from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite, Trainer
-from upcycle_jax.training.utilisation import Utilisation
+from upcycle_jax.training.mfu import Utilisation
 
 _log = logging.getLogger(__name__)
 
