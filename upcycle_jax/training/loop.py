@@ -19,6 +19,7 @@ from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.interrupts import StopRequest
 from upcycle_jax.training.metric_writers import MetricWriter, duration, progress_line
+from upcycle_jax.training.mfu import Utilisation
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import Source, Start
@@ -28,7 +29,6 @@ from upcycle_jax.training.tracking import Wandb, WandbRun
 from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite, Trainer
-from upcycle_jax.training.mfu import Utilisation
 
 _log = logging.getLogger(__name__)
 
