@@ -31,7 +31,7 @@ class T5Config:
       remat_policy: what the backward pass computes again instead of keeping it: 'none', 'minimal' or 'full'
         (`stacking.REMAT_POLICIES`; T5X's names). It trades time for the memory of activations and changes no value.
       scan_layers: compile a block of layers that repeats once and loop over it (see `stacking` for what that costs). Checkpoints are the
-        same either way. Deep models compile in a fraction of the time.
+        same either way. docs/benchmarks.md has what was measured.
       moe: the MoE layers, or None for a dense model.
 
     Raises:
