@@ -144,7 +144,7 @@ def _hardware(study: Study) -> str:
     if loads:
         text += (
             f"; load average over one minute between {min(loads):.1f} and {max(loads):.1f}, median {float(np.median(loads)):.1f} (own runs "
-            f"included, {starts[-1].get('num_parallel', 1)} at a time): step times are those of a shared machine"
+            f"included, {(starts[-1] if starts else {}).get('num_parallel', 1)} at a time): step times are those of a shared machine"
         )
     return text + "."
 

@@ -77,7 +77,10 @@ def _executable(path: Path, text: str) -> Path:
 def _write_slurm(sweep: Sweep, stages: Sequence[tuple[str, list[Cell]]], options: str, out: Path, launchers: Path) -> list[Path]:
     words = shlex.split(options)
     shape = dict(GEOMETRY)
-    shape.update(word.removeprefix("--").split("=", 1) for word in words if word.startswith(tuple(f"--{name}=" for name in GEOMETRY)))
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if equals and name in shape:
+            shape[name] = value
     rest = shlex.join(word for word in words if word.removeprefix("--").partition("=")[0] not in GEOMETRY)
     _executable(out / "array.sh", _ARRAY_BODY)
     text = _SUBMIT_HEAD.format(name=sweep.name, launchers=launchers, options=shlex.quote(rest))
