@@ -3,8 +3,9 @@ pass or not.
 
 Parameters are always those of single layers (`layers_0`, `layers_1`, ...), in checkpoints and in the train state. A scanned stack puts
 the parameters of the layers that a block repeats side by side when a program runs, and loops over them: the program then holds one block
-instead of all layers, and what is computed again in the backward pass stays inside the loop. What that costs: on each device one more copy of those parameters while a step
-runs, one more of their gradients, and the time to copy both; XLA also cannot move work from one layer into another.
+instead of all layers, and what is computed again in the backward pass stays inside the loop. What that costs: on each device one more
+copy of those parameters while a step runs, one more of their gradients, and the time to copy both; XLA also cannot move work from one
+layer into another.
 """
 
 import dataclasses
