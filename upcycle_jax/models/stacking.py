@@ -10,7 +10,7 @@ layer into another.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -24,13 +24,8 @@ matrix products that have no batch dimension, which are projections, dense MLPs 
 computed again. 'full' keeps the residual stream between layers alone."""
 
 
-class LayerFactory(Protocol):
-    """Makes layer number `index` of a stack; the keywords are those of `nn.Module` (`name`, `parent`)."""
-
-    def __call__(self, index: int, /, **module: Any) -> nn.Module:
-        """Makes it."""
-        ...
-
+LayerFactory = Callable[..., nn.Module]
+"""Makes the layer of an index (its one argument); the keywords are those of `nn.Module` (`name`, `parent`)."""
 
 LayerCall = Callable[[nn.Module, jax.Array], jax.Array]
 """Calls a layer on the residual stream; whatever else a layer takes is in its closure."""
