@@ -261,9 +261,9 @@ def _paper_gains(one: Found, reference: str, curves: Sequence[Curve]) -> dict[st
 def _last_difference(one: Series, other: Series) -> float | None:
     """Value of one curve minus that of the other at the most extra steps that both have; at their ends where steps are not known."""
     values = {point.extra_steps: point.value for point in other.points if point.extra_steps is not None}
-    common = [point for point in one.points if point.extra_steps in values]
+    mine = {point.extra_steps: point.value for point in one.points if point.extra_steps is not None}
+    common = mine.keys() & values.keys()
     if common:
-        last = max(common, key=lambda point: point.extra_steps or 0)
-        return last.value - values[last.extra_steps]
+        return mine[max(common)] - values[max(common)]
     known = all(point.extra_steps is not None for point in (*one.points, *other.points))
     return None if known else one.points[-1].value - other.points[-1].value

@@ -8,14 +8,14 @@ from upcycle_jax.experiments import advice
 from upcycle_jax.experiments.ahead_of_time import gib
 from upcycle_jax.experiments.planner import MFU_SOURCE, MOE_SLOWDOWN, Kind, Plan, Range, Spending
 from upcycle_jax.experiments.text_tables import WIDTH, Format, Table, json_text
-from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.moe.routing import ExpertsChoose
 
 
 def case_of(plan: Plan) -> advice.Case:
     """The plan in the words of the advice."""
     config = plan.workload.model.config
-    moe: MoeConfig = config.moe
+    moe = config.moe
+    assert moe is not None  # a plan without experts is refused before
     sparse = len(config.sparse_layers("encoder")) + len(config.sparse_layers("decoder"))
     return advice.Case(
         dense_parameters=plan.costs[Kind.DENSE].parameters,
