@@ -119,8 +119,11 @@ def test_loss_is_the_sum_of_its_parts(single, make_batch, make_params):
     assert 0 < values["experts/encoder/layers_0/entropy"] < np.log(4)
     # Evaluation of the same model: dropout is 0 and capacity the same here, and its loss is per token, so all agree.
     evaluated = metrics.compute(jax.jit(model.eval_fn)(params, batch))
-    assert set(evaluated) == set(values)
-    for name in values:
+    # What needs a whole batch is added by the train step (`dead`), and what stops a run is looked at in training alone.
+    layers = ("encoder/layers_0", "decoder/layers_0")
+    assert set(evaluated) - set(values) == {f"experts/{layer}/dead" for layer in layers}
+    assert set(values) - set(evaluated) == {f"non_finite_router_logits/{layer}" for layer in layers}
+    for name in set(values) & set(evaluated):
         np.testing.assert_allclose(evaluated[name], values[name], rtol=1e-5, err_msg=name)
 
 
