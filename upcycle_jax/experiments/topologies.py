@@ -77,6 +77,8 @@ def prepare_environment() -> None:
     """Makes jax stay on the CPU and libtpu not look for TPU machines. Call before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # No TPU is opened, so several compilations may run at once; libtpu would otherwise hold a lock of the whole machine.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
     # Any values do; without them libtpu prints a page about what it could not find.
     for name, value in (("TPU_ACCELERATOR_TYPE", "v5litepod-4"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_MIN_LOG_LEVEL", "3")):
         os.environ.setdefault(name, value)
