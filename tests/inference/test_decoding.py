@@ -173,6 +173,15 @@ def test_top_k_of_one_is_greedy():
     np.testing.assert_array_equal(sampled.tokens, greedy.tokens)
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_cold_draws_are_greedy_and_keep_to_the_cut(cut):
+    """Logits of -100 at temperature 1e-9 are -1e11, below the logit of tokens that may not be drawn."""
+    model = Table(inputs=16, vocab=6, seed=5)
+    model.table = model.table - 100.0
+    sampled = model.decode(Sampling(temperature=1e-9, **cut), keys=draw_keys(range(16)))
+    np.testing.assert_array_equal(sampled.tokens, model.decode(Greedy()).tokens)
+
+
 def test_brevity_penalty_by_hand():
     # ((5 + 7) / 6) ^ 0.5 = sqrt(2); length 1 is neutral.
     np.testing.assert_allclose(brevity_penalty(0.5, 7), np.sqrt(2), rtol=1e-6)

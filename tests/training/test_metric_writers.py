@@ -47,6 +47,19 @@ def test_a_resumed_run_appends_and_tells_tensorboard_to_forget(tmp_path):
     assert MetricWriter(tmp_path).has_step(5) and not MetricWriter(tmp_path).has_step(50)
 
 
+def test_a_line_torn_by_a_kill_takes_no_other_line_with_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "wall_time": 1.0, "loss": 3.0}\n{"step": 2, "wall_time": 2.0, "lo')
+    writer = MetricWriter(tmp_path, first_step=1)
+    assert writer.has_step(1) and not writer.has_step(2)
+    for step in (2, 3):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    first, torn, *rest = path.read_text().splitlines()
+    assert torn == '{"step": 2, "wall_time": 2.0, "lo' and json.loads(first)["loss"] == 3.0
+    assert [(row["step"], row["loss"]) for row in map(json.loads, rest)] == [(2, 2.0), (3, 3.0)]
+
+
 def test_writing_needs_no_tensorflow(tmp_path):
     code = (
         "import sys; from upcycle_jax.training.metric_writers import MetricWriter\n"

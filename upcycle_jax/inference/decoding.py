@@ -103,7 +103,9 @@ class Sampling(DecodingAlgorithm):
         """Tokens int32 `[B * N]` for logits `[B * N, V]`."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        allowed = keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
+        # From the largest logit, which then stays above `NEGATIVE` at any temperature; the distribution is the same.
+        sharpened = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
+        allowed = keep_top_p(keep_top_k(sharpened, self.top_k), self.top_p)
         draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, index), row))
         return draw(keys, allowed).astype(jnp.int32)
 

@@ -20,7 +20,8 @@ class MetricWriter:
     """Writes the metrics of one kind (`train`, `training_eval/<task>`) into one folder.
 
     Each call appends a line to `metrics.jsonl` and an event to a TensorBoard file in the same folder. A resumed run appends; where it
-    repeats steps that were lost, the later line counts, and TensorBoard is told to forget the earlier events.
+    repeats steps that were lost, the later line counts, and TensorBoard is told to forget the earlier events. A line that a kill has torn
+    is closed first, so that only that line is lost to readers.
 
     Args:
       folder: made on first use.
@@ -32,11 +33,13 @@ class MetricWriter:
         self._first_step = first_step
         self._events: Any = None
         self._text: str | None = None
+        self._appended = False
 
     def has_step(self, step: int) -> bool:
         """Whether a line for that step was written already, e.g. before an interruption."""
         path = self.folder / METRICS_FILE
-        return path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines())
+        lines = path.read_text().splitlines() if path.exists() else ()
+        return any(line.startswith(f'{{"step": {step},') and line.endswith("}") for line in lines)
 
     def write(self, step: int, values: Scalars) -> None:
         """Writes one set of metrics: floats or flat sequences of floats (`experts/<layer>/load`)."""
@@ -49,10 +52,12 @@ class MetricWriter:
     def _append(self, line: str) -> None:
         path = self.folder / METRICS_FILE
         if "://" not in os.fspath(path):
+            closing = "" if self._appended or _ends_with_a_line(path) else "\n"
             with path.open("a") as stream:
-                stream.write(line)
+                stream.write(closing + line)
+            self._appended = True
             return
-        if self._text is None:  # Buckets cannot append: the file is written anew, from memory.
+        if self._text is None:  # Buckets cannot append, and tear nothing: the file is written anew, from memory.
             self._text = path.read_text() if path.exists() else ""
         self._text += line
         path.write_text(self._text)
@@ -97,6 +102,15 @@ class _EventFile:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _ends_with_a_line(path: epath.Path) -> bool:
+    """Whether what comes next begins a line."""
+    if not path.exists() or not path.stat().length:
+        return True
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"
 
 
 def _plain(value: Any) -> Any:
