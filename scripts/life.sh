@@ -3,8 +3,9 @@
 # continue through a SIGTERM, fine-tune, evaluate, infer in two jobs. Fails loudly at the first thing that does not hold; prints what was verified.
 #   ./scripts/life.sh            1400 training steps
 #   ./scripts/life.sh --smoke    160 steps: the same stages; its scores mean nothing (docs/benchmarks.md has how long it took)
-# Killed, it goes on with the stage that it was in when called again. Results: $LIFE_DIR (default life/). LIFE_PYTHON names the interpreter of an
-# environment that has the library; without it .venv is made, as scripts/quickstart.sh does.
+# Killed, it goes on with the stage that it was in when called again; stages that interrupt a run begin anew then. Results: $LIFE_DIR
+# (default life/). LIFE_PYTHON names the interpreter of an environment that has the library; without it .venv is made, as
+# scripts/quickstart.sh does.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -28,6 +29,8 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_
 mkdir -p "$out/done"
 cd "$out"
 started=$SECONDS
+
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # a run in the background does not see Ctrl-C
 
 say() { printf '\n=== [%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
 
@@ -100,6 +103,7 @@ reference() {
 }
 
 killed() {
+    rm -rf dense dense.log # of an earlier call: the run is to be killed after its first checkpoint, not after its last
     if interrupt KILL "$period" dense t5_1_1_tiny pretrain "$dense_steps" "${cached[@]}"; then
         echo "the run ended before kill -9 reached it" >&2
         return 1
@@ -120,6 +124,7 @@ upcycled() {
 
 continued() {
     local flags=(t5_1_1_tiny_upcycled continue_pretrain "$end" "${cached[@]}" --gin.INITIAL_CHECKPOINT_PATH="'$sparse'")
+    rm -rf continued continued.log
     interrupt TERM $((dense_steps + period)) continued "${flags[@]}"
     verify state continued stopped
     train continued "${flags[@]}"
