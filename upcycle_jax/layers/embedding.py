@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes
+from upcycle_jax.layers import projection
 
 
 class Embed(nn.Module):
@@ -32,4 +33,4 @@ class Embed(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Float32 logits `[..., vocab_size]` of `[..., features]`, for models whose output shares the table."""
-        return jnp.dot(x.astype(jnp.float32), jnp.asarray(self.embedding, jnp.float32).T)
+        return projection.dot(x.astype(jnp.float32), jnp.asarray(self.embedding, jnp.float32).T)

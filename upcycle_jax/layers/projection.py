@@ -33,7 +33,16 @@ class Projection(nn.Module):
         """Maps `[..., input features]` to `[..., features]`."""
         init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return jnp.dot(x.astype(self.dtype), jnp.asarray(kernel, self.dtype))
+        return dot(x.astype(self.dtype), jnp.asarray(kernel, self.dtype))
+
+
+def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[..., d]` times `[d, f]`: `[..., f]`, as a product of two matrices.
+
+    The gradient of the kernel then contracts one axis. With several, XLA for CPUs writes transposed copies of both factors first, and
+    computes again, transposed, what they are computed from: twice the time of an MLP's forward and backward pass (docs/benchmarks.md).
+    """
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dropout(rate: float, *, broadcast: Sequence[int] = (-2,)) -> nn.Dropout:
