@@ -60,7 +60,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
     if flags.extra.write_jobs:
         from upcycle_jax.experiments import sweeps_jobs
 
-        paths = sweeps_jobs.write(sweep, cells, kind=flags.extra.write_jobs, options=flags.extra.launcher_options)
+        paths = sweeps_jobs.write(
+            sweep, cells, kind=flags.extra.write_jobs, options=flags.extra.launcher_options, further_flags=_further_flags(flags)
+        )
         print("\n".join(["run these in order, each after the jobs of the one before:", *map(str, paths)]))
         return 0
     return _run_here(sweep, cells, flags, environment, loaded.operative_text())
@@ -118,21 +120,25 @@ def _show(cells: "Sequence[Cell]") -> int:
     return 0
 
 
+def _further_flags(flags: Flags) -> list[str]:
+    """Flags of this command that every cell needs too."""
+    further = [f"--gin_search_paths={path}" for path in flags.gin_search_paths]
+    further += [f"--seqio_additional_cache_dirs={path}" for path in flags.seqio_additional_cache_dirs]
+    return further + ([f"--tfds_data_dir={flags.tfds_data_dir}"] if flags.tfds_data_dir else [])
+
+
 def _run_here(sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment: Mapping[str, str], text: str) -> int:
     from upcycle_jax.experiments import sweeps_run, sweeps_state
 
     if "://" in sweep.root:
         raise ValueError(f"SWEEP_DIR is {sweep.root}: cells run on this machine in a local folder only; --write_jobs serves buckets")
-    further = [f"--gin_search_paths={path}" for path in flags.gin_search_paths]
-    further += [f"--seqio_additional_cache_dirs={path}" for path in flags.seqio_additional_cache_dirs]
-    further += [f"--tfds_data_dir={flags.tfds_data_dir}"] if flags.tfds_data_dir else []
     runner = sweeps_run.Runner(
         sweep,
         cells,
         num_parallel=flags.extra.num_parallel,
         retries=flags.extra.retries,
         environment=environment,
-        further_flags=further,
+        further_flags=_further_flags(flags),
     )
     sweeps_state.save_plan(sweep, sweep.cells())
     sweeps_state.write_whole(Path(sweep.root) / "config.gin", sweeps_state.portable(text, sweep.root))

@@ -138,6 +138,66 @@ def test_an_unfinished_sweep_says_so_and_compares_where_all_have_been(tmp_path):
     assert row[2] == "-0.2000 (one seed)" and "of one seed: no claim" in text
 
 
+def test_a_failed_cell_is_named_and_does_not_shorten_the_comparison(tmp_path):
+    """It failed after 10 of 20 steps: the others are compared after 20, over the seeds that are left."""
+    folder = write_sweep(tmp_path, LOSSES | {("upcycled", "2", 1): [2.4, 1.6]})
+    name = "upcycled-capacity_factor=2-seed=1"
+    events = [{"event": "start", "cell": name}, {"event": "end", "cell": name, "code": 1}, {"event": "end", "cell": "dense", "code": 0}]
+    with (folder / "events.jsonl").open("a") as stream:
+        stream.write("".join(json.dumps({"time": 2, "load": [1, 1, 1], **event}) + "\n" for event in events))
+    text = report_study.report(Study.load(folder)).markdown
+    assert f"**FAILED**, and left out of every comparison: `{name}` (code 1, at step 110)." in text and "NOT FINISHED" not in text
+    assert cells(text, "## Summary after 20 extra steps", "upcycled, capacity factor 2")[1] == "1"
+    assert cells(text, "### Differences to the baseline", "upcycled, capacity factor 2")[2] == "-0.3000 (one seed)"
+    # The order of the means is that of the seed which both have: 1.6 + 0.5 and 1.4 + 0.5.
+    order = "over the seeds that all have (0), lowest first: upcycled, capacity factor 2 (1.9000) < upcycled, capacity factor 1 (2.1000)"
+    assert f"{order}. The first minus the second: -0.2000, of one seed: no claim." in text
+    # Started again, it is not failed any more.
+    with (folder / "events.jsonl").open("a") as stream:
+        stream.write(json.dumps({"time": 3, "load": [1, 1, 1], "event": "start", "cell": name}) + "\n")
+    assert f"**NOT FINISHED**: `{name}` (at step 110)" in report_study.report(Study.load(folder)).markdown
+
+
+def test_a_loss_that_is_no_number_is_named_and_not_averaged(sweep):
+    """The metric writers leave null for NaN, in vectors as well."""
+    for task in TASKS:
+        path = sweep / "cells" / "upcycled-capacity_factor=2-seed=1" / "training_eval" / task / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[-1] |= {"cross_ent_loss": None, "accuracy": None, "experts/encoder/layers_1/load": [0.1, None, 0.3, 0.4]}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = report_study.report(Study.load(sweep))
+    assert "**NOT A NUMBER**: the loss of upcycled, capacity factor 2, seed 1 where runs are compared." in made.markdown
+    row = cells(made.markdown, "## Summary after 20 extra steps", "upcycled, capacity factor 2")
+    assert row[1] == "1 of 2" and row[8] == "1.9000 (one seed)"
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads(made.files["figures.json"], parse_constant=refuse)
+
+
+def test_a_run_killed_in_its_first_evaluation_is_not_finished(sweep):
+    folder = sweep / "cells" / "scratch-seed=1" / "training_eval"
+    (folder / "prose" / "metrics.jsonl").write_text("")
+    assert "**NOT FINISHED**: `scratch-seed=1` (at step 0)." in report_study.report(Study.load(sweep)).markdown
+
+
+def test_longer_runs_are_compared_at_their_own_ends_as_well(tmp_path):
+    """Budgets of 10 and of 20 steps beside a dense continuation of 20: common are 10."""
+    losses = {key: value[:2] if key[1] == "1" else value for key, value in LOSSES.items()}
+    text = report_study.report(Study.load(write_sweep(tmp_path, losses))).markdown
+    row = cells(text, "### Differences to the baseline", "upcycled, capacity factor 2")
+    assert row[2] == "-0.2000 ± 0.0000" and row[-1] == "-0.2950 ± 0.0635 (20)"  # 1.6 - 1.8, 1.7 - 1.9; at 20 as above
+    assert cells(text, "### Differences to the baseline", "upcycled, capacity factor 1")[-1].endswith("(10)")
+    assert "After 20 extra steps, the most that both have, it is **lower** (-0.2950 ± 0.0635" in text
+
+
+def test_runs_without_a_seed_in_common_are_no_claim(tmp_path):
+    losses = {key: value for key, value in LOSSES.items() if key[0] != "scratch" and key[2] == (1 if key[1] == "1" else 0)}
+    text = report_study.report(Study.load(write_sweep(tmp_path, losses))).markdown
+    assert "The first minus the second: not known, because no seed has both." in text and "nan" not in text.split("## How it was made")[0]
+
+
 def test_different_data_are_named(sweep):
     path = sweep / "cells" / "scratch-seed=1" / "manifest.json"
     path.write_text(path.read_text().replace('"sha": "x"', '"sha": "y"'))
@@ -151,6 +211,16 @@ def test_routing_over_training_is_the_mean_over_tasks(sweep):
     data = report_figures.routing(run).data["encoder/layers_1/load"]
     assert data["extra_steps"] == [0, 10, 20, 30] and data["relative_to_even"][0] == [0.8, 0.8, 0.8, 1.6]
     assert report_figures.routing(Run.load("x", sweep / "cells" / "dense")) is None
+
+
+def test_captions_say_of_routers_what_the_manifests_say(sweep):
+    """Loads are even by construction where experts choose, and there only."""
+    path = sweep / "cells" / "scratch-seed=0" / "manifest.json"
+    routers = {"encoder_router": {"type": "ExpertsChoose"}, "decoder_router": {"type": "TokensChoose"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"moe": routers}}))
+    text = report_study.report(Study.load(sweep)).markdown
+    said = [line.partition(",")[0] for line in text.splitlines() if line.endswith("so that their load is even by construction.*")]
+    assert said == ["*scratch"] and "upcycled, capacity factor 2, seed 0: what each expert" in text
 
 
 def test_similarity_is_shown_where_runs_report_it(sweep):
@@ -201,12 +271,16 @@ def test_flags_that_do_not_go_together(words, capsys):
 
 
 @pytest.mark.skipif(not (STORED / "report").is_dir(), reason="results/capacity_factor/report is not in this checkout")
-def test_the_stored_report_is_what_the_stored_results_give():
-    """Text byte for byte; figures by their numbers, because PNG bytes depend on the versions of matplotlib and its fonts."""
+def test_the_stored_report_is_what_the_stored_results_give(tmp_path):
+    """Text byte for byte, pages too; figures by their numbers, because PNG bytes depend on the versions of matplotlib and its fonts."""
     made = report_study.report(Study.load(STORED))
     assert made.markdown == (STORED / "report" / "report.md").read_text()
     assert made.files["figures.json"] == (STORED / "report" / "figures.json").read_text()
     assert sorted(made.images) == sorted(path.name for path in (STORED / "report").glob("*.png"))
+    made.write(tmp_path)
+    pages = [(folder / "report.html").read_text() for folder in (tmp_path, STORED / "report")]
+    bare = [re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PNG", page) for page in pages]
+    assert bare[0] == bare[1] and bare[0].count('src="PNG"') == len(made.images)
 
 
 @pytest.mark.skipif(not (STORED / "sweep.json").is_file(), reason="results/capacity_factor is not in this checkout")

@@ -1,14 +1,18 @@
-"""The sweep command, on shipped files; one test trains, is killed, and trains on."""
+"""The sweep command, on shipped files; slow tests train, are killed, and train on."""
 
+import collections
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
+from upcycle_jax.experiments.results import read_rows
 from upcycle_jax.sweep import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,3 +88,73 @@ def test_a_real_study_killed_half_way_runs_no_cell_twice(tmp_path):
         for task, values in row["tasks"].items():
             last = json.loads((cell / "training_eval" / task / "metrics.jsonl").read_text().splitlines()[-1])
             assert values == {name: last[name] for name in values} and last["step"] == row["step"]
+
+
+def wait_for(condition, sweep):
+    end = time.monotonic() + 500
+    while not condition():
+        assert time.monotonic() < end and sweep.poll() is None, "it did not happen"
+        time.sleep(0.02)
+
+
+def kill_with_cells(sweep):
+    """SIGKILL of the sweep and of the processes of its cells."""
+    cells = [int(pid) for pid in pathlib.Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()]
+    for pid in (sweep.pid, *cells):
+        os.kill(pid, signal.SIGKILL)
+    sweep.wait()
+
+
+@pytest.mark.slow
+def test_a_study_over_cached_data_goes_on_after_sigkill_of_everything(tmp_path):
+    """From nothing: killed while the data are cached, killed again while the continuations train, then finished."""
+    folder = tmp_path / "study"
+    (tmp_path / "text").mkdir()
+    for number in range(300):
+        (tmp_path / "text" / f"{number}.txt").write_text(" ".join(f"word{number * i % 97} and some more of it." for i in range(60)))
+    study = """
+        include 'sweeps/parts/study.gin'
+        Sweep.name = 'cached'
+        Sweep.cached_tasks = ['mine']
+        Sweep.stages = [@dense/Stage(), @dense_continued/Stage(), @upcycled/Stage()]
+    """
+    (tmp_path / "cached.gin").write_text(textwrap.dedent(study))
+    small = {"T5Config.emb_dim": 16, "T5Config.mlp_dim": 16, "BATCH_SIZE": 8, "EVAL_STEPS": 1, "EVAL_PERIOD": 10, "STATS_PERIOD": 1}
+    small |= {"SAVING_PERIOD": 5, "MIXTURE_OR_TASK_NAME": "mine", "VOCABULARY": "bytes", "TEXT_FILES": {"own": [f"{tmp_path}/text/*.txt"]}}
+    words = [sys.executable, "-m", "upcycle_jax.sweep", f"--gin_file={tmp_path}/cached.gin", f"--gin.SWEEP_DIR='{folder}'"]
+    words += ["--gin.SEEDS=[0]", "--gin.DENSE_STEPS=5", "--gin.EXTRA_STEPS=60", f"--gin.CELL_BINDINGS={small}"]
+    words += ["--num_parallel=2", "--skip_check"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+    def start():
+        return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def starts():
+        path = folder / "events.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [row for row in rows if row["event"] == "start"]
+
+    first = start()
+    wait_for(lambda: list(folder.glob("cache_tasks/*")), first)
+    kill_with_cells(first)
+    assert [row["cell"] for row in starts()] == ["cache_tasks"] and not (folder / "cells").exists()
+    second = start()
+    saved = folder / "cells" / "dense_continued-seed=0" / "checkpoint_10"
+    wait_for(saved.exists, second)
+    kill_with_cells(second)
+    assert subprocess.run(words, env=environment, check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+    counts = collections.Counter(row["cell"] for row in starts())
+    assert counts["cache_tasks"] == 2 and counts["dense"] == 1
+    resumed = [row for row in starts() if row["cell"] == "dense_continued-seed=0"]
+    assert len(resumed) == 2 and resumed[0]["from_step"] == 5 and resumed[1]["from_step"] >= 10
+    assert json.loads((saved.parent / "manifest.json").read_text())["starts"][1]["step"] >= 10  # not from its beginning
+    rows = {row["cell"]: row for row in map(json.loads, (folder / "table.jsonl").read_text().splitlines())}
+    assert list(rows) == ["dense", "dense_continued-seed=0", "upcycled-seed=0"]
+    for name, row in rows.items():
+        last = {task: read_rows(folder / "cells" / name / "training_eval" / task / "metrics.jsonl")[-1] for task in row["tasks"]}
+        assert list(last) == ["mine_own"] and last["mine_own"]["step"] == row["step"] == (5 if name == "dense" else 65)
+        assert row["tasks"] == {"mine_own": {metric: last["mine_own"][metric] for metric in ("cross_ent_loss", "accuracy")}}
+        assert f"{folder}/cache_tasks" in (folder / "logs" / f"{name}.log").read_text()
+    done = len(starts())
+    assert subprocess.run(words, env=environment, check=False, stdout=subprocess.DEVNULL).returncode == 0 and len(starts()) == done

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,12 +74,22 @@ def test_conversions_are_cells_too():
 def test_data_are_cached_once_for_all(tmp_path):
     sweep = Sweep(name="s", sweep_dir=str(tmp_path), stages=[Stage(**STAGE)], cached_tasks=["a", "b"])
     cache, dense = sweep.cells()
-    assert cache.command_line() == f"python -m upcycle_jax.cache_tasks --tasks=a,b --output_cache_dir={tmp_path}/cache_tasks"
+    words = f"--gin_file=a.gin --tasks=a,b --output_cache_dir={tmp_path}/cache_tasks"
+    assert cache.command_line() == f"python -m upcycle_jax.cache_tasks {words}"
     assert dense.needs == ("cache_tasks",)
     assert dense.words[-2:] == ("--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={tmp_path}/cache_tasks")
     assert not sweeps_state.is_finished(cache)
     sweeps_state.mark_finished(cache)
     assert sweeps_state.is_finished(cache)
+    # What the data are is said by bindings of the sweep and of the first stage that trains; the axes do not matter to a cache.
+    stage = Stage(**STAGE | {"bindings": {"VOCABULARY": "bytes"}, "axes": ["seed"]})
+    own = Sweep(name="s", sweep_dir="/d", stages=[stage], cached_tasks=["mine"], bindings={"TEXT_FILES": {"own": ["*.txt"]}})
+    assert own.cells()[0].words[:4] == (
+        "--gin_file=a.gin",
+        "--gin.TEXT_FILES={'own': ['*.txt']}",
+        "--gin.VOCABULARY='bytes'",
+        "--tasks=mine",
+    )
     with pytest.raises(ValueError, match="give a list of tasks"):
         Sweep(name="s", sweep_dir="d", stages=[Stage(**STAGE)], cached_tasks="a")
 
@@ -243,7 +254,8 @@ def test_slurm_jobs_are_arrays_that_wait_for_what_they_need(tmp_path):
     subprocess.run([script], env=environment, check=True, capture_output=True)
     dense, varied = (tmp_path / "calls").read_text().splitlines()
     assert "--array=0-0" in dense and "--dependency" not in dense and "--nodes=2" in dense and "--gpus-per-node=4" in dense
-    assert "--array=0-3" in varied and "--dependency=afterok:1" in varied and "--partition=gpu --account=me" in varied
+    assert "--array=0-3 " in varied and "--dependency=afterok:1_0 --kill-on-invalid-dep=yes" in varied
+    assert "--partition=gpu --account=me" in varied
     lines = (tmp_path / "jobs" / "varied.txt").read_text().splitlines()
     assert len(lines) == 4 and lines[0].startswith("train --gin_file=sparse.gin")
     # An element of the array hands exactly the cell's words to the launcher.
@@ -258,6 +270,66 @@ def test_slurm_jobs_are_arrays_that_wait_for_what_they_need(tmp_path):
     assert done.stdout.splitlines() == ["--retries=3", "train", *sweep.cells()[3].words]
 
 
+def submitted(tmp_path, sweep, options="", **given):
+    """Words of each call of sbatch, which prints 100, 101, ... as job numbers."""
+    (script,) = sweeps_jobs.write(sweep, sweep.cells(), kind="slurm", options=options, **given)
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\t" "$@" >> "$CALLS"\necho >> "$CALLS"\necho $((99 + $(wc -l < "$CALLS")))\n')
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    subprocess.run([script], env=environment, check=True, capture_output=True)
+    return [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_a_cell_waits_for_its_own_checkpoint_and_not_for_its_neighbours(tmp_path):
+    """Two lengths of dense pre-training: should one fail, what starts from the other runs."""
+    dense = Stage(name="dense", gin_files=["d.gin"], axes=["length"])
+    wide = Stage(name="wide", gin_files=["w.gin"], steps=5, start_from="dense", axes=["seed"])
+    axes = {"length": {"short": {"steps": 10}, "long": {"steps": 20}}}
+    sweep = Sweep(name="s", sweep_dir=str(tmp_path / "it's a study"), stages=[dense, wide], axes=axes, seeds=[0, 1], cached_tasks=["a"])
+    calls = submitted(tmp_path, sweep, "--nodes=2 --max_running=8", further_flags=["--gin_search_paths=/my configs"])
+    names = [next(word.split(".")[1] for word in call if word.startswith("--job-name")) for call in calls]
+    assert names == ["cache_tasks", "dense", "wide_1", "wide_2"]
+    waits = [next((word.removeprefix("--dependency=afterok:") for word in call if "dependency" in word), None) for call in calls]
+    assert waits == [None, "100_0", "101_0:100_0", "101_1:100_0"]
+    # One process writes the cache; the others have the geometry that was asked for.
+    assert [(word in calls[0]) for word in ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")] == [True] * 3
+    assert {"--nodes=2", "--ntasks-per-node=8", "--array=0-1%8"} <= set(calls[1])
+    lines = pathlib.Path(calls[2][-1]).read_text().splitlines()
+    assert [shlex.split(line) for line in lines] == [
+        ["train", *cell.words, "--gin_search_paths=/my configs"] for cell in sweep.cells()[3:5]
+    ]
+
+
+def test_arrays_are_no_longer_than_slurm_allows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps_jobs, "LARGEST_ARRAY", 2)
+    stages = [Stage(**STAGE | {"axes": ["seed"]}), Stage(name="next", gin_files=["a.gin"], steps=1, start_from="dense")]
+    calls = submitted(tmp_path, Sweep(name="s", sweep_dir=str(tmp_path), stages=stages, seeds=[0, 1, 2]))
+    assert [word for call in calls[:2] for word in call if word.startswith("--array")] == ["--array=0-1", "--array=0-0"]
+    assert [word for call in calls[2:] for word in call if "dependency" in word] == [
+        f"--dependency=afterok:{n}" for n in ("100_0", "100_1", "101_0")
+    ]
+
+
+def test_jobs_of_some_cells_leave_the_plan_of_all(tmp_path):
+    sweep = fake_sweep.study(tmp_path)
+    sweeps_jobs.write(sweep, sweep.cells()[:2], kind="slurm")
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 5
+
+
+def test_one_machines_work_is_no_job_of_a_tpu_slice(tmp_path):
+    options = "--cluster=c --type=v5litepod-16"
+    cached = Sweep(name="s", sweep_dir="gs://b/s", stages=[Stage(**STAGE)], cached_tasks=["a"])
+    with pytest.raises(ValueError, match=r"cached_tasks is \['a'\].*run upcycle_jax.cache_tasks once"):
+        sweeps_jobs.write(cached, cached.cells(), kind="xpk", options=options, folder=tmp_path / "jobs")
+    convert = Stage(name="convert", gin_files=["c.gin"], command="upcycle", start_from="dense")
+    offline = Sweep(name="s", sweep_dir="gs://b/s", stages=[Stage(**STAGE), convert])
+    with pytest.raises(ValueError, match="cell 'convert' converts a checkpoint.*bind RECIPE"):
+        sweeps_jobs.write(offline, offline.cells(), kind="xpk", options=options, folder=tmp_path / "jobs")
+    assert not (tmp_path / "jobs").exists()
+
+
 def test_xpk_jobs_are_one_script_per_stage(tmp_path):
     sweep = fake_sweep.study("gs://bucket/study")
     paths = sweeps_jobs.write(sweep, sweep.cells(), kind="xpk", options="--cluster=c --type=v5litepod-16", folder=tmp_path)
@@ -267,6 +339,11 @@ def test_xpk_jobs_are_one_script_per_stage(tmp_path):
     done = subprocess.run([paths[1]], env=environment, check=True, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert lines[0] == "--workload=study-varied-factor-1-seed-0 --cluster=c --type=v5litepod-16 train" and len(lines) == 4
+    # One that cannot be submitted does not stop the rest, and the script says so at its end.
+    (tmp_path / "gke_xpk.sh").write_text('#!/bin/bash\n[[ "$1" != *2-5-seed-0 ]] && echo "$1"\n')
+    done = subprocess.run([paths[1]], env=environment, check=False, capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout.splitlines())) == (1, 3)
+    assert done.stderr == "NOT SUBMITTED: study-varied-factor-2-5-seed-0 (varied-FACTOR=2.5-seed=0)\n"
     with pytest.raises(ValueError, match="need --launcher_options"):
         sweeps_jobs.write(sweep, sweep.cells(), kind="xpk", folder=tmp_path)
 
@@ -284,6 +361,7 @@ def test_shipped_sweeps_name_cells_that_can_be_built(name):
     sweep = load([name], ["SWEEP_DIR='/x'"]).build("Sweep")()
     cells = sweep.cells()
     assert sweep.name == pathlib.PurePosixPath(name).stem and sweep.title and sweep.baseline in sweep.compared
+    assert f"| `{sweep.name}.gin` |" in (ROOT / "docs" / "experiments.md").read_text()
     for cell in cells:
         files, bindings = cell.gin
         loaded = load(files, bindings)

@@ -180,7 +180,7 @@ def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale
         scale,
         "Losses (cross entropy, nats per target token) and accuracies are unweighted means over the evaluation tasks ("
         + ", ".join(f"`{task}`" for task in runs[0].tasks)
-        + "), teacher-forced. One seed: differences carry no error bar.",
+        + "), teacher-forced. One seed: differences carry no error bar, so they are those of these runs and no claim about others.",
         "## Summary",
         summary,
         "## What came out",

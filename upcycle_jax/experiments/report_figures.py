@@ -71,13 +71,14 @@ def learning_curves(study: Study) -> Picture:
                 panel.plot(steps * unit, mean, marker=marker, markersize=5, linewidth=1.8, label=group.name, **_style(index))
                 panel.set_xlabel(label)
                 panel.grid(alpha=0.3)
-        low, high = min(in_view), max(in_view)
-        margin = 0.06 * (high - low or 1.0)
-        panels[row, 0].set_ylim(low - margin, high + margin)
+        finite = [value for value in in_view if np.isfinite(value)]
+        if finite:
+            margin = 0.06 * (max(finite) - min(finite) or 1.0)
+            panels[row, 0].set_ylim(min(finite) - margin, max(finite) + margin)
         panels[row, 0].set_ylabel(METRIC_LABELS[metric])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return Picture(plots.png(figure), data)
+    return Picture(plots.png(figure), _finite(data))
 
 
 def differences(study: Study) -> Picture | None:
@@ -199,12 +200,12 @@ def routing(run: Run) -> Picture | None:
             data[f"{layer}/{kind}"] = {"extra_steps": steps, "relative_to_even": np.round(curve.values * experts, 5).tolist()}
     for panel in panels[-1]:
         panel.set_xlabel("extra training steps")
-    return Picture(plots.png(figure), data)
+    return Picture(plots.png(figure), _finite(data))
 
 
 def _around_one(values: Sequence[np.ndarray]) -> tuple[float, float]:
     """A range with 1 in the middle that holds all values, and at least 0.9 to 1.1."""
-    reach = max(0.1, *(float(np.abs(array - 1).max()) for array in values))
+    reach = max([0.1, *(float(distance) for array in values for distance in np.abs(array - 1).ravel() if np.isfinite(distance))])
     return 1 - reach, 1 + reach
 
 
@@ -232,4 +233,4 @@ def similarity(study: Study) -> Picture | None:
     panels[0, 0].set_ylabel("mean cosine similarity between experts (1 = copies)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     data = {layer: {n: {"extra_steps": s.tolist(), "mean": v.tolist()} for n, (s, v) in by.items()} for layer, by in found.items()}
-    return Picture(plots.png(figure), data)
+    return Picture(plots.png(figure), _finite(data))

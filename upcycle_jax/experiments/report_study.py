@@ -13,7 +13,7 @@ from upcycle_jax.experiments.report import Report, table
 from upcycle_jax.experiments.report_figures import Picture
 from upcycle_jax.experiments.results import Run
 from upcycle_jax.experiments.results_study import Group, Study, at_flops, at_steps
-from upcycle_jax.experiments.statistics import CONFIDENCE, Interval, paired_difference
+from upcycle_jax.experiments.statistics import CONFIDENCE, Interval, mean_interval, paired_difference
 from upcycle_jax.experiments.sweeps import shell_line
 
 LOSS, ACCURACY = "cross_ent_loss", "accuracy"
@@ -74,12 +74,19 @@ def _pictures(study: Study) -> dict[str, tuple[Picture, str]]:
     }
     for group in study.groups:
         name = "routing_" + re.sub(r"[^a-z0-9]+", "_", group.name.lower()).strip("_")
-        caption = (
-            f"{group.name}, seed {next(iter(group.runs))}: what each expert of each MoE layer gets at each evaluation, relative to an even "
-            "split. In the encoder experts choose tokens and fill their capacity, so that their load is even by construction."
-        )
+        seed = next(iter(group.runs))
+        caption = f"{group.name}, seed {seed}: what each expert of each MoE layer gets at each evaluation, relative to an even split."
+        even = " and the ".join(stack for stack in ("encoder", "decoder") if _experts_choose(group.first, stack))
+        if even:
+            caption += f" In the {even} experts choose tokens and fill their capacity, so that their load is even by construction."
         found[name] = (report_figures.routing(group.first), caption)
     return {name: (picture, caption) for name, (picture, caption) in found.items() if picture is not None}
+
+
+def _experts_choose(run: Run, stack: str) -> bool:
+    """Whether the manifest says that experts choose their tokens in that stack."""
+    moe = (run.manifest.get("model") or {}).get("moe") or {}
+    return (moe.get(f"{stack}_router") or {}).get("type") == "ExpertsChoose"
 
 
 def _figure(pictures: Mapping[str, tuple[Picture, str]], name: str) -> list[str]:
@@ -107,10 +114,28 @@ def _scale(study: Study) -> str:
     tasks = ", ".join(f"`{task}`" for task in first.tasks)
     lines.append(f"* **Data**: {tasks}; {_data(study)}.")
     lines.append(f"* **Hardware**: {_hardware(study)}")
-    if study.unfinished:
-        cells = ", ".join(f"`{name}` (at step {step:,})" for name, step in study.unfinished.items())
-        lines.append(f"* **NOT FINISHED**: {cells}. Every comparison is made where all runs that are shown have been.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_incomplete(study)])
+
+
+def _incomplete(study: Study) -> list[str]:
+    """What is missing from the comparisons, and why."""
+    lines = []
+    waiting = ", ".join(f"`{name}` (at step {step:,})" for name, step in study.unfinished.items() if name not in study.failed)
+    if waiting:
+        lines.append(f"* **NOT FINISHED**: {waiting}. Every comparison is made where all runs that are shown have been.")
+    if study.failed:
+        cells = ", ".join(f"`{name}` (code {code}, at step {study.unfinished[name]:,})" for name, code in study.failed.items())
+        lines.append(f"* **FAILED**, and left out of every comparison: {cells}. Means are those of the runs that did not fail.")
+    measures = (at_steps(LOSS, study.common_steps), at_flops(LOSS, study.common_flops))
+    lost = [
+        f"{group.name}, seed {seed}"
+        for group in study.groups
+        for seed, run in group.runs.items()
+        if any(np.isnan(value(run)) for value in measures)
+    ]
+    if lost:
+        lines.append(f"* **NOT A NUMBER**: the loss of {'; '.join(lost)} where runs are compared. Means are those of the other runs.")
+    return lines
 
 
 def _data(study: Study) -> str:
@@ -161,7 +186,10 @@ def _how_to_read(study: Study) -> str:
         "Losses are cross entropies in nats per target token, accuracies shares of target tokens, teacher-forced, unweighted means over "
         f"the evaluation tasks. `±` is the half width of a {100 * CONFIDENCE:g} % confidence interval of the mean over seeds (Student's t: "
         f"with two seeds it is 12.7 standard errors).{paired} Intervals are not corrected for the number of comparisons. Time per step is "
-        "the mean over seeds of each run's median."
+        "the mean over seeds of each run's median. Extra steps, compute and time count from the checkpoint that a run starts from: what "
+        "that checkpoint took is not in them. FLOPs are those of matrix products, forward and backward; every slot of an expert counts, "
+        "whether a token sits in it or not. `Loss before` is that before the first update; for an upcycled model its difference to the "
+        "dense checkpoint's is the initial drop."
     )
 
 
@@ -169,18 +197,18 @@ def _summary(study: Study) -> str:
     steps = study.common_steps
     rows = []
     for group in study.groups:
-        run = group.first
+        run, loss = group.first, group.interval(at_steps(LOSS, steps))
         rows.append(
             [
                 group.name,
-                str(len(group.runs)),
+                str(loss.count) if loss.count == len(group.runs) else f"{loss.count} of {len(group.runs)}",
                 f"step {run.start_step:,}" if run.start_step else "scratch",
                 f"{run.manifest['parameters']:,}",
                 f"{run.manifest.get('active_parameters', run.manifest['parameters']):,}",
                 f"{run.flops_per_step / 1e9:,.2f}",
                 _plain(group.interval(lambda run: run.seconds_per_step), 2),
                 _plain(group.interval(at_steps(LOSS, 0))),
-                group.interval(at_steps(LOSS, steps)).text(),
+                loss.text(),
                 group.interval(at_steps(ACCURACY, steps)).text(),
             ]
         )
@@ -205,24 +233,40 @@ def _measures(study: Study) -> dict[str, Callable[[Run], float]]:
 
 def _difference_table(study: Study) -> str:
     measures = _measures(study)
+    groups = [group for group in study.groups if study.baseline_of(group) is not None]
     rows = []
-    for group in study.groups:
+    for group in groups:
         intervals = [study.difference(group, value) for value in measures.values()]
-        if any(intervals):
-            rows.append([group.name, *("-" if interval is None else interval.text(signed=True) for interval in intervals)])
+        rows.append([group.name, *("-" if interval is None else interval.text(signed=True) for interval in intervals)])
     if not rows:
         return "The study has no baseline, or it has no result yet."
-    return table(["difference of loss (or accuracy)", *measures], rows)
+    header = ["difference of loss (or accuracy)", *measures]
+    if any(_goes_on(study, group) for group in groups):
+        header.append("at the most steps that both have")
+        for group, row in zip(groups, rows, strict=True):
+            steps = study.shared_steps(group)
+            interval = study.difference(group, at_steps(LOSS, steps))
+            row.append("-" if interval is None else f"{interval.text(signed=True)} ({steps:,})")
+    return table(header, rows)
+
+
+def _goes_on(study: Study, group: Group) -> bool:
+    """Whether the group and its baseline were trained longer than the shortest run of the study."""
+    return study.baseline_of(group) is not None and study.shared_steps(group) > study.common_steps
 
 
 def _verdict(interval: Interval) -> str:
     """A difference of losses in words: 'lower' or 'higher' only where the interval excludes 0."""
+    if not interval.count:
+        return "not known, because no seed has both"
     if interval.count < 2:
         return f"{interval.mean:+.4f}, of one seed: no claim"
     ends = f"{interval.text(signed=True)}, {100 * interval.confidence:g} % interval over {interval.count} seeds"
     direction = "lower" if interval.mean < 0 else "higher"
     if interval.excludes_zero:
         return f"**{direction}** ({ends})"
+    if not interval.mean:
+        return f"equal in the mean: **no difference can be claimed** ({ends})"
     return f"{direction} in the mean, but the interval holds 0: **no difference can be claimed** ({ends})"
 
 
@@ -239,6 +283,10 @@ def _findings(study: Study) -> str:
             f"* **{group.name}** against **{other.name}**: after {steps:,} extra steps the loss is {_verdict(by_steps)}; "
             f"at equal extra compute ({flops / 1e12:,.2f} TFLOP) it is {_verdict(by_flops)}."
         )
+        if _goes_on(study, group):
+            longest = study.shared_steps(group)
+            latest = study.difference(group, at_steps(LOSS, longest))
+            lines[-1] += f" After {longest:,} extra steps, the most that both have, it is {_verdict(latest)}." if latest else ""
     for stage in {group.stage: None for group in study.groups}:
         lines += _order(study, [group for group in study.groups if group.stage == stage])
     signs = [line for group in study.groups if (line := _agreement(study, group))]
@@ -247,14 +295,22 @@ def _findings(study: Study) -> str:
 
 def _order(study: Study, groups: Sequence[Group]) -> list[str]:
     """Which choice of an axis has the lowest mean, and whether the next one is told apart from it."""
-    if len(groups) < 2:
-        return []
     loss = at_steps(LOSS, study.common_steps)
-    ranked = sorted(groups, key=lambda group: group.interval(loss).mean)
-    gap = paired_difference(ranked[0].per_seed(loss), ranked[1].per_seed(loss))
-    order = " < ".join(f"{group.name} ({group.interval(loss).mean:.4f})" for group in ranked)
-    steps = f"{study.common_steps:,} extra steps"
-    return [f"* Mean loss after {steps}, lowest first: {order}. The first minus the second: {_verdict(gap)}."]
+    values = {group.name: found for group in groups if (found := group.per_seed(loss))}
+    if len(values) < 2:
+        return []
+    # Means over different seeds differ by their seeds as well.
+    shared = set.intersection(*(set(found) for found in values.values()))
+    means = {name: mean_interval(found[seed] for seed in shared or found).mean for name, found in values.items()}
+    first, second, *_ = ranked = sorted(values, key=lambda name: means[name])
+    order = " < ".join(f"{name} ({means[name]:.4f})" for name in ranked)
+    which = (
+        f", over the seeds that all have ({', '.join(sorted(shared))})" if any(set(found) != shared for found in values.values()) else ""
+    )
+    gap = paired_difference(values[first], values[second])
+    return [
+        f"* Mean loss after {study.common_steps:,} extra steps{which}, lowest first: {order}. The first minus the second: {_verdict(gap)}."
+    ]
 
 
 def _agreement(study: Study, group: Group) -> str:

@@ -87,6 +87,11 @@ class Run:
         return float(self.manifest["train_flops_per_step"])
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether all tasks were evaluated at one step at least; not so where the run was killed in its first evaluation."""
+        return bool(set.intersection(*({row["step"] for row in rows} for rows in self.evaluations.values())))
+
+    @property
     def extra_steps(self) -> int:
         """Steps trained in this run."""
         return int(self.curve("accuracy").steps[-1]) - self.start_step
@@ -103,7 +108,7 @@ class Run:
         steps = sorted(set.intersection(*(set(rows) for rows in by_task)))
         if not steps:
             raise ValueError(f"run {self.name!r} has no evaluation with the metric {metric!r}")
-        return Curve(np.array(steps), np.array([np.mean([rows[step] for rows in by_task], axis=0) for step in steps]))
+        return Curve(np.array(steps), np.array([np.mean([_numbers(rows[step]) for rows in by_task], axis=0) for step in steps]))
 
     def vectors_over_time(self, suffix: str) -> dict[str, Curve]:
         """Per-layer vectors of all evaluations: layer -> steps `[n]` and values `[n, E]`, unweighted means over the tasks."""
@@ -116,7 +121,12 @@ class Run:
         """Per-layer vectors of the last evaluation: `{'encoder/layers_1': [E], ...}` for metrics `experts/<layer>/<suffix>`."""
         row = self.evaluations[task][-1] if self.evaluations[task] else {}
         prefix, end = "experts/", f"/{suffix}"
-        return {key[len(prefix) : -len(end)]: np.array(row[key]) for key in row if key.startswith(prefix) and key.endswith(end)}
+        return {key[len(prefix) : -len(end)]: _numbers(row[key]) for key in row if key.startswith(prefix) and key.endswith(end)}
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """A metric as float64, `[]` or `[E]`; NaN where it was not finite, which the files hold as null."""
+    return np.array(value, np.float64)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

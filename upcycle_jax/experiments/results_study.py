@@ -13,7 +13,7 @@ from upcycle_jax.experiments import statistics
 from upcycle_jax.experiments.results import MANIFEST, METRICS, Run, read_rows
 from upcycle_jax.experiments.statistics import Interval
 from upcycle_jax.experiments.sweeps import SEED_AXIS
-from upcycle_jax.experiments.sweeps_state import EVENTS_FILE, SWEEP_FILE, TABLE_FILE, portable
+from upcycle_jax.experiments.sweeps_state import EVENTS_FILE, INTERRUPTED, SWEEP_FILE, TABLE_FILE, portable
 
 CELLS = "cells"
 CONFIG = "config.gin"
@@ -61,6 +61,7 @@ class Study:
       groups: the compared runs, in the order of the stages and axes; only those with a result.
       shared: name -> run of the cells that others start from.
       unfinished: names of cells that have not finished, with the step that they reached.
+      failed: those of the unfinished that ended with an error, with their exit code; not among the groups.
       events: rows of `events.jsonl`.
     """
 
@@ -68,6 +69,7 @@ class Study:
     groups: Sequence[Group]
     shared: Mapping[str, Run]
     unfinished: Mapping[str, int]
+    failed: Mapping[str, int]
     events: Sequence[Mapping[str, Any]]
 
     @classmethod
@@ -92,7 +94,9 @@ class Study:
                 runs[cell["name"]] = run
             if run is None or run.manifest.get("status") != "finished" or run.manifest.get("step") != cell["end_step"]:
                 unfinished[cell["name"]] = cell["start_step"] if run is None else run.start_step + run.extra_steps
-        groups = _groups(plan, {name: run for name, run in runs.items() if run.extra_steps > 0})
+        rows = [json.loads(line) for line in _lines(root / EVENTS_FILE)]
+        failed = {name: code for name, code in _exit_codes(rows).items() if name in unfinished and code not in (0, INTERRUPTED)}
+        groups = _groups(plan, {name: run for name, run in runs.items() if run.extra_steps > 0 and name not in failed})
         if not groups:
             raise FileNotFoundError(f"no run of the sweep in {root} has been evaluated after an update yet")
         tasks = groups[0].first.tasks
@@ -102,8 +106,7 @@ class Study:
                     raise ValueError(f"{run.name} was evaluated on {run.tasks}, others on {tasks}: they cannot be compared")
         stages = {cell["name"]: plan["stages"][cell["stage"]] for cell in trained}
         shared = {name: run for name, run in runs.items() if not stages[name]["compared"]}
-        rows = [json.loads(line) for line in _lines(root / EVENTS_FILE)]
-        return cls(plan, groups, shared, unfinished, rows)
+        return cls(plan, groups, shared, unfinished, failed, rows)
 
     @property
     def runs(self) -> list[Run]:
@@ -119,6 +122,11 @@ class Study:
     def common_flops(self) -> float:
         """Extra training FLOPs that every compared run has spent."""
         return min(run.extra_steps * run.flops_per_step for run in self.runs)
+
+    def shared_steps(self, group: Group) -> int:
+        """Extra steps that every run of the group and of its baseline has done: `common_steps` or more."""
+        other = self.baseline_of(group)
+        return min(run.extra_steps for run in (*group.runs.values(), *(other.runs.values() if other else ())))
 
     def baseline_of(self, group: Group) -> Group | None:
         """The group of the baseline stage with the same labels on the axes that both have; None for the baseline itself."""
@@ -146,9 +154,21 @@ def at_flops(metric: str, flops: float) -> Callable[[Run], float]:
 
 def _load_run(name: str, path: Path) -> Run | None:
     try:
-        return Run.load(name, path)
+        run = Run.load(name, path)
     except FileNotFoundError:  # not started, not evaluated yet, or a conversion
         return None
+    return run if run.is_evaluated else None
+
+
+def _exit_codes(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Cell -> how its last process ended; without those that run."""
+    codes: dict[str, int] = {}
+    for event in events:
+        if event["event"] == "end":
+            codes[event["cell"]] = event["code"]
+        elif event["event"] == "start":
+            codes.pop(event["cell"], None)
+    return codes
 
 
 def _groups(plan: Mapping[str, Any], runs: Mapping[str, Run]) -> list[Group]:

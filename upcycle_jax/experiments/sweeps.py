@@ -114,8 +114,8 @@ class Sweep:
       seeds: values of the axis 'seed', which binds RANDOM_SEED: of parameters, dropout and data order.
       points: None for the full grid, or a list of {axis: label}: only cells that agree with one of them on the axes that both name.
       bindings: for every cell of every stage, before the stage's own.
-      cached_tasks: tasks and mixtures whose data are tokenised once, by a first cell, and read from that cache by all others; none by
-        default.
+      cached_tasks: tasks and mixtures whose data are tokenised once, by a first cell with the gin files and bindings of the first stage
+        that trains (TEXT_FILES, VOCABULARY, ...), and read from that cache by all others; none by default.
       baseline: stage that differences are taken against, e.g. dense continuation; None for no differences.
       title: heading of the report.
       scale: sentences that say at which scale and on which data this was measured.
@@ -229,7 +229,12 @@ class _Planner:
 
     def _cache(self) -> Cell:
         folder = f"{self._sweep.root}/{CACHE}"
-        words = (f"--tasks={','.join(self._sweep.cached_tasks)}", f"--output_cache_dir={folder}")
+        stage = next(stage for stage in self._sweep.stages if stage.command == "train")
+        words = (
+            *_flags(stage.gin_files, {**self._sweep.bindings, **stage.bindings}),
+            f"--tasks={','.join(self._sweep.cached_tasks)}",
+            f"--output_cache_dir={folder}",
+        )
         return Cell(name=CACHE, stage=CACHE, labels={}, command=CACHE, words=words, folder=folder, start_step=0, end_step=0)
 
     def _points(self, stage: Stage) -> list[dict[str, str]]:
@@ -265,7 +270,7 @@ class _Planner:
                 raise ValueError(f"cell {name!r} has steps = {steps!r}: set Stage.steps of {stage.name!r}, or bind 'steps' in an axis")
             end = start + steps
             own |= {"MODEL_DIR": folder, "TRAIN_STEPS": end}
-        words = [*(f"--gin_file={file}" for file in stage.gin_files), *(f"--gin.{key}={gin_text(value)}" for key, value in own.items())]
+        words = _flags(stage.gin_files, own)
         needs = [parent.name] if parent else []
         if self._sweep.cached_tasks and stage.command == "train":
             words += ["--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={done[CACHE].folder}"]
@@ -281,6 +286,10 @@ class _Planner:
             end_step=end,
             needs=tuple(needs),
         )
+
+
+def _flags(gin_files: Sequence[str], bindings: Bindings) -> list[str]:
+    return [*(f"--gin_file={file}" for file in gin_files), *(f"--gin.{key}={gin_text(value)}" for key, value in bindings.items())]
 
 
 def shell_line(words: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from upcycle_jax.experiments.sweeps import Cell, Sweep
 
 _log = logging.getLogger(__name__)
 
-INTERRUPTED = 75
+INTERRUPTED = sweeps_state.INTERRUPTED
 BAD_CONFIGURATION = 2
 POLL_SECONDS = 0.2
 LOG_LINES = 15

@@ -17,6 +17,8 @@ SWEEP_FILE = "sweep.json"
 EVENTS_FILE = "events.jsonl"
 TABLE_FILE = "table.jsonl"
 PROOF_FILE = "proof.json"
+INTERRUPTED = 75
+"""Exit code of a run that a signal ended after it had saved."""
 COLUMNS = ("cross_ent_loss", "accuracy")
 
 
@@ -169,10 +171,12 @@ def table(cells: Sequence[Cell]) -> list[Row]:
         if cell.command != "train" or not is_finished(cell):
             continue
         tasks: dict[str, dict[str, float]] = {}
+        step = cell.start_step
         for path in sorted(Path(cell.folder).glob(f"training_eval/*/{METRICS}")):
             last = read_rows(path)[-1]
+            step = max(step, int(last["step"]))
             tasks[path.parent.name] = {name: last[name] for name in COLUMNS if name in last}
-        rows.append(Row(cell.name, cell.stage, cell.labels, cell.end_step, tasks))
+        rows.append(Row(cell.name, cell.stage, cell.labels, step, tasks))
     return rows
 
 
