@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from upcycle_jax.moe import balance
-from upcycle_jax.moe.routing import DroplessTopK, Group, HashTop1, LossFreeTopK, SigmoidTopK, SoftMoe, SwitchTop1, TokensChoose
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.routing import (
+    DroplessTopK,
+    ExpertsChoose,
+    Group,
+    HashTop1,
+    LossFreeTopK,
+    SigmoidTopK,
+    SoftMoe,
+    SwitchTop1,
+    TokensChoose,
+)
 from upcycle_jax.moe.routing.fixed import hashed
 
 S = 4
@@ -205,6 +217,23 @@ def test_padding_has_no_part_in_soft_slots():
     assert not nothing.dispatch_weight.any() and not nothing.combine_weight.any()
 
 
+def test_jitter_acts_in_training_alone():
+    layer = MoeLayer(MoeConfig(num_experts=4, decoder_router=SwitchTop1(jitter_noise=0.9)), "decoder", hidden=8)
+    x = jax.random.normal(jax.random.key(0), (1, 16, 8))
+    params = {"params": jax.tree.map(lambda leaf: 30 * leaf, layer.init(jax.random.key(1), x)["params"])}
+
+    def preferred(*, train, key=None):
+        rngs = {} if key is None else {"jitter": jax.random.key(key)}
+        return layer.apply(params, x, train=train, rngs=rngs, mutable=[REPORTS])[1][REPORTS]["report"].probability
+
+    still = preferred(train=False)
+    np.testing.assert_array_equal(preferred(train=False, key=2), still)
+    np.testing.assert_array_equal(preferred(train=True), still)
+    np.testing.assert_array_equal(preferred(train=True, key=2), preferred(train=True, key=2))
+    assert np.abs(preferred(train=True, key=2) - still).max() > 1e-2
+    assert np.abs(preferred(train=True, key=2) - preferred(train=True, key=3)).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -216,7 +245,8 @@ def test_padding_has_no_part_in_soft_slots():
         (lambda: HashTop1(jitter_noise=0.1), "jitter_noise=0.1 has nothing to act on"),
         (lambda: DroplessTopK(dropless=False), "use TokensChoose"),
         (lambda: TokensChoose(batch_prioritized=True, dropless=True), "batch_prioritized orders tokens for a capacity"),
-        (lambda: TokensChoose(jitter_noise=1.5), r"jitter_noise must be in \[0, 1\), got 1.5"),
+        (lambda: TokensChoose(jitter_noise=1.5), r"jitter_noise .JITTER_NOISE. must be in \[0, 1\), got 1.5"),
+        (lambda: ExpertsChoose(jitter_noise=-0.1), r"jitter_noise .JITTER_NOISE. must be in \[0, 1\), got -0.1"),
     ],
 )
 def test_bad_settings(make, message):

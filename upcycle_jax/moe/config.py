@@ -1,6 +1,7 @@
 """Settings of the MoE layers of a model."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from upcycle_jax.moe.dropless import DISPATCHES, Dispatch
@@ -90,8 +91,14 @@ class MoeConfig:
         if self.shared_expert_mlp_dim is not None and self.shared_expert_mlp_dim < 1:
             raise ValueError(f"shared_expert_mlp_dim must be at least 1, or None for no shared expert, got {self.shared_expert_mlp_dim}")
         for name in ("train_expert_capacity_factor", "eval_expert_capacity_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0 (1.0 is room for an even share of the tokens), got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be above 0 and finite (1.0 is room for an even share of the tokens), got {getattr(self, name)}: "
+                    "for room without a bound use DroplessTopK()"
+                )
+        for name in ("aux_loss_factor", "router_z_loss_factor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 (0 is none) and finite, got {getattr(self, name)}")
         if self.expert_dropout_rate is not None and not 0 <= self.expert_dropout_rate < 1:
             raise ValueError(f"expert_dropout_rate must be in [0, 1), or None for the dense rate, got {self.expert_dropout_rate}")
         for stack, router in (("encoder", self.encoder_router), ("decoder", self.decoder_router)):

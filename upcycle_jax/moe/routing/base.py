@@ -165,3 +165,9 @@ class Router(abc.ABC):
 
         Routers map with `jax.vmap` over groups, so shapes may not depend on values.
         """
+
+
+def check_jitter(noise: float) -> None:
+    """Raises ValueError unless `noise` can be a `Router.input_jitter`: from 1 on it would turn signs around."""
+    if not 0 <= noise < 1:
+        raise ValueError(f"jitter_noise (JITTER_NOISE) must be in [0, 1), got {noise}: Switch Transformer's is 0.01, 0 is none")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax.moe import dispatch
-from upcycle_jax.moe.routing.base import Group, Router, Routing
+from upcycle_jax.moe.routing.base import Group, Router, Routing, check_jitter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,9 @@ class ExpertsChoose(Router):
 
     renormalize: bool = False
     jitter_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_jitter(self.jitter_noise)
 
     @property
     def not_causal_because(self) -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax.moe import dispatch, losses
-from upcycle_jax.moe.routing.base import Group, Router, Routing
+from upcycle_jax.moe.routing.base import Group, Router, Routing, check_jitter
 
 
 @flax.struct.dataclass
@@ -50,8 +50,7 @@ class TokenChoice(Router):
     def __post_init__(self) -> None:
         if self.selected < 1:
             raise ValueError(f"num_selected_experts must be at least 1, got {self.selected}")
-        if not 0 <= self.jitter_noise < 1:
-            raise ValueError(f"jitter_noise must be in [0, 1), got {self.jitter_noise}")
+        check_jitter(self.jitter_noise)
 
     @property
     @abc.abstractmethod
