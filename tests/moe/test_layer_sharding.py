@@ -1,4 +1,4 @@
-"""What crosses devices in an MoE layer: read from the compiled program."""
+"""What crosses devices in an MoE layer: every collective of the compiled program, for every router, forward and backward."""
 
 import collections
 import re
@@ -11,12 +11,35 @@ import pytest
 from upcycle_jax import trees
 from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.moe.layer import MoeLayer
+from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, HashTop1, LossFreeTopK, SigmoidTopK, SoftMoe, SwitchTop1, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 
-COLLECTIVE = re.compile(r"= (.*?) (all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute)(?:-start)?\(")
+KINDS = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "collective-broadcast")
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+ALONE = re.compile(r"replica_groups=(?:\[\d+,1\]<=|\{\{\d+\}(?:,\{\d+\})*\})")
+"""Groups of one device each: nothing moves."""
 ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 
 BATCH, LENGTH, D, E, HIDDEN = 16, 32, 24, 8, 40
+TOKENS = BATCH * LENGTH
+KERNELS = 2 * 3 * D * HIDDEN
+"""Elements of the kernels of the experts that one device holds, two of eight."""
+
+ROUTERS = [TokensChoose(), ExpertsChoose(), SwitchTop1(), SigmoidTopK(), LossFreeTopK(), HashTop1(), SoftMoe(3)]
+
+
+def name(router):
+    return type(router).__name__
+
+
+def gathered(router):
+    """XLA for CPUs does not divide `top_k`, and gathers what it sorts: a number per token and expert, no token vectors."""
+    return {} if isinstance(router, SoftMoe | HashTop1) else {"all-gather for top_k": [TOKENS * E]}
+
+
+def slots(router):
+    """Of all experts and groups: 8 groups of 64 tokens at capacity factor 2; a soft router has 3 per expert and sequence."""
+    return BATCH * E * 3 if isinstance(router, SoftMoe) else 2 * TOKENS
 
 
 def elements(shapes):
@@ -29,52 +52,68 @@ def elements(shapes):
     return sum(sizes)
 
 
-def collectives(function, layer, partitioner):
-    """(operation, elements per device, name of the source operation) of the compiled function of parameters and tokens."""
-    boxed = jax.eval_shape(lambda key: layer.init(key, jnp.ones((1, 1, D)))["params"], jax.random.key(0))
+def make_layer(router):
+    stack = "encoder" if router.not_causal_because else "decoder"
+    return MoeLayer(config=MoeConfig(num_experts=E, group_size=64, **{f"{stack}_router": router}), stack=stack, hidden=HIDDEN)
+
+
+def collectives(router, *, gradient):
+    """By operation: elements per device of each that there is, in the compiled layer (or its gradient) on a mesh of 2 x 4."""
+    layer, partitioner = make_layer(router), Partitioner(num_expert_partitions=4)
+    ids = jnp.ones((1, 1), jnp.int32)
+    boxed = jax.eval_shape(lambda key: layer.init(key, jnp.ones((1, 1, D)), token_ids=ids)["params"], jax.random.key(0))
     flat = trees.flatten(boxed)
-    shardings = partitioner.shardings({path: trees.LeafSpec(b.value.shape, b.value.dtype, b.names) for path, b in flat.items()})
-    params = trees.unflatten(
-        {path: jax.ShapeDtypeStruct(b.value.shape, b.value.dtype, sharding=shardings[path]) for path, b in flat.items()}
-    )
     assert all(isinstance(b, nn.LogicallyPartitioned) for b in flat.values())
+    specs = {path: trees.LeafSpec(b.value.shape, b.value.dtype, b.names) for path, b in flat.items()}
+    shardings = partitioner.shardings(specs)
+    params = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[path]) for path, spec in specs.items()}
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, D), jnp.float32, sharding=partitioner.batch_sharding)
+    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=partitioner.batch_sharding)
+
+    def forward(params, x, ids):
+        return layer.apply({"params": params}, x, token_ids=ids)
+
+    def backward(params, x, ids):
+        return jax.grad(lambda params, x: jnp.sum(forward(params, x, ids) ** 2), argnums=(0, 1))(params, x)
+
     with partitioner.activate():
-        text = jax.jit(function).lower(params, x).compile().as_text()
-    found = []
+        text = jax.jit(backward if gradient else forward).lower(trees.unflatten(params), x, ids).compile().as_text()
+    found = collections.defaultdict(list)
     for line in text.splitlines():
-        if match := COLLECTIVE.search(line):
-            source = re.search(r'op_name="([^"]*)"', line)
-            found.append((match.group(2), elements(match.group(1)), source.group(1) if source else ""))
-    return found
+        match = COLLECTIVE.search(line)
+        if match and not ALONE.search(line):
+            of_top_k = re.search(r'op_name="[^"]*/top_k"', line)
+            found[match.group(2) + (" for top_k" if of_top_k else "")].append(elements(match.group(1)))
+    return dict(found)
 
 
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_expert_exchange_is_two_all_to_alls(stack):
-    layer = MoeLayer(config=MoeConfig(num_experts=E, group_size=64), stack=stack, hidden=HIDDEN)
-    partitioner = Partitioner(num_expert_partitions=4)
-    found = collectives(lambda params, x: layer.apply({"params": params}, x), layer, partitioner)
-    counts = collections.Counter(operation for operation, _, _ in found)
-    assert counts["all-to-all"] == 2, found
-    others = [entry for entry in found if entry[0] != "all-to-all"]
-    # 512 tokens with 2 slots each over 8 devices: each exchange moves 128 vectors per device.
-    assert {size for operation, size, _ in found if operation == "all-to-all"} == {2 * BATCH * LENGTH // 8 * D}
-    # Besides, top_k gathers router probabilities: tokens x E numbers, no token vectors.
-    assert all(operation == "all-gather" and source.endswith("top_k") for operation, _, source in others), found
-    assert all(size <= BATCH * LENGTH * E for _, size, _ in others), found
+@pytest.mark.parametrize("router", ROUTERS, ids=name)
+def test_expert_exchange_is_two_all_to_alls(router):
+    # Every slot goes to its expert and comes back.
+    assert collectives(router, gradient=False) == {"all-to-all": [slots(router) // 8 * D] * 2} | gathered(router)
 
 
-def test_backward_adds_two_all_to_alls_and_the_sums_of_gradients():
-    layer = MoeLayer(config=MoeConfig(num_experts=E, group_size=64), stack="decoder", hidden=HIDDEN)
+@pytest.mark.parametrize("router", [pytest.param(r, marks=[pytest.mark.slow] if i > 1 else [], id=name(r)) for i, r in enumerate(ROUTERS)])
+def test_backward_adds_two_all_to_alls_and_the_sums_of_gradients(router):
+    found = collectives(router, gradient=True)
+    assert found.pop("all-to-all") == [slots(router) // 8 * D] * 4
+    # Gradients are summed over replicas: the router's, and each device's share of experts.
+    assert sum(found.pop("all-reduce")) == D * router.logit_columns(E) + KERNELS
+    assert found == gathered(router)
 
-    def gradient(params, x):
-        return jax.grad(lambda p, x: jnp.sum(layer.apply({"params": p}, x) ** 2), argnums=(0, 1))(params, x)
 
-    found = collectives(gradient, layer, Partitioner(num_expert_partitions=4))
-    counts = collections.Counter(operation for operation, _, _ in found)
-    assert counts["all-to-all"] == 4, found
-    # Gradients are summed over replicas: the router's, and each device's share of experts (2 of 8).
-    reduced = sum(size for operation, size, _ in found if operation == "all-reduce")
-    assert reduced == D * E + 2 * 3 * D * HIDDEN, found
-    assert all(source.endswith("top_k") for operation, _, source in found if operation == "all-gather"), found
-    assert set(counts) <= {"all-to-all", "all-reduce", "all-gather"}, found
+@pytest.mark.parametrize("gradient", [False, True])
+def test_dropless_tokens_are_gathered_and_their_sums_handed_back(gradient):
+    # A device sees the tokens of the four of its expert group, with two experts and two weights each, and hands back a vector for each.
+    here, group = TOKENS // 8, TOKENS // 2
+    found = collectives(DroplessTopK(), gradient=gradient)
+    assert found.pop("all-gather for top_k") == [TOKENS * E]
+    if not gradient:
+        assert sum(found.pop("all-gather")) == group * (D + 2 + 2)
+        assert found == {"reduce-scatter": [here * D]}
+        return
+    # Backward gathers the gradients of the sums, and hands back those of tokens and weights.
+    assert sum(found.pop("all-gather")) == group * (D + 2 + 2) + group * D
+    assert sum(found.pop("reduce-scatter")) == here * D + here * (D + 2)
+    assert sum(found.pop("all-reduce")) == D * E + KERNELS
+    assert not found
