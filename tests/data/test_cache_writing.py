@@ -68,6 +68,21 @@ def test_records_hold_every_kind_of_feature():
     assert cache_format.token_dtype(65536) == "uint16" and cache_format.token_dtype(65537) == "int32"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 65536], "'targets' holds the token id 65536, which its vocabulary does not have"),
+        ([-1, 5], "'targets' holds the token id -1, "),
+        ([0.5], "'targets' holds float64 values: only token ids"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused_and_not_wrapped(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        cache_format.encode({"targets": np.array(tokens)}, token_dtypes={"targets": "uint16"})
+    assert cache_format.decode(cache_format.encode({"targets": np.array([])}, token_dtypes={"targets": "int32"}), token_dtypes={
+        "targets": "int32"})["targets"].tolist() == []  # fmt: skip
+
+
 def test_the_manifest_says_what_was_cached(cache, tmp_path, capsys):
     assert cache() == 0
     out = capsys.readouterr().out
@@ -99,6 +114,10 @@ def test_a_finished_cache_is_left_alone_and_another_is_not_replaced_unasked(cach
     assert files_of(folder) == before
     assert cache("small_sums", "--seed=3", "--overwrite") == 0
     assert json.loads((folder / "manifest.json").read_text())["identity"]["seed"] == 3
+    left = folder.parent / "small_sums.replaced"  # by a call that was killed after it had replaced the cache
+    left.mkdir()
+    (left / "manifest.json").write_text("{}")
+    assert cache("small_sums", "--overwrite") == 0
     assert [path.name for path in folder.parent.iterdir()] == ["small_sums"]
 
 
@@ -191,8 +210,12 @@ def test_steps_of_ones_own_are_frozen_for_given_lengths(cache, tasks, capsys):
             np.testing.assert_array_equal(ours[feature], theirs[feature])
     with pytest.raises(
         ValueError, match=r"examples were made for lengths .*'inputs': 24.* but task_feature_lengths is .*'inputs': 8.*--overwrite"
-    ):
+    ) as error:
         config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()
+    told = re.search(r"`python -m upcycle_jax.cache_tasks (.*?)`", str(error.value)).group(1)
+    assert cache_tasks.main(shlex.split(told)) == 0
+    shapes = {rows.shape for rows in next(config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()).values()}
+    assert shapes == {(4, 8)}
 
 
 def test_a_missing_cache_names_the_command(tmp_path):

@@ -190,6 +190,23 @@ def test_every_epoch_has_each_example_once_in_another_order():
     assert [decode(row) for batch in take(ordered, 3) for row in batch[TOKENS]] == [f"{n} + {n % 7}" for n in range(90)]
 
 
+def test_a_record_is_read_once_for_an_example():
+    from upcycle_jax.data import cache_lookup, cached_views
+
+    ((task, _),) = cache_lookup.find(sums()).tasks
+    view = cached_views.open_view(task, "train", sums().task_feature_lengths)
+    records, read = view._records, []
+
+    class Counting:
+        def __getitem__(self, number):
+            read.append(number)
+            return records[number]
+
+    view._records = Counting()
+    examples = view.examples([cached_views.Draw(place, 0, place) for place in (7, 3)], key=0)
+    assert [decode(example["inputs"]) for example in examples] == ["7 + 0", "3 + 3"] and read == [7, 3]
+
+
 def test_shuffling_is_global(config):
     """The first batch of a long text comes from all over it."""
     from upcycle_jax.data import cache_lookup, cached_views

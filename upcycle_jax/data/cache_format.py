@@ -41,11 +41,14 @@ def encode(example: Mapping[str, Any], *, token_dtypes: Mapping[str, str]) -> by
     Args:
       example: arrays, scalars and byte strings by feature.
       token_dtypes: the dtype in which the tokens of each model feature are kept, 'uint16' or 'int32'.
+
+    Raises:
+      ValueError: tokens that are no integers, or that the dtype cannot hold.
     """
     packed: dict[str, Any] = {}
     for name, value in example.items():
         if name in token_dtypes:
-            packed[name] = np.asarray(value).astype(token_dtypes[name]).tobytes()
+            packed[name] = _as_tokens(name, np.asarray(value), token_dtypes[name]).tobytes()
             continue
         array = np.asarray(value)
         if array.ndim == 0:
@@ -55,6 +58,18 @@ def encode(example: Mapping[str, Any], *, token_dtypes: Mapping[str, str]) -> by
         else:
             packed[name] = {"shape": list(array.shape), "dtype": array.dtype.str, "data": array.tobytes()}
     return msgpack.packb(packed)
+
+
+def _as_tokens(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    if not values.size:
+        return values.astype(dtype)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"the feature '{name}' holds {values.dtype} values: only token ids can be cached as a model feature")
+    for extreme in (int(values.min()), int(values.max())):
+        if not 0 <= extreme <= np.iinfo(dtype).max:
+            raise ValueError(f"the feature '{name}' holds the token id {extreme}, which its vocabulary does not have (it fits no {dtype}): "
+                             "the task tokenises with another vocabulary than its output_features name")  # fmt: skip
+    return values.astype(dtype)
 
 
 def decode(record: bytes, *, token_dtypes: Mapping[str, str]) -> Example:

@@ -39,8 +39,8 @@ class CachedMixture:
         return max(task.manifest.vocabulary_size for task, _ in self.tasks)
 
 
-def command(config: DatasetConfig, *, overwrite: bool = False) -> str:
-    """The shell command that caches what the configuration reads."""
+def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: bool = False) -> str:
+    """The shell command that caches what the configuration reads; with its lengths for tasks whose cache serves one choice of them."""
     folders = settings.current().cache_dirs
     words = ["python", "-m", "upcycle_jax.cache_tasks", f"--tasks={config.mixture_or_task_name}"]
     words.append(f"--output_cache_dir={folders[0] if folders else _DEFAULT_FOLDER}")
@@ -49,6 +49,8 @@ def command(config: DatasetConfig, *, overwrite: bool = False) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     bound = ["text_files", "vocabulary", "extra_ids"]
     bound += ["objective", "text_field", "validation_fraction"] if config.text_files is not None else []
+    defaults["task_feature_lengths"] = dataclasses.MISSING
+    bound += ["task_feature_lengths"] if with_lengths else []
     for name in bound:
         value = getattr(config, name)
         if value != defaults[name]:
@@ -82,7 +84,7 @@ def find(config: DatasetConfig) -> CachedMixture | None:
             )
         tasks = _mixture_tasks(folder, folders, config)
     for task, _ in tasks:
-        _check(config, task, again)
+        _check(config, task)
     return CachedMixture(name, tuple(tasks))
 
 
@@ -116,7 +118,7 @@ def _seqio_has(config: DatasetConfig) -> bool:
     return all(task.cache_dir is not None for task in tasks)
 
 
-def _check(config: DatasetConfig, task: CachedTask, again: str) -> None:
+def _check(config: DatasetConfig, task: CachedTask) -> None:
     """Raises a ValueError where the cache is not what the configuration describes."""
     manifest, problems = task.manifest, []
     missing = {"inputs", "targets"} - manifest.features.keys()
@@ -135,7 +137,10 @@ def _check(config: DatasetConfig, task: CachedTask, again: str) -> None:
             if made.get(name) != getattr(config, name):
                 problems.append(f"{name} was {made.get(name)!r} and is {getattr(config, name)!r}")
     if problems:
-        raise ValueError(f"the cached task '{manifest.task}' at {task.folder} does not fit: {'; '.join(problems)}. Cache it again: {again}")
+        again = command(config, overwrite=True, with_lengths=manifest.feature_lengths is not None)
+        raise ValueError(
+            f"the cached task '{manifest.task}' at {task.folder} does not fit: {'; '.join(problems)}. Cache it again: `{again}`"
+        )
 
 
 def _other_vocabulary(config: DatasetConfig, name: str, feature: Mapping[str, Any]) -> list[str]:

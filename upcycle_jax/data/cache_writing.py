@@ -336,6 +336,7 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
         cache_format.write_json(work / cache_format.MANIFEST, manifest.to_json())
         _clear(work, splits)
         replaced = folder.with_name(f"{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)  # what a call that was killed here has left
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(work, folder)

@@ -5,11 +5,7 @@ and a process reads its rows of it. So any position is found at once, by any num
 """
 
 import dataclasses
-import importlib.metadata
-import logging
 import os
-import platform
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,13 +14,11 @@ import grain
 import numpy as np
 from etils import epath
 
-from upcycle_jax.data import draws, packing
+from upcycle_jax.data import draws, packing, stream
 from upcycle_jax.data.cache_format import CachedTask
 from upcycle_jax.data.cache_lookup import CachedMixture
 from upcycle_jax.data.cached_views import INPUTS, TARGETS, Draw, ExampleView, Tokens, open_view
-from upcycle_jax.data.dataset import DatasetConfig, HostBatch, Position
-
-_log = logging.getLogger(__name__)
+from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
 _READ = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=8)  # in batches
 _NOISE_DRAW = 0x2071
@@ -119,52 +113,29 @@ def _sides(examples: Sequence[Tokens]) -> tuple[list[np.ndarray], list[np.ndarra
     return [example[INPUTS] for example in examples], [example[TARGETS] for example in examples]
 
 
-class CachedBatchIterator:
+class CachedBatchIterator(stream.Stream):
     """A `BatchIterator` over cached tasks, in T5's features. `restore` and `seek` are one step, on any number of processes."""
 
     def __init__(self, config: DatasetConfig, mixture: CachedMixture, *, process_index: int, process_count: int):
-        config.local_batch_size(process_count)
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
-        if config.seed is None and process_count > 1:
-            raise ValueError(
-                f"seed is None with {process_count} processes, which would each draw their own: set DatasetConfig.seed (RANDOM_SEED)"
-            )
-        self._config, self._mixture = config, mixture
-        self._process_index, self._process_count = process_index, process_count
-        self._seed = secrets.randbelow(2**31) if config.seed is None else config.seed
-        self._batches = 0
+        super().__init__(config, process_index=process_index, process_count=process_count)
+        self._mixture = mixture
         self._open()
 
     def _open(self) -> None:
-        """Makes the stream of `self._seed`."""
         self._source = _Batches(
             self._config, self._mixture, seed=self._seed, process_index=self._process_index, process_count=self._process_count
         )
         self._iterator: Any = iter(grain.MapDataset.source(self._source).to_iter_dataset(_READ))
-        self._move(self._batches)
+        self._move(0)
 
-    def _move(self, batches: int) -> None:
-        self._batches = batches
-        self._iterator.set_state({"next_index": batches})
-
-    def __iter__(self) -> Iterator[HostBatch]:
-        return self
+    def _move(self, num_batches: int) -> None:
+        self._batches = num_batches
+        self._iterator.set_state({"next_index": num_batches})
 
     def __next__(self) -> HostBatch:
         batch = next(self._iterator)
         self._batches += 1
         return batch
-
-    @property
-    def position(self) -> int:
-        """Batches taken so far."""
-        return self._batches
-
-    @property
-    def seed(self) -> int:
-        """The seed in use: the configuration's, or the one drawn or restored where that is None."""
-        return self._seed
 
     def fingerprint(self) -> dict[str, Any]:
         """See `DatasetConfig.fingerprint`."""
@@ -172,37 +143,16 @@ class CachedBatchIterator:
 
     def save(self, directory: epath.PathLike) -> None:
         """Writes `position.json`; each process its own, in a folder of its own or the same content in one."""
-        epath.Path(directory).mkdir(parents=True, exist_ok=True)
         plan = self._source.plan
-        anchor = plan.anchor(self._batches * self._config.batch_size) if plan is not None else None
-        Position(self._batches, self._seed, self.fingerprint(), self._process_count, packing=anchor).write(directory)
+        self._write_position(directory, packing=plan.anchor(self._batches * self._config.batch_size) if plan is not None else None)
 
     def restore(self, directory: epath.PathLike) -> None:
-        """Continues where `save` was called, on any number of processes.
-
-        Raises:
-          FileNotFoundError: no position was saved there.
-          ValueError: the position belongs to other data, another seed or another batch.
-        """
-        position = Position.read(directory)
-        position.check(self.fingerprint(), directory)
-        if position.seed != self._seed:
-            self._seed = position.seed
-            self._open()
+        """Continues where `save` was called, on any number of processes. Raises as `Stream._read_position`."""
+        position = self._read_position(directory)
         if self._source.plan is not None and position.packing is not None:
             self._iterator.set_state({"next_index": 0})  # no thread reads ahead while the plan moves
             self._source.plan.start_from(dict(position.packing))
         self._move(position.batches)
-
-    def seek(self, num_batches: int) -> None:
-        """Moves to just before batch `num_batches`, at once; packed streams first plan the rows up to there, from lengths alone.
-
-        Raises:
-          ValueError: a negative position.
-        """
-        if num_batches < 0:
-            raise ValueError(f"cannot seek to batch {num_batches}: give 0 or more")
-        self._move(num_batches)
 
 
 def train_iterator(config: DatasetConfig, mixture: CachedMixture, *, process_index: int, process_count: int) -> CachedBatchIterator:
@@ -240,10 +190,7 @@ def eval_batches(
     config: DatasetConfig, mixture: CachedMixture, *, num_batches: int | None, process_index: int, process_count: int
 ) -> dict[str, Callable[[], Iterator[HostBatch]]]:
     """See `DatasetConfig.eval_batches`. A packed configuration gets one example a row here, in the features of a packed batch."""
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches is {num_batches}: give at least 1, or None for the whole split")
-    local = config.local_batch_size(process_count)
-    rows = slice(process_index * local, (process_index + 1) * local)
+    rows = stream.eval_rows(config, num_batches=num_batches, process_index=process_index, process_count=process_count)
     passes: dict[str, Callable[[], Iterator[HostBatch]]] = {}
     for task, _ in mixture.tasks_with(config.split):
         view = open_view(task, config.split, config.task_feature_lengths, one_pass=True)
@@ -271,16 +218,4 @@ def fingerprint(config: DatasetConfig, mixture: CachedMixture) -> dict[str, Any]
         manifest = task.manifest
         tasks[manifest.task] = {"rate": rate, "source": {"cache": manifest.digest()}, "steps": [dict(step) for step in manifest.steps]}
         vocabularies |= manifest.identity["vocabularies"]
-    return {
-        "mixture_or_task": config.mixture_or_task_name,
-        "tasks": tasks,
-        "split": config.split,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "shuffle": config.shuffle,
-        "pack": config.pack,
-        "use_cached": config.use_cached,
-        "task_feature_lengths": dict(config.task_feature_lengths),
-        "vocabularies": vocabularies,
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("grain", "array_record")}},
-    }
+    return stream.describe(config, tasks=tasks, vocabularies=vocabularies, packages=("grain", "array_record"))

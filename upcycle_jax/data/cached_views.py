@@ -103,7 +103,8 @@ class ExampleView:
         return self._count
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
-        return [{name: self.whole(draw.place)[name] for name in (INPUTS, TARGETS)} for draw in drawn]
+        wholes = (self.whole(draw.place) for draw in drawn)
+        return [{name: whole[name] for name in (INPUTS, TARGETS)} for whole in wholes]
 
     def whole(self, place: int) -> dict[str, Any]:
         """An example with everything that the task keeps: its text before tokenizing, numbers for metrics."""

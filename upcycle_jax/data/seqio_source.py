@@ -1,8 +1,5 @@
 """Batches from SeqIO: the training stream that can be saved and found again, and repeatable evaluation passes."""
 
-import importlib.metadata
-import platform
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,8 +10,8 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from upcycle_jax.data import fingerprints, resolve, settings
-from upcycle_jax.data.dataset import DatasetConfig, HostBatch, Position
+from upcycle_jax.data import fingerprints, resolve, settings, stream
+from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
 _CACHED_EVAL_BYTES = 256 * 1024**2  # evaluation batches below this are kept in memory between passes
 _SEEK_REPORT_SECONDS = 10.0
@@ -87,7 +84,7 @@ def _train_dataset(config: DatasetConfig, *, seed: int, process_index: int, proc
     return _with_options(dataset.prefetch(_PREFETCHED_BATCHES))
 
 
-class SeqioBatchIterator:
+class SeqioBatchIterator(stream.Stream):
     """A `BatchIterator` over tf.data.
 
     Its checkpoint is tf.data's own, which continues exactly and at once. Where that cannot serve (another number of processes, an
@@ -96,29 +93,18 @@ class SeqioBatchIterator:
     """
 
     def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
-        config.local_batch_size(process_count)
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
-        if config.seed is None and process_count > 1:
-            raise ValueError(
-                f"seed is None with {process_count} processes, which would each draw their own: set DatasetConfig.seed (RANDOM_SEED)"
-            )
-        self._config = config
-        self._process_index = process_index
-        self._process_count = process_count
-        self._seed = secrets.randbelow(2**31) if config.seed is None else config.seed
-        self._batches = 0
-        self._start()
+        super().__init__(config, process_index=process_index, process_count=process_count)
+        self._open()
 
-    def _start(self) -> None:
+    def _open(self) -> None:
         dataset = _train_dataset(self._config, seed=self._seed, process_index=self._process_index, process_count=self._process_count)
         self._iterator = iter(dataset)
         self._batches = 0
 
-    def __iter__(self) -> Iterator[HostBatch]:
-        return self
-
     def __next__(self) -> HostBatch:
+        return {name: tensor.numpy() for name, tensor in self._take().items()}
+
+    def _take(self) -> dict[str, tf.Tensor]:
         try:
             batch = next(self._iterator)
         except StopIteration:
@@ -127,17 +113,7 @@ class SeqioBatchIterator:
                 f"{dict(self._config.task_feature_lengths)} to process {self._process_index}: give it more text or use fewer processes"
             ) from None
         self._batches += 1
-        return {name: tensor.numpy() for name, tensor in batch.items()}
-
-    @property
-    def position(self) -> int:
-        """Batches taken so far."""
-        return self._batches
-
-    @property
-    def seed(self) -> int:
-        """The seed in use: the configuration's, or the one drawn or restored where that is None."""
-        return self._seed
+        return batch
 
     def fingerprint(self) -> dict[str, Any]:
         """See `DatasetConfig.fingerprint`."""
@@ -150,20 +126,11 @@ class SeqioBatchIterator:
         """Writes this process's iterator and `position.json`, the same for all; checkpoints give each process a folder."""
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
         tf.train.Checkpoint(iterator=self._iterator).write(self._tf_path(directory))
-        Position(self._batches, self._seed, self.fingerprint(), self._process_count).write(directory)
+        self._write_position(directory)
 
     def restore(self, directory: epath.PathLike) -> None:
-        """Continues where `save` was called.
-
-        Raises:
-          FileNotFoundError: no position was saved there.
-          ValueError: the position belongs to other data, another seed or another batch.
-        """
-        position = Position.read(directory)
-        position.check(self.fingerprint(), directory)
-        if self._config.seed is None and position.seed != self._seed:
-            self._seed = position.seed
-            self._start()
+        """Continues where `save` was called. Raises as `Stream._read_position`."""
+        position = self._read_position(directory)
         if position.process_count == self._process_count and self._restore_tf(directory):
             self._batches = position.batches
             return
@@ -172,8 +139,8 @@ class SeqioBatchIterator:
                 "The data position at %s was saved by %d processes and is continued by %d: documents are divided differently, so some may "
                 "be seen again before the epoch ends.", directory, position.process_count, self._process_count
             )  # fmt: skip
-        self._start()
-        self.seek(position.batches)
+        self._open()
+        self._move(position.batches)
 
     def _restore_tf(self, directory: epath.PathLike) -> bool:
         path = self._tf_path(directory)
@@ -184,20 +151,12 @@ class SeqioBatchIterator:
             logging.warning("The tf.data iterator at %s cannot be restored (%s). Passing over the batches taken instead.", path, error)
             return False
 
-    def seek(self, num_batches: int) -> None:
-        """Moves to just before batch `num_batches`, by taking and dropping batches; backwards from the start.
-
-        Raises:
-          ValueError: a negative position.
-        """
-        if num_batches < 0:
-            raise ValueError(f"cannot seek to batch {num_batches}: give 0 or more")
+    def _move(self, num_batches: int) -> None:
         if num_batches < self._batches:
-            self._start()
+            self._open()
         reported = time.monotonic()
         while self._batches < num_batches:
-            next(self._iterator)
-            self._batches += 1
+            self._take()
             if time.monotonic() - reported > _SEEK_REPORT_SECONDS:
                 reported = time.monotonic()
                 logging.info("Passing over batches of data: %d of %d", self._batches, num_batches)
@@ -258,11 +217,8 @@ def eval_batches(
     config: DatasetConfig, *, num_batches: int | None, process_index: int, process_count: int
 ) -> dict[str, Callable[[], Iterator[HostBatch]]]:
     """See `DatasetConfig.eval_batches`."""
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches is {num_batches}: give at least 1, or None for the whole split")
+    rows = stream.eval_rows(config, num_batches=num_batches, process_index=process_index, process_count=process_count)
     _keep_off_accelerators()
-    local = config.local_batch_size(process_count)
-    rows = slice(process_index * local, (process_index + 1) * local)
     tasks = _check_split(config, resolve.tasks(config))
     return {task.name: _EvalPass(task, config, num_batches, rows) for task in tasks}
 
@@ -274,16 +230,5 @@ def fingerprint(config: DatasetConfig) -> dict[str, Any]:
     for task in resolve.tasks(config):
         rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
         tasks[task.name] = {"rate": rate, "source": fingerprints.source(task.source), "steps": fingerprints.preprocessors(task)}
-    return {
-        "mixture_or_task": config.mixture_or_task_name,
-        "tasks": tasks,
-        "split": config.split,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "shuffle": config.shuffle,
-        "pack": config.pack,
-        "use_cached": config.use_cached,
-        "task_feature_lengths": dict(config.task_feature_lengths),
-        "vocabularies": {name: fingerprints.vocabulary(feature.vocabulary) for name, feature in provider.output_features.items()},
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in ("tensorflow", "seqio")}},
-    }
+    vocabularies = {name: fingerprints.vocabulary(feature.vocabulary) for name, feature in provider.output_features.items()}
+    return stream.describe(config, tasks=tasks, vocabularies=vocabularies, packages=("tensorflow", "seqio"))
