@@ -69,7 +69,7 @@ def make_params():
             if path.endswith("scale"):
                 value = 1 + 0.1 * rng.normal(size=leaf.shape)
             else:
-                fan_in = 1 if path.endswith("embedding") else leaf.shape[-2]
+                fan_in = 1 if path.endswith("embedding") or len(leaf.shape) == 1 else leaf.shape[-2]
                 value = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
             params[path] = jnp.asarray(value, jnp.float32)
         return trees.unflatten(params)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from upcycle_jax import config, trees
-from upcycle_jax.experiments import ahead_of_time
+from upcycle_jax.experiments import ahead_of_time, planner_memory
 from upcycle_jax.experiments.ahead_of_time import Workload
 from upcycle_jax.models import accounting
 from upcycle_jax.partitioning import Partitioner
@@ -95,6 +95,14 @@ def test_memory_and_flops_on_one_device(name):
     compiled = ahead_of_time.compile_train_step(work)
     assert ahead_of_time.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
     assert ahead_of_time.memory(work).needed == pytest.approx(compiled.argument_bytes + compiled.temporary_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_upcycled"])
+def test_what_a_plan_counts_is_the_part_that_matrix_products_leave(name):
+    """Two answers for two compilers: all that autodiff keeps (CPU), and what is left without elementwise results (TPU)."""
+    work = dataclasses.replace(workload(name), partitioner=Partitioner(devices=(jax.devices()[0],)))
+    everything = ahead_of_time.memory(work).activations
+    assert everything / 3 < planner_memory.activation_bytes(work) < everything
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_upcycled", "small", "small_upcycled"])

@@ -1,6 +1,7 @@
 """Every router inside a model: it trains, sees no later token, depends neither on the batch nor on padding nor on the mesh."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import surgery, trees
-from upcycle_jax.models import accounting, metrics
+from upcycle_jax.models import accounting, info, metrics
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
@@ -217,6 +218,9 @@ def test_router_leaves_follow_the_router():
     assert leaves(HashTop1()) == {}
     assert leaves(SoftMoe(3)) == {"router_weights/w/kernel": (16, 24)}
     assert leaves(LossFreeTopK()) == {"router_weights/w/kernel": (16, 8), "bias": (8,)}
+    # Lists of parameters name the bias, whole on every device.
+    text = info.model_info(make_model(LossFreeTopK()).param_specs(), partitioner=Partitioner(num_expert_partitions=4))
+    assert re.search(r"Variable +encoder/layers_0/mlp/router/bias +size 8 +shape \(unmodeled=8\) +partition spec \(None,\)", text)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""A run that loops over its layers leaves checkpoints that a run without the loop goes on from, and the other way round."""
+"""A run that loops over its layers leaves checkpoints that a run without the loop goes on from, and the other way round: with a router
+whose balancing bias moves from step to step, and must go on from where the checkpoint has it."""
 
 import json
 
@@ -9,9 +10,11 @@ from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
-from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig
+from upcycle_jax.moe.routing import LossFreeTopK
+from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
 from upcycle_jax.training.loop import train
 
+RATE = 2.0**-9  # far below the differences of scores, so that the same experts are too full for several steps
 SHAPE = {
     "vocab_size": 24,
     "emb_dim": 8,
@@ -37,8 +40,8 @@ def start(bags, tmp_path):
                 "decoder_loss_weights": np.ones_like(shifted),
             }
 
-    def run(name, *, scan, steps, remat="none"):
-        experts = MoeConfig(num_experts=4, group_size=16, decoder_sparse_layout=())
+    def run(name, *, scan, steps, remat="none", restore=None):
+        experts = MoeConfig(num_experts=4, group_size=16, encoder_router=LossFreeTopK(update_rate=RATE), decoder_sparse_layout=())
         config = T5Config(**SHAPE, moe=experts, scan_layers=scan, remat_policy=remat)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return train(
@@ -46,7 +49,7 @@ def start(bags, tmp_path):
             model_dir=tmp_path / name,
             train_dataset_cfg=data,
             train_eval_dataset_cfg=data,
-            checkpoint_cfg=CheckpointConfig(save=SaveCheckpointConfig(period=2)),
+            checkpoint_cfg=CheckpointConfig(restore=restore, save=SaveCheckpointConfig(period=2)),
             partitioner=bags.one_device,
             trainer=bags.trainer(),
             total_steps=steps,
@@ -67,6 +70,12 @@ def specs(path):
     return open_checkpoint(path).specs()
 
 
+def biases(path):
+    """The selection bias of the routers of both MoE layers, as T5X would name them."""
+    reader = open_checkpoint(path)
+    return np.stack([reader.read(f"target/encoder/layers_{i}/mlp/router/bias") for i in (1, 3)])
+
+
 def test_runs_go_on_in_the_other_form(start, tmp_path):
     start("layers", scan=False, steps=4)
     start("mixed", scan=True, remat="minimal", steps=2)
@@ -79,6 +88,17 @@ def test_runs_go_on_in_the_other_form(start, tmp_path):
         assert set(names) == {name for name in have[step] if not name.startswith(("timing/", "wall"))}
         for name in names:
             np.testing.assert_allclose(have[step][name], row[name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}: {name}")
+    # The bias went on by whole steps: it is restored, and no optimizer, weight decay or momentum has a part in it.
+    early, late = (biases(tmp_path / "layers" / f"checkpoint_{step}") for step in (2, 4))
+    assert early.shape == (2, 4) and early.any() and (late != early).any()
+    np.testing.assert_array_equal(late / RATE, np.round(late / RATE))
+    assert np.abs(late - early).max() <= 2 * RATE
+    np.testing.assert_array_equal(biases(tmp_path / "mixed" / "checkpoint_2"), early)
+    np.testing.assert_array_equal(biases(tmp_path / "mixed" / "checkpoint_4"), late)
+    # A run of its own that continues from the checkpoint of another finds it there, too.
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "layers" / "checkpoint_2"))
+    assert start("continued", scan=True, remat="minimal", steps=4, restore=restore).start == "continue"
+    np.testing.assert_array_equal(biases(tmp_path / "continued" / "checkpoint_4"), late)
     # What is computed again is said where it is, and an evaluation says how alike experts are.
     first = rows(tmp_path / "mixed" / "train")[1]
     assert first["timing/hardware_flops_per_second"] > first["timing/model_flops_per_second"]

@@ -3,6 +3,10 @@
 Autodiff says which arrays the backward pass needs. Where layers are not rematerialised, XLA computes cheap elementwise results again rather
 than keep them, so what counts is what is left when only results of matrix products may be kept. Where REMAT_POLICY says what is kept, that
 is what counts.
+
+`models.step_memory` answers for the other compiler: it counts every array that autodiff keeps, as XLA's programs for CPUs do (compared in
+tests/models/test_accounting_xla.py), and needs no trace. Programs for TPUs keep less, which is what a plan is about (compared in
+tests/experiments/test_planner.py).
 """
 
 from typing import Any

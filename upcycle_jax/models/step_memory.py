@@ -1,7 +1,8 @@
 """Memory of a training step on one device, from shapes: parameters, optimizer state, gradients, and activations kept for the backward pass.
 
 Activations are the arrays that differentiation keeps between the forward and the backward pass, counted per layer as jax keeps them. What a
-compiler frees early, keeps twice or computes again by its own choice is its own; tests compare the sum with XLA's `memory_analysis`.
+compiler frees early, keeps twice or computes again by its own choice is its own; tests compare the sum with XLA's `memory_analysis` on
+CPUs. Programs for TPUs compute cheap elementwise results again: `experiments.planner_memory` has what is left there.
 """
 
 import dataclasses
