@@ -229,6 +229,36 @@ def test_gains_are_counted_from_what_the_exhibit_shows_beside_them(tmp_path):
     assert rows["scratch"].paper_gain["Base"] == pytest.approx(0.05)
 
 
+def test_only_runs_that_differ_in_their_seed_are_averaged(tmp_path):
+    """Two lengths of dense training (30 and 50 % after upcycling), and a run of another learning rate, which its config.gin tells."""
+    tiny, small = BASE | DEPTH | {"emb_dim": 128, "vocab_size": 384}, MOE | {"num_experts": 8}
+    kwargs = {"every": 50, "model": tiny, "task": "prose"}
+    for start, dense, sparse in ((100, 0.2, 0.3), (900, 0.45, 0.5)):
+        for seed in range(2):
+            write_run(tmp_path / f"dense{start}-{seed}", [0.1, dense], start=start, seed=seed, **kwargs)
+            recipe = COPIES | {"seed": seed}
+            folder = write_run(
+                tmp_path / f"sparse{start}-{seed}", [0.1, sparse], start=start, seed=seed, moe=small, recipe=recipe, **kwargs
+            )
+            (folder / "config.gin").write_text(f"# by hand\nLEARNING_RATE = 1.0\nRANDOM_SEED = {seed}\nMODEL_DIR = '{folder}'\n")
+    folder = write_run(tmp_path / "sparse900-fast", [0.1, 0.9], start=900, seed=1, moe=small, recipe=COPIES, **kwargs)
+    (folder / "config.gin").write_text("LEARNING_RATE = 3.0\nRANDOM_SEED = 1\n")
+    rows = {row.label: row for row in compare("figure2", tmp_path).scaled if row.reference}
+    assert {label: (row.end.count, row.end.mean, row.gain.mean) for label, row in rows.items()} == {
+        "upcycled (sparse100-0)": (2, pytest.approx(30.0), pytest.approx(10.0)),
+        "upcycled (sparse900-0)": (2, pytest.approx(50.0), pytest.approx(5.0)),
+        "upcycled (sparse900-fast)": (1, pytest.approx(90.0), pytest.approx(45.0)),
+    }
+
+
+def test_a_run_of_another_learning_rate_is_not_averaged_with_the_papers(tmp_path):
+    for name, value, rate in (("a", 0.69, 1.0), ("b", 0.70, 1.0), ("c", 0.5, 9.0)):
+        folder = write_run(tmp_path / name, [0.5, value], moe=MOE, recipe=COPIES, seed=ord(name))
+        (folder / "config.gin").write_text(f"LEARNING_RATE = {rate}\nRANDOM_SEED = {ord(name)}\n")
+    (line, *_) = next(curve for curve in compare("figure2", tmp_path).curves if curve.series.label == "Base upcycled").lines
+    assert (line.ours.count, line.ours.mean) == (2, pytest.approx(69.5))
+
+
 def test_superglue_scores_are_matched_to_the_checkpoint_they_come_from(tmp_path):
     """Fine-tuning from extra step 200,000: three seeds, 77, 78 and 79."""
     write_run(tmp_path / "pretrained", [0.5, 0.7, 0.7], moe=MOE, recipe=COPIES)

@@ -1,6 +1,7 @@
 """This project's results beside the paper's: values against values at the paper's scale, differences against differences at others."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -150,8 +151,16 @@ def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
     chosen = [one for one in found if one.at_paper_scale and one.size == head.size and _matches(one, head)]
     if head.metric == "superglue":
         return tuple(Line(point, _score(point, [one for one in chosen if one.fine_tuned], found)) for point in series.points)
-    pretrained = [one for one in chosen if not one.fine_tuned]
+    pretrained = _twins([one for one in chosen if not one.fine_tuned])
     return tuple(Line(point, _accuracy(point, point is series.points[-1], pretrained)) for point in series.points)
+
+
+def _twins(found: Sequence[Found]) -> list[Found]:
+    """The runs that differ in their seed only, the largest such group: another learning rate, say, is not averaged with them."""
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        groups.setdefault(one.identity, []).append(one)
+    return max(groups.values(), key=len, default=[])
 
 
 def _accuracy(point: Point, is_last: bool, runs: Sequence[Found]) -> Interval | None:
@@ -174,11 +183,12 @@ def _percent(values: Sequence[float]) -> Interval | None:
 
 
 def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Interval | None:
-    values = []
+    scored = {}
     for one in runs:
         score = paper_runs.superglue(one)
         if score is not None and (point.extra_steps is None or paper_runs.extra_steps_before(one, list(found)) == point.extra_steps):
-            values.append(score)
+            scored[one.folder] = score
+    values = [scored[one.folder] for one in _twins([one for one in runs if one.folder in scored])]
     return mean_interval(values) if values else None
 
 
@@ -188,26 +198,31 @@ def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -
     wanted = [one for one in found if any(head.method != Method.START and _matches(one, head) for head in heads)]
     groups: dict[tuple, list[Found]] = {}
     for one in wanted:
-        model = one.run.manifest["parameters"]
-        key = (one.family, str(one.method), tuple(sorted(one.setting.items())), one.num_experts, model)
-        groups.setdefault(key, []).append(one)
+        groups.setdefault((one.family, str(one.method), one.identity), []).append(one)
     shown = {head.method for head in heads}
     rows = []
     for group in groups.values():
         label, reference = _reference(group[0], found, has_dense=Method.DENSE in shown)
         rows.append(_scaled_row(group, label, reference, curves))
-    return rows
+    named = Counter(row.label for row in rows)
+    return [dataclasses.replace(row, label=f"{row.label} ({Path(row.runs[0]).name})") if named[row.label] > 1 else row for row in rows]
 
 
 def _reference(one: Found, found: Sequence[Found], *, has_dense: bool) -> tuple[str, list[Found]]:
     """What a run's gain is counted from, among the runs of its family: what the exhibit shows beside it, else what there is.
 
-    That is the dense continuation where the exhibit has one, else the upcycled model with the paper's setting.
+    That is the dense continuation where the exhibit has one, else the upcycled model with the paper's setting; both of the same dense
+    checkpoint's step, but for a run from scratch, which has none.
     """
-    family = [other for other in found if other.family == one.family and other.num_experts in (0, one.num_experts)]
+    starts = {one.run.start_step} if one.method != Method.SCRATCH else {other.run.start_step for other in found}
+    family = [
+        other
+        for other in found
+        if other.family == one.family and other.num_experts in (0, one.num_experts) and other.run.start_step in starts
+    ]
     choices = {
-        DENSE: [other for other in family if other.method == Method.DENSE],
-        DEFAULT: [other for other in family if other.method == Method.UPCYCLED and not other.setting],
+        DENSE: _twins([other for other in family if other.method == Method.DENSE]),
+        DEFAULT: _twins([other for other in family if other.method == Method.UPCYCLED and not other.setting]),
     }
     order = (DENSE, DEFAULT) if has_dense else (DEFAULT, DENSE)
     return next(((label, choices[label]) for label in order if choices[label]), ("", []))

@@ -1,6 +1,7 @@
 """Finds this project's runs in a results folder and says which of the paper's experiments each of them is."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ VOCABULARY = 32128
 NUM_EXPERTS = 32
 FINE_TUNING = "super_glue"
 """Part of the name of every fine-tuning mixture of the paper."""
+
+CONFIG = "config.gin"
+NO_SETTINGS = frozenset(
+    {
+        *("MODEL_DIR", "RANDOM_SEED", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "EVAL_PERIOD", "STATS_PERIOD", "SAVING_PERIOD"),
+        *("KEEP_CHECKPOINTS", "TRACKER", "NUM_EXPERT_PARTITIONS", "NUM_MODEL_PARTITIONS", "Recipe.seed"),
+    }
+)
+"""Lines of a run's `config.gin` that say where, how long and how often, not what."""
 
 DEFAULTS = {"C": "2", "router": "experts_choose", "renormalize": "no", "init": "copy", "moe_layers": "half"}
 """The paper's upcycled language model, in the words of `Point.setting`."""
@@ -37,6 +47,7 @@ class Found:
       fine_tuned: it was fine-tuned, not pre-trained.
       on_c4: every task that it was evaluated on is C4's.
       family: equal for runs whose numbers may be subtracted: shape of the dense model, batch and tasks.
+      identity: equal for runs that differ in their seed and their length only, whose numbers may be averaged.
     """
 
     folder: Path
@@ -48,6 +59,7 @@ class Found:
     fine_tuned: bool
     on_c4: bool
     family: tuple
+    identity: str
 
     @property
     def at_paper_scale(self) -> bool:
@@ -97,7 +109,25 @@ def identify(folder: Path, run: Run) -> Found:
         fine_tuned=FINE_TUNING in mixture or any(FINE_TUNING in task for task in tasks),
         on_c4=all("c4" in task for task in tasks),
         family=(*widths, batch, tuple(tasks)),
+        identity=_identity(folder, manifest),
     )
+
+
+def _identity(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """What two runs of different seeds have in common: the manifest's description, and all settings where the run wrote them."""
+    described = {
+        name: _without_seeds(manifest.get(name)) for name in ("start_step", "model", "batch_size", "optimizer", "recipe", "converted_by")
+    }
+    path = folder / CONFIG
+    lines = path.read_text().splitlines() if path.is_file() else []
+    settings = [line for line in lines if line and line[0] != "#" and line.partition(" =")[0] not in NO_SETTINGS]
+    return json.dumps([described, settings], sort_keys=True)
+
+
+def _without_seeds(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_seeds(part) for key, part in value.items() if key != "seed"}
+    return [_without_seeds(part) for part in value] if isinstance(value, list) else value
 
 
 def _method(manifest: Mapping[str, Any], has_experts: bool) -> Method | None:
