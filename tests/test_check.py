@@ -2,10 +2,14 @@
 
 import pathlib
 import re
+import shutil
+import types
 
 import pytest
 
 from upcycle_jax import check
+from upcycle_jax.config import load
+from upcycle_jax.config import run_check as check_module
 
 RUN = """
 import fake_data
@@ -102,10 +106,36 @@ def test_problems_of_different_kinds_are_found_together(run_check):
     assert code == 1 and out.count("PROBLEM") == 2 and "2 problems: the run would stop" in out
 
 
+def test_a_model_dir_that_cannot_be_used_is_a_problem_and_elsewhere_a_warning(run_check, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    code, out = run_check("MODEL_DIR='file/run'")
+    assert code == 1 and re.search(r"PROBLEM  MODEL_DIR: MODEL_DIR file/run cannot be written to \(\S+/file is a file\)", out), out
+    loaded = load(["models/t5_1_1_tiny_upcycled.gin", "run.gin"], ["MODEL_DIR='file/run'"])
+    found = check_module.check_run(loaded, read_data=False, elsewhere=True)  # as with --devices
+    assert not found.problems and "MODEL_DIR: MODEL_DIR file/run cannot be written to" in found.warnings[0], found
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run_check()[0] == 0, "nothing is saved"
+    # With 1024 ids of 32 numbers: 1.2 MiB, parameters and as many second moments.
+    code, out = run_check("CheckpointConfig.save=@SaveCheckpointConfig()", "T5Config.vocab_size=1024")
+    assert code == 1 and "MODEL_DIR out has 0.0 GiB free, one checkpoint takes 0.0 GiB: free space" in out, out
+
+
 def test_memory_is_compared_with_the_device(run_check):
     code, out = run_check(flags=["--device_memory=0.0001"])
     assert code == 1 and "but a device has 0.0001 GiB: raise NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS" in out
     assert run_check(flags=["--device_memory=1"])[0] == 0
+
+
+def test_accelerators_say_how_much_memory_they_have(run_check, monkeypatch):
+    def says(stats):
+        return types.SimpleNamespace(memory_stats=lambda: stats)
+
+    assert check_module.memory_of(says({"bytes_limit": 3 * 2**30})) == 3.0
+    assert check_module.memory_of(says(None)) is check_module.memory_of(says({})) is None
+    monkeypatch.setattr(check_module, "memory_of", lambda device: 0.0001)
+    code, out = run_check()
+    assert code == 1 and "but a device has 0.0001 GiB" in out
 
 
 def test_unused_bindings_are_warned_of(run_check):
@@ -116,5 +146,28 @@ def test_unused_bindings_are_warned_of(run_check):
 def test_names_that_do_not_exist_and_missing_values(run_check):
     code, out = run_check("Trainer.optimiser=1", "TRAIN_STEP=3")
     assert code == 2 and "Did you mean optimizer?" in out and "Did you mean TRAIN_STEPS?" in out
+    assert "must be set" not in out
     code, out = run_check("train.total_steps=%gin.REQUIRED", "MODEL_DIR='out'")
     assert code == 0, "REQUIRED takes nothing back"
+
+
+def test_misspelt_and_missing_values_are_told_together(run_check, tmp_path, capsys):
+    words = [
+        "--gin_file=models/t5_1_1_tiny.gin",
+        "--gin_file=runs/pretrain.gin",
+        "--gin.TRAIN_STEP=3",
+        "--gin.utils.DatasetConfig.task='x'",
+    ]
+    assert check.main(words) == 2
+    told = capsys.readouterr().err
+    for part in ("Did you mean TRAIN_STEPS", "TRAIN_STEPS must be set", "MODEL_DIR must be set", "MIXTURE_OR_TASK_NAME must be set"):
+        assert part in told, told
+    assert "'utils.DatasetConfig' is a T5X name; write 'DatasetConfig'; it is DatasetConfig.mixture_or_task_name" in told, told
+
+
+def test_other_functions_are_planned(tmp_path, capsys):
+    files = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/eval.gin", "--function=evaluate"]
+    given = [f"--gin.CHECKPOINT_PATH='{tmp_path}/nowhere'", f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/out'", "--gin.MIXTURE_OR_TASK_NAME='x'"]
+    assert check.main([*files, *given, "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]) == 1
+    assert f"PROBLEM  plan of the run: {tmp_path}/nowhere does not exist" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("check")
-    own.add_argument("--function", default="train", metavar="NAME", help="the function that the run calls (default train)")
+    own.add_argument("--function", default="train", metavar="NAME", help="what the run calls: train (default), evaluate, infer, upcycle")
     own.add_argument("--devices", type=int, metavar="N", help="check for N devices instead of those of this machine")
-    own.add_argument("--device_memory", type=float, metavar="GIB", help="memory of one device, to compare with what the run needs")
+    own.add_argument("--device_memory", type=float, metavar="GIB", help="memory of one device (default: what it says)")
     own.add_argument("--skip_data", action="store_true", help="do not read a batch of the data")
 
 
@@ -36,7 +36,11 @@ def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax.config import run_check
 
     found = run_check.check_run(
-        loaded, function=flags.extra.function, device_memory=flags.extra.device_memory, read_data=not flags.extra.skip_data
+        loaded,
+        function=flags.extra.function,
+        device_memory=flags.extra.device_memory,
+        read_data=not flags.extra.skip_data,
+        elsewhere=bool(flags.extra.devices),
     )
     sys.stdout.write(found.text())
     return 1 if found.problems else 0
@@ -44,7 +48,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return command.run("check", argv, description=__doc__ or "", body=_run, extra=_add_flags)
+    return command.run(
+        "check", argv, description=__doc__ or "", body=_run, extra=_add_flags, function=lambda flags: flags.extra.function
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

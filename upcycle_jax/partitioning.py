@@ -150,7 +150,7 @@ class Partitioner:
                 divisors = [n for n in range(1, size + 1) if size % n == 0 and n <= parts]
                 raise ValueError(
                     f"axis {name!r} of size {size} (array {leaf}) is not divisible by the {parts} partitions of mesh axis {entry!r}; "
-                    f"the largest partition count that fits is {divisors[-1]}"
+                    f"the largest partition count that fits is {divisors[-1]} (NUM_EXPERT_PARTITIONS and NUM_MODEL_PARTITIONS set them)"
                 )
         return NamedSharding(self.mesh, spec)
 
@@ -189,5 +189,16 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
 
 def active_batch_shards() -> int:
     """How many ways the mesh of the surrounding `Partitioner.activate` splits a batch; 1 outside of it."""
-    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    shape = active_mesh_shape()
     return shape.get(DATA, 1) * shape.get(EXPERT, 1)
+
+
+def active_mesh_shape() -> dict[str, int]:
+    """Sizes of the surrounding mesh's axes; empty without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def active_platform() -> str:
+    """Where the program will run: on the devices of the surrounding mesh, which may be those of another machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -115,7 +115,9 @@ class Config:
         return functools.partial(configurable.target, **arguments) if arguments else configurable.target
 
 
-def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = ()) -> Config:
+def load(
+    gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: Sequence[str] = (), *, function: str | None = None
+) -> Config:
     """Reads gin files in order, then bindings; later ones override earlier ones.
 
     `NAME = %gin.REQUIRED` asks for a value, it does not take one back: a file that is read later may declare what an earlier one set.
@@ -124,6 +126,7 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: S
       gin_files: paths or names of shipped files.
       bindings: `NAME=VALUE`, as after `--gin.`.
       search_paths: folders to look for files in.
+      function: what will be built: where names are wrong, the error also lists the values that it still needs.
 
     Returns:
       The configuration, with all names checked and nothing built yet.
@@ -142,6 +145,9 @@ def load(gin_files: Sequence[str], bindings: Sequence[str] = (), search_paths: S
     for text in bindings:
         add_flag(text, parsed)
     problems = parsed.problems + check.names(parsed)
+    if problems and function is not None:
+        needed = check.missing(parsed, Reference((), function, call=True))
+        problems += [problem for problem in needed if check.MUST_BE_SET in problem]  # the others are names, told above with their places
     if problems:
         raise ConfigError(problems)
     return Config(parsed)

@@ -8,6 +8,9 @@ from upcycle_jax.config.parse import REQUIRED, Binding, Bindings, Macro, Referen
 
 Scope = tuple[str, ...]
 
+MUST_BE_SET = " must be set: "
+"""In every problem of `missing` that a value solves."""
+
 
 def _all_bindings(bindings: Bindings) -> Iterable[tuple[str, Binding]]:
     """Every binding with its written name."""
@@ -25,22 +28,29 @@ def _unknown_name(name: str) -> str:
     return f"{name!r} is not a name that can be configured.{registry.nearest(name, registry.names())}"
 
 
+def _unknown_parameter(configurable: registry.Configurable, parameter: str) -> str:
+    """What to say about a parameter that a configurable does not have."""
+    return stale.explain_parameter(configurable.name, parameter) or (
+        f"{configurable.name} has no parameter {parameter!r}.{registry.nearest(parameter, configurable.parameters)}"
+        f" It has: {', '.join(configurable.parameters)}"
+    )
+
+
 def names(bindings: Bindings) -> list[str]:
     """Names, parameters and macros that do not exist, each with its place and the nearest that does."""
     problems: list[str] = []
     for (scope, name), table in bindings.parameters.items():
         prefix = f"{scope}/" if scope else ""
         configurable = registry.lookup(name, bindings.imports)
+        unknown = "" if configurable is not None else _unknown_name(name)
+        if configurable is None and (current := stale.current_name(name, registry.names())):
+            configurable = registry.lookup(current, {})  # its parameters may have changed too
         for parameter, binding in table.items():
-            written = f"{binding.place}: {prefix}{name}.{parameter}"
-            if configurable is None:
-                problems.append(f"{written}: {_unknown_name(name)}")
-            elif not configurable.accepts(parameter):
-                advice = stale.explain_parameter(name, parameter) or (
-                    f"{name} has no parameter {parameter!r}.{registry.nearest(parameter, configurable.parameters)}"
-                    f" It has: {', '.join(configurable.parameters)}"
-                )
-                problems.append(f"{written}: {advice}")
+            advice = [unknown] if unknown else []
+            if configurable is not None and not configurable.accepts(parameter):
+                advice.append(_unknown_parameter(configurable, parameter))
+            if advice:
+                problems.append(f"{binding.place}: {prefix}{name}.{parameter}: {'; '.join(advice)}")
     for written, binding in _all_bindings(bindings):
         for leaf in leaves(binding.value):
             if isinstance(leaf, Reference) and registry.lookup(leaf.name, bindings.imports) is None:
@@ -88,7 +98,7 @@ class _Missing:
         if binding is None:
             self.problems[f"no macro {macro.name}.{registry.nearest(macro.name, self.bindings.macros)}"] = None
         else:
-            missing = f"{macro.name} must be set: --gin.{macro.name}=... (declared in {binding.place})"
+            missing = f"{macro.name}{MUST_BE_SET}--gin.{macro.name}=... (declared in {binding.place})"
             self.value(binding.value, tuple(macro.name.split("/")), missing, (*path, macro.name))
 
     def reference(self, reference: Reference, scope: Scope, path: tuple[str, ...], given: frozenset[str] = frozenset()) -> None:
@@ -104,12 +114,12 @@ class _Missing:
         bound = self.bindings.effective(reference.name, scope)
         for parameter, binding in bound.items():
             if parameter not in given:
-                missing = f"{written}.{parameter} must be set: --gin.{written}.{parameter}=... (declared in {binding.place})"
+                missing = f"{written}.{parameter}{MUST_BE_SET}--gin.{written}.{parameter}=... (declared in {binding.place})"
                 self.value(binding.value, scope, missing, path)
         if reference.call:
             for parameter in configurable.required:
                 if parameter not in bound and parameter not in given:
-                    self.problems[f"{written}.{parameter} must be set: --gin.{written}.{parameter}=... (it has no default)"] = None
+                    self.problems[f"{written}.{parameter}{MUST_BE_SET}--gin.{written}.{parameter}=... (it has no default)"] = None
 
 
 def missing(bindings: Bindings, root: Macro | Reference, *, given: frozenset[str] = frozenset()) -> list[str]:

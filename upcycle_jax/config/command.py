@@ -103,6 +103,7 @@ def run(
     description: str,
     body: Callable[..., int | None],
     extra: Callable[[argparse.ArgumentParser], None] | None = None,
+    function: Callable[[Flags], str] | None = None,
 ) -> int:
     """Runs a command: `body(flags, loaded_configuration)`.
 
@@ -115,6 +116,7 @@ def run(
       description: what `--help` says first.
       body: does the work and returns the exit code, None standing for 0.
       extra: adds the command's own flags (see `flags.parse`).
+      function: what the command builds: errors about names then list the values that are missing too (see `config.load`).
     """
     flags = flags_lib.parse(name, argv, description=description, extra=extra)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads text only; what it says of missing GPUs is noise
@@ -126,7 +128,9 @@ def run(
             from upcycle_jax.data import settings
 
             settings.configure(tfds_data_dir=flags.tfds_data_dir, cache_dirs=flags.seqio_additional_cache_dirs)
-        loaded = config.load(flags.gin_file, flags.gin_bindings, flags.gin_search_paths)
+        loaded = config.load(
+            flags.gin_file, flags.gin_bindings, flags.gin_search_paths, function=function(flags) if function is not None else None
+        )
         return body(flags, loaded) or 0
     except (ValueError, FileNotFoundError, TimeoutError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_ours(error):

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
 from upcycle_jax.models import accounting
+from upcycle_jax.training import prepare
 from upcycle_jax.training.train_state import PARAM_STATES, TARGET, state_specs
 
 GIB = 2**30
@@ -30,16 +32,18 @@ class Findings:
     warnings: list[str] = dataclasses.field(default_factory=list)
     facts: list[str] = dataclasses.field(default_factory=list)
 
-    def attempt(self, what: str, step: Callable[[], str | None]) -> bool:
-        """Runs one step of the check; its error becomes a problem. Returns whether it went through."""
+    def attempt(self, what: str, step: Callable[[], str | None], *, stops: bool = True) -> bool:
+        """Runs one step of the check; its error becomes a problem, or a warning where it would not stop the run. Returns whether it went
+        through."""
+        kept = self.problems if stops else self.warnings
         try:
             fact = step()
         except ConfigError as error:
-            self.problems += [f"{what}: {problem}" for problem in error.problems]
+            kept += [f"{what}: {problem}" for problem in error.problems]
             return False
         except (ValueError, FileNotFoundError, TypeError) as error:
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            self.problems.append(f"{what}: {error}{notes}")
+            kept.append(f"{what}: {error}{notes}")
             return False
         if fact:
             self.facts.append(f"{what}: {fact}")
@@ -55,14 +59,17 @@ class Findings:
         return "\n".join(lines) + "\n"
 
 
-def check_run(loaded: Config, *, function: str = "train", device_memory: float | None = None, read_data: bool = True) -> Findings:
+def check_run(
+    loaded: Config, *, function: str = "train", device_memory: float | None = None, read_data: bool = True, elsewhere: bool = False
+) -> Findings:
     """Checks a configuration as far as it goes.
 
     Args:
       loaded: a configuration whose names are already checked.
       function: the root that the run calls.
-      device_memory: GiB of one device, or None to leave that comparison out.
+      device_memory: GiB of one device, or None for what the devices say of themselves; CPUs say nothing, and are not compared.
       read_data: build the data set and take one batch (imports TensorFlow).
+      elsewhere: the run is for other machines, which may have another MODEL_DIR by that name.
     """
     found = Findings()
     built: list[Callable[..., Any]] = []
@@ -76,6 +83,9 @@ def check_run(loaded: Config, *, function: str = "train", device_memory: float |
         arguments = _with_defaults(call)
         if function == "train":
             _check_training(found, call, arguments, device_memory=device_memory, read_data=read_data)
+            found.attempt("MODEL_DIR", lambda: _model_dir(arguments), stops=not elsewhere)
+        elif "dry_run" in arguments:
+            found.attempt("plan of the run", functools.partial(_plan, call))
         found.warnings += [f"{line} is not used by {function}" for line in loaded.unused()]
     return found
 
@@ -108,10 +118,25 @@ def _plan(call: Callable[..., Any]) -> None:
     call(dry_run=True)
 
 
+def _model_dir(arguments: dict[str, Any]) -> str:
+    specs = state_specs(arguments["model"], arguments["trainer"].optimizer)
+    size = sum(leaf.nbytes for leaf in specs.values()) if arguments["checkpoint_cfg"].save is not None else 0
+    return prepare.check_model_dir(epath.Path(arguments["model_dir"]), checkpoint_bytes=size)
+
+
 def _divides(model: Any, partitioner: Any, trainer: Any) -> str:
     specs = state_specs(model, trainer.optimizer)
     partitioner.shardings(specs)
     return f"{len(specs)} arrays fit the mesh"
+
+
+def memory_of(device: Any) -> float | None:
+    """GiB that a device gives to programs; None where it does not say, as a CPU."""
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except RuntimeError:
+        limit = None
+    return limit / GIB if limit else None
 
 
 def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | None) -> str:
@@ -120,6 +145,8 @@ def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | N
     slots = accounting.memory({path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)}, partitioner).per_device
     needed = (2 * params + slots) / GIB
     parts = f"parameters {params / GIB:.2f}, gradients as much, optimizer {slots / GIB:.2f}"
+    if device_memory is None:
+        device_memory = memory_of(partitioner.mesh.devices.flat[0])
     text = f"{needed:.2f} GiB on each device before activations ({parts})"
     if device_memory is not None and needed > device_memory:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -135,24 +136,43 @@ def check_vocabulary(model: Any, dataset_cfg: Any) -> None:
         )
 
 
-def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
-    """Makes MODEL_DIR and tries a write; on local disks also looks at the free space.
+def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:
+    """Looks whether a local MODEL_DIR can be written to and has room; writes nothing. What can only be found by writing is found by
+    `make_model_dir`.
 
     Args:
       model_dir: the run's folder.
       checkpoint_bytes: size of one checkpoint, 0 where none is saved.
 
+    Returns:
+      What was found.
+
     Raises:
       ValueError: it cannot be written to, or one checkpoint does not fit.
     """
-    if "://" not in os.fspath(model_dir):
-        existing = next(folder for folder in (model_dir, *model_dir.parents) if folder.exists())
-        free = shutil.disk_usage(os.fspath(existing)).free
-        if free < checkpoint_bytes:
-            raise ValueError(
-                f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: "
-                "free space, keep fewer checkpoints (SaveCheckpointConfig.keep) or choose another folder"
-            )
+    if "://" in os.fspath(model_dir):
+        return f"{model_dir} is not on a local disk: looked at when the run starts"
+    folder = pathlib.Path(os.path.abspath(model_dir))
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        why = "may not be written to" if existing.is_dir() else "is a file"
+        raise ValueError(f"MODEL_DIR {model_dir} cannot be written to ({existing} {why}): choose another folder or free it")
+    free = shutil.disk_usage(existing).free
+    if free < checkpoint_bytes:
+        raise ValueError(
+            f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: "
+            "free space, keep fewer checkpoints (SaveCheckpointConfig.keep) or choose another folder"
+        )
+    return f"{model_dir} can be written to; {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f}"
+
+
+def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
+    """Makes MODEL_DIR and tries a write, after `check_model_dir`, which has the arguments.
+
+    Raises:
+      ValueError: it cannot be written to, or one checkpoint does not fit.
+    """
+    check_model_dir(model_dir, checkpoint_bytes=checkpoint_bytes)
     probe = model_dir / f".write_test_{os.getpid()}"
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
