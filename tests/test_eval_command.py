@@ -108,6 +108,12 @@ def test_all_checkpoints_of_a_mixture(run, tmp_path, capsys):
     # Going on after an interruption leaves out what is there.
     assert eval_command.main(flags("eval", *given, "CHECKPOINT_STEPS=(2, 5)", "SKIP_EVALUATED=True")) == 0
     assert len(rows_of(out / "small_parity" / "metrics.jsonl")) == 2
+    # The average is written last: where a kill came between, the step is not done.
+    path = out / "small_parities" / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert eval_command.main(flags("eval", *given, "CHECKPOINT_STEPS='all'", "SKIP_EVALUATED=True")) == 0
+    assert [row["step"] for row in rows_of(path)] == [2, 5]
+    assert [row["step"] for row in rows_of(out / "small_parity" / "metrics.jsonl")] == [2, 5, 5]
 
 
 def test_batches_are_those_of_seqio():

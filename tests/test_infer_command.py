@@ -75,7 +75,7 @@ def test_ranked_answers_with_shots(checkpoint, tmp_path):
         assert row["inputs"]["inputs_pretokenized"].count(NAME) == 2
 
 
-def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch):
+def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch, capsys):
     draw = ("DECODER=@Sampling()", "Sampling.num_decodes=2", "MODE='predict_with_aux'")
     code, whole = infer(checkpoint, tmp_path / "whole", *draw)
     (rows,) = whole.values()
@@ -102,8 +102,14 @@ def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch):
     assert code == 2
     code, resumed = infer(checkpoint, tmp_path / "resumed", *draw)
     assert code == 0 and list(resumed.values()) == [rows] and len(calls) == 3
-    # Finished: nothing is computed again.
-    assert infer(checkpoint, tmp_path / "resumed", *draw)[0] == 0 and len(calls) == 3
+    # Finished: nothing is computed again, and chunks that a kill has left behind the finished file are removed.
+    left = tmp_path / "resumed" / f"tmp-{NAME}-predict_with_aux-00000-of-00001"
+    left.mkdir()
+    assert infer(checkpoint, tmp_path / "resumed", *draw)[0] == 0 and len(calls) == 3 and not left.exists()
+    # The file of other settings is not taken for the result of these.
+    assert infer(checkpoint, tmp_path / "resumed", *draw, "RANDOM_SEED=1")[0] == 2 and len(calls) == 3
+    message = capsys.readouterr().err
+    assert f"{NAME}-predict_with_aux.jsonl-00000-of-00001 is the result of other settings (data/seed, random_seed): remove it" in message
 
     for shard in (1, 0):
         code, shards = infer(checkpoint, tmp_path / "shards", *draw, f"SHARD_ID={shard}", "NUM_SHARDS=2")
@@ -118,7 +124,8 @@ def test_unfinished_work_of_other_settings_is_named(checkpoint, tmp_path, capsys
     folder.mkdir()
     (folder / predictions.SETTINGS_FILE).write_text("{}")
     assert infer(checkpoint, tmp_path)[0] == 2
-    assert "holds an unfinished job of other settings (mode, checkpoint," in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "holds an unfinished job of other settings (batch_size, checkpoint, " in message and ", data, " in message
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,17 @@ def evaluate(
     evaluator = Evaluator(model, partitioner, num_shards=layout.num_shards)
     results = {}
     for reader in readers:
-        if skip_evaluated and all(_writer(evaluation, name).has_step(reader.step) for name in tasks):
+        if skip_evaluated and all(_writer(evaluation, name).has_step(reader.step) for name in _written(evaluation, tasks)):
             _log.info("step %d has been evaluated", reader.step)
             continue
         results[reader.step] = _one_checkpoint(evaluation, reader, tasks, evaluator, given)
     return results
+
+
+def _written(evaluation: _Evaluation, tasks: Mapping[str, "_Task"]) -> list[str]:
+    """Everything that gets a line at each step: the tasks and, where several have metrics of their own, the mixture with their average."""
+    averaged = sum(task.has_metrics for task in tasks.values()) > 1
+    return [*tasks, *((evaluation.dataset_cfg.mixture_or_task_name,) if averaged else ())]
 
 
 def _one_checkpoint(
@@ -212,6 +218,11 @@ class _Task:
             eos_id=task.eos_id,
             seed=evaluation.random_seed,
         )
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether the task has metrics of its own."""
+        return bool(self._outputs)
 
     def _check_options(self) -> bool:
         """Whether the first example says which answers it allows. A task of a mixture that does not is decoded.
@@ -280,7 +291,7 @@ class _Task:
         path = self._evaluation.output_dir / f"{self._task.name}-{step}.jsonl"
         partial = path.parent / f"{path.name}.partial"
         partial.write_text("".join(lines))
-        partial.rename(path)
+        partial.replace(path)
 
 
 def _writer(evaluation: _Evaluation, name: str) -> MetricWriter:

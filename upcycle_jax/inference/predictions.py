@@ -14,6 +14,7 @@ from etils import epath
 
 from upcycle_jax import distributed
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.data import fingerprints
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
@@ -75,7 +76,9 @@ def infer(
     A line is `{"inputs": {"inputs_pretokenized": ..., ...}, "prediction": "..."}` or `{"inputs": ..., "score": ...}`, in the order of the
     task; predict_with_aux adds `"aux": {"scores": [...], "predictions": [...]}`, all decodes and what the decoder ranks them by; rank gives
     `"prediction": "..."` and `"options": {"...": log-probability, ...}`. Finished
-    batches are kept in `tmp-...` beside the file: the same command goes on from them, and has nothing to do where the file exists.
+    batches are kept in `tmp-...` beside the file: the same command goes on from them, and has nothing to do where the file exists. What
+    it was made with is kept in `settings-<task>-<mode>-<shard>-of-<shards>.json`, so that the file of another checkpoint or of other data
+    is not taken for its result.
 
     Args:
       mode: 'predict', 'predict_with_aux', 'score' (the log-probability of the example's target) or 'rank' (the most likely of the answers
@@ -99,7 +102,7 @@ def infer(
 
     Raises:
       FileNotFoundError: no checkpoint is there.
-      ValueError: settings that cannot run, a checkpoint of another model, or unfinished work of other settings in output_dir.
+      ValueError: settings that cannot run, a checkpoint of another model, or work of other settings in output_dir.
     """
     if mode not in list(Mode):
         raise ValueError(f"mode must be one of {', '.join(repr(str(known)) for known in Mode)}, got {mode!r}")
@@ -143,6 +146,8 @@ def infer(
 
     prepare.check_vocabulary(model, dataset_cfg)
     tasks = task_examples(dataset_cfg, few_shot)
+    data = {name: value for name, value in dataset_cfg.fingerprint().items() if name != "versions"}
+    job = dataclasses.replace(job, settings=json.loads(json.dumps({**job.settings, "data": data})))
     for task in tasks:
         job.check(task.name)
         for example in task.examples(1) if mode == Mode.RANK else ():
@@ -174,6 +179,7 @@ def _infer_task(
     """Writes the chunks of one task that are not there yet, then the file; returns the number of examples computed."""
     if job.file(task.name).exists():
         _log.info("%s is there already", job.file(task.name))
+        job.remove_chunks(task.name)
         return 0
     started, count = time.monotonic(), 0
     finished = job.begin(task.name)
@@ -244,17 +250,24 @@ class _Job:
     def _chunk(self, task: str, index: int) -> epath.Path:
         return self._folder(task) / f"chunk-{index:06}.jsonl"
 
+    def _settings_of_file(self, task: str) -> epath.Path:
+        return self.output_dir / f"settings-{task}-{self.mode}-{self.part}.json"
+
     def check(self, task: str) -> None:
-        """Raises a ValueError where unfinished work of other settings is in the way."""
-        path = self._folder(task) / SETTINGS_FILE
-        if self.file(task).exists() or not path.exists():
+        """Raises a ValueError where work of other settings is in the way."""
+        finished = self.file(task).exists()
+        path = self._settings_of_file(task) if finished else self._folder(task) / SETTINGS_FILE
+        if not path.exists():
+            if finished:
+                _log.warning("%s is there, and nothing says what it was made with: it is left as it is", self.file(task))
             return
-        before = json.loads(path.read_text())
-        different = [name for name, value in self.settings.items() if before.get(name) != json.loads(json.dumps(value))]
+        different = [line.partition(":")[0] for line in fingerprints.differences(json.loads(path.read_text()), self.settings)]
         if different:
+            what = f"{self.file(task)} is the result" if finished else f"{path.parent} holds an unfinished job"
             raise ValueError(
-                f"{path.parent} holds an unfinished job of other settings ({', '.join(different)}): finish it with those, remove the "
-                "folder, or choose another INFER_OUTPUT_DIR"
+                f"{what} of other settings ({', '.join(different)}): "
+                + ("remove it" if finished else "finish it with those, remove the folder")
+                + ", or choose another INFER_OUTPUT_DIR"
             )
 
     def write_files(self, files: Mapping[str, str]) -> None:
@@ -283,17 +296,23 @@ class _Job:
             path = self._chunk(task, index)
             partial = path.parent / f"{path.name}.partial"
             partial.write_text("".join(f"{line}\n" for line in lines))
-            partial.rename(path)
+            partial.replace(path)
 
     def merge(self, task: str, chunks: int) -> None:
-        """Joins all chunks into the finished file and removes their folder."""
+        """Joins all chunks into the finished file, notes its settings and removes the chunks' folder."""
         if distributed.is_first():
             file = self.file(task)
             partial = file.parent / f"{file.name}.partial"
             with partial.open("w") as out:
                 for index in range(chunks):
                     out.write(self._chunk(task, index).read_text())
-            partial.rename(file)
-            self._folder(task).rmtree()
+            self._settings_of_file(task).write_text(json.dumps(self.settings, indent=1))
+            partial.replace(file)
             _log.info("wrote %s", file)
+        self.remove_chunks(task)
         distributed.barrier(f"{task} merged")
+
+    def remove_chunks(self, task: str) -> None:
+        """Removes the folder of chunks, which a call that was killed after the file was whole has left."""
+        if distributed.is_first() and self._folder(task).exists():
+            self._folder(task).rmtree()
