@@ -44,6 +44,7 @@ def test_layers_are_measured_and_shown():
     measured = benchmarks.layer(SHAPE, backward=True, rounds=2)
     assert [m.name for m in measured] == [
         "dense MLP",
+        "experts alone, slots full",
         "experts choose",
         "experts choose, one-hot einsum",
         "tokens choose top-2",
@@ -52,7 +53,7 @@ def test_layers_are_measured_and_shown():
     ]
     assert measured[0].ratio == 1.0 and all(m.seconds > 0 and m.tokens_per_second > 0 for m in measured)
     table = benchmarks.layer_table(measured)
-    assert len(table.splitlines()) == 8 and "| dense MLP | 1.00x |" in table
+    assert len(table.splitlines()) == 9 and "| dense MLP | 1.00x |" in table
 
 
 def test_step_table_divides_the_time_ratio_by_the_flop_ratio():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +24,7 @@ from upcycle_jax.moe import dispatch, dropless
 from upcycle_jax.moe.config import MoeConfig, Stack
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, TokensChoose
+from upcycle_jax.moe.slots import apply_experts
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import initial_state, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
@@ -121,7 +123,8 @@ def _program(function: Callable[..., Any], *arguments: Any) -> _Program:
 
 def layer(shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: int = 15) -> list[Measurement]:
     """An MoE layer with either router of the paper, and the dropless one in the form that 'auto' takes here, against the FLOP-equal dense
-    MLP and, where asked, against one-hot einsum dispatch.
+    MLP and, where asked, against one-hot einsum dispatch. The experts alone, on slots that are already filled, are what no dispatch can
+    be faster than: as many FLOPs as the dense MLP, on smaller products and on E / C times its weights.
 
     Args:
       shape: the size.
@@ -131,7 +134,7 @@ def layer(shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: in
     """
     x = jax.random.normal(jax.random.key(0), (shape.groups, shape.tokens, shape.d), jnp.dtype(shape.dtype))
     dense = MlpBlock(shape.ff * shape.capacity_factor, dtype=jnp.dtype(shape.dtype))
-    programs = {"dense MLP": _layer_program(dense, x, backward)}
+    programs = {"dense MLP": _layer_program(dense, x, backward), "experts alone, slots full": _experts_program(shape, backward)}
     stacks: tuple[tuple[str, Stack], ...] = (("experts choose", "encoder"), (f"tokens choose top-{shape.capacity_factor}", "decoder"))
     for name, stack in stacks:
         moe = MoeLayer(_moe_config(shape), stack, hidden=shape.ff, dtype=jnp.dtype(shape.dtype))
@@ -156,14 +159,27 @@ def _moe_config(shape: LayerShape) -> MoeConfig:
 
 
 def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) -> _Program:
-    params = jax.jit(module.init)(jax.random.key(1), x)["params"]
-    params = jax.tree.map(lambda leaf: leaf.value if hasattr(leaf, "value") else leaf, params, is_leaf=lambda leaf: hasattr(leaf, "value"))
+    params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), x)["params"])
 
     def forward(params: Any, x: jax.Array) -> Any:
         if isinstance(module, MoeLayer):
             return module.apply({"params": params}, x, train=True, mutable=[REPORTS])[0]
         return module.apply({"params": params}, x)
 
+    return _differentiated(forward, params, x, backward)
+
+
+def _experts_program(shape: LayerShape, backward: bool) -> _Program:
+    """The experts' MLPs on slots `[1, E, C, d]`."""
+    slots = shape.groups * shape.tokens * shape.capacity_factor // shape.num_experts
+    x = jax.random.normal(jax.random.key(0), (shape.num_experts, slots, shape.d), jnp.dtype(shape.dtype))
+    expert = MlpBlock(shape.ff, dtype=jnp.dtype(shape.dtype))
+    keys = jax.random.split(jax.random.key(1), shape.num_experts)
+    params = jax.jit(jax.vmap(lambda key: nn.meta.unbox(expert.init(key, x[0])["params"])))(keys)
+    return _differentiated(lambda params, x: apply_experts(expert, params, x, dropout_key=None), params, x[None], backward)
+
+
+def _differentiated(forward: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array, backward: bool) -> _Program:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(forward(params, x).astype(jnp.float32)))
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.moe import grouped
-from upcycle_jax.partitioning import DATA, EXPERT, MODEL
+from upcycle_jax.partitioning import DATA, EXPERT, MODEL, active_mesh_shape, active_platform
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def resolve(dispatch: Dispatch) -> Dispatch:
     Raises:
       ValueError: 'ragged_dot' was asked for where it becomes one masked product per expert.
     """
-    platform = _platform()
+    platform = active_platform()
     if dispatch == "auto":
         return _automatic(platform)
     if dispatch == "ragged_dot" and grouped.ragged_dot_is_masked(platform):
@@ -49,12 +49,6 @@ def _automatic(platform: str) -> Dispatch:
     chosen: Dispatch = "sorted" if grouped.ragged_dot_is_masked(platform) else "ragged_dot"
     _log.info("MoeConfig.dispatch='auto': dropless routers use %r on %s", chosen, platform)
     return chosen
-
-
-def _platform() -> str:
-    """Where the program will run: on the devices of the surrounding mesh, which may be those of another machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def process(
@@ -80,7 +74,7 @@ def process(
     """
     kernels = {name: kernel.astype(tokens.dtype) for name, kernel in kernels.items()}
     local = functools.partial(_local, activations=tuple(activations), dispatch=dispatch)
-    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    shape = active_mesh_shape()
     shards = shape.get(DATA, 1) * shape.get(EXPERT, 1)
     if shards * shape.get(MODEL, 1) == 1:
         return local(tokens, expert, weight, kernels, hidden_scale)

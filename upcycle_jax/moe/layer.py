@@ -24,6 +24,7 @@ from upcycle_jax.moe.dispatch import Choices, Plan
 from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.moe.routing import Group, Router, Routing
 from upcycle_jax.moe.sizes import layer_sizes, sequence_capacity
+from upcycle_jax.moe.slots import apply_experts, init_experts
 from upcycle_jax.partitioning import active_batch_shards, constrain
 
 __all__ = ["REPORTS", "MoeLayer", "MoeReport", "RouterLogits"]
@@ -244,25 +245,24 @@ class _Experts:
         here = (axes.EXPERT_GROUP, None, None, axes.ACTIVATION_EMBED)
         there = (axes.EXPERT_REPLICA_GROUP, axes.ACTIVATION_EXPERT, None, axes.ACTIVATION_EMBED)
         inputs = constrain(constrain(inputs, here), there)
-        expert = nn.vmap(
-            MlpBlock,
-            in_axes=(1, None),
-            out_axes=1,
-            axis_size=layer.config.num_experts,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            metadata_params={nn.PARTITION_NAME: axes.EXPERT},
-        )(
+        initializing = layer.is_initializing()
+        expert = MlpBlock(
             hidden=layer.hidden,
             activations=layer.activations,
             hidden_axis=axes.EXPERT_MLP,
             activation_axes=(axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
             dropout_rate=layer.dropout_rate,
             dtype=layer.dtype,
-            name="expert",
-            parent=layer,
+            name="expert" if initializing else None,
+            parent=layer if initializing else None,
         )
-        return constrain(constrain(expert(inputs, not self.train), there), here)
+        if initializing:
+            outputs = init_experts(expert, inputs, num_experts=layer.config.num_experts)
+        else:
+            params = nn.meta.unbox(layer.variables["params"]["expert"])
+            drops = self.train and layer.dropout_rate > 0
+            outputs = apply_experts(expert, params, inputs, dropout_key=layer.make_rng("dropout") if drops else None)
+        return constrain(constrain(outputs, there), here)
 
     def on_choices(self, tokens: jax.Array, choices: Choices) -> jax.Array:
         """Float32 `[G, S, d]`. The parameters are those that `on_slots` makes; how they are multiplied differs alone."""
