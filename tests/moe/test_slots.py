@@ -1,5 +1,6 @@
 """Experts applied one by one and all at once are the same function of the same parameters."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ CONFIG = MoeConfig(num_experts=4, group_size=16)
 def outputs_and_gradients(stack: str, dropout_rate: float = 0.0):
     layer = MoeLayer(CONFIG, stack, hidden=12, dropout_rate=dropout_rate)
     x = jax.random.normal(jax.random.key(0), (4, 16, 8))
-    variables = layer.init(jax.random.key(1), x)
+    variables = nn.meta.unbox(layer.init(jax.random.key(1), x))
 
     def loss(params, x):
         y, _ = layer.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(2)}, mutable=[REPORTS])
@@ -33,6 +34,17 @@ def test_one_by_one_equals_all_at_once(monkeypatch, stack, dropout_rate):
     monkeypatch.setattr(slots, "LARGE", 0)
     looped = outputs_and_gradients(stack, dropout_rate)
     assert jax.tree.structure(looped) == jax.tree.structure(at_once)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, at_once)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_loop_over_experts_with_groups_on_several_devices(monkeypatch, stack):
+    # Four rows of 16 tokens are four groups, one per device.
+    at_once = outputs_and_gradients(stack)
+    monkeypatch.setattr(slots, "LARGE", 0)
+    with Partitioner(devices=tuple(jax.devices()[:4])).activate():
+        assert slots.loops(1)
+        looped = outputs_and_gradients(stack)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, at_once)
 
 
