@@ -1,9 +1,8 @@
 """The experts of dropless routers: tokens sorted by expert, on one device or on a mesh.
 
-On a mesh every device keeps the experts of its shard of the `expert` axis and sees the tokens of all devices along that axis (an
-all-gather), computes those that chose its experts, and hands back sums (a reduce-scatter). An all-to-all of static shape would have to
-reserve room for every choice on every device, K times as much as gathering each token once, because without a capacity all of them may go
-to one device. Memory is reserved for that case; work follows the load.
+On a mesh every device keeps the experts of its shard of the `expert` axis. All-to-alls along that axis bring it the tokens that chose
+those, each once, and take back one sum of outputs per token (`moe.exchange`). Without a capacity all tokens may go to one device: memory is
+reserved for that case, while work and what is sent follow the load.
 """
 
 import functools
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import ACTIVATIONS
-from upcycle_jax.moe import grouped
-from upcycle_jax.partitioning import DATA, EXPERT, MODEL, active_mesh_shape, active_platform
+from upcycle_jax.moe import exchange, grouped
+from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, MODEL, active_mesh_shape, active_platform
 
 _log = logging.getLogger(__name__)
 
@@ -82,16 +81,25 @@ def process(
     missing = -num_tokens % shards
     tokens, weight = (jnp.pad(a, ((0, missing), (0, 0))) for a in (tokens, weight))
     expert = jnp.pad(expert, ((0, missing), (0, 0)), constant_values=num_experts)
-    rows = PartitionSpec((DATA, EXPERT))
-    kernel_specs = {name: PartitionSpec(EXPERT, MODEL, None) if name == "wo" else PartitionSpec(EXPERT, None, MODEL) for name in kernels}
-    scale_specs = None if hidden_scale is None else PartitionSpec(EXPERT, MODEL)
+    # Axes of one device divide nothing, and where specs name them no gradient is summed over them.
+    single = tuple(axis for axis in MESH_AXES if shape[axis] == 1)
+    rows = PartitionSpec(_first(DATA, EXPERT, *single))
+    held = _first(EXPERT, *single)
+    model = None if MODEL in single else MODEL
+    kernel_specs = {name: PartitionSpec(held, model, None) if name == "wo" else PartitionSpec(held, None, model) for name in kernels}
+    scale_specs = None if hidden_scale is None else PartitionSpec(held, model)
     sharded = jax.shard_map(
-        functools.partial(_on_one_device, local=local),
+        functools.partial(_on_one_device, local=local, shape=shape),
         in_specs=(rows, rows, rows, kernel_specs, scale_specs),
         out_specs=rows,
         check_vma=False,
     )
     return sharded(tokens, expert, weight, kernels, hidden_scale)[:num_tokens]
+
+
+def _first(*mesh_axes: str) -> tuple[str, ...]:
+    """Without repetition, in order."""
+    return tuple(dict.fromkeys(mesh_axes))
 
 
 def _on_one_device(
@@ -102,13 +110,19 @@ def _on_one_device(
     hidden_scale: jax.Array | None,
     *,
     local: Callable[..., jax.Array],
+    shape: Mapping[str, int],
 ) -> jax.Array:
-    num_local = kernels["wo"].shape[0]
-    tokens, expert, weight = (jax.lax.all_gather(a, EXPERT, tiled=True) for a in (tokens, expert, weight))
-    expert = expert - jax.lax.axis_index(EXPERT) * num_local
-    here = (expert >= 0) & (expert < num_local)
-    out = local(tokens, jnp.where(here, expert, num_local), jnp.where(here, weight, 0.0), kernels, hidden_scale)
-    return jax.lax.psum_scatter(jax.lax.psum(out, MODEL), EXPERT, scatter_dimension=0, tiled=True)
+    if shape[EXPERT] == 1:
+        out = local(tokens, expert, weight, kernels, hidden_scale)
+    else:
+        num_local = kernels["wo"].shape[0]
+        slots = exchange.assign(expert // num_local, num_devices=shape[EXPERT])
+        arrived = exchange.send(exchange.Routed(tokens, expert, weight), slots)
+        expert = arrived.expert - jax.lax.axis_index(EXPERT) * num_local
+        here = (expert >= 0) & (expert < num_local)
+        expert, weight = jnp.where(here, expert, num_local), jnp.where(here, arrived.weight, 0.0)
+        out = exchange.sum_back(local(arrived.tokens, expert, weight, kernels, hidden_scale), slots)
+    return jax.lax.psum(out, MODEL) if shape[MODEL] > 1 else out
 
 
 def _local(

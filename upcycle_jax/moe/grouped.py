@@ -71,11 +71,11 @@ def expert_of_row(rows: SortedRows) -> jax.Array:
 def to_rows(tokens: jax.Array, rows: SortedRows) -> jax.Array:
     """Gathers tokens `[N, d]` into rows `[R, d]`; empty rows are zero. Its gradient is a gather, too, where a scatter would be serial."""
     num_tokens, per_token = rows.row.shape
-    return _take(tokens, jnp.where(rows.choice < rows.row.size, rows.choice // per_token, num_tokens))
+    return take(tokens, jnp.where(rows.choice < rows.row.size, rows.choice // per_token, num_tokens))
 
 
 def _to_rows_backward(rows: SortedRows, grad: jax.Array) -> tuple[jax.Array, None]:
-    summed = jnp.sum(_take(grad, rows.row), axis=1, dtype=jnp.float32)
+    summed = jnp.sum(take(grad, rows.row), axis=1, dtype=jnp.float32)
     return summed.astype(grad.dtype), None
 
 
@@ -85,11 +85,11 @@ to_rows.defvjp(lambda tokens, rows: (to_rows(tokens, rows), rows), _to_rows_back
 @jax.custom_vjp
 def to_choices(values: jax.Array, rows: SortedRows) -> jax.Array:
     """Gathers rows `[R, d]` into the choices that they hold, `[N, K, d]`; choices that are not made are zero."""
-    return _take(values, rows.row)
+    return take(values, rows.row)
 
 
 def _to_choices_backward(rows: SortedRows, grad: jax.Array) -> tuple[jax.Array, None]:
-    return _take(grad.reshape(-1, grad.shape[-1]), rows.choice), None
+    return take(grad.reshape(-1, grad.shape[-1]), rows.choice), None
 
 
 to_choices.defvjp(lambda values, rows: (to_choices(values, rows), rows), _to_choices_backward)
@@ -183,7 +183,8 @@ def ragged_dot_is_masked(platform: str) -> bool:
     return dict(cost or {}).get("flops", 0.0) > experts / 2 * 2 * rows * size * size
 
 
-def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+def take(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Gathers along the first axis; zero where the index is beyond the end."""
     return values.at[index].get(mode="fill", fill_value=0)
 
 
