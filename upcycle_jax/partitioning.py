@@ -9,7 +9,7 @@ Mesh axes:
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -191,6 +191,28 @@ def active_batch_shards() -> int:
     """How many ways the mesh of the surrounding `Partitioner.activate` splits a batch; 1 outside of it."""
     shape = active_mesh_shape()
     return shape.get(DATA, 1) * shape.get(EXPERT, 1)
+
+
+def on_batch_shards(function: Callable[[Any, Any], Any], rows: Any, whole: Any) -> Any:
+    """`function(rows, whole)`, called once on every device with the rows that this device has; without a mesh that splits rows, just that.
+
+    For what XLA cannot divide (on CPUs `top_k`): it would gather the operands on every device. Inside nothing crosses devices.
+
+    Args:
+      function: row i of each result follows from row i of each argument and from `whole`. Closes over no arrays.
+      rows: a tree of arrays `[rows, ...]`, split over the mesh's data and expert axes.
+      whole: a tree of arrays that every device has.
+
+    Returns:
+      A tree of arrays `[rows, ...]`, split in the same way.
+
+    Raises:
+      ValueError: the rows are not a multiple of `active_batch_shards()`.
+    """
+    if active_batch_shards() == 1:
+        return function(rows, whole)
+    divided = PartitionSpec((DATA, EXPERT))
+    return jax.shard_map(function, in_specs=(divided, PartitionSpec()), out_specs=divided)(rows, whole)
 
 
 def active_mesh_shape() -> dict[str, int]:

@@ -25,7 +25,7 @@ from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.moe.routing import Group, Router, Routing
 from upcycle_jax.moe.sizes import layer_sizes, sequence_capacity
 from upcycle_jax.moe.slots import apply_experts, init_experts
-from upcycle_jax.partitioning import active_batch_shards, constrain
+from upcycle_jax.partitioning import active_batch_shards, constrain, on_batch_shards
 
 __all__ = ["REPORTS", "MoeLayer", "MoeReport", "RouterLogits"]
 
@@ -119,13 +119,17 @@ class MoeLayer(nn.Module):
                 "router that looks at features"
             )
         batch_size, length, _ = x.shape
-        sizes = layer_sizes(config, router, batch_size, length, train=train, batch_shards=active_batch_shards())
+        batch_shards = active_batch_shards()
+        sizes = layer_sizes(config, router, batch_size, length, train=train, batch_shards=batch_shards)
         grouping = sizes.grouping
+        # Groups that do not divide over devices get company, groups of padding, which are taken away below. Left uneven (XLA would do the
+        # same on every device), the exchange of slots is no all-to-all: slots of all groups go to all devices.
+        spare = -grouping.num_groups % batch_shards
         if valid is None:
             valid = jnp.ones((batch_size, length), bool)
-        tokens = constrain(_group(x, grouping), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
-        real = constrain(_group(valid, grouping), (axes.EXPERT_GROUP, None))
-        ids = _group(token_ids, grouping) if router.needs_token_ids and token_ids is not None else None
+        tokens = constrain(_group(x, grouping, spare), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
+        real = constrain(_group(valid, grouping, spare), (axes.EXPERT_GROUP, None))
+        ids = _group(token_ids, grouping, spare) if router.needs_token_ids and token_ids is not None else None
 
         biased = 0 if router.balance_rate is None else config.num_experts
         router_module = RouterLogits(router.logit_columns(config.num_experts), biased, name="router")
@@ -135,14 +139,15 @@ class MoeLayer(nn.Module):
             # A sequence's capacity follows from its real tokens, whatever padding it came with.
             by_length = np.array([sequence_capacity(config, n, train=train) for n in range(length + 1)], np.int32)
             limits = jnp.asarray(by_length)[jnp.sum(real, axis=-1)]
-        route = functools.partial(self._route, router=router, capacity=sizes.capacity, bias=router_module.selection_bias())
-        routing, report = jax.vmap(route)(logits, real, limits, ids)
-        report = report_lib.over_groups(report, every_group=config.t5x_mode)
+        route = functools.partial(self._route, router=router, capacity=sizes.capacity)
+        groups, bias = (logits, real, limits, ids), router_module.selection_bias()
+        routing, report = on_batch_shards(lambda groups, bias: jax.vmap(lambda *group: route(*group, bias))(*groups), groups, bias)
+        report = report_lib.over_groups(_without(report, spare), every_group=config.t5x_mode)
         self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
         y = self._process(tokens, routing.plan, router, train=train)
         y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
-        y = y.reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
+        y = _without(y, spare).reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
         if config.shared_expert_mlp_dim is not None:
             y = y + self._shared_expert(x, config.shared_expert_mlp_dim, train=train)
         return constrain(y, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
@@ -172,10 +177,10 @@ class MoeLayer(nn.Module):
         real: jax.Array,
         limit: jax.Array | None,
         token_ids: jax.Array | None,
+        bias: jax.Array | None,
         *,
         router: Router,
         capacity: int,
-        bias: jax.Array | None,
     ) -> tuple[Routing, MoeReport]:
         """Routes one group; the arguments are those of `Group`."""
         config = self.config
@@ -287,9 +292,15 @@ class _Experts:
         return out.reshape(*tokens.shape)
 
 
-def _group(x: jax.Array, grouping: capacity_lib.Grouping) -> jax.Array:
-    """`[batch, length, ...]` to `[G, S, ...]`, with T5X mode's padding of zeros."""
+def _group(x: jax.Array, grouping: capacity_lib.Grouping, spare: int) -> jax.Array:
+    """`[batch, length, ...]` to `[G + spare, S, ...]`, with T5X mode's padding of zeros and so many groups of zeros."""
     padding = [(0, grouping.batch_padding), (0, grouping.length_padding)] + [(0, 0)] * (x.ndim - 2)
     if grouping.batch_padding or grouping.length_padding:
         x = jnp.pad(x, padding)
-    return x.reshape(grouping.num_groups, grouping.group_size, *x.shape[2:])
+    x = x.reshape(grouping.num_groups, grouping.group_size, *x.shape[2:])
+    return jnp.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) if spare else x
+
+
+def _without(groups: Any, spare: int) -> Any:
+    """A tree of `[G + spare, ...]` without its last groups."""
+    return jax.tree.map(lambda leaf: leaf[:-spare], groups) if spare else groups
