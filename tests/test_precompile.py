@@ -58,7 +58,18 @@ HloModule jit_step, is_scheduled=true
   ROOT %unused = f32[1000]{0} all-reduce(%p), replica_groups={}, to_apply=%add
 }
 
+%body.2 (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %w1 = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.3
+  ROOT %w2 = (s32[], bf16[4,8]) while(%w1), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"2"}}
+}
+
+%body.3 (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %block = f32[2,8] all-to-all(%x), channel_id=2, replica_groups=[4,8]<=[32], dimensions={0}
+  ROOT %t2 = (s32[], bf16[4,8]) tuple(%i, %exchange)
+}
+
 ENTRY %main (p: f32[10]) -> f32[10] {
+  %layers = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.2, backend_config={"known_trip_count":{"n":"3"}}
   %w = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"6"},"x":1}
   %gather-start = (f32[10]{0}, f32[40]{0}) all-gather-start(%p), replica_groups=[8,4]<=[32], dimensions={0}
   %gather = f32[40]{0} all-gather-done(%gather-start)
@@ -72,8 +83,10 @@ ENTRY %main (p: f32[10]) -> f32[10] {
 
 def test_collectives_are_counted_as_often_as_they_run():
     found = {(item.kind, item.shape): item for item in collectives.collectives(HLO)}
-    # Six trips of a loop, 4 * 8 bfloat16.
-    assert found["all-to-all", "bf16[4,8]"] == Collective("all-to-all", "bf16[4,8]", nbytes=64, group_size=8, times=6)
+    # Six trips of a loop, and two in each of three of another; 4 * 8 bfloat16.
+    assert found["all-to-all", "bf16[4,8]"] == Collective("all-to-all", "bf16[4,8]", nbytes=64, group_size=8, times=6 + 3 * 2)
+    # A loop of unknown length, begun three times, counts one pass of each.
+    assert found["all-to-all", "f32[2,8]"] == Collective("all-to-all", "f32[2,8]", 64, group_size=8, times=3, open_ended=True)
     # The started gather names operand and result: the result counts. The -done is the same gather.
     assert found["all-gather", "f32[40]"] == Collective("all-gather", "f32[40]", nbytes=160, group_size=4, times=1)
     # Two arrays in one reduction over all devices.
@@ -83,12 +96,25 @@ def test_collectives_are_counted_as_often_as_they_run():
     # Groups along two axes of a named mesh.
     assert found["all-gather", "f32[7]"].group_size == 6
     assert found["collective-permute", "f32[10]"].group_size == 2
-    assert len(found) == 6  # a computation that nothing calls does not run
+    assert len(found) == 7  # a computation that nothing calls does not run
 
 
 def test_traffic_is_summed_by_kind_and_group():
     found = [Collective("all-to-all", "a", 100, 8, 6), Collective("all-to-all", "b", 10, 8, 1), Collective("all-reduce", "c", 50, 0, 2)]
-    assert collectives.summary(found) == [Traffic("all-to-all", 8, 7, 610), Traffic("all-reduce", 0, 2, 100)]
+    found.append(Collective("all-to-all", "d", 30, 8, 2, open_ended=True))
+    rounds = Traffic("all-to-all", 8, 2, 60, open_ended=True)
+    assert collectives.summary(found) == [Traffic("all-to-all", 8, 7, 610), Traffic("all-reduce", 0, 2, 100), rounds]
+
+
+def test_rounds_of_unknown_number_are_reported_as_such(compiled):
+    report, rounds = compiled[0], Traffic("all-to-all", 4, 16, 3 * 2**20, open_ended=True)
+    assert "only the running program knows" not in report.text() and "at even load" not in report.text()
+    report = dataclasses.replace(report, step=dataclasses.replace(report.step, traffic=(rounds,)))
+    line = (
+        "all-to-all              16 x,    3.0 MiB per device, among groups of 4; per round of loops whose length only the running program"
+    )
+    assert line in report.text()
+    assert report.cells()[pod_report.COLUMNS.index("all-to-all / device / step")] == "3.0 MiB per round"
 
 
 def test_collectives_of_a_real_program():

@@ -1,10 +1,13 @@
 """FLOPs and memory: by hand, and against what XLA counts."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from upcycle_jax.models import accounting
 from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.moe.routing import DroplessTopK
 from upcycle_jax.partitioning import Partitioner
 
 
@@ -87,3 +90,23 @@ def test_exchanged_bytes_by_hand(tiny):
     assert accounting.exchange_bytes(config, Partitioner(num_expert_partitions=4), **lengths) == 4 * 96 * 16 * 4 // 8
     assert accounting.exchange_bytes(config, Partitioner(), **lengths) == 0
     assert accounting.exchange_bytes(tiny(), Partitioner(num_expert_partitions=4), **lengths) == 0
+    # Computed again, slots go to the experts and back once more: six times.
+    again = dataclasses.replace(config, remat_policy="full")
+    assert accounting.exchange_bytes(again, Partitioner(num_expert_partitions=4), **lengths) == 6 * 96 * 16 * 4 // 8
+    assert not accounting.exchange_follows_load(config)
+
+
+def test_exchanged_bytes_of_a_dropless_router_by_hand(tiny):
+    # One sparse layer in each stack, 4 x 64 and 4 x 32 tokens on eight devices: 32 and 16 on each, two choices, four destinations. An even
+    # share is 16 and 8 tokens for each, and two blocks of 8 and one (the smallest) of 8: 64 and 32 slots.
+    config = tiny(num_experts=4, encoder_router=DroplessTopK(), decoder_router=DroplessTopK())
+    mesh, lengths = Partitioner(num_expert_partitions=4), {"batch_size": 4, "inputs_length": 64, "targets_length": 32}
+    # Float32 of width 16: tokens with two experts and two weights; sums; gradients of sums; gradients of tokens and weights.
+    assert accounting.exchange_bytes(config, mesh, **lengths) == (64 + 32) * 4 * ((16 + 4) + 16 + 16 + (16 + 2))
+    again = dataclasses.replace(config, remat_policy="minimal")
+    assert accounting.exchange_bytes(again, mesh, **lengths) == (64 + 32) * 4 * (2 * (16 + 4) + 16 + 16 + (16 + 2))
+    # In bfloat16 sums of outputs stay float32.
+    narrow = dataclasses.replace(config, dtype="bfloat16")
+    assert accounting.exchange_bytes(narrow, mesh, **lengths) == (64 + 32) * ((32 + 16) + 64 + 64 + (32 + 8))
+    assert accounting.exchange_bytes(config, Partitioner(), **lengths) == 0
+    assert accounting.exchange_follows_load(config)

@@ -149,7 +149,7 @@ def step_flops(workload: Workload) -> float:
 
 
 def exchange_bytes(workload: Workload) -> int:
-    """Bytes of all-to-alls on one device in one step, from the shapes."""
+    """Bytes of all-to-alls on one device in one step, from the shapes; of dropless routers at even load."""
     return step_cost.exchange_bytes(workload.model.config, step_shape(workload), partitioner=workload.partitioner)
 
 

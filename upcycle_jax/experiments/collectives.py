@@ -36,6 +36,7 @@ class Collective:
       nbytes: on one device, of the larger of operand and result.
       group_size: devices that take part together; 0 for all of them, 2 for a permutation's pairs.
       times: how often it runs in one execution of the program; loops of unknown length count once.
+      open_ended: whether it is in such a loop, whose length only the running program knows.
     """
 
     kind: str
@@ -43,23 +44,26 @@ class Collective:
     nbytes: int
     group_size: int
     times: int
+    open_ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind over groups of one size.
+    """Collectives of one kind over groups of one size, inside or outside of loops of unknown length.
 
     Attributes:
       kind: see `Collective`.
       group_size: see `Collective`.
       count: executions.
       nbytes: of all executions together, on one device.
+      open_ended: see `Collective`; count and bytes are then those of one pass.
     """
 
     kind: str
     group_size: int
     count: int
     nbytes: int
+    open_ended: bool = False
 
 
 def collectives(hlo_text: str) -> list[Collective]:
@@ -69,19 +73,23 @@ def collectives(hlo_text: str) -> list[Collective]:
     found = []
     for name, lines in bodies.items():
         for line in lines:
-            if times[name] and (match := _COLLECTIVE.search(line)):
-                found.append(_collective(line, match, name, times[name]))
+            if match := _COLLECTIVE.search(line):
+                item = _collective(line, match, name)
+                for open_ended in (False, True):
+                    if count := times[name, open_ended]:
+                        found.append(dataclasses.replace(item, times=count, open_ended=open_ended))
     return found
 
 
 def summary(found: list[Collective]) -> list[Traffic]:
-    """Totals by kind and group size, most bytes first."""
-    counts: collections.Counter[tuple[str, int]] = collections.Counter()
-    nbytes: collections.Counter[tuple[str, int]] = collections.Counter()
+    """Totals by kind, group size and whether in loops of unknown length, most bytes first."""
+    counts: collections.Counter[tuple[str, int, bool]] = collections.Counter()
+    nbytes: collections.Counter[tuple[str, int, bool]] = collections.Counter()
     for item in found:
-        counts[item.kind, item.group_size] += item.times
-        nbytes[item.kind, item.group_size] += item.times * item.nbytes
-    return [Traffic(*key, count=counts[key], nbytes=total) for key, total in nbytes.most_common()]
+        key = item.kind, item.group_size, item.open_ended
+        counts[key] += item.times
+        nbytes[key] += item.times * item.nbytes
+    return [Traffic(*key[:2], count=counts[key], nbytes=total, open_ended=key[2]) for key, total in nbytes.most_common()]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -100,10 +108,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _callees(line: str) -> Iterator[tuple[str, int]]:
-    """Computations that an instruction runs, and how often."""
-    trips = _TRIPS.search(line)
-    often = int(trips[1]) if trips and " while(" in line else 1
+def _callees(line: str) -> Iterator[tuple[str, int | None]]:
+    """Computations that an instruction runs, and how often; None where only the running program knows."""
+    often: int | None = 1
+    if " while(" in line:
+        trips = _TRIPS.search(line)
+        often = int(trips[1]) if trips else None
     for name in _CALLS.findall(line):
         yield name, often
     for names in _BRANCHES.findall(line):
@@ -111,20 +121,21 @@ def _callees(line: str) -> Iterator[tuple[str, int]]:
             yield name.strip().lstrip("%"), often
 
 
-def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
-    """How often each computation runs when the entry runs once."""
-    times: collections.Counter[str] = collections.Counter()
-    pending = [(entry, 1)]
+def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[tuple[str, bool]]:
+    """How often each computation runs when the entry runs once, outside (False) and inside (True) of loops of unknown length."""
+    times: collections.Counter[tuple[str, bool]] = collections.Counter()
+    pending = [(entry, 1, False)]
     while pending:
-        name, often = pending.pop()
+        name, often, open_ended = pending.pop()
         if name not in bodies:
             continue
-        times[name] += often
-        pending += [(callee, often * factor) for line in bodies[name] for callee, factor in _callees(line)]
+        times[name, open_ended] += often
+        for line in bodies[name]:
+            pending += [(callee, often * (factor or 1), open_ended or factor is None) for callee, factor in _callees(line)]
     return times
 
 
-def _collective(line: str, match: re.Match[str], computation: str, times: int) -> Collective:
+def _collective(line: str, match: re.Match[str], computation: str) -> Collective:
     result = line[line.index(" = ") + 3 : match.start()]
     arrays = [(f"{dtype}[{dims}]", _nbytes(dtype, dims)) for dtype, dims in _ARRAY.findall(result)]
     kind, group_size = match["kind"], _group_size(line)
@@ -136,7 +147,7 @@ def _collective(line: str, match: re.Match[str], computation: str, times: int) -
         kind = "reduce-scatter"  # TPU writes it as an all-reduce that is fused with the slice which each device keeps
     elif kind == "reduce-scatter":
         nbytes *= max(group_size, 1)
-    return Collective(kind, ", ".join(shape for shape, _ in arrays), nbytes, group_size, times)
+    return Collective(kind, ", ".join(shape for shape, _ in arrays), nbytes, group_size, times=1)
 
 
 def _nbytes(dtype: str, dims: str) -> int:

@@ -4,7 +4,9 @@ import dataclasses
 
 from upcycle_jax.experiments import ahead_of_time
 from upcycle_jax.experiments.ahead_of_time import Compiled, State, Workload, gib
+from upcycle_jax.experiments.collectives import Traffic
 from upcycle_jax.experiments.topologies import Topology
+from upcycle_jax.models import accounting
 
 COLUMNS = (
     "configuration",
@@ -71,7 +73,8 @@ class PodReport:
             f"gradients {gib(self.state.parameters)}",
             f"compute        per device and step: {flops:.4g} FLOPs of the model (XLA counts {self.step.flops:.4g}, loop bodies once); "
             f"at the chip's peak {flops / chip.peak_flops * 1e3:.1f} ms",
-            f"exchange       per device and step: {gib(ahead_of_time.exchange_bytes(work))} of all-to-alls, from the shapes",
+            f"exchange       per device and step: {gib(ahead_of_time.exchange_bytes(work))} of all-to-alls, from the shapes"
+            + (" at even load" if accounting.exchange_follows_load(work.model.config) else ""),
             "",
             *self._program(self.step),
         ]
@@ -92,7 +95,7 @@ class PodReport:
         ]
         if program.traffic is None:
             return [*lines, "  collectives unknown: jax cannot read the program of this libtpu; install the one that jax[tpu] names"]
-        lines += [f"  {_traffic_line(item.kind, item.group_size, item.count, item.nbytes)}" for item in program.traffic]
+        lines += [f"  {_traffic_line(item)}" for item in program.traffic]
         return lines if program.traffic else [*lines, "  no collectives"]
 
     def _verdict(self) -> list[str]:
@@ -112,6 +115,8 @@ class PodReport:
         if self.step.traffic is not None:
             sums = [sum(t.nbytes for t in self.step.traffic if (t.kind == "all-to-all") == is_exchange) for is_exchange in (True, False)]
             exchanged, other = (gib(nbytes) if nbytes else "-" for nbytes in sums)
+            if any(item.open_ended for item in self.step.traffic if item.kind == "all-to-all"):
+                exchanged += " per round"
         return [
             self.name,
             f"{ahead_of_time.num_parameters(work):,}",
@@ -152,6 +157,7 @@ def build(name: str, topology: Topology, workload: Workload) -> PodReport:
     )
 
 
-def _traffic_line(kind: str, group_size: int, count: int, nbytes: int) -> str:
-    among = f"groups of {group_size}" if group_size else "all devices"
-    return f"{kind:<20} {count:>5} x, {gib(nbytes):>10} per device, among {among}"
+def _traffic_line(item: Traffic) -> str:
+    among = f"groups of {item.group_size}" if item.group_size else "all devices"
+    rounds = "; per round of loops whose length only the running program knows" if item.open_ended else ""
+    return f"{item.kind:<20} {item.count:>5} x, {gib(item.nbytes):>10} per device, among {among}{rounds}"

@@ -6,12 +6,14 @@ backward). Norms, softmaxes, activations and the optimizer are left out; so are 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from upcycle_jax import axes, trees
 from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe import exchange
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.partitioning import Partitioner
@@ -150,31 +152,51 @@ def expert_slots(config: T5Config, stack: Stack, *, batch_size: int, length: int
     return layer_sizes(moe, moe.router(stack), batch_size, length, train=train).rows
 
 
-EXCHANGES = 4
-"""All-to-alls of an MoE layer in a training step: to the experts and back, and the same for the gradients."""
-
-
 def exchange_bytes(
     config: T5Config, partitioner: Partitioner, *, batch_size: int, inputs_length: int, targets_length: int, train: bool = True
 ) -> int:
-    """Bytes that all-to-alls hand over on each device in a training step: every slot of every MoE layer, in the activations' dtype.
+    """Bytes that all-to-alls hand over on each device in a training step. 0 where experts are not divided.
 
-    The part that stays on its own device (1 / expert partitions) is included, as it is in XLA's shapes. 0 where experts are not divided,
-    and for dropless routers, which exchange by an all-gather and a reduce-scatter instead (`moe.dropless`).
+    Every slot of every MoE layer goes to its expert and comes back, in the activations' dtype, and so do the gradients; where the backward
+    pass computes layers again, both happen once more. What dropless routers send follows the load, which shapes do not tell: counted is an
+    even one (`exchange_follows_load`), tokens and gradients in the activations' dtype, sums of expert outputs and theirs in float32. With
+    `MoeConfig.dispatch` 'gather' slots are added as a batch needs them, and nothing is counted. The part that stays on its own device
+    (1 / expert partitions) is included, as it is in XLA's shapes.
 
     Raises:
       ValueError: the token count does not divide into routing groups.
     """
-    if config.moe is None or partitioner.num_expert_partitions == 1:
+    devices = partitioner.num_expert_partitions
+    if config.moe is None or devices == 1:
         return 0
-    slots = 0
+    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    vector = config.emb_dim * itemsize
+    forwards = 1 if config.remat_policy == "none" else 2
+    nbytes = 0
     lengths: tuple[tuple[Stack, int], ...] = (("encoder", inputs_length), ("decoder", targets_length))
     for stack, length in lengths:
         layers = len(config.sparse_layers(stack))
-        if layers and not config.moe.router(stack).has_room_for_all:
-            slots += layers * expert_slots(config, stack, batch_size=batch_size, length=length, train=train)
-    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
-    return EXCHANGES * slots * config.emb_dim * itemsize // partitioner.num_data_shards
+        if not layers:
+            continue
+        router = config.moe.router(stack)
+        if not router.has_room_for_all:
+            slots = expert_slots(config, stack, batch_size=batch_size, length=length, train=train)
+            nbytes += layers * 2 * (forwards + 1) * slots * vector // partitioner.num_data_shards
+        elif config.moe.dispatch != "gather":
+            choices = round(router.active_experts(config.moe.capacity_factor(train=train)))
+            here = math.ceil(batch_size * length / partitioner.num_data_shards)
+            sent = exchange.slots_at_even_load(here, num_choices=choices, num_devices=devices)
+            # Weights are float32, experts int32. What comes back is not needed twice: it is only added up.
+            there, sums, gradients = vector + 8 * choices, 4 * config.emb_dim, vector + 4 * choices
+            nbytes += layers * sent * (forwards * there + 2 * sums + gradients)
+    return nbytes
+
+
+def exchange_follows_load(config: T5Config) -> bool:
+    """Whether what MoE layers exchange depends on how tokens choose, so that `exchange_bytes` is that of an even load."""
+    moe = config.moe
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    return moe is not None and any(config.sparse_layers(stack) and moe.router(stack).has_room_for_all for stack in stacks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Costs:
       train_flops_per_step: matrix products, forward and backward; 0 for architectures that are not counted.
       hardware_flops_per_step: the same with what the backward pass computes again (`T5Config.remat_policy`).
       device_flops_per_step: what one device executes, elementwise operations, the optimizer and what is not split over the mesh included.
-      exchange_bytes: all-to-alls of one device in a step.
+      exchange_bytes: all-to-alls of one device in a step, at even load.
       activation_bytes: what one device keeps for the backward pass.
       parameter_bytes: in total and per device.
       optimizer_bytes: in total and per device.
@@ -114,7 +114,8 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
     if cost.train_flops_per_step:
         lines.insert(4, f"compute        {_compute(cost)}")
     if cost.exchange_bytes:
-        lines.insert(7, f"exchange       per device and step: {_size(cost.exchange_bytes)} of all-to-alls")
+        even = " at even load" if accounting.exchange_follows_load(settings.model.config) else ""
+        lines.insert(7, f"exchange       per device and step: {_size(cost.exchange_bytes)} of all-to-alls{even}")
     if run.source.damaged:
         lines.append(f"damaged        checkpoints of steps {', '.join(map(str, run.source.damaged))} cannot be read")
     if run.source.start == Start.UPCYCLE:
