@@ -176,7 +176,7 @@ def _experts_program(shape: LayerShape, backward: bool) -> _Program:
     expert = MlpBlock(shape.ff, dtype=jnp.dtype(shape.dtype))
     keys = jax.random.split(jax.random.key(1), shape.num_experts)
     params = jax.jit(jax.vmap(lambda key: nn.meta.unbox(expert.init(key, x[0])["params"])))(keys)
-    return _differentiated(lambda params, x: apply_experts(expert, params, x, dropout_key=None), params, x[None], backward)
+    return _differentiated(lambda params, x: apply_experts(expert, params, x), params, x[None], backward)
 
 
 def _differentiated(forward: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array, backward: bool) -> _Program:

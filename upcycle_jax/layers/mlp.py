@@ -1,7 +1,7 @@
 """The (gated) MLP: the dense block of a transformer layer, and, lifted over an expert axis, the expert."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:
+    """Names of the kernels before the hidden axis, one per activation: `wi`, or `wi_0`, `wi_1`, ... where there are several."""
+    return ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
+
+
+def gated(products: Sequence[jax.Array], activations: Sequence[str]) -> jax.Array:
+    """Hidden activations: each product with an input kernel through its activation, multiplied. All shapes are the same."""
+    return functools.reduce(jnp.multiply, (ACTIVATIONS[name](x) for x, name in zip(products, activations, strict=True)))
 
 
 class MlpBlock(nn.Module):
@@ -40,13 +50,20 @@ class MlpBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Maps `[..., length, d]` to the same shape."""
-        gates = []
-        for i, name in enumerate(self.activations):
-            kernel_name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            y = projection.Projection(self.hidden, (axes.EMBED, self.hidden_axis), dtype=self.dtype, name=kernel_name)(x)
-            gates.append(ACTIVATIONS[name](y))
-        hidden = constrain(functools.reduce(jnp.multiply, gates), self.activation_axes)
+    def __call__(self, x: jax.Array, deterministic: bool = True, *, hidden_scale: jax.Array | None = None) -> jax.Array:
+        """Maps `[..., length, d]` to the same shape.
+
+        Args:
+          x: inputs.
+          deterministic: no dropout.
+          hidden_scale: factor on the hidden activations `[..., length, hidden]`, which it broadcasts to; None for none.
+        """
+        products = [
+            projection.Projection(self.hidden, (axes.EMBED, self.hidden_axis), dtype=self.dtype, name=name)(x)
+            for name in input_kernel_names(self.activations)
+        ]
+        hidden = constrain(gated(products, self.activations), self.activation_axes)
         hidden = projection.dropout(self.dropout_rate)(hidden, deterministic=deterministic)
+        if hidden_scale is not None:
+            hidden = hidden * hidden_scale.astype(hidden.dtype)
         return projection.Projection(x.shape[-1], (self.hidden_axis, axes.EMBED), dtype=self.dtype, name="wo")(hidden)

@@ -50,6 +50,16 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def sums(x: jax.Array) -> jax.Array:
+    """Sums over the last axis of float32 `[..., d]`: `[...]`; where the program will run on CPUs, as a product with ones.
+
+    XLA's reduction for CPUs waits for threads that other products need at that time, and those wait for it (docs/benchmarks.md).
+    """
+    if active_platform() != "cpu":
+        return jnp.sum(x, axis=-1)
+    return jnp.dot(x.reshape(-1, x.shape[-1]), jnp.ones((x.shape[-1], 1), x.dtype)).reshape(x.shape[:-1])
+
+
 def dropout(rate: float, *, broadcast: Sequence[int] = (-2,)) -> nn.Dropout:
     """Dropout whose mask is shared along the length axis, as in T5: a hidden unit is dropped for a whole sequence or not at all."""
     return nn.Dropout(rate=rate, broadcast_dims=tuple(broadcast))

@@ -12,6 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax.layers.projection import sums
+
 
 class Experts(Protocol):
     """The experts of a layer, as plans use them."""
@@ -218,5 +220,19 @@ def dispatch(tokens: jax.Array, assignment: Assignment) -> jax.Array:
 
 def combine(expert_outputs: jax.Array, assignment: Assignment, *, group_size: int) -> jax.Array:
     """Adds `[E, C, d]`, scaled by the combine weights, back to float32 `[S, d]`; tokens without an expert get zero."""
-    weighted = expert_outputs.astype(jnp.float32) * assignment.combine_weight[..., None]
+    weighted = _weighted(expert_outputs.astype(jnp.float32), assignment.combine_weight)
     return jnp.zeros((group_size, expert_outputs.shape[-1]), jnp.float32).at[assignment.token_index].add(weighted, mode="drop")
+
+
+@jax.custom_vjp
+def _weighted(vectors: jax.Array, weight: jax.Array) -> jax.Array:
+    """Vectors `[..., d]` times `weight` `[...]`."""
+    return vectors * weight[..., None]
+
+
+def _weighted_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    vectors, weight = saved
+    return _weighted(grad, weight), sums(vectors * grad)
+
+
+_weighted.defvjp(lambda vectors, weight: (_weighted(vectors, weight), (vectors, weight)), _weighted_backward)

@@ -256,7 +256,6 @@ class _Experts:
             activations=layer.activations,
             hidden_axis=axes.EXPERT_MLP,
             activation_axes=(axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
-            dropout_rate=layer.dropout_rate,
             dtype=layer.dtype,
             name="expert" if initializing else None,
             parent=layer if initializing else None,
@@ -265,8 +264,8 @@ class _Experts:
             outputs = init_experts(expert, inputs, num_experts=layer.config.num_experts)
         else:
             params = nn.meta.unbox(layer.variables["params"]["expert"])
-            drops = self.train and layer.dropout_rate > 0
-            outputs = apply_experts(expert, params, inputs, dropout_key=layer.make_rng("dropout") if drops else None)
+            groups, num_experts = inputs.shape[:2]
+            outputs = apply_experts(expert, params, inputs, hidden_scale=self._dropout((groups, num_experts, 1, layer.hidden)))
         return constrain(constrain(outputs, there), here)
 
     def on_choices(self, tokens: jax.Array, choices: Choices) -> jax.Array:
@@ -274,12 +273,6 @@ class _Experts:
         layer = self.layer
         kernels = {name: leaf["kernel"] for name, leaf in nn.meta.unbox(layer.variables["params"]["expert"]).items()}
         flat, expert, weight = (a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight))
-        scale = None
-        if self.train and layer.dropout_rate > 0:
-            # As in `MlpBlock`, a hidden unit of an expert is dropped for all tokens or for none.
-            keep = 1.0 - layer.dropout_rate
-            shape = kernels["wo"].shape[:2]
-            scale = jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
         out = dropless.process(
             flat,
             expert,
@@ -287,9 +280,18 @@ class _Experts:
             kernels,
             activations=layer.activations,
             dispatch=dropless.resolve(layer.config.dispatch),
-            hidden_scale=scale,
+            hidden_scale=self._dropout(kernels["wo"].shape[:2]),
         )
         return out.reshape(*tokens.shape)
+
+    def _dropout(self, shape: tuple[int, ...]) -> jax.Array | None:
+        """Float32 factors on hidden units of experts: 0 or 1 / (1 - rate), where a unit is dropped for all tokens of a group, or of all
+        groups, or for none; None without dropout."""
+        layer = self.layer
+        if not self.train or layer.dropout_rate == 0:
+            return None
+        keep = 1.0 - layer.dropout_rate
+        return jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
 
 
 def _group(x: jax.Array, grouping: capacity_lib.Grouping, spare: int) -> jax.Array:
