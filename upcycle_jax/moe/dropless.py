@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from upcycle_jax.layers.mlp import ACTIVATIONS
+from upcycle_jax.layers.mlp import gated, input_kernel_names
 from upcycle_jax.moe import exchange, grouped
 from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, MODEL, active_mesh_shape, active_platform
 
@@ -153,9 +153,8 @@ def _mlp(
     hidden_scale: jax.Array | None,
 ) -> jax.Array:
     """`MlpBlock` on rows `[R, d]`, each with its own expert's matrices."""
-    names = ["wi"] if len(activations) == 1 else [f"wi_{i}" for i in range(len(activations))]
-    gates = [ACTIVATIONS[activation](product(x, kernels[name], rows.sizes)) for name, activation in zip(names, activations, strict=True)]
-    hidden = functools.reduce(jnp.multiply, gates)
+    products = [product(x, kernels[name], rows.sizes) for name in input_kernel_names(activations)]
+    hidden = gated(products, activations)
     if hidden_scale is not None:
         hidden = hidden * hidden_scale.at[grouped.expert_of_row(rows)].get(mode="fill", fill_value=0).astype(hidden.dtype)
     return product(hidden, kernels["wo"], rows.sizes)
