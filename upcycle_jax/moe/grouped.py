@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-BLOCKS = (512, 128, 32)
+BLOCKS = (1024, 256, 64, 32)
 """Rows of a block: as many of the first size as fit, then of the next; the last one divides every run."""
 ALIGNMENT = BLOCKS[-1]
 
