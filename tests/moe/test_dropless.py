@@ -140,17 +140,71 @@ def test_ragged_dot_is_masked_here_and_refused(caplog):
     assert len([record for record in caplog.records if "dropless routers use 'sorted' on cpu" in record.message]) == 1
 
 
-@pytest.mark.parametrize(("experts", "model"), [(4, 1), (2, 2), (8, 1), (1, 8)])
-def test_a_mesh_changes_nothing(experts, model):
-    tokens, expert, weight, kernels = problem(3, 61, 8, 2, skew=1.0, skip=0.1)
-    kernels = {name: jnp.concatenate([kernel] * 4, axis=1 if name == "wo" else 2)[..., :] for name, kernel in kernels.items()}
+LOADS = {
+    "random": {"num_tokens": 61, "num_experts": 8, "k": 2, "skew": 1.0, "skip": 0.1},
+    "all want the last expert": {"num_tokens": 256, "num_experts": 8, "k": 1, "skew": 99.0},
+    "no choices": {"num_tokens": 64, "num_experts": 8, "k": 2, "skip": 1.0},
+    "more choices than devices": {"num_tokens": 83, "num_experts": 8, "k": 6, "skip": 0.2},
+}
+MESHES = [(1, 1), (8, 1), (2, 1), (4, 1), (2, 2), (1, 8)]
+"""Expert and model partitions of eight devices: 8x1, 1x8, 4x2, 2x4 (data x expert), 2x2x2, and model partitions alone."""
+
+
+def wide_problem(load):
+    """As `problem`, with hidden units for eight model partitions, and what is dropped of them."""
+    tokens, expert, weight, kernels = problem(3, **LOADS[load])
+    kernels = {name: jnp.concatenate([kernel] * 4, axis=1 if name == "wo" else 2) / 4 for name, kernel in kernels.items()}
+    return tokens, expert, weight, kernels, jax.random.bernoulli(jax.random.key(1), 0.7, (8, 4 * F)) / 0.7
+
+
+@functools.cache
+def on_one_device(load):
+    return jax.jit(loss_and_gradients)(*wide_problem(load))
+
+
+def loss_and_gradients(tokens, expert, weight, kernels, scale):
     target = jax.random.normal(jax.random.key(0), tokens.shape)
 
     def loss(tokens, weight, kernels):
-        return jnp.sum(dropless.process(tokens, expert, weight, kernels, activations=("gelu", "linear"), dispatch="sorted") * target)
+        out = dropless.process(tokens, expert, weight, kernels, activations=("gelu", "linear"), dispatch="sorted", hidden_scale=scale)
+        return jnp.sum(out * target), out
 
-    step = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    want = jax.jit(step)(tokens, weight, kernels)
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(tokens, weight, kernels)
+
+
+QUICK = {("random", mesh) for mesh in MESHES} | {(load, (4, 1)) for load in LOADS}
+
+
+@pytest.mark.parametrize(
+    ("load", "experts", "model"),
+    [pytest.param(load, *mesh, marks=[] if (load, mesh) in QUICK else [pytest.mark.slow]) for load in LOADS for mesh in MESHES],
+)
+def test_a_mesh_changes_nothing(load, experts, model):
+    want = on_one_device(load)
     with Partitioner(num_expert_partitions=experts, num_model_partitions=model).activate():
-        got = jax.jit(step)(tokens, weight, kernels)
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * np.abs(w).max()), got, want)
+        got = jax.jit(loss_and_gradients)(*wide_problem(load))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(np.abs(w).max(), 1)), got, want)
+    if load == "no choices":
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((got[0], got[1][0], got[1][2])))
+
+
+def random_expert_loads():
+    """Any set of preferences: from even to all for one, and tokens that choose less than they may."""
+    return st.tuples(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 4.0]), st.sampled_from([0.0, 0.5, 0.95]))
+
+
+@settings(deadline=None, max_examples=15)
+@given(random_expert_loads(), st.sampled_from([(4, 1), (2, 2)]))
+def test_any_load_on_a_mesh_equals_a_loop_over_tokens(load, mesh):
+    seed, skew, skip = load
+    args = problem(seed, 203, 8, 3, skew=skew, skip=skip)
+    with Partitioner(num_expert_partitions=mesh[0], num_model_partitions=mesh[1]).activate():
+        got = in_sorted_form(*args)
+    np.testing.assert_allclose(got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_one_expert_partition_exchanges_nothing(experts):
+    with Partitioner(num_expert_partitions=experts).activate():
+        traced = str(jax.make_jaxpr(loss_and_gradients)(*wide_problem("random")))
+    assert ("all_to_all" in traced) == ("pmax" in traced) == (experts > 1)
