@@ -166,6 +166,8 @@ def compiled_pods():
         pytest.param("base_dense", marks=pytest.mark.slow),
         "base_upcycled",
         pytest.param("large_dense", marks=pytest.mark.slow),
+        pytest.param("large_upcycled", marks=pytest.mark.slow),
+        pytest.param("xl_dense", marks=pytest.mark.slow),
         pytest.param("xl_upcycled", marks=pytest.mark.slow),
     ],
 )
