@@ -139,7 +139,7 @@ UNEVEN = {
 @pytest.mark.parametrize("case", UNEVEN)
 def test_groups_that_do_not_divide_over_devices_change_nothing(case):
     router, batch, settings = UNEVEN[case]
-    layer, partitioner = make_layer(router, **settings), Partitioner(num_expert_partitions=4)
+    layer, partitioner = make_layer(router, **settings).clone(dropout_rate=0.1), Partitioner(num_expert_partitions=4)
     draw = np.random.default_rng(0)
     x = draw.normal(size=(batch, LENGTH, D)).astype(np.float32)
     valid = np.arange(LENGTH) < draw.integers(0, LENGTH + 1, (batch, 1))
@@ -147,7 +147,8 @@ def test_groups_that_do_not_divide_over_devices_change_nothing(case):
     params = jax.tree.map(lambda spec: draw.normal(size=spec.shape).astype(np.float32) * 0.3, specs)
 
     def loss(params, x):
-        y, sown = layer.apply({"params": params}, x, valid, train=True, rngs={"jitter": jax.random.key(1)}, mutable=[REPORTS])
+        rngs = {"jitter": jax.random.key(1), "dropout": jax.random.key(2)}
+        y, sown = layer.apply({"params": params}, x, valid, train=True, rngs=rngs, mutable=[REPORTS])
         report = sown[REPORTS]["report"]
         return jnp.mean(y**2) + report.auxiliary_loss + report.router_z_loss, (y, report)
 

@@ -139,9 +139,11 @@ class MoeLayer(nn.Module):
             # A sequence's capacity follows from its real tokens, whatever padding it came with.
             by_length = np.array([sequence_capacity(config, n, train=train) for n in range(length + 1)], np.int32)
             limits = jnp.asarray(by_length)[jnp.sum(real, axis=-1)]
-        route = functools.partial(self._route, router=router, capacity=sizes.capacity)
-        groups, bias = (logits, real, limits, ids), router_module.selection_bias()
-        routing, report = on_batch_shards(lambda groups, bias: jax.vmap(lambda *group: route(*group, bias))(*groups), groups, bias)
+
+        def route(groups: Any, bias: jax.Array | None) -> Any:
+            return jax.vmap(functools.partial(self._route, router=router, capacity=sizes.capacity, bias=bias))(*groups)
+
+        routing, report = on_batch_shards(route, (logits, real, limits, ids), router_module.selection_bias())
         report = report_lib.over_groups(_without(report, spare), every_group=config.t5x_mode)
         self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
@@ -177,10 +179,10 @@ class MoeLayer(nn.Module):
         real: jax.Array,
         limit: jax.Array | None,
         token_ids: jax.Array | None,
-        bias: jax.Array | None,
         *,
         router: Router,
         capacity: int,
+        bias: jax.Array | None,
     ) -> tuple[Routing, MoeReport]:
         """Routes one group; the arguments are those of `Group`."""
         config = self.config
