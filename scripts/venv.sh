@@ -3,9 +3,9 @@
 
 VENV="${VENV:-$root/.venv}"
 [[ "$VENV" = /* ]] || VENV="$PWD/$VENV"
-# XLA's CPU backend takes and gives back large buffers in every step; in huge pages (glibc 2.35 or newer, else without effect) that costs far
-# fewer page faults: docs/benchmarks.md has the difference.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+# XLA's CPU backend takes and gives back large buffers in every step. In huge pages (glibc 2.35 or newer), and kept by the allocator instead of
+# given back to the system, that costs far fewer page faults: docs/benchmarks.md has the difference.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1}"
 
 make_venv() {
     local extras="$1" python="${PYTHON:-python3}" stamp wanted

@@ -5,6 +5,7 @@ Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expe
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any
 
@@ -32,6 +33,8 @@ __all__ = ["REPORTS", "MoeLayer", "MoeReport", "RouterLogits"]
 ROOM_FOR_SKEW = 4.0
 """Without drops, slots of an expert that are computed at first, in multiples of its even share."""
 MIN_ROOM = 8
+
+_log = logging.getLogger(__name__)
 
 
 class RouterLogits(nn.Module):
@@ -125,6 +128,8 @@ class MoeLayer(nn.Module):
         # Groups that do not divide over devices get company, groups of padding, which are taken away below. Left uneven (XLA would do the
         # same on every device), the exchange of slots is no all-to-all: slots of all groups go to all devices.
         spare = -grouping.num_groups % batch_shards
+        if spare and train:
+            _warn_of_spare_groups(grouping.num_groups, grouping.group_size, batch_shards)
         if valid is None:
             valid = jnp.ones((batch_size, length), bool)
         tokens = constrain(_group(x, grouping, spare), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
@@ -294,6 +299,21 @@ class _Experts:
             return None
         keep = 1.0 - layer.dropout_rate
         return jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
+
+
+@functools.cache
+def _warn_of_spare_groups(num_groups: int, group_size: int, batch_shards: int) -> None:
+    """Once for each kind of layer: a run's speed suffers silently otherwise."""
+    _log.warning(
+        "MoE layers have %d groups of %d tokens on %d batch shards (data x expert partitions): %d groups of padding are computed beside "
+        "them, and tokens move to the device of their group and back. Choose GROUP_SIZE or BATCH_SIZE (with microbatches: of one) such "
+        "that the groups are a multiple of %d",
+        num_groups,
+        group_size,
+        batch_shards,
+        -num_groups % batch_shards,
+        batch_shards,
+    )
 
 
 def _group(x: jax.Array, grouping: capacity_lib.Grouping, spare: int) -> jax.Array:
