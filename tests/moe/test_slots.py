@@ -14,8 +14,8 @@ from upcycle_jax.partitioning import Partitioner
 CONFIG = MoeConfig(num_experts=4, group_size=16)
 
 
-def outputs_and_gradients(stack: str, dropout_rate: float = 0.0):
-    layer = MoeLayer(CONFIG, stack, hidden=12, dropout_rate=dropout_rate)
+def outputs_and_gradients(stack: str, dropout_rate: float = 0.0, dtype=jnp.float32):
+    layer = MoeLayer(CONFIG, stack, hidden=12, dropout_rate=dropout_rate, dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (4, 16, 8))
     variables = nn.meta.unbox(layer.init(jax.random.key(1), x))
 
@@ -35,6 +35,15 @@ def test_one_by_one_equals_all_at_once(monkeypatch, stack, dropout_rate):
     looped = outputs_and_gradients(stack, dropout_rate)
     assert jax.tree.structure(looped) == jax.tree.structure(at_once)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, at_once)
+
+
+def test_bfloat16_experts_have_float32_gradients_either_way(monkeypatch):
+    at_once = outputs_and_gradients("encoder", dtype=jnp.bfloat16)
+    monkeypatch.setattr(slots, "LARGE", 0)
+    looped = outputs_and_gradients("encoder", dtype=jnp.bfloat16)
+    assert jax.tree.map(jnp.dtype, looped) == jax.tree.map(jnp.dtype, at_once)
+    # bfloat16 has 8 bits: the forms round products and their sums at different places.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype("f4"), b.astype("f4"), rtol=0.05, atol=0.05), looped, at_once)
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

@@ -62,7 +62,7 @@ def apply_experts(expert: MlpBlock, params: Any, inputs: jax.Array, *, hidden_sc
     """
     if loops(inputs.shape[-1] * expert.hidden):
         kernels = {name: leaf["kernel"] for name, leaf in params.items()}
-        return _one_by_one(expert.activations, jnp.dtype(expert.dtype), kernels, inputs, hidden_scale)
+        return _one_by_one(expert.activations, jnp.dtype(expert.dtype), kernels, inputs.astype(expert.dtype), hidden_scale)
 
     def one(params: Any, x: jax.Array, scale: jax.Array | None) -> jax.Array:
         return expert.apply({"params": params}, x, hidden_scale=scale)  # type: ignore[return-value]
@@ -93,7 +93,7 @@ def _one_by_one_forward(
         products = tuple(x @ kernels[name].astype(dtype) for name in input_kernel_names(activations))
         return _hidden(products, scale, activations) @ kernels["wo"].astype(dtype), products
 
-    rows, scale = _rows(inputs.astype(dtype)), None if hidden_scale is None else jnp.moveaxis(hidden_scale, 1, 0)
+    rows, scale = _rows(inputs), None if hidden_scale is None else jnp.moveaxis(hidden_scale, 1, 0)
     outputs, products = jax.lax.map(one, (kernels, rows, scale))
     return _slots(outputs, inputs.shape), _Saved(kernels, rows, products, scale)
 
