@@ -21,10 +21,11 @@ from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.models import accounting
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.moe import dispatch, dropless
+from upcycle_jax.moe import layer as moe_layer
 from upcycle_jax.moe.config import MoeConfig, Stack
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, TokensChoose
-from upcycle_jax.moe.slots import apply_experts
+from upcycle_jax.moe.slots import apply_experts, loops, one_by_one
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import initial_state, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
@@ -170,13 +171,21 @@ def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) ->
 
 
 def _experts_program(shape: LayerShape, backward: bool) -> _Program:
-    """The experts' MLPs on slots `[1, E, C, d]`."""
-    slots = shape.groups * shape.tokens * shape.capacity_factor // shape.num_experts
-    x = jax.random.normal(jax.random.key(0), (shape.num_experts, slots, shape.d), jnp.dtype(shape.dtype))
+    """The experts on slots `[1, E, C, d]`, each with a token of its own, as a layer would apply them here."""
+    capacity = shape.groups * shape.tokens * shape.capacity_factor // shape.num_experts
+    x = jax.random.normal(jax.random.key(0), (1, shape.num_experts * capacity, shape.d), jnp.dtype(shape.dtype))
     expert = MlpBlock(shape.ff, dtype=jnp.dtype(shape.dtype))
     keys = jax.random.split(jax.random.key(1), shape.num_experts)
     params = jax.jit(jax.vmap(lambda key: nn.meta.unbox(expert.init(key, x[0])["params"])))(keys)
-    return _differentiated(lambda params, x: apply_experts(expert, params, x), params, x[None], backward)
+    slots = (1, shape.num_experts, capacity)
+    each = dispatch.Assignment(jnp.arange(x.shape[1]).reshape(slots), jnp.ones(slots))
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        if loops(shape.d * shape.ff):
+            return one_by_one(expert, params, x, each)
+        return apply_experts(expert, params, x.reshape(*slots, shape.d))
+
+    return _differentiated(forward, params, x, backward)
 
 
 def _differentiated(forward: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array, backward: bool) -> _Program:
@@ -188,7 +197,8 @@ def _differentiated(forward: Callable[[Any, jax.Array], Any], params: Any, x: ja
 
 @contextlib.contextmanager
 def one_hot_dispatch() -> Iterator[None]:
-    """While entered, what is traced moves tokens by products with arrays `[S, E, C]`, as T5X's Flaxformer and Mesh TensorFlow do.
+    """While entered, what is traced moves tokens by products with arrays `[S, E, C]`, as T5X's Flaxformer and Mesh TensorFlow do, and
+    applies all experts at once.
 
     The dispatch mask is boolean and converted to the tokens' dtype for its product; the combine array is float32 and differentiated as a
     whole. Who sits where is decided as without it: a mask costs one comparison here, where those build it from one-hot choices by
@@ -205,12 +215,12 @@ def one_hot_dispatch() -> Iterator[None]:
         combine_array = jnp.where(mask(assignment, group_size), assignment.combine_weight, 0.0)
         return jnp.einsum("sec,ecd->sd", combine_array, expert_outputs.astype(jnp.float32))
 
-    before = dispatch.dispatch, dispatch.combine
-    dispatch.dispatch, dispatch.combine = gathered, scattered
+    before = dispatch.dispatch, dispatch.combine, moe_layer.loops
+    dispatch.dispatch, dispatch.combine, moe_layer.loops = gathered, scattered, lambda matrix_size: False
     try:
         yield
     finally:
-        dispatch.dispatch, dispatch.combine = before
+        dispatch.dispatch, dispatch.combine, moe_layer.loops = before
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,9 @@ class Experts(Protocol):
     def on_slots(self, inputs: jax.Array) -> jax.Array:
         """Outputs `[G, E, C, d]` of inputs `[G, E, C, d]`: expert e on row e."""
 
+    def on_assigned(self, tokens: jax.Array, assignment: "Assignment") -> jax.Array:
+        """Float32 `[G, S, d]`: for each token the weighted sum of the outputs of the experts that have a slot for it."""
+
     def on_choices(self, tokens: jax.Array, choices: "Choices") -> jax.Array:
         """Float32 `[G, S, d]`: for each token the weighted sum of the outputs of the experts that it chose."""
 
@@ -92,9 +95,7 @@ class Assignment(Plan):
         return jnp.sum(counted.at[self.token_index].get(mode="fill", fill_value=0.0), axis=-1)
 
     def process(self, tokens: jax.Array, experts: Experts) -> jax.Array:
-        group_size = tokens.shape[1]
-        outputs = experts.on_slots(jax.vmap(dispatch)(tokens, self))
-        return jax.vmap(lambda out, where: combine(out, where, group_size=group_size))(outputs, self)
+        return experts.on_assigned(tokens, self)
 
     def shortened(self, slots: int, *, group_size: int) -> Shortened | None:
         if slots >= self.token_index.shape[-1]:

@@ -18,14 +18,14 @@ from upcycle_jax import axes
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.projection import Projection
 from upcycle_jax.moe import capacity as capacity_lib
-from upcycle_jax.moe import dropless, losses
+from upcycle_jax.moe import dispatch, dropless, losses
 from upcycle_jax.moe import report as report_lib
 from upcycle_jax.moe.config import MoeConfig, Stack
-from upcycle_jax.moe.dispatch import Choices, Plan
+from upcycle_jax.moe.dispatch import Assignment, Choices, Plan
 from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.moe.routing import Group, Router, Routing
 from upcycle_jax.moe.sizes import layer_sizes, sequence_capacity
-from upcycle_jax.moe.slots import apply_experts, init_experts
+from upcycle_jax.moe.slots import apply_experts, init_experts, loops, one_by_one
 from upcycle_jax.partitioning import active_batch_shards, constrain, on_batch_shards
 
 __all__ = ["REPORTS", "MoeLayer", "MoeReport", "RouterLogits"]
@@ -257,28 +257,29 @@ class _Experts:
         here = (axes.EXPERT_GROUP, None, None, axes.ACTIVATION_EMBED)
         there = (axes.EXPERT_REPLICA_GROUP, axes.ACTIVATION_EXPERT, None, axes.ACTIVATION_EMBED)
         inputs = constrain(constrain(inputs, here), there)
-        initializing = layer.is_initializing()
-        expert = MlpBlock(
-            hidden=layer.hidden,
-            activations=layer.activations,
-            hidden_axis=axes.EXPERT_MLP,
-            activation_axes=(axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
-            dtype=layer.dtype,
-            name="expert" if initializing else None,
-            parent=layer if initializing else None,
-        )
-        if initializing:
-            outputs = init_experts(expert, inputs, num_experts=layer.config.num_experts)
+        if layer.is_initializing():
+            outputs = init_experts(self._expert(name="expert", parent=layer), inputs, num_experts=layer.config.num_experts)
         else:
-            params = nn.meta.unbox(layer.variables["params"]["expert"])
             groups, num_experts = inputs.shape[:2]
-            outputs = apply_experts(expert, params, inputs, hidden_scale=self._dropout((groups, num_experts, 1, layer.hidden)))
+            outputs = apply_experts(
+                self._expert(), self._params(), inputs, hidden_scale=self._dropout((groups, num_experts, 1, layer.hidden))
+            )
         return constrain(constrain(outputs, there), here)
+
+    def on_assigned(self, tokens: jax.Array, assignment: Assignment) -> jax.Array:
+        """Float32 `[G, S, d]`. Experts that are looped over take tokens from where they are and add to sums there: no slots are made."""
+        layer = self.layer
+        groups, num_tokens, d = tokens.shape
+        if loops(d * layer.hidden) and not layer.is_initializing():
+            scale = self._dropout((groups, layer.config.num_experts, 1, layer.hidden))
+            return one_by_one(self._expert(), self._params(), tokens, assignment, hidden_scale=scale)
+        outputs = self.on_slots(jax.vmap(dispatch.dispatch)(tokens, assignment))
+        return jax.vmap(lambda out, where: dispatch.combine(out, where, group_size=num_tokens))(outputs, assignment)
 
     def on_choices(self, tokens: jax.Array, choices: Choices) -> jax.Array:
         """Float32 `[G, S, d]`. The parameters are those that `on_slots` makes; how they are multiplied differs alone."""
         layer = self.layer
-        kernels = {name: leaf["kernel"] for name, leaf in nn.meta.unbox(layer.variables["params"]["expert"]).items()}
+        kernels = {name: leaf["kernel"] for name, leaf in self._params().items()}
         flat, expert, weight = (a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight))
         out = dropless.process(
             flat,
@@ -290,6 +291,22 @@ class _Experts:
             hidden_scale=self._dropout(kernels["wo"].shape[:2]),
         )
         return out.reshape(*tokens.shape)
+
+    def _expert(self, **bound: Any) -> MlpBlock:
+        """One expert, whose parameters are all experts' where `bound` names it and its parent."""
+        layer = self.layer
+        return MlpBlock(
+            hidden=layer.hidden,
+            activations=layer.activations,
+            hidden_axis=axes.EXPERT_MLP,
+            activation_axes=(axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
+            dtype=layer.dtype,
+            **(bound or {"parent": None}),
+        )
+
+    def _params(self) -> Any:
+        """Of the experts, with a leading E."""
+        return nn.meta.unbox(self.layer.variables["params"]["expert"])
 
     def _dropout(self, shape: tuple[int, ...]) -> jax.Array | None:
         """Float32 factors on hidden units of experts: 0 or 1 / (1 - rate), where a unit is dropped for all tokens of a group, or of all
