@@ -112,7 +112,9 @@ def test_every_token_meets_its_devices_once(seed, sizes, skip, skew):
     destination = np.where(rng.random(destination.shape) < skip, DEVICES, destination)
     x, weight, target = (np.float32(rng.normal(size=(8 * n, size))) for size in (3, k, 3))
     got, want = (f(x, weight, destination, target) for f in (on_devices, without_devices))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-4), got, want)
+    # The first result is a sum of up to a thousand numbers, the others are single ones.
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-3)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got[1], want[1])
 
 
 def test_slots_that_are_not_sent_arrive_as_no_choice():
