@@ -1,4 +1,6 @@
-"""Packaging: the library, the SeqIO tasks (as `upcycle_jax.tasks`) and the gin files (as data in `upcycle_jax/gin_configs`)."""
+"""Packaging: the library, the SeqIO tasks (as `upcycle_jax.tasks`) and the gin files (as data in
+`upcycle_jax/gin_configs`).
+"""
 
 import os
 import pathlib
@@ -9,10 +11,15 @@ import setuptools
 ROOT = pathlib.Path(__file__).resolve().parent
 os.chdir(ROOT)
 
-VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "upcycle_jax" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"',
+    (ROOT / "upcycle_jax" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+).group(1)
 
-# Ranges are pinned on both sides: these libraries change behaviour between minor releases. TensorFlow is not named: SeqIO asks for
-# tensorflow-text, which asks for the one TensorFlow that it was built against; naming tensorflow-cpu as well would install both.
+# Ranges are pinned on both sides: these libraries change behaviour between minor releases.
+# TensorFlow is not named: SeqIO asks for tensorflow-text, which asks for the one TensorFlow that it
+# was built against; naming tensorflow-cpu as well would install both.
 REQUIREMENTS = [
     "absl-py>=2.1,<3",
     "array_record>=0.8,<0.9",
@@ -36,8 +43,8 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    # torch is pinned exactly: package indexes that hold a CPU build serve it for this version, which is far smaller. It and
-    # transformers are only the oracle of the Hugging Face tests.
+    # torch is pinned exactly: package indexes that hold a CPU build serve it for this version,
+    # which is far smaller. It and transformers are only the oracle of the Hugging Face tests.
     "test": [
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
@@ -48,14 +55,20 @@ EXTRAS = {
         "transformers>=5,<6",
     ],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
-    # Compiles for TPUs on any Linux machine (upcycle_jax.precompile). Half a gigabyte, and jax then looks for TPUs: best in an environment
-    # of its own. jax names the libtpu whose programs it can read: with a newer one, some cannot be shown.
+    # Compiles for TPUs on any Linux machine (upcycle_jax.precompile). Half a gigabyte, and jax then
+    # looks for TPUs: best in an environment of its own. jax names the libtpu whose programs it can
+    # read: with a newer one, some cannot be shown.
     "precompile": ["jax[tpu]>=0.10,<0.12"],
     "gpu": ["jax[cuda12]>=0.10,<0.12"],
-    # The paper's tasks (C4, SuperGLUE). t5 asks for seqio-nightly, which holds the same `seqio` package as the release: keep the release.
+    # The paper's tasks (C4, SuperGLUE). t5 asks for seqio-nightly, which holds the same `seqio`
+    # package as the release: keep the release.
     "t5": ["t5==0.9.4"],
-    # Not on PyPI, so named by their public repositories; nothing here imports them (docs/t5x.md). An upload to PyPI has to leave this out.
-    "t5x": ["t5x @ git+https://github.com/google-research/t5x.git", "flaxformer @ git+https://github.com/google/flaxformer.git"],
+    # Not on PyPI, so named by their public repositories; nothing here imports them (docs/t5x.md).
+    # An upload to PyPI has to leave this out.
+    "t5x": [
+        "t5x @ git+https://github.com/google-research/t5x.git",
+        "flaxformer @ git+https://github.com/google/flaxformer.git",
+    ],
     "parquet": ["pyarrow>=17,<30"],
     "wandb": ["wandb>=0.18,<1"],
 }
@@ -65,7 +78,10 @@ def packages() -> tuple[list[str], dict[str, str]]:
     """Package names and the folders of those that do not lie under `upcycle_jax/`."""
     names = setuptools.find_packages(include=["upcycle_jax", "upcycle_jax.*"])
     folders = {"upcycle_jax": "upcycle_jax"}
-    for folder, name in (("tasks", "upcycle_jax.tasks"), ("gin_configs", "upcycle_jax.gin_configs")):
+    for folder, name in (
+        ("tasks", "upcycle_jax.tasks"),
+        ("gin_configs", "upcycle_jax.gin_configs"),
+    ):
         folders[name] = folder
         names.append(name)
         if folder == "tasks":
@@ -78,7 +94,9 @@ NAMES, FOLDERS = packages()
 setuptools.setup(
     name="upcycle_jax",
     version=VERSION,
-    description="Sparse upcycling of dense checkpoints into Mixture-of-Experts models, in the shape of T5X.",
+    description=(
+        "Sparse upcycling of dense checkpoints into Mixture-of-Experts models, in the shape of T5X."
+    ),
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -86,7 +104,10 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=NAMES,
     package_dir=FOLDERS,
-    package_data={"upcycle_jax.gin_configs": ["**/*.gin"], "upcycle_jax.experiments": ["paper_data/*.csv"]},
+    package_data={
+        "upcycle_jax.gin_configs": ["**/*.gin"],
+        "upcycle_jax.experiments": ["paper_data/*.csv"],
+    },
     include_package_data=False,
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

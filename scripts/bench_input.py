@@ -1,10 +1,12 @@
-"""Prints how many examples a second the input gives, from a cache and on the fly, against those that train steps consume on this machine.
+"""Prints how many examples a second the input gives, from a cache and on the fly, against those
+that train steps consume on this machine.
 
-    python scripts/bench_input.py                                   # tiny and small, as runs/pretrain.gin feeds them but for the batch
-    python scripts/bench_input.py --sizes tiny --inputs 128 --targets 40 --batch_size 32
+    python scripts/bench_input.py                                   # tiny and small, as
+    runs/pretrain.gin feeds them but for the batch python scripts/bench_input.py --sizes tiny
+    --inputs 128 --targets 40 --batch_size 32
 
-A step and its input share the processors of a CPU machine; on an accelerator's host the input has them to itself. The cache is written to a
-temporary folder first.
+A step and its input share the processors of a CPU machine; on an accelerator's host the input has
+them to itself. The cache is written to a temporary folder first.
 """
 
 import argparse
@@ -33,16 +35,26 @@ def rate(batches: Iterator[Any], batch_size: int, *, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def inputs(task: str, lengths: dict[str, int], batch_size: int, *, seconds: float) -> dict[str, float]:
+def inputs(
+    task: str, lengths: dict[str, int], batch_size: int, *, seconds: float
+) -> dict[str, float]:
     """Examples a second of each way to read the task."""
     from upcycle_jax.data.cache_writing import CacheOptions, write_caches
 
     on_the_fly = DatasetConfig(task, lengths, batch_size=batch_size, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        written = write_caches(on_the_fly, CacheOptions(output_cache_dir=pathlib.Path(folder), report=lambda line: None))
-        records = sum(split.records for cache in written for split in cache.manifest.splits.values())
-        print(f"caching: {records / (time.perf_counter() - began):,.0f} documents/s, {records:,} documents")
+        written = write_caches(
+            on_the_fly,
+            CacheOptions(output_cache_dir=pathlib.Path(folder), report=lambda line: None),
+        )
+        records = sum(
+            split.records for cache in written for split in cache.manifest.splits.values()
+        )
+        print(
+            f"caching: {records / (time.perf_counter() - began):,.0f} documents/s, {records:,}"
+            " documents"
+        )
         configure(cache_dirs=[folder])
         cached = DatasetConfig(task, lengths, batch_size=batch_size, seed=0, use_cached=True)
         return {
@@ -52,7 +64,9 @@ def inputs(task: str, lengths: dict[str, int], batch_size: int, *, seconds: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="embedded_text_span_corruption")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"])
     parser.add_argument("--batch_size", type=int, default=8)
@@ -71,14 +85,27 @@ def main() -> None:
     for size in args.sizes:
         names = (
             (f"models/t5_1_1_{size}.gin", []),
-            (f"models/t5_1_1_{size}_upcycled.gin", ["NUM_EXPERTS=8", f"GROUP_SIZE={args.group_size}"]),
+            (
+                f"models/t5_1_1_{size}_upcycled.gin",
+                ["NUM_EXPERTS=8", f"GROUP_SIZE={args.group_size}"],
+            ),
         )
-        models = [config.load([name], ["DROPOUT_RATE=0.0", *bindings]).macro("MODEL") for name, bindings in names]
-        steps = benchmarks.train_steps(size, models, trainer, batch_size=args.batch_size, rounds=args.rounds, **lengths)
+        models = [
+            config.load([name], ["DROPOUT_RATE=0.0", *bindings]).macro("MODEL")
+            for name, bindings in names
+        ]
+        steps = benchmarks.train_steps(
+            size, models, trainer, batch_size=args.batch_size, rounds=args.rounds, **lengths
+        )
         for kind, measured in (("dense", steps.dense), ("upcycled", steps.upcycled)):
             needed = args.batch_size / measured.seconds
-            ratios = ", ".join(f"{name} {examples / needed:,.0f} times that" for name, examples in given.items())
-            print(f"step {size} {kind:<9} {needed:>12,.1f} examples/s ({1 / measured.seconds:.2f} steps/s): {ratios}")
+            ratios = ", ".join(
+                f"{name} {examples / needed:,.0f} times that" for name, examples in given.items()
+            )
+            print(
+                f"step {size} {kind:<9} {needed:>12,.1f} examples/s ({1 / measured.seconds:.2f}"
+                f" steps/s): {ratios}"
+            )
 
 
 if __name__ == "__main__":

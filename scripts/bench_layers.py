@@ -1,10 +1,13 @@
-"""Prints what loops over layers (SCAN_LAYERS) and recomputation (REMAT_POLICY) do to a train step: compile time, memory, FLOPs.
+"""Prints what loops over layers (SCAN_LAYERS) and recomputation (REMAT_POLICY) do to a train step:
+compile time, memory, FLOPs.
 
-    python scripts/bench_layers.py --model=t5_1_1_small --batch_size=64
-    python scripts/bench_layers.py --model=t5_1_1_large_upcycled --batch_size=8 --forms unscanned scanned --gin.NUM_EXPERTS=8
+    python scripts/bench_layers.py --model=t5_1_1_small --batch_size=64 python
+    scripts/bench_layers.py --model=t5_1_1_large_upcycled --batch_size=8 --forms unscanned scanned
+    --gin.NUM_EXPERTS=8
 
-Nothing is executed, so any size can be asked for; the programs are those of one device of this machine's kind. `peak` is what the step
-needs beside its arguments, `estimate` the same from shapes alone (models/step_memory.py), `FLOPs` the matrix products it executes.
+Nothing is executed, so any size can be asked for; the programs are those of one device of this
+machine's kind. `peak` is what the step needs beside its arguments, `estimate` the same from shapes
+alone (models/step_memory.py), `FLOPs` the matrix products it executes.
 """
 
 import argparse
@@ -30,7 +33,9 @@ FORMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="t5_1_1_small")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--inputs", type=int, default=64)
@@ -40,13 +45,28 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     bindings = [item.removeprefix("--gin.") for item in rest if item.startswith("--gin.")]
     if len(bindings) < len(rest):
-        parser.error(f"unknown arguments {[item for item in rest if not item.startswith('--gin.')]}")
+        parser.error(
+            f"unknown arguments {[item for item in rest if not item.startswith('--gin.')]}"
+        )
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
-    print(f"{benchmarks.hardware()}; {args.model}, {args.batch_size} rows of {args.inputs} + {args.targets}, {args.dtype}\n")
-    print("| form | compile s | peak MiB | estimate MiB | FLOPs |\n| --- | ---: | ---: | ---: | ---: |", flush=True)
+    print(
+        f"{benchmarks.hardware()}; {args.model}, {args.batch_size} rows of {args.inputs} +"
+        f" {args.targets}, {args.dtype}\n"
+    )
+    print(
+        "| form | compile s | peak MiB | estimate MiB | FLOPs |\n| --- | ---: | ---: | ---: |"
+        " ---: |",
+        flush=True,
+    )
     for form in args.forms:
         scan, remat = FORMS[form]
-        settings = ["DROPOUT_RATE=0.0", f"ACTIVATION_DTYPE={args.dtype!r}", f"SCAN_LAYERS={scan}", f"REMAT_POLICY={remat!r}", *bindings]
+        settings = [
+            "DROPOUT_RATE=0.0",
+            f"ACTIVATION_DTYPE={args.dtype!r}",
+            f"SCAN_LAYERS={scan}",
+            f"REMAT_POLICY={remat!r}",
+            *bindings,
+        ]
         work = Workload(
             model=config.load([f"models/{args.model}.gin"], settings).macro("MODEL"),
             trainer=trainer,
@@ -55,9 +75,15 @@ def main() -> None:
             task_feature_lengths={"inputs": args.inputs, "targets": args.targets},
         )
         compiled = ahead_of_time.compile_train_step(work)
-        peak, estimate = (value / 2**20 for value in (compiled.temporary_bytes, ahead_of_time.memory(work).temporaries))
+        peak, estimate = (
+            value / 2**20
+            for value in (compiled.temporary_bytes, ahead_of_time.memory(work).temporaries)
+        )
         flops = ahead_of_time.all_flops(work).hardware
-        print(f"| {form} | {compiled.seconds:.0f} | {peak:,.0f} | {estimate:,.0f} | {flops:.3g} |", flush=True)
+        print(
+            f"| {form} | {compiled.seconds:.0f} | {peak:,.0f} | {estimate:,.0f} | {flops:.3g} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

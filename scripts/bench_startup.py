@@ -1,10 +1,11 @@
-"""Start-up: seconds until `train --help` has answered, and from the start of the process to the first step of the tiny model.
+"""Start-up: seconds until `train --help` has answered, and from the start of the process to the
+first step of the tiny model.
 
-    python scripts/bench_startup.py                    # with an empty compilation cache
-    python scripts/bench_startup.py --compiled         # and again with the programs of the first run
+    python scripts/bench_startup.py                    # with an empty compilation cache python
+    scripts/bench_startup.py --compiled         # and again with the programs of the first run
 
-Both are processes of their own; the load average says what else ran. The first step is the first line of `train/metrics.jsonl`: it includes
-imports, data, compilation and the step.
+Both are processes of their own; the load average says what else ran. The first step is the first
+line of `train/metrics.jsonl`: it includes imports, data, compilation and the step.
 """
 
 import argparse
@@ -35,10 +36,26 @@ def cpu_seconds() -> float:
 
 def seconds_to_first_step(model_dir: pathlib.Path, compiled: pathlib.Path) -> float:
     """Seconds from the start of a training process to its first reported step."""
-    bindings = [f"MODEL_DIR='{model_dir}'", "TRAIN_STEPS=1", "STATS_PERIOD=1", "train.train_eval_dataset_cfg=None", "EVAL_PERIOD=None"]
+    bindings = [
+        f"MODEL_DIR='{model_dir}'",
+        "TRAIN_STEPS=1",
+        "STATS_PERIOD=1",
+        "train.train_eval_dataset_cfg=None",
+        "EVAL_PERIOD=None",
+    ]
     files = ["models/t5_1_1_tiny.gin", "runs/pretrain.gin", "runs/quickstart.gin"]
-    command = [sys.executable, "-m", "upcycle_jax.train", *(f"--gin_file={name}" for name in files), *(f"--gin.{b}" for b in bindings)]
-    environ = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "upcycle_jax.train",
+        *(f"--gin_file={name}" for name in files),
+        *(f"--gin.{b}" for b in bindings),
+    ]
+    environ = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     started = time.time()
     subprocess.run(command, check=True, env=environ, stderr=subprocess.DEVNULL)
     (row,) = map(json.loads, (model_dir / "train" / "metrics.jsonl").read_text().splitlines())
@@ -47,17 +64,29 @@ def seconds_to_first_step(model_dir: pathlib.Path, compiled: pathlib.Path) -> fl
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiled", action="store_true", help="also with compiled programs at hand")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="also with compiled programs at hand"
+    )
     repeat = parser.parse_args().compiled
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-    print(f"train --help               {min(seconds_of_help() for _ in range(3)):6.2f} s (best of three)")
+    print(
+        f"train --help               {min(seconds_of_help() for _ in range(3)):6.2f} s (best of"
+        " three)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name in ("empty cache", "compiled")[: 1 + repeat]:
             before = cpu_seconds()
-            seconds = seconds_to_first_step(pathlib.Path(folder, name.replace(" ", "_")), pathlib.Path(folder, "programs"))
+            seconds = seconds_to_first_step(
+                pathlib.Path(folder, name.replace(" ", "_")), pathlib.Path(folder, "programs")
+            )
             used = cpu_seconds() - before
-            print(f"first step, {name:<14} {seconds:6.2f} s; whole process {used:.1f} CPU s; load average {os.getloadavg()[0]:.1f}")
+            print(
+                f"first step, {name:<14} {seconds:6.2f} s; whole process {used:.1f} CPU s; load"
+                f" average {os.getloadavg()[0]:.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Time, speed against a plain copy, peak memory and new bytes of four ways to upcycle one checkpoint.
+"""Time, speed against a plain copy, peak memory and new bytes of four ways to upcycle one
+checkpoint.
 
-    python scripts/bench_surgery.py --megabytes 990 --experts 8 [--ways reference,streaming,encoded,noise,online,naive] [--folder DIR]
+    python scripts/bench_surgery.py --megabytes 990 --experts 8 [--ways
+    reference,streaming,encoded,noise,online,naive] [--folder DIR]
 
-The plain copy reads the dense file, writes as many bytes as the materialised result has, and calls fsync: the ratio of a way is
-that copy's time / its time, so 1.0 is as fast as the disk path allows and more is faster. Every way runs in a process of its own.
+The plain copy reads the dense file, writes as many bytes as the materialised result has, and calls
+fsync: the ratio of a way is that copy's time / its time, so 1.0 is as fast as the disk path allows
+and more is faster. Every way runs in a process of its own.
 """
 
 import argparse
@@ -30,7 +33,10 @@ def trees(megabytes: float, experts: int):
     from upcycle_jax.trees import LeafSpec
 
     hidden = max(64, int(megabytes * 2**20 / (4 * LAYERS * 3 * D_MODEL)) // 64 * 64)
-    dense, sparse = {"state/step": LeafSpec((), np.dtype(np.int32))}, {"state/step": LeafSpec((), np.dtype(np.int32))}
+    dense, sparse = (
+        {"state/step": LeafSpec((), np.dtype(np.int32))},
+        {"state/step": LeafSpec((), np.dtype(np.int32))},
+    )
     for layer in range(LAYERS):
         for name in ("wi_0", "wi_1", "wo"):
             shape = (hidden, D_MODEL) if name == "wo" else (D_MODEL, hidden)
@@ -38,7 +44,9 @@ def trees(megabytes: float, experts: int):
             dense[f"{path}/{name}/kernel"] = LeafSpec(shape, np.dtype(np.float32))
             if layer % 2:
                 names = (axes.EXPERT, None, None)
-                sparse[f"{path}/expert/{name}/kernel"] = LeafSpec((experts, *shape), np.dtype(np.float32), names)
+                sparse[f"{path}/expert/{name}/kernel"] = LeafSpec(
+                    (experts, *shape), np.dtype(np.float32), names
+                )
             else:
                 sparse[f"{path}/{name}/kernel"] = LeafSpec(shape, np.dtype(np.float32))
         if layer % 2:
@@ -93,7 +101,9 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
                 continue
             origin = name.replace("expert/", "")
             stacked = (
-                np.repeat(tree[origin][None], experts, axis=0) if "/expert/" in name else tree.get(name, np.zeros(spec.shape, np.float32))
+                np.repeat(tree[origin][None], experts, axis=0)
+                if "/expert/" in name
+                else tree.get(name, np.zeros(spec.shape, np.float32))
             )
             tree[name] = stacked
             writer.write(name, None, stacked)
@@ -102,8 +112,22 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
     os.sync()
     synced = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    new = sum(p.stat().st_size for p in output.rglob("*") if p.is_file() and p.stat().st_nlink == 1) if output.exists() else 0
-    print(json.dumps({"way": way, "seconds": seconds, "synced": synced, "peak_mib": peak / 1024, "new_mib": new / 2**20}))
+    new = (
+        sum(p.stat().st_size for p in output.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
+        if output.exists()
+        else 0
+    )
+    print(
+        json.dumps(
+            {
+                "way": way,
+                "seconds": seconds,
+                "synced": synced,
+                "peak_mib": peak / 1024,
+                "new_mib": new / 2**20,
+            }
+        )
+    )
 
 
 def plain_copy(folder: pathlib.Path, total: int) -> float:
@@ -124,7 +148,9 @@ def plain_copy(folder: pathlib.Path, total: int) -> float:
 
 def main() -> None:
     """Parses flags and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, default=256, help="size of the dense checkpoint")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--ways", default=",".join(WAYS))
@@ -140,16 +166,43 @@ def main() -> None:
         total = sum(spec.nbytes for spec in trees(args.megabytes, args.experts)[1].values())
         copy = plain_copy(folder, total)
         print(
-            f"dense {args.megabytes:.0f} MiB, {args.experts} experts, result {total / 2**20:.0f} MiB; plain read+write+fsync {copy:.2f} s"
+            f"dense {args.megabytes:.0f} MiB, {args.experts} experts, result {total / 2**20:.0f}"
+            f" MiB; plain read+write+fsync {copy:.2f} s"
         )
-        print(f"{'way':<10} {'seconds':>8} {'with sync':>10} {'ratio':>7} {'peak MiB':>9} {'new MiB':>8}")
+        print(
+            f"{'way':<10} {'seconds':>8} {'with sync':>10} {'ratio':>7} {'peak MiB':>9}"
+            f" {'new MiB':>8}"
+        )
         for way in args.ways.split(","):
-            command = [sys.executable, __file__, "--one", way, "--folder", str(folder), "--megabytes", str(args.megabytes)]
-            done = subprocess.run([*command, "--experts", str(args.experts)], stdout=subprocess.PIPE, text=True, check=True)
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                way,
+                "--folder",
+                str(folder),
+                "--megabytes",
+                str(args.megabytes),
+            ]
+            done = subprocess.run(
+                [*command, "--experts", str(args.experts)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             found = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(folder / way, ignore_errors=True)
-            numbers = (found["seconds"], found["synced"], copy / found["synced"], found["peak_mib"], found["new_mib"])
-            print("{:<10} {:>8.2f} {:>10.2f} {:>7.2f} {:>9.0f} {:>8.1f}".format(way, *numbers), flush=True)
+            numbers = (
+                found["seconds"],
+                found["synced"],
+                copy / found["synced"],
+                found["peak_mib"],
+                found["new_mib"],
+            )
+            print(
+                "{:<10} {:>8.2f} {:>10.2f} {:>7.2f} {:>9.0f} {:>8.1f}".format(way, *numbers),
+                flush=True,
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

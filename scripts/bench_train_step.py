@@ -1,7 +1,9 @@
-"""Prints the upcycled model's train step against the dense model's and against the ratio of their FLOPs, measured in one process.
+"""Prints the upcycled model's train step against the dense model's and against the ratio of their
+FLOPs, measured in one process.
 
     python scripts/bench_train_step.py                    # tiny, small and base on one device
-    python scripts/bench_train_step.py --sizes base --batch_size=64 --inputs=512 --targets=128 --dtype=bfloat16
+    python scripts/bench_train_step.py --sizes base --batch_size=64 --inputs=512 --targets=128
+    --dtype=bfloat16
 
 Run it on a quiet machine.
 """
@@ -16,7 +18,9 @@ from upcycle_jax.training.trainer import Trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -27,15 +31,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
-    print(f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}, E {args.experts}, {args.dtype}\n")
-    shared = ["DROPOUT_RATE=0.0", f"ACTIVATION_DTYPE={args.dtype!r}", "LOSS_NORMALIZING_FACTOR='NUM_REAL_TARGET_TOKENS'"]
+    print(
+        f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}, E"
+        f" {args.experts}, {args.dtype}\n"
+    )
+    shared = [
+        "DROPOUT_RATE=0.0",
+        f"ACTIVATION_DTYPE={args.dtype!r}",
+        "LOSS_NORMALIZING_FACTOR='NUM_REAL_TARGET_TOKENS'",
+    ]
     sparse = [f"NUM_EXPERTS={args.experts}", f"GROUP_SIZE={args.group_size}"]
     lengths = {"batch_size": args.batch_size, "inputs": args.inputs, "targets": args.targets}
     measured = []
     for size in args.sizes:
-        names = (f"models/t5_1_1_{size}.gin", shared), (f"models/t5_1_1_{size}_upcycled.gin", shared + sparse)
+        names = (
+            (f"models/t5_1_1_{size}.gin", shared),
+            (
+                f"models/t5_1_1_{size}_upcycled.gin",
+                shared + sparse,
+            ),
+        )
         models = [config.load([name], bindings).macro("MODEL") for name, bindings in names]
-        measured.append(benchmarks.train_steps(size, models, trainer, rounds=args.rounds, **lengths))
+        measured.append(
+            benchmarks.train_steps(size, models, trainer, rounds=args.rounds, **lengths)
+        )
     print(benchmarks.step_table(measured))
 
 

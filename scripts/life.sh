@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The whole life of a run on CPU, on data that needs no download, with a check after every stage: cache, pre-train, kill -9, resume, upcycle,
-# continue through a SIGTERM, fine-tune, evaluate, infer in two jobs. Fails loudly at the first thing that does not hold; prints what was verified.
-#   ./scripts/life.sh            1400 training steps
-#   ./scripts/life.sh --smoke    160 steps: the same stages; its scores mean nothing (docs/benchmarks.md has how long it took)
-# Killed, it goes on with the stage that it was in when called again; stages that interrupt a run begin anew then. Results: $LIFE_DIR
-# (default life/). LIFE_PYTHON names the interpreter of an environment that has the library; without it .venv is made, as
-# scripts/quickstart.sh does.
+# The whole life of a run on CPU, on data that needs no download, with a check after every stage:
+# cache, pre-train, kill -9, resume, upcycle, continue through a SIGTERM, fine-tune, evaluate, infer
+# in two jobs. Fails loudly at the first thing that does not hold; prints what was verified.
+#   ./scripts/life.sh            1400 training steps ./scripts/life.sh --smoke    160 steps: the
+#   same stages; its scores mean nothing (docs/benchmarks.md has how long it took)
+# Killed, it goes on with the stage that it was in when called again; stages that interrupt a run
+# begin anew then. Results: $LIFE_DIR (default life/). LIFE_PYTHON names the interpreter of an
+# environment that has the library; without it .venv is made, as scripts/quickstart.sh does.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -47,14 +48,16 @@ stage() {
     fi
 }
 
-# verify CHECK ARGUMENT...: one check of scripts/life_check.py; what it says is kept for the summary.
+# verify CHECK ARGUMENT...: one check of scripts/life_check.py; what it says is kept for the
+# summary.
 verify() {
     local said
     said="$("$python" "$root/scripts/life_check.py" "$@")"
     printf '  verified: %s\n' "$said" | tee -a "done/$current.partial"
 }
 
-# training NAME MODEL RUN STEPS [FLAG...]: sets `words` to the command of a training run in $out/NAME that reports every step.
+# training NAME MODEL RUN STEPS [FLAG...]: sets `words` to the command of a training run in
+# $out/NAME that reports every step.
 training() {
     local name="$1" model="$2" run="$3" steps="$4"
     shift 4
@@ -68,8 +71,8 @@ train() {
     "${words[@]}" 2>>"$1.log" || { tail -20 "$1.log" >&2; return 1; }
 }
 
-# interrupt SIGNAL STEP NAME MODEL RUN STEPS [FLAG...]: starts that training run and sends it SIGNAL once it has saved checkpoint_STEP.
-# The exit status is that of the run.
+# interrupt SIGNAL STEP NAME MODEL RUN STEPS [FLAG...]: starts that training run and sends it SIGNAL
+# once it has saved checkpoint_STEP. The exit status is that of the run.
 interrupt() {
     local signal="$1" checkpoint="$3/checkpoint_$2" log="$3.log" waited=0
     shift 2

@@ -1,13 +1,15 @@
-"""What scripts/life.sh asserts, one line each: prints what holds, or says on standard error what does not and exits with 1.
+"""What scripts/life.sh asserts, one line each: prints what holds, or says on standard error what
+does not and exits with 1.
 
 python scripts/life_check.py same_losses RUN REFERENCE     every step's loss is equal, bit for bit
-python scripts/life_check.py state RUN STATE               `upcycle_jax.runs` says so
-python scripts/life_check.py restarted RUN PERIOD          the run was started again at a multiple of the save period, and finished
-python scripts/life_check.py falls RUN                     the training loss fell
-python scripts/life_check.py proof CHECKPOINT              the conversion's proof holds
-python scripts/life_check.py continued RUN CHECKPOINT      the run begins with that checkpoint's step
-python scripts/life_check.py evaluated FOLDER METRIC       inference evaluation wrote the metric of every task and step
-python scripts/life_check.py interleaved WHOLE PART...     the parts of an inference are the whole, each example once
+python scripts/life_check.py state RUN STATE               `upcycle_jax.runs` says so python
+scripts/life_check.py restarted RUN PERIOD          the run was started again at a multiple of the
+save period, and finished python scripts/life_check.py falls RUN                     the training
+loss fell python scripts/life_check.py proof CHECKPOINT              the conversion's proof holds
+python scripts/life_check.py continued RUN CHECKPOINT      the run begins with that checkpoint's
+step python scripts/life_check.py evaluated FOLDER METRIC       inference evaluation wrote the
+metric of every task and step python scripts/life_check.py interleaved WHOLE PART...     the parts
+of an inference are the whole, each example once
 """
 
 import json
@@ -36,8 +38,14 @@ def losses(run: str) -> dict[int, float]:
 
 
 def cached(folder: str) -> str:
-    found = {path.parent.name: path.parent for path in sorted(pathlib.Path(folder).glob("*/manifest.json"))}
-    sizes = {name: sum(file.stat().st_size for file in task.rglob("*") if file.is_file()) for name, task in found.items()}
+    found = {
+        path.parent.name: path.parent
+        for path in sorted(pathlib.Path(folder).glob("*/manifest.json"))
+    }
+    sizes = {
+        name: sum(file.stat().st_size for file in task.rglob("*") if file.is_file())
+        for name, task in found.items()
+    }
     if not sizes or not all(size > 2**16 for size in sizes.values()):
         raise Failed(f"{folder} has no whole cache: {sizes}")
     return "cached " + ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for name, size in sizes.items())
@@ -45,15 +53,28 @@ def cached(folder: str) -> str:
 
 def same_losses(run: str, reference: str) -> str:
     mine, wanted = losses(run), losses(reference)
-    different = sorted(step for step in mine.keys() | wanted.keys() if mine.get(step) != wanted.get(step))
+    different = sorted(
+        step for step in mine.keys() | wanted.keys() if mine.get(step) != wanted.get(step)
+    )
     if different:
         step = different[0]
-        raise Failed(f"{len(different)} of {len(wanted)} steps differ, first {step}: {mine.get(step)} here, {wanted.get(step)} there")
-    return f"losses of all {len(wanted)} steps equal those of the run that was never stopped, bit for bit"
+        raise Failed(
+            f"{len(different)} of {len(wanted)} steps differ, first {step}: {mine.get(step)} here,"
+            f" {wanted.get(step)} there"
+        )
+    return (
+        f"losses of all {len(wanted)} steps equal those of the run that was never stopped, bit"
+        " for bit"
+    )
 
 
 def state(run: str, wanted: str) -> str:
-    listed = subprocess.run([sys.executable, "-m", "upcycle_jax.runs", run, "--json"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        [sys.executable, "-m", "upcycle_jax.runs", run, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     (found,) = json.loads(listed.stdout)
     if found["state"] != wanted:
         raise Failed(f"{run} is {found['state']} ({found['why']}), not {wanted}")
@@ -63,8 +84,16 @@ def state(run: str, wanted: str) -> str:
 def restarted(run: str, period: str) -> str:
     manifest = json.loads(pathlib.Path(run, "manifest.json").read_text())
     steps = [start["step"] for start in manifest["starts"]]
-    if len(steps) < 2 or steps[-1] == 0 or steps[-1] % int(period) or manifest["status"] != "finished":
-        raise Failed(f"started at steps {steps}, status {manifest['status']}: expected a second start at a multiple of {period}")
+    if (
+        len(steps) < 2
+        or steps[-1] == 0
+        or steps[-1] % int(period)
+        or manifest["status"] != "finished"
+    ):
+        raise Failed(
+            f"started at steps {steps}, status {manifest['status']}: expected a second start at a"
+            f" multiple of {period}"
+        )
     return f"resumed at step {steps[-1]}, finished at {manifest['step']}"
 
 
@@ -88,14 +117,24 @@ def proof(checkpoint: str) -> str:
 def continued(run: str, checkpoint: str) -> str:
     manifest = json.loads(pathlib.Path(run, "manifest.json").read_text())
     step = int(checkpoint.rpartition("_")[2])
-    if manifest["start_step"] != step or not str(manifest["restored_from"]["path"]).endswith(f"checkpoint_{step}"):
+    if manifest["start_step"] != step or not str(manifest["restored_from"]["path"]).endswith(
+        f"checkpoint_{step}"
+    ):
         raise Failed(f"{run} started at {manifest['start_step']} from {manifest['restored_from']}")
     return f"began at step {step}, at step {manifest['step']} now"
 
 
 def evaluated(folder: str, metric: str) -> str:
-    found = {path.parent.name: rows(path) for path in sorted(pathlib.Path(folder, "inference_eval").glob("*/metrics.jsonl"))}
-    values = {f"{task} step {row['step']}": row[metric] for task, lines in found.items() for row in lines if metric in row}
+    found = {
+        path.parent.name: rows(path)
+        for path in sorted(pathlib.Path(folder, "inference_eval").glob("*/metrics.jsonl"))
+    }
+    values = {
+        f"{task} step {row['step']}": row[metric]
+        for task, lines in found.items()
+        for row in lines
+        if metric in row
+    }
     if not values:
         raise Failed(f"{folder}/inference_eval has no {metric}: {sorted(found)}")
     return f"{metric} " + ", ".join(f"{value:.2f} ({name})" for name, value in values.items())
@@ -106,12 +145,25 @@ def interleaved(whole: str, *parts: str) -> str:
     shards = [pathlib.Path(part).read_text().splitlines() for part in parts]
     got = [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
     if got != wanted or not wanted:
-        raise Failed(f"{len(got)} examples in {len(parts)} parts are not the {len(wanted)} of {whole}")
+        raise Failed(
+            f"{len(got)} examples in {len(parts)} parts are not the {len(wanted)} of {whole}"
+        )
     return f"{len(wanted)} examples in {len(parts)} parts, each once, equal to those of one job"
 
 
 CHECKS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (cached, same_losses, state, restarted, falls, proof, continued, evaluated, interleaved)
+    f.__name__: f
+    for f in (
+        cached,
+        same_losses,
+        state,
+        restarted,
+        falls,
+        proof,
+        continued,
+        evaluated,
+        interleaved,
+    )
 }
 
 

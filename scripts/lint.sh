@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Formatter, linter and type checker, in the environment of scripts/test.sh. `./scripts/lint.sh --fix` repairs what can be repaired.
+# Formatter, linter and type checker, in the environment of scripts/test.sh. `./scripts/lint.sh
+# --fix` repairs what can be repaired.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/venv.sh"

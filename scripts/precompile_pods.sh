@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Compiles the shipped pod configurations for their TPU slices, on this machine, and prints the table of docs/pods.md.
+# Compiles the shipped pod configurations for their TPU slices, on this machine, and prints the
+# table of docs/pods.md.
 #
 #   scripts/precompile_pods.sh                      # all: about an hour of one CPU core
 #   scripts/precompile_pods.sh base_upcycled        # one: about five minutes
 #
-# Makes .venv_precompile if absent: libtpu (half a gigabyte) must not be in the environment of the tests, where jax would look for TPUs.
-# Ends with code 1 when a configuration does not fit, saying what to change.
+# Makes .venv_precompile if absent: libtpu (half a gigabyte) must not be in the environment of the
+# tests, where jax would look for TPUs. Ends with code 1 when a configuration does not fit, saying
+# what to change.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$root/.venv_precompile}"

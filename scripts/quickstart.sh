@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# The whole story on CPU: pre-train a small dense T5 1.1, upcycle it, continue both, train the same MoE from scratch, compare.
-#   ./scripts/quickstart.sh            about a quarter of an hour on two cores, installation included
-#   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
-# Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default quickstart/). Words after the options go to every
-# training run and to the conversion, e.g. --gin.TEXT_FILES="{'mail': ['mail/*.txt'], 'code': ['src/**/*.py']}" --gin.MIXTURE_OR_TASK_NAME="'mine'".
+# The whole story on CPU: pre-train a small dense T5 1.1, upcycle it, continue both, train the same
+# MoE from scratch, compare.
+#   ./scripts/quickstart.sh            about a quarter of an hour on two cores, installation
+#   included ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean
+#   nothing
+# Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default
+# quickstart/). Words after the options go to every training run and to the conversion, e.g.
+# --gin.TEXT_FILES="{'mail': ['mail/*.txt'], 'code': ['src/**/*.py']}"
+# --gin.MIXTURE_OR_TASK_NAME="'mine'".
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -28,7 +32,8 @@ started=$SECONDS
 # say TEXT: a heading with the time so far.
 say() { printf '\n=== [%d:%02d] %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$1"; }
 
-# train NAME MODEL RUN STEPS [FLAG...]: a training run in $out/NAME. A finished one is not started again, a killed one resumes.
+# train NAME MODEL RUN STEPS [FLAG...]: a training run in $out/NAME. A finished one is not started
+# again, a killed one resumes.
 train() {
     local name="$1" model="$2" run="$3" steps="$4"
     shift 4

@@ -1,10 +1,12 @@
-# To be sourced: make_venv EXTRAS makes $VENV (default .venv of the checkout) if absent and installs the project into it. The
-# installation is repeated only when the requirements, the extras or the interpreter have changed.
+# To be sourced: make_venv EXTRAS makes $VENV (default .venv of the checkout) if absent and installs
+# the project into it. The installation is repeated only when the requirements, the extras or the
+# interpreter have changed.
 
 VENV="${VENV:-$root/.venv}"
 [[ "$VENV" = /* ]] || VENV="$PWD/$VENV"
-# XLA's CPU backend takes and gives back large buffers in every step. In huge pages (glibc 2.35 or newer), and kept by the allocator instead of
-# given back to the system, that costs far fewer page faults: docs/benchmarks.md has the difference.
+# XLA's CPU backend takes and gives back large buffers in every step. In huge pages (glibc 2.35 or
+# newer), and kept by the allocator instead of given back to the system, that costs far fewer page
+# faults: docs/benchmarks.md has the difference.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1}"
 
 make_venv() {

@@ -1,8 +1,10 @@
-"""C4 span corruption, the paper's pre-training task. The data come from TFDS: prepare them, or name their folder with --tfds_data_dir.
+"""C4 span corruption, the paper's pre-training task. The data come from TFDS: prepare them, or name
+their folder with --tfds_data_dir.
 
-Registers `c4_span_corruption` (TFDS c4/en:3.1.0, the version that TFDS prepares today) with this project's own preprocessors; and, where
-the package `t5` is installed, T5's own `c4_v220_span_corruption` (c4/en:2.2.0, on which the paper's checkpoints were trained).
-Vocabulary: T5's 32,000 pieces and 100 sentinels at gs://t5-data, unless VOCABULARY names a local copy.
+Registers `c4_span_corruption` (TFDS c4/en:3.1.0, the version that TFDS prepares today) with this
+project's own preprocessors; and, where the package `t5` is installed, T5's own
+`c4_v220_span_corruption` (c4/en:2.2.0, on which the paper's checkpoints were trained). Vocabulary:
+T5's 32,000 pieces and 100 sentinels at gs://t5-data, unless VOCABULARY names a local copy.
 """
 
 import functools

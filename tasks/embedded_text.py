@@ -1,10 +1,12 @@
-"""Real text of two clearly different domains that needs no download: Python source, and documentation prose.
+"""Real text of two clearly different domains that needs no download: Python source, and
+documentation prose.
 
-The default data of the quickstart and of tests. Both are made of what is installed, so they differ between environments: their sha256
-is part of a run's data fingerprint. Byte vocabulary with 100 sentinels (359 ids).
+The default data of the quickstart and of tests. Both are made of what is installed, so they differ
+between environments: their sha256 is part of a run's data fingerprint. Byte vocabulary with 100
+sentinels (359 ids).
 
-Registers, for each objective (span_corruption, prefix_lm, ul2): `python_source_<objective>`, `documentation_prose_<objective>`, and
-their mixture at equal rates, `embedded_text_<objective>`.
+Registers, for each objective (span_corruption, prefix_lm, ul2): `python_source_<objective>`,
+`documentation_prose_<objective>`, and their mixture at equal rates, `embedded_text_<objective>`.
 """
 
 import seqio
@@ -22,5 +24,9 @@ SOURCES = {
 for _objective in objectives.OBJECTIVES:
     for _domain, _source in SOURCES.items():
         _name = f"{_domain}_{_objective}"
-        seqio.TaskRegistry.add_provider(_name, sources.language_model_task(_name, _source, VOCABULARY, objective=_objective))
-    seqio.MixtureRegistry.add(f"embedded_text_{_objective}", [(f"{_domain}_{_objective}", 1.0) for _domain in SOURCES])
+        seqio.TaskRegistry.add_provider(
+            _name, sources.language_model_task(_name, _source, VOCABULARY, objective=_objective)
+        )
+    seqio.MixtureRegistry.add(
+        f"embedded_text_{_objective}", [(f"{_domain}_{_objective}", 1.0) for _domain in SOURCES]
+    )

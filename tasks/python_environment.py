@@ -1,7 +1,8 @@
-"""Real text that every Python environment holds: the source of the standard library, and the documentation written inside packages.
+"""Real text that every Python environment holds: the source of the standard library, and the
+documentation written inside packages.
 
-No module is imported to read it: source files are parsed. The texts differ by Python and package versions, so each corpus carries
-versions, counts and sha256.
+No module is imported to read it: source files are parsed. The texts differ by Python and package
+versions, so each corpus carries versions, counts and sha256.
 """
 
 import ast
@@ -20,7 +21,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from upcycle_jax.data.documents import Corpus, Document, build_corpus
 
-_NOT_SOURCE = frozenset({"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__", "_vendor", "testing"})
+_NOT_SOURCE = frozenset(
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "_vendor",
+        "testing",
+    }
+)
 _TOPICS = "pydoc_data/topics.py"
 
 PROSE_PACKAGES = (
@@ -36,9 +49,15 @@ PROSE_PACKAGES = (
     "seqio",
     "tensorflow-datasets",
 )
-"""Distributions whose docstrings and descriptions are read, where installed. All are dependencies of the library or of SeqIO."""
+"""Distributions whose docstrings and descriptions are read, where installed. All are dependencies
+of the library or of SeqIO.
+"""
 
-_IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "tensorflow-datasets": "tensorflow_datasets"}
+_IMPORT_NAMES = {
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
 
 _EXTRACTION = 1
 """Raise when the rules below change: it is part of the cache's key."""
@@ -52,7 +71,9 @@ def _standard_library() -> pathlib.Path:
 
 
 def _source_files(root: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
-    """Python files under `root` with their relative names, without tests and installed packages, sorted by name."""
+    """Python files under `root` with their relative names, without tests and installed packages,
+    sorted by name.
+    """
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_SOURCE]
@@ -67,24 +88,34 @@ def _read(path: pathlib.Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return None  # a few library files declare another encoding on purpose; they are not worth a special case
+        # a few library files declare another encoding on purpose; they are not worth a special case
+        return None
 
 
 @functools.cache
 def python_source() -> Corpus:
-    """The standard library's source, one document a file, without tests, IDLE and installed packages (about 11 MB).
+    """The standard library's source, one document a file, without tests, IDLE and installed
+    packages (about 11 MB).
 
     Raises:
       ValueError: the interpreter has no source files (a frozen or zipped standard library).
     """
     root = _standard_library()
-    documents = [Document(text, key=f"stdlib/{name}") for name, path in _source_files(root) if name != _TOPICS and (text := _read(path))]
+    documents = [
+        Document(text, key=f"stdlib/{name}")
+        for name, path in _source_files(root)
+        if name != _TOPICS and (text := _read(path))
+    ]
     if len(documents) < 2:
         raise ValueError(
-            f"the standard library at {root} holds no Python source (frozen or zipped?): use a Python that has it, or your own text "
-            "with TEXT_FILES"
+            f"the standard library at {root} holds no Python source (frozen or zipped?): use a"
+            " Python that has it, or your own text with TEXT_FILES"
         )
-    return build_corpus("python_source", documents, origin={"kind": "standard library source", "python": platform.python_version()})
+    return build_corpus(
+        "python_source",
+        documents,
+        origin={"kind": "standard library source", "python": platform.python_version()},
+    )
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
@@ -115,7 +146,9 @@ def strip_doctests(text: str) -> str:
 
 
 def _prose_of_source(text: str, seen: set[str]) -> str:
-    """The docstrings of one source text, joined, without interactive examples, without those in `seen` (which grows)."""
+    """The docstrings of one source text, joined, without interactive examples, without those in
+    `seen` (which grows).
+    """
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -130,7 +163,9 @@ def _prose_of_source(text: str, seen: set[str]) -> str:
 
 
 def _topics(text: str) -> Iterator[tuple[str, str]]:
-    """The language reference's topics, from the source of `pydoc_data.topics`: one dictionary of name -> text."""
+    """The language reference's topics, from the source of `pydoc_data.topics`: one dictionary of
+    name -> text.
+    """
     for node in ast.parse(text).body:
         value = getattr(node, "value", None)
         if isinstance(value, ast.Dict):
@@ -149,7 +184,9 @@ def package_versions(packages: Sequence[str] = PROSE_PACKAGES) -> dict[str, str]
 
 
 def _prose_documents(packages: Sequence[str]) -> Iterator[Document]:
-    """Keys of the standard library's files equal those of `python_source`: a file's source and docstrings share a split."""
+    """Keys of the standard library's files equal those of `python_source`: a file's source and
+    docstrings share a split.
+    """
     seen: set[str] = set()
     for name, path in _source_files(_standard_library()):
         text = _read(path)
@@ -162,10 +199,14 @@ def _prose_documents(packages: Sequence[str]) -> Iterator[Document]:
             yield Document(prose, key=f"stdlib/{name}")
     for package in packages:
         distribution = importlib.metadata.distribution(package)
-        description = distribution.metadata.get("Description") or distribution.metadata.get_payload()
+        description = (
+            distribution.metadata.get("Description") or distribution.metadata.get_payload()
+        )
         if isinstance(description, str) and description.strip():
             yield Document(description, key=f"{package}/description")
-        folder = pathlib.Path(os.fspath(distribution.locate_file(_IMPORT_NAMES.get(package, package))))
+        folder = pathlib.Path(
+            os.fspath(distribution.locate_file(_IMPORT_NAMES.get(package, package)))
+        )
         for name, path in _source_files(folder):
             if (text := _read(path)) and (prose := _prose_of_source(text, seen)):
                 yield Document(prose, key=f"{package}/{name}")
@@ -174,7 +215,9 @@ def _prose_documents(packages: Sequence[str]) -> Iterator[Document]:
 def _cache_file(identity: Mapping[str, object], name: str = "documentation_prose") -> pathlib.Path:
     folder = os.environ.get(CACHE_VARIABLE)
     if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "upcycle_jax")
+        folder = os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "upcycle_jax"
+        )
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return pathlib.Path(folder, f"{name}-{key}.json.gz")
 
@@ -191,7 +234,10 @@ def _save_cache(path: pathlib.Path, documents: Sequence[Document]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=3) as file:
+        with (
+            os.fdopen(handle, "wb") as raw,
+            gzip.open(raw, "wt", encoding="utf-8", compresslevel=3) as file,
+        ):
             json.dump([[document.key, document.text] for document in documents], file)
         os.replace(temporary, path)
     except OSError:
@@ -199,13 +245,19 @@ def _save_cache(path: pathlib.Path, documents: Sequence[Document]) -> None:
 
 
 def prose_documents() -> tuple[list[Document], dict[str, str]]:
-    """The documents of `documentation_prose`, keyed `stdlib/<file>`, `<package>/<file>` or `topics/<name>`; and the packages' versions.
+    """The documents of `documentation_prose`, keyed `stdlib/<file>`, `<package>/<file>` or
+    `topics/<name>`; and the packages' versions.
 
-    Parsing takes several seconds, so the extracted text is kept in `$UPCYCLE_JAX_CACHE` (default: `~/.cache/upcycle_jax`) under a key of
-    all the versions and places that it depends on.
+    Parsing takes several seconds, so the extracted text is kept in `$UPCYCLE_JAX_CACHE` (default:
+    `~/.cache/upcycle_jax`) under a key of all the versions and places that it depends on.
     """
     versions = package_versions()
-    identity = {"extraction": _EXTRACTION, "python": sys.version, "stdlib": os.fspath(_standard_library()), "packages": versions}
+    identity = {
+        "extraction": _EXTRACTION,
+        "python": sys.version,
+        "stdlib": os.fspath(_standard_library()),
+        "packages": versions,
+    }
     identity["library"] = sysconfig.get_paths()["purelib"]
     path = _cache_file(identity)
     documents = _load_cache(path)
@@ -217,7 +269,9 @@ def prose_documents() -> tuple[list[Document], dict[str, str]]:
 
 @functools.cache
 def documentation_prose() -> Corpus:
-    """Documentation written in English inside the environment: docstrings, language reference topics, package descriptions."""
+    """Documentation written in English inside the environment: docstrings, language reference
+    topics, package descriptions.
+    """
     documents, versions = prose_documents()
     origin = {"kind": "documentation", "python": platform.python_version(), "packages": versions}
     return build_corpus("documentation_prose", documents, origin=origin)

@@ -1,4 +1,6 @@
-"""Every test sees eight CPU devices. This must run before jax is imported, hence at import time and not in a fixture."""
+"""Every test sees eight CPU devices. This must run before jax is imported, hence at import time and
+not in a fixture.
+"""
 
 import os
 
@@ -16,6 +18,8 @@ import pytest  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def log_as_libraries_do():
-    """Commands that ran in an earlier test have pointed the library's log at a console that is gone."""
+    """Commands that ran in an earlier test have pointed the library's log at a console that is
+    gone.
+    """
     log = logging.getLogger("upcycle_jax")
     log.handlers, log.propagate = [], True

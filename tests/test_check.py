@@ -63,7 +63,11 @@ def run_check(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*bindings, flags=()):
-        words = ["--gin_file=models/t5_1_1_tiny_upcycled.gin", "--gin_file=run.gin", "--gin.MODEL_DIR='out'"]
+        words = [
+            "--gin_file=models/t5_1_1_tiny_upcycled.gin",
+            "--gin_file=run.gin",
+            "--gin.MODEL_DIR='out'",
+        ]
         code = check.main([*words, *(f"--gin.{binding}" for binding in bindings), *flags])
         assert not pathlib.Path("out").exists()
         captured = capsys.readouterr()
@@ -76,18 +80,33 @@ def test_a_good_run(run_check):
     code, out = run_check("Partitioner.num_expert_partitions=2")
     assert code == 0, out
     assert "ok       mesh: data 4 x expert 2 x model 1" in out
-    assert "ok       data (fake, train): a batch of 8 rows can be read; 256 token ids of the model's 512" in out
+    assert (
+        "ok       data (fake, train): a batch of 8 rows can be read; 256 token ids of the"
+        " model's 512" in out
+    )
     assert out.endswith("the run can start\n")
 
 
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
-        (["Partitioner.num_expert_partitions=8"], "PROBLEM  divisibility: .*'expert' of size 4 .*not divisible by the 8 partitions"),
+        (
+            ["Partitioner.num_expert_partitions=8"],
+            "PROBLEM  divisibility: .*'expert' of size 4 .*not divisible by the 8 partitions",
+        ),
         (["Partitioner.num_model_partitions=3"], "PROBLEM  mesh: 8 devices cannot form a mesh"),
         (["BATCH_SIZE=6"], "PROBLEM  plan of the run: .*6.*8"),
-        (["fake_data.Fake.ids=600"], "PROBLEM  data .*600 ids, the model's vocab_size is 512: set T5Config.vocab_size to at least 600"),
-        (["fake_data.Fake.exists=False"], "PROBLEM  data .*make them with `python -m upcycle_jax.cache_tasks`"),
+        (
+            ["fake_data.Fake.ids=600"],
+            (
+                "PROBLEM  data .*600 ids, the model's vocab_size is 512: set T5Config.vocab_size to"
+                " at least 600"
+            ),
+        ),
+        (
+            ["fake_data.Fake.exists=False"],
+            "PROBLEM  data .*make them with `python -m upcycle_jax.cache_tasks`",
+        ),
         (["TRAIN_STEPS=0"], "PROBLEM  plan of the run: train.total_steps is 0"),
         (
             ["MoeConfig.decoder_router=@ExpertsChoose()"],
@@ -102,28 +121,48 @@ def test_what_would_stop_the_run_is_a_problem(run_check, bindings, message):
 
 
 def test_problems_of_different_kinds_are_found_together(run_check):
-    code, out = run_check("Partitioner.num_expert_partitions=8", "fake_data.Fake.ids=600", "fake_data.Fake.exists=False")
+    code, out = run_check(
+        "Partitioner.num_expert_partitions=8",
+        "fake_data.Fake.ids=600",
+        "fake_data.Fake.exists=False",
+    )
     assert code == 1 and out.count("PROBLEM") == 2 and "2 problems: the run would stop" in out
 
 
-def test_a_model_dir_that_cannot_be_used_is_a_problem_and_elsewhere_a_warning(run_check, tmp_path, monkeypatch):
+def test_a_model_dir_that_cannot_be_used_is_a_problem_and_elsewhere_a_warning(
+    run_check, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("no folder")
     code, out = run_check("MODEL_DIR='file/run'")
-    assert code == 1 and re.search(r"PROBLEM  MODEL_DIR: MODEL_DIR file/run cannot be written to \(\S+/file is a file\)", out), out
+    assert code == 1 and re.search(
+        r"PROBLEM  MODEL_DIR: MODEL_DIR file/run cannot be written to \(\S+/file is a file\)", out
+    ), out
     loaded = load(["models/t5_1_1_tiny_upcycled.gin", "run.gin"], ["MODEL_DIR='file/run'"])
     found = check_module.check_run(loaded, read_data=False, elsewhere=True)  # as with --devices
-    assert not found.problems and "MODEL_DIR: MODEL_DIR file/run cannot be written to" in found.warnings[0], found
+    assert (
+        not found.problems
+        and "MODEL_DIR: MODEL_DIR file/run cannot be written to" in found.warnings[0]
+    ), found
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert run_check()[0] == 0, "nothing is saved"
     # With 1024 ids of 32 numbers: 1.2 MiB, parameters and as many second moments.
-    code, out = run_check("CheckpointConfig.save=@SaveCheckpointConfig()", "T5Config.vocab_size=1024")
-    assert code == 1 and "MODEL_DIR out has 0.0 GiB free, one checkpoint takes 0.0 GiB: free space" in out, out
+    code, out = run_check(
+        "CheckpointConfig.save=@SaveCheckpointConfig()", "T5Config.vocab_size=1024"
+    )
+    assert (
+        code == 1
+        and "MODEL_DIR out has 0.0 GiB free, one checkpoint takes 0.0 GiB: free space" in out
+    ), out
 
 
 def test_memory_is_compared_with_the_device(run_check):
     code, out = run_check(flags=["--device_memory=0.0001"])
-    assert code == 1 and "but a device has 0.0001 GiB: raise NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS" in out
+    assert (
+        code == 1
+        and "but a device has 0.0001 GiB: raise NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS"
+        in out
+    )
     assert run_check(flags=["--device_memory=1"])[0] == 0
 
 
@@ -140,7 +179,10 @@ def test_accelerators_say_how_much_memory_they_have(run_check, monkeypatch):
 
 def test_unused_bindings_are_warned_of(run_check):
     code, out = run_check("GivenRouter.file='x'")
-    assert code == 0 and "warning  --gin.GivenRouter.file: GivenRouter.file is not used by train" in out
+    assert (
+        code == 0
+        and "warning  --gin.GivenRouter.file: GivenRouter.file is not used by train" in out
+    )
 
 
 def test_names_that_do_not_exist_and_missing_values(run_check):
@@ -160,14 +202,28 @@ def test_misspelt_and_missing_values_are_told_together(run_check, tmp_path, caps
     ]
     assert check.main(words) == 2
     told = capsys.readouterr().err
-    for part in ("Did you mean TRAIN_STEPS", "TRAIN_STEPS must be set", "MODEL_DIR must be set", "MIXTURE_OR_TASK_NAME must be set"):
+    for part in (
+        "Did you mean TRAIN_STEPS",
+        "TRAIN_STEPS must be set",
+        "MODEL_DIR must be set",
+        "MIXTURE_OR_TASK_NAME must be set",
+    ):
         assert part in told, told
-    assert "'utils.DatasetConfig' is a T5X name; write 'DatasetConfig'; it is DatasetConfig.mixture_or_task_name" in told, told
+    assert (
+        "'utils.DatasetConfig' is a T5X name; write 'DatasetConfig'; it is"
+        " DatasetConfig.mixture_or_task_name" in told
+    ), told
 
 
 def test_other_functions_are_planned(tmp_path, capsys):
     files = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/eval.gin", "--function=evaluate"]
-    given = [f"--gin.CHECKPOINT_PATH='{tmp_path}/nowhere'", f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/out'", "--gin.MIXTURE_OR_TASK_NAME='x'"]
-    assert check.main([*files, *given, "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]) == 1
+    given = [
+        f"--gin.CHECKPOINT_PATH='{tmp_path}/nowhere'",
+        f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/out'",
+        "--gin.MIXTURE_OR_TASK_NAME='x'",
+    ]
+    assert (
+        check.main([*files, *given, "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 8}"]) == 1
+    )
     assert f"PROBLEM  plan of the run: {tmp_path}/nowhere does not exist" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

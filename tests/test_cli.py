@@ -43,5 +43,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
 
 
 def test_the_documentation_has_every_command():
-    text = (pathlib.Path(__file__).parent.parent / "docs" / "commands.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "commands.md").read_text(
+        encoding="utf-8"
+    )
     assert [name for name in COMMANDS if f"`{name}`" not in text and f"## {name}" not in text] == []

@@ -1,4 +1,6 @@
-"""The convert command: every readable format to Orbax, dense T5 to Hugging Face and back, and its refusals."""
+"""The convert command: every readable format to Orbax, dense T5 to Hugging Face and back, and its
+refusals.
+"""
 
 import argparse
 import json
@@ -16,7 +18,9 @@ from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_c
 from upcycle_jax.trees import LeafSpec
 
 TESTDATA = pathlib.Path(__file__).parents[2] / "shared" / "reference" / "t5x_testdata"
-real = pytest.mark.skipif(not TESTDATA.exists(), reason="the T5X test checkpoints are not beside this checkout")
+real = pytest.mark.skipif(
+    not TESTDATA.exists(), reason="the T5X test checkpoints are not beside this checkout"
+)
 TINY = TESTDATA / "test_t5_tiny.checkpoint_0"
 
 
@@ -33,8 +37,17 @@ def assert_equal(one, two, *, names=None):
 def orbax(tmp_path):
     """A plain Orbax checkpoint, as a training run saves it."""
     rng = np.random.default_rng(0)
-    flat = {"target/w": rng.random((40, 30), np.float32), "target/e/expert/w": rng.random((3, 8, 5), np.float32)}
-    state = trees.unflatten({**flat, "state/step": np.int32(9), "state/param_states/w/mu": rng.random((40, 30), np.float32)})
+    flat = {
+        "target/w": rng.random((40, 30), np.float32),
+        "target/e/expert/w": rng.random((3, 8, 5), np.float32),
+    }
+    state = trees.unflatten(
+        {
+            **flat,
+            "state/step": np.int32(9),
+            "state/param_states/w/mu": rng.random((40, 30), np.float32),
+        }
+    )
     with CheckpointManager(tmp_path / "run") as manager:
         manager.save(9, state)
     return tmp_path / "run"
@@ -47,7 +60,11 @@ def test_legacy_to_orbax_keeps_every_leaf(tmp_path, capsys):
     source, result = open_checkpoint(TINY), open_checkpoint(tmp_path)
     assert source.specs() == result.specs()
     assert_equal(source, result)
-    assert result.metadata()["source"] == {"path": str(TINY), "format": "t5x_msgpack", "fingerprint": source.fingerprint()}
+    assert result.metadata()["source"] == {
+        "path": str(TINY),
+        "format": "t5x_msgpack",
+        "fingerprint": source.fingerprint(),
+    }
     # T5X's own way to it: Orbax's PyTree handler.
     restored = trees.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / "checkpoint_0" / "state"))
     assert restored.keys() == source.specs().keys()
@@ -62,15 +79,24 @@ def test_legacy_folder_to_orbax(tmp_path):
 @real
 def test_to_hugging_face_and_back(tmp_path):
     assert run(TINY, tmp_path / "hf", "--to", "huggingface") == 0
-    assert run(tmp_path / "hf", tmp_path / "back", "--step", 5, "--optimizer_state", "adafactor") == 0
+    assert (
+        run(tmp_path / "hf", tmp_path / "back", "--step", 5, "--optimizer_state", "adafactor") == 0
+    )
     source, result = open_checkpoint(TINY), open_checkpoint(tmp_path / "back")
     assert result.step == 5
-    assert_equal(source, result, names=[name for name in source.specs() if name.startswith("target/")])
+    assert_equal(
+        source, result, names=[name for name in source.specs() if name.startswith("target/")]
+    )
     # The fresh Adafactor state has the very leaves that T5X itself stored, all zero.
     assert result.specs() == source.specs()
     assert not any(result.read(name).any() for name in result.specs() if "param_states" in name)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (config["num_layers"], config["d_model"], config["d_ff"], config["num_heads"]) == (2, 8, 16, 4)
+    assert (config["num_layers"], config["d_model"], config["d_ff"], config["num_heads"]) == (
+        2,
+        8,
+        16,
+        4,
+    )
 
 
 @real
@@ -78,19 +104,29 @@ def test_dtype_changes_parameters_only(tmp_path):
     assert run(TINY, tmp_path, "--dtype", "bfloat16") == 0
     source, result = open_checkpoint(TINY), open_checkpoint(tmp_path)
     for name, spec in result.specs().items():
-        assert spec.dtype.name == ("bfloat16" if name.startswith("target/") else source.specs()[name].dtype.name)
+        assert spec.dtype.name == (
+            "bfloat16" if name.startswith("target/") else source.specs()[name].dtype.name
+        )
     name = "target/token_embedder/embedding"
     np.testing.assert_array_equal(result.read(name), source.read(name).astype("bfloat16"))
     assert run(tmp_path, tmp_path / "hf", "--to", "huggingface") == 0
-    assert load_file(tmp_path / "hf" / "model.safetensors")["shared.weight"].dtype.name == "bfloat16"
+    assert (
+        load_file(tmp_path / "hf" / "model.safetensors")["shared.weight"].dtype.name == "bfloat16"
+    )
 
 
 def test_orbax_to_orbax(tmp_path, orbax):
     assert run(orbax, tmp_path / "out") == 0
     assert_equal(open_checkpoint(orbax), open_checkpoint(tmp_path / "out"))
-    assert open_checkpoint(orbax).zarr_layout("target/w") == open_checkpoint(tmp_path / "out").zarr_layout("target/w")
+    assert open_checkpoint(orbax).zarr_layout("target/w") == open_checkpoint(
+        tmp_path / "out"
+    ).zarr_layout("target/w")
     assert run(orbax, tmp_path / "dense", "--optimizer_state", "drop", "--step", 0) == 0
-    assert sorted(open_checkpoint(tmp_path / "dense").specs()) == ["state/step", "target/e/expert/w", "target/w"]
+    assert sorted(open_checkpoint(tmp_path / "dense").specs()) == [
+        "state/step",
+        "target/e/expert/w",
+        "target/w",
+    ]
     assert open_checkpoint(tmp_path / "dense").step == 0
 
 
@@ -101,7 +137,11 @@ def test_fresh_state_of_experts_is_factored_per_expert(tmp_path):
         writer.finalize()
     assert run(tmp_path, tmp_path / "out", "--optimizer_state", "adafactor") == 0
     specs = open_checkpoint(tmp_path / "out").specs()
-    shapes = {name.rpartition("/")[2]: spec.shape for name, spec in specs.items() if "param_states" in name}
+    shapes = {
+        name.rpartition("/")[2]: spec.shape
+        for name, spec in specs.items()
+        if "param_states" in name
+    }
     assert (shapes["m"], shapes["v"]) == ((1,), (1,))
     assert {shapes["v_row"], shapes["v_col"]} == {(3, 128), (3, 130)}
 
@@ -117,7 +157,10 @@ def test_small_memory_gives_the_same_result(tmp_path, orbax):
     [
         (("--to", "huggingface"), "no target/encoder|Mixture-of-Experts"),
         (("--to", "huggingface", "--step", "3"), "holds neither a step nor optimizer state"),
-        (("--optimizer_state", "keep", "--step", "10"), "named for step 9, but the step to record is 10"),
+        (
+            ("--optimizer_state", "keep", "--step", "10"),
+            "named for step 9, but the step to record is 10",
+        ),
     ],
 )
 def test_refusals_write_nothing(tmp_path, orbax, capsys, arguments, message):
@@ -134,7 +177,13 @@ def test_an_existing_output_is_an_error(tmp_path, orbax, capsys):
 
 
 def test_sizes():
-    assert [command.parse_bytes(text) for text in ("1024", "1K", "1.5KiB", "2GiB", "3MB")] == [1024, 1024, 1536, 2 << 30, 3 << 20]
+    assert [command.parse_bytes(text) for text in ("1024", "1K", "1.5KiB", "2GiB", "3MB")] == [
+        1024,
+        1024,
+        1536,
+        2 << 30,
+        3 << 20,
+    ]
     for text in ("", "0", "two", "1T", "-1M"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
             command.parse_bytes(text)

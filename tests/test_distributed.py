@@ -1,4 +1,6 @@
-"""Processes that find each other, wait with a time limit and agree. Real processes where processes are what is tested."""
+"""Processes that find each other, wait with a time limit and agree. Real processes where processes
+are what is tested.
+"""
 
 import os
 import pathlib
@@ -40,8 +42,14 @@ SLURM = {
         ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a,b"}, Cluster.TPU),
         ({"TPU_ML_PLATFORM": "JAX", "JAX_PLATFORMS": "tpu,cpu"}, Cluster.TPU),
         ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a"}, Cluster.ALONE),
-        ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, Cluster.TPU),
-        ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, Cluster.ALONE),
+        (
+            {"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+            Cluster.TPU,
+        ),
+        (
+            {"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"},
+            Cluster.ALONE,
+        ),
     ],
 )
 def test_the_environment_says_which_cluster_this_is(environ, cluster):
@@ -52,10 +60,23 @@ def test_the_environment_says_which_cluster_this_is(environ, cluster):
     ("given", "environ", "message"),
     [
         ({"process_count": 2}, {}, "missing: --coordinator_address, --process_index"),
-        ({"coordinator_address": "h:1", "process_count": 2, "process_index": 2}, {}, "--process_index is 2 and --process_count 2"),
-        ({"coordinator_address": "h", "process_count": 2, "process_index": 1}, {}, "'h': give host:port"),
-        # Open MPI says count and index, and the index is out of no range: only the address is missing.
-        ({"process_count": 4}, {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, "missing: --coordinator_address$"),
+        (
+            {"coordinator_address": "h:1", "process_count": 2, "process_index": 2},
+            {},
+            "--process_index is 2 and --process_count 2",
+        ),
+        (
+            {"coordinator_address": "h", "process_count": 2, "process_index": 1},
+            {},
+            "'h': give host:port",
+        ),
+        # Open MPI says count and index, and the index is out of no range: only the address is
+        # missing.
+        (
+            {"process_count": 4},
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"},
+            "missing: --coordinator_address$",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused(given, environ, message):
@@ -65,28 +86,44 @@ def test_flags_that_cannot_be_are_refused(given, environ, message):
 
 def test_clusters_that_jax_cannot_read_ask_for_flags():
     with pytest.raises(ValueError, match="Open MPI 5.*give --coordinator_address"):
-        distributed.join(look_for_cluster=True, environ={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"})
+        distributed.join(
+            look_for_cluster=True,
+            environ={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"},
+        )
     with pytest.raises(ValueError, match=r"pip install 'jax\[k8s\]'"):
-        distributed.join(look_for_cluster=True, environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"})
+        distributed.join(
+            look_for_cluster=True,
+            environ={"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"},
+        )
 
 
 def test_alone_nothing_is_started_and_nothing_waits():
-    assert distributed.join(look_for_cluster=True, environ={}) == distributed.Membership(Cluster.ALONE, 0, 1)
+    assert distributed.join(look_for_cluster=True, environ={}) == distributed.Membership(
+        Cluster.ALONE, 0, 1
+    )
     one = distributed.join(coordinator_address="h:1", process_count=1, process_index=0, environ={})
     assert one == distributed.Membership(Cluster.FLAGS, 0, 1)
     distributed.barrier("x", timeout_seconds=0.001)
     distributed.require_equal("x", "text")
-    assert distributed.is_first() and distributed.process_count() == 1 and distributed.process_index() == 0
+    assert (
+        distributed.is_first()
+        and distributed.process_count() == 1
+        and distributed.process_index() == 0
+    )
 
 
 def test_only_commands_that_use_all_devices_look_for_a_cluster(monkeypatch):
     looked = []
-    monkeypatch.setattr(distributed, "join", lambda **given: looked.append(given["look_for_cluster"]))
+    monkeypatch.setattr(
+        distributed, "join", lambda **given: looked.append(given["look_for_cluster"])
+    )
     command.join_processes("train", flags.Flags())
     command.join_processes("train", flags.Flags(dry_run=True))
     command.join_processes("model_info", flags.Flags())
     command.join_processes("model_info", flags.Flags(multiprocess_gpu=True))
-    command.join_processes("upcycle", flags.Flags(coordinator_address="h:1", process_count=2, process_index=0))
+    command.join_processes(
+        "upcycle", flags.Flags(coordinator_address="h:1", process_count=2, process_index=0)
+    )
     assert looked == [True, True, False]
 
 
@@ -96,11 +133,24 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_processes(code: str, arguments: list[list[str]], *, timeout: float = 100) -> list[tuple[int, str]]:
+def run_processes(
+    code: str, arguments: list[list[str]], *, timeout: float = 100
+) -> list[tuple[int, str]]:
     """Exit code and output of processes that run `code` at the same time."""
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    environ = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(ROOT),
+    }
     started = [
-        subprocess.Popen([sys.executable, "-c", code, *words], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for words in arguments
     ]
     try:
@@ -146,7 +196,10 @@ def test_two_processes_compute_together_agree_and_name_who_is_missing():
         assert code == 0, output
         # 0 + 1 + 2 + 3, over the two devices of each process.
         assert f"sum 6.0 devices 4 {index} 2 {index == 0}" in output
-        assert "configuration is not the same in all 2 processes; not as in process 0: process 1" in output
+        assert (
+            "configuration is not the same in all 2 processes; not as in process 0: process 1"
+            in output
+        )
     assert "barrier 'a/b': process 1 did not come within 1 s (1 of 2 there)" in results[0][1]
 
 
@@ -162,12 +215,23 @@ def test_a_run_that_does_not_assemble_names_who_is_missing():
     port = str(free_port())
     (_, first), (_, third) = run_processes(JOIN, [[port, "0", "4", "10"], [port, "2", "4", "6"]])
     assert "TimeoutError: processes 1, 3 of 4 did not report to process 0 at 127.0.0.1" in first
-    assert "process 2 of 4 did not get together with process 0" in third and "it still waits for others" in third
+    assert (
+        "process 2 of 4 did not get together with process 0" in third
+        and "it still waits for others" in third
+    )
 
 
 def test_a_process_without_a_coordinator_says_so_and_another_count_is_refused():
     port, other = str(free_port()), str(free_port())
-    results = run_processes(JOIN, [[port, "1", "2", "2"], [other, "0", "3", "8"], [other, "1", "2", "8"]])
-    assert "process 1 of 2 did not get together with process 0" in results[0][1] and "refused" in results[0][1]
-    assert "was started with --process_count=2, but process 0 was started with --process_count=3" in results[2][1]
+    results = run_processes(
+        JOIN, [[port, "1", "2", "2"], [other, "0", "3", "8"], [other, "1", "2", "8"]]
+    )
+    assert (
+        "process 1 of 2 did not get together with process 0" in results[0][1]
+        and "refused" in results[0][1]
+    )
+    assert (
+        "was started with --process_count=2, but process 0 was started with --process_count=3"
+        in results[2][1]
+    )
     assert all(code == 1 for code, _ in results)

@@ -1,4 +1,6 @@
-"""Command lines in the README, the documentation and the heads of gin files: flags, files and names exist, nothing REQUIRED is left out."""
+"""Command lines in the README, the documentation and the heads of gin files: flags, files and names
+exist, nothing REQUIRED is left out.
+"""
 
 import importlib
 import pathlib
@@ -12,20 +14,36 @@ from upcycle_jax.config import check, command, flags
 from upcycle_jax.config.parse import Reference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "gin_configs").rglob("*.gin"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "gin_configs").rglob("*.gin")),
+]
 
-BUILDS = {"train": "train", "check": "train", "eval": "evaluate", "infer": "infer", "upcycle": "upcycle", "verify": "verify"}
+BUILDS = {
+    "train": "train",
+    "check": "train",
+    "eval": "evaluate",
+    "infer": "infer",
+    "upcycle": "upcycle",
+    "verify": "verify",
+}
 """What a command builds; of the others only flags and names are looked at."""
 OWN_FLAGS = ("inspect", "convert", "runs", "report", "paper", "train_vocab")
 """Commands without gin files."""
 SHELL = {
-    '"${labels[@]}"': "--gin.MIXTURE_OR_TASK_NAME=\"'x'\" --gin.TASK_FEATURE_LENGTHS=\"{'inputs': 8, 'targets': 8}\" --gin.BATCH_SIZE=8"
+    '"${labels[@]}"': (
+        "--gin.MIXTURE_OR_TASK_NAME=\"'x'\" --gin.TASK_FEATURE_LENGTHS=\"{'inputs': 8, 'targets':"
+        ' 8}" --gin.BATCH_SIZE=8'
+    )
 }
 """Variables of scripts that stand in an example."""
 
 
 def commands(path):
-    """(command, words) of every complete command line of a page: one that is indented, or stands in a gin file's head."""
+    """(command, words) of every complete command line of a page: one that is indented, or stands in
+    a gin file's head.
+    """
     lines = iter(path.read_text(encoding="utf-8").splitlines())
     for line in lines:
         found = re.match(r"(?:    |#\s+)(python -m upcycle_jax\.\w+ .*)", line)
@@ -50,7 +68,9 @@ EXAMPLES = [
 
 
 def test_examples_are_found():
-    assert len(EXAMPLES) > 30 and {name for name, *_ in (example.values for example in EXAMPLES)} >= set(BUILDS) - {"verify"}
+    assert len(EXAMPLES) > 30 and {
+        name for name, *_ in (example.values for example in EXAMPLES)
+    } >= set(BUILDS) - {"verify"}
 
 
 @pytest.mark.parametrize(("name", "words"), EXAMPLES)

@@ -44,13 +44,22 @@ def small(name: str) -> list[str]:
 
 def batch_of(model, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {name: random.integers(1, 300, spec.shape, dtype=np.int32) for name, spec in model.input_specs(rows, LENGTHS).items()}
+    return {
+        name: random.integers(1, 300, spec.shape, dtype=np.int32)
+        for name, spec in model.input_specs(rows, LENGTHS).items()
+    }
 
 
 @functools.cache
-def one_step(config, smoothing: float, z_loss: float, normalizing, schedule=create_learning_rate_scheduler()) -> float:
-    """The loss of one train step. Files that differ in size only give one and the same small model: it is stepped once."""
-    model = EncoderDecoderModel(config, label_smoothing=smoothing, z_loss=z_loss, loss_normalizing_factor=normalizing)
+def one_step(
+    config, smoothing: float, z_loss: float, normalizing, schedule=create_learning_rate_scheduler()
+) -> float:
+    """The loss of one train step. Files that differ in size only give one and the same small model:
+    it is stepped once.
+    """
+    model = EncoderDecoderModel(
+        config, label_smoothing=smoothing, z_loss=z_loss, loss_normalizing_factor=normalizing
+    )
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=schedule)
     partitioner = Partitioner(devices=(jax.devices()[0],))
     shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
@@ -63,7 +72,9 @@ def one_step(config, smoothing: float, z_loss: float, normalizing, schedule=crea
 
 def test_there_are_dense_and_upcycled_models_of_every_size():
     sizes = ("tiny", "small", "base", "large", "xl", "xxl")
-    assert {f"models/t5_1_1_{size}{kind}.gin" for size in sizes for kind in ("", "_upcycled")} <= set(MODELS)
+    assert {
+        f"models/t5_1_1_{size}{kind}.gin" for size in sizes for kind in ("", "_upcycled")
+    } <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS + RUNS + PAPERS)
@@ -78,25 +89,37 @@ def test_files_open_with_what_they_need(name):
 def test_models_build_and_step(name):
     model = load([name], small(name)).macro("MODEL")
     assert (model.config.moe is not None) == ("upcycled" in name)
-    loss = one_step(model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor)
+    loss = one_step(
+        model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor
+    )
     assert math.isfinite(loss) and loss > 0
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "upcycled" in name])
 def test_upcycled_models_are_the_papers(name):
-    """Section 3.1 and appendix A of arXiv 2212.05055: every second layer, E = 32, C = 2, experts choose / top-2."""
+    """Section 3.1 and appendix A of arXiv 2212.05055: every second layer, E = 32, C = 2, experts
+    choose / top-2.
+    """
     full = load([name]).macro("MODEL").config
     for stack in ("encoder", "decoder"):
         layers = full.num_encoder_layers if stack == "encoder" else full.num_decoder_layers
         assert full.sparse_layers(stack) == tuple(range(1, layers, 2))
     assert full.moe.num_experts == (4 if "tiny" in name else 32)
-    assert (full.moe.train_expert_capacity_factor, full.moe.eval_expert_capacity_factor) == (2.0, 2.0)
-    assert type(full.moe.encoder_router).__name__ == "ExpertsChoose" and full.moe.decoder_router.num_selected_experts == 2
+    assert (full.moe.train_expert_capacity_factor, full.moe.eval_expert_capacity_factor) == (
+        2.0,
+        2.0,
+    )
+    assert (
+        type(full.moe.encoder_router).__name__ == "ExpertsChoose"
+        and full.moe.decoder_router.num_selected_experts == 2
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "upcycled" in name])
 def test_an_upcycled_file_differs_from_the_dense_one_in_its_experts_only(name):
-    dense, sparse = (load([file]).macro("MODEL").config for file in (name.replace("_upcycled", ""), name))
+    dense, sparse = (
+        load([file]).macro("MODEL").config for file in (name.replace("_upcycled", ""), name)
+    )
     assert dataclasses.replace(sparse, moe=None) == dense
 
 
@@ -152,7 +175,12 @@ class Stream:
 
 def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *bindings: str):
     """Builds a run file with everything in it, then runs it on random tokens."""
-    required = [f"MODEL_DIR='{model_dir}'", f"TRAIN_STEPS={steps}", f"BATCH_SIZE={ROWS}", "MIXTURE_OR_TASK_NAME='random'"]
+    required = [
+        f"MODEL_DIR='{model_dir}'",
+        f"TRAIN_STEPS={steps}",
+        f"BATCH_SIZE={ROWS}",
+        "MIXTURE_OR_TASK_NAME='random'",
+    ]
     loaded = load([model_name, name], [*small(model_name), *required, *bindings])
     call = loaded.build("train")
     assert "train.model = %MODEL" in loaded.operative_text()
@@ -163,16 +191,28 @@ def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *b
 @pytest.mark.parametrize("name", ["models/t5_1_1_base.gin", "models/t5_1_1_base_upcycled.gin"])
 def test_the_operative_configuration_of_a_run_builds_the_same_run(name, tmp_path):
     """What MODEL_DIR/config.gin holds can be given as --gin_file."""
-    required = ["MODEL_DIR='x'", "TRAIN_STEPS=7", "MIXTURE_OR_TASK_NAME='y'", "INITIAL_CHECKPOINT_PATH='z'", "RECIPE=@Recipe()"]
+    required = [
+        "MODEL_DIR='x'",
+        "TRAIN_STEPS=7",
+        "MIXTURE_OR_TASK_NAME='y'",
+        "INITIAL_CHECKPOINT_PATH='z'",
+        "RECIPE=@Recipe()",
+    ]
     first = load([name, "runs/continue_pretrain.gin"], required)
     before = dict(first.build("train").keywords)
     (tmp_path / "config.gin").write_text(first.operative_text())
     second = load([str(tmp_path / "config.gin")])
     after = dict(second.build("train").keywords)
     models = before.pop("model"), after.pop("model")
-    assert models[0].config == models[1].config and models[0].loss_normalizing_factor == models[1].loss_normalizing_factor
+    assert (
+        models[0].config == models[1].config
+        and models[0].loss_normalizing_factor == models[1].loss_normalizing_factor
+    )
     trainers = before.pop("trainer"), after.pop("trainer")
-    assert str(trainers[0].optimizer) == str(trainers[1].optimizer) and trainers[0].learning_rate_fn == trainers[1].learning_rate_fn
+    assert (
+        str(trainers[0].optimizer) == str(trainers[1].optimizer)
+        and trainers[0].learning_rate_fn == trainers[1].learning_rate_fn
+    )
     assert after.pop("files", None) is None and before.items() <= after.items()
     assert second.operative_text().splitlines()[2:] == first.operative_text().splitlines()[2:]
 
@@ -188,10 +228,15 @@ def dense_checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("model", "recipe", "start"),
-    [("models/t5_1_1_tiny.gin", "None", "continue"), ("models/t5_1_1_tiny_upcycled.gin", "@Recipe()", "upcycle")],
+    [
+        ("models/t5_1_1_tiny.gin", "None", "continue"),
+        ("models/t5_1_1_tiny_upcycled.gin", "@Recipe()", "upcycle"),
+    ],
 )
 def test_runs_build_and_step(model, recipe, start, dense_checkpoint, tmp_path):
-    """Pre-training is in the fixture; the same file continues dense to dense, and dense to sparse."""
+    """Pre-training is in the fixture; the same file continues dense to dense, and dense to
+    sparse.
+    """
     bindings = [f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", f"RECIPE={recipe}"]
     result = run_once("runs/continue_pretrain.gin", model, tmp_path / "run", 2, *bindings)
     assert (result.step, result.start) == (2, start)
@@ -208,7 +253,14 @@ def test_offline_conversion_runs(dense_checkpoint, tmp_path):
 
 
 PAPER_REQUIRED = ["MODEL_DIR='x'", "INITIAL_CHECKPOINT_PATH='y'"]
-PAPER_KINDS = ("dense", "upcycled", "moe_from_scratch", "depth_tiled", "dense_superglue", "upcycled_superglue")
+PAPER_KINDS = (
+    "dense",
+    "upcycled",
+    "moe_from_scratch",
+    "depth_tiled",
+    "dense_superglue",
+    "upcycled_superglue",
+)
 
 
 def paper_run(name: str, *bindings: str):
@@ -218,21 +270,35 @@ def paper_run(name: str, *bindings: str):
         required = [*required, "TRAIN_STEPS=1700000"]
     loaded = load([name], [*required, *bindings])
     call = loaded.build("train").keywords
-    shipped = [line for line in loaded.unused() if line.startswith(str(FOLDER)) and "/models/" not in line]
+    shipped = [
+        line for line in loaded.unused() if line.startswith(str(FOLDER)) and "/models/" not in line
+    ]
     return call, shipped
 
 
 def test_every_size_has_every_run_of_the_paper():
-    assert set(PAPERS) == {f"{PAPER}/{size}_{kind}.gin" for size in ("base", "large", "xl") for kind in PAPER_KINDS}
+    assert set(PAPERS) == {
+        f"{PAPER}/{size}_{kind}.gin" for size in ("base", "large", "xl") for kind in PAPER_KINDS
+    }
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_files_build_and_step(name):
-    """The run is built whole, with every binding used; its model and its schedule, at small size, are stepped."""
-    call, unused = paper_run(name, *small(name), *(["T5Config.num_decoder_layers=4"] if "depth" in name else []))
+    """The run is built whole, with every binding used; its model and its schedule, at small size,
+    are stepped.
+    """
+    call, unused = paper_run(
+        name, *small(name), *(["T5Config.num_decoder_layers=4"] if "depth" in name else [])
+    )
     assert unused == []
     model = call["model"]
-    loss = one_step(model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor, call["trainer"].learning_rate_fn)
+    loss = one_step(
+        model.config,
+        model.label_smoothing,
+        model.z_loss,
+        model.loss_normalizing_factor,
+        call["trainer"].learning_rate_fn,
+    )
     assert math.isfinite(loss) and loss > 0
 
 
@@ -246,17 +312,29 @@ def test_pre_training_is_the_papers(name):
     count = sum(spec.size for spec in model.param_specs().values())
     if "upcycled" in name or "scratch" in name:
         assert count == parameters[size]
-        assert (model.config.moe.num_experts, model.config.moe.train_expert_capacity_factor) == (32, 2.0)
-        assert not model.config.moe.encoder_router.renormalize and not model.config.moe.decoder_router.renormalize
+        assert (model.config.moe.num_experts, model.config.moe.train_expert_capacity_factor) == (
+            32,
+            2.0,
+        )
+        assert (
+            not model.config.moe.encoder_router.renormalize
+            and not model.config.moe.decoder_router.renormalize
+        )
     else:
         assert model.config.moe is None
     # A third more layers: 16 and 32. The rest is as wide as the dense model.
     layers = {"base": 12, "large": 24, "xl": 24}[size] * (4 if "depth" in name else 3) // 3
     assert (model.config.num_encoder_layers, model.config.num_decoder_layers) == (layers, layers)
-    assert [float(trainer.learning_rate_fn(step)) for step in (0, 10**6, 2 * 10**6)] == pytest.approx([0.01, 1e-3, 7.0711e-4], rel=1e-4)
-    assert model.config.dropout_rate == 0.0 and data.mixture_or_task_name == "c4_v220_span_corruption"
+    assert [
+        float(trainer.learning_rate_fn(step)) for step in (0, 10**6, 2 * 10**6)
+    ] == pytest.approx([0.01, 1e-3, 7.0711e-4], rel=1e-4)
+    assert (
+        model.config.dropout_rate == 0.0 and data.mixture_or_task_name == "c4_v220_span_corruption"
+    )
     # Routing groups of 4096 tokens divide both stacks' tokens.
-    assert all(data.batch_size * length % 4096 == 0 for length in data.task_feature_lengths.values())
+    assert all(
+        data.batch_size * length % 4096 == 0 for length in data.task_feature_lengths.values()
+    )
     restore = call["checkpoint_cfg"].restore
     if "scratch" in name:
         assert restore is None
@@ -278,21 +356,33 @@ def test_pre_training_is_the_papers(name):
 def test_fine_tuning_is_the_papers(name, rate, expert_dropout):
     """Appendix A: learning rate, dropout and expert dropout by size."""
     call, _ = paper_run(f"{PAPER}/{name}_superglue.gin")
-    assert [float(call["trainer"].learning_rate_fn(step)) for step in (0, 10**6)] == pytest.approx([rate, rate])
+    assert [float(call["trainer"].learning_rate_fn(step)) for step in (0, 10**6)] == pytest.approx(
+        [rate, rate]
+    )
     config = call["model"].config
     assert config.dropout_rate == 0.1
     assert expert_dropout is None or config.expert_dropout_rate == expert_dropout
-    assert (call["train_dataset_cfg"].mixture_or_task_name, call["train_dataset_cfg"].batch_size) == ("super_glue_v102_proportional", 128)
+    assert (
+        call["train_dataset_cfg"].mixture_or_task_name,
+        call["train_dataset_cfg"].batch_size,
+    ) == ("super_glue_v102_proportional", 128)
 
 
 def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path):
     """The base file at small size: three layers per stack made of two, then a step."""
     name = f"{PAPER}/base_depth_tiled.gin"
-    required = [f"MODEL_DIR='{tmp_path}/run'", f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", "TRAIN_STEPS=2", f"BATCH_SIZE={ROWS}"]
+    required = [
+        f"MODEL_DIR='{tmp_path}/run'",
+        f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'",
+        "TRAIN_STEPS=2",
+        f"BATCH_SIZE={ROWS}",
+    ]
     deeper = ["T5Config.num_encoder_layers=3", "T5Config.num_decoder_layers=3"]
     call = load([name], [*SMALL, *required, *deeper]).build("train")
     data = Data(call.keywords["model"])
-    result = call.func(**{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": None})
+    result = call.func(
+        **{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": None}
+    )
     assert (result.step, result.start) == (2, "upcycle")
 
 
@@ -301,7 +391,12 @@ def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path)
 def test_the_objective_of_text_files_is_a_macro(name, objective):
     required = ["MODEL_DIR='x'", "TRAIN_STEPS=7"] if name == "pretrain" else ["CHECKPOINT_PATH='x'"]
     required += {"eval": ["EVAL_OUTPUT_DIR='z'"], "infer": ["INFER_OUTPUT_DIR='z'"]}.get(name, [])
-    bindings = [*required, "MIXTURE_OR_TASK_NAME='mine'", "TEXT_FILES='mine/*.txt'", f"OBJECTIVE='{objective}'"]
+    bindings = [
+        *required,
+        "MIXTURE_OR_TASK_NAME='mine'",
+        "TEXT_FILES='mine/*.txt'",
+        f"OBJECTIVE='{objective}'",
+    ]
     root = {"pretrain": "train", "eval": "evaluate", "infer": "infer"}[name]
     call = load(["models/t5_1_1_tiny.gin", f"runs/{name}.gin"], bindings).build(root).keywords
     assert call["train_dataset_cfg" if name == "pretrain" else "dataset_cfg"].objective == objective
@@ -310,8 +405,16 @@ def test_the_objective_of_text_files_is_a_macro(name, objective):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_build(name):
     paths = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
-    parents = ["PARENTS=['c', 'd']"] if "PARENTS = %gin.REQUIRED" in (FOLDER / name).read_text(encoding="utf-8") else []
+    parents = (
+        ["PARENTS=['c', 'd']"]
+        if "PARENTS = %gin.REQUIRED" in (FOLDER / name).read_text(encoding="utf-8")
+        else []
+    )
     loaded = load(["models/t5_1_1_tiny_upcycled.gin", "runs/upcycle.gin", name], [*paths, *parents])
     recipe = loaded.build("upcycle").keywords["recipe"]
     assert type(recipe) in surgery_recipe.PARTS
-    assert not [line for line in loaded.unused() if line.startswith(str(FOLDER / name)) and ": verify." not in line]
+    assert not [
+        line
+        for line in loaded.unused()
+        if line.startswith(str(FOLDER / name)) and ": verify." not in line
+    ]

@@ -19,14 +19,25 @@ from upcycle_jax.inference import predictions, running
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
 
-MODEL = ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1", "ENCODER_SPARSE_LAYOUT=(0,)", "DECODER_SPARSE_LAYOUT=(0,)"]
+MODEL = [
+    "T5Config.num_encoder_layers=1",
+    "T5Config.num_decoder_layers=1",
+    "ENCODER_SPARSE_LAYOUT=(0,)",
+    "DECODER_SPARSE_LAYOUT=(0,)",
+]
 LENGTHS = {"inputs": 24, "targets": 6}
 NAME = "small_parity"
 
 
 def flags(*bindings):
     files = ["--gin_file=models/t5_1_1_tiny_upcycled.gin", "--gin_file=runs/infer.gin"]
-    common = [*MODEL, "BATCH_SIZE=8", f"TASK_FEATURE_LENGTHS={LENGTHS}", f"MIXTURE_OR_TASK_NAME='{NAME}'", "CHECKPOINT_PERIOD=1"]
+    common = [
+        *MODEL,
+        "BATCH_SIZE=8",
+        f"TASK_FEATURE_LENGTHS={LENGTHS}",
+        f"MIXTURE_OR_TASK_NAME='{NAME}'",
+        "CHECKPOINT_PERIOD=1",
+    ]
     return files + [f"--gin.{binding}" for binding in (*common, *bindings)]
 
 
@@ -37,24 +48,39 @@ def checkpoint(tmp_path_factory):
     model = load(["models/t5_1_1_tiny_upcycled.gin"], MODEL).macro("MODEL")
     random = np.random.default_rng(0)
     params = trees.unflatten(
-        {path: jax.numpy.asarray(random.normal(size=s.shape) * 0.3, "float32") for path, s in model.param_specs().items()}
+        {
+            path: jax.numpy.asarray(random.normal(size=s.shape) * 0.3, "float32")
+            for path, s in model.param_specs().items()
+        }
     )
     manager = CheckpointManager(folder)
-    manager.save(7, {"target": params, "state": {"step": jax.numpy.int32(7), "param_states": {}}}, dataset=None, metadata={})
+    manager.save(
+        7,
+        {"target": params, "state": {"step": jax.numpy.int32(7), "param_states": {}}},
+        dataset=None,
+        metadata={},
+    )
     manager.wait()
     manager.close()
     return folder / "checkpoint_7", model, params
 
 
 def infer(checkpoint, folder, *bindings):
-    code = infer_command.main(flags(f"CHECKPOINT_PATH='{checkpoint[0]}'", f"INFER_OUTPUT_DIR='{folder}'", *bindings))
+    code = infer_command.main(
+        flags(f"CHECKPOINT_PATH='{checkpoint[0]}'", f"INFER_OUTPUT_DIR='{folder}'", *bindings)
+    )
     files = sorted(folder.glob("*.jsonl-*"))
-    return code, {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+    return code, {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files
+    }
 
 
 def test_scores_are_the_models(checkpoint, tmp_path, capsys):
     code, files = infer(checkpoint, tmp_path, "MODE='score'", "INCLUDE_ALL_INPUTS=True")
-    assert code == 0 and str(tmp_path / f"{NAME}-score.jsonl-00000-of-00001") in capsys.readouterr().out
+    assert (
+        code == 0
+        and str(tmp_path / f"{NAME}-score.jsonl-00000-of-00001") in capsys.readouterr().out
+    )
     rows = files[f"{NAME}-score.jsonl-00000-of-00001"]
     _, model, params = checkpoint
     (task,) = task_examples(DatasetConfig(NAME, LENGTHS, split="validation"))
@@ -62,16 +88,31 @@ def test_scores_are_the_models(checkpoint, tmp_path, capsys):
     np.testing.assert_allclose([row["score"] for row in rows], want, atol=1e-4)
     # b'even' in ByT5's ids is byte + 3, then EOS.
     assert rows[0]["inputs"]["targets"] == [104, 121, 104, 113, 1] and rows[0]["inputs"]["idx"] == 0
-    assert [path.name for path in tmp_path.glob("tmp-*")] == [] and (tmp_path / "config.gin").exists()
+    assert [path.name for path in tmp_path.glob("tmp-*")] == [] and (
+        tmp_path / "config.gin"
+    ).exists()
 
 
 def test_ranked_answers_with_shots(checkpoint, tmp_path):
-    options = ["RANK_OPTIONS=('even', 'odd')", "FEW_SHOT=@FewShot()", "FewShot.num_shots=1", "NUM_EXAMPLES=3"]
-    code, files = infer(checkpoint, tmp_path, "MODE='rank'", *options, "TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 6}")
+    options = [
+        "RANK_OPTIONS=('even', 'odd')",
+        "FEW_SHOT=@FewShot()",
+        "FewShot.num_shots=1",
+        "NUM_EXAMPLES=3",
+    ]
+    code, files = infer(
+        checkpoint,
+        tmp_path,
+        "MODE='rank'",
+        *options,
+        "TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 6}",
+    )
     rows = files[f"{NAME}-rank.jsonl-00000-of-00001"]
     assert code == 0 and len(rows) == 3
     for row in rows:
-        assert row["prediction"] == max(row["options"], key=row["options"].get) and set(row["options"]) == {"even", "odd"}
+        assert row["prediction"] == max(row["options"], key=row["options"].get) and set(
+            row["options"]
+        ) == {"even", "odd"}
         assert row["inputs"]["inputs_pretokenized"].count(NAME) == 2
 
 
@@ -81,10 +122,14 @@ def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch, ca
     (rows,) = whole.values()
     assert code == 0 and len(rows) == small_tasks.NUM_EXAMPLES
     assert rows[4]["inputs"] == {"inputs_pretokenized": f"{NAME} 4", "targets_pretokenized": "even"}
-    assert rows[4]["prediction"] == rows[4]["aux"]["predictions"][0] and len(rows[4]["aux"]["scores"]) == 2
+    assert (
+        rows[4]["prediction"] == rows[4]["aux"]["predictions"][0]
+        and len(rows[4]["aux"]["scores"]) == 2
+    )
     assert rows[4]["aux"]["scores"][0] >= rows[4]["aux"]["scores"][1]
 
-    # Interrupted in the second of two chunks: the first is kept, and the result is the same although it was drawn.
+    # Interrupted in the second of two chunks: the first is kept, and the result is the same
+    # although it was drawn.
     predict, calls = running.Runner.predict, []
 
     def stops(self, *arguments):
@@ -102,19 +147,33 @@ def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch, ca
     assert code == 2
     code, resumed = infer(checkpoint, tmp_path / "resumed", *draw)
     assert code == 0 and list(resumed.values()) == [rows] and len(calls) == 3
-    # Finished: nothing is computed again, and chunks that a kill has left behind the finished file are removed.
+    # Finished: nothing is computed again, and chunks that a kill has left behind the finished file
+    # are removed.
     left = tmp_path / "resumed" / f"tmp-{NAME}-predict_with_aux-00000-of-00001"
     left.mkdir()
-    assert infer(checkpoint, tmp_path / "resumed", *draw)[0] == 0 and len(calls) == 3 and not left.exists()
+    assert (
+        infer(checkpoint, tmp_path / "resumed", *draw)[0] == 0
+        and len(calls) == 3
+        and not left.exists()
+    )
     # The file of other settings is not taken for the result of these.
-    assert infer(checkpoint, tmp_path / "resumed", *draw, "RANDOM_SEED=1")[0] == 2 and len(calls) == 3
+    assert (
+        infer(checkpoint, tmp_path / "resumed", *draw, "RANDOM_SEED=1")[0] == 2 and len(calls) == 3
+    )
     message = capsys.readouterr().err
-    assert f"{NAME}-predict_with_aux.jsonl-00000-of-00001 is the result of other settings (data/seed, random_seed): remove it" in message
+    assert (
+        f"{NAME}-predict_with_aux.jsonl-00000-of-00001 is the result of other settings (data/seed,"
+        " random_seed): remove it" in message
+    )
 
     for shard in (1, 0):
-        code, shards = infer(checkpoint, tmp_path / "shards", *draw, f"SHARD_ID={shard}", "NUM_SHARDS=2")
+        code, shards = infer(
+            checkpoint, tmp_path / "shards", *draw, f"SHARD_ID={shard}", "NUM_SHARDS=2"
+        )
         assert code == 0
-    assert list(shards) == [f"{NAME}-predict_with_aux.jsonl-{shard:05}-of-00002" for shard in (0, 1)]
+    assert list(shards) == [
+        f"{NAME}-predict_with_aux.jsonl-{shard:05}-of-00002" for shard in (0, 1)
+    ]
     first, second = shards.values()
     assert first == rows[0::2] and second == rows[1::2]
 
@@ -125,13 +184,19 @@ def test_unfinished_work_of_other_settings_is_named(checkpoint, tmp_path, capsys
     (folder / predictions.SETTINGS_FILE).write_text("{}")
     assert infer(checkpoint, tmp_path)[0] == 2
     message = capsys.readouterr().err
-    assert "holds an unfinished job of other settings (batch_size, checkpoint, " in message and ", data, " in message
+    assert (
+        "holds an unfinished job of other settings (batch_size, checkpoint, " in message
+        and ", data, " in message
+    )
 
 
 @pytest.mark.parametrize(
     ("binding", "message"),
     [
-        ("MODE='guess'", "mode must be one of 'predict', 'predict_with_aux', 'score', 'rank', got 'guess'"),
+        (
+            "MODE='guess'",
+            "mode must be one of 'predict', 'predict_with_aux', 'score', 'rank', got 'guess'",
+        ),
         ("MODE='rank'", "does not say which answers it allows"),
         ("SHARD_ID=2", "shard_id must be from 0 to 0 (num_shards=1), got 2"),
         ("CHECKPOINT_PERIOD=0", "checkpoint_period must be at least 1"),
@@ -147,9 +212,16 @@ def test_bad_settings_are_one_clear_line(binding, message, checkpoint, tmp_path,
 
 
 def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
-    bindings = flags(f"CHECKPOINT_PATH='{checkpoint[0]}'", f"INFER_OUTPUT_DIR='{tmp_path}/out'", "DECODER=@BeamSearch()")
+    bindings = flags(
+        f"CHECKPOINT_PATH='{checkpoint[0]}'",
+        f"INFER_OUTPUT_DIR='{tmp_path}/out'",
+        "DECODER=@BeamSearch()",
+    )
     assert infer_command.main([*bindings, "--dry_run"]) == 0
-    assert "BeamSearch(num_decodes=4, alpha=0.6)" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert (
+        "BeamSearch(num_decodes=4, alpha=0.6)" in capsys.readouterr().out
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_features_become_json():

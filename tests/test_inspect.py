@@ -20,14 +20,20 @@ SPECS = {
     "target/encoder/layers_1/mlp/expert/wi_0/kernel": LeafSpec((4, 6, 10), np.dtype("bfloat16")),
     "state/param_states/encoder/layers_0/mlp/wi_0/kernel/m": LeafSpec((1,), np.dtype(np.float32)),
     "state/param_states/encoder/layers_0/mlp/wi_0/kernel/v": LeafSpec((1,), np.dtype(np.float32)),
-    "state/param_states/encoder/layers_0/mlp/wi_0/kernel/v_row": LeafSpec((6,), np.dtype(np.float32)),
-    "state/param_states/encoder/layers_0/mlp/wi_0/kernel/v_col": LeafSpec((10,), np.dtype(np.float32)),
+    "state/param_states/encoder/layers_0/mlp/wi_0/kernel/v_row": LeafSpec(
+        (6,), np.dtype(np.float32)
+    ),
+    "state/param_states/encoder/layers_0/mlp/wi_0/kernel/v_col": LeafSpec(
+        (10,), np.dtype(np.float32)
+    ),
 }
 
 
 @pytest.fixture
 def model_dir(tmp_path):
-    with create_checkpoint(tmp_path / "checkpoint_30", SPECS, step=30, metadata={"seed": 3}) as writer:
+    with create_checkpoint(
+        tmp_path / "checkpoint_30", SPECS, step=30, metadata={"seed": 3}
+    ) as writer:
         for name, spec in SPECS.items():
             writer.write(name, None, np.zeros(spec.shape, spec.dtype))
         writer.finalize()
@@ -44,7 +50,11 @@ def test_text(model_dir, capsys):
     assert lines["parameters"] == "300 in 2 arrays (1 float32, 1 bfloat16), 720 B"
     assert lines["experts"] == "4"
     # Slots: 6 + 10 used elements and 2 placeholders, 18 float32.
-    assert lines["optimizer"] == "Adafactor: m (0 used of 1), v (0 used of 1), v_col (1 used of 1), v_row (1 used of 1); 72 B"
+    assert (
+        lines["optimizer"]
+        == "Adafactor: m (0 used of 1), v (0 used of 1), v_col (1 used of 1), v_row (1 used of 1);"
+        " 72 B"
+    )
     assert lines["record"] == "seed=3"
     assert "target/encoder/layers_1/mlp/expert/wi_0/kernel             bfloat16[4,6,10]" in text
 
@@ -58,7 +68,12 @@ def test_match(model_dir, capsys):
 def test_json(model_dir, capsys):
     assert command.main([str(model_dir), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert (content["step"], content["parameters"], content["optimizer"], content["expert_counts"]) == (30, 300, "Adafactor", [4])
+    assert (
+        content["step"],
+        content["parameters"],
+        content["optimizer"],
+        content["expert_counts"],
+    ) == (30, 300, "Adafactor", [4])
     assert {"name": "v_row", "arrays": 1, "unused": 0, "elements": 6} in content["slots"]
     leaves = {leaf["name"]: leaf for leaf in content["leaves"]}
     assert leaves["target/encoder/layers_1/mlp/expert/wi_0/kernel"] == {
@@ -78,7 +93,9 @@ def test_errors_are_one_line_and_exit_code_1(tmp_path, capsys):
     assert "does not exist" in captured.err
 
 
-@pytest.mark.skipif(not TESTDATA.exists(), reason="the T5X test checkpoints are not beside this checkout")
+@pytest.mark.skipif(
+    not TESTDATA.exists(), reason="the T5X test checkpoints are not beside this checkout"
+)
 def test_a_real_t5x_checkpoint(capsys):
     assert command.main([str(TESTDATA / "test_t5_tiny.checkpoint_0")]) == 0
     text = capsys.readouterr().out
@@ -98,7 +115,9 @@ except SystemExit:
 
 def test_help_imports_nothing_heavy():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, env=environment, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", HELP], capture_output=True, text=True, env=environment, check=True
+    )
     assert result.stdout.endswith("False False\n")
 
 

@@ -1,6 +1,7 @@
 """The launchers: what they print is what would run, and a run that was cut short is started again.
 
-gcloud, xpk, sbatch, srun and scontrol are stand-ins here that write down how they were called; the scripts themselves really run.
+gcloud, xpk, sbatch, srun and scontrol are stand-ins here that write down how they were called; the
+scripts themselves really run.
 """
 
 import os
@@ -18,7 +19,8 @@ from upcycle_jax.config import flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "scripts" / "launch"
 
-# Everything that a shell could spoil: quotes of both kinds, blanks, a dollar, a star, a backslash, a newline in a dictionary.
+# Everything that a shell could spoil: quotes of both kinds, blanks, a dollar, a star, a backslash,
+# a newline in a dictionary.
 ARGUMENTS = [
     "--gin_file=models/t5_1_1_tiny.gin",
     "--gin.MODEL_DIR='gs://bucket/a b/$HOME/*'",
@@ -33,12 +35,21 @@ POD = ["--name=pod", "--zone=us-west4-a", "--type=v5litepod-64"]
 XPK = ["--workload=w", "--cluster=c", "--type=v5litepod-64"]
 
 
-def launch(script: str, *words: str, path: pathlib.Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    script: str, *words: str, path: pathlib.Path | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     env |= {"PYTHON": sys.executable, **environ}
     if path is not None:
         env["PATH"] = f"{path}:{env['PATH']}"
-    return subprocess.run([str(LAUNCH / script), *words], capture_output=True, text=True, env=env, check=False, timeout=120)
+    return subprocess.run(
+        [str(LAUNCH / script), *words],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=120,
+    )
 
 
 def printed_commands(text: str) -> list[list[str]]:
@@ -63,7 +74,11 @@ def library_flags(words: list[str]) -> flags.Flags:
 
 def inner(words: list[str]) -> list[str]:
     """The words of the shell command in --command=..."""
-    (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=") and "upcycle_jax.train" in word]
+    (command,) = [
+        word.removeprefix("--command=")
+        for word in words
+        if word.startswith("--command=") and "upcycle_jax.train" in word
+    ]
     return shlex.split(command)
 
 
@@ -77,20 +92,36 @@ def test_local_prints_one_command_per_process():
     for index, words in enumerate(commands):
         assert "XLA_FLAGS" in " ".join(words) and "JAX_PLATFORMS=cpu" in words
         parsed = library_flags(words)
-        assert parsed.gin_bindings == EXPECTED.gin_bindings and parsed.gin_file == EXPECTED.gin_file and parsed.dry_run
-        assert (parsed.coordinator_address, parsed.process_count, parsed.process_index) == ("127.0.0.1:12321", 3, index)
+        assert (
+            parsed.gin_bindings == EXPECTED.gin_bindings
+            and parsed.gin_file == EXPECTED.gin_file
+            and parsed.dry_run
+        )
+        assert (parsed.coordinator_address, parsed.process_count, parsed.process_index) == (
+            "127.0.0.1:12321",
+            3,
+            index,
+        )
 
 
 def test_local_gives_each_process_its_own_gpus():
-    commands = printed_commands(launch("local.sh", "--processes=2", "--gpus=4", "--dry_run", "train").stdout)
-    assert "CUDA_VISIBLE_DEVICES=0,1,2,3" in commands[0] and "CUDA_VISIBLE_DEVICES=4,5,6,7" in commands[1]
+    commands = printed_commands(
+        launch("local.sh", "--processes=2", "--gpus=4", "--dry_run", "train").stdout
+    )
+    assert (
+        "CUDA_VISIBLE_DEVICES=0,1,2,3" in commands[0]
+        and "CUDA_VISIBLE_DEVICES=4,5,6,7" in commands[1]
+    )
 
 
 def test_the_tpu_pod_launcher_prints_every_step_and_quotes_for_the_remote_shell():
     done = launch("tpu_pod.sh", *POD, "--spot", "--dry_run", "train", *ARGUMENTS)
     assert done.returncode == 0, done.stderr
     create, archive, copy, install, start = printed_commands(done.stdout)
-    assert create[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "create", "pod"] and "--spot" in create
+    assert (
+        create[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "create", "pod"]
+        and "--spot" in create
+    )
     assert archive[0] == "tar" and "scp" in copy and "pip install" in install[-1]
     assert "--worker=all" in start and library_flags(inner(start)) == EXPECTED
 
@@ -104,25 +135,61 @@ def test_the_remote_shell_itself_reads_the_same_words(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\"\n")
     python.chmod(0o755)
-    (command,) = [word.removeprefix("--command=") for word in start if word.startswith("--command=")]
-    ran = subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True, check=True)
+    (command,) = [
+        word.removeprefix("--command=") for word in start if word.startswith("--command=")
+    ]
+    ran = subprocess.run(
+        ["bash", "-c", command], cwd=home, capture_output=True, text=True, check=True
+    )
     assert ran.stdout.split("\0")[:-1] == ["-m", "upcycle_jax.train", *ARGUMENTS]
 
 
 def test_gke_prints_an_xpk_workload_that_restarts():
-    done = launch("gke_xpk.sh", *XPK, "--retries=5", "--image=gcr.io/me/image", "--dry_run", "train", *ARGUMENTS)
+    done = launch(
+        "gke_xpk.sh",
+        *XPK,
+        "--retries=5",
+        "--image=gcr.io/me/image",
+        "--dry_run",
+        "train",
+        *ARGUMENTS,
+    )
     (words,) = printed_commands(done.stdout)
     assert words[:3] == ["xpk", "workload", "create"]
-    assert {"--tpu-type=v5litepod-64", "--max-restarts=5", "--restart-on-user-code-failure", "--docker-image=gcr.io/me/image"} <= set(words)
+    assert {
+        "--tpu-type=v5litepod-64",
+        "--max-restarts=5",
+        "--restart-on-user-code-failure",
+        "--docker-image=gcr.io/me/image",
+    } <= set(words)
     assert library_flags(inner(words)) == EXPECTED
 
 
 def test_slurm_prints_the_submission_and_the_step():
-    done = launch("slurm_gpu.sh", "--nodes=2", "--gpus_per_node=4", "--sbatch=--partition=gpu -A me", "--dry_run", "train", *ARGUMENTS)
+    done = launch(
+        "slurm_gpu.sh",
+        "--nodes=2",
+        "--gpus_per_node=4",
+        "--sbatch=--partition=gpu -A me",
+        "--dry_run",
+        "train",
+        *ARGUMENTS,
+    )
     submission, step = printed_commands(done.stdout)
-    assert submission[0] == "sbatch" and {"--nodes=2", "--ntasks-per-node=4", "--requeue", "--partition=gpu", "-A", "me"} <= set(submission)
+    assert submission[0] == "sbatch" and {
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--requeue",
+        "--partition=gpu",
+        "-A",
+        "me",
+    } <= set(submission)
     assert submission[-len(ARGUMENTS) :] == ARGUMENTS
-    assert step[0] == "srun" and library_flags(step).gin_bindings == EXPECTED.gin_bindings and library_flags(step).multiprocess_gpu
+    assert (
+        step[0] == "srun"
+        and library_flags(step).gin_bindings == EXPECTED.gin_bindings
+        and library_flags(step).multiprocess_gpu
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +216,10 @@ def test_help_shows_the_head_of_the_script(script):
 def stand_in(folder: pathlib.Path, name: str, body: str) -> None:
     """A program that appends its words to <name>.calls and then does `body`."""
     script = folder / name
-    script.write_text(f'#!/bin/bash\nprintf "%s " "$@" >> "{folder}/{name}.calls"; echo >> "{folder}/{name}.calls"\n{body}\n')
+    script.write_text(
+        f'#!/bin/bash\nprintf "%s " "$@" >> "{folder}/{name}.calls"; echo >>'
+        f' "{folder}/{name}.calls"\n{body}\n'
+    )
     script.chmod(0o755)
 
 
@@ -158,7 +228,8 @@ def calls(folder: pathlib.Path, name: str) -> list[str]:
 
 
 def test_a_preempted_pod_is_made_again_and_the_run_goes_on(tmp_path):
-    # The first run fails because the pod is preempted; then: deleted, made again, installed, run to the end.
+    # The first run fails because the pod is preempted; then: deleted, made again, installed, run to
+    # the end.
     stand_in(
         tmp_path,
         "gcloud",
@@ -180,7 +251,9 @@ esac""",
 
 def test_a_command_that_fails_on_a_pod_that_stays_is_tried_a_bounded_number_of_times(tmp_path):
     stand_in(tmp_path, "gcloud", 'case "$4" in describe) echo READY ;; ssh) exit 1 ;; esac')
-    done = launch("tpu_pod.sh", *POD, "--wait=0", "--failures=2", "--installed", "train", path=tmp_path)
+    done = launch(
+        "tpu_pod.sh", *POD, "--wait=0", "--failures=2", "--installed", "train", path=tmp_path
+    )
     assert done.returncode == 1 and "3 times" in done.stderr
     assert sum(" ssh " in line for line in calls(tmp_path, "gcloud")) == 3
 
@@ -189,13 +262,31 @@ def test_a_slurm_job_is_queued_again_until_it_is_done_or_cannot_run(tmp_path):
     stand_in(tmp_path, "srun", "exit $SRUN_CODE")
     stand_in(tmp_path, "scontrol", "")
     job = {"SLURM_JOB_ID": "7", "UPCYCLE_JAX_LAUNCHERS": str(LAUNCH)}
-    assert launch("slurm_gpu.sh", "--retries=2", "train", path=tmp_path, SRUN_CODE="0", **job).returncode == 0
+    assert (
+        launch(
+            "slurm_gpu.sh", "--retries=2", "train", path=tmp_path, SRUN_CODE="0", **job
+        ).returncode
+        == 0
+    )
     assert not (tmp_path / "scontrol.calls").exists()
     refused = launch("slurm_gpu.sh", "--retries=2", "train", path=tmp_path, SRUN_CODE="2", **job)
     assert refused.returncode == 2 and not (tmp_path / "scontrol.calls").exists()
-    assert launch("slurm_gpu.sh", "--retries=2", "train", path=tmp_path, SRUN_CODE="75", **job).returncode == 0
+    assert (
+        launch(
+            "slurm_gpu.sh", "--retries=2", "train", path=tmp_path, SRUN_CODE="75", **job
+        ).returncode
+        == 0
+    )
     assert calls(tmp_path, "scontrol") == ["requeue 7 "]
-    last = launch("slurm_gpu.sh", "--retries=2", "train", path=tmp_path, SRUN_CODE="75", SLURM_RESTART_COUNT="2", **job)
+    last = launch(
+        "slurm_gpu.sh",
+        "--retries=2",
+        "train",
+        path=tmp_path,
+        SRUN_CODE="75",
+        SLURM_RESTART_COUNT="2",
+        **job,
+    )
     assert last.returncode == 75 and len(calls(tmp_path, "scontrol")) == 1
 
 
@@ -226,7 +317,10 @@ fi""",
     assert failed.returncode == 3 and "ended with code 3 after 2 starts" in failed.stderr
 
 
-@pytest.mark.parametrize(("interrupted", "variable", "code"), [("SIGTERM", "75", 75), ("SIGTERM", None, 0), (None, "75", 0)])
+@pytest.mark.parametrize(
+    ("interrupted", "variable", "code"),
+    [("SIGTERM", "75", 75), ("SIGTERM", None, 0), (None, "75", 0)],
+)
 def test_train_tells_launchers_that_it_was_stopped_early(interrupted, variable, code, monkeypatch):
     class Loaded:
         def build(self, name, **given):

@@ -1,4 +1,6 @@
-"""Parameter counts of the shipped models. The expected numbers are Table 1 of the paper (arXiv 2212.05055)."""
+"""Parameter counts of the shipped models. The expected numbers are Table 1 of the paper (arXiv
+2212.05055).
+"""
 
 import re
 
@@ -39,18 +41,35 @@ def test_the_command_prints_every_parameter_and_the_total(capsys):
     by_name = {match[1]: match[0] for match in parsed}
     wi = by_name["encoder/layers_1/mlp/expert/wi_0/kernel"]
     assert f"size {32 * 768 * 2048} " in wi
-    assert "(expert=32, embed=768, expert_mlp=2048)" in wi and wi.endswith("partition spec ('expert', None, 'model')")
-    assert "(embed=768, unmodeled=32)" in by_name["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+    assert "(expert=32, embed=768, expert_mlp=2048)" in wi and wi.endswith(
+        "partition spec ('expert', None, 'model')"
+    )
+    assert (
+        "(embed=768, unmodeled=32)"
+        in by_name["decoder/layers_1/mlp/router/router_weights/w/kernel"]
+    )
 
 
 def test_the_command_prints_what_the_model_costs(capsys):
-    assert model_info.main(["--gin_file=models/t5_1_1_base_upcycled.gin", "--gin.REMAT_POLICY='full'"]) == 0
+    assert (
+        model_info.main(["--gin_file=models/t5_1_1_base_upcycled.gin", "--gin.REMAT_POLICY='full'"])
+        == 0
+    )
     costs = capsys.readouterr().out.partition("Total number of parameters: ")[2]
-    # 12 of 24 layers are sparse and a token meets 2 of 32 experts: 30 experts of 3 * 768 * 2048 are inactive in each.
-    assert f"Active parameters per token: {TABLE_1['base_upcycled'] - 12 * 30 * 3 * 768 * 2048}" in costs
-    assert f"Parameters of experts: {12 * 32 * 3 * 768 * 2048}, of routers: {12 * 768 * 32}" in costs
+    # 12 of 24 layers are sparse and a token meets 2 of 32 experts: 30 experts of 3 * 768 * 2048 are
+    # inactive in each.
+    assert (
+        f"Active parameters per token: {TABLE_1['base_upcycled'] - 12 * 30 * 3 * 768 * 2048}"
+        in costs
+    )
+    assert (
+        f"Parameters of experts: {12 * 32 * 3 * 768 * 2048}, of routers: {12 * 768 * 32}" in costs
+    )
     assert f"Bytes of parameters: {4 * TABLE_1['base_upcycled']}" in costs
-    assert "in training (matrix products; 64 rows of 512 + 128 tokens)" in costs and "computed again under remat_policy 'full'" in costs
+    assert (
+        "in training (matrix products; 64 rows of 512 + 128 tokens)" in costs
+        and "computed again under remat_policy 'full'" in costs
+    )
 
 
 def test_the_batch_may_be_named(capsys, tmp_path):
@@ -61,8 +80,12 @@ def test_the_batch_may_be_named(capsys, tmp_path):
 
 
 def test_partitioner_bindings_decide_the_specs(capsys):
-    assert model_info.main(["--gin_file=models/t5_1_1_tiny.gin", "--gin.Partitioner.fsdp=True"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "token_embedder/embedding" in line)
+    assert (
+        model_info.main(["--gin_file=models/t5_1_1_tiny.gin", "--gin.Partitioner.fsdp=True"]) == 0
+    )
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if "token_embedder/embedding" in line
+    )
     assert line.endswith("partition spec ('model', 'data')")
 
 
@@ -75,9 +98,19 @@ def test_a_missing_model_is_explained(capsys, tmp_path):
 
 def test_state_is_listed_after_the_total():
     params = {"a/kernel": LeafSpec((4, 6), np.float32, (axes.EMBED, axes.MLP))}
-    state = {"state/step": LeafSpec((), np.int32), "state/param_states/a/kernel/v": LeafSpec((1,), np.float32)}
+    state = {
+        "state/step": LeafSpec((), np.int32),
+        "state/param_states/a/kernel/v": LeafSpec((1,), np.float32),
+    }
     lines = info.model_info(params, partitioner=Partitioner(), state=state).splitlines()
-    assert lines[0] == "Variable    a/kernel size 24           shape (embed=4, mlp=6) partition spec (None, 'model')"
+    assert (
+        lines[0]
+        == "Variable    a/kernel size 24           shape (embed=4, mlp=6) partition spec (None,"
+        " 'model')"
+    )
     assert lines[1] == "Total number of parameters: 24"
-    assert [LINE.fullmatch(line)[1] for line in lines[3:5]] == ["state/param_states/a/kernel/v", "state/step"]
+    assert [LINE.fullmatch(line)[1] for line in lines[3:5]] == [
+        "state/param_states/a/kernel/v",
+        "state/step",
+    ]
     assert lines[5] == "Total number of elements of the optimizer state: 2"

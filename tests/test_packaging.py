@@ -13,7 +13,15 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "upcycle_jax", "tasks", "gin_configs")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "upcycle_jax",
+    "tasks",
+    "gin_configs",
+)
 COMES_WITH_SEQIO = {"tensorflow", "tensorflow_datasets"}
 """Installed by SeqIO, which alone knows the version that fits (see setup.py)."""
 
@@ -25,7 +33,9 @@ def setup_constants() -> dict:
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in wanted
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in wanted
     }
 
 
@@ -41,7 +51,9 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, source / name)
     pip = [
@@ -62,11 +74,20 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_library_tasks_and_gin_files(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    expected = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.csv") for path in (ROOT / "upcycle_jax").rglob(kind)}
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for kind in ("*.py", "*.csv")
+        for path in (ROOT / "upcycle_jax").rglob(kind)
+    }
     for folder, pattern in (("tasks", "*.py"), ("gin_configs", "*.gin")):
-        expected |= {f"upcycle_jax/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / folder).rglob(pattern)}
+        expected |= {
+            f"upcycle_jax/{path.relative_to(ROOT).as_posix()}"
+            for path in (ROOT / folder).rglob(pattern)
+        }
     assert not expected - held, "missing from the wheel"
-    assert not any(name.startswith(("tests/", "tasks/", "gin_configs/")) for name in held), "would be installed under a second name"
+    assert not any(name.startswith(("tests/", "tasks/", "gin_configs/")) for name in held), (
+        "would be installed under a second name"
+    )
 
 
 def test_commands_work_from_a_wheel_in_another_directory(wheel, tmp_path):
@@ -77,7 +98,14 @@ def test_commands_work_from_a_wheel_in_another_directory(wheel, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(target)}
 
     def run(*words):
-        done = subprocess.run([sys.executable, *words], cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -85,7 +113,9 @@ def test_commands_work_from_a_wheel_in_another_directory(wheel, tmp_path):
     by_path = run("-m", "upcycle_jax.model_info", "--gin_file=gin_configs/models/t5_1_1_tiny.gin")
     by_name = run("-m", "upcycle_jax.cli", "model_info", "--gin_file=models/t5_1_1_tiny.gin")
     assert by_path == by_name and "Total number of parameters: " in by_path
-    assert "Table 1: sizes of the models" in run("-m", "upcycle_jax.paper", "list")  # reads the data file of the package
+    assert "Table 1: sizes of the models" in run(
+        "-m", "upcycle_jax.paper", "list"
+    )  # reads the data file of the package
 
 
 def test_requirements_are_ranges_with_both_ends():
@@ -102,14 +132,25 @@ def test_everything_that_is_imported_is_required():
     problems = []
     for path in [*(ROOT / "upcycle_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+        inside = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+        }
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for head in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"upcycle_jax"} - COMES_WITH_SEQIO:
+            for head in (
+                {name.partition(".")[0] for name in names}
+                - set(sys.stdlib_module_names)
+                - {"upcycle_jax"}
+                - COMES_WITH_SEQIO
+            ):
                 by = {name.lower().replace("_", "-") for name in providers.get(head, [head])}
                 if not by & (declared | optional if id(node) in inside else declared):
                     problems.append(
-                        f"{path.relative_to(ROOT)}:{node.lineno} imports {head} ({', '.join(sorted(by))}), which setup.py does not ask for"
+                        f"{path.relative_to(ROOT)}:{node.lineno} imports {head}"
+                        f" ({', '.join(sorted(by))}), which setup.py does not ask for"
                     )
     assert not problems, "\n".join(problems)

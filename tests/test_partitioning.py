@@ -18,7 +18,8 @@ def test_every_logical_axis_has_one_rule():
 
 
 @pytest.mark.parametrize(
-    ("experts", "model", "shape"), [(1, 1, (8, 1, 1)), (8, 1, (1, 8, 1)), (4, 1, (2, 4, 1)), (2, 2, (2, 2, 2)), (1, 8, (1, 1, 8))]
+    ("experts", "model", "shape"),
+    [(1, 1, (8, 1, 1)), (8, 1, (1, 8, 1)), (4, 1, (2, 4, 1)), (2, 2, (2, 2, 2)), (1, 8, (1, 1, 8))],
 )
 def test_mesh(experts, model, shape):
     partitioner = Partitioner(num_expert_partitions=experts, num_model_partitions=model)
@@ -33,23 +34,35 @@ def test_one_device():
 
 @pytest.mark.parametrize(("experts", "model"), [(3, 1), (4, 4), (0, 1)])
 def test_a_mesh_that_does_not_fit(experts, model):
-    with pytest.raises(ValueError, match=f"8 devices cannot form a mesh of {experts} expert x {model} model.*NUM_EXPERT_PARTITIONS"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"8 devices cannot form a mesh of {experts} expert x {model}"
+            " model.*NUM_EXPERT_PARTITIONS"
+        ),
+    ):
         Partitioner(num_expert_partitions=experts, num_model_partitions=model).mesh
 
 
 def test_specs_of_parameters():
     partitioner = Partitioner(num_expert_partitions=2, num_model_partitions=2)
-    assert partitioner.spec(("expert", "embed", "expert_mlp")) == PartitionSpec("expert", None, "model")
+    assert partitioner.spec(("expert", "embed", "expert_mlp")) == PartitionSpec(
+        "expert", None, "model"
+    )
     assert partitioner.spec(("embed", "unmodeled")) == PartitionSpec(None, None)
     assert partitioner.spec((None, "mlp")) == PartitionSpec(None, "model")
-    assert dataclasses.replace(partitioner, fsdp=True).spec(("expert", "embed", "expert_mlp")) == PartitionSpec("expert", "data", "model")
+    assert dataclasses.replace(partitioner, fsdp=True).spec(
+        ("expert", "embed", "expert_mlp")
+    ) == PartitionSpec("expert", "data", "model")
 
 
 def test_unknown_axis_and_collision():
     partitioner = Partitioner()
     with pytest.raises(ValueError, match="'hidden' has no sharding rule; known axes: .*'embed'"):
         partitioner.spec(("hidden",))
-    with pytest.raises(ValueError, match="'mlp' and 'vocab' of one array both map to mesh axis 'model'"):
+    with pytest.raises(
+        ValueError, match="'mlp' and 'vocab' of one array both map to mesh axis 'model'"
+    ):
         partitioner.spec(("mlp", "vocab"))
     with pytest.raises(ValueError, match="'embed' has two rules"):
         Partitioner(rules=((axes.EMBED, None), (axes.EMBED, "model"))).spec(("embed",))
@@ -57,8 +70,15 @@ def test_unknown_axis_and_collision():
 
 def test_a_dimension_that_does_not_divide_is_named_with_what_fits():
     partitioner = Partitioner(num_expert_partitions=4)
-    specs = {"encoder/mlp/expert/wo/kernel": trees.LeafSpec((6, 8, 4), "float32", ("expert", "expert_mlp", "embed"))}
-    with pytest.raises(ValueError, match=r"encoder/mlp/expert/wo/kernel: axis 'expert' of size 6 .*4 partitions.*fits is 3"):
+    specs = {
+        "encoder/mlp/expert/wo/kernel": trees.LeafSpec(
+            (6, 8, 4), "float32", ("expert", "expert_mlp", "embed")
+        )
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"encoder/mlp/expert/wo/kernel: axis 'expert' of size 6 .*4 partitions.*fits is 3",
+    ):
         partitioner.shardings(specs)
 
 
@@ -96,5 +116,7 @@ def test_a_torus_whose_sides_do_not_fit_is_split(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", refuse)
     mesh = Partitioner(num_expert_partitions=4).mesh
     assert dict(mesh.shape) == {"data": 2, "expert": 4, "model": 1}
-    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in jax.devices())
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(
+        device.id for device in jax.devices()
+    )
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)

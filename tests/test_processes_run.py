@@ -1,4 +1,6 @@
-"""Real runs of two processes with four devices each, through the launcher: train, save, kill one process, restart both, resume."""
+"""Real runs of two processes with four devices each, through the launcher: train, save, kill one
+process, restart both, resume.
+"""
 
 import json
 import os
@@ -15,7 +17,9 @@ STEPS = 24
 
 
 def command(model_dir: pathlib.Path, text: pathlib.Path, *, retries: int) -> list[str]:
-    """A tiny model with eight experts over four expert partitions, on a 2 x 4 mesh over both processes."""
+    """A tiny model with eight experts over four expert partitions, on a 2 x 4 mesh over both
+    processes.
+    """
     return [
         str(ROOT / "scripts" / "launch" / "local.sh"),
         "--processes=2",
@@ -55,7 +59,9 @@ def process_ids(model_dir: pathlib.Path, index: int) -> list[int]:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        ours = f"--gin.MODEL_DIR={str(model_dir)!r}" in words and f"--process_index={index}" in words
+        ours = (
+            f"--gin.MODEL_DIR={str(model_dir)!r}" in words and f"--process_index={index}" in words
+        )
         if ours and "python" in pathlib.PurePath(words[0]).name:
             found.append(int(folder.name))
     return found
@@ -63,16 +69,31 @@ def process_ids(model_dir: pathlib.Path, index: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not pathlib.Path("/proc/self/cmdline").exists(), reason="finds the process to kill through /proc, which this system lacks"
+    not pathlib.Path("/proc/self/cmdline").exists(),
+    reason="finds the process to kill through /proc, which this system lacks",
 )
 def test_killing_one_of_two_processes_loses_nothing(tmp_path):
     text = tmp_path / "lines.txt"
-    text.write_text("\n".join(f"line {i} says that {i * i} is the square of {i}, and {i + 1} follows it" for i in range(400)))
-    environ = {**os.environ, "PYTHON": sys.executable, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    text.write_text(
+        "\n".join(
+            f"line {i} says that {i * i} is the square of {i}, and {i + 1} follows it"
+            for i in range(400)
+        )
+    )
+    environ = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    }
     environ.pop("XLA_FLAGS", None)
 
     whole = subprocess.run(
-        command(tmp_path / "whole", text, retries=0), env=environ, capture_output=True, text=True, timeout=900, check=False
+        command(tmp_path / "whole", text, retries=0),
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert whole.returncode == 0, whole.stdout[-4000:] + whole.stderr[-2000:]
     expected = losses(tmp_path / "whole")
@@ -80,12 +101,18 @@ def test_killing_one_of_two_processes_loses_nothing(tmp_path):
     assert expected[STEPS] < expected[1]
 
     with subprocess.Popen(
-        command(tmp_path / "cut", text, retries=2), env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(tmp_path / "cut", text, retries=2),
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as cut:
         try:
             deadline = time.monotonic() + 600
             while not (tmp_path / "cut" / "checkpoint_8").exists():
-                assert cut.poll() is None and time.monotonic() < deadline, "no checkpoint_8 to kill a process after"
+                assert cut.poll() is None and time.monotonic() < deadline, (
+                    "no checkpoint_8 to kill a process after"
+                )
                 time.sleep(0.05)
             (victim,) = process_ids(tmp_path / "cut", 1)
             os.kill(victim, signal.SIGKILL)
@@ -95,5 +122,9 @@ def test_killing_one_of_two_processes_loses_nothing(tmp_path):
     assert cut.returncode == 0, output[-4000:]
     assert "starting all again (1 of 2)" in output
     manifest = json.loads((tmp_path / "cut" / "manifest.json").read_text())
-    assert len(manifest["starts"]) == 2 and manifest["starts"][1]["step"] >= 8 and manifest["status"] == "finished"
+    assert (
+        len(manifest["starts"]) == 2
+        and manifest["starts"][1]["step"] >= 8
+        and manifest["status"] == "finished"
+    )
     assert losses(tmp_path / "cut") == expected  # bit for bit: JSON keeps every digit

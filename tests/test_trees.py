@@ -26,7 +26,9 @@ def test_specs():
     assert trees.LeafSpec([2], np.float32).axes == (None,)
     assert trees.LeafSpec((), np.int32).nbytes == 4
     assert trees.LeafSpec((32, 4096, 65536), np.float32).nbytes == 32 * 4096 * 65536 * 4
-    with pytest.raises(ValueError, match=r"axes \('embed',\) do not name the dimensions of shape \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"axes \('embed',\) do not name the dimensions of shape \(2, 3\)"
+    ):
         trees.LeafSpec((2, 3), np.float32, ("embed",))
 
 
@@ -37,7 +39,11 @@ def test_diff_shows_both_sides():
     assert difference and (difference.missing, difference.unexpected) == (("a",), ("d",))
     assert difference.mismatched == (("b", "[2,3]", "[3,2]"),)
     lines = str(difference).splitlines()
-    assert lines == ["- a (expected, not there)", "+ d (there, not expected)", "! b: expected [2,3], found [3,2]"]
+    assert lines == [
+        "- a (expected, not there)",
+        "+ d (there, not expected)",
+        "! b: expected [2,3], found [3,2]",
+    ]
     with_dtype = trees.diff(expected, actual, compare_dtype=True)
     assert ("c", "float64[1]", "float32[1]") in with_dtype.mismatched
 

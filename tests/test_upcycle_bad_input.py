@@ -1,4 +1,6 @@
-"""The command `upcycle` where the disk or the source is bad: one clear error, nothing at the output, nothing of the source lost."""
+"""The command `upcycle` where the disk or the source is bad: one clear error, nothing at the
+output, nothing of the source lost.
+"""
 
 import errno
 import hashlib
@@ -17,7 +19,13 @@ from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
 
-TINY = ("VOCAB_SIZE=64", "T5Config.emb_dim=64", "T5Config.mlp_dim=256", "T5Config.num_heads=2", "T5Config.head_dim=8")
+TINY = (
+    "VOCAB_SIZE=64",
+    "T5Config.emb_dim=64",
+    "T5Config.mlp_dim=256",
+    "T5Config.num_heads=2",
+    "T5Config.head_dim=8",
+)
 LIMIT = 150_000
 """More than the descriptive files of a result take, less than its new experts."""
 
@@ -30,7 +38,9 @@ def dense(tmp_path):
     writer = create_checkpoint(folder, specs, step=7, metadata={})
     for name, spec in specs.items():
         if name != "state/step":
-            writer.write(name, None, (rng.normal(size=spec.shape) * (spec.shape != (1,))).astype(spec.dtype))
+            writer.write(
+                name, None, (rng.normal(size=spec.shape) * (spec.shape != (1,))).astype(spec.dtype)
+            )
     writer.finalize()
     return folder
 
@@ -42,12 +52,20 @@ def words(source, output):
         "--gin.FUNCTION_CHECK='off'",
         "--gin.OPTIMIZER=None",
     ]
-    files = ["--gin_file=models/t5_1_1_tiny_upcycled.gin", "--gin_file=runs/upcycle.gin", "--gin_file=recipes/noisy_copies.gin"]
+    files = [
+        "--gin_file=models/t5_1_1_tiny_upcycled.gin",
+        "--gin_file=runs/upcycle.gin",
+        "--gin_file=recipes/noisy_copies.gin",
+    ]
     return [*files, *(f"--gin.{line}" for line in TINY), *paths]
 
 
 def digest(folder):
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def refused(capsys, source, output):
@@ -59,8 +77,7 @@ def refused(capsys, source, output):
     return message
 
 
-FULL_DISK = textwrap.dedent(
-    """
+FULL_DISK = textwrap.dedent("""
     import resource, signal, sys
     from upcycle_jax import upcycle
     limit = int(sys.argv[1])
@@ -68,18 +85,25 @@ FULL_DISK = textwrap.dedent(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.exit(upcycle.main(sys.argv[2:]))
-    """
-)
+    """)
 
 
 def run_with_limit(limit, arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+    }
     command = [sys.executable, "-c", FULL_DISK, str(limit), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
 
 
 def test_a_full_disk_is_one_error_and_the_same_command_finishes_later(dense, tmp_path):
-    """A limit on file size stands in for a full disk: both surface as a failed write inside the storage library."""
+    """A limit on file size stands in for a full disk: both surface as a failed write inside the
+    storage library.
+    """
     before, output = digest(dense), tmp_path / "sparse" / "checkpoint_7"
     stopped = run_with_limit(LIMIT, words(dense, output))
     assert stopped.returncode == 2, stopped.stdout + stopped.stderr
@@ -88,15 +112,21 @@ def test_a_full_disk_is_one_error_and_the_same_command_finishes_later(dense, tmp
     assert not output.exists()
     assert digest(dense) == before
     finished = run_with_limit(0, words(dense, output))
-    assert finished.returncode == 0 and "proof: PASSED" in finished.stdout, finished.stdout + finished.stderr
+    assert finished.returncode == 0 and "proof: PASSED" in finished.stdout, (
+        finished.stdout + finished.stderr
+    )
     assert [path.name for path in output.parent.iterdir()] == ["checkpoint_7"]
     assert digest(dense) == before
 
 
-@pytest.mark.skipif(not os.path.isdir("/sys"), reason="needs Linux's /sys, where nobody may make folders")
+@pytest.mark.skipif(
+    not os.path.isdir("/sys"), reason="needs Linux's /sys, where nobody may make folders"
+)
 def test_a_target_that_cannot_be_written(dense, tmp_path, capsys):
     before = digest(tmp_path)
-    assert "cannot write /sys/upcycled/checkpoint_7.partial: " in refused(capsys, dense, "/sys/upcycled/checkpoint_7")
+    assert "cannot write /sys/upcycled/checkpoint_7.partial: " in refused(
+        capsys, dense, "/sys/upcycled/checkpoint_7"
+    )
     (tmp_path / "file").write_text("not a folder")
     assert "Nothing was written" in refused(capsys, dense, tmp_path / "file" / "checkpoint_7")
     (tmp_path / "file").unlink()
@@ -108,7 +138,10 @@ def test_an_existing_output_is_left_as_it_is(dense, tmp_path, capsys):
     output.mkdir(parents=True)
     (output / "precious.txt").write_text("keep")
     before = digest(tmp_path)
-    assert "exists already: choose another OUTPUT_CHECKPOINT_PATH or remove it; nothing was changed" in refused(capsys, dense, output)
+    assert (
+        "exists already: choose another OUTPUT_CHECKPOINT_PATH or remove it; nothing was changed"
+        in refused(capsys, dense, output)
+    )
     assert digest(tmp_path) == before
     # The source itself is no better a place.
     assert "exists already" in refused(capsys, dense, dense)
@@ -116,7 +149,9 @@ def test_an_existing_output_is_left_as_it_is(dense, tmp_path, capsys):
 
 
 def test_a_disk_that_is_full_when_the_proof_is_written(dense, tmp_path, capsys, monkeypatch):
-    """The result is complete then; the message says what is missing, and the same command adds it."""
+    """The result is complete then; the message says what is missing, and the same command adds
+    it.
+    """
     output, write_text = tmp_path / "sparse" / "checkpoint_7", pathlib.Path.write_text
 
     def full(path, text, *args, **kwargs):
@@ -127,7 +162,10 @@ def test_a_disk_that_is_full_when_the_proof_is_written(dense, tmp_path, capsys, 
     with monkeypatch.context() as patched:
         patched.setattr(pathlib.Path, "write_text", full)
         message = refused(capsys, dense, output)
-    assert f"{output}/plan.json: No space left on device" in message and "run the same command again" in message
+    assert (
+        f"{output}/plan.json: No space left on device" in message
+        and "run the same command again" in message
+    )
     assert upcycle.main(words(dense, output)) == 0
     assert "only the proof is missing" in capsys.readouterr().out
 
@@ -153,7 +191,10 @@ def test_a_half_copied_source(dense, tmp_path, capsys, lost):
 def test_a_source_that_is_still_being_written(tmp_path, capsys):
     (tmp_path / "run" / "checkpoint_9.partial").mkdir(parents=True)
     message = refused(capsys, tmp_path / "run", tmp_path / "sparse")
-    assert "holds no finished checkpoint, only checkpoint_9.partial: let the save finish or name another folder" in message
+    assert (
+        "holds no finished checkpoint, only checkpoint_9.partial: let the save finish or name"
+        " another folder" in message
+    )
     assert not (tmp_path / "sparse").exists()
 
 
@@ -165,7 +206,9 @@ def test_a_source_whose_data_are_lost_never_becomes_a_result_that_passes(dense, 
     captured = capsys.readouterr()
     assert status in (1, 2)
     assert "proof: PASSED" not in captured.out
-    if status == 1:  # Chunks are taken over without being decoded, so the loss shows when the proof reads them.
+    if (
+        status == 1
+    ):  # Chunks are taken over without being decoded, so the loss shows when the proof reads them.
         assert "proof: FAILED" in captured.out and "cannot be read" in captured.out
         with pytest.raises((ValueError, OSError)):
             reader = open_checkpoint(tmp_path / "sparse")

@@ -15,7 +15,13 @@ from upcycle_jax.surgery.tokens import random_tokens
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
 
-TINY = ("VOCAB_SIZE=64", "T5Config.emb_dim=16", "T5Config.mlp_dim=32", "T5Config.num_heads=2", "T5Config.head_dim=8")
+TINY = (
+    "VOCAB_SIZE=64",
+    "T5Config.emb_dim=16",
+    "T5Config.mlp_dim=32",
+    "T5Config.num_heads=2",
+    "T5Config.head_dim=8",
+)
 MODEL_FILE = "models/t5_1_1_tiny_upcycled.gin"
 
 
@@ -26,7 +32,13 @@ def write_dense(folder, step=7, bindings=TINY, seed=0):
     writer = create_checkpoint(folder, specs, step=step, metadata={})
     for name, spec in specs.items():
         if name != "state/step":
-            writer.write(name, None, (rng.normal(size=spec.shape) * (0.1 if spec.shape != (1,) else 0)).astype(spec.dtype))
+            writer.write(
+                name,
+                None,
+                (rng.normal(size=spec.shape) * (0.1 if spec.shape != (1,) else 0)).astype(
+                    spec.dtype
+                ),
+            )
     writer.finalize()
     return folder
 
@@ -47,7 +59,11 @@ OFF = "--gin.FUNCTION_CHECK='off'"
 
 
 def digest(folder):
-    return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
@@ -65,18 +81,26 @@ def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
     written = open_checkpoint(tmp_path / "sparse")
     assert written.step == 7
     record = written.metadata()["surgery"]
-    assert record["recipe"]["type"] == "Recipe" and record["source_step"] == 7 and record["versions"]["jax"]
+    assert (
+        record["recipe"]["type"] == "Recipe"
+        and record["source_step"] == 7
+        and record["versions"]["jax"]
+    )
 
     assert verify.main(words(dense, tmp_path / "sparse", OFF)) == 0
     assert "proof: PASSED" in capsys.readouterr().out
 
 
 def test_the_function_check_on_real_text(tmp_path, capsys):
-    """The first batch of the validation split of one's own text, by gin alone; bytes and sentinels are 359 ids."""
+    """The first batch of the validation split of one's own text, by gin alone; bytes and sentinels
+    are 359 ids.
+    """
     bindings = [line.replace("VOCAB_SIZE=64", "VOCAB_SIZE=384") for line in TINY]
     dense = write_dense(tmp_path / "dense" / "checkpoint_7", bindings=bindings)
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"The {n}th sentence speaks of {n * n}, the square of {n}." for n in range(400)))
+    text.write_text(
+        " ".join(f"The {n}th sentence speaks of {n * n}, the square of {n}." for n in range(400))
+    )
     real = [
         "--gin.FUNCTION_CHECK_DATASET=@function_check/DatasetConfig()",
         f"--gin.TEXT_FILES=['{text}']",
@@ -114,7 +138,11 @@ def test_orbax_itself_restores_the_result_with_the_proof_beside_it(dense, tmp_pa
     assert upcycle.main(words(dense, tmp_path / "run" / "checkpoint_7", OFF)) == 0
     written, manager = open_checkpoint(tmp_path / "run"), CheckpointManager(tmp_path / "run")
     specs = written.specs()
-    restored = trees.flatten(manager.restore(7, specs, dict.fromkeys(specs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))))
+    restored = trees.flatten(
+        manager.restore(
+            7, specs, dict.fromkeys(specs, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        )
+    )
     manager.close()
     assert restored.keys() == specs.keys()
     for name, leaf in restored.items():
@@ -124,7 +152,9 @@ def test_orbax_itself_restores_the_result_with_the_proof_beside_it(dense, tmp_pa
 def test_killed_between_writing_and_proving(dense, tmp_path, capsys):
     assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
     (tmp_path / "sparse" / "proof.json").unlink()
-    assert upcycle.main(words(dense, tmp_path / "sparse", OFF, "--gin.Recipe.seed=1")) == 2  # Another conversion's result stays.
+    assert (
+        upcycle.main(words(dense, tmp_path / "sparse", OFF, "--gin.Recipe.seed=1")) == 2
+    )  # Another conversion's result stays.
     assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
     assert "only the proof is missing" in capsys.readouterr().out
     assert (tmp_path / "sparse" / "proof.json").exists()
@@ -155,23 +185,65 @@ def test_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_a_model_file_the_target_is_the_sources_shape_with_the_papers_experts(dense, tmp_path):
-    assert upcycle.main(words(dense, tmp_path / "sparse", OFF, "--materialize", "--max_memory=64000000", model=None)) == 0
+def test_without_a_model_file_the_target_is_the_sources_shape_with_the_papers_experts(
+    dense, tmp_path
+):
+    assert (
+        upcycle.main(
+            words(
+                dense,
+                tmp_path / "sparse",
+                OFF,
+                "--materialize",
+                "--max_memory=64000000",
+                model=None,
+            )
+        )
+        == 0
+    )
     specs = open_checkpoint(tmp_path / "sparse").specs()
     assert specs["target/encoder/layers_1/mlp/expert/wi_0/kernel"].shape == (32, 16, 32)
     assert "target/encoder/layers_0/mlp/wi_0/kernel" in specs
 
 
-@pytest.mark.parametrize("name", ["paper_language", "paper_vision_state", "noisy_copies", "random_experts", "drop_upcycling", "qwen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "paper_language",
+        "paper_vision_state",
+        "noisy_copies",
+        "random_experts",
+        "drop_upcycling",
+        "qwen",
+    ],
+)
 def test_shipped_recipes_plan(name, dense, tmp_path, capsys):
-    assert upcycle.main(words(dense, tmp_path / "sparse", f"--gin_file=recipes/{name}.gin", "--dry_run")) == 0
+    assert (
+        upcycle.main(
+            words(dense, tmp_path / "sparse", f"--gin_file=recipes/{name}.gin", "--dry_run")
+        )
+        == 0
+    )
     assert "leaves," in capsys.readouterr().out
 
 
 def test_virtual_groups_recipe(dense, tmp_path):
-    settings = ["--gin.NUM_EXPERTS=8", "--gin.EXPERT_MLP_DIM=8", "--gin.GRANULARITY=4", "--gin.TOP_K=4", OFF]
-    assert upcycle.main(words(dense, tmp_path / "sparse", "--gin_file=recipes/virtual_groups.gin", *settings)) == 0
-    router = open_checkpoint(tmp_path / "sparse").read("target/encoder/layers_1/mlp/router/router_weights/w/kernel")
+    settings = [
+        "--gin.NUM_EXPERTS=8",
+        "--gin.EXPERT_MLP_DIM=8",
+        "--gin.GRANULARITY=4",
+        "--gin.TOP_K=4",
+        OFF,
+    ]
+    assert (
+        upcycle.main(
+            words(dense, tmp_path / "sparse", "--gin_file=recipes/virtual_groups.gin", *settings)
+        )
+        == 0
+    )
+    router = open_checkpoint(tmp_path / "sparse").read(
+        "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
+    )
     np.testing.assert_array_equal(router[:, :4], np.repeat(router[:, :1], 4, axis=1))
 
 
@@ -181,32 +253,63 @@ def test_parents_and_the_way_back(dense, tmp_path):
     mix = ["--gin_file=recipes/branch_train_mix.gin", "--gin.PARENTS=(0, 1, 0, 1)", paths, OFF]
     assert upcycle.main(words(dense, tmp_path / "mixed", *mix)) == 0
     merge = ["--gin_file=recipes/merge_mean.gin"]
-    assert upcycle.main(words(tmp_path / "mixed", tmp_path / "merged", *merge, model="models/t5_1_1_tiny.gin")) == 0
+    assert (
+        upcycle.main(
+            words(tmp_path / "mixed", tmp_path / "merged", *merge, model="models/t5_1_1_tiny.gin")
+        )
+        == 0
+    )
     name = "target/encoder/layers_1/mlp/wo/kernel"
-    np.testing.assert_array_equal(open_checkpoint(tmp_path / "merged").read(name), open_checkpoint(dense).read(name))
+    np.testing.assert_array_equal(
+        open_checkpoint(tmp_path / "merged").read(name), open_checkpoint(dense).read(name)
+    )
 
 
 def test_nexus_recipe_shared_expert_from_the_first_parent(dense, tmp_path):
     other = write_dense(tmp_path / "other", seed=1)
     paths = f"--gin.INITIAL_CHECKPOINT_PATH=('{dense}', '{other}')"
-    nexus = ["--gin_file=recipes/nexus.gin", "--gin.PARENTS=(1, 1, 0, 1)", "--gin.SHARED_EXPERT_MLP_DIM=8", paths, OFF]
+    nexus = [
+        "--gin_file=recipes/nexus.gin",
+        "--gin.PARENTS=(1, 1, 0, 1)",
+        "--gin.SHARED_EXPERT_MLP_DIM=8",
+        paths,
+        OFF,
+    ]
     assert upcycle.main(words(dense, tmp_path / "sparse", *nexus)) == 0
     sparse, first, second = (open_checkpoint(path) for path in (tmp_path / "sparse", dense, other))
     name = "target/encoder/layers_1/mlp/{}wo/kernel"
-    np.testing.assert_array_equal(sparse.read(name.format("shared_expert/")), first.read(name.format(""))[:8])
-    np.testing.assert_array_equal(sparse.read(name.format("expert/"))[0], second.read(name.format("")))
+    np.testing.assert_array_equal(
+        sparse.read(name.format("shared_expert/")), first.read(name.format(""))[:8]
+    )
+    np.testing.assert_array_equal(
+        sparse.read(name.format("expert/"))[0], second.read(name.format(""))
+    )
 
 
 def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_path, capsys):
-    """Against NumPy: the mean of the experts by the router's mean probabilities on the tokens that the command documents."""
-    parted = ["--gin_file=recipes/noisy_copies.gin", "--gin.Recipe.router_init=@NormalRouter()", "--gin.NormalRouter.std=2.0", OFF]
+    """Against NumPy: the mean of the experts by the router's mean probabilities on the tokens that
+    the command documents.
+    """
+    parted = [
+        "--gin_file=recipes/noisy_copies.gin",
+        "--gin.Recipe.router_init=@NormalRouter()",
+        "--gin.NormalRouter.std=2.0",
+        OFF,
+    ]
     assert upcycle.main(words(dense, tmp_path / "sparse", *parted)) == 0
-    assert upcycle.main(words(tmp_path / "sparse", tmp_path / "merged", "--gin_file=recipes/merge_weighted.gin")) == 0
+    assert (
+        upcycle.main(
+            words(tmp_path / "sparse", tmp_path / "merged", "--gin_file=recipes/merge_weighted.gin")
+        )
+        == 0
+    )
     assert "weighted mean of experts" in capsys.readouterr().out
     merged, sparse = open_checkpoint(tmp_path / "merged"), open_checkpoint(tmp_path / "sparse")
     model = config.load([MODEL_FILE], TINY).macro("MODEL")
     tokens = random_tokens(64)
-    weights = function_check.router_weights(model, function_check.load_params(sparse, model.param_specs()), tokens)
+    weights = function_check.router_weights(
+        model, function_check.load_params(sparse, model.param_specs()), tokens
+    )
     assert max(weights["encoder/layers_1"]) > 0.26  # Not the plain mean.
     recorded = merged.metadata()["surgery"]["recipe"]
     assert recorded["how"] == "weighted" and recorded["weights"].keys() == weights.keys()
@@ -215,10 +318,17 @@ def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_pa
         for name in ("wi_0", "wi_1", "wo"):
             experts = sparse.read(f"target/{layer}/mlp/expert/{name}/kernel").astype(np.float64)
             expected = sum(share * expert for share, expert in zip(shares, experts, strict=True))
-            np.testing.assert_allclose(merged.read(f"target/{layer}/mlp/{name}/kernel"), expected, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(
+                merged.read(f"target/{layer}/mlp/{name}/kernel"), expected, rtol=1e-5, atol=1e-7
+            )
     assert "target/encoder/layers_1/mlp/router/router_weights/w/kernel" not in merged.specs()
 
-    assert verify.main(words(tmp_path / "sparse", tmp_path / "merged", "--gin_file=recipes/merge_weighted.gin")) == 0
+    assert (
+        verify.main(
+            words(tmp_path / "sparse", tmp_path / "merged", "--gin_file=recipes/merge_weighted.gin")
+        )
+        == 0
+    )
     capsys.readouterr()
     lacking = ["--gin_file=recipes/merge_weighted.gin", "--gin.SOURCE_MODEL=None"]
     assert upcycle.main(words(tmp_path / "sparse", tmp_path / "again", *lacking)) == 2
@@ -226,8 +336,14 @@ def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_pa
 
 
 def test_depth_tiling_recipe(dense, tmp_path):
-    deeper = ["--gin_file=recipes/depth_tiling.gin", "--gin.T5Config.num_encoder_layers=4", "--gin.T5Config.num_decoder_layers=3"]
-    assert upcycle.main(words(dense, tmp_path / "deep", *deeper, model="models/t5_1_1_tiny.gin")) == 0
+    deeper = [
+        "--gin_file=recipes/depth_tiling.gin",
+        "--gin.T5Config.num_encoder_layers=4",
+        "--gin.T5Config.num_decoder_layers=3",
+    ]
+    assert (
+        upcycle.main(words(dense, tmp_path / "deep", *deeper, model="models/t5_1_1_tiny.gin")) == 0
+    )
     deep, shallow = open_checkpoint(tmp_path / "deep"), open_checkpoint(dense)
     for layer, origin in ((0, 0), (1, 0), (2, 1), (3, 1)):
         np.testing.assert_array_equal(
@@ -242,10 +358,14 @@ def test_errors_name_the_value_and_the_remedy(dense, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "nowhere" in refused(tmp_path / "nowhere", tmp_path / "sparse")
-    assert "does not fit the target model" in refused(dense, tmp_path / "sparse", "--gin.T5Config.emb_dim=24")
+    assert "does not fit the target model" in refused(
+        dense, tmp_path / "sparse", "--gin.T5Config.emb_dim=24"
+    )
     (tmp_path / "taken").mkdir()
     assert "taken exists already" in refused(dense, tmp_path / "taken")
-    assert "named for step 9, but the step to record is 7" in refused(dense, tmp_path / "checkpoint_9")
+    assert "named for step 9, but the step to record is 7" in refused(
+        dense, tmp_path / "checkpoint_9"
+    )
     assert "choose one of" in refused(dense, tmp_path / "sparse", "--gin.FUNCTION_CHECK='maybe'")
     assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
     capsys.readouterr()

@@ -1,7 +1,8 @@
 """Logical axis names of parameters and activations.
 
-Every parameter and every constrained activation names its axes with these constants; `partitioning` alone decides which mesh
-axis each one is split over. Names are T5X's and Flaxformer's where the axis is the same.
+Every parameter and every constrained activation names its axes with these constants; `partitioning`
+alone decides which mesh axis each one is split over. Names are T5X's and Flaxformer's where the
+axis is the same.
 """
 
 # Parameters.
@@ -23,6 +24,8 @@ ACTIVATION_MLP = "activation_mlp"
 ACTIVATION_HEADS = "activation_heads"
 ACTIVATION_VOCAB = "activation_vocab"
 EXPERT_GROUP = "expert_group"  # token groups before dispatch: split like the batch
-EXPERT_REPLICA_GROUP = "expert_replica_group"  # token groups after dispatch: split over data only, experts over 'expert'
+EXPERT_REPLICA_GROUP = (  # token groups after dispatch: split over data only, experts over 'expert'
+    "expert_replica_group"
+)
 ACTIVATION_EXPERT = "activation_expert"
 ACTIVATION_EXPERT_MLP = "activation_expert_mlp"

@@ -1,4 +1,5 @@
-"""Writes the tokenised examples of tasks as ArrayRecord files, which training reads without TensorFlow, shuffled as a whole.
+"""Writes the tokenised examples of tasks as ArrayRecord files, which training reads without
+TensorFlow, shuffled as a whole.
 
 Examples:
 
@@ -6,9 +7,9 @@ Examples:
     python -m upcycle_jax.cache_tasks --gin_file=runs/pretrain.gin --gin.MIXTURE_OR_TASK_NAME="'my_text'" \\
         --gin.TEXT_FILES="{'c4': ['/data/c4/*.jsonl.gz']}" --gin.VOCABULARY="'/data/spiece.model'" --output_cache_dir=/data/cache
 
-Then train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs=<output_cache_dir>. Noise (span corruption and its kin) is not
-cached: it is drawn anew each time a segment is read. Killed and started again, the command goes on after the last whole file; a finished
-cache is left alone.
+Then train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs=<output_cache_dir>. Noise
+(span corruption and its kin) is not cached: it is drawn anew each time a segment is read. Killed
+and started again, the command goes on after the last whole file; a finished cache is left alone.
 """
 
 import argparse
@@ -31,14 +32,51 @@ def _names(text: str) -> list[str]:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("cache")
-    own.add_argument("--output_cache_dir", required=True, metavar="DIR", help="folder of all caches")
-    own.add_argument("--tasks", type=_names, default=[], metavar="NAME,NAME", help="tasks and mixtures (default: MIXTURE_OR_TASK_NAME)")
-    own.add_argument("--splits", type=_names, default=None, metavar="NAME,NAME", help="splits to cache (default: all of a task)")
-    own.add_argument("--module_import", action="append", default=[], metavar="MODULE", help="Python module that registers tasks")
-    own.add_argument("--num_shards", type=int, metavar="N", help="files of a split (default: by its size, or as many as its source has)")
-    own.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random steps before the place for caching (default 0)")
-    own.add_argument("--overwrite", action="store_true", help="replace a cache, whatever it was made from")
-    own.add_argument("--verify", action="store_true", help="read every file of a cache that is there already, and compare its sha256")
+    own.add_argument(
+        "--output_cache_dir", required=True, metavar="DIR", help="folder of all caches"
+    )
+    own.add_argument(
+        "--tasks",
+        type=_names,
+        default=[],
+        metavar="NAME,NAME",
+        help="tasks and mixtures (default: MIXTURE_OR_TASK_NAME)",
+    )
+    own.add_argument(
+        "--splits",
+        type=_names,
+        default=None,
+        metavar="NAME,NAME",
+        help="splits to cache (default: all of a task)",
+    )
+    own.add_argument(
+        "--module_import",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers tasks",
+    )
+    own.add_argument(
+        "--num_shards",
+        type=int,
+        metavar="N",
+        help="files of a split (default: by its size, or as many as its source has)",
+    )
+    own.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of random steps before the place for caching (default 0)",
+    )
+    own.add_argument(
+        "--overwrite", action="store_true", help="replace a cache, whatever it was made from"
+    )
+    own.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file of a cache that is there already, and compare its sha256",
+    )
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
@@ -68,7 +106,10 @@ def _run(flags: Flags, loaded: "Config") -> int:
     )
     for config in configs:
         cache_writing.write_caches(config, options, dry_run=flags.dry_run)
-    print(f"train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs={asked.output_cache_dir}")
+    print(
+        "train with --gin.USE_CACHED_TASKS=True"
+        f" --seqio_additional_cache_dirs={asked.output_cache_dir}"
+    )
     return 0
 
 

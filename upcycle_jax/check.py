@@ -1,10 +1,12 @@
-"""Checks a run before it starts: names, missing and unused settings, divisibility, data, memory, and T5X lines with their new form.
+"""Checks a run before it starts: names, missing and unused settings, divisibility, data, memory,
+and T5X lines with their new form.
 
 Example, on a laptop, for a run on 64 devices of 32 GiB:
 
     python -m upcycle_jax.check --gin_file=models/t5_1_1_base_upcycled.gin --gin_file=runs/upcycle.gin --devices=64 --device_memory=32
 
-Nothing is computed and nothing is written. The exit code is 0 where the run can start and 1 where it cannot.
+Nothing is computed and nothing is written. The exit code is 0 where the run can start and 1 where
+it cannot.
 """
 
 import argparse
@@ -21,9 +23,24 @@ if TYPE_CHECKING:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("check")
-    own.add_argument("--function", default="train", metavar="NAME", help="what the run calls: train (default), evaluate, infer, upcycle")
-    own.add_argument("--devices", type=int, metavar="N", help="check for N devices instead of those of this machine")
-    own.add_argument("--device_memory", type=float, metavar="GIB", help="memory of one device (default: what it says)")
+    own.add_argument(
+        "--function",
+        default="train",
+        metavar="NAME",
+        help="what the run calls: train (default), evaluate, infer, upcycle",
+    )
+    own.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="check for N devices instead of those of this machine",
+    )
+    own.add_argument(
+        "--device_memory",
+        type=float,
+        metavar="GIB",
+        help="memory of one device (default: what it says)",
+    )
     own.add_argument("--skip_data", action="store_true", help="do not read a batch of the data")
 
 
@@ -32,7 +49,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", flags.extra.devices)  # virtual ones: only shapes are looked at
+        jax.config.update(
+            "jax_num_cpu_devices", flags.extra.devices
+        )  # virtual ones: only shapes are looked at
     from upcycle_jax.config import run_check
 
     found = run_check.check_run(

@@ -1,4 +1,6 @@
-"""The console script: `upcycle-jax <command> [flags]` is `python -m upcycle_jax.<command> [flags]`."""
+"""The console script: `upcycle-jax <command> [flags]` is `python -m upcycle_jax.<command>
+[flags]`.
+"""
 
 import ast
 import difflib
@@ -9,11 +11,15 @@ from collections.abc import Sequence
 
 
 def commands() -> dict[str, str]:
-    """Name -> first line of its docstring, for every module of the package that has a `main`. Nothing is imported."""
+    """Name -> first line of its docstring, for every module of the package that has a `main`.
+    Nothing is imported.
+    """
     found = {}
     for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if path.name != "cli.py" and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+        if path.name != "cli.py" and any(
+            isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body
+        ):
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
 
@@ -21,7 +27,9 @@ def commands() -> dict[str, str]:
 def _usage(known: dict[str, str]) -> str:
     width = max(map(len, known), default=0)
     lines = [f"  {name:<{width}}  {summary}" for name, summary in known.items()]
-    return "\n".join(["usage: upcycle-jax <command> [flags]", "", "Commands (each has --help):", *lines])
+    return "\n".join(
+        ["usage: upcycle-jax <command> [flags]", "", "Commands (each has --help):", *lines]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""Converts checkpoints between formats without changing the model: anything readable to Orbax, dense T5 to Hugging Face.
+"""Converts checkpoints between formats without changing the model: anything readable to Orbax,
+dense T5 to Hugging Face.
 
 Examples:
 
@@ -6,7 +7,8 @@ Examples:
     python -m upcycle_jax.convert gs://bucket/t5/checkpoint_1000000 /runs/t5
     python -m upcycle_jax.convert /runs/t5/checkpoint_5000 ~/t5-hf --to huggingface --dtype bfloat16
 
-The source is only read. The output appears when it is complete; a command that was interrupted is finished by running it again.
+The source is only read. The output appears when it is complete; a command that was interrupted is
+finished by running it again.
 """
 
 import argparse
@@ -35,20 +37,50 @@ def parse_bytes(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m upcycle_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m upcycle_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5 folder")
-    parser.add_argument("output", help="checkpoint_<step> or the MODEL_DIR to hold it; a new folder for --to huggingface")
-    parser.add_argument("--to", choices=("orbax", "huggingface"), default="orbax", help="format to write (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the parameters; default: as they are stored")
+    parser.add_argument(
+        "source",
+        help=(
+            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5"
+            " folder"
+        ),
+    )
+    parser.add_argument(
+        "output",
+        help="checkpoint_<step> or the MODEL_DIR to hold it; a new folder for --to huggingface",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("orbax", "huggingface"),
+        default="orbax",
+        help="format to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the parameters; default: as they are stored",
+    )
     parser.add_argument(
         "--optimizer_state",
         choices=("keep", "drop", "adafactor"),
         default="keep",
-        help="copy the source's, leave it out, or write a fresh Adafactor state of zeros, which T5X wants to find (orbax only)",
+        help=(
+            "copy the source's, leave it out, or write a fresh Adafactor state of zeros, which T5X"
+            " wants to find (orbax only)"
+        ),
     )
-    parser.add_argument("--step", type=int, help="step to record; default: the source's (orbax only)")
-    parser.add_argument("--max_memory", type=parse_bytes, default="1GiB", help="about how much to hold at a time (default: %(default)s)")
+    parser.add_argument(
+        "--step", type=int, help="step to record; default: the source's (orbax only)"
+    )
+    parser.add_argument(
+        "--max_memory",
+        type=parse_bytes,
+        default="1GiB",
+        help="about how much to hold at a time (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print the result only")
     return parser
 
@@ -71,20 +103,39 @@ def _convert(arguments: argparse.Namespace) -> str:
 
     if arguments.to == "huggingface":
         if arguments.step is not None or arguments.optimizer_state == "adafactor":
-            raise ValueError("a Hugging Face folder holds neither a step nor optimizer state: leave out --step and --optimizer_state")
-        return str(write_huggingface(reader, arguments.output, dtype=dtype, shard_bytes=arguments.max_memory, progress=progress))
+            raise ValueError(
+                "a Hugging Face folder holds neither a step nor optimizer state: leave out --step"
+                " and --optimizer_state"
+            )
+        return str(
+            write_huggingface(
+                reader,
+                arguments.output,
+                dtype=dtype,
+                shard_bytes=arguments.max_memory,
+                progress=progress,
+            )
+        )
     fresh = None
     if arguments.optimizer_state == "adafactor":
         from upcycle_jax import axes, trees
         from upcycle_jax.training.optimizers import Adafactor
 
         def with_axes(name: str, spec: trees.LeafSpec) -> trees.LeafSpec:
-            # The optimizer factors each expert's matrix on its own, and knows experts by their axis.
+            # The optimizer factors each expert's matrix on its own, and knows experts by their
+            # axis.
             named = (axes.EXPERT, *spec.axes[1:]) if "/expert/" in name else spec.axes
             return trees.LeafSpec(spec.shape, spec.dtype, named)
 
-        targets = {name.removeprefix(TARGET): with_axes(name, spec) for name, spec in reader.specs().items() if name.startswith(TARGET)}
-        fresh = {f"state/param_states/{name}": spec for name, spec in Adafactor().state_specs(targets).items()}
+        targets = {
+            name.removeprefix(TARGET): with_axes(name, spec)
+            for name, spec in reader.specs().items()
+            if name.startswith(TARGET)
+        }
+        fresh = {
+            f"state/param_states/{name}": spec
+            for name, spec in Adafactor().state_specs(targets).items()
+        }
     path = convert_to_orbax(
         reader,
         arguments.output,
@@ -101,7 +152,9 @@ def _convert(arguments: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; 1 when nothing could be converted."""
     arguments = _parser().parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Only files are copied: do not take hold of an accelerator.
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # Only files are copied: do not take hold of an accelerator.
     try:
         print(f"wrote {_convert(arguments)}")
     except (ValueError, OSError) as error:

@@ -1,15 +1,17 @@
-"""Several processes as one run: finding each other, waiting for each other with a time limit, and agreeing.
+"""Several processes as one run: finding each other, waiting for each other with a time limit, and
+agreeing.
 
 Where the values come from, first match wins:
 
-  flags: `--coordinator_address --process_count --process_index`, as in T5X. What is missing is taken from SLURM
-    (SLURM_NTASKS, SLURM_PROCID), Open MPI (OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_RANK), an indexed Kubernetes job
-    (JOB_COMPLETION_INDEX) and JAX_COORDINATOR_ADDRESS.
-  TPU pods, SLURM, Open MPI 4, Kubernetes: this module decides whether the process is part of such a cluster,
-    `jax.distributed.initialize()` finds address, count and index itself.
+  flags: `--coordinator_address --process_count --process_index`, as in T5X. What is missing is
+    taken from SLURM (SLURM_NTASKS, SLURM_PROCID), Open MPI (OMPI_COMM_WORLD_SIZE,
+    OMPI_COMM_WORLD_RANK), an indexed Kubernetes job (JOB_COMPLETION_INDEX) and
+    JAX_COORDINATOR_ADDRESS.
+  TPU pods, SLURM, Open MPI 4, Kubernetes: this module decides whether the process is part of such a
+    cluster, `jax.distributed.initialize()` finds address, count and index itself.
 
-Only commands that compute on all devices look for a cluster; the others join one only when flags say so. An allocation of a single
-process is left alone, because jax would hand it a single GPU.
+Only commands that compute on all devices look for a cluster; the others join one only when flags
+say so. An allocation of a single process is left alone, because jax would hand it a single GPU.
 """
 
 import collections
@@ -32,7 +34,8 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_JOIN_SECONDS = 300
 DEFAULT_BARRIER_SECONDS = 600.0
-# A process that fails waits this long for the others before it ends; jax's 300 s would hold up every restart.
+# A process that fails waits this long for the others before it ends; jax's 300 s would hold up
+# every restart.
 SHUTDOWN_SECONDS = 60
 
 FLAGS = ("coordinator_address", "process_count", "process_index")
@@ -80,13 +83,25 @@ def is_first() -> bool:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Cluster:
-    """The cluster that the environment describes, if it has more than one process; reads variables only.
+    """The cluster that the environment describes, if it has more than one process; reads variables
+    only.
 
-    On TPU machines it looks for what jax sets when it is imported there; the number of hosts is then jax's to find out.
+    On TPU machines it looks for what jax sets when it is imported there; the number of hosts is
+    then jax's to find out.
     """
-    tpu_hosts = [host for host in environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", "")).split(",") if host]
+    tpu_hosts = [
+        host
+        for host in environ.get(
+            "TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", "")
+        ).split(",")
+        if host
+    ]
     one_tpu_host = len(tpu_hosts) == 1 and int(environ.get("MEGASCALE_NUM_SLICES") or 1) == 1
-    if environ.get("TPU_ML_PLATFORM") == "JAX" and environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and not one_tpu_host:
+    if (
+        environ.get("TPU_ML_PLATFORM") == "JAX"
+        and environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+        and not one_tpu_host
+    ):
         return Cluster.TPU
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environ for name in slurm) and int(environ["SLURM_NTASKS"]) > 1:
@@ -109,8 +124,9 @@ def join(
 ) -> Membership:
     """Joins the other processes of a run. Must come before any use of a device.
 
-    Collectives on CPU devices go through gloo. With flags, process 0 first counts the others in on the coordinator's port, so that a
-    run that does not assemble ends with the indices that are missing; jax itself would abort without naming any.
+    Collectives on CPU devices go through gloo. With flags, process 0 first counts the others in on
+    the coordinator's port, so that a run that does not assemble ends with the indices that are
+    missing; jax itself would abort without naming any.
 
     Args:
       coordinator_address: `host:port` of process 0.
@@ -125,7 +141,11 @@ def join(
       TimeoutError: the others did not come in time; the message names them.
     """
     seconds = DEFAULT_JOIN_SECONDS if initialization_timeout is None else initialization_timeout
-    given = {"coordinator_address": coordinator_address, "process_count": process_count, "process_index": process_index}
+    given = {
+        "coordinator_address": coordinator_address,
+        "process_count": process_count,
+        "process_index": process_index,
+    }
     cluster = detect(environ)
     if any(value is not None for value in given.values()):
         return _join_by_flags(_completed(given, cluster, environ), seconds, environ)
@@ -135,7 +155,9 @@ def join(
     return _join_detected(cluster, seconds)
 
 
-def _completed(given: Mapping[str, Any], cluster: Cluster, environ: Mapping[str, str]) -> dict[str, Any]:
+def _completed(
+    given: Mapping[str, Any], cluster: Cluster, environ: Mapping[str, str]
+) -> dict[str, Any]:
     """The three values, what flags leave open filled in from the environment."""
     count_and_index = {
         Cluster.SLURM: ("SLURM_NTASKS", "SLURM_PROCID"),
@@ -143,17 +165,28 @@ def _completed(given: Mapping[str, Any], cluster: Cluster, environ: Mapping[str,
         Cluster.KUBERNETES: ("", "JOB_COMPLETION_INDEX"),
     }.get(cluster, ("", ""))
     found: dict[str, Any] = {"coordinator_address": environ.get("JAX_COORDINATOR_ADDRESS")}
-    found |= {flag: int(environ[name]) if name in environ else None for flag, name in zip(FLAGS[1:], count_and_index, strict=True)}
+    found |= {
+        flag: int(environ[name]) if name in environ else None
+        for flag, name in zip(FLAGS[1:], count_and_index, strict=True)
+    }
     values = {flag: found[flag] if given[flag] is None else given[flag] for flag in FLAGS}
     absent = ", ".join(f"--{flag}" for flag in FLAGS if values[flag] is None)
     if absent:
-        raise ValueError(f"a run of several processes needs all of --{', --'.join(FLAGS)}; missing: {absent}")
+        raise ValueError(
+            f"a run of several processes needs all of --{', --'.join(FLAGS)}; missing: {absent}"
+        )
     count, index = values["process_count"], values["process_index"]
     if count < 1 or not 0 <= index < count:
-        raise ValueError(f"--process_index is {index} and --process_count {count}: indices go from 0 to process_count - 1")
+        raise ValueError(
+            f"--process_index is {index} and --process_count {count}: indices go from 0 to"
+            " process_count - 1"
+        )
     host, _, port = values["coordinator_address"].rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"--coordinator_address is {values['coordinator_address']!r}: give host:port of process 0, e.g. 10.0.0.1:12321")
+        raise ValueError(
+            f"--coordinator_address is {values['coordinator_address']!r}: give host:port of process"
+            " 0, e.g. 10.0.0.1:12321"
+        )
     return values
 
 
@@ -161,17 +194,21 @@ def _check_detectable(cluster: Cluster, environ: Mapping[str, str]) -> None:
     """Raises where jax's own detection is known not to work."""
     if cluster == Cluster.OPEN_MPI and "OMPI_MCA_orte_hnp_uri" not in environ:
         raise ValueError(
-            "this looks like Open MPI 5, which does not tell its processes where process 0 is: give --coordinator_address=HOST:PORT "
-            "(count and index are taken from OMPI_COMM_WORLD_SIZE and OMPI_COMM_WORLD_RANK)"
+            "this looks like Open MPI 5, which does not tell its processes where process 0 is: give"
+            " --coordinator_address=HOST:PORT (count and index are taken from OMPI_COMM_WORLD_SIZE"
+            " and OMPI_COMM_WORLD_RANK)"
         )
     if cluster == Cluster.KUBERNETES and importlib.util.find_spec("kubernetes") is None:
         raise ValueError(
-            "this is an indexed Kubernetes job, and jax needs the package `kubernetes` to find the other pods: pip install 'jax[k8s]', "
-            "or give --coordinator_address=HOST:PORT and --process_count (the index is taken from JOB_COMPLETION_INDEX)"
+            "this is an indexed Kubernetes job, and jax needs the package `kubernetes` to find the"
+            " other pods: pip install 'jax[k8s]', or give --coordinator_address=HOST:PORT and"
+            " --process_count (the index is taken from JOB_COMPLETION_INDEX)"
         )
 
 
-def _join_by_flags(values: Mapping[str, Any], seconds: float, environ: Mapping[str, str]) -> Membership:
+def _join_by_flags(
+    values: Mapping[str, Any], seconds: float, environ: Mapping[str, str]
+) -> Membership:
     address, count, index = (values[flag] for flag in FLAGS)
     if count == 1:
         return Membership(Cluster.FLAGS)
@@ -214,8 +251,9 @@ def _initialize(**options: Any) -> None:
 
 
 def _state() -> Any:
-    """jax's own record of the processes. Private there, but the only way to its key-value store and to a barrier with a time limit;
-    Orbax uses the same object."""
+    """jax's own record of the processes. Private there, but the only way to its key-value store and
+    to a barrier with a time limit; Orbax uses the same object.
+    """
     from jax._src import distributed
 
     return distributed.global_state
@@ -233,7 +271,10 @@ def _count_in(address: str, count: int, seconds: float) -> None:
         try:
             listener = stack.enter_context(_listener(port))
         except OSError as error:
-            raise ValueError(f"process 0 cannot listen on port {port} of --coordinator_address {address}: {error}") from error
+            raise ValueError(
+                f"process 0 cannot listen on port {port} of --coordinator_address {address}:"
+                f" {error}"
+            ) from error
         while len(waiting) < count - 1:
             listener.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
@@ -241,8 +282,9 @@ def _count_in(address: str, count: int, seconds: float) -> None:
             except TimeoutError:
                 missing = set(range(1, count)) - waiting.keys()
                 raise TimeoutError(
-                    f"{_names(missing)} of {count} did not report to process 0 at {address} within {seconds:.0f} s: see their logs, and "
-                    "that they can reach that address; --initialization_timeout waits longer"
+                    f"{_names(missing)} of {count} did not report to process 0 at {address} within"
+                    f" {seconds:.0f} s: see their logs, and that they can reach that address;"
+                    " --initialization_timeout waits longer"
                 ) from None
             stack.enter_context(connection)
             index = _read_hello(connection, count)
@@ -284,31 +326,46 @@ def _report_to(address: str, index: int, count: int, seconds: float) -> None:
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
-                connection.sendall(json.dumps({"process_index": index, "process_count": count}).encode() + b"\n")
+                connection.sendall(
+                    json.dumps({"process_index": index, "process_count": count}).encode() + b"\n"
+                )
                 connection.settimeout(max(deadline - time.monotonic(), 0.01))
-                problem = "it answers, but does not count processes in: an earlier run may still hold the port"
+                problem = (
+                    "it answers, but does not count processes in: an earlier run may still hold the"
+                    " port"
+                )
                 answers = connection.makefile("r", encoding="utf-8", errors="replace")
                 answer = answers.readline(1000).strip()
                 if answer == "counted":
                     problem = "it still waits for others"
                     answer = answers.readline(1000).strip()
         except OSError as error:
-            problem = problem if isinstance(error, TimeoutError | ConnectionResetError) else f"{type(error).__name__}: {error}"
+            problem = (
+                problem
+                if isinstance(error, TimeoutError | ConnectionResetError)
+                else f"{type(error).__name__}: {error}"
+            )
         else:
             if answer == "go":
                 return
             if answer.startswith("process 0"):
-                raise ValueError(f"process {index} was started with --process_count={count}, but {answer}: start all with the same number")
+                raise ValueError(
+                    f"process {index} was started with --process_count={count}, but {answer}: start"
+                    " all with the same number"
+                )
         time.sleep(0.2)
     raise TimeoutError(
-        f"process {index} of {count} did not get together with process 0 at {address} within {seconds:.0f} s ({problem}): see the log of "
-        "process 0, which names the processes that it waits for"
+        f"process {index} of {count} did not get together with process 0 at {address} within"
+        f" {seconds:.0f} s ({problem}): see the log of process 0, which names the processes that it"
+        " waits for"
     )
 
 
 def _names(indices: Collection[int], limit: int = 8) -> str:
     listed = sorted(indices)
-    shown = ", ".join(map(str, listed[:limit])) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+    shown = ", ".join(map(str, listed[:limit])) + (
+        f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    )
     return f"process{'es' if len(listed) != 1 else ''} {shown}"
 
 
@@ -336,11 +393,19 @@ def barrier(name: str, *, timeout_seconds: float = DEFAULT_BARRIER_SECONDS) -> N
         with _explained(name, error):
             here = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(key)}
         missing = set(range(count)) - here
-        who = _names(missing) + " did not come" if missing else "all processes came, but not all were let through"
-        raise TimeoutError(f"barrier {name!r}: {who} within {timeout_seconds:g} s ({len(here)} of {count} there)") from error
+        who = (
+            _names(missing) + " did not come"
+            if missing
+            else "all processes came, but not all were let through"
+        )
+        raise TimeoutError(
+            f"barrier {name!r}: {who} within {timeout_seconds:g} s ({len(here)} of {count} there)"
+        ) from error
 
 
-def require_equal(name: str, value: str, *, timeout_seconds: float = DEFAULT_BARRIER_SECONDS) -> None:
+def require_equal(
+    name: str, value: str, *, timeout_seconds: float = DEFAULT_BARRIER_SECONDS
+) -> None:
     """Checks that every process has the same text, e.g. the same configuration.
 
     Raises:
@@ -353,17 +418,21 @@ def require_equal(name: str, value: str, *, timeout_seconds: float = DEFAULT_BAR
     key = _next_key("equal", name)
     client.key_value_set(f"{key}/{_state().process_id}", hashlib.sha256(value.encode()).hexdigest())
     barrier(f"equal {name}", timeout_seconds=timeout_seconds)
-    digests = {int(path.rpartition("/")[2]): digest for path, digest in client.key_value_dir_get(key)}
+    digests = {
+        int(path.rpartition("/")[2]): digest for path, digest in client.key_value_dir_get(key)
+    }
     different = {index for index, digest in digests.items() if digest != digests[0]}
     if different:
         raise ValueError(
-            f"{name} is not the same in all {count} processes; not as in process 0: {_names(different)}. Start all with the "
-            "same files, flags and code"
+            f"{name} is not the same in all {count} processes; not as in process 0:"
+            f" {_names(different)}. Start all with the same files, flags and code"
         )
 
 
 def _next_key(kind: str, name: str) -> str:
-    """A key for this use of a name: every process counts its uses, so that a name can be used again."""
+    """A key for this use of a name: every process counts its uses, so that a name can be used
+    again.
+    """
     use = _uses[f"{kind}/{name}"]
     _uses[f"{kind}/{name}"] += 1
     return f"upcycle_jax/{kind}/{name.replace('/', '_')}/{use}"
@@ -374,4 +443,7 @@ def _explained(name: str, cause: Exception) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError:
-        raise TimeoutError(f"barrier {name!r} failed, and process 0, which could say who is missing, does not answer: {cause}") from cause
+        raise TimeoutError(
+            f"barrier {name!r} failed, and process 0, which could say who is missing, does not"
+            f" answer: {cause}"
+        ) from cause

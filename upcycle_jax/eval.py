@@ -1,4 +1,5 @@
-"""Evaluates one, several or all checkpoints of a run: teacher-forced metrics, and the tasks' own metrics of predictions and scores.
+"""Evaluates one, several or all checkpoints of a run: teacher-forced metrics, and the tasks' own
+metrics of predictions and scores.
 
 Example:
 
@@ -7,7 +8,8 @@ Example:
         --gin.EVAL_OUTPUT_DIR="'/tmp/tiny'" --gin.CHECKPOINT_STEPS="'all'" --gin.BATCH_SIZE=8 \\
         --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
-Metrics are printed, one line per step and task, and written to EVAL_OUTPUT_DIR/inference_eval. --dry_run says what would be done.
+Metrics are printed, one line per step and task, and written to EVAL_OUTPUT_DIR/inference_eval.
+--dry_run says what would be done.
 """
 
 import json
@@ -26,7 +28,11 @@ def _run(flags: Flags, loaded: "Config") -> int:
     metrics = command.call("evaluate", flags, loaded, name="eval")
     for step, tasks in metrics.items() if command.is_first() else ():
         for task, values in tasks.items():
-            numbers = {name: round(float(value), 6) for name, value in values.items() if getattr(value, "ndim", 0) == 0}
+            numbers = {
+                name: round(float(value), 6)
+                for name, value in values.items()
+                if getattr(value, "ndim", 0) == 0
+            }
             print(json.dumps({"step": step, "task": task, **numbers}))
     return 0
 

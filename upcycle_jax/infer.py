@@ -7,7 +7,8 @@ Example:
         --gin.INFER_OUTPUT_DIR="'/tmp/tiny/predictions'" --gin.NUM_EXAMPLES=16 --gin.BATCH_SIZE=8 \\
         --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
-Started again after an interruption, the same command goes on from the last finished chunk. --dry_run says what would be done.
+Started again after an interruption, the same command goes on from the last finished chunk.
+--dry_run says what would be done.
 """
 
 import sys

@@ -1,4 +1,5 @@
-"""Shows what a checkpoint of any supported format contains: format, step, tree, shapes, dtypes, parameters, optimizer slots.
+"""Shows what a checkpoint of any supported format contains: format, step, tree, shapes, dtypes,
+parameters, optimizer slots.
 
 Examples:
 
@@ -18,18 +19,30 @@ from collections.abc import Sequence
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m upcycle_jax.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m upcycle_jax.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", help="checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5 folder")
+    parser.add_argument(
+        "path",
+        help=(
+            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5"
+            " folder"
+        ),
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--match", metavar="REGEX", help="list only the leaves whose path contains a match")
+    parser.add_argument(
+        "--match", metavar="REGEX", help="list only the leaves whose path contains a match"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; 1 when the path cannot be read."""
     arguments = _parser().parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Only files are read: do not take hold of an accelerator.
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # Only files are read: do not take hold of an accelerator.
     from upcycle_jax.checkpoints.opening import open_checkpoint
     from upcycle_jax.checkpoints.summary import summarize
 

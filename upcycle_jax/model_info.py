@@ -1,11 +1,13 @@
-"""Prints a model's parameters, axes and partition specs, their number and what they cost, without allocating anything.
+"""Prints a model's parameters, axes and partition specs, their number and what they cost, without
+allocating anything.
 
 Example:
 
     python -m upcycle_jax.model_info --gin_file=gin_configs/models/t5_1_1_base.gin
 
-The gin files must define the macro MODEL. Partitioner bindings, where there are any, decide the partition specs; BATCH_SIZE and
-TASK_FEATURE_LENGTHS the batch of which FLOPs per token are told (64 rows of 512 + 128 tokens without them).
+The gin files must define the macro MODEL. Partitioner bindings, where there are any, decide the
+partition specs; BATCH_SIZE and TASK_FEATURE_LENGTHS the batch of which FLOPs per token are told (64
+rows of 512 + 128 tokens without them).
 """
 
 import os
@@ -28,15 +30,23 @@ def _run(flags: Flags, loaded: "Config") -> int:
     specs = model.param_specs()
     lines = [info.model_info(specs, partitioner=loaded.build("Partitioner")())]
     if isinstance(model.config, T5Config):
-        batch_size, lengths = (loaded.macro(name) if loaded.has_macro(name) else None for name in ("BATCH_SIZE", "TASK_FEATURE_LENGTHS"))
-        lines += [f"{line}\n" for line in info.cost_lines(model.config, specs, batch_size=batch_size, lengths=lengths)]
+        batch_size, lengths = (
+            loaded.macro(name) if loaded.has_macro(name) else None
+            for name in ("BATCH_SIZE", "TASK_FEATURE_LENGTHS")
+        )
+        lines += [
+            f"{line}\n"
+            for line in info.cost_lines(model.config, specs, batch_size=batch_size, lengths=lengths)
+        ]
     sys.stdout.write("".join(lines))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are computed: do not take hold of an accelerator
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # only shapes are computed: do not take hold of an accelerator
     return command.run("model_info", argv, description=__doc__ or "", body=_run)
 
 

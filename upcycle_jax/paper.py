@@ -1,4 +1,5 @@
-"""Shows tables and figures of the sparse-upcycling paper as data beside this project's results, and the commands for what is missing.
+"""Shows tables and figures of the sparse-upcycling paper as data beside this project's results, and
+the commands for what is missing.
 
 Examples:
 
@@ -6,10 +7,11 @@ Examples:
     python -m upcycle_jax.paper table1
     python -m upcycle_jax.paper figure2 --results=/data/runs --format=markdown
 
-Each number of the paper says how it is known: printed, read off a figure's image, or estimated by eye. Runs are found below the results
-folder by what their manifests say: those of the paper's models on C4 stand beside the paper's values, with the mean and the 95 % interval
-over seeds; runs at other scales are compared by their gain over the dense continuation. Vision has data and no runs: it is not yet
-supported.
+Each number of the paper says how it is known: printed, read off a figure's image, or estimated by
+eye. Runs are found below the results folder by what their manifests say: those of the paper's
+models on C4 stand beside the paper's values, with the mean and the 95 % interval over seeds; runs
+at other scales are compared by their gain over the dense continuation. Vision has data and no runs:
+it is not yet supported.
 """
 
 import argparse
@@ -25,17 +27,33 @@ if TYPE_CHECKING:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m upcycle_jax.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m upcycle_jax.paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("exhibit", nargs="+", metavar="TABLE|FIGURE", help="'list', 'all', or names such as table1, figure2, b7")
+    parser.add_argument(
+        "exhibit",
+        nargs="+",
+        metavar="TABLE|FIGURE",
+        help="'list', 'all', or names such as table1, figure2, b7",
+    )
     parser.add_argument("--results", metavar="DIR", help="folder with MODEL_DIRs, at any depth")
-    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default text")
-    parser.add_argument("--runs_dir", metavar="DIR", help="where the printed commands put runs (default: --results, else results/paper)")
+    parser.add_argument(
+        "--format", choices=("text", "markdown", "json"), default="text", help="default text"
+    )
+    parser.add_argument(
+        "--runs_dir",
+        metavar="DIR",
+        help="where the printed commands put runs (default: --results, else results/paper)",
+    )
     parser.add_argument(
         "--dense_checkpoints",
         metavar="DIR",
         default="/data/dense",
-        help="where the printed commands find t5_1_1_<size>/checkpoint_1000000 (default /data/dense)",
+        help=(
+            "where the printed commands find t5_1_1_<size>/checkpoint_1000000 (default /data/dense)"
+        ),
     )
     return parser
 
@@ -48,8 +66,12 @@ def _load_config(gin_file: str) -> "T5Config":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the exhibits and returns the exit code: 1 where a size of table 1 differs from the printed one, 2 for bad input."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are computed: do not take hold of an accelerator
+    """Prints the exhibits and returns the exit code: 1 where a size of table 1 differs from the
+    printed one, 2 for bad input.
+    """
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # only shapes are computed: do not take hold of an accelerator
     arguments = _parser().parse_args(argv)
 
     from upcycle_jax.experiments import paper_exhibits
@@ -64,12 +86,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = paper_exhibits.listing(list(paper_exhibits.exhibits().values()))
             header = ("name", "shows", "numbers known")
             listed = [dict(zip(header, row, strict=True)) for row in rows]
-            print(json_text(listed) if style == Format.JSON else Table(paper_exhibits.PAPER, header, rows).render(style))
+            print(
+                json_text(listed)
+                if style == Format.JSON
+                else Table(paper_exhibits.PAPER, header, rows).render(style)
+            )
             return 0
-        names = list(paper_exhibits.exhibits()) if arguments.exhibit == ["all"] else arguments.exhibit
+        names = (
+            list(paper_exhibits.exhibits()) if arguments.exhibit == ["all"] else arguments.exhibit
+        )
         chosen = [paper_exhibits.exhibit(name) for name in names]
-        places = Places(arguments.runs_dir or arguments.results or Places.results, arguments.dense_checkpoints)
-        found = [compare(one, results=arguments.results, load_config=_load_config, places=places) for one in chosen]
+        places = Places(
+            arguments.runs_dir or arguments.results or Places.results, arguments.dense_checkpoints
+        )
+        found = [
+            compare(one, results=arguments.results, load_config=_load_config, places=places)
+            for one in chosen
+        ]
     except (ValueError, FileNotFoundError) as error:
         print(f"upcycle_jax.paper: error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
-"""The device mesh, the one table from logical axes to mesh axes, and the shardings that follow from it.
+"""The device mesh, the one table from logical axes to mesh axes, and the shardings that follow from
+it.
 
 Mesh axes:
-  data: replicas of the model; batches and token groups are split over it (with `fsdp`, so are parameters).
+  data: replicas of the model; batches and token groups are split over it (with `fsdp`, so are
+    parameters).
   expert: experts are split over it; outside MoE layers it is a second data axis.
   model: tensor parallelism inside attention, MLPs, experts and the vocabulary.
 """
@@ -56,10 +58,12 @@ class Partitioner:
     """Builds the mesh and places arrays on it.
 
     Attributes:
-      num_expert_partitions: size of the mesh's expert axis. Experts are divided over it: raising it leaves fewer experts (and less
-        memory) on each device and makes the two all-to-alls of an MoE layer span more devices.
+      num_expert_partitions: size of the mesh's expert axis. Experts are divided over it: raising it
+        leaves fewer experts (and less memory) on each device and makes the two all-to-alls of an
+        MoE layer span more devices.
       num_model_partitions: size of the mesh's model axis (T5X's `num_partitions`).
-      fsdp: split the `embed` axis of parameters over the data axis as well: less memory, more communication.
+      fsdp: split the `embed` axis of parameters over the data axis as well: less memory, more
+        communication.
       rules: logical axis -> mesh axis. The default is `STANDARD_RULES`.
       devices: devices to use, or None for all.
     """
@@ -79,8 +83,9 @@ class Partitioner:
         split = self.num_expert_partitions * self.num_model_partitions
         if split < 1 or num_devices % split:
             raise ValueError(
-                f"{num_devices} devices cannot form a mesh of {self.num_expert_partitions} expert x {self.num_model_partitions} model "
-                "partitions: the product must divide the number of devices. Change NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS."
+                f"{num_devices} devices cannot form a mesh of {self.num_expert_partitions} expert x"
+                f" {self.num_model_partitions} model partitions: the product must divide the number"
+                " of devices. Change NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS."
             )
         return num_devices // split, self.num_expert_partitions, self.num_model_partitions
 
@@ -97,7 +102,8 @@ class Partitioner:
         try:
             return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=axis_types)
         except NotImplementedError:
-            # A TPU torus whose sides do not multiply to these sizes, e.g. 32 experts on 4x4x4: a side then serves two mesh axes.
+            # A TPU torus whose sides do not multiply to these sizes, e.g. 32 experts on 4x4x4: a
+            # side then serves two mesh axes.
             placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
             return Mesh(placed, MESH_AXES, axis_types=axis_types)
 
@@ -128,11 +134,17 @@ class Partitioner:
         used: dict[str, str | None] = {}
         for name in logical_axes:
             if name is not None and name not in self.logical_rules:
-                raise ValueError(f"logical axis {name!r} has no sharding rule; known axes: {sorted(self.logical_rules)}")
+                raise ValueError(
+                    f"logical axis {name!r} has no sharding rule; known axes:"
+                    f" {sorted(self.logical_rules)}"
+                )
             mesh_axes = self.logical_rules[name] if name is not None else ()
             for mesh_axis in mesh_axes:
                 if mesh_axis in used:
-                    raise ValueError(f"logical axes {used[mesh_axis]!r} and {name!r} of one array both map to mesh axis {mesh_axis!r}")
+                    raise ValueError(
+                        f"logical axes {used[mesh_axis]!r} and {name!r} of one array both map to"
+                        f" mesh axis {mesh_axis!r}"
+                    )
                 used[mesh_axis] = name
             entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
         return PartitionSpec(*entries)
@@ -145,12 +157,20 @@ class Partitioner:
         """
         spec = self.spec(leaf.axes)
         for size, name, entry in zip(leaf.shape, leaf.axes, spec, strict=True):
-            parts = int(np.prod([self.mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ())]))
+            parts = int(
+                np.prod(
+                    [
+                        self.mesh.shape[a]
+                        for a in ((entry,) if isinstance(entry, str) else entry or ())
+                    ]
+                )
+            )
             if size % parts:
                 divisors = [n for n in range(1, size + 1) if size % n == 0 and n <= parts]
                 raise ValueError(
-                    f"axis {name!r} of size {size} (array {leaf}) is not divisible by the {parts} partitions of mesh axis {entry!r}; "
-                    f"the largest partition count that fits is {divisors[-1]} (NUM_EXPERT_PARTITIONS and NUM_MODEL_PARTITIONS set them)"
+                    f"axis {name!r} of size {size} (array {leaf}) is not divisible by the {parts}"
+                    f" partitions of mesh axis {entry!r}; the largest partition count that fits is"
+                    f" {divisors[-1]} (NUM_EXPERT_PARTITIONS and NUM_MODEL_PARTITIONS set them)"
                 )
         return NamedSharding(self.mesh, spec)
 
@@ -183,23 +203,30 @@ class Partitioner:
 
 
 def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-    """Constrains the sharding of an activation by its logical axes; does nothing outside `Partitioner.activate`."""
+    """Constrains the sharding of an activation by its logical axes; does nothing outside
+    `Partitioner.activate`.
+    """
     return nn.with_logical_constraint(x, tuple(logical_axes))
 
 
 def active_batch_shards() -> int:
-    """How many ways the mesh of the surrounding `Partitioner.activate` splits a batch; 1 outside of it."""
+    """How many ways the mesh of the surrounding `Partitioner.activate` splits a batch; 1 outside of
+    it.
+    """
     shape = active_mesh_shape()
     return shape.get(DATA, 1) * shape.get(EXPERT, 1)
 
 
 def on_batch_shards(function: Callable[[Any, Any], Any], rows: Any, whole: Any) -> Any:
-    """`function(rows, whole)`, called once on every device with the rows that this device has; without a mesh that splits rows, just that.
+    """`function(rows, whole)`, called once on every device with the rows that this device has;
+    without a mesh that splits rows, just that.
 
-    For what XLA cannot divide (on CPUs `top_k`): it would gather the operands on every device. Inside nothing crosses devices.
+    For what XLA cannot divide (on CPUs `top_k`): it would gather the operands on every device.
+    Inside nothing crosses devices.
 
     Args:
-      function: row i of each result follows from row i of each argument and from `whole`. Closes over no arrays.
+      function: row i of each result follows from row i of each argument and from `whole`. Closes
+        over no arrays.
       rows: a tree of arrays `[rows, ...]`, split over the mesh's data and expert axes.
       whole: a tree of arrays that every device has.
 
@@ -212,7 +239,9 @@ def on_batch_shards(function: Callable[[Any, Any], Any], rows: Any, whole: Any) 
     if active_batch_shards() == 1:
         return function(rows, whole)
     divided = PartitionSpec((DATA, EXPERT))
-    return jax.shard_map(function, in_specs=(divided, PartitionSpec()), out_specs=divided)(rows, whole)
+    return jax.shard_map(function, in_specs=(divided, PartitionSpec()), out_specs=divided)(
+        rows, whole
+    )
 
 
 def active_mesh_shape() -> dict[str, int]:
@@ -221,6 +250,8 @@ def active_mesh_shape() -> dict[str, int]:
 
 
 def active_platform() -> str:
-    """Where the program will run: on the devices of the surrounding mesh, which may be those of another machine."""
+    """Where the program will run: on the devices of the surrounding mesh, which may be those of
+    another machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

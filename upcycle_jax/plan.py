@@ -1,14 +1,17 @@
-"""Plans an upcycling before any of it is run: memory, step time, FLOPs and device-days against the two baselines, and what was published.
+"""Plans an upcycling before any of it is run: memory, step time, FLOPs and device-days against the
+two baselines, and what was published.
 
 Example:
 
     python -m upcycle_jax.plan --gin_file=papers/sparse_upcycling/base_upcycled.gin --hardware=tpu_v5e:256 --dense_steps=1000000 \\
         --extra_steps=100000 --gin.NUM_EXPERT_PARTITIONS=32 --gin.GROUP_SIZE=512
 
-The gin files are those of upcycle_jax.train for the upcycled model; what only a run needs (MODEL_DIR, data, a checkpoint) may stay open.
-The same model without experts is the dense continuation, the same MoE from step 0 the baseline from scratch. Where INITIAL_CHECKPOINT_PATH
-ends in checkpoint_<step> and TRAIN_STEPS is set, both numbers of steps follow from them. Nothing is compiled and no accelerator is needed.
-The exit code is 1 where the upcycled model does not fit. docs/planning.md says how the numbers are made.
+The gin files are those of upcycle_jax.train for the upcycled model; what only a run needs
+(MODEL_DIR, data, a checkpoint) may stay open. The same model without experts is the dense
+continuation, the same MoE from step 0 the baseline from scratch. Where INITIAL_CHECKPOINT_PATH ends
+in checkpoint_<step> and TRAIN_STEPS is set, both numbers of steps follow from them. Nothing is
+compiled and no accelerator is needed. The exit code is 1 where the upcycled model does not fit.
+docs/planning.md says how the numbers are made.
 """
 
 import argparse
@@ -28,13 +31,32 @@ if TYPE_CHECKING:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("plan")
-    own.add_argument("--hardware", metavar="KIND:CHIPS", required=True, help="e.g. tpu_v5e:256, tpu_v5p:64, h100:8")
     own.add_argument(
-        "--extra_steps", type=int, metavar="N", help="steps of the upcycled model (default: TRAIN_STEPS - dense steps, else 100000)"
+        "--hardware",
+        metavar="KIND:CHIPS",
+        required=True,
+        help="e.g. tpu_v5e:256, tpu_v5p:64, h100:8",
     )
-    own.add_argument("--dense_steps", type=int, metavar="N", help="steps of the dense checkpoint (default: from its path)")
-    own.add_argument("--mfu", metavar="LOW,HIGH", help="model FLOPs utilisation of dense models (default 0.25,0.55)")
-    own.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="default text")
+    own.add_argument(
+        "--extra_steps",
+        type=int,
+        metavar="N",
+        help="steps of the upcycled model (default: TRAIN_STEPS - dense steps, else 100000)",
+    )
+    own.add_argument(
+        "--dense_steps",
+        type=int,
+        metavar="N",
+        help="steps of the dense checkpoint (default: from its path)",
+    )
+    own.add_argument(
+        "--mfu",
+        metavar="LOW,HIGH",
+        help="model FLOPs utilisation of dense models (default 0.25,0.55)",
+    )
+    own.add_argument(
+        "--format", choices=("text", "markdown", "json"), default="text", help="default text"
+    )
 
 
 def _literal(loaded: "Config", name: str) -> object:
@@ -43,7 +65,9 @@ def _literal(loaded: "Config", name: str) -> object:
 
 
 def _steps(flags: Flags, loaded: "Config") -> tuple[int | None, int | None]:
-    """Extra steps and dense steps, from the flags or from the configuration; None where neither says."""
+    """Extra steps and dense steps, from the flags or from the configuration; None where neither
+    says.
+    """
     extra, dense = flags.extra.extra_steps, flags.extra.dense_steps
     path, total = _literal(loaded, "INITIAL_CHECKPOINT_PATH"), _literal(loaded, "TRAIN_STEPS")
     match = re.search(r"checkpoint_(\d+)/?$", path) if isinstance(path, str) else None
@@ -71,7 +95,11 @@ def _run(flags: Flags, loaded: "Config") -> int:
 
     hardware = planner.Hardware.parse(flags.extra.hardware)
     extra_steps, dense_steps = _steps(flags, loaded)
-    opened = config.load(flags.gin_file, (*flags.gin_bindings, *precompile.placeholders(loaded)), flags.gin_search_paths)
+    opened = config.load(
+        flags.gin_file,
+        (*flags.gin_bindings, *precompile.placeholders(loaded)),
+        flags.gin_search_paths,
+    )
     plan = planner.make_plan(
         pathlib.PurePath((flags.gin_file or ("flags",))[0]).stem,
         precompile.workload(opened),
@@ -86,7 +114,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # only shapes are computed: do not take hold of an accelerator
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # only shapes are computed: do not take hold of an accelerator
     return command.run("plan", argv, description=__doc__ or "", body=_run, extra=_add_flags)
 
 

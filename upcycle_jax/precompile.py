@@ -1,14 +1,16 @@
-"""Compiles a run's programs for a TPU topology on a machine without TPUs, and says whether they fit.
+"""Compiles a run's programs for a TPU topology on a machine without TPUs, and says whether they
+fit.
 
 Example:
 
     python -m upcycle_jax.precompile --gin_file=models/t5_1_1_base_upcycled.gin --gin_file=runs/pretrain.gin --topology=v5e:4x8 \\
         --gin.BATCH_SIZE=256 --gin.NUM_EXPERT_PARTITIONS=32
 
-The gin files are those of upcycle_jax.train; what only a run needs (MODEL_DIR, data, a checkpoint) may stay open. It compiles the train
-step and, where RestoreCheckpointConfig has a recipe, the programs that make the experts during the restore, and prints memory per
-device against the chip's, FLOPs, what each kind of collective sends, and compile times. The exit code is 1 where something does not
-fit, with what to change. Needs libtpu: pip install 'upcycle_jax[precompile]'.
+The gin files are those of upcycle_jax.train; what only a run needs (MODEL_DIR, data, a checkpoint)
+may stay open. It compiles the train step and, where RestoreCheckpointConfig has a recipe, the
+programs that make the experts during the restore, and prints memory per device against the chip's,
+FLOPs, what each kind of collective sends, and compile times. The exit code is 1 where something
+does not fit, with what to change. Needs libtpu: pip install 'upcycle_jax[precompile]'.
 """
 
 import argparse
@@ -27,26 +29,43 @@ if TYPE_CHECKING:
 
 
 # Needed to build a run, of no consequence for its programs.
-PLACEHOLDERS = {"MODEL_DIR": "none", "MIXTURE_OR_TASK_NAME": "none", "TRAIN_STEPS": 1, "INITIAL_CHECKPOINT_PATH": "none"}
+PLACEHOLDERS = {
+    "MODEL_DIR": "none",
+    "MIXTURE_OR_TASK_NAME": "none",
+    "TRAIN_STEPS": 1,
+    "INITIAL_CHECKPOINT_PATH": "none",
+}
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topology", metavar="v5e:4x8", help="generation and shape of the slice (default: the macro TOPOLOGY)")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table of one row instead")
+    parser.add_argument(
+        "--topology",
+        metavar="v5e:4x8",
+        help="generation and shape of the slice (default: the macro TOPOLOGY)",
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a Markdown table of one row instead"
+    )
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax import config
     from upcycle_jax.experiments import pod_report, topologies
 
-    loaded = config.load(flags.gin_file, (*flags.gin_bindings, *placeholders(loaded)), flags.gin_search_paths)
+    loaded = config.load(
+        flags.gin_file, (*flags.gin_bindings, *placeholders(loaded)), flags.gin_search_paths
+    )
     name = flags.extra.topology or (loaded.has_macro("TOPOLOGY") and loaded.macro("TOPOLOGY"))
     if not name:
         raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
     topology = topologies.topology(name)
     run = workload(loaded)
-    work = dataclasses.replace(run, partitioner=dataclasses.replace(run.partitioner, devices=topology.devices))
-    report = pod_report.build(pathlib.PurePath((flags.gin_file or ("flags",))[-1]).stem, topology, work)
+    work = dataclasses.replace(
+        run, partitioner=dataclasses.replace(run.partitioner, devices=topology.devices)
+    )
+    report = pod_report.build(
+        pathlib.PurePath((flags.gin_file or ("flags",))[-1]).stem, topology, work
+    )
     sys.stdout.write(pod_report.markdown([report]) if flags.extra.markdown else report.text())
     if flags.extra.markdown and not report.fits:
         sys.stderr.write(report.text())
@@ -55,11 +74,17 @@ def _run(flags: Flags, loaded: "Config") -> int:
 
 def placeholders(loaded: "Config") -> list[str]:
     """Bindings of macros that only a real run needs."""
-    return [f"{name}={value!r}" for name, value in PLACEHOLDERS.items() if name in loaded.bindings.macros]
+    return [
+        f"{name}={value!r}"
+        for name, value in PLACEHOLDERS.items()
+        if name in loaded.bindings.macros
+    ]
 
 
 def workload(loaded: "Config") -> "Workload":
-    """The parts of the configured training run that decide its programs; its partitioner still has this machine's devices."""
+    """The parts of the configured training run that decide its programs; its partitioner still has
+    this machine's devices.
+    """
     from upcycle_jax.experiments.ahead_of_time import Workload
     from upcycle_jax.partitioning import Partitioner
 

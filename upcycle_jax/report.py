@@ -6,8 +6,8 @@ Examples:
     python -m upcycle_jax.report --sweep=runs/capacity_factor --store=results/capacity_factor --output_dir=results/capacity_factor/report
     python -m upcycle_jax.report --run=dense=runs/dense --run=upcycled=runs/upcycled --dense=dense --upcycled=upcycled --output_dir=report
 
-Writes report.md, report.html (with its images inside) and the images. --store copies what the report of a study needs, without checkpoints,
-and makes the report from that copy.
+Writes report.md, report.html (with its images inside) and the images. --store copies what the
+report of a study needs, without checkpoints, and makes the report from that copy.
 """
 
 import argparse
@@ -28,18 +28,45 @@ def _named_dir(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m upcycle_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m upcycle_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output_dir", required=True, help="folder for report.md, report.html and the PNGs")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder for report.md, report.html and the PNGs"
+    )
     study = parser.add_argument_group("a study")
-    study.add_argument("--sweep", metavar="DIR", help="the folder of a sweep, finished or not, or what --store made of it")
-    study.add_argument("--store", metavar="DIR", help="copy plans, manifests and metrics of --sweep to this folder first")
+    study.add_argument(
+        "--sweep",
+        metavar="DIR",
+        help="the folder of a sweep, finished or not, or what --store made of it",
+    )
+    study.add_argument(
+        "--store",
+        metavar="DIR",
+        help="copy plans, manifests and metrics of --sweep to this folder first",
+    )
     runs = parser.add_argument_group("named runs")
-    runs.add_argument("--run", type=_named_dir, action="append", default=[], metavar="NAME=MODEL_DIR", help="a run; repeat for each")
+    runs.add_argument(
+        "--run",
+        type=_named_dir,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL_DIR",
+        help="a run; repeat for each",
+    )
     runs.add_argument("--dense", help="name of the dense continuation among the runs")
     runs.add_argument("--upcycled", help="name of the upcycled run among the runs")
-    runs.add_argument("--title", default="Dense continuation, upcycled and from-scratch MoE compared", help="heading of the page")
-    runs.add_argument("--scale", default="", help="one sentence on scale, data and hardware, printed under the heading")
+    runs.add_argument(
+        "--title",
+        default="Dense continuation, upcycled and from-scratch MoE compared",
+        help="heading of the page",
+    )
+    runs.add_argument(
+        "--scale",
+        default="",
+        help="one sentence on scale, data and hardware, printed under the heading",
+    )
     return parser
 
 
@@ -48,13 +75,23 @@ def _of_runs(arguments: argparse.Namespace) -> "Report":
     from upcycle_jax.experiments.results import Run
 
     runs = [Run.load(name, path) for name, path in arguments.run]
-    return compare(runs, dense=arguments.dense, upcycled=arguments.upcycled, title=arguments.title, scale=arguments.scale)
+    return compare(
+        runs,
+        dense=arguments.dense,
+        upcycled=arguments.upcycled,
+        title=arguments.title,
+        scale=arguments.scale,
+    )
 
 
 def _of_study(arguments: argparse.Namespace) -> "Report":
     from upcycle_jax.experiments import report_study, results_study
 
-    folder = results_study.store(arguments.sweep, arguments.store) if arguments.store else arguments.sweep
+    folder = (
+        results_study.store(arguments.sweep, arguments.store)
+        if arguments.store
+        else arguments.sweep
+    )
     return report_study.report(results_study.Study.load(folder))
 
 
@@ -63,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if bool(arguments.sweep) == bool(arguments.run):
-        parser.error("give either --sweep=DIR, or --run=NAME=MODEL_DIR for each run with --dense and --upcycled")
+        parser.error(
+            "give either --sweep=DIR, or --run=NAME=MODEL_DIR for each run with --dense and"
+            " --upcycled"
+        )
     if arguments.run and not (arguments.dense and arguments.upcycled):
         parser.error("--run needs --dense=NAME and --upcycled=NAME")
     if arguments.store and not arguments.sweep:

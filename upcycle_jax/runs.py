@@ -4,9 +4,11 @@ Example:
 
     python -m upcycle_jax.runs quickstart
 
-running: its process is there (on this machine), or it has written something lately (elsewhere). finished: it reached TRAIN_STEPS.
-stopped: a signal ended it, its process is gone, or it has been silent for ten reporting periods and at least ten minutes; the same
-command goes on. failed: it ended with an error, which is shown. `loss` is that of the last report, `evaluation` the last cross entropy.
+running: its process is there (on this machine), or it has written something lately (elsewhere).
+finished: it reached TRAIN_STEPS. stopped: a signal ended it, its process is gone, or it has been
+silent for ten reporting periods and at least ten minutes; the same command goes on. failed: it
+ended with an error, which is shown. `loss` is that of the last report, `evaluation` the last cross
+entropy.
 """
 
 import argparse
@@ -19,10 +21,20 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the list and returns the exit status: 0, or 2 where there is no such folder."""
     parser = argparse.ArgumentParser(
-        prog="python -m upcycle_jax.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m upcycle_jax.runs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", nargs="?", default=".", metavar="DIR", help="where to look (default: here); a MODEL_DIR is fine too")
-    parser.add_argument("--json", action="store_true", help="a JSON list with every field instead of a table")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        default=".",
+        metavar="DIR",
+        help="where to look (default: here); a MODEL_DIR is fine too",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON list with every field instead of a table"
+    )
     arguments = parser.parse_args(argv)
 
     from upcycle_jax.experiments import run_list

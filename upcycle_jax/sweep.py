@@ -1,14 +1,16 @@
-"""Runs a study: every combination of settings that a gin file lists, as ordinary `train` and `upcycle` command lines.
+"""Runs a study: every combination of settings that a gin file lists, as ordinary `train` and
+`upcycle` command lines.
 
 Examples:
 
     python -m upcycle_jax.sweep --gin_file=sweeps/capacity_factor.gin --gin.SWEEP_DIR="'runs/capacity_factor'" --num_parallel=2
     python -m upcycle_jax.sweep --gin_file=sweeps/capacity_factor.gin --gin.SWEEP_DIR="'/shared/study'" --write_jobs=slurm
 
-What several cells start from runs once. Started again, the command skips finished cells and resumes the others from their checkpoints;
-two of them in one folder share the work. A cell that fails does not stop the rest: it is reported at the end with its log's last lines and
-its command. --dry_run prints the cells and their commands. Exit code: 0 when every cell is finished, 1 when one failed, 2 for a study that
-cannot run, 75 when a signal ended it.
+What several cells start from runs once. Started again, the command skips finished cells and resumes
+the others from their checkpoints; two of them in one folder share the work. A cell that fails does
+not stop the rest: it is reported at the end with its log's last lines and its command. --dry_run
+prints the cells and their commands. Exit code: 0 when every cell is finished, 1 when one failed, 2
+for a study that cannot run, 75 when a signal ended it.
 """
 
 import argparse
@@ -29,21 +31,53 @@ if TYPE_CHECKING:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("sweep")
-    own.add_argument("--num_parallel", type=int, default=1, metavar="N", help="cells to run at a time on this machine (default 1)")
-    own.add_argument("--retries", type=int, default=1, metavar="N", help="how often a cell that dies is started again (default 1)")
     own.add_argument(
-        "--cells", action="append", default=[], metavar="NAME", help="run only these cells and what they need; repeat for more"
+        "--num_parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells to run at a time on this machine (default 1)",
     )
-    own.add_argument("--write_jobs", choices=("slurm", "xpk"), help="write job scripts to SWEEP_DIR/jobs instead of running")
     own.add_argument(
-        "--launcher_options", default="", metavar="OPTIONS", help="with --write_jobs: options of scripts/launch/slurm_gpu.sh or gke_xpk.sh"
+        "--retries",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often a cell that dies is started again (default 1)",
     )
-    own.add_argument("--devices", type=int, metavar="N", help="devices that a cell will have, to check its mesh here (default 1)")
-    own.add_argument("--skip_check", action="store_true", help="do not build every cell's configuration first")
+    own.add_argument(
+        "--cells",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run only these cells and what they need; repeat for more",
+    )
+    own.add_argument(
+        "--write_jobs",
+        choices=("slurm", "xpk"),
+        help="write job scripts to SWEEP_DIR/jobs instead of running",
+    )
+    own.add_argument(
+        "--launcher_options",
+        default="",
+        metavar="OPTIONS",
+        help="with --write_jobs: options of scripts/launch/slurm_gpu.sh or gke_xpk.sh",
+    )
+    own.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices that a cell will have, to check its mesh here (default 1)",
+    )
+    own.add_argument(
+        "--skip_check", action="store_true", help="do not build every cell's configuration first"
+    )
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    environment = dict(os.environ)  # that of the cells: this process must not take hold of an accelerator that they need
+    environment = dict(
+        os.environ
+    )  # that of the cells: this process must not take hold of an accelerator that they need
     os.environ["JAX_PLATFORMS"] = "cpu"
     log = logging.getLogger("upcycle_jax")
     handler = logging.StreamHandler()
@@ -61,9 +95,17 @@ def _run(flags: Flags, loaded: "Config") -> int:
         from upcycle_jax.experiments import sweeps_jobs
 
         paths = sweeps_jobs.write(
-            sweep, cells, kind=flags.extra.write_jobs, options=flags.extra.launcher_options, further_flags=_further_flags(flags)
+            sweep,
+            cells,
+            kind=flags.extra.write_jobs,
+            options=flags.extra.launcher_options,
+            further_flags=_further_flags(flags),
         )
-        print("\n".join(["run these in order, each after the jobs of the one before:", *map(str, paths)]))
+        print(
+            "\n".join(
+                ["run these in order, each after the jobs of the one before:", *map(str, paths)]
+            )
+        )
         return 0
     return _run_here(sweep, cells, flags, environment, loaded.operative_text())
 
@@ -82,7 +124,8 @@ def _chosen(cells: "Sequence[Cell]", names: Sequence[str]) -> "list[Cell]":
 
 
 def _check(cells: "Sequence[Cell]", flags: Flags) -> None:
-    """Builds every cell's configuration, so that a misspelt setting stops the study before it starts.
+    """Builds every cell's configuration, so that a misspelt setting stops the study before it
+    starts.
 
     Raises:
       ConfigError: everything that is wrong, with the cell's name.
@@ -114,8 +157,15 @@ def _show(cells: "Sequence[Cell]") -> int:
     from upcycle_jax.experiments import sweeps_state
 
     for cell in cells:
-        state = "finished" if sweeps_state.is_finished(cell) else f"at step {sweeps_state.step_reached(cell)} of {cell.end_step}"
-        print(f"{cell.name}  ({state}{', needs ' + ', '.join(cell.needs) if cell.needs else ''})\n    {cell.command_line()}")
+        state = (
+            "finished"
+            if sweeps_state.is_finished(cell)
+            else f"at step {sweeps_state.step_reached(cell)} of {cell.end_step}"
+        )
+        print(
+            f"{cell.name}  ({state}{', needs ' + ', '.join(cell.needs) if cell.needs else ''})\n   "
+            f" {cell.command_line()}"
+        )
     print(f"{len(cells)} cells, {sum(cell.end_step - cell.start_step for cell in cells)} steps")
     return 0
 
@@ -123,15 +173,22 @@ def _show(cells: "Sequence[Cell]") -> int:
 def _further_flags(flags: Flags) -> list[str]:
     """Flags of this command that every cell needs too."""
     further = [f"--gin_search_paths={path}" for path in flags.gin_search_paths]
-    further += [f"--seqio_additional_cache_dirs={path}" for path in flags.seqio_additional_cache_dirs]
+    further += [
+        f"--seqio_additional_cache_dirs={path}" for path in flags.seqio_additional_cache_dirs
+    ]
     return further + ([f"--tfds_data_dir={flags.tfds_data_dir}"] if flags.tfds_data_dir else [])
 
 
-def _run_here(sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment: Mapping[str, str], text: str) -> int:
+def _run_here(
+    sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment: Mapping[str, str], text: str
+) -> int:
     from upcycle_jax.experiments import sweeps_run, sweeps_state
 
     if "://" in sweep.root:
-        raise ValueError(f"SWEEP_DIR is {sweep.root}: cells run on this machine in a local folder only; --write_jobs serves buckets")
+        raise ValueError(
+            f"SWEEP_DIR is {sweep.root}: cells run on this machine in a local folder only;"
+            " --write_jobs serves buckets"
+        )
     runner = sweeps_run.Runner(
         sweep,
         cells,
@@ -141,7 +198,9 @@ def _run_here(sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment
         further_flags=_further_flags(flags),
     )
     sweeps_state.save_plan(sweep, sweep.cells())
-    sweeps_state.write_whole(Path(sweep.root) / "config.gin", sweeps_state.portable(text, sweep.root))
+    sweeps_state.write_whole(
+        Path(sweep.root) / "config.gin", sweeps_state.portable(text, sweep.root)
+    )
     outcome = runner.run()
     print(sweeps_state.save_table(sweep, sweep.cells()))
     for failure in outcome.failures:

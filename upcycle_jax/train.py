@@ -1,4 +1,5 @@
-"""Trains a model: from scratch, from a checkpoint, or from a dense checkpoint that is upcycled while it is restored.
+"""Trains a model: from scratch, from a checkpoint, or from a dense checkpoint that is upcycled
+while it is restored.
 
 Examples:
 
@@ -6,9 +7,10 @@ Examples:
         --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" --gin.MODEL_DIR="'/tmp/tiny'" \\
         --gin.TRAIN_STEPS=200 --gin.BATCH_SIZE=8
 
-Started again, the command goes on from the latest checkpoint in MODEL_DIR. SIGTERM and SIGINT save a checkpoint after the current
-step and end the run with exit code 0, or with the code in the environment variable UPCYCLE_JAX_INTERRUPTED_CODE, from which launchers
-and schedulers see that the run wants to be started again. --dry_run prints what the run would do and writes nothing.
+Started again, the command goes on from the latest checkpoint in MODEL_DIR. SIGTERM and SIGINT save
+a checkpoint after the current step and end the run with exit code 0, or with the code in the
+environment variable UPCYCLE_JAX_INTERRUPTED_CODE, from which launchers and schedulers see that the
+run wants to be started again. --dry_run prints what the run would do and writes nothing.
 """
 
 import os
@@ -27,7 +29,10 @@ INTERRUPTED_CODE_VARIABLE = "UPCYCLE_JAX_INTERRUPTED_CODE"
 
 def _run(flags: Flags, loaded: "Config") -> int:
     if loaded.has_macro("TOPOLOGY"):
-        print(f"this configuration was made for the topology {loaded.macro('TOPOLOGY')}", file=sys.stderr)
+        print(
+            f"this configuration was made for the topology {loaded.macro('TOPOLOGY')}",
+            file=sys.stderr,
+        )
     result = command.call("train", flags, loaded, name="train")
     return int(os.environ.get(INTERRUPTED_CODE_VARIABLE, 0)) if result.interrupted else 0
 

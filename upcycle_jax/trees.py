@@ -1,4 +1,6 @@
-"""Trees as flat dictionaries with '/'-joined paths: the one place that builds and splits parameter paths."""
+"""Trees as flat dictionaries with '/'-joined paths: the one place that builds and splits parameter
+paths.
+"""
 
 import dataclasses
 import re
@@ -20,7 +22,8 @@ class LeafSpec:
     Attributes:
       shape: dimensions.
       dtype: NumPy dtype (ml_dtypes' bfloat16 included).
-      axes: logical axis name per dimension (see `axes`), or None per dimension where unknown. Empty stands for "all unknown".
+      axes: logical axis name per dimension (see `axes`), or None per dimension where unknown. Empty
+        stands for "all unknown".
     """
 
     shape: tuple[int, ...]
@@ -32,7 +35,9 @@ class LeafSpec:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         object.__setattr__(self, "axes", tuple(self.axes) or (None,) * len(self.shape))
         if len(self.axes) != len(self.shape):
-            raise ValueError(f"axes {self.axes} do not name the dimensions of shape {self.shape} one by one")
+            raise ValueError(
+                f"axes {self.axes} do not name the dimensions of shape {self.shape} one by one"
+            )
 
     @property
     def size(self) -> int:
@@ -75,7 +80,9 @@ def matching(pattern: str, paths: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TreeDiff:
-    """What differs between two flat trees of things with a `shape` (and a `dtype`, where both sides have one)."""
+    """What differs between two flat trees of things with a `shape` (and a `dtype`, where both sides
+    have one).
+    """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -87,7 +94,9 @@ class TreeDiff:
     def __str__(self) -> str:
         lines = [f"- {path} (expected, not there)" for path in self.missing]
         lines += [f"+ {path} (there, not expected)" for path in self.unexpected]
-        lines += [f"! {path}: expected {want}, found {have}" for path, want, have in self.mismatched]
+        lines += [
+            f"! {path}: expected {want}, found {have}" for path, want, have in self.mismatched
+        ]
         return "\n".join(lines) or "no difference"
 
 
@@ -96,7 +105,9 @@ def _describe(leaf: Any, with_dtype: bool) -> str:
     return f"{np.dtype(leaf.dtype).name}{shape}" if with_dtype else shape
 
 
-def diff(expected: Mapping[str, Any], actual: Mapping[str, Any], *, compare_dtype: bool = False) -> TreeDiff:
+def diff(
+    expected: Mapping[str, Any], actual: Mapping[str, Any], *, compare_dtype: bool = False
+) -> TreeDiff:
     """Compares two flat trees by path and shape, and by dtype when asked.
 
     Args:

@@ -1,12 +1,14 @@
-"""Converts a checkpoint: dense to sparse, several dense parents to one sparse model, shallow to deep, or sparse back to dense.
+"""Converts a checkpoint: dense to sparse, several dense parents to one sparse model, shallow to
+deep, or sparse back to dense.
 
 Example:
 
     python -m upcycle_jax.upcycle --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin --gin_file=gin_configs/runs/upcycle.gin \\
         --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
 
-Prints the plan before and the proof after. Without a model file the target is the source's own T5 shape with the paper's MoE layers.
-Exit status: 0 when the proof holds, 1 when it does not, 2 when the conversion was refused or could not be written.
+Prints the plan before and the proof after. Without a model file the target is the source's own T5
+shape with the paper's MoE layers. Exit status: 0 when the proof holds, 1 when it does not, 2 when
+the conversion was refused or could not be written.
 """
 
 import argparse
@@ -50,12 +52,13 @@ def upcycle(
       moe: MoE layers of an inferred model; None: the paper's.
       optimizer: whose state the result holds; None: no optimizer state.
       recipe: None: the paper's for language.
-      source_model: the sparse source's model, needed to measure the weights of `MergeRecipe(how='weighted')` where none are given.
+      source_model: the sparse source's model, needed to measure the weights of
+        `MergeRecipe(how='weighted')` where none are given.
       max_memory: bytes of arrays to hold at a time.
       materialize: write every byte, sharing no file with the source.
       function_check: 'auto', 'on' or 'off'.
-      function_check_dataset: a `DatasetConfig` whose first batch the function check uses (and the weights of a merge are measured
-        with); None: random tokens, and no TensorFlow.
+      function_check_dataset: a `DatasetConfig` whose first batch the function check uses (and the
+        weights of a merge are measured with); None: random tokens, and no TensorFlow.
       dry_run: stop after the plan.
       report: is given every line for people.
 
@@ -75,14 +78,21 @@ def upcycle(
     recipe = recipe if recipe is not None else surgery.Recipe()
     source = conversion.open_sources(initial_checkpoint_path)
     model = model if model is not None else inferred_model(infer, source, moe)
-    measures = isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights
-    tokens = first_batch(function_check_dataset if measures or function_check != "off" else None, model)
+    measures = (
+        isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights
+    )
+    tokens = first_batch(
+        function_check_dataset if measures or function_check != "off" else None, model
+    )
     if measures:
         recipe = _with_measured_weights(checking, recipe, source, source_model, tokens)
     if optimizer is not None:
         specs = state_specs(model, optimizer)
     else:
-        specs = {STEP: LeafSpec((), np.dtype(np.int32)), **{f"{TARGET}{path}": spec for path, spec in model.param_specs().items()}}
+        specs = {
+            STEP: LeafSpec((), np.dtype(np.int32)),
+            **{f"{TARGET}{path}": spec for path, spec in model.param_specs().items()},
+        }
     return conversion.convert(
         source,
         specs,
@@ -105,20 +115,28 @@ def inferred_model(infer: Any, source: Any, moe: Any) -> Any:
     return infer.infer_sparse_model(specs, moe if moe is not None else MoeConfig())
 
 
-def _with_measured_weights(checking: Any, recipe: Any, source: Any, source_model: Any, tokens: Any) -> Any:
+def _with_measured_weights(
+    checking: Any, recipe: Any, source: Any, source_model: Any, tokens: Any
+) -> Any:
     import dataclasses
 
     from upcycle_jax.surgery.tokens import Tokens
 
     if source_model is None:
-        raise ValueError("MergeRecipe(how='weighted') needs weights, or upcycle.source_model (the sparse model) to measure them with")
+        raise ValueError(
+            "MergeRecipe(how='weighted') needs weights, or upcycle.source_model (the sparse model)"
+            " to measure them with"
+        )
     tokens = tokens if tokens is not None else Tokens.random(source_model.config.vocab_size)
     params = checking.load_params(source, source_model.param_specs())
-    return dataclasses.replace(recipe, weights=checking.router_weights(source_model, params, tokens.batch))
+    return dataclasses.replace(
+        recipe, weights=checking.router_weights(source_model, params, tokens.batch)
+    )
 
 
 def first_batch(dataset: Any, model: Any) -> Any:
-    """The first batch of a `DatasetConfig`, as `surgery.tokens.Tokens` for a model; None without a data set.
+    """The first batch of a `DatasetConfig`, as `surgery.tokens.Tokens` for a model; None without a
+    data set.
 
     Raises:
       ValueError: the model's vocabulary is too small for it.
@@ -131,16 +149,26 @@ def first_batch(dataset: Any, model: Any) -> Any:
     largest, vocab_size = max(int(array.max()) for array in batch.values()), model.config.vocab_size
     if largest >= vocab_size:
         raise ValueError(
-            f"function_check_dataset {dataset.mixture_or_task_name} holds token id {largest}, the model's vocab_size is {vocab_size}: "
-            "choose a data set of the model's vocabulary, or None for random tokens"
+            f"function_check_dataset {dataset.mixture_or_task_name} holds token id {largest}, the"
+            f" model's vocab_size is {vocab_size}: choose a data set of the model's vocabulary, or"
+            " None for random tokens"
         )
     return Tokens(batch, f"first batch of {dataset.mixture_or_task_name}, split {dataset.split}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's own flags."""
-    parser.add_argument("--materialize", action="store_true", help="write every byte: the result shares no file with the source")
-    parser.add_argument("--max_memory", type=int, metavar="BYTES", help="bytes of arrays to hold at a time (default 2 GiB)")
+    parser.add_argument(
+        "--materialize",
+        action="store_true",
+        help="write every byte: the result shares no file with the source",
+    )
+    parser.add_argument(
+        "--max_memory",
+        type=int,
+        metavar="BYTES",
+        help="bytes of arrays to hold at a time (default 2 GiB)",
+    )
 
 
 def given_by_flags(flags: Flags, loaded: "Config") -> dict[str, Any]:
@@ -162,14 +190,22 @@ def _run(flags: Flags, loaded: "Config") -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        where = f"{error.filename}: {error.strerror}. What is finished is kept: put this right and run the same command again"
-        print(f"upcycle_jax.upcycle: error: {where if error.filename and error.strerror else error}", file=sys.stderr)
+        where = (
+            f"{error.filename}: {error.strerror}. What is finished is kept: put this right and run"
+            " the same command again"
+        )
+        print(
+            f"upcycle_jax.upcycle: error: {where if error.filename and error.strerror else error}",
+            file=sys.stderr,
+        )
         return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the work is on files: do not take hold of an accelerator
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # the work is on files: do not take hold of an accelerator
     return command.run("upcycle", argv, description=__doc__ or "", body=_run, extra=add_flags)
 
 

@@ -1,12 +1,14 @@
-"""Checks a converted checkpoint against its source: every leaf from disk, then both models on the same tokens.
+"""Checks a converted checkpoint against its source: every leaf from disk, then both models on the
+same tokens.
 
 Example:
 
     python -m upcycle_jax.verify --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin --gin_file=gin_configs/runs/upcycle.gin \\
         --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
 
-Takes the bindings of `upcycle`. The recipe is the one that the result records, or the configured one where it records none.
-Exit status: 0 when the proof holds, 1 when it does not, 2 when it could not be tried.
+Takes the bindings of `upcycle`. The recipe is the one that the result records, or the configured
+one where it records none. Exit status: 0 when the proof holds, 1 when it does not, 2 when it could
+not be tried.
 """
 
 import os
@@ -45,7 +47,8 @@ def verify(
       output_checkpoint_path: the result.
       model: the target model; None: the source's T5 shape with `moe`.
       moe: MoE layers of an inferred model; None: the paper's.
-      optimizer: whose state the result should hold; None: the state that it holds is taken as it is, its slots zero or carried over.
+      optimizer: whose state the result should hold; None: the state that it holds is taken as it
+        is, its slots zero or carried over.
       recipe: used where the result records none; None: the paper's for language.
       max_memory: limit for `function_check='auto'`, in bytes.
       function_check: 'auto', 'on' or 'off'.
@@ -63,7 +66,10 @@ def verify(
     from upcycle_jax.training.train_state import STEP, TARGET, state_specs
     from upcycle_jax.upcycle import first_batch, inferred_model
 
-    source, target = conversion.open_sources(initial_checkpoint_path), open_checkpoint(output_checkpoint_path)
+    source, target = (
+        conversion.open_sources(initial_checkpoint_path),
+        open_checkpoint(output_checkpoint_path),
+    )
     recipe = conversion.recorded_recipe(target) or recipe or surgery.Recipe()
     model = model if model is not None else inferred_model(infer, source, moe)
     found = target.specs()

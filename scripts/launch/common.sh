@@ -1,11 +1,13 @@
 # shellcheck shell=bash disable=SC2034
 # To be sourced by the launchers: options, quoting, running or printing.
 #
-# A launcher's own options come first and look like --name=value or --name; the first other word is a command of the library (train,
-# eval, ...), and everything after it goes to that command untouched.
+# A launcher's own options come first and look like --name=value or --name; the first other word is
+# a command of the library (train, eval, ...), and everything after it goes to that command
+# untouched.
 #
-# What a command's exit code means here: 0 done; 2 a configuration that cannot run, never tried again; anything else (75: told to stop,
-# after saving) is worth another try, which resumes from the latest checkpoint of MODEL_DIR.
+# What a command's exit code means here: 0 done; 2 a configuration that cannot run, never tried
+# again; anything else (75: told to stop, after saving) is worth another try, which resumes from the
+# latest checkpoint of MODEL_DIR.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 DRY_RUN=0
@@ -39,7 +41,8 @@ die() {
     exit "$BAD_CONFIGURATION"
 }
 
-# parse_options "known names" "$@": sets OPTION_<name> for each of the launcher's own options, COMMAND and ARGUMENTS (an array).
+# parse_options "known names" "$@": sets OPTION_<name> for each of the launcher's own options,
+# COMMAND and ARGUMENTS (an array).
 parse_options() {
     local known=" $1 dry_run help " name value
     shift

@@ -15,8 +15,8 @@
 #   --retries=N           how often the job is started again (default 20): after preemption, maintenance, a failure
 #   --xpk=OPTIONS         further options of `xpk workload create`, separated by blanks
 #   --dry_run             print what would run, and stop
-# A pod that is to go gets SIGTERM five minutes before: the run saves a checkpoint, and the job set starts it again. jax finds the other
-# hosts through the variables that GKE sets.
+# A pod that is to go gets SIGTERM five minutes before: the run saves a checkpoint, and the job set
+# starts it again. jax finds the other hosts through the variables that GKE sets.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck disable=SC2154  # parse_options sets OPTION_*

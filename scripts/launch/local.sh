@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Runs a command as several processes of one run on this machine, and starts it again when a process dies.
+# Runs a command as several processes of one run on this machine, and starts it again when a process
+# dies.
 #
-#   scripts/launch/local.sh --processes=2 --devices=4 train --gin_file=runs/pretrain.gin --gin.MODEL_DIR="'/tmp/run'"
+#   scripts/launch/local.sh --processes=2 --devices=4 train --gin_file=runs/pretrain.gin
+#   --gin.MODEL_DIR="'/tmp/run'"
 #
 # Options (before the command's name):
 #   --processes=N         processes (default 2)

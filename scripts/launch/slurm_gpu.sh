@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command on a SLURM cluster, one process per GPU; outside of a job it submits itself.
 #
-#   scripts/launch/slurm_gpu.sh --nodes=4 --gpus_per_node=8 --time=24:00:00 train --gin_file=... --gin.MODEL_DIR="'/shared/run'"
+#   scripts/launch/slurm_gpu.sh --nodes=4 --gpus_per_node=8 --time=24:00:00 train --gin_file=...
+#   --gin.MODEL_DIR="'/shared/run'"
 #
 # Options (before the command's name):
 #   --nodes=N             nodes (default 1)
@@ -11,13 +12,14 @@
 #   --sbatch=OPTIONS      further options of sbatch, separated by blanks, e.g. --sbatch='--partition=gpu --account=me'
 #   --srun=OPTIONS        further options of srun, e.g. a container
 #   --dry_run             print the submission and what the job will run, and stop
-# PYTHON names the interpreter on the nodes (default: .venv of the checkout where there is one, or else python3). MODEL_DIR must lie on a
-# file system that all nodes share.
+# PYTHON names the interpreter on the nodes (default: .venv of the checkout where there is one, or
+# else python3). MODEL_DIR must lie on a file system that all nodes share.
 #
-# Three minutes before the time limit, and when it is preempted, the run gets SIGTERM: it saves a checkpoint and the job is queued again.
-# jax finds the other processes through SLURM's variables.
+# Three minutes before the time limit, and when it is preempted, the run gets SIGTERM: it saves a
+# checkpoint and the job is queued again. jax finds the other processes through SLURM's variables.
 set -euo pipefail
-# sbatch runs a copy of this file from its spool folder: there the submission says where the checkout is.
+# sbatch runs a copy of this file from its spool folder: there the submission says where the
+# checkout is.
 source "${UPCYCLE_JAX_LAUNCHERS:-$(dirname "${BASH_SOURCE[0]}")}/common.sh"
 parse_options "nodes gpus_per_node time retries sbatch srun" "$@"
 

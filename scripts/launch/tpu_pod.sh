@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command on all workers of a Cloud TPU pod, making the pod first where there is none and again when it is preempted.
+# Runs a command on all workers of a Cloud TPU pod, making the pod first where there is none and
+# again when it is preempted.
 #
 #   scripts/launch/tpu_pod.sh --name=my-pod --zone=us-west4-a --type=v5litepod-256 --runtime=v2-alpha-tpuv5-lite --spot \
 #       train --gin_file=... --gin.MODEL_DIR="'gs://bucket/run'"
@@ -16,7 +17,8 @@
 #   --wait=SECONDS        pause before looking at the pod again (default 60)
 #   --installed           the workers have the checkout in ~/upcycle_jax with its .venv already: do not copy and install
 #   --dry_run             print what would run for a pod that has to be made, and stop
-# Needs gcloud. Every start resumes from the latest checkpoint of MODEL_DIR, which must be a gs:// path. The pod is left running.
+# Needs gcloud. Every start resumes from the latest checkpoint of MODEL_DIR, which must be a gs://
+# path. The pod is left running.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck disable=SC2154  # parse_options sets OPTION_*
@@ -56,7 +58,8 @@ install() {
     rm -rf "$folder"
 }
 
-# The first part ends what an earlier start may have left: a worker whose peers are gone holds its chips until it notices.
+# The first part ends what an earlier start may have left: a worker whose peers are gone holds its
+# chips until it notices.
 command_line="if [ -f upcycle_jax.pid ]; then kill -KILL \$(cat upcycle_jax.pid) 2>/dev/null; sleep 2; fi; echo \$\$ > upcycle_jax.pid; cd upcycle_jax && exec $(quoted env UPCYCLE_JAX_INTERRUPTED_CODE=75 .venv/bin/python -m "upcycle_jax.$COMMAND" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"})"
 
 if ((DRY_RUN)); then

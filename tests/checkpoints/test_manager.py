@@ -1,4 +1,6 @@
-"""A run's checkpoints: layout on disk, sharded restore, what is kept, what is refused, and unfinished saves."""
+"""A run's checkpoints: layout on disk, sharded restore, what is kept, what is refused, and
+unfinished saves.
+"""
 
 import os
 import signal
@@ -29,8 +31,12 @@ def state(step=1, experts=8):
         KERNEL: jnp.asarray(rng.normal(size=(experts, 6, 10)), jnp.float32),
         "target/token_embedder/embedding": jnp.asarray(rng.normal(size=(16, 6)), jnp.bfloat16),
         "state/step": jnp.asarray(step, jnp.int32),
-        "state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/v_row": jnp.zeros((experts, 6), jnp.float32),
-        "state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/m": jnp.zeros((1,), jnp.float32),
+        "state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/v_row": jnp.zeros(
+            (experts, 6), jnp.float32
+        ),
+        "state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/m": jnp.zeros(
+            (1,), jnp.float32
+        ),
     }
     return trees.unflatten(flat)
 
@@ -64,7 +70,8 @@ def test_layout_is_the_one_that_t5x_reads(tmp_path):
         "dataset/process_0-of-1/position.txt",
     ):
         assert (folder / path).is_file(), path
-    # T5X restores with Orbax's PyTree handler: it must give back the very tree, unused slots of shape (1,) included.
+    # T5X restores with Orbax's PyTree handler: it must give back the very tree, unused slots of
+    # shape (1,) included.
     restored = trees.flatten(ocp.PyTreeCheckpointer().restore(folder / "state"))
     for name, leaf in trees.flatten(state(7)).items():
         np.testing.assert_array_equal(np.asarray(restored[name]), np.asarray(leaf), err_msg=name)
@@ -94,19 +101,29 @@ def test_restore_names_both_sides_of_a_mismatch(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, state(1, experts=8))
         manager.wait()
-        wanted = specs_of(state(1, experts=4)) | {"target/new": LeafSpec((2,), np.dtype(np.float32))}
+        wanted = specs_of(state(1, experts=4)) | {
+            "target/new": LeafSpec((2,), np.dtype(np.float32))
+        }
         del wanted["target/token_embedder/embedding"]
         with pytest.raises(
-            ValueError, match=r"(?s)- target/new.*\+ target/token_embedder/embedding.*expected \[4,6,10\], found \[8,6,10\]"
+            ValueError,
+            match=(
+                r"(?s)- target/new.*\+ target/token_embedder/embedding.*expected \[4,6,10\], found"
+                r" \[8,6,10\]"
+            ),
         ):
             manager.restore(1, wanted, {})
-        with pytest.raises(FileNotFoundError, match=r"no finished checkpoint of step 2; it has \[1\]"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no finished checkpoint of step 2; it has \[1\]"
+        ):
             manager.restore(2, wanted, {})
 
 
 def test_arrays_may_change_after_save_returns(tmp_path):
     tree = state(1)
-    host = np.asarray(tree["target"]["encoder"]["layers_1"]["mlp"]["expert"]["wi_0"]["kernel"]).copy()
+    host = np.asarray(
+        tree["target"]["encoder"]["layers_1"]["mlp"]["expert"]["wi_0"]["kernel"]
+    ).copy()
     mutable = {"target": {"a": host.copy()}, "state": {"step": np.int32(1)}}
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, mutable)
@@ -132,7 +149,10 @@ def test_a_step_is_never_silently_skipped(tmp_path):
             manager.save(5, state(5))
         with pytest.raises(ValueError, match="cannot save step 4 .* it holds step 5 already"):
             manager.save(4, state(4))
-    with CheckpointManager(tmp_path) as manager, pytest.raises(ValueError, match="holds step 5 already"):
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(ValueError, match="holds step 5 already"),
+    ):
         manager.save(5, state(5))
 
 
@@ -148,7 +168,8 @@ def test_dataset_position_belongs_to_its_step(tmp_path):
         assert restored.position == 10
         with pytest.raises(FileNotFoundError, match="step 2 was saved without its data iterator"):
             manager.restore_dataset(2, restored)
-        # Saved by the first of two processes and read by one: a position counts global batches, so it serves.
+        # Saved by the first of two processes and read by one: a position counts global batches, so
+        # it serves.
         dataset = tmp_path / "checkpoint_1" / "dataset"
         (dataset / "process_0-of-1").rename(dataset / "process_0-of-2")
         again = Counter()
@@ -162,7 +183,9 @@ def test_stale_temporary_folders_are_removed_and_never_seen(tmp_path):
         manager.save(1, state(1))
     (stale / "state").mkdir(parents=True)
     assert latest_checkpoint(tmp_path).name == "checkpoint_1"
-    partial = tmp_path / "checkpoint_12.partial"  # A conversion under way is not this manager's to remove.
+    partial = (
+        tmp_path / "checkpoint_12.partial"
+    )  # A conversion under way is not this manager's to remove.
     partial.mkdir()
     with CheckpointManager(tmp_path, read_only=True) as manager:
         assert manager.latest_step() == 1
@@ -185,7 +208,9 @@ def test_a_save_under_way_is_not_the_latest_step(tmp_path):
 
 
 def test_kill_during_a_save_leaves_the_previous_step(tmp_path):
-    """kill -9 while a save of 200 MB is under way: the step before it restores, and the next manager cleans up."""
+    """kill -9 while a save of 200 MB is under way: the step before it restores, and the next
+    manager cleans up.
+    """
     script = textwrap.dedent(f"""
         import numpy as np
         from upcycle_jax.checkpoints import CheckpointManager
@@ -198,15 +223,21 @@ def test_kill_during_a_save_leaves_the_previous_step(tmp_path):
         manager.wait()
     """)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout.readline().strip() == "saving"
     time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    finished = (tmp_path / "checkpoint_2").exists()  # Possible on a very fast disk; then there is nothing to check but that it opens.
+    finished = (
+        tmp_path / "checkpoint_2"
+    ).exists()  # Possible on a very fast disk; then there is nothing to check but that it opens.
     assert latest_checkpoint(tmp_path).name == ("checkpoint_2" if finished else "checkpoint_1")
     with CheckpointManager(tmp_path) as manager:
         assert manager.latest_step() == (2 if finished else 1)
-        np.testing.assert_array_equal(open_checkpoint(manager.path(1)).read("target/a"), np.arange(10.0))
+        np.testing.assert_array_equal(
+            open_checkpoint(manager.path(1)).read("target/a"), np.arange(10.0)
+        )
     assert not list(tmp_path.glob("*tmp*"))

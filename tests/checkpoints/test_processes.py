@@ -9,8 +9,7 @@ import textwrap
 
 import pytest
 
-CHILD = textwrap.dedent(
-    """
+CHILD = textwrap.dedent("""
     import os, sys
     import jax, numpy as np
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -48,8 +47,7 @@ CHILD = textwrap.dedent(
             np.testing.assert_array_equal(shard.data, value[shard.index])
     manager.close()
     print("fine")
-    """
-)
+    """)
 
 
 @pytest.mark.slow
@@ -57,13 +55,25 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
     environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
-    commands = [[sys.executable, "-c", CHILD, str(port), str(index), str(tmp_path)] for index in range(2)]
+    commands = [
+        [sys.executable, "-c", CHILD, str(port), str(index), str(tmp_path)] for index in range(2)
+    ]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for command in commands
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for command in commands
     ]
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert output.strip().endswith("fine"), errors[-3000:]
-    assert {path.name for path in (tmp_path / "checkpoint_3" / "dataset").glob("process*")} == {"process_0-of-2", "process_1-of-2"}
+    assert {path.name for path in (tmp_path / "checkpoint_3" / "dataset").glob("process*")} == {
+        "process_0-of-2",
+        "process_1-of-2",
+    }

@@ -1,4 +1,6 @@
-"""Copying dense chunks once per expert: equal values, no new bytes by reference, and a source that is never touched."""
+"""Copying dense chunks once per expert: equal values, no new bytes by reference, and a source that
+is never touched.
+"""
 
 import hashlib
 import os
@@ -27,7 +29,9 @@ def dense_state():
         {
             DENSE: rng.random((64, 96), np.float32),
             "target/layer/mlp/bf16": rng.random((40, 50)).astype(ml_dtypes.bfloat16),
-            "target/layer/small": np.arange(3, dtype=np.float32),  # Below 1 KiB: stored in the index itself.
+            "target/layer/small": np.arange(
+                3, dtype=np.float32
+            ),  # Below 1 KiB: stored in the index itself.
             "target/dropped": rng.random((64, 96), np.float32),
             "state/step": np.int32(11),
         }
@@ -40,17 +44,28 @@ def source(tmp_path, request):
     state = dense_state()
     if request.param == "chunk per shard":
         sharding = NamedSharding(Partitioner().mesh, PartitionSpec("data"))
-        state["target"]["layer"]["mlp"]["wi"]["kernel"] = jax.device_put(state["target"]["layer"]["mlp"]["wi"]["kernel"], sharding)
+        state["target"]["layer"]["mlp"]["wi"]["kernel"] = jax.device_put(
+            state["target"]["layer"]["mlp"]["wi"]["kernel"], sharding
+        )
     with CheckpointManager(tmp_path / "dense") as manager:
         manager.save(11, state)
     return open_checkpoint(tmp_path / "dense")
 
 
 def job(source):
-    """Specs of the sparse checkpoint and where its leaves come from; the router comes from nowhere."""
-    specs = {name: spec for name, spec in source.specs().items() if name not in (DENSE, "target/dropped", "target/layer/mlp/bf16")}
+    """Specs of the sparse checkpoint and where its leaves come from; the router comes from
+    nowhere.
+    """
+    specs = {
+        name: spec
+        for name, spec in source.specs().items()
+        if name not in (DENSE, "target/dropped", "target/layer/mlp/bf16")
+    }
     references = {name: Reference(name) for name in specs}
-    for name, target in ((DENSE, SPARSE), ("target/layer/mlp/bf16", "target/layer/mlp/expert/bf16")):
+    for name, target in (
+        (DENSE, SPARSE),
+        ("target/layer/mlp/bf16", "target/layer/mlp/expert/bf16"),
+    ):
         spec = source.specs()[name]
         specs[target] = LeafSpec((EXPERTS, *spec.shape), spec.dtype)
         references[target] = Reference(name, tuple(range(EXPERTS)))
@@ -59,14 +74,18 @@ def job(source):
 
 
 def begin(source, path, specs, references):
-    return create_checkpoint(path, specs, step=11, metadata={}, layouts=tiling.copied_layouts(source, references, specs))
+    return create_checkpoint(
+        path, specs, step=11, metadata={}, layouts=tiling.copied_layouts(source, references, specs)
+    )
 
 
 def make(source, path, mode):
     specs, references = job(source)
     with begin(source, path, specs, references) as writer:
         tiling.copy_leaves(writer, source, references, mode)
-        writer.write("target/layer/mlp/router/kernel", None, np.full((64, EXPERTS), 0.5, np.float32))
+        writer.write(
+            "target/layer/mlp/router/kernel", None, np.full((64, EXPERTS), 0.5, np.float32)
+        )
         writer.finalize()
     return open_checkpoint(path)
 
@@ -82,7 +101,11 @@ def digest(folder):
 
 def new_bytes(folder):
     """Bytes of the files that no other folder shares."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.stat().st_nlink == 1
+    )
 
 
 @pytest.mark.parametrize("mode", list(CopyMode))
@@ -91,14 +114,18 @@ def test_every_expert_is_the_dense_array(tmp_path, source, mode):
     reader = make(source, tmp_path / "sparse" / "checkpoint_11", mode)
     for name, reference in job(source)[1].items():
         dense = source.read(reference.source)
-        expected = dense if reference.experts is None else np.broadcast_to(dense, (EXPERTS, *dense.shape))
+        expected = (
+            dense if reference.experts is None else np.broadcast_to(dense, (EXPERTS, *dense.shape))
+        )
         value = reader.read(name)
         assert value.dtype == dense.dtype
         np.testing.assert_array_equal(value, expected, err_msg=name)
     assert digest(tmp_path / "dense") == before
     # The output stands alone: Orbax restores it when the source is gone.
     shutil.rmtree(tmp_path / "dense")
-    restored = trees.flatten(ocp.PyTreeCheckpointer().restore(tmp_path / "sparse" / "checkpoint_11" / "state"))
+    restored = trees.flatten(
+        ocp.PyTreeCheckpointer().restore(tmp_path / "sparse" / "checkpoint_11" / "state")
+    )
     np.testing.assert_array_equal(restored[SPARSE], reader.read(SPARSE))
     assert restored["target/layer/mlp/router/kernel"].shape == (64, EXPERTS)
 
@@ -110,10 +137,18 @@ def test_references_cost_no_bytes_and_drop_what_is_not_needed(tmp_path, source):
     assert new_bytes(tmp_path / "sparse") < 0.5 * dense_bytes
     # Random floats below 1 compress by some 10 to 15 per cent, and there are eight copies of them.
     assert new_bytes(tmp_path / "written") > 6 * dense_bytes
-    kept = {path.name for path in (tmp_path / "sparse").rglob("*") if path.stat().st_nlink > 1 and path.is_file()}
+    kept = {
+        path.name
+        for path in (tmp_path / "sparse").rglob("*")
+        if path.stat().st_nlink > 1 and path.is_file()
+    }
     dense = {path.name for path in (tmp_path / "dense").rglob("ocdbt.process_0/d/*")}
     assert kept < dense | {path.name for path in (tmp_path / "dense").rglob("d/*")}
-    folders = [path for path in (tmp_path / "sparse" / "checkpoint_11" / "state").rglob("*") if path.is_dir()]
+    folders = [
+        path
+        for path in (tmp_path / "sparse" / "checkpoint_11" / "state").rglob("*")
+        if path.is_dir()
+    ]
     assert all(any(path.iterdir()) for path in folders)
 
 
@@ -133,13 +168,17 @@ def test_some_experts_copied_and_some_written(tmp_path, source):
     fresh = np.random.default_rng(3).random((EXPERTS, 64, 96), np.float32)
     with begin(source, tmp_path / "checkpoint_11", specs, references) as writer:
         tiling.copy_leaves(writer, source, references, CopyMode.REFERENCE)
-        assert [writer.is_written(SPARSE, (slice(e, e + 1),)) for e in range(EXPERTS)] == [e in (1, 4, 5) for e in range(EXPERTS)]
+        assert [writer.is_written(SPARSE, (slice(e, e + 1),)) for e in range(EXPERTS)] == [
+            e in (1, 4, 5) for e in range(EXPERTS)
+        ]
         for expert in (0, 2, 3, 6, 7):
             writer.write(SPARSE, (slice(expert, expert + 1),), fresh[expert : expert + 1])
         writer.finalize()
     value = open_checkpoint(tmp_path / "checkpoint_11").read(SPARSE)
     for expert in range(EXPERTS):
-        np.testing.assert_array_equal(value[expert], source.read(DENSE) if expert in (1, 4, 5) else fresh[expert])
+        np.testing.assert_array_equal(
+            value[expert], source.read(DENSE) if expert in (1, 4, 5) else fresh[expert]
+        )
 
 
 def test_several_parents(tmp_path, source):
@@ -151,8 +190,13 @@ def test_several_parents(tmp_path, source):
     other = open_checkpoint(tmp_path / "other")
     specs = {SPARSE: LeafSpec((2, 64, 96), np.dtype(np.float32))}
     first, second = {SPARSE: Reference(DENSE, (0,))}, {SPARSE: Reference(DENSE, (1,))}
-    if source.zarr_layout(DENSE) != other.zarr_layout(DENSE):  # Their chunks differ: only one of them can be shared.
-        with begin(source, tmp_path / "checkpoint_11", specs, first) as writer, pytest.raises(ValueError, match="chunks or a codec other"):
+    if source.zarr_layout(DENSE) != other.zarr_layout(
+        DENSE
+    ):  # Their chunks differ: only one of them can be shared.
+        with (
+            begin(source, tmp_path / "checkpoint_11", specs, first) as writer,
+            pytest.raises(ValueError, match="chunks or a codec other"),
+        ):
             tiling.copy_leaves(writer, other, second, CopyMode.REFERENCE)
         return
     with begin(source, tmp_path / "checkpoint_11", specs, first) as writer:
@@ -172,7 +216,9 @@ def test_an_interrupted_copy_is_resumed(tmp_path, source):
         assert writer.resumed
         assert writer.is_written(SPARSE)
         tiling.copy_leaves(writer, source, references, CopyMode.REFERENCE)
-        tiling.copy_leaves(writer, source, references, CopyMode.ENCODED)  # Everything is there: nothing is written again.
+        tiling.copy_leaves(
+            writer, source, references, CopyMode.ENCODED
+        )  # Everything is there: nothing is written again.
         writer.write("target/layer/mlp/router/kernel", None, np.zeros((64, EXPERTS), np.float32))
         writer.finalize()
     np.testing.assert_array_equal(open_checkpoint(path).read(SPARSE)[-1], source.read(DENSE))
@@ -181,19 +227,27 @@ def test_an_interrupted_copy_is_resumed(tmp_path, source):
 def test_a_tiled_checkpoint_can_be_a_source_again(tmp_path, source):
     first = make(source, tmp_path / "sparse" / "checkpoint_11", CopyMode.REFERENCE)
     specs = {SPARSE: first.specs()[SPARSE]}
-    with begin(first, tmp_path / "again" / "checkpoint_11", specs, {SPARSE: Reference(SPARSE)}) as writer:
+    with begin(
+        first, tmp_path / "again" / "checkpoint_11", specs, {SPARSE: Reference(SPARSE)}
+    ) as writer:
         tiling.copy_leaves(writer, first, {SPARSE: Reference(SPARSE)}, CopyMode.REFERENCE)
         writer.finalize()
     shutil.rmtree(tmp_path / "sparse")
-    np.testing.assert_array_equal(open_checkpoint(tmp_path / "again").read(SPARSE)[3], source.read(DENSE))
+    np.testing.assert_array_equal(
+        open_checkpoint(tmp_path / "again").read(SPARSE)[3], source.read(DENSE)
+    )
 
 
 def test_training_on_a_tiled_checkpoint_leaves_the_source_alone(tmp_path, source):
-    """The run that goes on from the output saves new files; the linked ones are shared with the source and must not change."""
+    """The run that goes on from the output saves new files; the linked ones are shared with the
+    source and must not change.
+    """
     reader = make(source, tmp_path / "sparse" / "checkpoint_11", CopyMode.REFERENCE)
     before = digest(tmp_path / "dense")
     with CheckpointManager(tmp_path / "sparse", keep=1) as manager:
-        shardings = dict.fromkeys(reader.specs(), NamedSharding(Partitioner().mesh, PartitionSpec()))
+        shardings = dict.fromkeys(
+            reader.specs(), NamedSharding(Partitioner().mesh, PartitionSpec())
+        )
         state = manager.restore(11, reader.specs(), shardings)
         manager.save(12, jax.tree.map(lambda x: x + 1, state))
         manager.wait()
@@ -222,7 +276,12 @@ def test_probe_on_formats_without_shareable_chunks(tmp_path):
         checkpointer.save(tmp_path / "folders", state)
     specs = {"target/w": LeafSpec((2, 8, 8), np.dtype(np.float32))}
     for name in ("zarr3", "folders"):
-        found = tiling.probe(open_checkpoint(tmp_path / name), tmp_path / "out", {"target/w": Reference("target/w", (0, 1))}, specs)
+        found = tiling.probe(
+            open_checkpoint(tmp_path / name),
+            tmp_path / "out",
+            {"target/w": Reference("target/w", (0, 1))},
+            specs,
+        )
         assert not found.possible
         assert "only Orbax checkpoints in OCDBT with zarr 2" in found.reason
 
@@ -242,10 +301,24 @@ def test_without_links_the_files_are_copied_once(tmp_path, source, monkeypatch):
 
 def test_references_that_do_not_fit(tmp_path, source):
     specs = {SPARSE: LeafSpec((4, 64, 96), np.dtype(np.float32))}
-    with pytest.raises(ValueError, match=r"experts \(0, 4\) do not exist in a leaf of shape \(4, 64, 96\)"):
+    with pytest.raises(
+        ValueError, match=r"experts \(0, 4\) do not exist in a leaf of shape \(4, 64, 96\)"
+    ):
         tiling.copied_layouts(source, {SPARSE: Reference(DENSE, (0, 4))}, specs)
     with pytest.raises(ValueError, match="the scalar state/step has no stored chunk"):
-        tiling.copied_layouts(source, {"target/x": Reference("state/step", (0,))}, {"target/x": LeafSpec((1,), np.dtype(np.int32))})
-    writer = create_checkpoint(tmp_path / "checkpoint_1", specs, step=1, metadata={}, chunk_bytes=64)
-    with writer, pytest.raises(ValueError, match="begun with chunks or a codec other than the source's; pass `copied_layouts`"):
+        tiling.copied_layouts(
+            source,
+            {"target/x": Reference("state/step", (0,))},
+            {"target/x": LeafSpec((1,), np.dtype(np.int32))},
+        )
+    writer = create_checkpoint(
+        tmp_path / "checkpoint_1", specs, step=1, metadata={}, chunk_bytes=64
+    )
+    with (
+        writer,
+        pytest.raises(
+            ValueError,
+            match="begun with chunks or a codec other than the source's; pass `copied_layouts`",
+        ),
+    ):
         tiling.copy_leaves(writer, source, {SPARSE: Reference(DENSE, (0,))}, CopyMode.REFERENCE)

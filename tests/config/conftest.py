@@ -1,4 +1,6 @@
-"""A small set of objects that stand for the library, so that these tests do not depend on what it holds."""
+"""A small set of objects that stand for the library, so that these tests do not depend on what it
+holds.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,8 +36,23 @@ def schedule(step: int = 0, *, base: float = 1.0) -> float:
     return base * step
 
 
-def run(model: Model, data: Data, eval_data: Data | None = None, *, steps: int, directory: str = "x", **options: Any) -> dict[str, Any]:
-    return {"model": model, "data": data, "eval_data": eval_data, "steps": steps, "directory": directory, **options}
+def run(
+    model: Model,
+    data: Data,
+    eval_data: Data | None = None,
+    *,
+    steps: int,
+    directory: str = "x",
+    **options: Any,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "steps": steps,
+        "directory": directory,
+        **options,
+    }
 
 
 def strict(value: int = 0) -> int:

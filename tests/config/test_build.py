@@ -43,7 +43,12 @@ def test_built_objects_hold_no_reference_to_gin_or_to_the_configuration(objects,
     seen, queue = set(), [built]
     while queue:
         item = queue.pop()
-        if id(item) in seen or isinstance(item, type) or item is sys.modules or type(item).__name__ == "module":
+        if (
+            id(item) in seen
+            or isinstance(item, type)
+            or item is sys.modules
+            or type(item).__name__ == "module"
+        ):
             continue
         seen.add(id(item))
         module = getattr(item, "__module__", None) or type(item).__module__
@@ -75,7 +80,9 @@ def test_later_files_override_earlier_ones_and_flags_come_last(objects, write):
 
 def test_an_include_is_read_where_it_stands(objects, write):
     write("inner.gin", "A = 1\nB = 1")
-    outer = write("outer.gin", "A = 0\ninclude 'inner.gin'\nB = 2\nstrict.value = %A\nrun.steps = %B")
+    outer = write(
+        "outer.gin", "A = 0\ninclude 'inner.gin'\nB = 2\nstrict.value = %A\nrun.steps = %B"
+    )
     loaded = load([outer])
     assert (loaded.macro("A"), loaded.macro("B")) == (1, 2)
 
@@ -110,10 +117,22 @@ def test_arguments_of_the_program_win_over_bindings(objects, write):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("Modle.smoothing = 1", r"bad.gin:1: Modle.smoothing: 'Modle' is not a name.*Did you mean Model\?"),
-        ("Model.smoothin = 1", r"bad.gin:1: Model.smoothin: Model has no parameter 'smoothin'. Did you mean smoothing\?"),
+        (
+            "Modle.smoothing = 1",
+            r"bad.gin:1: Modle.smoothing: 'Modle' is not a name.*Did you mean Model\?",
+        ),
+        (
+            "Model.smoothin = 1",
+            (
+                r"bad.gin:1: Model.smoothin: Model has no parameter 'smoothin'. Did you mean"
+                r" smoothing\?"
+            ),
+        ),
         ("X = @Modle()", r"bad.gin:1: X = @Modle\(\): 'Modle' is not .* Did you mean Model\?"),
-        ("STEPS = 1\nstrict.value = %STEP", r"bad.gin:2: strict.value = %STEP: no macro STEP. Did you mean STEPS\?"),
+        (
+            "STEPS = 1\nstrict.value = %STEP",
+            r"bad.gin:2: strict.value = %STEP: no macro STEP. Did you mean STEPS\?",
+        ),
         ("X = [1, {'a': (%Y,)}]", r"bad.gin:1: X = %Y: no macro Y"),
         ("strict.value = ", r"bad.gin:1: Unable to parse value"),
         ("strict.value = (1,\n", r"bad.gin: .*unclosed bracket"),
@@ -140,7 +159,10 @@ def test_several_mistakes_are_listed_at_once(objects, write):
         ("DIRECTORY=a b", r"""--gin.DIRECTORY="'a b'\""""),
         ("DIRECTORY", r"'DIRECTORY' is not NAME=VALUE"),
         ("DIRECTORY=", r"'' is not a gin value"),
-        ("STPES=3", r"--gin.STPES: no gin file defines or reads a macro STPES. Did you mean STEPS\?"),
+        (
+            "STPES=3",
+            r"--gin.STPES: no gin file defines or reads a macro STPES. Did you mean STEPS\?",
+        ),
         ("include 'x.gin'", r"is not NAME=VALUE"),
     ],
 )
@@ -166,15 +188,28 @@ def test_the_error_of_a_constructor_names_the_file(objects, write):
 
 
 def test_own_modules_are_configured_after_an_import_line(objects, write, tmp_path, monkeypatch):
-    write("my_routers.py", "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    k: int = 1\n")
+    write(
+        "my_routers.py",
+        "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    k: int = 1\n",
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    loaded = load([write("mine.gin", "import my_routers\nX = @my_routers.Mine()\nmy_routers.Mine.k = 3")])
+    loaded = load(
+        [write("mine.gin", "import my_routers\nX = @my_routers.Mine()\nmy_routers.Mine.k = 3")]
+    )
     assert loaded.macro("X").k == 3
     assert "import my_routers" in loaded.operative_text()
 
 
 def test_containers_are_not_shared(objects, write):
-    loaded = load([write("base.gin", "L = {'a': [1]}\nData.lengths = %L\nData.name = 'x'\nA = @Data()\nB = @other/Data()")])
+    loaded = load(
+        [
+            write(
+                "base.gin",
+                "L = {'a': [1]}\nData.lengths = %L\nData.name = 'x'\nA = @Data()\nB ="
+                " @other/Data()",
+            )
+        ]
+    )
     first, second = loaded.macro("A"), loaded.macro("B")
     first.lengths["a"].append(2)
     assert second.lengths == {"a": [1]} and loaded.macro("L") == {"a": [1]}
@@ -191,7 +226,11 @@ def test_the_operative_text_builds_the_same(objects, write):
     loaded = load([write("base.gin", text)], ["STEPS=3"])
     first = loaded.build("run")()
     operative = loaded.operative_text()
-    assert "IDLE" not in operative and "Net.depth = 2" in operative and "eval/Data.batch = 2" in operative
+    assert (
+        "IDLE" not in operative
+        and "Net.depth = 2" in operative
+        and "eval/Data.batch = 2" in operative
+    )
     again = load([write("operative.gin", operative)])
     second = again.build("run")()
     assert second.pop("model").net == first.pop("model").net
@@ -221,7 +260,9 @@ first/Data.batch = 3
 @functools.cache
 def _registered_with_gin(objects):
     """Registers once: gin's registry lasts as long as the process. Returns `run`."""
-    return {name: gin.external_configurable(item, name, module="scopes") for name, item in objects}["run"]
+    return {name: gin.external_configurable(item, name, module="scopes") for name, item in objects}[
+        "run"
+    ]
 
 
 @pytest.mark.parametrize("scope", ["", "first", "first/inner", "second", "unknown/first"])

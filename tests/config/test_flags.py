@@ -19,7 +19,12 @@ def test_t5x_flags():
     assert got.gin_bindings == ("X=1", 'MODEL_DIR="/tmp/x"', "Y=[1,2]", "Z=3")
     assert got.gin_search_paths == ("p", "q")
     assert (got.tfds_data_dir, got.seqio_additional_cache_dirs) == ("d", ("c1", "c2"))
-    assert (got.coordinator_address, got.process_count, got.process_index, got.initialization_timeout) == ("h:1", 4, 3, 60)
+    assert (
+        got.coordinator_address,
+        got.process_count,
+        got.process_index,
+        got.initialization_timeout,
+    ) == ("h:1", 4, 3, 60)
     assert got.dry_run and not got.multiprocess_gpu
 
 
@@ -74,15 +79,31 @@ def test_help_needs_neither_jax_nor_tensorflow():
 
 
 def test_half_a_cluster_is_refused():
-    with pytest.raises(ValueError, match="needs all of --coordinator_address, --process_count, --process_index; missing: --process_index"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "needs all of --coordinator_address, --process_count, --process_index; missing:"
+            " --process_index"
+        ),
+    ):
         command.join_processes("train", flags.Flags(coordinator_address="h:1", process_count=2))
 
 
-def test_a_command_says_our_errors_plainly_and_shows_the_traceback_of_others(objects, write, capsys):
+def test_a_command_says_our_errors_plainly_and_shows_the_traceback_of_others(
+    objects, write, capsys
+):
     write("ok.gin", "strict.value = 1")
     assert command.run("x", ["--gin_file=no.gin"], description="", body=lambda *_: 0) == 2
     assert "upcycle_jax.x: error: gin file 'no.gin' is in none of" in capsys.readouterr().err
-    assert command.run("x", ["--gin_file=ok.gin"], description="", body=lambda f, loaded: loaded.build("strict")() - 1) == 0
+    assert (
+        command.run(
+            "x",
+            ["--gin_file=ok.gin"],
+            description="",
+            body=lambda f, loaded: loaded.build("strict")() - 1,
+        )
+        == 0
+    )
 
     def fails(*_):
         raise ValueError("not raised by the library")

@@ -19,4 +19,7 @@ def test_names_lead_to_objects_that_can_be_bound(name):
 
 def test_every_part_of_a_recipe_can_be_configured():
     assert {part.__name__ for part in recipe.PARTS} <= set(registry.PATHS)
-    assert all(registry.lookup(part.__name__, {}).target is getattr(surgery, part.__name__) for part in recipe.PARTS)
+    assert all(
+        registry.lookup(part.__name__, {}).target is getattr(surgery, part.__name__)
+        for part in recipe.PARTS
+    )

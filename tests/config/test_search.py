@@ -17,7 +17,13 @@ def shipped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["models/tiny.gin", "gin_configs/models/tiny.gin", "./gin_configs/models/tiny.gin", "/a/gin_configs/models/tiny.gin"]
+    "name",
+    [
+        "models/tiny.gin",
+        "gin_configs/models/tiny.gin",
+        "./gin_configs/models/tiny.gin",
+        "/a/gin_configs/models/tiny.gin",
+    ],
 )
 def test_shipped_files_are_found_from_anywhere_under_both_spellings(shipped, name):
     if name.startswith("/"):
@@ -29,7 +35,10 @@ def test_shipped_files_are_found_from_anywhere_under_both_spellings(shipped, nam
 
 def test_the_order_of_places(shipped, tmp_path):
     own, other = tmp_path / "models" / "tiny.gin", tmp_path / "extra" / "models" / "tiny.gin"
-    assert pathlib.Path(search.find("models/tiny.gin", [str(tmp_path / "extra")])) == shipped / "models" / "tiny.gin"
+    assert (
+        pathlib.Path(search.find("models/tiny.gin", [str(tmp_path / "extra")]))
+        == shipped / "models" / "tiny.gin"
+    )
     other.parent.mkdir(parents=True)
     other.write_text("A = 2")
     assert pathlib.Path(search.find("models/tiny.gin", [str(tmp_path / "extra")])) == other
@@ -41,11 +50,19 @@ def test_the_order_of_places(shipped, tmp_path):
 def test_a_file_beside_the_including_one_is_found(shipped, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "part.gin").write_text("A = 1")
-    assert search.find("part.gin", beside=str(tmp_path / "mine" / "whole.gin")) == str(tmp_path / "mine" / "part.gin")
+    assert search.find("part.gin", beside=str(tmp_path / "mine" / "whole.gin")) == str(
+        tmp_path / "mine" / "part.gin"
+    )
 
 
 def test_a_missing_file_names_the_nearest_and_the_remedy(shipped):
-    with pytest.raises(FileNotFoundError, match=r"'models/tinny.gin' is in none of .*Did you mean 'models/tiny.gin'\? --gin_search_paths"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=(
+            r"'models/tinny.gin' is in none of .*Did you mean 'models/tiny.gin'\?"
+            r" --gin_search_paths"
+        ),
+    ):
         search.find("models/tinny.gin")
 
 

@@ -1,4 +1,5 @@
-"""`upcycle_jax.train` where nothing that only prepares data can be imported: `python cached_run.py SECONDS_PER_BATCH FLAG...`.
+"""`upcycle_jax.train` where nothing that only prepares data can be imported: `python cached_run.py
+SECONDS_PER_BATCH FLAG...`.
 
 A process of its own, to be killed. Not a test module.
 """
@@ -6,12 +7,24 @@ A process of its own, to be killed. Not a test module.
 import sys
 import time
 
-REFUSED = ("tensorflow", "seqio", "t5", "tensorflow_datasets", "tensorflow_text", "sentencepiece", "torch", "transformers")
+REFUSED = (
+    "tensorflow",
+    "seqio",
+    "t5",
+    "tensorflow_datasets",
+    "tensorflow_text",
+    "sentencepiece",
+    "torch",
+    "transformers",
+)
 
 
 def main(seconds: str, *flags: str) -> int:
     for name in REFUSED:
-        sys.modules[name] = None  # importing it fails, and looking for it finds nothing: as where it is not installed
+        sys.modules[name] = (
+            # importing it fails, and looking for it finds nothing: as where it is not installed
+            None
+        )
     from upcycle_jax import train
     from upcycle_jax.data import cached_source
 
@@ -23,7 +36,11 @@ def main(seconds: str, *flags: str) -> int:
 
     cached_source.CachedBatchIterator.__next__ = slowly
     code = train.main(flags)
-    found = [name for name, module in sys.modules.items() if module is not None and name.partition(".")[0] in REFUSED]
+    found = [
+        name
+        for name, module in sys.modules.items()
+        if module is not None and name.partition(".")[0] in REFUSED
+    ]
     print(f"imported: {found}")
     return code
 

@@ -15,7 +15,9 @@ def _examples(split, shuffle_files, seed=None):
     first = 1000 if split == "validation" else 0
     rows = [(f"{n} + {n % 7}", f"is {n + n % 7}", n) for n in range(first, first + count)]
     inputs, targets, numbers = (list(column) for column in zip(*rows, strict=True))
-    return tf.data.Dataset.from_tensor_slices({"inputs": inputs, "targets": targets, "idx": np.array(numbers, np.int32)})
+    return tf.data.Dataset.from_tensor_slices(
+        {"inputs": inputs, "targets": targets, "idx": np.array(numbers, np.int32)}
+    )
 
 
 def exact(targets, predictions):
@@ -26,7 +28,9 @@ def exact(targets, predictions):
 def shout(dataset, *, mark="!"):
     """A step of one's own: it puts a mark before the targets' tokens."""
     ids = tf.constant(VOCABULARY.encode(mark), tf.int32)
-    return dataset.map(lambda example: {**example, "targets": tf.concat([ids, example["targets"]], 0)})
+    return dataset.map(
+        lambda example: {**example, "targets": tf.concat([ids, example["targets"]], 0)}
+    )
 
 
 def register(name=NAME, *, after=(), placeholder=True):
@@ -34,14 +38,20 @@ def register(name=NAME, *, after=(), placeholder=True):
     if name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             name,
-            source=seqio.FunctionDataSource(_examples, splits=("train", "validation"), num_input_examples={"train": 90, "validation": 21}),
+            source=seqio.FunctionDataSource(
+                _examples,
+                splits=("train", "validation"),
+                num_input_examples={"train": 90, "validation": 21},
+            ),
             preprocessors=[
                 seqio.preprocessors.tokenize,
                 *([seqio.CacheDatasetPlaceholder()] if placeholder else []),
                 *after,
                 seqio.preprocessors.append_eos,
             ],
-            output_features={name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs", "targets")},
+            output_features={
+                name: seqio.Feature(VOCABULARY, add_eos=True) for name in ("inputs", "targets")
+            },
             metric_fns=[exact],
         )
     return name

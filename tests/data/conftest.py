@@ -12,8 +12,13 @@ CODE_MODULES = (textwrap, inspect)
 def text_folder(tmp_path_factory):
     """A folder with `code.txt` (Python source, 150 kB) and `words.txt` (made sentences, 60 kB)."""
     folder = tmp_path_factory.mktemp("texts")
-    (folder / "code.txt").write_text("\n".join(inspect.getsource(module) for module in CODE_MODULES))
-    words = " ".join(f"The {n}th sentence speaks of {n * n}, the square of {n}, and of nothing else." for n in range(800))
+    (folder / "code.txt").write_text(
+        "\n".join(inspect.getsource(module) for module in CODE_MODULES)
+    )
+    words = " ".join(
+        f"The {n}th sentence speaks of {n * n}, the square of {n}, and of nothing else."
+        for n in range(800)
+    )
     (folder / "words.txt").write_text(words)
     return folder
 
@@ -29,7 +34,10 @@ def make_config(text_folder):
             "task_feature_lengths": {"inputs": 64, "targets": 16},
             "batch_size": 8,
             "seed": 0,
-            "text_files": {"code": [str(text_folder / "code.txt")], "words": [str(text_folder / "words.txt")]},
+            "text_files": {
+                "code": [str(text_folder / "code.txt")],
+                "words": [str(text_folder / "words.txt")],
+            },
         }
         return DatasetConfig(**{**settings, **changes})
 

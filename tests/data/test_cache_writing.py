@@ -1,4 +1,6 @@
-"""The command that writes caches: what it leaves on disk, how it goes on, and what it refuses; and the errors of bad caches."""
+"""The command that writes caches: what it leaves on disk, how it goes on, and what it refuses; and
+the errors of bad caches.
+"""
 
 import json
 import os
@@ -37,7 +39,14 @@ def cache(tmp_path, tasks):
     tasks.register()
 
     def run(name=tasks.NAME, *flags):
-        return cache_tasks.main([f"--tasks={name}", f"--output_cache_dir={tmp_path / 'cache'}", f"--module_import={MODULE}", *flags])
+        return cache_tasks.main(
+            [
+                f"--tasks={name}",
+                f"--output_cache_dir={tmp_path / 'cache'}",
+                f"--module_import={MODULE}",
+                *flags,
+            ]
+        )
 
     configure(cache_dirs=[str(tmp_path / "cache")])
     yield run
@@ -45,7 +54,16 @@ def cache(tmp_path, tasks):
 
 
 def config(name="small_sums", **changes):
-    return DatasetConfig(name, **{"task_feature_lengths": LENGTHS, "batch_size": 4, "seed": 0, "use_cached": True, **changes})
+    return DatasetConfig(
+        name,
+        **{
+            "task_feature_lengths": LENGTHS,
+            "batch_size": 4,
+            "seed": 0,
+            "use_cached": True,
+            **changes,
+        },
+    )
 
 
 def files_of(folder):
@@ -61,11 +79,21 @@ def test_records_hold_every_kind_of_feature():
         "table": np.arange(6, dtype=np.float32).reshape(2, 3),
         "sure": np.bool_(True),
     }
-    back = cache_format.decode(cache_format.encode(example, token_dtypes={"targets": "uint16"}), token_dtypes={"targets": "uint16"})
+    back = cache_format.decode(
+        cache_format.encode(example, token_dtypes={"targets": "uint16"}),
+        token_dtypes={"targets": "uint16"},
+    )
     assert back["targets"].tolist() == [1, 2, 300] and back["targets"].dtype == np.int32
-    assert (back["idx"], back["text"], back["answers"], back["sure"]) == (7, b"words", [b"one", b"two"], True)
+    assert (back["idx"], back["text"], back["answers"], back["sure"]) == (
+        7,
+        b"words",
+        [b"one", b"two"],
+        True,
+    )
     np.testing.assert_array_equal(back["table"], example["table"])
-    assert cache_format.token_dtype(65536) == "uint16" and cache_format.token_dtype(65537) == "int32"
+    assert (
+        cache_format.token_dtype(65536) == "uint16" and cache_format.token_dtype(65537) == "int32"
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,11 +119,28 @@ def test_the_manifest_says_what_was_cached(cache, tmp_path, capsys):
     assert re.search(rf"small_sums, train: 90 examples, .*{tokens:,} tokens of targets", out)
     folder = tmp_path / "cache" / "small_sums"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["splits"]["train"]["records"] == 90 and manifest["splits"]["validation"]["tokens"]["targets"] == 21 * 7
-    assert manifest["features"]["targets"] | {"vocabulary": None} == {"add_eos": True, "dtype": "uint16", "eos_id": 1, "vocabulary": None}
-    assert manifest["features"]["targets"]["vocabulary"]["size"] == 359 and manifest["steps"] == [{"step": "append_eos"}]
-    assert manifest["versions"].keys() == {"seqio", "tensorflow", "array_record"} and manifest["identity"]["seed"] == 0
-    names = {file["name"] for split in manifest["splits"].values() for file in (*split["files"], split["index"])}
+    assert (
+        manifest["splits"]["train"]["records"] == 90
+        and manifest["splits"]["validation"]["tokens"]["targets"] == 21 * 7
+    )
+    assert manifest["features"]["targets"] | {"vocabulary": None} == {
+        "add_eos": True,
+        "dtype": "uint16",
+        "eos_id": 1,
+        "vocabulary": None,
+    }
+    assert manifest["features"]["targets"]["vocabulary"]["size"] == 359 and manifest["steps"] == [
+        {"step": "append_eos"}
+    ]
+    assert (
+        manifest["versions"].keys() == {"seqio", "tensorflow", "array_record"}
+        and manifest["identity"]["seed"] == 0
+    )
+    names = {
+        file["name"]
+        for split in manifest["splits"].values()
+        for file in (*split["files"], split["index"])
+    }
     assert {path.name for path in folder.iterdir()} == names | {"manifest.json"}
     assert not (tmp_path / "cache" / "small_sums.unfinished").exists()
     for split in manifest["splits"].values():
@@ -103,18 +148,25 @@ def test_the_manifest_says_what_was_cached(cache, tmp_path, capsys):
             assert cache_format.sha256_of_file(folder / file["name"]) == file["sha256"]
 
 
-def test_a_finished_cache_is_left_alone_and_another_is_not_replaced_unasked(cache, tmp_path, capsys):
+def test_a_finished_cache_is_left_alone_and_another_is_not_replaced_unasked(
+    cache, tmp_path, capsys
+):
     assert cache() == 0
     folder = tmp_path / "cache" / "small_sums"
     before = files_of(folder)
     assert cache() == 0 and "cached already" in capsys.readouterr().out
     assert cache("small_sums", "--seed=3") == 2
     message = capsys.readouterr().err
-    assert re.search(r"small_sums holds another cache of 'small_sums':\n  seed: was 0, is 3\n.*--overwrite", message)
+    assert re.search(
+        r"small_sums holds another cache of 'small_sums':\n  seed: was 0, is 3\n.*--overwrite",
+        message,
+    )
     assert files_of(folder) == before
     assert cache("small_sums", "--seed=3", "--overwrite") == 0
     assert json.loads((folder / "manifest.json").read_text())["identity"]["seed"] == 3
-    left = folder.parent / "small_sums.replaced"  # by a call that was killed after it had replaced the cache
+    left = (
+        folder.parent / "small_sums.replaced"
+    )  # by a call that was killed after it had replaced the cache
     left.mkdir()
     (left / "manifest.json").write_text("{}")
     assert cache("small_sums", "--overwrite") == 0
@@ -123,7 +175,10 @@ def test_a_finished_cache_is_left_alone_and_another_is_not_replaced_unasked(cach
 
 def test_a_dry_run_writes_nothing(cache, tmp_path, capsys):
     assert cache("small_sums", "--dry_run") == 0
-    assert "small_sums: train in 1 parts, validation in 1 parts; when it is read: append_eos" in capsys.readouterr().out
+    assert (
+        "small_sums: train in 1 parts, validation in 1 parts; when it is read: append_eos"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "cache").exists()
 
 
@@ -144,8 +199,17 @@ cache_writing.write_caches(config, cache_writing.CacheOptions(output_cache_dir=p
 def test_killed_and_started_again_it_ends_with_the_same_files(tmp_path, text_folder):
     def run(folder, seconds):
         environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2])}
-        command = [sys.executable, "-c", KILLED, str(text_folder / "words.txt"), str(folder), str(seconds)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            sys.executable,
+            "-c",
+            KILLED,
+            str(text_folder / "words.txt"),
+            str(folder),
+            str(seconds),
+        ]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     whole = run(tmp_path / "whole", 0)
     assert whole.wait() == 0, whole.communicate()[0]
@@ -172,25 +236,47 @@ def test_unfinished_work_of_something_else_is_told(cache, tmp_path, capsys):
     folder = tmp_path / "cache" / "small_sums"
     work = folder.with_name("small_sums.unfinished")
     folder.rename(work)
-    (work / "plan.json").write_text(json.dumps(json.loads((work / "manifest.json").read_text())["identity"] | {"seed": 9}))
+    (work / "plan.json").write_text(
+        json.dumps(json.loads((work / "manifest.json").read_text())["identity"] | {"seed": 9})
+    )
     assert cache() == 2
-    assert re.search(r"unfinished is an unfinished cache of something else:\n  seed: was 9, is 0", capsys.readouterr().err)
+    assert re.search(
+        r"unfinished is an unfinished cache of something else:\n  seed: was 9, is 0",
+        capsys.readouterr().err,
+    )
     assert cache("small_sums", "--overwrite") == 0 and not work.exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks=small_sum"], r"no SeqIO task or mixture is named 'small_sum': did you mean 'small_sums'"),
-        (["--tasks=small_sums", "--splits=test"], r"'small_sums' has no split \['test'\]: it has \['train', 'validation'\]"),
+        (
+            ["--tasks=small_sum"],
+            r"no SeqIO task or mixture is named 'small_sum': did you mean 'small_sums'",
+        ),
+        (
+            ["--tasks=small_sums", "--splits=test"],
+            r"'small_sums' has no split \['test'\]: it has \['train', 'validation'\]",
+        ),
         (["--tasks=small_sums", "--num_shards=0"], r"--num_shards is 0: give at least 1"),
         ([], r"no task is named: give --tasks, or a gin file with MIXTURE_OR_TASK_NAME"),
-        (["--tasks=small_sums", "--output_cache_dir=gs://bucket/cache"], r"'gs:/+bucket/cache': ArrayRecord files are written to local"),
-        (["--tasks=small_sums", "--output_cache_dir=/dev/null/cache"], r"cannot be written below /dev/null/cache .*: free space or choose"),
+        (
+            ["--tasks=small_sums", "--output_cache_dir=gs://bucket/cache"],
+            r"'gs:/+bucket/cache': ArrayRecord files are written to local",
+        ),
+        (
+            ["--tasks=small_sums", "--output_cache_dir=/dev/null/cache"],
+            r"cannot be written below /dev/null/cache .*: free space or choose",
+        ),
     ],
 )
 def test_bad_flags(cache, tasks, tmp_path, capsys, flags, message):
-    assert cache_tasks.main([f"--output_cache_dir={tmp_path / 'cache'}", f"--module_import={MODULE}", *flags]) == 2
+    assert (
+        cache_tasks.main(
+            [f"--output_cache_dir={tmp_path / 'cache'}", f"--module_import={MODULE}", *flags]
+        )
+        == 2
+    )
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "cache").exists()
 
@@ -199,50 +285,95 @@ def test_steps_of_ones_own_are_frozen_for_given_lengths(cache, tasks, capsys):
     name = tasks.register_with_own_step("small_questions")
     assert cache(name) == 2
     assert re.search(
-        r"cannot be cached before these steps: shout\(mark='\?'\), append_eos\. .*task_feature_lengths", capsys.readouterr().err
+        r"cannot be cached before these steps: shout\(mark='\?'\), append_eos\."
+        r" .*task_feature_lengths",
+        capsys.readouterr().err,
     )
     assert cache(name, f"--gin.DatasetConfig.task_feature_lengths={LENGTHS}") == 0
-    assert "these steps run once and are the same in every epoch: shout(mark='?')" in capsys.readouterr().out
+    assert (
+        "these steps run once and are the same in every epoch: shout(mark='?')"
+        in capsys.readouterr().out
+    )
     (batches,) = config(name, split="validation").eval_batches(1).values()
     (on_the_fly,) = config(name, split="validation", use_cached=False).eval_batches(1).values()
     for ours, theirs in zip(batches(), on_the_fly(), strict=True):
         for feature in theirs:
             np.testing.assert_array_equal(ours[feature], theirs[feature])
     with pytest.raises(
-        ValueError, match=r"examples were made for lengths .*'inputs': 24.* but task_feature_lengths is .*'inputs': 8.*--overwrite"
+        ValueError,
+        match=(
+            r"examples were made for lengths .*'inputs': 24.* but task_feature_lengths is"
+            r" .*'inputs': 8.*--overwrite"
+        ),
     ) as error:
         config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()
     told = re.search(r"`python -m upcycle_jax.cache_tasks (.*?)`", str(error.value)).group(1)
     assert cache_tasks.main(shlex.split(told)) == 0
-    shapes = {rows.shape for rows in next(config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()).values()}
+    shapes = {
+        rows.shape
+        for rows in next(
+            config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()
+        ).values()
+    }
     assert shapes == {(4, 8)}
 
 
 def test_a_missing_cache_names_the_command(tmp_path):
     configure()
-    command = "python -m upcycle_jax.cache_tasks --tasks=small_sums --output_cache_dir=cache --module_import=cached_tasks"
+    command = (
+        "python -m upcycle_jax.cache_tasks --tasks=small_sums --output_cache_dir=cache"
+        " --module_import=cached_tasks"
+    )
     where = r"is not cached \(looked in no folder: name it with --seqio_additional_cache_dirs\)\."
     with pytest.raises(FileNotFoundError, match=rf"{where} Prepare it with `{command}`"):
         config(module=MODULE).train_iterator()
     configure(cache_dirs=[str(tmp_path)])
     words = tmp_path / "words.txt"
-    words.write_text("\n\n".join(f"Paragraph {n} has words of its own, {n * n} of them. " * 60 for n in range(30)))
+    words.write_text(
+        "\n\n".join(
+            f"Paragraph {n} has words of its own, {n * n} of them. " * 60 for n in range(30)
+        )
+    )
     own = config(
-        "own", text_files=[str(words)], vocabulary="bytes", objective="prefix_lm", task_feature_lengths={"inputs": 32, "targets": 32}
+        "own",
+        text_files=[str(words)],
+        vocabulary="bytes",
+        objective="prefix_lm",
+        task_feature_lengths={"inputs": 32, "targets": 32},
     )
     with pytest.raises(FileNotFoundError) as error:
         own.vocabulary_size()
     told = re.search(r"`python -m upcycle_jax.cache_tasks (.*?)`", str(error.value)).group(1)
-    assert cache_tasks.main(shlex.split(told)) == 0  # the command that the error names is the one that helps
+    assert (
+        cache_tasks.main(shlex.split(told)) == 0
+    )  # the command that the error names is the one that helps
     assert next(own.train_iterator())["encoder_input_tokens"].shape == (4, 32)
-    with pytest.raises(ValueError, match=r"objective was 'prefix_lm' and is 'ul2'\. Cache it again: `python .*--overwrite`"):
-        DatasetConfig("own", {"inputs": 64, "targets": 64}, text_files=[str(words)], objective="ul2", use_cached=True).train_iterator()
+    with pytest.raises(
+        ValueError,
+        match=r"objective was 'prefix_lm' and is 'ul2'\. Cache it again: `python .*--overwrite`",
+    ):
+        DatasetConfig(
+            "own",
+            {"inputs": 64, "targets": 64},
+            text_files=[str(words)],
+            objective="ul2",
+            use_cached=True,
+        ).train_iterator()
     configure()
 
 
 def test_check_tells_the_command(tmp_path, capsys):
-    flags = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=runs/pretrain.gin", "--gin.MIXTURE_OR_TASK_NAME='c4_span_corruption'"]
-    flags += ["--gin.USE_CACHED_TASKS=True", "--gin.TRAIN_STEPS=1", f"--gin.MODEL_DIR='{tmp_path}/run'", "--gin.BATCH_SIZE=8"]
+    flags = [
+        "--gin_file=models/t5_1_1_tiny.gin",
+        "--gin_file=runs/pretrain.gin",
+        "--gin.MIXTURE_OR_TASK_NAME='c4_span_corruption'",
+    ]
+    flags += [
+        "--gin.USE_CACHED_TASKS=True",
+        "--gin.TRAIN_STEPS=1",
+        f"--gin.MODEL_DIR='{tmp_path}/run'",
+        "--gin.BATCH_SIZE=8",
+    ]
     assert check.main([*flags, f"--seqio_additional_cache_dirs={tmp_path}"]) == 1
     out = capsys.readouterr().out
     assert re.search(rf"PROBLEM  data \(c4_span_corruption, train\): .*`python -m upcycle_jax.cache_tasks --tasks=c4_span_corruption "
@@ -259,10 +390,18 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
         shutil.rmtree(folder)
         shutil.copytree(whole, folder)
 
-    remedy = r"`python -m upcycle_jax.cache_tasks --tasks=small_sums --output_cache_dir=.*cache --overwrite`"
+    remedy = (
+        r"`python -m upcycle_jax.cache_tasks --tasks=small_sums --output_cache_dir=.*cache"
+        r" --overwrite`"
+    )
     (file,) = folder.glob("train*.array_record")
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=rf"'small_sums' is damaged: .*train-.* has [\d,]+ bytes instead of [\d,]+\. .*{remedy}"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"'small_sums' is damaged: .*train-.* has [\d,]+ bytes instead of [\d,]+\. .*{remedy}"
+        ),
+    ):
         config().train_iterator()
     restored()
     file.unlink()
@@ -281,8 +420,14 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
     assert cache("small_sums", "--verify") == 2
     assert "is damaged" in capsys.readouterr().err
     restored()
-    assert cache("small_sums", "--verify") == 0 and "every file as it was written" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"the cache of 'small_sums' has no split 'test': it has \['train', 'validation'\]"):
+    assert (
+        cache("small_sums", "--verify") == 0
+        and "every file as it was written" in capsys.readouterr().out
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"the cache of 'small_sums' has no split 'test': it has \['train', 'validation'\]",
+    ):
         config(split="test").train_iterator()
 
 
@@ -290,18 +435,28 @@ def test_another_vocabulary_is_told(cache, tmp_path, tasks):
     assert cache() == 0
     with pytest.raises(ValueError, match=r"has 100 extra ids, DatasetConfig\.extra_ids is 8"):
         config(vocabulary="bytes", extra_ids=8).train_iterator()
-    model = pathlib.Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
+    model = (
+        pathlib.Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
+    )
     if not model.exists():
         pytest.skip("this SeqIO ships no SentencePiece model")
-    with pytest.raises(ValueError, match=r"'inputs' was tokenised with ByteVocabulary, VOCABULARY is '.*sentencepiece\.model'"):
+    with pytest.raises(
+        ValueError,
+        match=r"'inputs' was tokenised with ByteVocabulary, VOCABULARY is '.*sentencepiece\.model'",
+    ):
         config(vocabulary=str(model)).train_iterator()
     assert cache("small_sums", f"--gin.DatasetConfig.vocabulary='{model}'", "--overwrite") == 0
     assert config(vocabulary=str(model)).vocabulary_size() == config().vocabulary_size() != 359
     copy = tmp_path / "copy.model"
     shutil.copy(model, copy)
-    assert config(vocabulary=str(copy)).vocabulary_size() == config().vocabulary_size()  # the same model elsewhere
+    assert (
+        config(vocabulary=str(copy)).vocabulary_size() == config().vocabulary_size()
+    )  # the same model elsewhere
     copy.write_bytes(copy.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match=r"was tokenised with .*sentencepiece\.model, VOCABULARY is '.*copy\.model'"):
+    with pytest.raises(
+        ValueError,
+        match=r"was tokenised with .*sentencepiece\.model, VOCABULARY is '.*copy\.model'",
+    ):
         config(vocabulary=str(copy)).train_iterator()
 
 
@@ -314,12 +469,17 @@ def test_a_mixture_that_lacks_a_task_is_told(cache, tmp_path, tasks):
         "small_sums_again": 1.0,
     }
     shutil.rmtree(tmp_path / "cache" / "small_sums_again")
-    with pytest.raises(FileNotFoundError, match=r"'small_sums_again' of the mixture 'two_sums' is not cached.*--tasks=two_sums"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"'small_sums_again' of the mixture 'two_sums' is not cached.*--tasks=two_sums",
+    ):
         config("two_sums").train_iterator()
 
 
 def write_as_seqio(folder, split, examples):
-    """What SeqIO's own cache command leaves for one split (its Beam pipeline is not needed for so few examples)."""
+    """What SeqIO's own cache command leaves for one split (its Beam pipeline is not needed for so
+    few examples).
+    """
     import tensorflow as tf
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -336,15 +496,26 @@ def test_seqios_own_cache_is_read_and_left_alone(cache, tasks, tmp_path, capsys)
     name = tasks.register("small_sums_of_seqio")
     folder = tmp_path / "cache" / name
     for split in ("train", "validation"):
-        write_as_seqio(folder, split, [{"inputs": np.array([n, n + 1]), "targets": np.array([n + 2])} for n in range(10, 30)])
+        write_as_seqio(
+            folder,
+            split,
+            [{"inputs": np.array([n, n + 1]), "targets": np.array([n + 2])} for n in range(10, 30)],
+        )
     (folder / "COMPLETED").write_text("")
     assert config(name).vocabulary_size() == 359
     batch = next(config(name, shuffle=False).train_iterator())
-    assert batch["encoder_input_tokens"][:, :4].tolist() == [[n, n + 1, 1, 0] for n in range(10, 14)]  # EOS comes when it is read
+    assert batch["encoder_input_tokens"][:, :4].tolist() == [
+        [n, n + 1, 1, 0] for n in range(10, 14)
+    ]  # EOS comes when it is read
     (batches,) = config(name, split="validation").eval_batches(1).values()
     assert next(batches())["decoder_target_tokens"][0, :3].tolist() == [12, 1, 0]
-    with pytest.raises(ValueError, match=r"vocabulary is set with use_cached, and the cache is SeqIO's"):
+    with pytest.raises(
+        ValueError, match=r"vocabulary is set with use_cached, and the cache is SeqIO's"
+    ):
         config(name, vocabulary="bytes").train_iterator()
     assert cache(name, "--overwrite") == 2
-    assert "is there and is no cache of this command (SeqIO's own?): choose another --output_cache_dir" in capsys.readouterr().err
+    assert (
+        "is there and is no cache of this command (SeqIO's own?): choose another --output_cache_dir"
+        in capsys.readouterr().err
+    )
     assert (folder / "COMPLETED").exists()

@@ -1,4 +1,6 @@
-"""The stream from a cache: a function of configuration and seed, the same on any number of processes, found again at once."""
+"""The stream from a cache: a function of configuration and seed, the same on any number of
+processes, found again at once.
+"""
 
 import dataclasses
 import importlib.util
@@ -19,7 +21,9 @@ TOKENS = "encoder_input_tokens"
 
 
 def load_tasks():
-    spec = importlib.util.spec_from_file_location("cached_tasks", pathlib.Path(__file__).with_name("cached_tasks.py"))
+    spec = importlib.util.spec_from_file_location(
+        "cached_tasks", pathlib.Path(__file__).with_name("cached_tasks.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -33,7 +37,9 @@ def assert_same(stream, expected):
     for number, (batch, want) in enumerate(zip(stream, expected, strict=True)):
         assert batch.keys() == want.keys()
         for name in want:
-            np.testing.assert_array_equal(batch[name], want[name], err_msg=f"batch {number}, {name}")
+            np.testing.assert_array_equal(
+                batch[name], want[name], err_msg=f"batch {number}, {name}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,9 @@ def write():
         lines = []
         settings = {"num_shards": 3, "report": lines.append, **options}
         config = dataclasses.replace(config, use_cached=False)
-        written = write_caches(config, CacheOptions(output_cache_dir=pathlib.Path(folder), **settings))
+        written = write_caches(
+            config, CacheOptions(output_cache_dir=pathlib.Path(folder), **settings)
+        )
         return written, lines
 
     return write
@@ -56,14 +64,20 @@ def folder(make_config, write, tmp_path_factory):
     """A cache folder with both text domains under three objectives, and a task of sums."""
     folder = tmp_path_factory.mktemp("caches")
     tasks = load_tasks()
-    for objective, lengths in (("span_corruption", (64, 16)), ("prefix_lm", (64, 64)), ("ul2", (64, 64))):
+    for objective, lengths in (
+        ("span_corruption", (64, 16)),
+        ("prefix_lm", (64, 64)),
+        ("ul2", (64, 64)),
+    ):
         config = make_config(
             mixture_or_task_name=f"cached_{objective}",
             objective=objective,
             task_feature_lengths=dict(zip(("inputs", "targets"), lengths, strict=True)),
         )
         write(config, folder)
-    tasks.register_mixture("cached_sums_and_text", {tasks.register(): 1.0, "cached_prefix_lm_words": 3.0})
+    tasks.register_mixture(
+        "cached_sums_and_text", {tasks.register(): 1.0, "cached_prefix_lm_words": 3.0}
+    )
     for name in ("cached_sums_and_text", tasks.NAME):
         write(DatasetConfig(name, {"inputs": 64, "targets": 64}), folder)
     return folder
@@ -83,7 +97,9 @@ def config(make_config):
 
 @pytest.fixture(scope="module")
 def saved(config, folder, tmp_path_factory):
-    """Twelve batches of an uninterrupted run that saved its position after the fifth, and the folder it saved to."""
+    """Twelve batches of an uninterrupted run that saved its position after the fifth, and the
+    folder it saved to.
+    """
     configure(cache_dirs=[str(folder)])
     place = tmp_path_factory.mktemp("position")
     iterator = config.train_iterator()
@@ -94,7 +110,15 @@ def saved(config, folder, tmp_path_factory):
 
 
 def sums(**changes):
-    return DatasetConfig("small_sums", **{"task_feature_lengths": {"inputs": 24, "targets": 12}, "use_cached": True, "seed": 0, **changes})
+    return DatasetConfig(
+        "small_sums",
+        **{
+            "task_feature_lengths": {"inputs": 24, "targets": 12},
+            "use_cached": True,
+            "seed": 0,
+            **changes,
+        },
+    )
 
 
 def test_features_are_those_of_the_fly(saved, config):
@@ -104,7 +128,9 @@ def test_features_are_those_of_the_fly(saved, config):
         name: (array.shape, array.dtype) for name, array in on_the_fly.items()
     }
     np.testing.assert_array_equal(batch["decoder_loss_weights"], batch["decoder_target_tokens"] > 0)
-    np.testing.assert_array_equal(batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1])
+    np.testing.assert_array_equal(
+        batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1]
+    )
     assert (batch[TOKENS] > 0).all() and (batch[TOKENS][:, -1] == 1).all()
 
 
@@ -114,7 +140,10 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(config, process
     wanted = dataclasses.replace(config if not pack else sums(), pack=pack, batch_size=8)
     whole = take(wanted.train_iterator(), 6)
     parts = [take(wanted.train_iterator(index, processes), 6) for index in range(processes)]
-    joined = [{name: np.concatenate([part[number][name] for part in parts]) for name in whole[0]} for number in range(6)]
+    joined = [
+        {name: np.concatenate([part[number][name] for part in parts]) for name in whole[0]}
+        for number in range(6)
+    ]
     assert_same(joined, whole)
 
 
@@ -126,7 +155,13 @@ def test_a_position_is_taken_up_on_another_number_of_processes(saved, config):
         part.restore(place)
         assert part.position == SAVED_AT
     steps = [[next(part) for part in parts] for _ in range(BATCHES - SAVED_AT)]
-    assert_same([{name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in steps], batches[SAVED_AT:])
+    assert_same(
+        [
+            {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+            for step in steps
+        ],
+        batches[SAVED_AT:],
+    )
 
 
 def test_seek_forwards_and_backwards(saved, config):
@@ -155,14 +190,20 @@ def test_packed_position_is_found_again(tmp_path):
     again.seek(900)
     assert_same(take(again, 1), want[:1])
     batch = want[0]
-    assert batch["encoder_segment_ids"].max() >= 3 and (batch["encoder_positions"][batch["encoder_segment_ids"] == 0] == 0).all()
+    assert (
+        batch["encoder_segment_ids"].max() >= 3
+        and (batch["encoder_positions"][batch["encoder_segment_ids"] == 0] == 0).all()
+    )
 
 
 def test_another_stream_is_refused(saved, config, tmp_path):
     position = json.loads((saved[1] / "position.json").read_text())
     position["fingerprint"]["tasks"]["cached_span_corruption_code"]["source"]["cache"] = "0"
     (tmp_path / "position.json").write_text(json.dumps(position))
-    with pytest.raises(ValueError, match=r"belongs to another stream(.|\n)*cached_span_corruption_code/source/cache: was '0'"):
+    with pytest.raises(
+        ValueError,
+        match=r"belongs to another stream(.|\n)*cached_span_corruption_code/source/cache: was '0'",
+    ):
         config.train_iterator().restore(tmp_path)
 
 
@@ -183,11 +224,15 @@ def decode(row):
 
 def test_every_epoch_has_each_example_once_in_another_order():
     iterator = sums(batch_size=30).train_iterator()
-    epochs = [[decode(row) for batch in take(iterator, 3) for row in batch[TOKENS]] for _ in range(2)]
+    epochs = [
+        [decode(row) for batch in take(iterator, 3) for row in batch[TOKENS]] for _ in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"{n} + {n % 7}" for n in range(90))
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
     ordered = sums(batch_size=30, shuffle=False).train_iterator()
-    assert [decode(row) for batch in take(ordered, 3) for row in batch[TOKENS]] == [f"{n} + {n % 7}" for n in range(90)]
+    assert [decode(row) for batch in take(ordered, 3) for row in batch[TOKENS]] == [
+        f"{n} + {n % 7}" for n in range(90)
+    ]
 
 
 def test_a_record_is_read_once_for_an_example():
@@ -204,35 +249,51 @@ def test_a_record_is_read_once_for_an_example():
 
     view._records = Counting()
     examples = view.examples([cached_views.Draw(place, 0, place) for place in (7, 3)], key=0)
-    assert [decode(example["inputs"]) for example in examples] == ["7 + 0", "3 + 3"] and read == [7, 3]
+    assert [decode(example["inputs"]) for example in examples] == ["7 + 0", "3 + 3"] and read == [
+        7,
+        3,
+    ]
 
 
 def test_shuffling_is_global(config):
     """The first batch of a long text comes from all over it."""
     from upcycle_jax.data import cache_lookup, cached_views
 
-    task = {task.manifest.task: task for task, _ in cache_lookup.find(config).tasks}["cached_span_corruption_code"]
+    task = {task.manifest.task: task for task, _ in cache_lookup.find(config).tasks}[
+        "cached_span_corruption_code"
+    ]
     count = len(cached_views.open_view(task, "train", config.task_feature_lengths))
     places = [grain.MapDataset.range(count).shuffle(seed=0)[n] for n in range(64)]
     assert len(set(places)) == 64 and min(places) < count / 8 and max(places) > count * 7 / 8
 
 
 def test_noise_and_cuts_are_fresh_in_each_epoch(make_config):
-    config = make_config(mixture_or_task_name="cached_span_corruption_words", text_files=None, use_cached=True, shuffle=False, batch_size=1)
+    config = make_config(
+        mixture_or_task_name="cached_span_corruption_words",
+        text_files=None,
+        use_cached=True,
+        shuffle=False,
+        batch_size=1,
+    )
     iterator = config.train_iterator()
     views = iterator._source._stream._views
     per_epoch = len(views[0])
     first = [next(iterator)[TOKENS][0] for _ in range(20)]
     iterator.seek(per_epoch)
     second = [next(iterator)[TOKENS][0] for _ in range(20)]
-    places = [tuple(np.flatnonzero(row >= 259)) for row in first], [tuple(np.flatnonzero(row >= 259)) for row in second]
+    places = (
+        [tuple(np.flatnonzero(row >= 259)) for row in first],
+        [tuple(np.flatnonzero(row >= 259)) for row in second],
+    )
     assert sum(a == b for a, b in zip(*places, strict=True)) < 10  # other noise
     assert decode(first[0])[:8] != decode(second[0])[:8]  # other cuts
 
 
 @pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm", "ul2"])
 def test_one_pass_holds_the_whole_text_once(objective, make_config):
-    """Inputs and targets together are the text, in its order: noise loses nothing and no token is read twice."""
+    """Inputs and targets together are the text, in its order: noise loses nothing and no token is
+    read twice.
+    """
     lengths = {"span_corruption": (64, 16)}.get(objective, (64, 64))
     config = make_config(
         mixture_or_task_name=f"cached_{objective}",
@@ -243,18 +304,29 @@ def test_one_pass_holds_the_whole_text_once(objective, make_config):
     )
     from upcycle_jax.data import resolve
 
-    corpora = {task.name: task.source.corpus for task in resolve.tasks(dataclasses.replace(config, use_cached=False))}
+    corpora = {
+        task.name: task.source.corpus
+        for task in resolve.tasks(dataclasses.replace(config, use_cached=False))
+    }
     for name, start in config.eval_batches().items():
         text = b"".join(corpora[name].splits["validation"])
-        rows = [pair for batch in start() for pair in zip(batch[TOKENS], batch["decoder_target_tokens"], strict=True)]
-        pieces = [reassemble(inputs, targets, prefixed=objective == "ul2") for inputs, targets in rows]
+        rows = [
+            pair
+            for batch in start()
+            for pair in zip(batch[TOKENS], batch["decoder_target_tokens"], strict=True)
+        ]
+        pieces = [
+            reassemble(inputs, targets, prefixed=objective == "ul2") for inputs, targets in rows
+        ]
         assert b"".join(pieces) == text
         again = list(start())
         assert_same(again, list(start()))
 
 
 def reassemble(inputs, targets, *, prefixed):
-    """Text of a corrupted pair: the k-th sentinel of the inputs stands for what follows the k-th sentinel of the targets."""
+    """Text of a corrupted pair: the k-th sentinel of the inputs stands for what follows the k-th
+    sentinel of the targets.
+    """
     inputs, targets = ([int(token) for token in row if token > 1] for row in (inputs, targets))
     text = bytearray()
     if not any(token >= 259 for token in inputs):  # a prefix and its continuation
@@ -284,14 +356,28 @@ def test_ul2_uses_all_its_denoisers(make_config):
     )
     batch = next(config.train_iterator())
     modes = [decode(row)[:5] for row in batch[TOKENS]]
-    # Seven denoisers in equal shares: [NLU] 2/7, [NLG] 4/7, [S2S] 1/7 of 70, each within 5 standard deviations (at most 4.1).
-    assert abs(modes.count("[NLU]") - 20) < 20 and abs(modes.count("[NLG]") - 40) < 21 and 0 < modes.count("[S2S]") < 26
+    # Seven denoisers in equal shares: [NLU] 2/7, [NLG] 4/7, [S2S] 1/7 of 70, each within 5 standard
+    # deviations (at most 4.1).
+    assert (
+        abs(modes.count("[NLU]") - 20) < 20
+        and abs(modes.count("[NLG]") - 40) < 21
+        and 0 < modes.count("[S2S]") < 26
+    )
     assert len(modes) == modes.count("[NLU]") + modes.count("[NLG]") + modes.count("[S2S]")
 
 
 def test_mixtures_follow_their_rates_exactly():
-    config = DatasetConfig("cached_sums_and_text", {"inputs": 64, "targets": 64}, batch_size=400, use_cached=True, seed=0)
-    assert config.task_names() == ("cached_prefix_lm_words", "small_sums") and config.vocabulary_size() == 359
+    config = DatasetConfig(
+        "cached_sums_and_text",
+        {"inputs": 64, "targets": 64},
+        batch_size=400,
+        use_cached=True,
+        seed=0,
+    )
+    assert (
+        config.task_names() == ("cached_prefix_lm_words", "small_sums")
+        and config.vocabulary_size() == 359
+    )
     texts = [decode(row) for row in next(config.train_iterator())[TOKENS]]
     assert sum(" + " in text for text in texts) == 100  # rates 1 and 3
 
@@ -302,9 +388,14 @@ def test_evaluation_shares_batches_and_fills_the_last():
     texts = [decode(row) for batch in whole for row in batch[TOKENS]]
     assert texts == [f"{n} + {n % 7}" for n in range(1000, 1021)] + [""] * 3
     assert not whole[-1]["decoder_loss_weights"][5:].any()
-    parts = [list(config.eval_batches(2, process_index=index, process_count=2)["small_sums"]()) for index in range(2)]
+    parts = [
+        list(config.eval_batches(2, process_index=index, process_count=2)["small_sums"]())
+        for index in range(2)
+    ]
     for batch, first, second in zip(whole[:2], *parts, strict=True):
-        np.testing.assert_array_equal(np.concatenate([first[TOKENS], second[TOKENS]]), batch[TOKENS])
+        np.testing.assert_array_equal(
+            np.concatenate([first[TOKENS], second[TOKENS]]), batch[TOKENS]
+        )
     with pytest.raises(ValueError, match="num_batches is 0"):
         config.eval_batches(0)
     on_the_fly = list(dataclasses.replace(config, use_cached=False).eval_batches()["small_sums"]())
@@ -313,19 +404,26 @@ def test_evaluation_shares_batches_and_fills_the_last():
 
 def test_fingerprints_are_small_and_name_the_cache(config):
     fingerprint = config.fingerprint()
-    assert json.loads(json.dumps(fingerprint)) == fingerprint and len(json.dumps(fingerprint)) < 5000
+    assert (
+        json.loads(json.dumps(fingerprint)) == fingerprint and len(json.dumps(fingerprint)) < 5000
+    )
     assert fingerprint["tasks"]["cached_span_corruption_code"]["source"].keys() == {"cache"}
     assert fingerprint["vocabularies"]["inputs"]["kind"] == "ByteVocabulary"
 
 
 def test_metrics_of_a_cached_task_need_its_text_only():
-    """Prediction reads the cache, with everything that the task keeps, and the task's own metrics."""
+    """Prediction reads the cache, with everything that the task keeps, and the task's own
+    metrics.
+    """
     from upcycle_jax.data.examples import task_examples
 
     for limit, use_cached in ((None, True), (4, False)):
         (task,) = task_examples(sums(split="validation", use_cached=use_cached))
         examples = list(task.examples(limit))
-        assert task.record(examples[2]) == {"inputs_pretokenized": "1002 + 1", "targets_pretokenized": "is 1003"}
+        assert task.record(examples[2]) == {
+            "inputs_pretokenized": "1002 + 1",
+            "targets_pretokenized": "is 1003",
+        }
         assert [int(example["idx"]) for example in examples[:3]] == [1000, 1001, 1002]
         assert examples[2]["targets"].tolist() == [*(byte + 3 for byte in b"is 1003"), 1]
     (task,) = task_examples(sums(split="validation"))
@@ -333,5 +431,13 @@ def test_metrics_of_a_cached_task_need_its_text_only():
     answers = [example["targets"][:-1] for example in task.examples()]
     result = task.evaluate(list(task.examples()), {"prediction": [*answers[:7], *answers[:14]]})
     assert result.metrics == {"exact": 7 / 21}
-    (text,) = task_examples(DatasetConfig("cached_ul2_words", {"inputs": 64, "targets": 64}, use_cached=True, split="validation", seed=0))
+    (text,) = task_examples(
+        DatasetConfig(
+            "cached_ul2_words",
+            {"inputs": 64, "targets": 64},
+            use_cached=True,
+            split="validation",
+            seed=0,
+        )
+    )
     assert {"inputs", "targets"} <= next(text.examples()).keys()

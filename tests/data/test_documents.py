@@ -44,7 +44,9 @@ def test_documents_of_one_key_share_a_side():
 
 
 def test_equal_passages_are_kept_once():
-    documents = [Document("the same licence text", key=f"file {n}") for n in range(100)] + _documents(keyed=False)
+    documents = [
+        Document("the same licence text", key=f"file {n}") for n in range(100)
+    ] + _documents(keyed=False)
     corpus = build_corpus("d", documents, origin={}, validation_fraction=0.3)
     passages = [passage for split in corpus.splits.values() for passage in split]
     assert passages.count(b"the same licence text") == 1
@@ -52,21 +54,34 @@ def test_equal_passages_are_kept_once():
 
 def test_order_of_documents_does_not_matter():
     documents = _documents(keyed=False)
-    assert build_corpus("d", documents, origin={}).fingerprint() == build_corpus("d", documents[::-1], origin={}).fingerprint()
+    assert (
+        build_corpus("d", documents, origin={}).fingerprint()
+        == build_corpus("d", documents[::-1], origin={}).fingerprint()
+    )
 
 
 def test_fingerprint_sees_one_changed_letter():
     documents = _documents(keyed=False)
     changed = [*documents[:-1], Document(documents[-1].text.replace("document", "Document", 1))]
-    assert build_corpus("d", documents, origin={}).fingerprint() != build_corpus("d", changed, origin={}).fingerprint()
+    assert (
+        build_corpus("d", documents, origin={}).fingerprint()
+        != build_corpus("d", changed, origin={}).fingerprint()
+    )
 
 
 def test_even_two_documents_give_both_splits():
-    corpus = build_corpus("d", [Document("one"), Document("two")], origin={}, validation_fraction=0.001)
-    assert {split: len(passages) for split, passages in corpus.splits.items()} == {"train": 1, "validation": 1}
+    corpus = build_corpus(
+        "d", [Document("one"), Document("two")], origin={}, validation_fraction=0.001
+    )
+    assert {split: len(passages) for split, passages in corpus.splits.items()} == {
+        "train": 1,
+        "validation": 1,
+    }
 
 
-@pytest.mark.parametrize(("texts", "found"), [([], "no text"), (["  \n"], "no text"), (["one"], "one passage")])
+@pytest.mark.parametrize(
+    ("texts", "found"), [([], "no text"), (["  \n"], "no text"), (["one"], "one passage")]
+)
 def test_too_little_text_is_refused(texts, found):
     with pytest.raises(ValueError, match=f"the domain 'd' has {found}.*give it more text"):
         build_corpus("d", [Document(text) for text in texts], origin={})

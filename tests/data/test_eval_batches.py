@@ -15,7 +15,9 @@ LENGTHS = {"inputs": 64, "targets": 16}
 
 @pytest.fixture(scope="module")
 def config(make_config):
-    return make_config(split="validation", validation_fraction=0.2, mixture_or_task_name="small_text_eval")
+    return make_config(
+        split="validation", validation_fraction=0.2, mixture_or_task_name="small_text_eval"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +50,25 @@ def test_a_pass_holds_the_whole_split(config, whole):
     for task in resolve.tasks(config):
         text = b"".join(task.source.corpus.splits["validation"])
         ids = np.concatenate(
-            [np.concatenate([batch["encoder_input_tokens"].ravel(), batch["decoder_target_tokens"].ravel()]) for batch in whole[task.name]]
+            [
+                np.concatenate(
+                    [batch["encoder_input_tokens"].ravel(), batch["decoder_target_tokens"].ravel()]
+                )
+                for batch in whole[task.name]
+            ]
         )
-        assert np.isin(ids, range(3, 259)).sum() == len(text)  # every byte once, in inputs or targets
+        assert np.isin(ids, range(3, 259)).sum() == len(
+            text
+        )  # every byte once, in inputs or targets
 
 
 def test_fixed_number_of_batches(config, whole):
     for task, start in config.eval_batches(2).items():
         batches = list(start())
         assert len(batches) == 2
-        np.testing.assert_array_equal(batches[1]["encoder_input_tokens"], whole[task][1]["encoder_input_tokens"])
+        np.testing.assert_array_equal(
+            batches[1]["encoder_input_tokens"], whole[task][1]["encoder_input_tokens"]
+        )
     with pytest.raises(ValueError, match="num_batches is 0"):
         config.eval_batches(0)
 
@@ -65,25 +76,40 @@ def test_fixed_number_of_batches(config, whole):
 def test_processes_share_each_batch(config, whole):
     parts = [config.eval_batches(3, process_index=index, process_count=2) for index in range(2)]
     for task, batches in whole.items():
-        for batch, first, second in zip(itertools.islice(batches, 3), parts[0][task](), parts[1][task](), strict=True):
-            together = np.concatenate([first["decoder_target_tokens"], second["decoder_target_tokens"]])
+        for batch, first, second in zip(
+            itertools.islice(batches, 3), parts[0][task](), parts[1][task](), strict=True
+        ):
+            together = np.concatenate(
+                [first["decoder_target_tokens"], second["decoder_target_tokens"]]
+            )
             np.testing.assert_array_equal(together, batch["decoder_target_tokens"])
 
 
 def test_unknown_split_and_name(make_config):
-    with pytest.raises(ValueError, match=r"'small_text' has no split 'test': it has \['train', 'validation'\]"):
+    with pytest.raises(
+        ValueError, match=r"'small_text' has no split 'test': it has \['train', 'validation'\]"
+    ):
         make_config(split="test").eval_batches()
     with pytest.raises(
-        ValueError, match="no SeqIO task or mixture is named 'embedded_text_span_coruption': did you mean 'embedded_text_span_c"
+        ValueError,
+        match=(
+            "no SeqIO task or mixture is named 'embedded_text_span_coruption': did you mean"
+            " 'embedded_text_span_c"
+        ),
     ):
         DatasetConfig("embedded_text_span_coruption", LENGTHS).task_names()
-    with pytest.raises(ValueError, match="MIXTURE_OR_TASK_MODULE names 'no_such_module', which is not importable"):
+    with pytest.raises(
+        ValueError, match="MIXTURE_OR_TASK_MODULE names 'no_such_module', which is not importable"
+    ):
         DatasetConfig("anything", LENGTHS, module="no_such_module").task_names()
 
 
 def test_a_taken_name_is_refused(make_config, text_folder):
     make_config().task_names()
-    with pytest.raises(ValueError, match="the name 'small_text' is taken by another SeqIO task or mixture: choose another"):
+    with pytest.raises(
+        ValueError,
+        match="the name 'small_text' is taken by another SeqIO task or mixture: choose another",
+    ):
         make_config(text_files=[str(text_folder / "code.txt")]).task_names()
 
 
@@ -93,11 +119,16 @@ def test_bad_files_register_nothing(tmp_path):
     config = DatasetConfig("bad_text", LENGTHS, text_files={"good": [__file__], "bad": [str(path)]})
     with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8 text"):
         config.train_iterator()
-    assert not {"bad_text", "bad_text_good", "bad_text_bad"} & {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    assert not {"bad_text", "bad_text_good", "bad_text_bad"} & {
+        *seqio.TaskRegistry.names(),
+        *seqio.MixtureRegistry.names(),
+    }
 
 
 def test_sentencepiece_vocabulary_by_path(make_config, tmp_path):
-    model = pathlib.Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
+    model = (
+        pathlib.Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
+    )
     if not model.exists():
         pytest.skip("this seqio has no test vocabulary")
     config = make_config(vocabulary=str(model), mixture_or_task_name="small_text_pieces")
@@ -106,8 +137,12 @@ def test_sentencepiece_vocabulary_by_path(make_config, tmp_path):
     tokens = next(config.train_iterator())["encoder_input_tokens"]
     assert 0 < tokens.max() < plain.vocab_size
     assert "sha256" in config.fingerprint()["vocabularies"]["inputs"]
-    with pytest.raises(FileNotFoundError, match=r"vocabulary '.*absent.*': no such file; give 'bytes'"):
-        make_config(vocabulary=str(tmp_path / "absent"), mixture_or_task_name="n1").vocabulary_size()
+    with pytest.raises(
+        FileNotFoundError, match=r"vocabulary '.*absent.*': no such file; give 'bytes'"
+    ):
+        make_config(
+            vocabulary=str(tmp_path / "absent"), mixture_or_task_name="n1"
+        ).vocabulary_size()
     (tmp_path / "fake").write_text("no model")
     with pytest.raises(ValueError, match=r"is not a SentencePiece model"):
         make_config(vocabulary=str(tmp_path / "fake"), mixture_or_task_name="n2").vocabulary_size()

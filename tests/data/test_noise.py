@@ -6,7 +6,8 @@ from upcycle_jax.data import noise
 
 
 def test_counts_of_a_hand_worked_segment():
-    # 20 tokens at density 0.15: 3 noise tokens, in round(3 / 3) = 1 span. Inputs: 17 kept + 1 sentinel + EOS; targets: 3 + 1 + EOS.
+    # 20 tokens at density 0.15: 3 noise tokens, in round(3 / 3) = 1 span. Inputs: 17 kept + 1
+    #   sentinel + EOS; targets: 3 + 1 + EOS.
     assert noise.span_counts(20) == noise.SpanCounts(noise_tokens=3, spans=1, inputs=19, targets=5)
 
 

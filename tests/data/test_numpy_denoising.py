@@ -1,4 +1,6 @@
-"""The numpy objectives equal the TensorFlow ones: in hand-worked cases, in counts, and in distribution."""
+"""The numpy objectives equal the TensorFlow ones: in hand-worked cases, in counts, and in
+distribution.
+"""
 
 import numpy as np
 import pytest
@@ -28,23 +30,32 @@ def test_draws_do_not_depend_on_company_and_never_change():
 
 
 def test_draws_are_uniform():
-    # 64,000 draws in 16 classes: 4,000 each, standard deviation 61; 5 deviations allowed, in the high and in the low bits.
+    # 64,000 draws in 16 classes: 4,000 each, standard deviation 61; 5 deviations allowed, in the
+    #   high and in the low bits.
     drawn = draws.bits(3, np.arange(64_000))
     for shift in (60, 0):
-        counts = np.bincount(((drawn >> np.uint64(shift)) & np.uint64(15)).astype(int), minlength=16)
+        counts = np.bincount(
+            ((drawn >> np.uint64(shift)) & np.uint64(15)).astype(int), minlength=16
+        )
         assert np.abs(counts - 4000).max() < 306
 
 
 def test_hand_worked_replacement():
-    # a b c d e f with c, d and f hidden: inputs a b <0> e <1>; targets <0> c d <1> f. Sentinels count down from 358.
+    # a b c d e f with c, d and f hidden: inputs a b <0> e <1>; targets <0> c d <1> f. Sentinels
+    # count down from 358.
     tokens = np.array([[10, 11, 12, 13, 14, 15]], np.int32)
     hidden = np.array([[False, False, True, True, False, True]])
-    assert numpy_denoising.replace_spans(tokens, hidden, first_sentinel=TOP).tolist() == [[10, 11, 358, 14, 357]]
-    assert numpy_denoising.replace_spans(tokens, ~hidden, first_sentinel=TOP).tolist() == [[358, 12, 13, 357, 15]]
+    assert numpy_denoising.replace_spans(tokens, hidden, first_sentinel=TOP).tolist() == [
+        [10, 11, 358, 14, 357]
+    ]
+    assert numpy_denoising.replace_spans(tokens, ~hidden, first_sentinel=TOP).tolist() == [
+        [358, 12, 13, 357, 15]
+    ]
 
 
 def test_every_partition_is_equally_likely():
-    # 5 items in 3 parts: 4 choose 2 = 6 partitions. 6,000 draws: 1,000 each, standard deviation 29; 5 deviations allowed.
+    # 5 items in 3 parts: 4 choose 2 = 6 partitions. 6,000 draws: 1,000 each, standard deviation 29;
+    #   5 deviations allowed.
     drawn = numpy_denoising.random_partition(keys(6000), 5, 3)
     partitions, counts = np.unique(drawn, axis=0, return_counts=True)
     assert len(partitions) == 6 and (partitions.sum(axis=1) == 5).all() and (partitions >= 1).all()
@@ -55,7 +66,9 @@ def test_every_partition_is_equally_likely():
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 20, 141, 568])
 def test_masks_have_the_counted_noise_and_spans(length):
     counts = noise.span_counts(length)
-    for row in numpy_denoising.noise_mask(keys(16), length, noise_density=0.15, mean_noise_span_length=3.0):
+    for row in numpy_denoising.noise_mask(
+        keys(16), length, noise_density=0.15, mean_noise_span_length=3.0
+    ):
         assert not row[0]  # text first
         if length > 1:
             assert row[-1] and row.sum() == counts.noise_tokens and runs(row) == counts.spans
@@ -66,15 +79,27 @@ def test_masks_are_distributed_as_tensorflows(density, mean):
     tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
     denoising = pytest.importorskip("upcycle_jax.data.denoising")
     rows, length = 4000, 60
-    ours = numpy_denoising.noise_mask(keys(rows), length, noise_density=density, mean_noise_span_length=mean)
+    ours = numpy_denoising.noise_mask(
+        keys(rows), length, noise_density=density, mean_noise_span_length=mean
+    )
     theirs = denoising.noise_mask(
-        tf.constant(rows), tf.constant(length), noise_density=density, mean_noise_span_length=mean, seed=tf.constant([1, 2])
+        tf.constant(rows),
+        tf.constant(length),
+        noise_density=density,
+        mean_noise_span_length=mean,
+        seed=tf.constant([1, 2]),
     ).numpy()
-    # How often each place is noise, and how often two neighbours both are. Each frequency has a standard deviation of at most
-    # sqrt(0.25 / 4000) = 0.0079 on either side, 0.0112 for the difference; 5 deviations allowed over the 60 places.
-    for statistic in (lambda mask: mask.mean(axis=0), lambda mask: (mask[:, 1:] & mask[:, :-1]).mean(axis=0)):
+    # How often each place is noise, and how often two neighbours both are. Each frequency has a
+    # standard deviation of at most sqrt(0.25 / 4000) = 0.0079 on either side, 0.0112 for the
+    # difference; 5 deviations allowed over the 60 places.
+    for statistic in (
+        lambda mask: mask.mean(axis=0),
+        lambda mask: (mask[:, 1:] & mask[:, :-1]).mean(axis=0),
+    ):
         assert np.abs(statistic(ours) - statistic(theirs)).max() < 0.056
-    first = [np.bincount(mask.argmax(axis=1), minlength=length) / rows for mask in (ours, theirs)]  # where the first span begins
+    first = [
+        np.bincount(mask.argmax(axis=1), minlength=length) / rows for mask in (ours, theirs)
+    ]  # where the first span begins
     assert np.abs(first[0] - first[1]).max() < 0.056
 
 
@@ -83,28 +108,44 @@ def test_equal_masks_give_tensorflows_examples(length):
     tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
     denoising = pytest.importorskip("upcycle_jax.data.denoising")
     tokens = np.random.default_rng(length).integers(3, 259, size=(4, length)).astype(np.int32)
-    mask = numpy_denoising.noise_mask(keys(4), length, noise_density=0.15, mean_noise_span_length=3.0)
-    inputs, targets = SpanNoise(prefix="x", prefix_ids=(9, 8)).corrupt(tokens, keys(4), sequence_length=LENGTHS, first_sentinel=TOP)
+    mask = numpy_denoising.noise_mask(
+        keys(4), length, noise_density=0.15, mean_noise_span_length=3.0
+    )
+    inputs, targets = SpanNoise(prefix="x", prefix_ids=(9, 8)).corrupt(
+        tokens, keys(4), sequence_length=LENGTHS, first_sentinel=TOP
+    )
     for ours, hidden, prefix in ((inputs, mask, [9, 8]), (targets, ~mask, [])):
-        theirs = denoising.replace_spans(tf.constant(tokens), tf.constant(hidden), first_sentinel=TOP).numpy()
+        theirs = denoising.replace_spans(
+            tf.constant(tokens), tf.constant(hidden), first_sentinel=TOP
+        ).numpy()
         assert [row.tolist() for row in ours] == [prefix + row.tolist() for row in theirs]
 
 
 def test_prefix_splits_divide_the_text_evenly():
     tokens = np.tile(np.arange(3, 13, dtype=np.int32), (3000, 1))
     split = PrefixSplit(prefix="x", prefix_ids=(99,))
-    inputs, targets = split.corrupt(tokens, keys(3000), sequence_length={"inputs": 12, "targets": 6}, first_sentinel=TOP)
+    inputs, targets = split.corrupt(
+        tokens, keys(3000), sequence_length={"inputs": 12, "targets": 6}, first_sentinel=TOP
+    )
     for row, (source, target) in enumerate(zip(inputs, targets, strict=True)):
-        assert source[0] == 99 and np.concatenate([source[1:], target]).tolist() == tokens[row].tolist()
-    # 1 to 5 of 10 tokens are the target, each equally likely: 600 of 3,000, standard deviation 22; 5 deviations allowed.
+        assert (
+            source[0] == 99
+            and np.concatenate([source[1:], target]).tolist() == tokens[row].tolist()
+        )
+    # 1 to 5 of 10 tokens are the target, each equally likely: 600 of 3,000, standard deviation 22;
+    # 5 deviations allowed.
     ends, counts = np.unique([len(target) for target in targets], return_counts=True)
     assert ends.tolist() == [1, 2, 3, 4, 5] and np.abs(counts - 600).max() < 110
 
 
 def test_lengths_are_refused_as_on_the_fly():
-    with pytest.raises(ValueError, match=r"gives targets of 114 tokens, but .* is 100: set it to 114 or more"):
+    with pytest.raises(
+        ValueError, match=r"gives targets of 114 tokens, but .* is 100: set it to 114 or more"
+    ):
         SpanNoise().raw_length({"inputs": 512, "targets": 100}, 100)
-    with pytest.raises(ValueError, match=r"needs 28 sentinels, but the vocabulary has 10 extra ids"):
+    with pytest.raises(
+        ValueError, match=r"needs 28 sentinels, but the vocabulary has 10 extra ids"
+    ):
         SpanNoise().raw_length({"inputs": 512, "targets": 114}, 10)
     with pytest.raises(ValueError, match="leave a prefix language model no text"):
         PrefixSplit(prefix_ids=(1, 2)).raw_length({"inputs": 3, "targets": 8}, 100)
@@ -112,7 +153,13 @@ def test_lengths_are_refused_as_on_the_fly():
 
 def test_patterns_follow_the_weights():
     assert numpy_denoising.pattern([SpanNoise(), SpanNoise(), PrefixSplit()]) == (0, 1, 2)
-    assert numpy_denoising.pattern([SpanNoise(weight=1.5), SpanNoise(weight=1.0)]) == (0, 0, 0, 1, 1)
+    assert numpy_denoising.pattern([SpanNoise(weight=1.5), SpanNoise(weight=1.0)]) == (
+        0,
+        0,
+        0,
+        1,
+        1,
+    )
     with pytest.raises(ValueError, match="unknown kind of noise 'blank'"):
         numpy_denoising.from_json({"kind": "blank"})
     span = SpanNoise(0.5, 8.0, "[NLG] ", (5, 6), 2.0)

@@ -1,4 +1,6 @@
-"""Prefix language modelling and UL2's mixture: every token once, lengths within bounds, modes told, shares kept."""
+"""Prefix language modelling and UL2's mixture: every token once, lengths within bounds, modes told,
+shares kept.
+"""
 
 import collections
 
@@ -16,15 +18,22 @@ FEATURES = {name: seqio.Feature(VOCABULARY) for name in ("inputs", "targets")}
 
 
 def _segments(objective, lengths, *, documents=60, size=700, **settings):
-    texts = [np.random.default_rng(n).integers(100, 259, size=size + n).astype(np.int32) for n in range(documents)]
-    dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(texts)).map(lambda tokens: {"targets": tokens})
+    texts = [
+        np.random.default_rng(n).integers(100, 259, size=size + n).astype(np.int32)
+        for n in range(documents)
+    ]
+    dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(texts)).map(
+        lambda tokens: {"targets": tokens}
+    )
     with seqio.utils.map_seed_manager(3):
         return texts, list(objective(dataset, lengths, FEATURES, **settings).as_numpy_iterator())
 
 
 def test_prefix_lm_splits_each_segment_in_two():
     texts, segments = _segments(objectives.prefix_lm, {"inputs": 64, "targets": 64})
-    joined = np.concatenate([np.concatenate([segment["inputs"], segment["targets"]]) for segment in segments])
+    joined = np.concatenate(
+        [np.concatenate([segment["inputs"], segment["targets"]]) for segment in segments]
+    )
     np.testing.assert_array_equal(joined, np.concatenate(texts))
     ends = np.array([len(segment["targets"]) for segment in segments[:-1]])
     assert ends.min() < 5 and ends.max() > 58 and abs(ends.mean() - 32) < 3  # uniform over 1..63
@@ -34,25 +43,42 @@ def test_prefix_lm_splits_each_segment_in_two():
 def test_prefix_lm_with_short_targets():
     _, segments = _segments(objectives.prefix_lm, {"inputs": 64, "targets": 8})
     assert {len(segment["targets"]) for segment in segments} == set(range(1, 8))
-    with pytest.raises(ValueError, match="leave a prefix language model no text: give 2 tokens or more"):
-        objectives.prefix_lm(tf.data.Dataset.from_tensors({"targets": [5]}), {"inputs": 64, "targets": 1}, FEATURES)
+    with pytest.raises(
+        ValueError, match="leave a prefix language model no text: give 2 tokens or more"
+    ):
+        objectives.prefix_lm(
+            tf.data.Dataset.from_tensors({"targets": [5]}), {"inputs": 64, "targets": 1}, FEATURES
+        )
 
 
 def test_ul2_tells_the_mode_and_keeps_the_shares():
     lengths = {"inputs": 128, "targets": 128}
     _, segments = _segments(objectives.ul2, lengths, documents=1600)
-    modes = collections.Counter(VOCABULARY.decode(segment["inputs"][:6].tolist()) for segment in segments)
+    modes = collections.Counter(
+        VOCABULARY.decode(segment["inputs"][:6].tolist()) for segment in segments
+    )
     assert set(modes) == {"[NLU] ", "[NLG] ", "[S2S] "}
     shares = {mode: count / len(segments) for mode, count in modes.items()}
-    # 200 groups of 8 documents, one mode each: a share p has a standard deviation of about (p / 200) ** 0.5 < 0.054.
-    assert abs(shares["[NLU] "] - 2 / 7) < 0.12 and abs(shares["[NLG] "] - 4 / 7) < 0.16 and abs(shares["[S2S] "] - 1 / 7) < 0.09
-    assert all(len(segment[name]) < lengths[name] for segment in segments for name in lengths)  # room for EOS
+    # 200 groups of 8 documents, one mode each: a share p has a standard deviation of about (p /
+    #   200) ** 0.5 < 0.054.
+    assert (
+        abs(shares["[NLU] "] - 2 / 7) < 0.12
+        and abs(shares["[NLG] "] - 4 / 7) < 0.16
+        and abs(shares["[S2S] "] - 1 / 7) < 0.09
+    )
+    assert all(
+        len(segment[name]) < lengths[name] for segment in segments for name in lengths
+    )  # room for EOS
 
 
 def test_ul2_at_t5_lengths_says_how_many_sentinels_it_needs():
     dataset = tf.data.Dataset.from_tensors({"targets": tf.zeros([10], tf.int32)})
     with pytest.raises(
-        ValueError, match=r"needs 12\d sentinels, but the vocabulary has 100 extra ids: make it with extra_ids=12\d or more"
+        ValueError,
+        match=(
+            r"needs 12\d sentinels, but the vocabulary has 100 extra ids: make it with"
+            r" extra_ids=12\d or more"
+        ),
     ):
         objectives.ul2(dataset, {"inputs": 512, "targets": 512}, FEATURES)
     with pytest.raises(ValueError, match=r"density 0\.5.*set it to \d+ or more"):
@@ -61,8 +87,12 @@ def test_ul2_at_t5_lengths_says_how_many_sentinels_it_needs():
 
 @pytest.mark.parametrize("size", [1, 5, noise.span_lengths(64).raw])
 def test_tiny_and_exact_groups(size):
-    texts, segments = _segments(objectives.span_corruption, {"inputs": 64, "targets": 16}, documents=1, size=size)
-    tokens = np.concatenate([np.concatenate([segment["inputs"], segment["targets"]]) for segment in segments])
+    texts, segments = _segments(
+        objectives.span_corruption, {"inputs": 64, "targets": 16}, documents=1, size=size
+    )
+    tokens = np.concatenate(
+        [np.concatenate([segment["inputs"], segment["targets"]]) for segment in segments]
+    )
     assert len(segments) == 1
     np.testing.assert_array_equal(np.sort(tokens[tokens < 259]), np.sort(texts[0]))
 
@@ -75,9 +105,13 @@ def test_objective_names_agree():
 
 def test_text_files_with_another_objective(make_config):
     config = make_config(
-        mixture_or_task_name="small_text_prefix", objective="prefix_lm", task_feature_lengths={"inputs": 64, "targets": 64}
+        mixture_or_task_name="small_text_prefix",
+        objective="prefix_lm",
+        task_feature_lengths={"inputs": 64, "targets": 64},
     )
     batch = next(config.train_iterator())
-    assert (batch["encoder_input_tokens"] < 259).all() and (batch["decoder_target_tokens"] < 259).all()
+    assert (batch["encoder_input_tokens"] < 259).all() and (
+        batch["decoder_target_tokens"] < 259
+    ).all()
     with pytest.raises(ValueError, match="objective is 'gpt': choose one of"):
         make_config(objective="gpt")

@@ -11,7 +11,8 @@ from upcycle_jax.data import packing
 
 
 def test_hand_worked_rows():
-    # Rows of 10 inputs and 4 targets: (4,1)(6,3) fill one; (5,1) stands alone because (6,1) makes 11; (20,1) is cut and fills one.
+    # Rows of 10 inputs and 4 targets: (4,1)(6,3) fill one; (5,1) stands alone because (6,1) makes
+    # 11; (20,1) is cut and fills one.
     lengths = np.array([[4, 1], [6, 3], [5, 1], [6, 1], [20, 1], [1, 1], [1, 4]])
     assert packing.row_starts(lengths, (10, 4)).tolist() == [0, 2, 3, 4, 5, 6, 7]
 
@@ -58,24 +59,45 @@ def test_features_equal_seqios():
     tf = pytest.importorskip("tensorflow")
     generator = np.random.default_rng(0)
     examples = [
-        {name: generator.integers(3, 50, size=generator.integers(1, 9)).astype(np.int32) for name in ("inputs", "targets")}
+        {
+            name: generator.integers(3, 50, size=generator.integers(1, 9)).astype(np.int32)
+            for name in ("inputs", "targets")
+        }
         for _ in range(40)
     ]
     lengths = {"inputs": 16, "targets": 12}
     dataset = tf.data.Dataset.from_generator(
-        lambda: iter(examples), output_signature={name: tf.TensorSpec([None], tf.int32) for name in lengths}
+        lambda: iter(examples),
+        output_signature={name: tf.TensorSpec([None], tf.int32) for name in lengths},
     )
-    theirs = list(seqio.EncDecFeatureConverter(pack=False)(dataset, task_feature_lengths=lengths).as_numpy_iterator())
-    ours = packing.padded_rows([e["inputs"] for e in examples], [e["targets"] for e in examples], (16, 12), 41)
+    theirs = list(
+        seqio.EncDecFeatureConverter(pack=False)(
+            dataset, task_feature_lengths=lengths
+        ).as_numpy_iterator()
+    )
+    ours = packing.padded_rows(
+        [e["inputs"] for e in examples], [e["targets"] for e in examples], (16, 12), 41
+    )
     for name in theirs[0]:
         np.testing.assert_array_equal(ours[name][:40], [row[name] for row in theirs], err_msg=name)
         assert ours[name].dtype == np.int32 and not ours[name][40].any()
-    # SeqIO keeps several rows open and fills the first that has room: each of its rows, given as examples, makes the same features here.
-    packed = list(seqio.EncDecFeatureConverter(pack=True)(dataset, task_feature_lengths=lengths).as_numpy_iterator())
+    # SeqIO keeps several rows open and fills the first that has room: each of its rows, given as
+    # examples, makes the same features here.
+    packed = list(
+        seqio.EncDecFeatureConverter(pack=True)(
+            dataset, task_feature_lengths=lengths
+        ).as_numpy_iterator()
+    )
     for row in packed:
         parts = {
-            side: [row[tokens][row[f"{side}_segment_ids"] == number] for number in range(1, row[f"{side}_segment_ids"].max() + 1)]
-            for side, tokens in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens"))
+            side: [
+                row[tokens][row[f"{side}_segment_ids"] == number]
+                for number in range(1, row[f"{side}_segment_ids"].max() + 1)
+            ]
+            for side, tokens in (
+                ("encoder", "encoder_input_tokens"),
+                ("decoder", "decoder_target_tokens"),
+            )
         }
         again = packing.packed_rows([parts["encoder"]], [parts["decoder"]], (16, 12))
         assert again.keys() == row.keys()

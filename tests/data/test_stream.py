@@ -1,4 +1,6 @@
-"""The training stream: a pure function of configuration and seed, found again exactly, divided without overlap."""
+"""The training stream: a pure function of configuration and seed, found again exactly, divided
+without overlap.
+"""
 
 import itertools
 import json
@@ -20,7 +22,9 @@ def assert_same(stream, expected):
     for number, (batch, want) in enumerate(zip(stream, expected, strict=True)):
         assert batch.keys() == want.keys()
         for name in want:
-            np.testing.assert_array_equal(batch[name], want[name], err_msg=f"batch {number}, {name}")
+            np.testing.assert_array_equal(
+                batch[name], want[name], err_msg=f"batch {number}, {name}"
+            )
 
 
 def take(iterator, count):
@@ -29,7 +33,9 @@ def take(iterator, count):
 
 @pytest.fixture(scope="module")
 def saved(make_config, tmp_path_factory):
-    """Twelve batches of an uninterrupted run that saved its position after the fifth, and the folder it saved to."""
+    """Twelve batches of an uninterrupted run that saved its position after the fifth, and the
+    folder it saved to.
+    """
     folder = tmp_path_factory.mktemp("position")
     iterator = make_config().train_iterator()
     assert isinstance(iterator, BatchIterator)
@@ -51,13 +57,17 @@ def test_features_are_seqios(saved):
     }
     assert all(array.dtype == np.int32 for array in batch.values())
     np.testing.assert_array_equal(batch["decoder_loss_weights"], batch["decoder_target_tokens"] > 0)
-    np.testing.assert_array_equal(batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1])
+    np.testing.assert_array_equal(
+        batch["decoder_input_tokens"][:, 1:], batch["decoder_target_tokens"][:, :-1]
+    )
     assert (batch["decoder_input_tokens"][:, 0] == 0).all()
 
 
 @pytest.fixture(scope="module")
 def iterator(make_config):
-    """One iterator of the same stream for the tests that move it about: building one takes a second or more."""
+    """One iterator of the same stream for the tests that move it about: building one takes a second
+    or more.
+    """
     return make_config().train_iterator()
 
 
@@ -105,7 +115,9 @@ np.save({str(tmp_path / "tokens.npy")!r}, np.stack([next(iterator)["encoder_inpu
 
 def test_unreadable_iterator_falls_back_to_seeking(saved, iterator, tmp_path, caplog):
     batches, folder = saved
-    (tmp_path / "position.json").write_text((folder / "position.json").read_text())  # the iterator's own files are lost
+    (tmp_path / "position.json").write_text(
+        (folder / "position.json").read_text()
+    )  # the iterator's own files are lost
     iterator.restore(tmp_path)
     assert_same(take(iterator, 3), batches[SAVED_AT : SAVED_AT + 3])
     assert "cannot be restored" in caplog.text
@@ -122,7 +134,9 @@ def test_position_of_another_stream_is_refused(saved, iterator, tmp_path):
         inner = changed["fingerprint"][name] if rest else changed["fingerprint"]
         inner[rest[0] if rest else name] = value
         (tmp_path / "position.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=rf"belongs to another stream(.|\n)*{message}(.|\n)*new MODEL_DIR"):
+        with pytest.raises(
+            ValueError, match=rf"belongs to another stream(.|\n)*{message}(.|\n)*new MODEL_DIR"
+        ):
             iterator.restore(tmp_path)
 
 
@@ -152,7 +166,9 @@ def test_processes_read_disjoint_documents_that_cover_all(make_config):
         shards = [
             [
                 bytes(example["targets"])
-                for example in task.source.get_dataset("train", seed=0, shard_info=seqio.ShardInfo(index, 3)).as_numpy_iterator()
+                for example in task.source.get_dataset(
+                    "train", seed=0, shard_info=seqio.ShardInfo(index, 3)
+                ).as_numpy_iterator()
             ]
             for index in range(3)
         ]
@@ -162,9 +178,13 @@ def test_processes_read_disjoint_documents_that_cover_all(make_config):
 
 
 def test_two_processes_share_a_batch_and_take_up_the_position_of_one(saved, make_config, caplog):
-    parts = [make_config().train_iterator(process_index=index, process_count=2) for index in range(2)]
+    parts = [
+        make_config().train_iterator(process_index=index, process_count=2) for index in range(2)
+    ]
     tokens = [next(part)["encoder_input_tokens"] for part in parts]
-    assert [array.shape for array in tokens] == [(4, 64), (4, 64)] and (tokens[0] != tokens[1]).any()
+    assert [array.shape for array in tokens] == [(4, 64), (4, 64)] and (
+        tokens[0] != tokens[1]
+    ).any()
     parts[1].restore(saved[1])
     assert parts[1].position == SAVED_AT
     assert "saved by 1 processes and is continued by 2" in caplog.text
@@ -178,15 +198,25 @@ def test_epochs_are_shuffled_anew(make_config):
     from upcycle_jax.data import resolve
 
     source = resolve.tasks(make_config())[0].source
-    twice = [bytes(example["targets"]) for example in source.get_dataset("train", seed=0).repeat(2).as_numpy_iterator()]
+    twice = [
+        bytes(example["targets"])
+        for example in source.get_dataset("train", seed=0).repeat(2).as_numpy_iterator()
+    ]
     first, second = twice[: len(twice) // 2], twice[len(twice) // 2 :]
     assert first != second and sorted(first) == sorted(second)
 
 
 def test_packing_numbers_segments_and_positions(make_config, tmp_path):
-    iterator = make_config(pack=True, task_feature_lengths={"inputs": 128, "targets": 40}).train_iterator()
+    iterator = make_config(
+        pack=True, task_feature_lengths={"inputs": 128, "targets": 40}
+    ).train_iterator()
     batch = next(iterator)
-    assert {"encoder_segment_ids", "encoder_positions", "decoder_segment_ids", "decoder_positions"} <= batch.keys()
+    assert {
+        "encoder_segment_ids",
+        "encoder_positions",
+        "decoder_segment_ids",
+        "decoder_positions",
+    } <= batch.keys()
     for side, tokens in (("encoder", "encoder_input_tokens"), ("decoder", "decoder_target_tokens")):
         segments, positions = batch[f"{side}_segment_ids"], batch[f"{side}_positions"]
         np.testing.assert_array_equal(segments > 0, batch[tokens] > 0)
@@ -195,7 +225,9 @@ def test_packing_numbers_segments_and_positions(make_config, tmp_path):
         assert (np.diff(positions, axis=1)[~starts[:, 1:] & (segments[:, 1:] > 0)] == 1).all()
     iterator.save(tmp_path)
     want = take(iterator, 2)
-    again = make_config(pack=True, task_feature_lengths={"inputs": 128, "targets": 40}).train_iterator()
+    again = make_config(
+        pack=True, task_feature_lengths={"inputs": 128, "targets": 40}
+    ).train_iterator()
     again.restore(tmp_path)
     assert_same(take(again, 2), want)
 
@@ -212,9 +244,13 @@ def test_fingerprint_is_small_json_with_hashes(make_config):
 
 
 def test_importing_the_package_does_not_import_tensorflow():
-    program = "import sys, upcycle_jax.data as d; d.DatasetConfig('t', {'inputs': 4, 'targets': 4}); "
+    program = (
+        "import sys, upcycle_jax.data as d; d.DatasetConfig('t', {'inputs': 4, 'targets': 4}); "
+    )
     program += "print([m for m in ('tensorflow', 'seqio', 't5') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -228,4 +264,6 @@ def test_configuration_is_checked_at_once():
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            DatasetConfig(**{"mixture_or_task_name": "t", "task_feature_lengths": lengths, **settings})
+            DatasetConfig(
+                **{"mixture_or_task_name": "t", "task_feature_lengths": lengths, **settings}
+            )

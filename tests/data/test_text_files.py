@@ -1,4 +1,6 @@
-"""A user's own files: every kind gives the same text, and every bad one gives one error that names it and the remedy."""
+"""A user's own files: every kind gives the same text, and every bad one gives one error that names
+it and the remedy.
+"""
 
 import gzip
 import json
@@ -56,7 +58,10 @@ def test_patterns_find_sorted_files_once(tmp_path):
 def test_a_list_is_one_domain_and_a_dictionary_several():
     assert text_files.normalise("a.txt") == {"": ("a.txt",)}
     assert text_files.normalise(["a.txt", "b.txt"]) == {"": ("a.txt", "b.txt")}
-    assert text_files.normalise({"x": "a.txt", "y": ["b.txt"]}) == {"x": ("a.txt",), "y": ("b.txt",)}
+    assert text_files.normalise({"x": "a.txt", "y": ["b.txt"]}) == {
+        "x": ("a.txt",),
+        "y": ("b.txt",),
+    }
 
 
 @pytest.mark.parametrize(
@@ -64,16 +69,48 @@ def test_a_list_is_one_domain_and_a_dictionary_several():
     [
         ("empty.txt", b"", r"empty\.txt is empty: remove it"),
         ("blank.txt", b" \n\n", r"blank\.txt is empty: remove it"),
-        ("hollow.jsonl", b'{"text": ""}\n', r"hollow\.jsonl is empty: no record has text in 'text'"),
-        ("picture.txt", b"\x89PNG\r\n\x1a\n", r"picture\.txt is not UTF-8 text \(byte 0x89 at offset 0\): convert it"),
-        ("latin.txt", "café".encode("latin-1"), r"latin\.txt is not UTF-8 text \(byte 0xe9 at offset 3\).*iconv"),
-        ("null.txt", b"ab\0c", r"null\.txt is not text \(it holds a NUL byte at character 2\): leave it out"),
+        (
+            "hollow.jsonl",
+            b'{"text": ""}\n',
+            r"hollow\.jsonl is empty: no record has text in 'text'",
+        ),
+        (
+            "picture.txt",
+            b"\x89PNG\r\n\x1a\n",
+            r"picture\.txt is not UTF-8 text \(byte 0x89 at offset 0\): convert it",
+        ),
+        (
+            "latin.txt",
+            "café".encode("latin-1"),
+            r"latin\.txt is not UTF-8 text \(byte 0xe9 at offset 3\).*iconv",
+        ),
+        (
+            "null.txt",
+            b"ab\0c",
+            r"null\.txt is not text \(it holds a NUL byte at character 2\): leave it out",
+        ),
         ("broken.txt.gz", b"\x1f\x8b\x08\x00nonsense", r"broken\.txt\.gz is not a whole gzip file"),
-        ("plain.txt.gz", b"not compressed", r"plain\.txt\.gz is not a whole gzip file .*: compress or download it again"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.jsonl, line 2 is not JSON .*one object a line"),
+        (
+            "plain.txt.gz",
+            b"not compressed",
+            r"plain\.txt\.gz is not a whole gzip file .*: compress or download it again",
+        ),
+        (
+            "bad.jsonl",
+            b'{"text": "a"}\n{"text": \n',
+            r"bad\.jsonl, line 2 is not JSON .*one object a line",
+        ),
         ("list.jsonl", b"[1]\n", r"list\.jsonl, line 1 is list, not an object with a field 'text'"),
-        ("field.jsonl", b'{"body": "a"}\n', r"field\.jsonl, line 1 has no field 'text' \(it has \['body'\]\): set text_field"),
-        ("number.jsonl", b'{"text": 3}\n', r"number\.jsonl, line 1: the field 'text' holds int, not a string"),
+        (
+            "field.jsonl",
+            b'{"body": "a"}\n',
+            r"field\.jsonl, line 1 has no field 'text' \(it has \['body'\]\): set text_field",
+        ),
+        (
+            "number.jsonl",
+            b'{"text": 3}\n',
+            r"number\.jsonl, line 1: the field 'text' holds int, not a string",
+        ),
         ("table.parquet", b"not parquet", r"table\.parquet is not a Parquet file"),
     ],
 )
@@ -88,19 +125,25 @@ def test_each_bad_file_is_named_with_its_remedy(tmp_path, name, data, message):
 
 def test_a_parquet_column_that_is_not_there(tmp_path):
     _write_parquet(tmp_path / "t.parquet", {"body": TEXTS})
-    with pytest.raises(ValueError, match=r"t\.parquet has no column 'text' \(it has \['body'\]\): set text_field"):
+    with pytest.raises(
+        ValueError, match=r"t\.parquet has no column 'text' \(it has \['body'\]\): set text_field"
+    ):
         list(text_files.read_file(tmp_path / "t.parquet", field="text"))
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"t\.parquet is Parquet, which needs pyarrow: pip install"):
+    with pytest.raises(
+        ValueError, match=r"t\.parquet is Parquet, which needs pyarrow: pip install"
+    ):
         list(text_files.read_file(tmp_path / "t.parquet", field="text"))
 
 
 def test_missing_files_folders_and_names(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing matches '.*absent.*\.txt'.*check the path"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing matches '.*absent.*\.txt'.*check the path"
+    ):
         text_files.find_files([str(tmp_path / "absent*.txt")])
     with pytest.raises(ValueError, match=r"is a folder: give its files, for example"):
         text_files.find_files([str(tmp_path)])
@@ -114,5 +157,8 @@ def test_missing_files_folders_and_names(tmp_path):
 
 def test_too_much_text_names_the_way_out(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 100)
-    with pytest.raises(ValueError, match=r"more than 100 characters, too much to hold in memory: register a SeqIO task"):
+    with pytest.raises(
+        ValueError,
+        match=r"more than 100 characters, too much to hold in memory: register a SeqIO task",
+    ):
         text_files.load_corpus("d", [str(tmp_path / "a.txt")], max_characters=100)

@@ -20,11 +20,25 @@ def trained(text_folder, tmp_path_factory):
 
 def test_special_ids_are_t5s(trained):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(trained[0]))
-    assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (0, 1, 2, -1)
+    assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (
+        0,
+        1,
+        2,
+        -1,
+    )
     assert processor.get_piece_size() == 512
 
 
-@pytest.mark.parametrize("text", ["def f(x):\n\tif x:\n        return  {'a': 12}\n\n", "  leading", "ünï ∀ 漢字 \u00a0", "a\r\nb", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x):\n\tif x:\n        return  {'a': 12}\n\n",
+        "  leading",
+        "ünï ∀ 漢字 \u00a0",
+        "a\r\nb",
+        "",
+    ],
+)
 def test_nothing_is_lost(trained, text):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(trained[0]))
     assert processor.decode(processor.encode(text)) == text
@@ -59,8 +73,13 @@ def test_bad_requests_name_the_remedy(trained, text_folder, tmp_path, capsys):
     assert train_vocab.main([*arguments[:1], "--vocab_size=100", f"--output={tmp_path / 'v'}"]) == 1
     assert "vocab_size is 100: 261 pieces are fixed" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("A few words only.")
-    assert train_vocab.main([f"--text_files={tmp_path / 'short.txt'}", f"--output={tmp_path / 'v'}"]) == 1
+    assert (
+        train_vocab.main([f"--text_files={tmp_path / 'short.txt'}", f"--output={tmp_path / 'v'}"])
+        == 1
+    )
     assert "cannot be trained on 17 characters of text" in capsys.readouterr().err
-    assert train_vocab.main([f"--text_files={tmp_path / 'none*'}", f"--output={tmp_path / 'v'}"]) == 1
+    assert (
+        train_vocab.main([f"--text_files={tmp_path / 'none*'}", f"--output={tmp_path / 'v'}"]) == 1
+    )
     assert "nothing matches" in capsys.readouterr().err
     assert not (tmp_path / "v").exists()

@@ -1,4 +1,6 @@
-"""A machine without TensorFlow and SeqIO trains from a cache; killed and started again it ends with the same losses."""
+"""A machine without TensorFlow and SeqIO trains from a cache; killed and started again it ends with
+the same losses.
+"""
 
 import json
 import os
@@ -37,7 +39,11 @@ def folder(tmp_path_factory, text_folder):
 
     folder = tmp_path_factory.mktemp("cache")
     domains = {"code": [str(text_folder / "code.txt")], "words": [str(text_folder / "words.txt")]}
-    flags = ["--gin_file=runs/pretrain.gin", "--gin.MIXTURE_OR_TASK_NAME='without_tensorflow'", f"--gin.TEXT_FILES={domains!r}"]
+    flags = [
+        "--gin_file=runs/pretrain.gin",
+        "--gin.MIXTURE_OR_TASK_NAME='without_tensorflow'",
+        f"--gin.TEXT_FILES={domains!r}",
+    ]
     assert cache_tasks.main([*flags, f"--output_cache_dir={folder}"]) == 0
     return folder
 
@@ -47,14 +53,27 @@ def start(model_dir, folder, seconds=0.0, devices=1):
         "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    command = [sys.executable, str(RUN), str(seconds), *SMALL, f"--gin.MODEL_DIR='{model_dir}'", f"--seqio_additional_cache_dirs={folder}"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        str(RUN),
+        str(seconds),
+        *SMALL,
+        f"--gin.MODEL_DIR='{model_dir}'",
+        f"--seqio_additional_cache_dirs={folder}",
+    ]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def losses(model_dir):
     """The loss of every step as last written; a line torn by the kill is left out."""
     path = model_dir / "train" / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    rows = (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
     return {row["step"]: row["loss"] for row in rows}
 
 
@@ -69,7 +88,9 @@ def test_training_imports_neither_and_a_killed_run_ends_with_the_same_losses(fol
 
     process = start(killed, folder, seconds=0.3)
     deadline = time.monotonic() + 300
-    saved = killed / f"checkpoint_{PERIOD}" / "commit_success.txt"  # written in the background, which may take longer than two steps
+    saved = (
+        killed / f"checkpoint_{PERIOD}" / "commit_success.txt"
+    )  # written in the background, which may take longer than two steps
     while max(losses(killed), default=0) < 5 or not saved.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -80,21 +101,43 @@ def test_training_imports_neither_and_a_killed_run_ends_with_the_same_losses(fol
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "imported: []" in output, output
     assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
-    starts = [entry["step"] for entry in json.loads((killed / "manifest.json").read_text())["starts"]]
+    starts = [
+        entry["step"] for entry in json.loads((killed / "manifest.json").read_text())["starts"]
+    ]
     assert len(starts) == 2 and starts[0] == 0 and starts[1] >= PERIOD and starts[1] % PERIOD == 0
 
 
 @pytest.mark.parametrize(
     ("cached", "message"),
     [
-        ("True", "Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there --output_cache_dir={folder}`"),
+        (
+            "True",
+            (
+                "Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there"
+                " --output_cache_dir={folder}`"
+            ),
+        ),
         ("False", "is read through SeqIO, which is not installed ("),
     ],
 )
 def test_what_is_missing_is_told(folder, tmp_path, cached, message):
-    flags = [flag.replace("without_tensorflow", "not_there").replace("TASKS=True", f"TASKS={cached}") for flag in SMALL]
-    command = [sys.executable, str(RUN), "0", *flags, f"--gin.MODEL_DIR='{tmp_path}/run'", f"--seqio_additional_cache_dirs={folder}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    flags = [
+        flag.replace("without_tensorflow", "not_there").replace("TASKS=True", f"TASKS={cached}")
+        for flag in SMALL
+    ]
+    command = [
+        sys.executable,
+        str(RUN),
+        "0",
+        *flags,
+        f"--gin.MODEL_DIR='{tmp_path}/run'",
+        f"--seqio_additional_cache_dirs={folder}",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 2 and message.format(folder=folder) in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,9 @@
-"""Stands in for `python -m upcycle_jax.train` in tests of sweeps: `fake_cell.py upcycle_jax.train --gin...`. Not a test module.
+"""Stands in for `python -m upcycle_jax.train` in tests of sweeps: `fake_cell.py upcycle_jax.train
+--gin...`. Not a test module.
 
-Writes what a run writes (manifest, metrics, checkpoints), a step every FAKE_SECONDS, resumes from its last step, ends on SIGTERM with the
-code for interrupted runs. A RANDOM_SEED of 13 fails. Every start and every step is appended to `history.txt` of its folder.
+Writes what a run writes (manifest, metrics, checkpoints), a step every FAKE_SECONDS, resumes from
+its last step, ends on SIGTERM with the code for interrupted runs. A RANDOM_SEED of 13 fails. Every
+start and every step is appended to `history.txt` of its folder.
 """
 
 import json
@@ -13,9 +15,17 @@ import time
 
 
 def main() -> int:
-    values = dict(word.removeprefix("--gin.").split("=", 1) for word in sys.argv[2:] if word.startswith("--gin."))
+    values = dict(
+        word.removeprefix("--gin.").split("=", 1)
+        for word in sys.argv[2:]
+        if word.startswith("--gin.")
+    )
     folder = pathlib.Path(values["MODEL_DIR"].strip("'"))
-    total, seed, factor = int(values["TRAIN_STEPS"]), int(values.get("RANDOM_SEED", 0)), float(values.get("FACTOR", 1.0))
+    total, seed, factor = (
+        int(values["TRAIN_STEPS"]),
+        int(values.get("RANDOM_SEED", 0)),
+        float(values.get("FACTOR", 1.0)),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if seed == 13:
         print("the loss of step 3 is nan", flush=True)
@@ -45,7 +55,9 @@ def main() -> int:
         position.write_text(str(step))
     (folder / f"checkpoint_{total}").mkdir(exist_ok=True)
     identity = {"start_step": start, "parameters": 10, "train_flops_per_step": 1e9}
-    (folder / "manifest.json").write_text(json.dumps({"status": "finished", "step": total, **identity}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"status": "finished", "step": total, **identity})
+    )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""A sweep of fake cells in its own process, to be killed: `python fake_sweep.py SWEEP_DIR NUM_PARALLEL SEED ...`. Not a test module."""
+"""A sweep of fake cells in its own process, to be killed: `python fake_sweep.py SWEEP_DIR
+NUM_PARALLEL SEED ...`. Not a test module.
+"""
 
 import pathlib
 import sys
@@ -12,14 +14,33 @@ CELL = pathlib.Path(__file__).with_name("fake_cell.py")
 def study(folder, seeds=(0, 1)) -> Sweep:
     """One dense stage, and 2 factors x seeds that start from it."""
     dense = Stage(name="dense", gin_files=["dense.gin"], steps=4)
-    varied = Stage(name="varied", gin_files=["sparse.gin"], steps=6, start_from="dense", axes=["FACTOR", "seed"])
-    return Sweep(name="study", sweep_dir=str(folder), stages=[dense, varied], axes={"FACTOR": [1.0, 2.5]}, seeds=list(seeds))
+    varied = Stage(
+        name="varied",
+        gin_files=["sparse.gin"],
+        steps=6,
+        start_from="dense",
+        axes=["FACTOR", "seed"],
+    )
+    return Sweep(
+        name="study",
+        sweep_dir=str(folder),
+        stages=[dense, varied],
+        axes={"FACTOR": [1.0, 2.5]},
+        seeds=list(seeds),
+    )
 
 
 def runner(sweep: Sweep, num_parallel: int = 2, **kwargs) -> sweeps_run.Runner:
     """A runner of fake cells."""
     program = (sys.executable, str(CELL))
-    return sweeps_run.Runner(sweep, sweep.cells(), num_parallel=num_parallel, program=program, progress_period=0.5, **kwargs)
+    return sweeps_run.Runner(
+        sweep,
+        sweep.cells(),
+        num_parallel=num_parallel,
+        program=program,
+        progress_period=0.5,
+        **kwargs,
+    )
 
 
 def main() -> int:

@@ -28,11 +28,14 @@ def test_one_hot_dispatch_computes_what_gather_and_scatter_compute(stack):
         assert dispatch.dispatch is not before
         one_hot = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
     assert dispatch.dispatch is before
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gathered, one_hot)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gathered, one_hot
+    )
 
 
 def test_the_dense_baseline_has_as_many_flops():
-    # C = 2: every token is worth two experts of ff 32, or one MLP of 64. XLA also counts activations, hence the tolerance.
+    # C = 2: every token is worth two experts of ff 32, or one MLP of 64. XLA also counts
+    # activations, hence the tolerance.
     x = jax.random.normal(jax.random.key(0), (1, 512, 64))
     dense = benchmarks.MlpBlock(128)
     params = dense.init(jax.random.key(0), x)
@@ -51,7 +54,9 @@ def test_layers_are_measured_and_shown():
         "tokens choose top-2, one-hot einsum",
         "dropless top-2, sorted",
     ]
-    assert measured[0].ratio == 1.0 and all(m.seconds > 0 and m.tokens_per_second > 0 for m in measured)
+    assert measured[0].ratio == 1.0 and all(
+        m.seconds > 0 and m.tokens_per_second > 0 for m in measured
+    )
     table = benchmarks.layer_table(measured)
     assert len(table.splitlines()) == 9 and "| dense MLP | 1.00x |" in table
 
@@ -64,11 +69,14 @@ def test_step_table_divides_the_time_ratio_by_the_flop_ratio():
 
 
 def test_each_program_is_compared_with_the_baseline_that_ran_beside_it():
-    # The baseline takes 1, 2 and 4 units, the other always twice as long: a drifting machine does not change the ratio.
+    # The baseline takes 1, 2 and 4 units, the other always twice as long: a drifting machine does
+    # not change the ratio.
     clock = iter([0, 1, 1, 3, 3, 5, 5, 9, 9, 13, 13, 21])
     program = benchmarks._Program(lambda: 0, 0.0, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks.time, "perf_counter", lambda: next(clock))
-        base, other = benchmarks.compare({"base": program, "other": program}, baseline="base", tokens=10, rounds=3)
+        base, other = benchmarks.compare(
+            {"base": program, "other": program}, baseline="base", tokens=10, rounds=3
+        )
     assert (base.seconds, base.ratio, base.tokens_per_second) == (2, 1.0, 5)
     assert (other.seconds, other.ratio) == (4, 2.0)

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from upcycle_jax.experiments.statistics import Interval, incomplete_beta, mean_interval, paired_difference, t_distribution, t_quantile
+from upcycle_jax.experiments.statistics import (
+    Interval,
+    incomplete_beta,
+    mean_interval,
+    paired_difference,
+    t_distribution,
+    t_quantile,
+)
 
 # Two-sided 95 % and 99 %, as printed in tables of Student's t.
 TABLE = [
@@ -32,7 +39,9 @@ def test_the_distribution_agrees_with_scipy():
     scipy_special = pytest.importorskip("scipy.special")
     for degrees in (1, 2, 3, 7, 50, 1000):
         for value in (-40.0, -2.0, -0.1, 0.0, 0.3, 1.7, 12.0):
-            assert t_distribution(value, degrees) == pytest.approx(scipy_stats.t.cdf(value, degrees), rel=1e-10, abs=1e-14)
+            assert t_distribution(value, degrees) == pytest.approx(
+                scipy_stats.t.cdf(value, degrees), rel=1e-10, abs=1e-14
+            )
     for a, b, x in [(0.5, 0.5, 0.3), (2.0, 3.0, 0.9), (40.0, 0.5, 0.99), (1.0, 1.0, 0.25)]:
         assert incomplete_beta(a, b, x) == pytest.approx(scipy_special.betainc(a, b, x), rel=1e-10)
 
@@ -46,20 +55,33 @@ def test_the_interval_of_two_values():
 
 def test_one_value_has_no_interval_and_proves_nothing():
     interval = mean_interval([5.0])
-    assert interval.half_width == math.inf and not interval.excludes_zero and interval.text(1) == "5.0 (one seed)"
+    assert (
+        interval.half_width == math.inf
+        and not interval.excludes_zero
+        and interval.text(1) == "5.0 (one seed)"
+    )
     assert mean_interval([]).text() == "-"
 
 
 def test_pairs_cancel_what_both_share():
-    """Seeds differ by 10, the difference does not: 0.5 and 0.7, mean 0.6, s / sqrt(2) = 0.1, half width 1.2706."""
+    """Seeds differ by 10, the difference does not: 0.5 and 0.7, mean 0.6, s / sqrt(2) = 0.1, half
+    width 1.2706.
+    """
     left, right = {0: 1.5, 1: 11.7, 2: 99.0}, {0: 1.0, 1: 11.0, 3: 0.0}
     interval = paired_difference(left, right)
-    assert (interval.count, interval.mean) == (2, pytest.approx(0.6)) and interval.half_width == pytest.approx(1.2706, abs=1e-4)
-    assert paired_difference({i: 1.0 + i for i in range(3)}, {i: float(i) for i in range(3)}).excludes_zero
+    assert (interval.count, interval.mean) == (
+        2,
+        pytest.approx(0.6),
+    ) and interval.half_width == pytest.approx(1.2706, abs=1e-4)
+    assert paired_difference(
+        {i: 1.0 + i for i in range(3)}, {i: float(i) for i in range(3)}
+    ).excludes_zero
 
 
 def test_coverage_is_what_it_says():
-    """Of 2000 intervals from 3 normal values, about 95 % hold the mean: 1900 +- 4 * sqrt(2000 * 0.95 * 0.05) = +-39."""
+    """Of 2000 intervals from 3 normal values, about 95 % hold the mean: 1900 +- 4 * sqrt(2000 *
+    0.95 * 0.05) = +-39.
+    """
     import numpy as np
 
     samples = np.random.default_rng(0).normal(7.0, 2.0, (2000, 3))
@@ -81,4 +103,7 @@ def test_bad_input(call, message):
 
 
 def test_signs():
-    assert Interval(0.25, 0.1, 3).text(2, signed=True) == "+0.25 ± 0.10" and Interval(-1.0, 0.5, 3).excludes_zero
+    assert (
+        Interval(0.25, 0.1, 3).text(2, signed=True) == "+0.25 ± 0.10"
+        and Interval(-1.0, 0.5, 3).excludes_zero
+    )

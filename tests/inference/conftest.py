@@ -27,19 +27,25 @@ CONFIG = T5Config(
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Makes models of one layer per stack, for compile time: dense without arguments, MoE layers (4 experts) with some."""
+    """Makes models of one layer per stack, for compile time: dense without arguments, MoE layers (4
+    experts) with some.
+    """
     placed = {"num_experts": 4, "encoder_sparse_layout": (0,), "decoder_sparse_layout": (0,)}
 
     def make(*, model=None, **moe):
         config = dataclasses.replace(CONFIG, **(model or {}))
-        return EncoderDecoderModel(dataclasses.replace(config, moe=MoeConfig(**(placed | moe))) if moe else config)
+        return EncoderDecoderModel(
+            dataclasses.replace(config, moe=MoeConfig(**(placed | moe))) if moe else config
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_params():
-    """Random parameters with router logits of std about 1; EOS (token 1) is made likelier by its logits kernel."""
+    """Random parameters with router logits of std about 1; EOS (token 1) is made likelier by its
+    logits kernel.
+    """
 
     def make(model, seed=0, *, eos=0.0):
         random = np.random.default_rng(seed)
@@ -65,11 +71,17 @@ def make_batch():
     def make(lengths, inputs=12, targets=8, *, seed=0):
         random = np.random.default_rng(seed)
         rows = len(lengths)
-        encoder = random.integers(2, VOCAB, (rows, inputs)) * (np.arange(inputs) < np.asarray(lengths)[:, None])
-        decoder = random.integers(2, VOCAB, (rows, targets)) * (np.arange(targets) < np.asarray(lengths)[:, None])
+        encoder = random.integers(2, VOCAB, (rows, inputs)) * (
+            np.arange(inputs) < np.asarray(lengths)[:, None]
+        )
+        decoder = random.integers(2, VOCAB, (rows, targets)) * (
+            np.arange(targets) < np.asarray(lengths)[:, None]
+        )
         return {
             "encoder_input_tokens": jnp.asarray(encoder, jnp.int32),
-            "decoder_input_tokens": jnp.asarray(np.pad(decoder, ((0, 0), (1, 0)))[:, :-1], jnp.int32),
+            "decoder_input_tokens": jnp.asarray(
+                np.pad(decoder, ((0, 0), (1, 0)))[:, :-1], jnp.int32
+            ),
             "decoder_target_tokens": jnp.asarray(decoder, jnp.int32),
             "decoder_loss_weights": jnp.asarray(decoder > 0, jnp.int32),
         }
@@ -80,4 +92,6 @@ def make_batch():
 @pytest.fixture(scope="session")
 def keys():
     """One random key per row."""
-    return lambda rows, seed=0: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+    return lambda rows, seed=0: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+        jnp.arange(rows)
+    )

@@ -1,4 +1,6 @@
-"""Tiny text-to-text tasks with metrics of predictions and of scores, and a mixture. Imported as MIXTURE_OR_TASK_MODULE."""
+"""Tiny text-to-text tasks with metrics of predictions and of scores, and a mixture. Imported as
+MIXTURE_OR_TASK_MODULE.
+"""
 
 import functools
 
@@ -6,7 +8,9 @@ import numpy as np
 import seqio
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=0)
-FEATURES = {name: seqio.Feature(vocabulary=VOCABULARY, add_eos=True) for name in ("inputs", "targets")}
+FEATURES = {
+    name: seqio.Feature(vocabulary=VOCABULARY, add_eos=True) for name in ("inputs", "targets")
+}
 NUM_EXAMPLES = 11
 
 
@@ -27,7 +31,9 @@ def _source(name):
 
 
 def exact_match(targets, predictions):
-    return {"exact_match": 100.0 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])}
+    return {
+        "exact_match": 100.0 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])
+    }
 
 
 def mean_length(targets, predictions):
@@ -45,7 +51,10 @@ def capitals(text, example=None, is_target=False):
     return text.upper()
 
 
-for _name, _metrics in (("small_parity", [exact_match, mean_length, mean_score]), ("small_parity_again", [exact_match])):
+for _name, _metrics in (
+    ("small_parity", [exact_match, mean_length, mean_score]),
+    ("small_parity_again", [exact_match]),
+):
     if _name not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             _name,
@@ -56,7 +65,9 @@ for _name, _metrics in (("small_parity", [exact_match, mean_length, mean_score])
             metric_fns=_metrics,
         )
 if "small_parities" not in seqio.MixtureRegistry.names():
-    seqio.MixtureRegistry.add("small_parities", [("small_parity", 1.0), ("small_parity_again", 1.0)])
+    seqio.MixtureRegistry.add(
+        "small_parities", [("small_parity", 1.0), ("small_parity_again", 1.0)]
+    )
 
 
 def label_number(text, example=None, is_target=False, label_classes=()):
@@ -67,12 +78,19 @@ def label_number(text, example=None, is_target=False, label_classes=()):
 
 def accuracy(targets, predictions):
     assert all(target >= 0 for target in targets)
-    return {"accuracy": 100.0 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])}
+    return {
+        "accuracy": 100.0 * np.mean([t == p for t, p in zip(targets, predictions, strict=True)])
+    }
 
 
 def own_options(dataset):
     """Each example's own answers: its parity, and the number's name in the task."""
-    return dataset.map(lambda example: {**example, "options": [example["targets_pretokenized"], example["inputs_pretokenized"]]})
+    return dataset.map(
+        lambda example: {
+            **example,
+            "options": [example["targets_pretokenized"], example["inputs_pretokenized"]],
+        }
+    )
 
 
 for _name, _steps, _post in (

@@ -15,32 +15,52 @@ EOS, LENGTH = 1, 4
 
 
 class Table:
-    """A model over `vocab` tokens whose logits depend on the whole sequence so far: each input has a random table by prefix.
+    """A model over `vocab` tokens whose logits depend on the whole sequence so far: each input has
+    a random table by prefix.
 
     Tokens from `vocab` to `width` exist and are practically impossible.
     """
 
-    def __init__(self, inputs: int, vocab: int, seed: int = 0, length: int = LENGTH, scale: float = 2.0, width: int = 0):
+    def __init__(
+        self,
+        inputs: int,
+        vocab: int,
+        seed: int = 0,
+        length: int = LENGTH,
+        scale: float = 2.0,
+        width: int = 0,
+    ):
         random = np.random.default_rng(seed)
         self.vocab, self.length, self.width = vocab, length, width or vocab
         self.prefixes = sum(vocab**n for n in range(length))
-        self.table = jnp.asarray(random.normal(size=(inputs, self.prefixes, vocab)) * scale, jnp.float32)
+        self.table = jnp.asarray(
+            random.normal(size=(inputs, self.prefixes, vocab)) * scale, jnp.float32
+        )
 
     def decode(self, algorithm, rows=slice(None), keys=None):
-        table = jnp.pad(self.table[rows], ((0, 0), (0, 0), (0, self.width - self.vocab)), constant_values=-1e4)
+        table = jnp.pad(
+            self.table[rows], ((0, 0), (0, 0), (0, self.width - self.vocab)), constant_values=-1e4
+        )
         inputs = table.shape[0]
 
-        # The number of a prefix: 0 is the empty one; its child by token t is number * vocab + 1 + t.
+        # The number of a prefix: 0 is the empty one; its child by token t is number * vocab + 1 +
+        # t.
         def next_logits(tokens, index, cache):
-            number = jnp.minimum(cache.growing["number"] * self.vocab + 1 + tokens, self.prefixes - 1)
+            number = jnp.minimum(
+                cache.growing["number"] * self.vocab + 1 + tokens, self.prefixes - 1
+            )
             return table[cache.fixed["input"], number], cache.replace(growing={"number": number})
 
         cache = DecodingCache(
-            growing={"number": jnp.zeros(inputs, jnp.int32)}, fixed={"input": jnp.arange(inputs)}, encoder_valid=jnp.ones((inputs, 1), bool)
+            growing={"number": jnp.zeros(inputs, jnp.int32)},
+            fixed={"input": jnp.arange(inputs)},
+            encoder_valid=jnp.ones((inputs, 1), bool),
         )
 
         def run(keys):
-            return algorithm.decode(next_logits, table[:, 0], cache, max_length=self.length, eos_id=EOS, keys=keys)
+            return algorithm.decode(
+                next_logits, table[:, 0], cache, max_length=self.length, eos_id=EOS, keys=keys
+            )
 
         return jax.tree.map(np.asarray, jax.jit(run)(keys))
 
@@ -85,22 +105,29 @@ def test_greedy_takes_the_most_probable_token():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 def test_wide_beams_find_the_best_of_all_sequences(alpha):
-    # At most 27 prefixes without EOS of 3 tokens each: 28 beams prune none of them. They need a vocabulary of 56.
+    # At most 27 prefixes without EOS of 3 tokens each: 28 beams prune none of them. They need a
+    # vocabulary of 56.
     model = Table(inputs=3, vocab=4, seed=1, width=56)
     got = model.decode(BeamSearch(num_decodes=28, alpha=alpha))
     for row in range(3):
         ranked = sorted(
             model.finished_sequences(),
-            key=lambda sequence: -model.log_probability(row, sequence) / float(brevity_penalty(alpha, len(sequence))),
+            key=lambda sequence: (
+                -model.log_probability(row, sequence) / float(brevity_penalty(alpha, len(sequence)))
+            ),
         )
         for place in range(5):
             assert tuple(got.tokens[row, place]) == filled(ranked[place])
-            want = model.log_probability(row, ranked[place]) / float(brevity_penalty(alpha, len(ranked[place])))
+            want = model.log_probability(row, ranked[place]) / float(
+                brevity_penalty(alpha, len(ranked[place]))
+            )
             np.testing.assert_allclose(got.scores[row, place], want, rtol=1e-4)
 
 
 def beam_by_hand(model, row, beams, alpha):
-    """Beam search over Python lists: live and finished sets as the class describes, without early ending."""
+    """Beam search over Python lists: live and finished sets as the class describes, without early
+    ending.
+    """
     live, finished = [((), 0.0)], []
     for _ in range(LENGTH):
         extended = []
@@ -108,14 +135,18 @@ def beam_by_hand(model, row, beams, alpha):
             for token in range(model.vocab):
                 extended.append(((*tokens, token), model.log_probability(row, (*tokens, token))))
         extended = sorted(extended, key=lambda item: -item[1])[: 2 * beams]
-        finished += [(t, s / float(brevity_penalty(alpha, len(t)))) for t, s in extended if t[-1] == EOS]
+        finished += [
+            (t, s / float(brevity_penalty(alpha, len(t)))) for t, s in extended if t[-1] == EOS
+        ]
         finished = sorted(finished, key=lambda item: -item[1])[:beams]
         live = [item for item in extended if item[0][-1] != EOS][:beams]
     unfinished = [(t, s / float(brevity_penalty(alpha, LENGTH))) for t, s in live]
     return (finished + sorted(unfinished, key=lambda item: -item[1]))[:beams]
 
 
-@pytest.mark.parametrize(("beams", "alpha", "seed"), [(1, 0.6, 0), (2, 0.6, 1), (3, 0.0, 2), (3, 1.5, 3)])
+@pytest.mark.parametrize(
+    ("beams", "alpha", "seed"), [(1, 0.6, 0), (2, 0.6, 1), (3, 0.0, 2), (3, 1.5, 3)]
+)
 def test_narrow_beams_equal_a_search_over_lists(beams, alpha, seed):
     model = Table(inputs=6, vocab=7, seed=seed)
     got = model.decode(BeamSearch(num_decodes=beams, alpha=alpha))
@@ -126,7 +157,9 @@ def test_narrow_beams_equal_a_search_over_lists(beams, alpha, seed):
 
 
 @pytest.mark.parametrize(
-    "algorithm", [Greedy(), Sampling(num_decodes=2, top_k=4), BeamSearch(num_decodes=3)], ids=lambda a: type(a).__name__
+    "algorithm",
+    [Greedy(), Sampling(num_decodes=2, top_k=4), BeamSearch(num_decodes=3)],
+    ids=lambda a: type(a).__name__,
 )
 def test_an_input_decodes_alone_as_it_does_in_a_batch(algorithm):
     model = Table(inputs=5, vocab=7, seed=4)
@@ -138,7 +171,8 @@ def test_an_input_decodes_alone_as_it_does_in_a_batch(algorithm):
 
 
 def test_samples_follow_the_distribution():
-    # One input, one position, 4000 draws: frequencies within 4 standard deviations of softmax(logits / temperature).
+    # One input, one position, 4000 draws: frequencies within 4 standard deviations of
+    # softmax(logits / temperature).
     model = Table(inputs=1, vocab=5, length=1, scale=1.0)
     draws = 4000
     got = model.decode(Sampling(temperature=0.7, num_decodes=draws), keys=draw_keys([0]))
@@ -152,7 +186,8 @@ def test_samples_follow_the_distribution():
 
 
 def test_cut_offs():
-    # Probabilities 0.5, 0.25, 0.15, 0.1: top-p 0.7 needs the first two (0.5 alone is short of it), 0.5 the first, 0.76 three.
+    # Probabilities 0.5, 0.25, 0.15, 0.1: top-p 0.7 needs the first two (0.5 alone is short of it),
+    # 0.5 the first, 0.76 three.
     logits = jnp.log(jnp.array([[0.15, 0.5, 0.1, 0.25]]))
 
     def kept(result):
@@ -169,13 +204,18 @@ def test_cut_offs():
 
 def test_top_k_of_one_is_greedy():
     model = Table(inputs=4, vocab=6, seed=5)
-    sampled, greedy = model.decode(Sampling(top_k=1), keys=draw_keys(range(4))), model.decode(Greedy())
+    sampled, greedy = (
+        model.decode(Sampling(top_k=1), keys=draw_keys(range(4))),
+        model.decode(Greedy()),
+    )
     np.testing.assert_array_equal(sampled.tokens, greedy.tokens)
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 def test_cold_draws_are_greedy_and_keep_to_the_cut(cut):
-    """Logits of -100 at temperature 1e-9 are -1e11, below the logit of tokens that may not be drawn."""
+    """Logits of -100 at temperature 1e-9 are -1e11, below the logit of tokens that may not be
+    drawn.
+    """
     model = Table(inputs=16, vocab=6, seed=5)
     model.table = model.table - 100.0
     sampled = model.decode(Sampling(temperature=1e-9, **cut), keys=draw_keys(range(16)))
@@ -195,10 +235,16 @@ def test_brevity_penalty_by_hand():
         (lambda: Sampling(top_k=-1), "top_k must be 0"),
         (lambda: Sampling(top_p=0.0), "top_p must be above 0"),
         (lambda: Sampling(num_decodes=0), "num_decodes must be at least 1"),
-        (lambda: Sampling(temperature=0.0, num_decodes=2), "temperature 0 gives num_decodes=2 equal sequences"),
+        (
+            lambda: Sampling(temperature=0.0, num_decodes=2),
+            "temperature 0 gives num_decodes=2 equal sequences",
+        ),
         (lambda: BeamSearch(num_decodes=0), "num_decodes must be at least 1"),
         (lambda: BeamSearch(alpha=-0.1), "alpha must be 0"),
-        (lambda: Table(1, 5).decode(BeamSearch(num_decodes=3)), "num_decodes=3 needs a vocabulary of at least 6 tokens, got 5"),
+        (
+            lambda: Table(1, 5).decode(BeamSearch(num_decodes=3)),
+            "num_decodes=3 needs a vocabulary of at least 6 tokens, got 5",
+        ),
         (lambda: Table(1, 5).decode(Sampling()), "needs a random key per input"),
     ],
 )
@@ -208,26 +254,39 @@ def test_bad_settings_are_refused(make, message):
 
 
 @pytest.mark.parametrize(
-    "decoder", [Greedy(), pytest.param(BeamSearch(num_decodes=3), marks=pytest.mark.slow)], ids=lambda d: type(d).__name__
+    "decoder",
+    [Greedy(), pytest.param(BeamSearch(num_decodes=3), marks=pytest.mark.slow)],
+    ids=lambda d: type(d).__name__,
 )
 def test_a_model_decodes_with_each_algorithm(decoder, make_model, make_params, make_batch, keys):
     """Batched against alone, through a model with experts and its caches."""
     model = make_model(eval_expert_capacity_factor=0.5, min_expert_capacity=1)
     params, batch = make_params(model, eos=1.0), make_batch([5, 8, 3])
     one = {name: value[1:2] for name, value in batch.items()}
-    run = jax.jit(lambda params, batch, keys: model.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys))
+    run = jax.jit(
+        lambda params, batch, keys: model.predict_batch_with_aux(
+            params, batch, decoder=decoder, keys=keys
+        )
+    )
     together = run(params, batch, keys(3))
     alone = run(params, one, keys(3)[1:2])
     assert together.tokens.shape == (3, getattr(decoder, "num_decodes", 1), 8)
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
     np.testing.assert_allclose(alone.scores[0], together.scores[1], atol=1e-4)
     if isinstance(decoder, Greedy):
-        # Scoring what was decoded gives the same log-probability. Token 0, which a trained model does not produce, would be padding.
+        # Scoring what was decoded gives the same log-probability. Token 0, which a trained model
+        # does not produce, would be padding.
         tokens = np.asarray(together.tokens[:, 0])
         length = np.array([list(row).index(EOS) + 1 if EOS in row else 8 for row in tokens])
         written = np.arange(8) < length[:, None]
         whole = ~np.any((tokens == 0) & written, axis=1)
         assert whole.any()
         inputs = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
-        scored = batch | {"decoder_target_tokens": tokens, "decoder_input_tokens": inputs, "decoder_loss_weights": written}
-        np.testing.assert_allclose(model.score_batch(params, scored)[whole], together.scores[whole, 0], atol=1e-4)
+        scored = batch | {
+            "decoder_target_tokens": tokens,
+            "decoder_input_tokens": inputs,
+            "decoder_loss_weights": written,
+        }
+        np.testing.assert_allclose(
+            model.score_batch(params, scored)[whole], together.scores[whole, 0], atol=1e-4
+        )

@@ -1,4 +1,6 @@
-"""What is predicted for a sequence depends on that sequence alone; cached decoding computes what the full forward pass does."""
+"""What is predicted for a sequence depends on that sequence alone; cached decoding computes what
+the full forward pass does.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,24 @@ from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 
 LENGTHS = (5, 8, 3, 1, 8, 2, 7)
-# A capacity factor far below 1: grouped routing drops many tokens. That independent routing does not is seen here, too.
+# A capacity factor far below 1: grouped routing drops many tokens. That independent routing does
+# not is seen here, too.
 TIGHT = {"eval_expert_capacity_factor": 0.5, "min_expert_capacity": 1}
 MODELS = {
     "dense": {},
     "paper": {"num_experts": 4, "eval_expert_capacity_factor": 2.0},
     "tight": TIGHT,
     "many experts": {"num_experts": 16, **TIGHT},
-    "renormalised": {"encoder_router": ExpertsChoose(renormalize=True), "decoder_router": TokensChoose(renormalize=True), **TIGHT},
-    "top-1 everywhere": {"encoder_router": TokensChoose(1), "decoder_router": TokensChoose(1), **TIGHT},
+    "renormalised": {
+        "encoder_router": ExpertsChoose(renormalize=True),
+        "decoder_router": TokensChoose(renormalize=True),
+        **TIGHT,
+    },
+    "top-1 everywhere": {
+        "encoder_router": TokensChoose(1),
+        "decoder_router": TokensChoose(1),
+        **TIGHT,
+    },
 }
 
 
@@ -29,7 +40,10 @@ def rows(batch, index):
 
 def padded(batch, inputs, targets):
     width = {"encoder": inputs, "decoder": targets}
-    return {name: jnp.pad(value, ((0, 0), (0, width[name.split("_")[0]] - value.shape[1]))) for name, value in batch.items()}
+    return {
+        name: jnp.pad(value, ((0, 0), (0, width[name.split("_")[0]] - value.shape[1])))
+        for name, value in batch.items()
+    }
 
 
 def inference_logits(model):
@@ -43,10 +57,14 @@ def step_by_step(model, params, batch):
 
     @jax.jit
     def run(params, batch):
-        logits, cache = model.start_decoding(params, batch["encoder_input_tokens"], max_length=length)
+        logits, cache = model.start_decoding(
+            params, batch["encoder_input_tokens"], max_length=length
+        )
 
         def step(cache: DecodingCache, at):
-            logits, cache = model.decode_step(params, batch["decoder_input_tokens"][:, at], at, cache)
+            logits, cache = model.decode_step(
+                params, batch["decoder_input_tokens"][:, at], at, cache
+            )
             return cache, logits
 
         _, rest = jax.lax.scan(step, cache, jnp.arange(1, length))
@@ -87,11 +105,15 @@ def test_cached_decoding_equals_the_full_forward_pass(name, make_model, make_par
     batch = make_batch(LENGTHS)
     # The full pass takes every target position for real; the inputs keep their padding.
     batch["decoder_target_tokens"] = jnp.maximum(batch["decoder_target_tokens"], 1)
-    np.testing.assert_allclose(step_by_step(model, params, batch), inference_logits(model)(params, batch), atol=1e-5)
+    np.testing.assert_allclose(
+        step_by_step(model, params, batch), inference_logits(model)(params, batch), atol=1e-5
+    )
 
 
 def test_several_layers_and_bfloat16_decode_too(make_model, make_params, make_batch):
-    model = make_model(model={"dtype": "bfloat16", "num_encoder_layers": 2, "num_decoder_layers": 3}, **TIGHT)
+    model = make_model(
+        model={"dtype": "bfloat16", "num_encoder_layers": 2, "num_decoder_layers": 3}, **TIGHT
+    )
     batch = make_batch([8, 8])
     params = make_params(model)
     got, want = step_by_step(model, params, batch), inference_logits(model)(params, batch)
@@ -102,7 +124,9 @@ def test_several_layers_and_bfloat16_decode_too(make_model, make_params, make_ba
 def test_no_future_token_leaks(make_model, make_params, make_batch):
     model = make_model(**MODELS["many experts"])
     params, batch = make_params(model), make_batch([8, 8, 8])
-    changed = dict(batch, decoder_input_tokens=batch["decoder_input_tokens"].at[:, 5:].add(1).clip(0, 47))
+    changed = dict(
+        batch, decoder_input_tokens=batch["decoder_input_tokens"].at[:, 5:].add(1).clip(0, 47)
+    )
     logits = inference_logits(model)
     before, after = logits(params, batch), logits(params, changed)
     np.testing.assert_allclose(after[:, :5], before[:, :5], atol=1e-6)
@@ -120,24 +144,33 @@ def test_grouped_routing_does_depend_on_the_batch(make_model, make_params, make_
 
 
 def test_experts_choose_has_the_capacity_of_the_sequence(make_model, make_params, make_batch):
-    # 12 real tokens, E = 4: capacity factor 2 gives round(2 * 12 / 4) = 6 slots, whatever the padding. One group of the batch's 12
-    # tokens has the same capacity, so evaluation in groups agrees for a batch of one.
-    model = make_model(min_expert_capacity=1, num_decoder_sparse_layers=0, decoder_sparse_layout="MIXED")
+    # 12 real tokens, E = 4: capacity factor 2 gives round(2 * 12 / 4) = 6 slots, whatever the
+    # padding. One group of the batch's 12 tokens has the same capacity, so evaluation in groups
+    # agrees for a batch of one.
+    model = make_model(
+        min_expert_capacity=1, num_decoder_sparse_layers=0, decoder_sparse_layout="MIXED"
+    )
     params, batch = make_params(model), make_batch([12], targets=12)
     want = jax.jit(model.logits)(params, batch)
     np.testing.assert_allclose(inference_logits(model)(params, batch), want, atol=1e-5)
-    np.testing.assert_allclose(inference_logits(model)(params, padded(batch, 32, 12)), want, atol=1e-5)
+    np.testing.assert_allclose(
+        inference_logits(model)(params, padded(batch, 32, 12)), want, atol=1e-5
+    )
 
 
 def test_a_crowded_expert_drops_nothing(make_model, make_params, make_batch):
-    # All router logits equal: ties go to expert 0, which 56 tokens then crowd; 4 times the even share are 14 slots.
+    # All router logits equal: ties go to expert 0, which 56 tokens then crowd; 4 times the even
+    # share are 14 slots.
     model = make_model(num_experts=16, decoder_router=TokensChoose(num_selected_experts=1), **TIGHT)
     params = make_params(model)
     for layer in params["decoder"].values():
         if "router" in layer.get("mlp", {}):
             layer["mlp"]["router"] = jax.tree.map(jnp.zeros_like, layer["mlp"]["router"])
     batch = make_batch([8] * 7)
-    together, one = inference_logits(model)(params, batch), inference_logits(model)(params, rows(batch, slice(2, 3)))
+    together, one = (
+        inference_logits(model)(params, batch),
+        inference_logits(model)(params, rows(batch, slice(2, 3))),
+    )
     np.testing.assert_allclose(one[0], together[2], atol=1e-5)
 
 
@@ -152,5 +185,7 @@ def test_eight_devices_compute_what_one_does(make_model, make_params, make_batch
 
 
 def test_an_unknown_routing_is_refused(make_model):
-    with pytest.raises(ValueError, match="inference_routing must be 'independent' or 'grouped', got 'alone'"):
+    with pytest.raises(
+        ValueError, match="inference_routing must be 'independent' or 'grouped', got 'alone'"
+    ):
         make_model(inference_routing="alone")

@@ -20,7 +20,9 @@ def test_rms_norm_by_hand():
 
 
 def test_rms_norm_of_zero_is_zero():
-    np.testing.assert_array_equal(RMSNorm().apply({"params": {"scale": jnp.ones(3)}}, jnp.zeros((2, 3))), np.zeros((2, 3)))
+    np.testing.assert_array_equal(
+        RMSNorm().apply({"params": {"scale": jnp.ones(3)}}, jnp.zeros((2, 3))), np.zeros((2, 3))
+    )
 
 
 def test_rms_norm_is_computed_in_float32():
@@ -39,7 +41,11 @@ def test_gated_mlp_by_hand():
     rng = np.random.default_rng(0)
     wi_0, wi_1, wo = rng.normal(size=(3, 5)), rng.normal(size=(3, 5)), rng.normal(size=(5, 3))
     x = rng.normal(size=(2, 4, 3))
-    params = {"wi_0": {"kernel": jnp.asarray(wi_0)}, "wi_1": {"kernel": jnp.asarray(wi_1)}, "wo": {"kernel": jnp.asarray(wo)}}
+    params = {
+        "wi_0": {"kernel": jnp.asarray(wi_0)},
+        "wi_1": {"kernel": jnp.asarray(wi_1)},
+        "wo": {"kernel": jnp.asarray(wo)},
+    }
     y = MlpBlock(hidden=5).apply({"params": params}, jnp.asarray(x))
     want = (tanh_gelu(x @ wi_0) * (x @ wi_1)) @ wo
     np.testing.assert_allclose(y, want, atol=1e-5)
@@ -49,7 +55,9 @@ def test_gated_mlp_by_hand():
 
 
 def test_t5_1_0_mlp_has_one_input_kernel():
-    variables = MlpBlock(hidden=5, activations=("relu",)).init(jax.random.key(0), jnp.ones((1, 2, 3)))
+    variables = MlpBlock(hidden=5, activations=("relu",)).init(
+        jax.random.key(0), jnp.ones((1, 2, 3))
+    )
     assert set(variables["params"]) == {"wi", "wo"}
 
 
@@ -71,7 +79,9 @@ def test_embedding_looks_up_and_refuses_what_is_outside():
 
 def test_embedding_as_output():
     table = jnp.arange(6.0).reshape(3, 2)
-    logits = Embed(vocab_size=3, features=2).apply({"params": {"embedding": table}}, jnp.array([[1.0, -1.0]]), method="attend")
+    logits = Embed(vocab_size=3, features=2).apply(
+        {"params": {"embedding": table}}, jnp.array([[1.0, -1.0]]), method="attend"
+    )
     np.testing.assert_array_equal(logits, [[-1.0, -1.0, -1.0]])
 
 

@@ -26,7 +26,9 @@ TINY = T5Config(
 
 @pytest.fixture
 def tiny():
-    """Makes tiny configs: `tiny()` is dense, `tiny(num_experts=4, ...)` has MoE layers with those settings."""
+    """Makes tiny configs: `tiny()` is dense, `tiny(num_experts=4, ...)` has MoE layers with those
+    settings.
+    """
 
     def make(*, model=None, **moe):
         config = dataclasses.replace(TINY, **(model or {}))
@@ -37,7 +39,9 @@ def tiny():
 
 @pytest.fixture
 def ample():
-    """MoE settings under which nothing is dropped and weights sum to 1: 4 experts, each with room for every token."""
+    """MoE settings under which nothing is dropped and weights sum to 1: 4 experts, each with room
+    for every token.
+    """
     return {
         "num_experts": 4,
         "encoder_router": ExpertsChoose(renormalize=True),
@@ -49,18 +53,25 @@ def ample():
 
 @pytest.fixture
 def single(tiny):
-    """As `tiny`, with one layer per stack (an MoE layer where there are MoE settings): half the compile time."""
+    """As `tiny`, with one layer per stack (an MoE layer where there are MoE settings): half the
+    compile time.
+    """
 
     def make(*, model=None, **moe):
         shallow = {"num_encoder_layers": 1, "num_decoder_layers": 1} | (model or {})
-        return tiny(model=shallow, **({"encoder_sparse_layout": (0,), "decoder_sparse_layout": (0,)} | moe if moe else {}))
+        return tiny(
+            model=shallow,
+            **({"encoder_sparse_layout": (0,), "decoder_sparse_layout": (0,)} | moe if moe else {}),
+        )
 
     return make
 
 
 @pytest.fixture
 def make_params():
-    """Random parameters drawn with NumPy, which needs no compilation: kernels keep their input's scale, router logits have std about 1."""
+    """Random parameters drawn with NumPy, which needs no compilation: kernels keep their input's
+    scale, router logits have std about 1.
+    """
 
     def make(model, seed=0):
         rng = np.random.default_rng(seed)
@@ -79,7 +90,9 @@ def make_params():
 
 @pytest.fixture
 def make_batch():
-    """Makes batches of random tokens; with `lengths`, row i has lengths[i] real tokens on both sides and padding after them."""
+    """Makes batches of random tokens; with `lengths`, row i has lengths[i] real tokens on both
+    sides and padding after them.
+    """
 
     def make(batch_size=4, inputs=12, targets=8, *, lengths=None, seed=0, vocab_size=64):
         rng = np.random.default_rng(seed)
@@ -101,7 +114,9 @@ def make_batch():
 
 @pytest.fixture
 def copy_into_experts():
-    """Dense parameters with each MLP of the MoE model's sparse layers copied into all of its experts, and the routers of `moe_params`."""
+    """Dense parameters with each MLP of the MoE model's sparse layers copied into all of its
+    experts, and the routers of `moe_params`.
+    """
 
     def copy(dense_params, moe_params):
         dense, out = trees.flatten(dense_params), {}

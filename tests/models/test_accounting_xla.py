@@ -1,4 +1,6 @@
-"""The accounting of a train step against what jax traces and what XLA compiles, for the shipped tiny and small models."""
+"""The accounting of a train step against what jax traces and what XLA compiles, for the shipped
+tiny and small models.
+"""
 
 import dataclasses
 import math
@@ -23,21 +25,38 @@ from upcycle_jax.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def all_experts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA's cost analysis counts the body of a loop once; experts of a small model on one CPU device are looped over."""
+    """XLA's cost analysis counts the body of a loop once; experts of a small model on one CPU
+    device are looped over.
+    """
     monkeypatch.setattr(slots, "LARGE", math.inf)
 
 
 def workload(
-    name: str, *, num_microbatches: int | None = None, remat: str = "none", scan: bool = False, bindings: Sequence[str] = ()
+    name: str,
+    *,
+    num_microbatches: int | None = None,
+    remat: str = "none",
+    scan: bool = False,
+    bindings: Sequence[str] = (),
 ) -> Workload:
-    """16 rows of 64 and 32 tokens on eight devices, experts over four of them; float32, which is what CPU collectives carry."""
+    """16 rows of 64 and 32 tokens on eight devices, experts over four of them; float32, which is
+    what CPU collectives carry.
+    """
     sparse = name.endswith("_upcycled")
-    bindings = [*bindings, "DROPOUT_RATE=0.0", "ACTIVATION_DTYPE='float32'", f"REMAT_POLICY={remat!r}", f"SCAN_LAYERS={scan}"] + (
-        ["GROUP_SIZE=64", "NUM_EXPERTS=8"] if sparse else []
-    )
+    bindings = [
+        *bindings,
+        "DROPOUT_RATE=0.0",
+        "ACTIVATION_DTYPE='float32'",
+        f"REMAT_POLICY={remat!r}",
+        f"SCAN_LAYERS={scan}",
+    ] + (["GROUP_SIZE=64", "NUM_EXPERTS=8"] if sparse else [])
     return Workload(
         model=config.load([f"models/t5_1_1_{name}.gin"], bindings).macro("MODEL"),
-        trainer=Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler(), num_microbatches=num_microbatches),
+        trainer=Trainer(
+            optimizer=Adafactor(),
+            learning_rate_fn=create_learning_rate_scheduler(),
+            num_microbatches=num_microbatches,
+        ),
         partitioner=Partitioner(num_expert_partitions=4 if sparse else 1),
         batch_size=16,
         task_feature_lengths={"inputs": 64, "targets": 32},
@@ -45,7 +64,9 @@ def workload(
 
 
 def dot_flops(jaxpr: Any) -> float:
-    """FLOPs of all matrix products in a traced program: 2 * elements of the result * contracted elements; loops counted as they run."""
+    """FLOPs of all matrix products in a traced program: 2 * elements of the result * contracted
+    elements; loops counted as they run.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -64,26 +85,46 @@ def dot_flops(jaxpr: Any) -> float:
 @pytest.mark.parametrize("name", ["tiny", "tiny_upcycled", "small", "small_upcycled"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_microbatches": 2}, {"remat": "minimal"}, {"remat": "full"}, {"remat": "full", "scan": True}],
+    [
+        {},
+        {"num_microbatches": 2},
+        {"remat": "minimal"},
+        {"remat": "full"},
+        {"remat": "full", "scan": True},
+    ],
     ids=["plain", "microbatches", "minimal", "full", "scanned_full"],
 )
 def test_flops_are_those_of_the_traced_matrix_products(name, settings):
-    """All of them, one by one: with what `remat_policy` computes again, and loops over layers counted as often as they run."""
+    """All of them, one by one: with what `remat_policy` computes again, and loops over layers
+    counted as often as they run.
+    """
     if name.startswith("small") and settings.get("remat") != "full":
         pytest.skip("the larger size is traced with everything on")
     work = workload(name, **settings)
     specs = state_specs(work.model, work.trainer.optimizer)
-    state = from_state_dict({path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in specs.items()})
+    state = from_state_dict(
+        {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in specs.items()}
+    )
     batch = work.model.input_specs(work.batch_size, work.task_feature_lengths)
     traced = jax.make_jaxpr(make_train_step(work.model, work.trainer, seed=0))(state, batch)
-    assert ahead_of_time.all_flops(work).hardware == pytest.approx(dot_flops(traced.jaxpr), rel=1e-3)
+    assert ahead_of_time.all_flops(work).hardware == pytest.approx(
+        dot_flops(traced.jaxpr), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "tiny_upcycled", pytest.param("small", marks=pytest.mark.slow), pytest.param("small_upcycled", marks=pytest.mark.slow)]
+    "name",
+    [
+        "tiny",
+        "tiny_upcycled",
+        pytest.param("small", marks=pytest.mark.slow),
+        pytest.param("small_upcycled", marks=pytest.mark.slow),
+    ],
 )
 def test_flops_and_bytes_against_the_compiled_step(name):
-    """XLA counts elementwise operations and what each device repeats, and so does `StepFlops.device`."""
+    """XLA counts elementwise operations and what each device repeats, and so does
+    `StepFlops.device`.
+    """
     work = workload(name)
     compiled, state = ahead_of_time.compile_train_step(work), ahead_of_time.state_bytes(work)
     assert ahead_of_time.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
@@ -93,34 +134,58 @@ def test_flops_and_bytes_against_the_compiled_step(name):
     assert compiled.temporary_bytes > 0.9 * state.parameters
     assert compiled.traffic is not None
     exchanged = sum(item.nbytes for item in compiled.traffic if item.kind == "all-to-all")
-    assert ahead_of_time.exchange_bytes(work) == exchanged and (exchanged > 0) == name.endswith("_upcycled")
+    assert ahead_of_time.exchange_bytes(work) == exchanged and (exchanged > 0) == name.endswith(
+        "_upcycled"
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropless", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_exchange_against_the_compiled_step(dropless, remat):
-    """What dropless routers send is counted for an even load, which is two rounds here; the compiled program shows one."""
-    routers = [f"MoeConfig.{stack}_router=@DroplessTopK()" for stack in ("encoder", "decoder")] if dropless else []
+    """What dropless routers send is counted for an even load, which is two rounds here; the
+    compiled program shows one.
+    """
+    routers = (
+        [f"MoeConfig.{stack}_router=@DroplessTopK()" for stack in ("encoder", "decoder")]
+        if dropless
+        else []
+    )
     work = workload("tiny_upcycled", remat=remat, bindings=routers)
-    sent = [item for item in ahead_of_time.compile_train_step(work).traffic or () if item.kind == "all-to-all"]
+    sent = [
+        item
+        for item in ahead_of_time.compile_train_step(work).traffic or ()
+        if item.kind == "all-to-all"
+    ]
     assert [item.open_ended for item in sent] == [dropless]
     assert ahead_of_time.exchange_bytes(work) == sent[0].nbytes * (2 if dropless else 1)
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "tiny_upcycled", pytest.param("small", marks=pytest.mark.slow), pytest.param("small_upcycled", marks=pytest.mark.slow)]
+    "name",
+    [
+        "tiny",
+        "tiny_upcycled",
+        pytest.param("small", marks=pytest.mark.slow),
+        pytest.param("small_upcycled", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_and_flops_on_one_device(name):
-    """State, gradients and activations against `memory_analysis`, where nothing is split and XLA's partitioner adds no copies."""
+    """State, gradients and activations against `memory_analysis`, where nothing is split and XLA's
+    partitioner adds no copies.
+    """
     work = dataclasses.replace(workload(name), partitioner=Partitioner(devices=(jax.devices()[0],)))
     compiled = ahead_of_time.compile_train_step(work)
     assert ahead_of_time.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
-    assert ahead_of_time.memory(work).needed == pytest.approx(compiled.argument_bytes + compiled.temporary_bytes, rel=0.1)
+    assert ahead_of_time.memory(work).needed == pytest.approx(
+        compiled.argument_bytes + compiled.temporary_bytes, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_upcycled"])
 def test_what_a_plan_counts_is_the_part_that_matrix_products_leave(name):
-    """Two answers for two compilers: all that autodiff keeps (CPU), and what is left without elementwise results (TPU)."""
+    """Two answers for two compilers: all that autodiff keeps (CPU), and what is left without
+    elementwise results (TPU).
+    """
     work = dataclasses.replace(workload(name), partitioner=Partitioner(devices=(jax.devices()[0],)))
     everything = ahead_of_time.memory(work).activations
     assert everything / 3 < planner_memory.activation_bytes(work) < everything
@@ -128,10 +193,19 @@ def test_what_a_plan_counts_is_the_part_that_matrix_products_leave(name):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_upcycled", "small", "small_upcycled"])
 def test_a_forward_pass_against_the_compiled_one(name):
-    """Without a backward pass and an optimizer, matrix products alone are within a tenth of what XLA counts."""
+    """Without a backward pass and an optimizer, matrix products alone are within a tenth of what
+    XLA counts.
+    """
     work = workload(name)
-    params = trees.unflatten({path: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for path, spec in work.model.param_specs().items()})
+    params = trees.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+            for path, spec in work.model.param_specs().items()
+        }
+    )
     batch = work.model.input_specs(work.batch_size, work.task_feature_lengths)
     counted = jax.jit(work.model.logits).lower(params, batch).compile().cost_analysis()["flops"]
     lengths = {"batch_size": 16, "inputs_length": 64, "targets_length": 32}
-    assert accounting.forward_flops(work.model.config, **lengths, train=False).total == pytest.approx(counted, rel=0.1)
+    assert accounting.forward_flops(
+        work.model.config, **lengths, train=False
+    ).total == pytest.approx(counted, rel=0.1)

@@ -13,7 +13,9 @@ from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.moe.layer import MoeLayer
 
 
-def test_upcycled_logits_equal_dense_logits(tiny, ample, make_batch, make_params, copy_into_experts):
+def test_upcycled_logits_equal_dense_logits(
+    tiny, ample, make_batch, make_params, copy_into_experts
+):
     dense, sparse = EncoderDecoderModel(tiny()), EncoderDecoderModel(tiny(**ample))
     dense_params = make_params(dense)
     params = copy_into_experts(dense_params, make_params(sparse, seed=1))
@@ -25,20 +27,26 @@ def test_upcycled_logits_equal_dense_logits(tiny, ample, make_batch, make_params
 
     # The negative case: one matrix of one expert of one decoder layer, changed.
     flat = trees.flatten(params)
-    flat["decoder/layers_1/mlp/expert/wo/kernel"] = flat["decoder/layers_1/mlp/expert/wo/kernel"].at[2].multiply(1.5)
+    flat["decoder/layers_1/mlp/expert/wo/kernel"] = (
+        flat["decoder/layers_1/mlp/expert/wo/kernel"].at[2].multiply(1.5)
+    )
     changed = np.asarray(logits(trees.unflatten(flat), batch))[real]
     assert np.abs(changed - want).max() > 1e-2
 
 
 def test_layer_outputs_name_the_layers_in_order(tiny, make_batch, make_params, copy_into_experts):
-    # Room for every token, but no renormalisation: under experts choose all experts take every token, and softmax weights sum to 1; under
-    # top-2 they do not. The first sparse layer of the decoder is the first to differ from the dense model.
+    # Room for every token, but no renormalisation: under experts choose all experts take every
+    # token, and softmax weights sum to 1; under top-2 they do not. The first sparse layer of the
+    # decoder is the first to differ from the dense model.
     dense = EncoderDecoderModel(tiny())
     sparse = EncoderDecoderModel(tiny(num_experts=4, eval_expert_capacity_factor=4.0))
     dense_params = make_params(dense)
     params = copy_into_experts(dense_params, make_params(sparse, seed=1))
     batch = make_batch()
-    want, got = jax.jit(dense.layer_outputs)(dense_params, batch), jax.jit(sparse.layer_outputs)(params, batch)
+    want, got = (
+        jax.jit(dense.layer_outputs)(dense_params, batch),
+        jax.jit(sparse.layer_outputs)(params, batch),
+    )
     names = [f"{stack}/layers_{i}" for stack in ("encoder", "decoder") for i in range(2)]
     assert set(want) == set(got) == set(names)
     difference = {name: np.abs(got[name] - want[name]).max() for name in names}
@@ -50,17 +58,25 @@ def test_layer_outputs_name_the_layers_in_order(tiny, make_batch, make_params, c
 @pytest.mark.parametrize("capacity_factor", [0.5, 4.0])
 def test_without_renormalisation_a_layer_scales_by_the_summed_weights(stack, capacity_factor, key):
     config = MoeConfig(
-        num_experts=4, train_expert_capacity_factor=1.0, eval_expert_capacity_factor=capacity_factor, min_expert_capacity=1, group_size=16
+        num_experts=4,
+        train_expert_capacity_factor=1.0,
+        eval_expert_capacity_factor=capacity_factor,
+        min_expert_capacity=1,
+        group_size=16,
     )
     layer = MoeLayer(config=config, stack=stack, hidden=32)
     x = jax.random.normal(key, (4, 8, 16))
     params = nn.meta.unbox(jax.jit(layer.init)(key, x))["params"]
     params["router"]["router_weights"]["w"]["kernel"] *= 50
-    dense = {name: {"kernel": params["expert"][name]["kernel"][0]} for name in ("wi_0", "wi_1", "wo")}
+    dense = {
+        name: {"kernel": params["expert"][name]["kernel"][0]} for name in ("wi_0", "wi_1", "wo")
+    }
     params["expert"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4, *leaf.shape)), dense)
 
     # The summed weights, from the words: two groups of two rows, 16 tokens each.
-    p = jax.nn.softmax(x.reshape(2, 16, 16) @ params["router"]["router_weights"]["w"]["kernel"], axis=-1)
+    p = jax.nn.softmax(
+        x.reshape(2, 16, 16) @ params["router"]["router_weights"]["w"]["kernel"], axis=-1
+    )
     capacity = max(round(capacity_factor * 16 / 4), 1)
     summed = np.zeros((2, 16), np.float32)
     for group, probabilities in enumerate(np.asarray(p)):
@@ -69,7 +85,9 @@ def test_without_renormalisation_a_layer_scales_by_the_summed_weights(stack, cap
                 took = np.argsort(-probabilities[:, expert], kind="stable")[:capacity]
             else:
                 choices = np.argsort(-probabilities, axis=1, kind="stable")[:, :2]
-                took = [token for k in range(2) for token in range(16) if choices[token, k] == expert][:capacity]
+                took = [
+                    token for k in range(2) for token in range(16) if choices[token, k] == expert
+                ][:capacity]
             summed[group, took] += probabilities[took, expert]
 
     want = MlpBlock(hidden=32).apply({"params": dense}, x) * summed.reshape(4, 8, 1)

@@ -14,19 +14,33 @@ def device(kind):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("tpu_v5e", "tpu_v5e"), ("v5e", "tpu_v5e"), ("TPU v5 lite", "tpu_v5e"), ("v5p", "tpu_v5p"), ("H100", "h100"), ("trillium", "tpu_v6e")],
+    [
+        ("tpu_v5e", "tpu_v5e"),
+        ("v5e", "tpu_v5e"),
+        ("TPU v5 lite", "tpu_v5e"),
+        ("v5p", "tpu_v5p"),
+        ("H100", "h100"),
+        ("trillium", "tpu_v6e"),
+    ],
 )
 def test_names_and_aliases(name, expected):
     assert hardware.accelerator(name).name == expected
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no accelerator 'tpu_v5f' is known; known: tpu_v2, .*Did you mean tpu_v5[ep]\?"):
+    with pytest.raises(
+        ValueError,
+        match=r"no accelerator 'tpu_v5f' is known; known: tpu_v2, .*Did you mean tpu_v5[ep]\?",
+    ):
         hardware.accelerator("tpu_v5f")
 
 
 def test_names_are_unique():
-    names = [hardware._plain(name) for chip in hardware.ACCELERATORS for name in {chip.name, *chip.aliases}]
+    names = [
+        hardware._plain(name)
+        for chip in hardware.ACCELERATORS
+        for name in {chip.name, *chip.aliases}
+    ]
     kinds = [kind for chip in hardware.ACCELERATORS for kind in chip.device_kinds]
     assert len(names) == len(set(names)) and len(kinds) == len(set(kinds))
 
@@ -46,7 +60,11 @@ def test_two_cores_of_a_v3_chip_share_its_figures():
 
 @pytest.mark.parametrize("chip", hardware.ACCELERATORS, ids=lambda chip: chip.name)
 def test_figures_are_in_their_units(chip):
-    """A slip of a thousand in a unit: machine balances of these chips lie between 60 and 600 FLOPs per byte of HBM."""
+    """A slip of a thousand in a unit: machine balances of these chips lie between 60 and 600 FLOPs
+    per byte of HBM.
+    """
     assert 50 < chip.peak_flops / chip.hbm_bandwidth < 700
     assert chip.hbm_bandwidth / 12 < chip.interconnect_bandwidth < chip.hbm_bandwidth
-    assert 16 * hardware.GIB <= chip.hbm_bytes <= 192 * hardware.GIB and chip.source.startswith("https://")
+    assert 16 * hardware.GIB <= chip.hbm_bytes <= 192 * hardware.GIB and chip.source.startswith(
+        "https://"
+    )

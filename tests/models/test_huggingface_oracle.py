@@ -1,4 +1,6 @@
-"""The dense model against an independent implementation: Hugging Face's torch T5, with random weights."""
+"""The dense model against an independent implementation: Hugging Face's torch T5, with random
+weights.
+"""
 
 import dataclasses
 
@@ -15,12 +17,18 @@ transformers = pytest.importorskip("transformers", reason="the oracle needs tran
 
 NORMS = {
     "encoder": {0: "pre_attention_layer_norm", 1: "pre_mlp_layer_norm"},
-    "decoder": {0: "pre_self_attention_layer_norm", 1: "pre_cross_attention_layer_norm", 2: "pre_mlp_layer_norm"},
+    "decoder": {
+        0: "pre_self_attention_layer_norm",
+        1: "pre_cross_attention_layer_norm",
+        2: "pre_mlp_layer_norm",
+    },
 }
 
 
 def torch_parameters(model, config):
-    """The torch model's weights under our names: every Linear is transposed, the position table too."""
+    """The torch model's weights under our names: every Linear is transposed, the position table
+    too.
+    """
     state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
     out = {"token_embedder/embedding": state["shared.weight"]}
     if not config.logits_via_embedding:
@@ -35,13 +43,20 @@ def torch_parameters(model, config):
                 out[f"{layer}/{norm}/scale"] = state[f"{block}.{j}.layer_norm.weight"]
             attentions = {"attention": "0.SelfAttention"}
             if stack == "decoder":
-                attentions = {"self_attention": "0.SelfAttention", "encoder_decoder_attention": "1.EncDecAttention"}
+                attentions = {
+                    "self_attention": "0.SelfAttention",
+                    "encoder_decoder_attention": "1.EncDecAttention",
+                }
             for ours, theirs in attentions.items():
                 for name, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-                    out[f"{layer}/{ours}/{name}/kernel"] = state[f"{block}.{theirs}.{letter}.weight"].T
+                    out[f"{layer}/{ours}/{name}/kernel"] = state[
+                        f"{block}.{theirs}.{letter}.weight"
+                    ].T
             gated = len(config.mlp_activations) == 2
             for name in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
-                out[f"{layer}/mlp/{name}/kernel"] = state[f"{block}.{len(NORMS[stack]) - 1}.DenseReluDense.{name}.weight"].T
+                out[f"{layer}/mlp/{name}/kernel"] = state[
+                    f"{block}.{len(NORMS[stack]) - 1}.DenseReluDense.{name}.weight"
+                ].T
     return trees.unflatten({path: jnp.asarray(value) for path, value in out.items()})
 
 
@@ -73,7 +88,9 @@ def test_logits_equal_torch(version, tiny, make_batch):
         want = theirs(
             input_ids=encoder_tokens,
             attention_mask=(encoder_tokens > 0).long(),
-            decoder_input_ids=torch.tensor(np.asarray(batch["decoder_input_tokens"]), dtype=torch.long),
+            decoder_input_ids=torch.tensor(
+                np.asarray(batch["decoder_input_tokens"]), dtype=torch.long
+            ),
         ).logits.numpy()
     model = EncoderDecoderModel(config)
     params = torch_parameters(theirs, config)

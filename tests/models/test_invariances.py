@@ -1,4 +1,6 @@
-"""What the outputs may not depend on: padding, packing, later tokens, and the numbering of experts."""
+"""What the outputs may not depend on: padding, packing, later tokens, and the numbering of
+experts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,15 @@ from upcycle_jax.moe.routing import TokensChoose
 
 def pad_to(batch, inputs, targets):
     widths = {name: inputs if name.startswith("encoder") else targets for name in batch}
-    return {name: jnp.pad(value, ((0, 0), (0, widths[name] - value.shape[1]))) for name, value in batch.items()}
+    return {
+        name: jnp.pad(value, ((0, 0), (0, widths[name] - value.shape[1])))
+        for name, value in batch.items()
+    }
 
 
 def test_padding_changes_neither_logits_nor_losses(single, make_batch, make_params):
-    # Everything counts real tokens only, and with room for all of them nothing is dropped. The top-1 encoder has a load-balancing loss.
+    # Everything counts real tokens only, and with room for all of them nothing is dropped. The
+    # top-1 encoder has a load-balancing loss.
     moe = {
         "num_experts": 4,
         "encoder_router": TokensChoose(num_selected_experts=1),
@@ -31,19 +37,28 @@ def test_padding_changes_neither_logits_nor_losses(single, make_batch, make_para
     padded = pad_to(batch, 16, 12)
     logits = jax.jit(model.logits)
     real = np.asarray(batch["decoder_target_tokens"]) > 0
-    np.testing.assert_allclose(np.asarray(logits(params, padded)[:, :7])[real], np.asarray(logits(params, batch))[real], atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(logits(params, padded)[:, :7])[real],
+        np.asarray(logits(params, batch))[real],
+        atol=1e-5,
+    )
     evaluate = jax.jit(model.eval_fn)
-    plain, longer = metrics.compute(evaluate(params, batch)), metrics.compute(evaluate(params, padded))
+    plain, longer = (
+        metrics.compute(evaluate(params, batch)),
+        metrics.compute(evaluate(params, padded)),
+    )
     for name in plain:
         # The number of slots grows with the padded length, so their usage falls.
         if name != "experts/expert_usage":
-            np.testing.assert_allclose(longer[name], plain[name], rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                longer[name], plain[name], rtol=1e-5, atol=1e-6, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("ignore", [True, False])
 def test_padding_takes_capacity_unless_ignored(ignore, single, make_batch, make_params):
-    # 10 real tokens in 40 positions, capacity factor 1: 10 slots per expert. Ignoring padding, no expert can overflow; otherwise the
-    # 30 zero vectors, whose logits tie, crowd into expert 0.
+    # 10 real tokens in 40 positions, capacity factor 1: 10 slots per expert. Ignoring padding, no
+    # expert can overflow; otherwise the 30 zero vectors, whose logits tie, crowd into expert 0.
     moe = {
         "num_experts": 4,
         "encoder_router": TokensChoose(num_selected_experts=1),
@@ -96,7 +111,9 @@ def test_no_later_token_is_seen(single, make_batch, make_params):
 
 
 def test_experts_may_be_renumbered(single, make_batch, make_params):
-    model = EncoderDecoderModel(single(num_experts=4, eval_expert_capacity_factor=0.5, min_expert_capacity=1))
+    model = EncoderDecoderModel(
+        single(num_experts=4, eval_expert_capacity_factor=0.5, min_expert_capacity=1)
+    )
     params, batch = make_params(model), make_batch()
     order = np.array([2, 0, 3, 1])
     renumbered = {}
@@ -108,7 +125,9 @@ def test_experts_may_be_renumbered(single, make_batch, make_params):
         else:
             renumbered[path] = leaf
     logits = jax.jit(model.logits)
-    np.testing.assert_allclose(logits(trees.unflatten(renumbered), batch), logits(params, batch), atol=1e-5)
+    np.testing.assert_allclose(
+        logits(trees.unflatten(renumbered), batch), logits(params, batch), atol=1e-5
+    )
 
 
 def test_regrouping_changes_nothing_when_nothing_is_dropped(single, make_batch, make_params):
@@ -130,11 +149,17 @@ def test_tokens_that_do_not_divide_into_groups(single, make_batch, make_params):
 
 def test_bfloat16_activations_keep_float32_logits_and_parameters(single, make_batch, make_params):
     config = single(model={"dtype": "bfloat16"}, num_experts=4, eval_expert_capacity_factor=4.0)
-    model, reference = EncoderDecoderModel(config), EncoderDecoderModel(single(num_experts=4, eval_expert_capacity_factor=4.0))
+    model, reference = (
+        EncoderDecoderModel(config),
+        EncoderDecoderModel(single(num_experts=4, eval_expert_capacity_factor=4.0)),
+    )
     params, batch = make_params(model), make_batch()
     assert {leaf.dtype.name for leaf in model.param_specs().values()} == {"float32"}
     got, want = jax.jit(model.logits)(params, batch), jax.jit(reference.logits)(params, batch)
     assert got.dtype == jnp.float32
-    assert {a.dtype.name for a in jax.eval_shape(model.layer_outputs, params, batch).values()} == {"bfloat16"}
-    # Eight bits of mantissa through two layers. Tokens may be routed differently where probabilities nearly tie, so the median.
+    assert {a.dtype.name for a in jax.eval_shape(model.layer_outputs, params, batch).values()} == {
+        "bfloat16"
+    }
+    # Eight bits of mantissa through two layers. Tokens may be routed differently where
+    # probabilities nearly tie, so the median.
     assert np.median(np.abs(got - want)) < 0.05 * want.std()

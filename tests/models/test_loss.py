@@ -26,7 +26,8 @@ MOE = {
 
 
 def test_token_losses_by_hand():
-    # Logits (log 3, 0) for target 0: Z = 4, cross entropy -log(3/4), z-loss 0.1 * (log 4)^2. For target 1: -log(1/4), wrong.
+    # Logits (log 3, 0) for target 0: Z = 4, cross entropy -log(3/4), z-loss 0.1 * (log 4)^2. For
+    # target 1: -log(1/4), wrong.
     logits = jnp.log(jnp.array([[[3.0, 1.0], [3.0, 1.0]]]))
     out = losses.token_losses(logits, jnp.array([[0, 1]]), z_loss=0.1)
     np.testing.assert_allclose(out.cross_entropy, [[np.log(4 / 3), np.log(4)]], rtol=1e-6)
@@ -35,13 +36,18 @@ def test_token_losses_by_hand():
 
 
 def test_label_smoothing_by_hand():
-    # Three tokens, smoothing 0.2: targets (0.8, 0.1, 0.1). Logits equal to log of that: cross entropy is its entropy, minus that: 0.
+    # Three tokens, smoothing 0.2: targets (0.8, 0.1, 0.1). Logits equal to log of that: cross
+    # entropy is its entropy, minus that: 0.
     smooth = np.array([0.8, 0.1, 0.1])
-    out = losses.token_losses(jnp.log(jnp.asarray(smooth))[None, None], jnp.array([[0]]), label_smoothing=0.2)
+    out = losses.token_losses(
+        jnp.log(jnp.asarray(smooth))[None, None], jnp.array([[0]]), label_smoothing=0.2
+    )
     np.testing.assert_allclose(out.cross_entropy, 0.0, atol=1e-6)
     # Uniform logits: log 3 minus the entropy.
     out = losses.token_losses(jnp.zeros((1, 1, 3)), jnp.array([[0]]), label_smoothing=0.2)
-    np.testing.assert_allclose(out.cross_entropy, np.log(3) + np.sum(smooth * np.log(smooth)), rtol=1e-5)
+    np.testing.assert_allclose(
+        out.cross_entropy, np.log(3) + np.sum(smooth * np.log(smooth)), rtol=1e-5
+    )
 
 
 def test_mean_merges_by_weight():
@@ -51,7 +57,9 @@ def test_mean_merges_by_weight():
     assert metrics.Mean(total=jnp.float32(0), weight=jnp.float32(0)).compute() == 0.0
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(None, 1.0), (10.0, 10.0), ("NUM_REAL_TARGET_TOKENS", 3.0 + 5.0)])
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(None, 1.0), (10.0, 10.0), ("NUM_REAL_TARGET_TOKENS", 3.0 + 5.0)]
+)
 def test_loss_denominator(factor, expected, single, make_batch):
     model = EncoderDecoderModel(single(), loss_normalizing_factor=factor)
     assert model.loss_denominator(make_batch(batch_size=2, lengths=[3, 5])) == expected
@@ -70,7 +78,9 @@ def value_metrics_and_gradient(model, params, batch, num_microbatches):
     @jax.jit
     def one(params, part):
         def loss(p):
-            return model.loss_fn(p, part, None, denominator=denominator, aux_scale=1 / num_microbatches)
+            return model.loss_fn(
+                p, part, None, denominator=denominator, aux_scale=1 / num_microbatches
+            )
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -94,22 +104,36 @@ def test_microbatches_change_nothing(factor, single, make_batch, make_params):
     loss, values, gradient = value_metrics_and_gradient(model, params, batch, 1)
     assert float(loss) == pytest.approx(float(values["loss"]))
     for parts in (2,):
-        other_loss, other_values, other_gradient = value_metrics_and_gradient(model, params, batch, parts)
+        other_loss, other_values, other_gradient = value_metrics_and_gradient(
+            model, params, batch, parts
+        )
         np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
         for name in values:
-            if name not in ("experts/fraction_tokens_left_behind", "experts/expert_usage", "experts/router_confidence"):
-                np.testing.assert_allclose(other_values[name], values[name], rtol=1e-4, atol=1e-6, err_msg=name)
+            if name not in (
+                "experts/fraction_tokens_left_behind",
+                "experts/expert_usage",
+                "experts/router_confidence",
+            ):
+                np.testing.assert_allclose(
+                    other_values[name], values[name], rtol=1e-4, atol=1e-6, err_msg=name
+                )
         for path in gradient:
             scale = np.abs(gradient[path]).max()
-            np.testing.assert_allclose(other_gradient[path], gradient[path], atol=1e-5 * scale, err_msg=path)
+            np.testing.assert_allclose(
+                other_gradient[path], gradient[path], atol=1e-5 * scale, err_msg=path
+            )
 
 
 def test_loss_is_the_sum_of_its_parts(single, make_batch, make_params):
     model = EncoderDecoderModel(single(**MOE), loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
     params, batch = make_params(model), make_batch(lengths=[12, 2, 6, 1])
-    config = dataclasses.replace(model.config, moe=dataclasses.replace(model.config.moe, group_size=16))
+    config = dataclasses.replace(
+        model.config, moe=dataclasses.replace(model.config.moe, group_size=16)
+    )
     model = EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
-    loss, found = jax.jit(lambda p, b: model.loss_fn(p, b, None, denominator=model.loss_denominator(b)))(params, batch)
+    loss, found = jax.jit(
+        lambda p, b: model.loss_fn(p, b, None, denominator=model.loss_denominator(b))
+    )(params, batch)
     values = metrics.compute(found)
     parts = ("cross_ent_loss", "z_loss", "experts/auxiliary_loss", "experts/router_z_loss")
     assert all(values[name] > 0 for name in parts)
@@ -117,9 +141,11 @@ def test_loss_is_the_sum_of_its_parts(single, make_batch, make_params):
     assert values["target_tokens"] == 8 + 2 + 6 + 1
     np.testing.assert_allclose(values["experts/encoder/layers_0/load"].sum(), 1.0, rtol=1e-6)
     assert 0 < values["experts/encoder/layers_0/entropy"] < np.log(4)
-    # Evaluation of the same model: dropout is 0 and capacity the same here, and its loss is per token, so all agree.
+    # Evaluation of the same model: dropout is 0 and capacity the same here, and its loss is per
+    # token, so all agree.
     evaluated = metrics.compute(jax.jit(model.eval_fn)(params, batch))
-    # What needs a whole batch is added by the train step (`dead`), and what stops a run is looked at in training alone.
+    # What needs a whole batch is added by the train step (`dead`), and what stops a run is looked
+    # at in training alone.
     layers = ("encoder/layers_0", "decoder/layers_0")
     assert set(evaluated) - set(values) == {f"experts/{layer}/dead" for layer in layers}
     assert set(values) - set(evaluated) == {f"non_finite_router_logits/{layer}" for layer in layers}
@@ -134,10 +160,14 @@ def test_auxiliary_losses_are_averaged_over_all_moe_layers(single, make_batch, m
     model = EncoderDecoderModel(single(num_experts=4, aux_loss_factor=1.0))
     params, batch = make_params(model), make_batch()
     values = metrics.compute(jax.jit(model.eval_fn)(params, batch))
-    _, variables = jax.jit(lambda p, b: model._apply(p, b, train=False, dropout_rng=None, mutable=[REPORTS]))(params, batch)
+    _, variables = jax.jit(
+        lambda p, b: model._apply(p, b, train=False, dropout_rng=None, mutable=[REPORTS])
+    )(params, batch)
     decoder = variables[REPORTS]["decoder"]["layers_0"]["mlp"]["report"]
     assert variables[REPORTS]["encoder"]["layers_0"]["mlp"]["report"].auxiliary_loss == 0
-    np.testing.assert_allclose(values["experts/auxiliary_loss"], decoder.auxiliary_loss / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        values["experts/auxiliary_loss"], decoder.auxiliary_loss / 2, rtol=1e-6
+    )
 
 
 def test_dropout_needs_its_key_and_uses_it(single, make_batch, make_params):
@@ -151,5 +181,15 @@ def test_dropout_needs_its_key_and_uses_it(single, make_batch, make_params):
 
 def test_expert_dropout_is_its_own(single):
     assert single(model={"dropout_rate": 0.1}, num_experts=4).expert_dropout_rate == 0.1
-    assert single(model={"dropout_rate": 0.1}, num_experts=4, expert_dropout_rate=0.3).expert_dropout_rate == 0.3
-    assert single(model={"dropout_rate": 0.1}, num_experts=4, expert_dropout_rate=0.3).without_dropout.expert_dropout_rate == 0.0
+    assert (
+        single(
+            model={"dropout_rate": 0.1}, num_experts=4, expert_dropout_rate=0.3
+        ).expert_dropout_rate
+        == 0.3
+    )
+    assert (
+        single(
+            model={"dropout_rate": 0.1}, num_experts=4, expert_dropout_rate=0.3
+        ).without_dropout.expert_dropout_rate
+        == 0.0
+    )

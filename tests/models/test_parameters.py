@@ -13,7 +13,8 @@ from upcycle_jax.moe.config import MoeConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-# d, ff, heads, layers of each stack; then dense, 32-expert and router counts. Base, large and xl are Table 1 of the paper.
+# d, ff, heads, layers of each stack; then dense, 32-expert and router counts. Base, large and xl
+# are Table 1 of the paper.
 SIZES = {
     "small": ((512, 1024, 6, 8), 76_961_152, 467_162_496, 131_072),
     "base": ((768, 2048, 12, 12), 247_577_856, 2_003_188_992, 294_912),
@@ -40,12 +41,14 @@ def config(size, moe=None):
 @pytest.mark.parametrize("size", SIZES)
 def test_counts(size):
     _, dense, upcycled, routers = SIZES[size]
-    assert sum(leaf.size for leaf in EncoderDecoderModel(config(size)).param_specs().values()) == dense
+    assert (
+        sum(leaf.size for leaf in EncoderDecoderModel(config(size)).param_specs().values()) == dense
+    )
     sparse = config(size, MoeConfig())
     counts = accounting.count_parameters(sparse, EncoderDecoderModel(sparse).param_specs())
     assert (counts.total, counts.routers) == (upcycled, routers)
-    # Both routers give a token two experts: of every MoE layer, 30 of 32 experts are inactive, so two dense MLPs' worth is active
-    # where dense has one.
+    # Both routers give a token two experts: of every MoE layer, 30 of 32 experts are inactive, so
+    # two dense MLPs' worth is active where dense has one.
     layers = SIZES[size][0][3]
     assert counts.active == dense + routers + layers * 3 * SIZES[size][0][0] * SIZES[size][0][1]
 
@@ -68,7 +71,8 @@ def test_golden_tree(name, tiny):
     }
     specs = EncoderDecoderModel(settings[name]).param_specs()
     lines = [
-        f"{path} {leaf.dtype.name} {' '.join(f'{axis}={size}' for axis, size in zip(leaf.axes, leaf.shape, strict=True))}"
+        f"{path} {leaf.dtype.name}"
+        f" {' '.join(f'{axis}={size}' for axis, size in zip(leaf.axes, leaf.shape, strict=True))}"
         for path, leaf in specs.items()
     ]
     golden = GOLDEN / f"{name}.txt"
@@ -123,7 +127,11 @@ def test_layouts(layers, count, where, expected):
     [
         (5, "MIXED", r"divides the 12 encoder layers, got 5; valid: \[1, 2, 3, 4, 6, 12\]"),
         (13, "TOP", "num_encoder_sparse_layers=13 does not fit a stack of 12 layers"),
-        (2, "SIDEWAYS", "unknown encoder sparse layout 'SIDEWAYS': use one of MIXED, BOTTOM, MIDDLE, TOP"),
+        (
+            2,
+            "SIDEWAYS",
+            "unknown encoder sparse layout 'SIDEWAYS': use one of MIXED, BOTTOM, MIDDLE, TOP",
+        ),
         (None, (3, 12), r"encoder sparse layers \(3, 12\) must be distinct indices from 0 to 11"),
         (None, (3, 3), "must be distinct"),
         (3, (1, 2), r"num_encoder_sparse_layers=3 contradicts the explicit layout \(1, 2\)"),

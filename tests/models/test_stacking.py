@@ -1,4 +1,6 @@
-"""Loops over layers and recomputation change neither values nor gradients nor what checkpoints hold."""
+"""Loops over layers and recomputation change neither values nor gradients nor what checkpoints
+hold.
+"""
 
 import dataclasses
 import doctest
@@ -15,7 +17,13 @@ from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.stacking import Segment
 from upcycle_jax.partitioning import Partitioner
 
-MOE = {"num_experts": 4, "group_size": 32, "train_expert_capacity_factor": 1.0, "min_expert_capacity": 2, "router_z_loss_factor": 0.1}
+MOE = {
+    "num_experts": 4,
+    "group_size": 32,
+    "train_expert_capacity_factor": 1.0,
+    "min_expert_capacity": 2,
+    "router_z_loss_factor": 0.1,
+}
 SHALLOW_DECODER = {"num_encoder_layers": 4, "num_decoder_layers": 1}
 ONE_SPARSE = {"decoder_sparse_layout": (0,)}
 DEEP = {"num_encoder_layers": 4, "num_decoder_layers": 4}
@@ -26,17 +34,24 @@ def loop_form(config, *, scan=True, remat="none"):
 
 
 def outcome(config, params, batch, *, rng=None, partitioner=None):
-    """Loss, metrics and gradients of a training step, with the gradients laid out as the parameters."""
+    """Loss, metrics and gradients of a training step, with the gradients laid out as the
+    parameters.
+    """
     model = EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
     partitioner = partitioner or Partitioner(devices=(jax.devices()[0],))
     shardings = trees.unflatten(partitioner.shardings(model.param_specs()))
-    params, batch = jax.device_put(params, shardings), jax.device_put(batch, partitioner.batch_sharding)
+    params, batch = (
+        jax.device_put(params, shardings),
+        jax.device_put(batch, partitioner.batch_sharding),
+    )
 
     def value(params, batch):
         return model.loss_fn(params, batch, rng, denominator=model.loss_denominator(batch))
 
     with partitioner.activate():
-        (loss, found), gradient = jax.jit(jax.value_and_grad(value, has_aux=True), out_shardings=((None, None), shardings))(params, batch)
+        (loss, found), gradient = jax.jit(
+            jax.value_and_grad(value, has_aux=True), out_shardings=((None, None), shardings)
+        )(params, batch)
     return float(loss), metrics.compute(found), trees.flatten(gradient)
 
 
@@ -47,7 +62,9 @@ def assert_same(left, right):
         np.testing.assert_allclose(right[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     assert left[2].keys() == right[2].keys()
     for path, leaf in left[2].items():
-        np.testing.assert_allclose(right[2][path], leaf, atol=1e-4 * max(np.abs(leaf).max(), 1e-3), err_msg=path)
+        np.testing.assert_allclose(
+            right[2][path], leaf, atol=1e-4 * max(np.abs(leaf).max(), 1e-3), err_msg=path
+        )
 
 
 @pytest.mark.parametrize(
@@ -88,10 +105,19 @@ def test_the_examples_of_the_docstrings():
         ({"num_encoder_layers": 2, "num_decoder_layers": 2}, {}),
         (SHALLOW_DECODER, MOE | ONE_SPARSE),
         pytest.param(DEEP, MOE, marks=pytest.mark.slow),
-        pytest.param(DEEP, MOE | {"encoder_sparse_layout": "TOP", "decoder_sparse_layout": "MIDDLE"}, marks=pytest.mark.slow),
         pytest.param(
             DEEP,
-            MOE | {"encoder_sparse_layout": (0,), "decoder_sparse_layout": "BOTTOM", "shared_expert_mlp_dim": 8},
+            MOE | {"encoder_sparse_layout": "TOP", "decoder_sparse_layout": "MIDDLE"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            DEEP,
+            MOE
+            | {
+                "encoder_sparse_layout": (0,),
+                "decoder_sparse_layout": "BOTTOM",
+                "shared_expert_mlp_dim": 8,
+            },
             marks=pytest.mark.slow,
         ),
     ],
@@ -116,7 +142,10 @@ def test_a_scanned_model_computes_what_its_layers_do(settings, moe, tiny, make_b
 )
 def test_recomputing_changes_nothing(remat, scan, tiny, make_batch, make_params):
     config = tiny(model=SHALLOW_DECODER | {"dropout_rate": 0.1}, **MOE | ONE_SPARSE)
-    params, batch = make_params(EncoderDecoderModel(config)), make_batch(inputs=16, lengths=[12, 3, 9, 5])
+    params, batch = (
+        make_params(EncoderDecoderModel(config)),
+        make_batch(inputs=16, lengths=[12, 3, 9, 5]),
+    )
     rng = jax.random.key(3)  # what is computed again draws the masks that were drawn before
     without = outcome(loop_form(config, scan=scan), params, batch, rng=rng)
     assert_same(without, outcome(loop_form(config, scan=scan, remat=remat), params, batch, rng=rng))
@@ -134,16 +163,27 @@ def test_recomputing_changes_nothing(remat, scan, tiny, make_batch, make_params)
     ],
 )
 def test_eight_devices_equal_one(experts, model_parts, fsdp, tiny, make_batch, make_params):
-    config = loop_form(tiny(model=SHALLOW_DECODER | {"dropout_rate": 0.1}, **MOE | ONE_SPARSE | {"num_experts": 8}), remat="minimal")
+    config = loop_form(
+        tiny(
+            model=SHALLOW_DECODER | {"dropout_rate": 0.1}, **MOE | ONE_SPARSE | {"num_experts": 8}
+        ),
+        remat="minimal",
+    )
     params = make_params(EncoderDecoderModel(config))
     batch = make_batch(batch_size=8, inputs=16, targets=8, lengths=[16, 3, 9, 12, 1, 8, 5, 14])
     want = outcome(config, params, batch, rng=jax.random.key(7))
-    partitioner = Partitioner(num_expert_partitions=experts, num_model_partitions=model_parts, fsdp=fsdp)
-    assert_same(want, outcome(config, params, batch, rng=jax.random.key(7), partitioner=partitioner))
+    partitioner = Partitioner(
+        num_expert_partitions=experts, num_model_partitions=model_parts, fsdp=fsdp
+    )
+    assert_same(
+        want, outcome(config, params, batch, rng=jax.random.key(7), partitioner=partitioner)
+    )
 
 
 def test_layers_of_a_loop_draw_masks_of_their_own():
-    """Each layer adds 2 to every unit that its mask keeps: with one mask for all three, the sums would be 0 or 6."""
+    """Each layer adds 2 to every unit that its mask keeps: with one mask for all three, the sums
+    would be 0 or 6.
+    """
 
     class Adding(nn.Module):
         @nn.compact
@@ -153,22 +193,38 @@ def test_layers_of_a_loop_draw_masks_of_their_own():
     class Stack(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return stacking.run_layers(self, lambda i, **m: Adding(**m), lambda layer, x: layer(x), x, kinds="DDD", scan=True)
+            return stacking.run_layers(
+                self,
+                lambda i, **m: Adding(**m),
+                lambda layer, x: layer(x),
+                x,
+                kinds="DDD",
+                scan=True,
+            )
 
     sums = Stack().apply({}, jnp.zeros((1, 1, 1000)), rngs={"dropout": jax.random.key(0)})
     values, counts = np.unique(np.asarray(sums), return_counts=True)
     assert values.tolist() == [0, 2, 4, 6] and all(
-        abs(count / 1000 - share) < 0.05 for count, share in zip(counts, (1 / 8, 3 / 8, 3 / 8, 1 / 8), strict=True)
+        abs(count / 1000 - share) < 0.05
+        for count, share in zip(counts, (1 / 8, 3 / 8, 3 / 8, 1 / 8), strict=True)
     )
 
 
 def test_parameters_are_those_of_single_layers(tiny):
     config = tiny(model=DEEP, **MOE)
-    assert EncoderDecoderModel(loop_form(config, remat="full")).param_specs() == EncoderDecoderModel(config).param_specs()
+    assert (
+        EncoderDecoderModel(loop_form(config, remat="full")).param_specs()
+        == EncoderDecoderModel(config).param_specs()
+    )
 
 
 def test_layer_outputs_keep_their_names(tiny, make_batch, make_params):
-    config = tiny(model=DEEP | {"num_encoder_layers": 5}, num_experts=4, encoder_sparse_layout=(1, 3), decoder_sparse_layout="MIXED")
+    config = tiny(
+        model=DEEP | {"num_encoder_layers": 5},
+        num_experts=4,
+        encoder_sparse_layout=(1, 3),
+        decoder_sparse_layout="MIXED",
+    )
     model, scanned = EncoderDecoderModel(config), EncoderDecoderModel(loop_form(config))
     params, batch = make_params(model), make_batch()
     logits = [jax.jit(m.logits)(params, batch) for m in (model, scanned)]
@@ -180,7 +236,11 @@ def test_layer_outputs_keep_their_names(tiny, make_batch, make_params):
 
 
 def test_cached_decoding_of_a_scanned_model(tiny, make_batch, make_params):
-    config = tiny(model={"num_encoder_layers": 2, "num_decoder_layers": 2}, num_experts=4, encoder_sparse_layout=(0, 1))
+    config = tiny(
+        model={"num_encoder_layers": 2, "num_decoder_layers": 2},
+        num_experts=4,
+        encoder_sparse_layout=(0, 1),
+    )
     batch = make_batch(lengths=[12, 3, 9, 5])
     inputs = batch["encoder_input_tokens"]
     params = make_params(EncoderDecoderModel(config))
@@ -192,7 +252,9 @@ def test_cached_decoding_of_a_scanned_model(tiny, make_batch, make_params):
             first, cache = model.start_decoding(params, inputs, max_length=6)
             return first, model.decode_step(params, jnp.argmax(first, -1), jnp.int32(1), cache)[0]
 
-        found.append((*jax.jit(two_steps)(params, inputs), jax.jit(model.score_batch)(params, batch)))
+        found.append(
+            (*jax.jit(two_steps)(params, inputs), jax.jit(model.score_batch)(params, batch))
+        )
     for want, have in zip(*found, strict=True):
         np.testing.assert_allclose(have, want, atol=1e-4, rtol=1e-5)
 

@@ -1,4 +1,6 @@
-"""One train step in every form that settings give it: looped over layers, with any router; divided over meshes and microbatches."""
+"""One train step in every form that settings give it: looped over layers, with any router; divided
+over meshes and microbatches.
+"""
 
 import dataclasses
 
@@ -10,7 +12,16 @@ import pytest
 from upcycle_jax import trees
 from upcycle_jax.models import metrics
 from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, HashTop1, LossFreeTopK, SigmoidTopK, SoftMoe, SwitchTop1, TokensChoose
+from upcycle_jax.moe.routing import (
+    DroplessTopK,
+    ExpertsChoose,
+    HashTop1,
+    LossFreeTopK,
+    SigmoidTopK,
+    SoftMoe,
+    SwitchTop1,
+    TokensChoose,
+)
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import Adafactor, OptimizerUpdate
 from upcycle_jax.training.train_state import from_state_dict, state_specs
@@ -31,17 +42,27 @@ ROUTERS = {
     "dropless_hash": HashTop1(dropless=True),
 }
 ONE_DEVICE = Partitioner(devices=(jax.devices()[0],))
-MOE = {"num_experts": 8, "group_size": 32, "train_expert_capacity_factor": 1.0, "min_expert_capacity": 2, "router_z_loss_factor": 0.1}
+MOE = {
+    "num_experts": 8,
+    "group_size": 32,
+    "train_expert_capacity_factor": 1.0,
+    "min_expert_capacity": 2,
+    "router_z_loss_factor": 0.1,
+}
 
 
 def named(*default):
     """All routers by name; those beside `default` in slow runs."""
-    return [pytest.param(name, marks=[] if name in default else [pytest.mark.slow]) for name in ROUTERS]
+    return [
+        pytest.param(name, marks=[] if name in default else [pytest.mark.slow]) for name in ROUTERS
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording(Adafactor):
-    """Adafactor's first update (or none: what is left of it compiles sooner), with the gradients in place of its state."""
+    """Adafactor's first update (or none: what is left of it compiles sooner), with the gradients in
+    place of its state.
+    """
 
     min_dim_size_to_factor: int = 8
     updates: bool = True
@@ -51,8 +72,15 @@ class Recording(Adafactor):
 
     def apply(self, params, grads, param_states, *, param_specs, **kwargs):
         if self.updates:
-            fresh = {path: jnp.zeros(spec.shape, spec.dtype) for path, spec in super().state_specs(param_specs).items()}
-            params = super().apply(params, grads, trees.unflatten(fresh), param_specs=param_specs, **kwargs).params
+            fresh = {
+                path: jnp.zeros(spec.shape, spec.dtype)
+                for path, spec in super().state_specs(param_specs).items()
+            }
+            params = (
+                super()
+                .apply(params, grads, trees.unflatten(fresh), param_specs=param_specs, **kwargs)
+                .params
+            )
         gradients = {f"{path}/gradient": leaf for path, leaf in trees.flatten(grads).items()}
         return OptimizerUpdate(params=params, param_states=trees.unflatten(gradients))
 
@@ -69,7 +97,11 @@ class Outcome:
 
 def one_step(config, params, batch, *, partitioner=ONE_DEVICE, microbatches=None, updates=False):
     model = EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
-    setup = Trainer(optimizer=Recording(updates=updates), learning_rate_fn=lambda step: jnp.float32(1.0), num_microbatches=microbatches)
+    setup = Trainer(
+        optimizer=Recording(updates=updates),
+        learning_rate_fn=lambda step: jnp.float32(1.0),
+        num_microbatches=microbatches,
+    )
     specs = state_specs(model, setup.optimizer)
     shardings = partitioner.shardings(specs)
     state = {path: np.zeros(spec.shape, spec.dtype) for path, spec in specs.items()}
@@ -89,7 +121,9 @@ def one_step(config, params, batch, *, partitioner=ONE_DEVICE, microbatches=None
 
 
 RATIOS = ("experts/fraction_tokens_left_behind", "experts/router_confidence")
-"""As in T5X means over microbatches of ratios, which are those of the batch only where every microbatch has as many real tokens."""
+"""As in T5X means over microbatches of ratios, which are those of the batch only where every
+microbatch has as many real tokens.
+"""
 
 
 def assert_same(want, have, *, divided=False):
@@ -104,17 +138,26 @@ def assert_same(want, have, *, divided=False):
             assert not leaf.any() and not have.gradients[path].any()
             np.testing.assert_array_equal(have.updates[path], want.updates[path], err_msg=path)
             continue
-        np.testing.assert_allclose(have.gradients[path], leaf, atol=1e-4 * max(np.abs(leaf).max(), 1e-3), err_msg=path)
-        # The first update divides a gradient by its size, so where that is rounding, signs are free; elsewhere parts in a thousand.
+        np.testing.assert_allclose(
+            have.gradients[path], leaf, atol=1e-4 * max(np.abs(leaf).max(), 1e-3), err_msg=path
+        )
+        # The first update divides a gradient by its size, so where that is rounding, signs are
+        # free; elsewhere parts in a thousand.
         clear = np.abs(leaf) > 1e-3 * np.abs(leaf).max()
-        np.testing.assert_allclose(have.updates[path][clear], want.updates[path][clear], rtol=1e-2, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(
+            have.updates[path][clear], want.updates[path][clear], rtol=1e-2, atol=1e-5, err_msg=path
+        )
 
 
 def make_config(tiny, router, **model):
     """Two MoE layers with the router in a stack that may have it, one dense layer in the other."""
     stack, other = ("encoder", "decoder") if router.not_causal_because else ("decoder", "encoder")
     shape = {f"num_{stack}_layers": 2, f"num_{other}_layers": 1}
-    moe = {f"{stack}_router": router, f"{stack}_sparse_layout": (0, 1), f"num_{other}_sparse_layers": 0}
+    moe = {
+        f"{stack}_router": router,
+        f"{stack}_sparse_layout": (0, 1),
+        f"num_{other}_sparse_layers": 0,
+    }
     return tiny(model=shape | model, **MOE | moe)
 
 
@@ -126,7 +169,11 @@ def host_params(make_params, config):
     """Parameters by path, with selection biases that decide something."""
     draw, out = np.random.default_rng(5), {}
     for path, leaf in trees.flatten(make_params(EncoderDecoderModel(config))).items():
-        out[path] = np.float32(RATE * draw.integers(-3, 4, leaf.shape)) if path.endswith("router/bias") else np.asarray(leaf)
+        out[path] = (
+            np.float32(RATE * draw.integers(-3, 4, leaf.shape))
+            if path.endswith("router/bias")
+            else np.asarray(leaf)
+        )
     return out
 
 
@@ -147,24 +194,37 @@ def test_a_loop_over_layers_changes_nothing(name, tiny, make_batch, make_params)
 def test_a_loop_on_a_mesh_with_microbatches_and_recomputation(name, tiny, make_batch, make_params):
     config = make_config(tiny, ROUTERS[name])
     params = host_params(make_params, config)
-    batch = make_batch(batch_size=16, inputs=8, targets=8, lengths=[8, 3, 5, 8, 1, 7, 2, 8, 4, 6, 8, 8, 1, 2, 3, 4])
+    batch = make_batch(
+        batch_size=16, inputs=8, targets=8, lengths=[8, 3, 5, 8, 1, 7, 2, 8, 4, 6, 8, 8, 1, 2, 3, 4]
+    )
     want = one_step(config, params, batch)
     mesh = Partitioner(num_expert_partitions=4)
-    assert_same(want, one_step(scanned(config, "minimal"), params, batch, partitioner=mesh, microbatches=2), divided=True)
+    assert_same(
+        want,
+        one_step(scanned(config, "minimal"), params, batch, partitioner=mesh, microbatches=2),
+        divided=True,
+    )
 
 
 @pytest.mark.parametrize("name", named("dropless"))
 def test_inference_in_a_loop(name, tiny, make_batch, make_params):
-    """Independent routing, in which a branch of the program has room for any load, inside of a loop."""
+    """Independent routing, in which a branch of the program has room for any load, inside of a
+    loop.
+    """
     config = make_config(tiny, ROUTERS[name])
     params = trees.unflatten(host_params(make_params, config))
     batch = make_batch(batch_size=4, inputs=16, targets=16, lengths=[16, 3, 9, 12])
-    want, have = (jax.jit(EncoderDecoderModel(form.for_inference).logits)(params, batch) for form in (config, scanned(config)))
+    want, have = (
+        jax.jit(EncoderDecoderModel(form.for_inference).logits)(params, batch)
+        for form in (config, scanned(config))
+    )
     np.testing.assert_allclose(have, want, atol=1e-4)
 
 
 DIVISIONS = [(experts, microbatches) for experts in (0, 1, 8, 2, 4) for microbatches in (1, 2, 4)]
-"""Expert partitions of eight devices (0 stands for a single device): 1x1, 8x1, 1x8, 4x2 and 2x4, each with 1, 2 and 4 microbatches."""
+"""Expert partitions of eight devices (0 stands for a single device): 1x1, 8x1, 1x8, 4x2 and 2x4,
+each with 1, 2 and 4 microbatches.
+"""
 QUICK = {(2, 4), (4, 2)}
 
 
@@ -174,18 +234,32 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    ("experts", "microbatches"), [pytest.param(*d, marks=[] if d in QUICK else [pytest.mark.slow]) for d in DIVISIONS if d != (0, 1)]
+    ("experts", "microbatches"),
+    [
+        pytest.param(*d, marks=[] if d in QUICK else [pytest.mark.slow])
+        for d in DIVISIONS
+        if d != (0, 1)
+    ],
 )
-def test_any_mesh_and_any_number_of_microbatches(experts, microbatches, single, make_batch, make_params, reference):
-    """Values, gradients, auxiliary losses, optimizer updates, balancing bias: a bias in the encoder, a balancing loss in the decoder."""
+def test_any_mesh_and_any_number_of_microbatches(
+    experts, microbatches, single, make_batch, make_params, reference
+):
+    """Values, gradients, auxiliary losses, optimizer updates, balancing bias: a bias in the
+    encoder, a balancing loss in the decoder.
+    """
     config = single(**MOE | {"encoder_router": LossFreeTopK(update_rate=RATE)})
     params = host_params(make_params, config)
     lengths = np.random.default_rng(2).integers(1, 9, 32)
     batch = make_batch(batch_size=32, inputs=8, targets=8, lengths=lengths)
     if not reference:
         reference["one"] = one_step(config, params, batch, updates=True)
-        assert reference["one"].metrics["experts/auxiliary_loss"] > 0 and reference["one"].metrics["experts/router_z_loss"] > 0
+        assert (
+            reference["one"].metrics["experts/auxiliary_loss"] > 0
+            and reference["one"].metrics["experts/router_z_loss"] > 0
+        )
         assert reference["one"].updates["encoder/layers_0/mlp/router/bias"].any()
     partitioner = Partitioner(num_expert_partitions=experts) if experts else ONE_DEVICE
-    have = one_step(config, params, batch, partitioner=partitioner, microbatches=microbatches, updates=True)
+    have = one_step(
+        config, params, batch, partitioner=partitioner, microbatches=microbatches, updates=True
+    )
     assert_same(reference["one"], have, divided=microbatches > 1)

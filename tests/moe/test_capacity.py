@@ -6,11 +6,15 @@ from upcycle_jax.moe import capacity
 
 
 def test_a_batch_that_fits_is_one_group():
-    assert capacity.default_grouping(1000, max_group_size=4096) == capacity.Grouping(num_groups=1, group_size=1000)
+    assert capacity.default_grouping(1000, max_group_size=4096) == capacity.Grouping(
+        num_groups=1, group_size=1000
+    )
 
 
 def test_larger_batches_are_cut_into_full_groups():
-    assert capacity.default_grouping(3 * 4096, max_group_size=4096) == capacity.Grouping(num_groups=3, group_size=4096)
+    assert capacity.default_grouping(3 * 4096, max_group_size=4096) == capacity.Grouping(
+        num_groups=3, group_size=4096
+    )
 
 
 def test_tokens_that_do_not_divide_are_refused_with_the_nearest_group_size():
@@ -33,11 +37,17 @@ def test_tokens_that_do_not_divide_are_refused_with_the_nearest_group_size():
     ],
 )
 def test_capacity(group_size, num_experts, factor, expected):
-    assert capacity.expert_capacity(group_size, num_experts=num_experts, capacity_factor=factor) == expected
+    assert (
+        capacity.expert_capacity(group_size, num_experts=num_experts, capacity_factor=factor)
+        == expected
+    )
 
 
 def test_minimum_capacity_is_a_setting():
-    assert capacity.expert_capacity(16, num_experts=32, capacity_factor=1.0, min_expert_capacity=1) == 1
+    assert (
+        capacity.expert_capacity(16, num_experts=32, capacity_factor=1.0, min_expert_capacity=1)
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,10 +57,11 @@ def test_minimum_capacity_is_a_setting():
         (8, 8, 4096, 4, 1, capacity.Grouping(4, 16)),
         # Two replicas of 4 experts: 8 groups.
         (8, 8, 4096, 4, 2, capacity.Grouping(8, 8)),
-        # 1024 tokens in groups of at most 100: 1024 // 100 = 10; 12 is a multiple of 4 but does not divide 1024; 16 does both.
+        # 1024 tokens in groups of at most 100: 1024 // 100 = 10; 12 is a multiple of 4 but does not
+        #   divide 1024; 16 does both.
         (32, 32, 100, 4, 1, capacity.Grouping(16, 64)),
-        # 3 * 5 = 15 tokens, 4 experts: one more row gives 20, which is a multiple of 4 (5 tokens); one more column gives 18, which is
-        # not, three give 24 (9 tokens): the row is cheaper.
+        # 3 * 5 = 15 tokens, 4 experts: one more row gives 20, which is a multiple of 4 (5 tokens);
+        # one more column gives 18, which is not, three give 24 (9 tokens): the row is cheaper.
         (3, 5, 4096, 4, 1, capacity.Grouping(4, 5, batch_padding=1)),
         # The transpose: the column is cheaper.
         (5, 3, 4096, 4, 1, capacity.Grouping(4, 5, length_padding=1)),
@@ -59,6 +70,10 @@ def test_minimum_capacity_is_a_setting():
     ],
 )
 def test_t5x_grouping(batch, length, max_group, experts, replicas, expected):
-    grouping = capacity.t5x_grouping(batch, length, max_group_size=max_group, num_experts=experts, num_expert_replicas=replicas)
+    grouping = capacity.t5x_grouping(
+        batch, length, max_group_size=max_group, num_experts=experts, num_expert_replicas=replicas
+    )
     assert grouping == expected
-    assert grouping.num_groups * grouping.group_size == (batch + grouping.batch_padding) * (length + grouping.length_padding)
+    assert grouping.num_groups * grouping.group_size == (batch + grouping.batch_padding) * (
+        length + grouping.length_padding
+    )

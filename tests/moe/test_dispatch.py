@@ -12,7 +12,9 @@ S, D, E, C = 12, 5, 3, 4
 
 
 def routed(router, logits):
-    return router.route(Group(logits, E, jnp.ones(S, bool), jnp.ones(S), jnp.float32(S)), capacity=C).plan
+    return router.route(
+        Group(logits, E, jnp.ones(S, bool), jnp.ones(S), jnp.float32(S)), capacity=C
+    ).plan
 
 
 def einsum_moe(tokens, logits, expert_kernels, router):
@@ -52,7 +54,11 @@ def test_gather_equals_one_hot_einsum(router):
     def loss(form):
         return lambda *args: jnp.sum(form(*args, router) * out)
 
-    np.testing.assert_allclose(gather_moe(tokens, logits, kernels, router), einsum_moe(tokens, logits, kernels, router), atol=1e-5)
+    np.testing.assert_allclose(
+        gather_moe(tokens, logits, kernels, router),
+        einsum_moe(tokens, logits, kernels, router),
+        atol=1e-5,
+    )
     got = jax.jit(jax.grad(loss(gather_moe), argnums=(0, 1, 2)))(tokens, logits, kernels)
     want = jax.jit(jax.grad(loss(einsum_moe), argnums=(0, 1, 2)))(tokens, logits, kernels)
     for g, w, name in zip(got, want, ("tokens", "logits", "kernels"), strict=True):
@@ -70,18 +76,26 @@ def test_identity_experts_return_tokens_times_their_summed_weights():
 
 def test_empty_slots_are_zero_and_add_nothing():
     # Two tokens, one expert, three slots: token 1, empty, token 0.
-    assignment = dispatch.Assignment(token_index=jnp.array([[1, 2, 0]]), combine_weight=jnp.array([[0.5, 0.0, 2.0]]))
+    assignment = dispatch.Assignment(
+        token_index=jnp.array([[1, 2, 0]]), combine_weight=jnp.array([[0.5, 0.0, 2.0]])
+    )
     tokens = jnp.array([[1.0, 10.0], [2.0, 20.0]])
-    np.testing.assert_array_equal(dispatch.dispatch(tokens, assignment), [[[2, 20], [0, 0], [1, 10]]])
+    np.testing.assert_array_equal(
+        dispatch.dispatch(tokens, assignment), [[[2, 20], [0, 0], [1, 10]]]
+    )
     # A nonsense output in the empty slot must not reach any token.
     outputs = jnp.array([[[2.0, 20.0], [7.0, 7.0], [1.0, 10.0]]])
-    np.testing.assert_allclose(dispatch.combine(outputs, assignment, group_size=2), [[2.0, 20.0], [1.0, 10.0]])
+    np.testing.assert_allclose(
+        dispatch.combine(outputs, assignment, group_size=2), [[2.0, 20.0], [1.0, 10.0]]
+    )
     np.testing.assert_array_equal(assignment.experts_per_token(2), [1, 1])
 
 
 def test_combining_accumulates_in_float32():
     # 1 + 64 * 2^-9: in bfloat16 each addition of 2^-9 to 1 would round away.
-    assignment = dispatch.Assignment(token_index=jnp.zeros((65, 1), jnp.int32), combine_weight=jnp.ones((65, 1)))
+    assignment = dispatch.Assignment(
+        token_index=jnp.zeros((65, 1), jnp.int32), combine_weight=jnp.ones((65, 1))
+    )
     outputs = jnp.full((65, 1, 1), 2.0**-9, jnp.bfloat16).at[0].set(1.0)
     y = dispatch.combine(outputs, assignment, group_size=1)
     assert y.dtype == jnp.float32
@@ -89,8 +103,14 @@ def test_combining_accumulates_in_float32():
 
 
 def test_renormalising_underflowed_weights_gives_zero_not_nan():
-    assignment = dispatch.Assignment(token_index=jnp.array([[0, 1]]), combine_weight=jnp.array([[0.0, 0.25]]))
+    assignment = dispatch.Assignment(
+        token_index=jnp.array([[0, 1]]), combine_weight=jnp.array([[0.0, 0.25]])
+    )
     weights = dispatch.renormalized(assignment, group_size=2).combine_weight
     np.testing.assert_allclose(weights, [[0.0, 1.0]])
-    gradient = jax.grad(lambda w: dispatch.renormalized(assignment.replace(combine_weight=w), group_size=2).combine_weight.sum())
+    gradient = jax.grad(
+        lambda w: dispatch.renormalized(
+            assignment.replace(combine_weight=w), group_size=2
+        ).combine_weight.sum()
+    )
     assert np.isfinite(gradient(assignment.combine_weight)).all()

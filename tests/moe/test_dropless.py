@@ -25,24 +25,41 @@ def loop_over_tokens(tokens, expert, weight, kernels, activations):
     for n, token in enumerate(np.asarray(tokens, np.float64)):
         for e, w in zip(np.asarray(expert[n]), np.asarray(weight[n]), strict=True):
             if e < kernels["wo"].shape[0]:
-                hidden = np.prod([functions[a](token @ kernels[name][e]) for a, name in zip(activations, names, strict=True)], axis=0)
+                hidden = np.prod(
+                    [
+                        functions[a](token @ kernels[name][e])
+                        for a, name in zip(activations, names, strict=True)
+                    ],
+                    axis=0,
+                )
                 out[n] += w * (hidden @ kernels["wo"][e])
     return out
 
 
-def problem(seed, num_tokens, num_experts, k, *, skew=0.0, skip=0.0, activations=("gelu", "linear")):
+def problem(
+    seed, num_tokens, num_experts, k, *, skew=0.0, skip=0.0, activations=("gelu", "linear")
+):
     rng = np.random.default_rng(seed)
     preference = rng.normal(size=(num_tokens, num_experts)) + skew * np.arange(num_experts)
     expert = np.argsort(-preference, axis=1)[:, :k]
     expert = np.where(rng.random(expert.shape) < skip, num_experts, expert)
     weight = np.where(expert < num_experts, rng.random(expert.shape), 0)
     names = ["wi"] if len(activations) == 1 else [f"wi_{i}" for i in range(len(activations))]
-    kernels = {name: rng.normal(size=(num_experts, D, F)) for name in names} | {"wo": rng.normal(size=(num_experts, F, D))}
+    kernels = {name: rng.normal(size=(num_experts, D, F)) for name in names} | {
+        "wo": rng.normal(size=(num_experts, F, D))
+    }
     to_jax = lambda a: jnp.asarray(a, jnp.float32)
-    return to_jax(rng.normal(size=(num_tokens, D))), jnp.asarray(expert, jnp.int32), to_jax(weight), jax.tree.map(to_jax, kernels)
+    return (
+        to_jax(rng.normal(size=(num_tokens, D))),
+        jnp.asarray(expert, jnp.int32),
+        to_jax(weight),
+        jax.tree.map(to_jax, kernels),
+    )
 
 
-in_sorted_form = jax.jit(functools.partial(dropless.process, activations=("gelu", "linear"), dispatch="sorted"))
+in_sorted_form = jax.jit(
+    functools.partial(dropless.process, activations=("gelu", "linear"), dispatch="sorted")
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -56,35 +73,60 @@ def test_sorted_equals_a_loop_over_tokens(seed, sizes, skew, skip):
     args = problem(seed, *sizes, skew=skew, skip=skip)
     got = in_sorted_form(*args)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("activations", [("relu",), ("gelu", "linear")])
 @pytest.mark.parametrize("dispatch", ["sorted", "ragged_dot"])
 def test_gradients_equal_those_of_a_product_with_every_expert(dispatch, activations):
-    # All 300 tokens want expert 2: a block of 256 rows and what is left in smaller ones; expert 0 gets nobody.
-    tokens, expert, weight, kernels = problem(0, 300, 3, 2, skew=9.0, skip=0.1, activations=activations)
+    # All 300 tokens want expert 2: a block of 256 rows and what is left in smaller ones; expert 0
+    # gets nobody.
+    tokens, expert, weight, kernels = problem(
+        0, 300, 3, 2, skew=9.0, skip=0.1, activations=activations
+    )
     target = jax.random.normal(jax.random.key(0), tokens.shape)
 
     def every_expert(tokens, weight, kernels):
-        functions = {"gelu": lambda v: jax.nn.gelu(v, approximate=True), "linear": lambda v: v, "relu": jax.nn.relu}
+        functions = {
+            "gelu": lambda v: jax.nn.gelu(v, approximate=True),
+            "linear": lambda v: v,
+            "relu": jax.nn.relu,
+        }
         names = ["wi"] if len(activations) == 1 else ["wi_0", "wi_1"]
         hidden = 1.0
         for name, activation in zip(names, activations, strict=True):
-            hidden = hidden * functions[activation](jnp.einsum("nd,edf->nef", tokens, kernels[name]))
+            hidden = hidden * functions[activation](
+                jnp.einsum("nd,edf->nef", tokens, kernels[name])
+            )
         outputs = jnp.einsum("nef,efd->ned", hidden, kernels["wo"])
         gate = jnp.einsum("nke,nk->ne", jax.nn.one_hot(expert, 3), weight)
         return jnp.sum(jnp.einsum("ned,ne->nd", outputs, gate) * target)
 
     def ours(tokens, weight, kernels):
-        return jnp.sum(dropless.process(tokens, expert, weight, kernels, activations=activations, dispatch=dispatch) * target)
+        return jnp.sum(
+            dropless.process(
+                tokens, expert, weight, kernels, activations=activations, dispatch=dispatch
+            )
+            * target
+        )
 
-    want, got = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(tokens, weight, kernels) for f in (every_expert, ours))
+    want, got = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(tokens, weight, kernels)
+        for f in (every_expert, ours)
+    )
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     # The gradient of the weight of a choice that is not made is nobody's business.
     made = np.asarray(expert) < 3
-    np.testing.assert_allclose(np.asarray(got[1][1])[made], np.asarray(want[1][1])[made], rtol=1e-5, atol=1e-5)
-    for g, w in zip(jax.tree.leaves((got[1][0], got[1][2])), jax.tree.leaves((want[1][0], want[1][2])), strict=True):
+    np.testing.assert_allclose(
+        np.asarray(got[1][1])[made], np.asarray(want[1][1])[made], rtol=1e-5, atol=1e-5
+    )
+    for g, w in zip(
+        jax.tree.leaves((got[1][0], got[1][2])),
+        jax.tree.leaves((want[1][0], want[1][2])),
+        strict=True,
+    ):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * np.abs(w).max())
     assert not np.asarray(got[1][2]["wo"][0]).any()  # nobody chose expert 0
 
@@ -92,19 +134,28 @@ def test_gradients_equal_those_of_a_product_with_every_expert(dispatch, activati
 def test_rows_by_hand():
     # Tokens 0, 1, 2 choose experts (1, 0), (1, none), (0, 1); runs are padded to multiples of 4.
     rows = grouped.sort_rows(jnp.array([[1, 0], [1, 2], [0, 1]]), num_experts=2, alignment=4)
-    # Choices are numbered 0 to 5; expert 0 has 1 (of token 0) and 4 (of token 2), expert 1 has 0, 2 and 5.
+    # Choices are numbered 0 to 5; expert 0 has 1 (of token 0) and 4 (of token 2), expert 1 has 0, 2
+    # and 5.
     assert rows.sizes.tolist() == [4, 4]
     assert rows.choice.tolist() == [1, 4, 6, 6, 0, 2, 5, 6, 6, 6, 6, 6]
     assert rows.row.tolist() == [[4, 0], [5, 12], [1, 6]]
     assert grouped.expert_of_row(rows).tolist() == [0] * 4 + [1] * 4 + [2] * 4
     values = jnp.arange(3.0)[:, None] + 1
     assert grouped.to_rows(values, rows)[:, 0].tolist() == [1, 3, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0]
-    assert grouped.to_choices(jnp.arange(12.0)[:, None], rows)[..., 0].tolist() == [[4, 0], [5, 0], [1, 6]]
+    assert grouped.to_choices(jnp.arange(12.0)[:, None], rows)[..., 0].tolist() == [
+        [4, 0],
+        [5, 0],
+        [1, 6],
+    ]
 
 
 @pytest.mark.parametrize("load", [[0, 0, 0], [1, 0, 767], [700, 64, 4], [256, 256, 256]])
 def test_every_load_fits(load):
-    expert = jnp.repeat(jnp.arange(3), jnp.array(load), total_repeat_length=sum(load))[:, None] if sum(load) else jnp.full((768, 1), 3)
+    expert = (
+        jnp.repeat(jnp.arange(3), jnp.array(load), total_repeat_length=sum(load))[:, None]
+        if sum(load)
+        else jnp.full((768, 1), 3)
+    )
     rows = grouped.sort_rows(expert, num_experts=3, alignment=grouped.ALIGNMENT)
     assert int(rows.sizes.sum()) <= rows.choice.size
     held = np.asarray(rows.choice)[np.asarray(rows.choice) < expert.size]
@@ -112,19 +163,30 @@ def test_every_load_fits(load):
 
 
 def test_bfloat16_accumulates_in_float32():
-    # A row of 4096 times 2^-4 against ones: 256 exactly; in bfloat16 the sum would stop growing at 16.
+    # A row of 4096 times 2^-4 against ones: 256 exactly; in bfloat16 the sum would stop growing at
+    # 16.
     x = jnp.full((grouped.ALIGNMENT, 4096), 2.0**-4, jnp.bfloat16)
     sizes = jnp.array([grouped.ALIGNMENT])
-    assert grouped.block_dot(x, jnp.ones((1, 4096, 8), jnp.bfloat16), sizes).astype(jnp.float32).tolist()[0] == [256.0] * 8
-    gradient = jax.grad(lambda k: jnp.sum(grouped.block_dot(x, k, sizes).astype(jnp.float32)))(jnp.ones((1, 4096, 8), jnp.bfloat16))
+    assert (
+        grouped.block_dot(x, jnp.ones((1, 4096, 8), jnp.bfloat16), sizes)
+        .astype(jnp.float32)
+        .tolist()[0]
+        == [256.0] * 8
+    )
+    gradient = jax.grad(lambda k: jnp.sum(grouped.block_dot(x, k, sizes).astype(jnp.float32)))(
+        jnp.ones((1, 4096, 8), jnp.bfloat16)
+    )
     assert gradient.dtype == jnp.bfloat16
 
 
 def test_work_follows_the_load():
-    # FLOPs that XLA counts are those of one pass through each loop body, whatever E is: no product over all rows per expert.
+    # FLOPs that XLA counts are those of one pass through each loop body, whatever E is: no product
+    # over all rows per expert.
     def flops(num_experts):
         shapes = [(256, 64), (num_experts, 64, 64)]
-        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct((num_experts,), jnp.int32)]
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [
+            jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+        ]
         return jax.jit(grouped.block_dot).lower(*args).compile().cost_analysis()["flops"]
 
     assert flops(32) < 1.2 * flops(4)
@@ -132,12 +194,24 @@ def test_work_follows_the_load():
 
 def test_ragged_dot_is_masked_here_and_refused(caplog):
     assert grouped.ragged_dot_is_masked("cpu") and not grouped.ragged_dot_is_masked("tpu")
-    with pytest.raises(ValueError, match=r"dispatch='ragged_dot': on this cpu .*one masked product.*'auto' or 'sorted'"):
+    with pytest.raises(
+        ValueError,
+        match=r"dispatch='ragged_dot': on this cpu .*one masked product.*'auto' or 'sorted'",
+    ):
         dropless.resolve("ragged_dot")
     dropless._automatic.cache_clear()
     with caplog.at_level(logging.INFO):
         assert dropless.resolve("auto") == dropless.resolve("auto") == "sorted"
-    assert len([record for record in caplog.records if "dropless routers use 'sorted' on cpu" in record.message]) == 1
+    assert (
+        len(
+            [
+                record
+                for record in caplog.records
+                if "dropless routers use 'sorted' on cpu" in record.message
+            ]
+        )
+        == 1
+    )
 
 
 LOADS = {
@@ -147,14 +221,25 @@ LOADS = {
     "more choices than devices": {"num_tokens": 83, "num_experts": 8, "k": 6, "skip": 0.2},
 }
 MESHES = [(1, 1), (8, 1), (2, 1), (4, 1), (2, 2), (1, 8)]
-"""Expert and model partitions of eight devices: 8x1, 1x8, 4x2, 2x4 (data x expert), 2x2x2, and model partitions alone."""
+"""Expert and model partitions of eight devices: 8x1, 1x8, 4x2, 2x4 (data x expert), 2x2x2, and
+model partitions alone.
+"""
 
 
 def wide_problem(load):
     """As `problem`, with hidden units for eight model partitions, and what is dropped of them."""
     tokens, expert, weight, kernels = problem(3, **LOADS[load])
-    kernels = {name: jnp.concatenate([kernel] * 4, axis=1 if name == "wo" else 2) / 4 for name, kernel in kernels.items()}
-    return tokens, expert, weight, kernels, jax.random.bernoulli(jax.random.key(1), 0.7, (8, 4 * F)) / 0.7
+    kernels = {
+        name: jnp.concatenate([kernel] * 4, axis=1 if name == "wo" else 2) / 4
+        for name, kernel in kernels.items()
+    }
+    return (
+        tokens,
+        expert,
+        weight,
+        kernels,
+        jax.random.bernoulli(jax.random.key(1), 0.7, (8, 4 * F)) / 0.7,
+    )
 
 
 @functools.cache
@@ -166,7 +251,15 @@ def loss_and_gradients(tokens, expert, weight, kernels, scale):
     target = jax.random.normal(jax.random.key(0), tokens.shape)
 
     def loss(tokens, weight, kernels):
-        out = dropless.process(tokens, expert, weight, kernels, activations=("gelu", "linear"), dispatch="sorted", hidden_scale=scale)
+        out = dropless.process(
+            tokens,
+            expert,
+            weight,
+            kernels,
+            activations=("gelu", "linear"),
+            dispatch="sorted",
+            hidden_scale=scale,
+        )
         return jnp.sum(out * target), out
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(tokens, weight, kernels)
@@ -177,20 +270,36 @@ QUICK = {("random", mesh) for mesh in MESHES} | {(load, (4, 1)) for load in LOAD
 
 @pytest.mark.parametrize(
     ("load", "experts", "model"),
-    [pytest.param(load, *mesh, marks=[] if (load, mesh) in QUICK else [pytest.mark.slow]) for load in LOADS for mesh in MESHES],
+    [
+        pytest.param(load, *mesh, marks=[] if (load, mesh) in QUICK else [pytest.mark.slow])
+        for load in LOADS
+        for mesh in MESHES
+    ],
 )
 def test_a_mesh_changes_nothing(load, experts, model):
     want = on_one_device(load)
     with Partitioner(num_expert_partitions=experts, num_model_partitions=model).activate():
         got = jax.jit(loss_and_gradients)(*wide_problem(load))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(np.abs(w).max(), 1)), got, want)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(
+            g, w, rtol=1e-5, atol=1e-5 * max(np.abs(w).max(), 1)
+        ),
+        got,
+        want,
+    )
     if load == "no choices":
-        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((got[0], got[1][0], got[1][2])))
+        assert not any(
+            np.asarray(leaf).any() for leaf in jax.tree.leaves((got[0], got[1][0], got[1][2]))
+        )
 
 
 def random_expert_loads():
-    """Any set of preferences: from even to all for one, and tokens that choose less than they may."""
-    return st.tuples(st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 4.0]), st.sampled_from([0.0, 0.5, 0.95]))
+    """Any set of preferences: from even to all for one, and tokens that choose less than they
+    may.
+    """
+    return st.tuples(
+        st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 4.0]), st.sampled_from([0.0, 0.5, 0.95])
+    )
 
 
 @settings(deadline=None, max_examples=15)
@@ -200,7 +309,9 @@ def test_any_load_on_a_mesh_equals_a_loop_over_tokens(load, mesh):
     args = problem(seed, 203, 8, 3, skew=skew, skip=skip)
     with Partitioner(num_expert_partitions=mesh[0], num_model_partitions=mesh[1]).activate():
         got = in_sorted_form(*args)
-    np.testing.assert_allclose(got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("experts", [1, 2])

@@ -1,4 +1,6 @@
-"""Switch, sigmoid gates, the balancing bias, hash, soft and dropless routing of one group, worked by hand."""
+"""Switch, sigmoid gates, the balancing bias, hash, soft and dropless routing of one group, worked
+by hand.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +44,25 @@ def dense(plan, num_tokens=S):
     """Combine weights `[S, E]` of slots or of choices."""
     if hasattr(plan, "token_index"):
         out = np.zeros((num_tokens + 1, plan.token_index.shape[0]), np.float32)
-        np.add.at(out, (np.asarray(plan.token_index), np.arange(plan.token_index.shape[0])[:, None]), np.asarray(plan.combine_weight))
+        np.add.at(
+            out,
+            (np.asarray(plan.token_index), np.arange(plan.token_index.shape[0])[:, None]),
+            np.asarray(plan.combine_weight),
+        )
         return out[:num_tokens]
     out = np.zeros((num_tokens, plan.num_experts + 1), np.float32)
-    np.add.at(out, (np.arange(num_tokens)[:, None], np.asarray(plan.expert)), np.asarray(plan.weight))
+    np.add.at(
+        out, (np.arange(num_tokens)[:, None], np.asarray(plan.expert)), np.asarray(plan.weight)
+    )
     return out[:, : plan.num_experts]
 
 
 def test_switch_is_top_1_with_the_probability_as_weight():
     routing = SwitchTop1().route(group(np.log(P)), capacity=2)
     # First choices 0, 0, 0, 1; expert 0 has two slots, so token 2 is dropped.
-    np.testing.assert_allclose(dense(routing.plan), [[0.5, 0, 0], [0.6, 0, 0], [0, 0, 0], [0, 0.7, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        dense(routing.plan), [[0.5, 0, 0], [0.6, 0, 0], [0, 0, 0], [0, 0.7, 0]], rtol=1e-6
+    )
     np.testing.assert_array_equal(routing.chosen, [3, 1, 0])
     assert (routing.offered, routing.dropped) == (4.0, 1.0)
     # As in the hand-worked case of top-1: 9 * (3/4 * 0.4 + 1/4 * 0.3625) / 3.
@@ -61,27 +71,45 @@ def test_switch_is_top_1_with_the_probability_as_weight():
 
 def test_switch_equals_top_k_with_k_1():
     logits = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
-    one, other = (router.route(group(logits), capacity=2) for router in (SwitchTop1(), TokensChoose(num_selected_experts=1)))
+    one, other = (
+        router.route(group(logits), capacity=2)
+        for router in (SwitchTop1(), TokensChoose(num_selected_experts=1))
+    )
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_sigmoid_gates_are_renormalised_affinities():
     routing = SigmoidTopK(num_selected_experts=2).route(group(logit(A)), capacity=4)
     # Top two: 0.8, 0.4; 0.9, 0.6; 0.75, 0.5; 0.7, 0.2. Each pair over its sum.
-    want = [[0.8 / 1.2, 0.4 / 1.2, 0], [0.9 / 1.5, 0.6 / 1.5, 0], [0.5 / 1.25, 0, 0.75 / 1.25], [0.7 / 0.9, 0, 0.2 / 0.9]]
+    want = [
+        [0.8 / 1.2, 0.4 / 1.2, 0],
+        [0.9 / 1.5, 0.6 / 1.5, 0],
+        [0.5 / 1.25, 0, 0.75 / 1.25],
+        [0.7 / 0.9, 0, 0.2 / 0.9],
+    ]
     np.testing.assert_allclose(dense(routing.plan), want, rtol=1e-5)
     # What losses and metrics call probabilities: affinities over their sum, e.g. 0.8 / 1.4.
     np.testing.assert_allclose(routing.probabilities, A / A.sum(axis=1, keepdims=True), rtol=1e-5)
 
 
 def test_sigmoid_gates_as_they_are_and_scaled():
-    plain = SigmoidTopK(num_selected_experts=1, renormalize=False).route(group(logit(A)), capacity=4)
-    np.testing.assert_allclose(dense(plain.plan), [[0.8, 0, 0], [0.9, 0, 0], [0, 0, 0.75], [0.7, 0, 0]], rtol=1e-5)
-    scaled = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(group(logit(A)), capacity=4)
+    plain = SigmoidTopK(num_selected_experts=1, renormalize=False).route(
+        group(logit(A)), capacity=4
+    )
+    np.testing.assert_allclose(
+        dense(plain.plan), [[0.8, 0, 0], [0.9, 0, 0], [0, 0, 0.75], [0.7, 0, 0]], rtol=1e-5
+    )
+    scaled = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(
+        group(logit(A)), capacity=4
+    )
     np.testing.assert_allclose(dense(scaled.plan).sum(axis=1), [2.5] * 4, rtol=1e-5)
     # One slot each: token 0 keeps expert 0 alone, and all of the weight on it.
-    tight = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(group(logit(A[:1])), capacity=1)
-    np.testing.assert_allclose(dense(tight.plan, 1), [[2.5 * 0.8 / 1.2, 2.5 * 0.4 / 1.2, 0]], rtol=1e-5)
+    tight = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(
+        group(logit(A[:1])), capacity=1
+    )
+    np.testing.assert_allclose(
+        dense(tight.plan, 1), [[2.5 * 0.8 / 1.2, 2.5 * 0.4 / 1.2, 0]], rtol=1e-5
+    )
 
 
 def test_very_negative_logits_stay_finite():
@@ -92,9 +120,12 @@ def test_very_negative_logits_stay_finite():
 
 def test_the_bias_chooses_experts_and_changes_no_weight():
     router = LossFreeTopK(num_selected_experts=1, renormalize=False)
-    # 0.55 more for expert 1: 0.95, 1.15, 0.8, 0.65 against 0.8, 0.9, 0.75 (expert 2), 0.7: all but token 3 go there.
+    # 0.55 more for expert 1: 0.95, 1.15, 0.8, 0.65 against 0.8, 0.9, 0.75 (expert 2), 0.7: all but
+    #   token 3 go there.
     routing = router.route(group(logit(A), bias=jnp.array([0.0, 0.55, 0.0])), capacity=4)
-    np.testing.assert_allclose(dense(routing.plan), [[0, 0.4, 0], [0, 0.6, 0], [0, 0.25, 0], [0.7, 0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        dense(routing.plan), [[0, 0.4, 0], [0, 0.6, 0], [0, 0.25, 0], [0.7, 0, 0]], rtol=1e-5
+    )
     np.testing.assert_array_equal(routing.chosen, [1, 3, 0])
     assert routing.auxiliary_loss == 0
     without = router.route(group(logit(A)), capacity=4)
@@ -106,7 +137,9 @@ def test_no_gradient_reaches_the_bias():
         routing = LossFreeTopK().route(group(logits, bias=bias), capacity=4)
         return jnp.sum(routing.plan.combine_weight**2)
 
-    of_bias, of_logits = jax.grad(total, argnums=(0, 1))(jnp.array([0.1, 0.0, -0.1]), jnp.asarray(logit(A)))
+    of_bias, of_logits = jax.grad(total, argnums=(0, 1))(
+        jnp.array([0.1, 0.0, -0.1]), jnp.asarray(logit(A))
+    )
     np.testing.assert_array_equal(of_bias, 0)
     assert np.abs(of_logits).max() > 0
 
@@ -114,12 +147,16 @@ def test_no_gradient_reaches_the_bias():
 def test_softmax_scores_with_a_bias():
     router = LossFreeTopK(num_selected_experts=1, scores="softmax", renormalize=False)
     routing = router.route(group(np.log(P), bias=jnp.array([-1.0, 0.0, 0.0])), capacity=4)
-    np.testing.assert_allclose(dense(routing.plan), [[0, 0.3, 0], [0, 0, 0.3], [0, 0.35, 0], [0, 0.7, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        dense(routing.plan), [[0, 0.3, 0], [0, 0, 0.3], [0, 0.35, 0], [0, 0.7, 0]], rtol=1e-5
+    )
 
 
 def test_a_bias_moves_against_the_load():
     # 12 choices over 4 experts: the mean is 3. Above it down, below it up, at it nothing.
-    after = balance.moved(jnp.array([0.5, 0.0, 0.0, -0.25]), jnp.array([7.0, 3.0, 2.0, 0.0]), rate=0.125)
+    after = balance.moved(
+        jnp.array([0.5, 0.0, 0.0, -0.25]), jnp.array([7.0, 3.0, 2.0, 0.0]), rate=0.125
+    )
     np.testing.assert_array_equal(after, [0.375, 0.0, 0.125, -0.125])
     # Nothing was chosen: nothing moves.
     np.testing.assert_array_equal(balance.moved(jnp.ones(3), jnp.zeros(3), rate=0.1), 1)
@@ -160,36 +197,58 @@ def test_hash_routing_follows_ids_alone():
     weights = dense(routing.plan)
     np.testing.assert_array_equal(weights.sum(axis=1), 1)
     np.testing.assert_array_equal(weights[0], weights[2])
-    assert weights[0].argmax() == hash_in_python(5, 0, 3) and weights[1].argmax() == hash_in_python(9, 0, 3)
+    assert weights[0].argmax() == hash_in_python(5, 0, 3) and weights[1].argmax() == hash_in_python(
+        9, 0, 3
+    )
     np.testing.assert_array_equal(routing.probabilities, weights)
 
 
 def test_dropless_tokens_get_every_expert_they_chose():
     routing = DroplessTopK(num_selected_experts=2).route(group(np.log(P)), capacity=4)
-    np.testing.assert_allclose(dense(routing.plan), [[0.5, 0.3, 0], [0.6, 0, 0.3], [0.4, 0.35, 0], [0, 0.7, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        dense(routing.plan),
+        [[0.5, 0.3, 0], [0.6, 0, 0.3], [0.4, 0.35, 0], [0, 0.7, 0.2]],
+        rtol=1e-6,
+    )
     assert (routing.offered, routing.dropped) == (8.0, 0.0)
     np.testing.assert_array_equal(routing.plan.load(jnp.ones(4)), [3, 3, 2])
     np.testing.assert_array_equal(routing.plan.experts_per_token(4), [2] * 4)
 
 
-@pytest.mark.parametrize("make", [lambda **kw: TokensChoose(renormalize=True, **kw), lambda **kw: SigmoidTopK(weight_scale=2.0, **kw)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: TokensChoose(renormalize=True, **kw),
+        lambda **kw: SigmoidTopK(weight_scale=2.0, **kw),
+    ],
+)
 def test_dropless_equals_slots_for_all(make):
     logits = np.random.default_rng(1).normal(size=(16, 5)).astype(np.float32)
     real = np.arange(16) % 5 != 3
-    free, slots = (make(dropless=flag).route(group(logits, real=real), capacity=16) for flag in (True, False))
+    free, slots = (
+        make(dropless=flag).route(group(logits, real=real), capacity=16) for flag in (True, False)
+    )
     np.testing.assert_allclose(dense(free.plan, 16), dense(slots.plan, 16), rtol=1e-6)
     np.testing.assert_allclose(dense(free.plan.in_slots(16), 16), dense(slots.plan, 16), rtol=1e-6)
-    np.testing.assert_allclose(free.plan.weight_per_token(16), slots.plan.weight_per_token(16), rtol=1e-6)
+    np.testing.assert_allclose(
+        free.plan.weight_per_token(16), slots.plan.weight_per_token(16), rtol=1e-6
+    )
     np.testing.assert_array_equal(free.plan.load(jnp.ones(16)), slots.plan.load(jnp.ones(16)))
     assert free.auxiliary_loss == slots.auxiliary_loss and free.dropped == 0
 
 
 def test_soft_slots_by_hand():
-    # Two tokens, one expert of two slots; logits (0, log 3) and (0, 0). Over tokens: slot 0 is half and half, slot 1 is 3/4 and 1/4. Over
-    # slots: token 0 takes 1/4 and 3/4, token 1 half and half.
-    routing = SoftMoe(slots_per_expert=2).route(group([[0.0, np.log(3)], [0.0, 0.0]], num_experts=1), capacity=2)
-    np.testing.assert_allclose(routing.plan.dispatch_weight[:, 0], [[0.5, 0.75], [0.5, 0.25]], rtol=1e-6)
-    np.testing.assert_allclose(routing.plan.combine_weight[:, 0], [[0.25, 0.75], [0.5, 0.5]], rtol=1e-6)
+    # Two tokens, one expert of two slots; logits (0, log 3) and (0, 0). Over tokens: slot 0 is half
+    # and half, slot 1 is 3/4 and 1/4. Over slots: token 0 takes 1/4 and 3/4, token 1 half and half.
+    routing = SoftMoe(slots_per_expert=2).route(
+        group([[0.0, np.log(3)], [0.0, 0.0]], num_experts=1), capacity=2
+    )
+    np.testing.assert_allclose(
+        routing.plan.dispatch_weight[:, 0], [[0.5, 0.75], [0.5, 0.25]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        routing.plan.combine_weight[:, 0], [[0.25, 0.75], [0.5, 0.5]], rtol=1e-6
+    )
 
     class Doubling:
         def on_slots(self, inputs):
@@ -218,13 +277,19 @@ def test_padding_has_no_part_in_soft_slots():
 
 
 def test_jitter_acts_in_training_alone():
-    layer = MoeLayer(MoeConfig(num_experts=4, decoder_router=SwitchTop1(jitter_noise=0.9)), "decoder", hidden=8)
+    layer = MoeLayer(
+        MoeConfig(num_experts=4, decoder_router=SwitchTop1(jitter_noise=0.9)), "decoder", hidden=8
+    )
     x = jax.random.normal(jax.random.key(0), (1, 16, 8))
-    params = {"params": jax.tree.map(lambda leaf: 30 * leaf, layer.init(jax.random.key(1), x)["params"])}
+    params = {
+        "params": jax.tree.map(lambda leaf: 30 * leaf, layer.init(jax.random.key(1), x)["params"])
+    }
 
     def preferred(*, train, key=None):
         rngs = {} if key is None else {"jitter": jax.random.key(key)}
-        return layer.apply(params, x, train=train, rngs=rngs, mutable=[REPORTS])[1][REPORTS]["report"].probability
+        return layer.apply(params, x, train=train, rngs=rngs, mutable=[REPORTS])[1][REPORTS][
+            "report"
+        ].probability
 
     still = preferred(train=False)
     np.testing.assert_array_equal(preferred(train=False, key=2), still)
@@ -237,16 +302,28 @@ def test_jitter_acts_in_training_alone():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SigmoidTopK(num_selected_experts=0), "num_selected_experts must be at least 1, got 0"),
+        (
+            lambda: SigmoidTopK(num_selected_experts=0),
+            "num_selected_experts must be at least 1, got 0",
+        ),
         (lambda: SigmoidTopK(weight_scale=0.0), "weight_scale must be above 0, got 0"),
         (lambda: LossFreeTopK(scores="tanh"), "scores must be 'sigmoid' or 'softmax', got 'tanh'"),
         (lambda: LossFreeTopK(update_rate=-1.0), "update_rate must be at least 0, got -1"),
         (lambda: SoftMoe(0), "slots_per_expert must be at least 1, got 0"),
         (lambda: HashTop1(jitter_noise=0.1), "jitter_noise=0.1 has nothing to act on"),
         (lambda: DroplessTopK(dropless=False), "use TokensChoose"),
-        (lambda: TokensChoose(batch_prioritized=True, dropless=True), "batch_prioritized orders tokens for a capacity"),
-        (lambda: TokensChoose(jitter_noise=1.5), r"jitter_noise .JITTER_NOISE. must be in \[0, 1\), got 1.5"),
-        (lambda: ExpertsChoose(jitter_noise=-0.1), r"jitter_noise .JITTER_NOISE. must be in \[0, 1\), got -0.1"),
+        (
+            lambda: TokensChoose(batch_prioritized=True, dropless=True),
+            "batch_prioritized orders tokens for a capacity",
+        ),
+        (
+            lambda: TokensChoose(jitter_noise=1.5),
+            r"jitter_noise .JITTER_NOISE. must be in \[0, 1\), got 1.5",
+        ),
+        (
+            lambda: ExpertsChoose(jitter_noise=-0.1),
+            r"jitter_noise .JITTER_NOISE. must be in \[0, 1\), got -0.1",
+        ),
     ],
 )
 def test_bad_settings(make, message):

@@ -1,4 +1,6 @@
-"""Every router inside a model: it trains, sees no later token, depends neither on the batch nor on padding nor on the mesh."""
+"""Every router inside a model: it trains, sees no later token, depends neither on the batch nor on
+padding nor on the mesh.
+"""
 
 import dataclasses
 import re
@@ -13,7 +15,16 @@ from upcycle_jax.models import accounting, info, metrics
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
-from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, HashTop1, LossFreeTopK, SigmoidTopK, SoftMoe, SwitchTop1, TokensChoose
+from upcycle_jax.moe.routing import (
+    DroplessTopK,
+    ExpertsChoose,
+    HashTop1,
+    LossFreeTopK,
+    SigmoidTopK,
+    SoftMoe,
+    SwitchTop1,
+    TokensChoose,
+)
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import AdamW
 from upcycle_jax.training.train_state import initial_state, state_specs
@@ -21,14 +32,31 @@ from upcycle_jax.training.train_step import jitted_train_step, make_train_step
 from upcycle_jax.training.trainer import Trainer
 
 DENSE = T5Config(
-    vocab_size=64, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.0
+    vocab_size=64,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    head_dim=8,
+    mlp_dim=32,
+    dropout_rate=0.0,
 )
-EVERYWHERE = [SwitchTop1(), SigmoidTopK(), LossFreeTopK(update_rate=0.01), HashTop1(), DroplessTopK()]
+EVERYWHERE = [
+    SwitchTop1(),
+    SigmoidTopK(),
+    LossFreeTopK(update_rate=0.01),
+    HashTop1(),
+    DroplessTopK(),
+]
 ROUTERS = [*EVERYWHERE, SoftMoe(2)]
 IDS = [type(router).__name__ for router in ROUTERS]
 # Those that differ from plain top-K in one line need no training of their own in every run.
 LONG = [
-    pytest.param(router, marks=[pytest.mark.slow] if isinstance(router, (SwitchTop1, SigmoidTopK, HashTop1)) else [], id=name)
+    pytest.param(
+        router,
+        marks=[pytest.mark.slow] if isinstance(router, (SwitchTop1, SigmoidTopK, HashTop1)) else [],
+        id=name,
+    )
     for router, name in zip(ROUTERS, IDS, strict=True)
 ]
 BIAS = "encoder/layers_0/mlp/router/bias"
@@ -51,15 +79,24 @@ def make_model(router, **settings):
 def make_params(model, seed=0):
     rng, params = np.random.default_rng(seed), {}
     for path, leaf in model.param_specs().items():
-        scale = 0.1 if len(leaf.shape) == 1 else 1 / np.sqrt(1 if path.endswith("embedding") else leaf.shape[-2])
-        params[path] = jnp.asarray(rng.normal(size=leaf.shape) * scale + path.endswith("scale"), jnp.float32)
+        scale = (
+            0.1
+            if len(leaf.shape) == 1
+            else 1 / np.sqrt(1 if path.endswith("embedding") else leaf.shape[-2])
+        )
+        params[path] = jnp.asarray(
+            rng.normal(size=leaf.shape) * scale + path.endswith("scale"), jnp.float32
+        )
     return trees.unflatten(params)
 
 
 def make_batch(lengths, inputs=8, targets=8, seed=0):
     rng = np.random.default_rng(seed)
     rows = len(lengths)
-    encoder, decoder = (rng.integers(1, 64, (rows, 12))[:, :n] * (np.arange(n) < np.asarray(lengths)[:, None]) for n in (inputs, targets))
+    encoder, decoder = (
+        rng.integers(1, 64, (rows, 12))[:, :n] * (np.arange(n) < np.asarray(lengths)[:, None])
+        for n in (inputs, targets)
+    )
     batch = {
         "encoder_input_tokens": encoder,
         "decoder_input_tokens": np.pad(decoder, ((0, 0), (1, 0)))[:, :-1],
@@ -70,7 +107,11 @@ def make_batch(lengths, inputs=8, targets=8, seed=0):
 
 
 def trainer(num_microbatches=None):
-    return Trainer(optimizer=AdamW(weight_decay=0.1), learning_rate_fn=lambda step: jnp.float32(0.01), num_microbatches=num_microbatches)
+    return Trainer(
+        optimizer=AdamW(weight_decay=0.1),
+        learning_rate_fn=lambda step: jnp.float32(0.01),
+        num_microbatches=num_microbatches,
+    )
 
 
 def train(model, steps, *, partitioner=None, num_microbatches=None, batch=None):
@@ -99,9 +140,13 @@ def test_the_loss_falls(router):
     for stack in ("encoder", "decoder"):
         layer = f"{stack}/layers_0"
         np.testing.assert_allclose(values[f"experts/{layer}/load"].sum(), 1, rtol=1e-5)
-        np.testing.assert_allclose(values[f"experts/{layer}/dead"], (values[f"experts/{layer}/load"] == 0).mean())
+        np.testing.assert_allclose(
+            values[f"experts/{layer}/dead"], (values[f"experts/{layer}/load"] == 0).mean()
+        )
         assert outputs[-1].bad_logits[layer] == 0
-    for path, rate in ((f"{layer}/mlp/router/bias", rate) for layer, rate in model.balance_rates.items()):
+    for path, rate in (
+        (f"{layer}/mlp/router/bias", rate) for layer, rate in model.balance_rates.items()
+    ):
         # Weight decay and momentum leave the bias alone: it is a sum of whole steps.
         steps = np.asarray(trees.flatten(state.params)[path]) / rate
         assert np.abs(steps).max() > 0
@@ -123,8 +168,11 @@ def test_alone_padded_and_causal(router):
     np.testing.assert_allclose(logits(params, mixed)[0], together[0], atol=1e-5)
     longer = {name: jnp.pad(value, ((0, 0), (0, 4))) for name, value in batch.items()}
     for row, length in enumerate((8, 3, 5)):
-        np.testing.assert_allclose(logits(params, longer)[row, :length], together[row, :length], atol=1e-5)
-    # Another token from position 5 on: nothing before it changes, in training's routing neither where there is room.
+        np.testing.assert_allclose(
+            logits(params, longer)[row, :length], together[row, :length], atol=1e-5
+        )
+    # Another token from position 5 on: nothing before it changes, in training's routing neither
+    # where there is room.
     changed = dict(batch, decoder_input_tokens=batch["decoder_input_tokens"].at[:, 5:].set(1))
     after = logits(params, changed)
     np.testing.assert_allclose(after[:, :5], together[:, :5], atol=1e-6)
@@ -137,7 +185,9 @@ def test_cached_decoding_equals_the_full_pass(router):
     model = make_model(router)
     params, batch = make_params(model), make_batch([8, 8, 8])
     want = inference_logits(model)(params, batch)
-    logits, cache = jax.jit(lambda p, x: model.start_decoding(p, x, max_length=8))(params, batch["encoder_input_tokens"])
+    logits, cache = jax.jit(lambda p, x: model.start_decoding(p, x, max_length=8))(
+        params, batch["encoder_input_tokens"]
+    )
     np.testing.assert_allclose(logits, want[:, 0], atol=1e-5)
     step = jax.jit(model.decode_step)
     for at in range(1, 8):
@@ -148,7 +198,9 @@ def test_cached_decoding_equals_the_full_pass(router):
 @pytest.mark.parametrize("router", LONG)
 def test_eight_devices_equal_one(router):
     model = make_model(router)
-    one, eight = (train(model, 3, partitioner=p) for p in (None, Partitioner(num_expert_partitions=4)))
+    one, eight = (
+        train(model, 3, partitioner=p) for p in (None, Partitioner(num_expert_partitions=4))
+    )
     for first, second in zip(one[1], eight[1], strict=True):
         np.testing.assert_allclose(second.loss, first.loss, rtol=1e-4)
         want, got = (metrics.compute(output.metrics) for output in (first, second))
@@ -175,7 +227,11 @@ def test_the_bias_follows_the_whole_batch_whatever_its_division():
 
 def test_a_biased_router_balances_a_skewed_load():
     # All tokens prefer expert 0 by a constant: the bias takes that away.
-    model = make_model(LossFreeTopK(num_selected_experts=1, update_rate=0.02), num_decoder_sparse_layers=0, decoder_sparse_layout="MIXED")
+    model = make_model(
+        LossFreeTopK(num_selected_experts=1, update_rate=0.02),
+        num_decoder_sparse_layers=0,
+        decoder_sparse_layout="MIXED",
+    )
     setup = trainer()
     setup = dataclasses.replace(setup, learning_rate_fn=lambda step: jnp.float32(0))
     specs = model.param_specs()
@@ -183,7 +239,9 @@ def test_a_biased_router_balances_a_skewed_load():
     router = params["encoder"]["layers_0"]["mlp"]["router"]
     router["bias"] = jnp.zeros(8).at[0].set(1.0)
     step = jax.jit(make_train_step(model, setup, seed=0))
-    state_type = type(initial_state(model, setup.optimizer, seed=0, shardings=_single_shardings(model, setup)))
+    state_type = type(
+        initial_state(model, setup.optimizer, seed=0, shardings=_single_shardings(model, setup))
+    )
     state = state_type(step=jnp.int32(0), params=params, param_states=setup.optimizer.init(specs))
     violations = []
     for seed in range(60):
@@ -201,7 +259,10 @@ def _single_shardings(model, setup):
 def test_the_surgeon_writes_biases_of_zero_and_checkpoints_hold_them():
     model = make_model(LossFreeTopK())
     setup = trainer()
-    target, dense = state_specs(model, setup.optimizer), state_specs(EncoderDecoderModel(DENSE), setup.optimizer)
+    target, dense = (
+        state_specs(model, setup.optimizer),
+        state_specs(EncoderDecoderModel(DENSE), setup.optimizer),
+    )
     assert target[f"target/{BIAS}"].shape == (8,)
     rows = {row.target: row for row in surgery.make_plan(dense, target, surgery.Recipe()).rows}
     assert rows[f"target/{BIAS}"].operation.name == "zeros"
@@ -213,14 +274,24 @@ def test_the_surgeon_writes_biases_of_zero_and_checkpoints_hold_them():
 def test_router_leaves_follow_the_router():
     def leaves(router):
         specs = make_model(router).param_specs()
-        return {path.split("router/")[1]: leaf.shape for path, leaf in specs.items() if path.startswith("encoder") and "router/" in path}
+        return {
+            path.split("router/")[1]: leaf.shape
+            for path, leaf in specs.items()
+            if path.startswith("encoder") and "router/" in path
+        }
 
     assert leaves(HashTop1()) == {}
     assert leaves(SoftMoe(3)) == {"router_weights/w/kernel": (16, 24)}
     assert leaves(LossFreeTopK()) == {"router_weights/w/kernel": (16, 8), "bias": (8,)}
     # Lists of parameters name the bias, whole on every device.
-    text = info.model_info(make_model(LossFreeTopK()).param_specs(), partitioner=Partitioner(num_expert_partitions=4))
-    assert re.search(r"Variable +encoder/layers_0/mlp/router/bias +size 8 +shape \(unmodeled=8\) +partition spec \(None,\)", text)
+    text = info.model_info(
+        make_model(LossFreeTopK()).param_specs(), partitioner=Partitioner(num_expert_partitions=4)
+    )
+    assert re.search(
+        r"Variable +encoder/layers_0/mlp/router/bias +size 8 +shape \(unmodeled=8\) +partition spec"
+        r" \(None,\)",
+        text,
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +302,8 @@ def test_router_leaves_follow_the_router():
         (SigmoidTopK(), 8 * 8, 32 * 2 * 16 * 8, 2),
         (HashTop1(), 8 * 8, 0, 1),
         (DroplessTopK(num_selected_experts=3), 3 * 32, 32 * 2 * 16 * 8, 3),
-        # Two slots of eight experts in each of 4 sequences; logits, and mixing there and back, over 16 slots.
+        # Two slots of eight experts in each of 4 sequences; logits, and mixing there and back, over
+        # 16 slots.
         (SoftMoe(2), 4 * 8 * 2, 32 * 3 * 2 * 16 * 16, 8),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
@@ -248,12 +320,36 @@ def test_costs_by_hand(router, expert_rows, router_flops, active):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decoder_router": SoftMoe()}, "SoftMoe cannot be the decoder's router: every slot is a mixture of all tokens.*TokensChoose"),
-        ({"t5x_mode": True, "decoder_router": SigmoidTopK()}, "t5x_mode follows Flaxformer, which has no SigmoidTopK"),
-        ({"t5x_mode": True, "decoder_router": DroplessTopK()}, "t5x_mode follows Flaxformer, which has no DroplessTopK"),
-        ({"dispatch": "einsum"}, "dispatch must be one of 'auto', 'sorted', 'ragged_dot', 'gather', got 'einsum'"),
-        ({"dispatch": "sorted"}, "dispatch='sorted' moves the tokens of dropless routers, and both routers have a capacity"),
-        ({"decoder_router": SigmoidTopK(40)}, "num_selected_experts=40 is more than num_experts=32"),
+        (
+            {"decoder_router": SoftMoe()},
+            (
+                "SoftMoe cannot be the decoder's router: every slot is a mixture of all"
+                " tokens.*TokensChoose"
+            ),
+        ),
+        (
+            {"t5x_mode": True, "decoder_router": SigmoidTopK()},
+            "t5x_mode follows Flaxformer, which has no SigmoidTopK",
+        ),
+        (
+            {"t5x_mode": True, "decoder_router": DroplessTopK()},
+            "t5x_mode follows Flaxformer, which has no DroplessTopK",
+        ),
+        (
+            {"dispatch": "einsum"},
+            "dispatch must be one of 'auto', 'sorted', 'ragged_dot', 'gather', got 'einsum'",
+        ),
+        (
+            {"dispatch": "sorted"},
+            (
+                "dispatch='sorted' moves the tokens of dropless routers, and both routers have a"
+                " capacity"
+            ),
+        ),
+        (
+            {"decoder_router": SigmoidTopK(40)},
+            "num_selected_experts=40 is more than num_experts=32",
+        ),
     ],
 )
 def test_refused(settings, message):
@@ -265,37 +361,59 @@ def test_packed_rows_and_missing_ids_are_refused():
     model = make_model(SoftMoe())
     batch = make_batch([8, 8])
     batch["encoder_segment_ids"] = batch["decoder_segment_ids"] = jnp.ones((2, 8), jnp.int32)
-    with pytest.raises(ValueError, match="SoftMoe cannot route packed rows: .*would see each other.*PACK"):
+    with pytest.raises(
+        ValueError, match="SoftMoe cannot route packed rows: .*would see each other.*PACK"
+    ):
         jax.eval_shape(model.logits, model_params_shapes(model), batch)
     from upcycle_jax.moe.layer import MoeLayer
 
     layer = MoeLayer(MoeConfig(encoder_router=HashTop1(), num_experts=4), "encoder", hidden=8)
-    with pytest.raises(ValueError, match="HashTop1 routes by token ids, and this model has none.*TokensChoose"):
+    with pytest.raises(
+        ValueError, match="HashTop1 routes by token ids, and this model has none.*TokensChoose"
+    ):
         jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 4, 8)))
 
 
 def model_params_shapes(model):
-    return trees.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in model.param_specs().items()})
+    return trees.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in model.param_specs().items()
+        }
+    )
 
 
 @pytest.mark.parametrize("dispatch", ["auto", "gather"])
 def test_dropless_forms_and_a_capacity_for_all_agree(dispatch):
-    tokens = {"encoder_router": DroplessTopK(renormalize=True), "decoder_router": DroplessTopK(renormalize=True)}
+    tokens = {
+        "encoder_router": DroplessTopK(renormalize=True),
+        "decoder_router": DroplessTopK(renormalize=True),
+    }
     model = make_model(DroplessTopK(), **tokens, dispatch=dispatch)
-    ample = make_model(TokensChoose(renormalize=True), eval_expert_capacity_factor=8.0, ignore_padding_tokens=True)
+    ample = make_model(
+        TokensChoose(renormalize=True), eval_expert_capacity_factor=8.0, ignore_padding_tokens=True
+    )
     params, batch = make_params(model), make_batch([8, 3, 5, 1])
-    np.testing.assert_allclose(jax.jit(model.logits)(params, batch), jax.jit(ample.logits)(params, batch), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.logits)(params, batch), jax.jit(ample.logits)(params, batch), atol=1e-5
+    )
 
 
 def test_dropout_in_dropless_experts_drops_hidden_units_of_an_expert():
-    # Experts are relu(x) with one of two hidden units each; with a rate of 1/2 a unit gives 0 or twice its value, the same for all tokens.
+    # Experts are relu(x) with one of two hidden units each; with a rate of 1/2 a unit gives 0 or
+    # twice its value, the same for all tokens.
     from upcycle_jax.moe.layer import MoeLayer
 
-    config = MoeConfig(num_experts=2, decoder_router=DroplessTopK(num_selected_experts=1, renormalize=True))
+    config = MoeConfig(
+        num_experts=2, decoder_router=DroplessTopK(num_selected_experts=1, renormalize=True)
+    )
     layer = MoeLayer(config, "decoder", hidden=2, activations=("relu",), dropout_rate=0.5)
     params = {
         "router": {"router_weights": {"w": {"kernel": jnp.array([[9.0, -9.0], [-9.0, 9.0]])}}},
-        "expert": {"wi": {"kernel": jnp.stack([jnp.eye(2)] * 2)}, "wo": {"kernel": jnp.stack([jnp.eye(2)] * 2)}},
+        "expert": {
+            "wi": {"kernel": jnp.stack([jnp.eye(2)] * 2)},
+            "wo": {"kernel": jnp.stack([jnp.eye(2)] * 2)},
+        },
     }
     x = jnp.array([[[2.0, 1.0], [1.0, 2.0], [3.0, 1.0], [1.0, 3.0]]])
     seen = set()
@@ -311,6 +429,11 @@ def test_dropout_in_dropless_experts_drops_hidden_units_of_an_expert():
 
 
 def test_experts_choose_is_unchanged_by_the_dispatch_of_others():
-    one, other = (make_model(ExpertsChoose(), decoder_router=TokensChoose(), dispatch=d) for d in ("auto", "gather"))
+    one, other = (
+        make_model(ExpertsChoose(), decoder_router=TokensChoose(), dispatch=d)
+        for d in ("auto", "gather")
+    )
     params, batch = make_params(one), make_batch([8, 3])
-    np.testing.assert_array_equal(jax.jit(one.logits)(params, batch), jax.jit(other.logits)(params, batch))
+    np.testing.assert_array_equal(
+        jax.jit(one.logits)(params, batch), jax.jit(other.logits)(params, batch)
+    )

@@ -42,9 +42,12 @@ def as_dense(assignment: Assignment, group_size: int) -> np.ndarray:
 
 def test_experts_take_their_best_tokens():
     routing = route(ExpertsChoose(), P, capacity=2)
-    # Column 0: 0.6 (token 1), 0.5 (token 0). Column 1: 0.7 (3), 0.35 (2). Column 2: 0.3 (1), 0.25 (2).
+    # Column 0: 0.6 (token 1), 0.5 (token 0). Column 1: 0.7 (3), 0.35 (2). Column 2: 0.3 (1), 0.25
+    # (2).
     np.testing.assert_array_equal(routing.plan.token_index, [[1, 0], [3, 2], [1, 2]])
-    np.testing.assert_allclose(routing.plan.combine_weight, [[0.6, 0.5], [0.7, 0.35], [0.3, 0.25]], rtol=1e-6)
+    np.testing.assert_allclose(
+        routing.plan.combine_weight, [[0.6, 0.5], [0.7, 0.35], [0.3, 0.25]], rtol=1e-6
+    )
     assert routing.auxiliary_loss == 0.0
     # Every token has at least one expert.
     assert (routing.offered, routing.dropped) == (4.0, 0.0)
@@ -52,7 +55,8 @@ def test_experts_take_their_best_tokens():
 
 def test_experts_choose_renormalised():
     routing = route(ExpertsChoose(renormalize=True), P, capacity=2)
-    # Token 0: expert 0 alone, 1. Token 1: experts 0 and 2, 0.6 / 0.9 and 0.3 / 0.9. Token 2: experts 1 and 2, 0.35 / 0.6 and
+    # Token 0: expert 0 alone, 1. Token 1: experts 0 and 2, 0.6 / 0.9 and 0.3 / 0.9. Token 2:
+    # experts 1 and 2, 0.35 / 0.6 and
     # 0.25 / 0.6. Token 3: expert 1 alone, 1.
     expected = [[1, 0, 0], [2 / 3, 0, 1 / 3], [0, 0.35 / 0.6, 0.25 / 0.6], [0, 1, 0]]
     np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-5)
@@ -61,7 +65,9 @@ def test_experts_choose_renormalised():
 def test_tokens_without_an_expert_keep_nothing():
     routing = route(ExpertsChoose(renormalize=True), P, capacity=1)
     # Experts take tokens 1, 3, 1: tokens 0 and 2 get none.
-    np.testing.assert_allclose(as_dense(routing.plan, S), [[0, 0, 0], [2 / 3, 0, 1 / 3], [0, 0, 0], [0, 1, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        as_dense(routing.plan, S), [[0, 0, 0], [2 / 3, 0, 1 / 3], [0, 0, 0], [0, 1, 0]], rtol=1e-5
+    )
     assert (routing.offered, routing.dropped) == (4.0, 2.0)
 
 
@@ -83,29 +89,37 @@ def test_top_2_with_room_for_all():
     expected = [[0.5, 0.3, 0], [0.6, 0, 0.3], [0.4, 0.35, 0], [0, 0.7, 0.2]]
     np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-6)
     # k-major: expert 1 lists token 3 (first choice) before tokens 0 and 2 (second choices).
-    np.testing.assert_array_equal(routing.plan.token_index, [[0, 1, 2, S], [3, 0, 2, S], [1, 3, S, S]])
+    np.testing.assert_array_equal(
+        routing.plan.token_index, [[0, 1, 2, S], [3, 0, 2, S], [1, 3, S, S]]
+    )
     assert (routing.offered, routing.dropped) == (8.0, 0.0)
 
 
 def test_overflow_is_dropped_in_token_order_first_choices_first():
     routing = route(TokensChoose(num_selected_experts=2), P, capacity=2)
-    # Expert 0 wants 0, 1, 2: token 2 is too many. Expert 1 wants 3, then 0, 2 as second choices: token 2 is too many again.
+    # Expert 0 wants 0, 1, 2: token 2 is too many. Expert 1 wants 3, then 0, 2 as second choices:
+    # token 2 is too many again.
     np.testing.assert_array_equal(routing.plan.token_index, [[0, 1], [3, 0], [1, 3]])
-    np.testing.assert_allclose(as_dense(routing.plan, S), [[0.5, 0.3, 0], [0.6, 0, 0.3], [0, 0, 0], [0, 0.7, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        as_dense(routing.plan, S),
+        [[0.5, 0.3, 0], [0.6, 0, 0.3], [0, 0, 0], [0, 0.7, 0.2]],
+        rtol=1e-6,
+    )
     assert (routing.offered, routing.dropped) == (8.0, 2.0)
 
 
 def test_batch_prioritised_order_serves_confident_tokens_first():
     routing = route(TokensChoose(num_selected_experts=2, batch_prioritized=True), P, capacity=2)
-    # Confidence 0.5, 0.6, 0.4, 0.7 orders tokens 3, 1, 0, 2. Expert 0's first choices come as 1, 0, (2 dropped). Expert 1: 3, then second
-    # choices 0, (2 dropped). Expert 2: second choices 3, 1.
+    # Confidence 0.5, 0.6, 0.4, 0.7 orders tokens 3, 1, 0, 2. Expert 0's first choices come as 1, 0,
+    # (2 dropped). Expert 1: 3, then second choices 0, (2 dropped). Expert 2: second choices 3, 1.
     np.testing.assert_array_equal(routing.plan.token_index, [[1, 0], [3, 0], [3, 1]])
     weights = [[0.6, 0.5], [0.7, 0.3], [0.2, 0.3]]
     np.testing.assert_allclose(routing.plan.combine_weight, weights, rtol=1e-6)
 
 
 def test_switch_drops_by_position_and_by_confidence():
-    # Three tokens want expert 0, which has one slot: the first in order, or the most confident (token 1).
+    # Three tokens want expert 0, which has one slot: the first in order, or the most confident
+    # (token 1).
     plain = route(TokensChoose(num_selected_experts=1), P, capacity=1)
     np.testing.assert_array_equal(plain.plan.token_index, [[0], [3], [S]])
     prioritised = route(TokensChoose(num_selected_experts=1, batch_prioritized=True), P, capacity=1)
@@ -114,25 +128,42 @@ def test_switch_drops_by_position_and_by_confidence():
 
 def test_tokens_choose_renormalised_over_the_experts_that_process_them():
     routing = route(TokensChoose(num_selected_experts=2, renormalize=True), P, capacity=2)
-    # As in the overflow case: token 0 keeps 0.5 and 0.3, token 1 0.6 and 0.3, token 2 nothing, token 3 0.7 and 0.2.
-    expected = [[0.5 / 0.8, 0.3 / 0.8, 0], [0.6 / 0.9, 0, 0.3 / 0.9], [0, 0, 0], [0, 0.7 / 0.9, 0.2 / 0.9]]
+    # As in the overflow case: token 0 keeps 0.5 and 0.3, token 1 0.6 and 0.3, token 2 nothing,
+    # token 3 0.7 and 0.2.
+    expected = [
+        [0.5 / 0.8, 0.3 / 0.8, 0],
+        [0.6 / 0.9, 0, 0.3 / 0.9],
+        [0, 0, 0],
+        [0, 0.7 / 0.9, 0.2 / 0.9],
+    ]
     np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-5)
 
 
 def test_softmax_after_top_k():
-    routing = route(TokensChoose(num_selected_experts=2, softmax_order="after_top_k"), P, capacity=4)
+    routing = route(
+        TokensChoose(num_selected_experts=2, softmax_order="after_top_k"), P, capacity=4
+    )
     # The softmax over two log-probabilities is their ratio: the same as renormalising.
-    expected = [[0.5 / 0.8, 0.3 / 0.8, 0], [0.6 / 0.9, 0, 0.3 / 0.9], [0.4 / 0.75, 0.35 / 0.75, 0], [0, 0.7 / 0.9, 0.2 / 0.9]]
+    expected = [
+        [0.5 / 0.8, 0.3 / 0.8, 0],
+        [0.6 / 0.9, 0, 0.3 / 0.9],
+        [0.4 / 0.75, 0.35 / 0.75, 0],
+        [0, 0.7 / 0.9, 0.2 / 0.9],
+    ]
     np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-5)
 
 
 def test_tokens_choose_ties_go_to_the_lowest_expert():
     routing = route(TokensChoose(num_selected_experts=2), np.full((3, 4), 0.25), capacity=3)
-    np.testing.assert_array_equal(routing.plan.token_index, [[0, 1, 2], [0, 1, 2], [3, 3, 3], [3, 3, 3]])
+    np.testing.assert_array_equal(
+        routing.plan.token_index, [[0, 1, 2], [0, 1, 2], [3, 3, 3], [3, 3, 3]]
+    )
 
 
 def test_tokens_choose_padding_takes_no_slot_when_ignored():
-    routing = route(TokensChoose(num_selected_experts=1), P, capacity=2, real=[False, True, True, True])
+    routing = route(
+        TokensChoose(num_selected_experts=1), P, capacity=2, real=[False, True, True, True]
+    )
     # Without token 0, expert 0 has room for tokens 1 and 2.
     np.testing.assert_array_equal(routing.plan.token_index, [[1, 2], [3, S], [S, S]])
     assert (routing.offered, routing.dropped) == (3.0, 0.0)
@@ -140,20 +171,24 @@ def test_tokens_choose_padding_takes_no_slot_when_ignored():
 
 def test_padding_takes_slots_by_default():
     # Routed but not counted: token 0 fills a slot of expert 0, so token 2 is dropped.
-    routing = route(TokensChoose(num_selected_experts=1), P, capacity=2, real=[True] * 4, counted=[0, 1, 1, 1])
+    routing = route(
+        TokensChoose(num_selected_experts=1), P, capacity=2, real=[True] * 4, counted=[0, 1, 1, 1]
+    )
     np.testing.assert_array_equal(routing.plan.token_index, [[0, 1], [3, S], [S, S]])
     assert (routing.offered, routing.dropped) == (3.0, 1.0)
 
 
 def test_auxiliary_loss_by_hand():
     routing = route(TokensChoose(num_selected_experts=1), P, capacity=1)
-    # First choices 0, 0, 0, 1: f = (3/4, 1/4, 0). Mean probabilities p = (1.6, 1.45, 0.95) / 4 = (0.4, 0.3625, 0.2375).
-    # E^2 * mean(f p) = 9 * (0.3 + 0.090625 + 0) / 3 = 1.171875, drops or not.
+    # First choices 0, 0, 0, 1: f = (3/4, 1/4, 0). Mean probabilities p = (1.6, 1.45, 0.95) / 4 =
+    # (0.4, 0.3625, 0.2375). E^2 * mean(f p) = 9 * (0.3 + 0.090625 + 0) / 3 = 1.171875, drops or
+    # not.
     np.testing.assert_allclose(routing.auxiliary_loss, 1.171875, rtol=1e-6)
 
 
 def test_auxiliary_loss_is_k_at_balance():
-    # Four tokens, four experts, K=2: token i prefers experts i and i+1, so each expert is wanted twice.
+    # Four tokens, four experts, K=2: token i prefers experts i and i+1, so each expert is wanted
+    # twice.
     p = np.full((4, 4), 0.1)
     for i in range(4):
         p[i, i], p[i, (i + 1) % 4] = 0.5, 0.3
@@ -162,7 +197,9 @@ def test_auxiliary_loss_is_k_at_balance():
 
 
 def test_auxiliary_loss_of_real_tokens_alone():
-    with_padding = route(TokensChoose(num_selected_experts=2), P, capacity=4, real=[True, True, True, False])
+    with_padding = route(
+        TokensChoose(num_selected_experts=2), P, capacity=4, real=[True, True, True, False]
+    )
     without = route(TokensChoose(num_selected_experts=2), P[:3], capacity=4)
     np.testing.assert_allclose(with_padding.auxiliary_loss, without.auxiliary_loss, rtol=1e-6)
 
@@ -191,12 +228,22 @@ def groups(draw):
     seed = draw(st.integers(0, 2**31 - 1))
     rng = np.random.default_rng(seed)
     # Few distinct values, so that ties happen.
-    logits = rng.integers(-2, 3, (num_tokens, num_experts)) if draw(st.booleans()) else rng.normal(size=(num_tokens, num_experts))
+    logits = (
+        rng.integers(-2, 3, (num_tokens, num_experts))
+        if draw(st.booleans())
+        else rng.normal(size=(num_tokens, num_experts))
+    )
     return np.asarray(logits, np.float32), capacity, rng.random(num_tokens) < 0.7
 
 
 def as_group(logits, real):
-    return Group(jnp.asarray(logits), logits.shape[1], jnp.asarray(real), jnp.asarray(real, jnp.float32), real.sum())
+    return Group(
+        jnp.asarray(logits),
+        logits.shape[1],
+        jnp.asarray(real),
+        jnp.asarray(real, jnp.float32),
+        real.sum(),
+    )
 
 
 def reference_tokens_choose(logits, k, capacity, real, prioritised):
@@ -223,7 +270,9 @@ def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised
     for e, tokens in enumerate(experts):
         row = np.asarray(routing.plan.token_index[e])
         np.testing.assert_array_equal(row, tokens + [len(p)] * (capacity - len(tokens)))
-        np.testing.assert_allclose(routing.plan.combine_weight[e, : len(tokens)], p[tokens, e], rtol=1e-5)
+        np.testing.assert_allclose(
+            routing.plan.combine_weight[e, : len(tokens)], p[tokens, e], rtol=1e-5
+        )
     assert float(routing.offered - routing.dropped) == sum(len(tokens) for tokens in experts)
 
 

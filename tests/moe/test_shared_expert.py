@@ -14,13 +14,21 @@ from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.moe.routing import TokensChoose
 
 DENSE = T5Config(
-    vocab_size=64, emb_dim=16, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, head_dim=8, mlp_dim=32, dropout_rate=0.0
+    vocab_size=64,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    head_dim=8,
+    mlp_dim=32,
+    dropout_rate=0.0,
 )
 
 
 def test_a_token_without_room_still_passes_the_shared_expert():
-    # A router of zeros: both tokens choose expert 0 with weight 1/2, and one slot (1.0 * 2 / 2) is there: the second token is dropped.
-    # Experts are relu(x) times the identity; the shared expert has one hidden unit x_0 + x_1 and gives 10 and -1 times it.
+    # A router of zeros: both tokens choose expert 0 with weight 1/2, and one slot (1.0 * 2 / 2) is
+    # there: the second token is dropped. Experts are relu(x) times the identity; the shared expert
+    # has one hidden unit x_0 + x_1 and gives 10 and -1 times it.
     config = MoeConfig(
         num_experts=2,
         decoder_router=TokensChoose(num_selected_experts=1),
@@ -30,8 +38,14 @@ def test_a_token_without_room_still_passes_the_shared_expert():
     )
     params = {
         "router": {"router_weights": {"w": {"kernel": jnp.zeros((2, 2))}}},
-        "expert": {"wi": {"kernel": jnp.stack([jnp.eye(2)] * 2)}, "wo": {"kernel": jnp.stack([jnp.eye(2)] * 2)}},
-        "shared_expert": {"wi": {"kernel": jnp.ones((2, 1))}, "wo": {"kernel": jnp.array([[10.0, -1.0]])}},
+        "expert": {
+            "wi": {"kernel": jnp.stack([jnp.eye(2)] * 2)},
+            "wo": {"kernel": jnp.stack([jnp.eye(2)] * 2)},
+        },
+        "shared_expert": {
+            "wi": {"kernel": jnp.ones((2, 1))},
+            "wo": {"kernel": jnp.array([[10.0, -1.0]])},
+        },
     }
     layer = MoeLayer(config=config, stack="decoder", hidden=2, activations=("relu",))
     x = jnp.array([[[1.0, 2.0], [3.0, -1.0]]])
@@ -41,25 +55,44 @@ def test_a_token_without_room_still_passes_the_shared_expert():
 
 
 def test_parameters_are_named_beside_the_experts_and_sharded_as_a_dense_mlp():
-    specs = EncoderDecoderModel(dataclasses.replace(DENSE, moe=MoeConfig(num_experts=4, shared_expert_mlp_dim=8))).param_specs()
+    specs = EncoderDecoderModel(
+        dataclasses.replace(DENSE, moe=MoeConfig(num_experts=4, shared_expert_mlp_dim=8))
+    ).param_specs()
     shared = {path: leaf for path, leaf in specs.items() if "shared_expert" in path}
     assert len(shared) == 6  # Three matrices, one sparse layer in each stack.
     wi, wo = (specs[f"encoder/layers_1/mlp/shared_expert/{name}/kernel"] for name in ("wi_0", "wo"))
-    assert (wi.shape, wi.axes, wo.shape, wo.axes) == ((16, 8), ("embed", "mlp"), (8, 16), ("mlp", "embed"))
+    assert (wi.shape, wi.axes, wo.shape, wo.axes) == (
+        (16, 8),
+        ("embed", "mlp"),
+        (8, 16),
+        ("mlp", "embed"),
+    )
 
 
 def test_costs_by_hand():
-    plain, shared = (dataclasses.replace(DENSE, moe=MoeConfig(num_experts=4, shared_expert_mlp_dim=width)) for width in (None, 8))
-    one, other = (accounting.count_parameters(config, EncoderDecoderModel(config).param_specs()) for config in (plain, shared))
+    plain, shared = (
+        dataclasses.replace(DENSE, moe=MoeConfig(num_experts=4, shared_expert_mlp_dim=width))
+        for width in (None, 8)
+    )
+    one, other = (
+        accounting.count_parameters(config, EncoderDecoderModel(config).param_specs())
+        for config in (plain, shared)
+    )
     # Two sparse layers with three matrices of 16 x 8; all of them active, none of them an expert's.
     assert other.total - one.total == other.active - one.active == 2 * 3 * 16 * 8
     assert (other.experts, other.routers) == (one.experts, one.routers)
-    before, after = (accounting.forward_flops(config, batch_size=2, inputs_length=8, targets_length=4) for config in (plain, shared))
+    before, after = (
+        accounting.forward_flops(config, batch_size=2, inputs_length=8, targets_length=4)
+        for config in (plain, shared)
+    )
     # 16 tokens in the encoder and 8 in the decoder, once each through three products of 16 x 8.
     assert after.mlp - before.mlp == (16 + 8) * 3 * 2 * 16 * 8
     assert after.total - before.total == after.mlp - before.mlp
 
 
 def test_a_width_below_one_is_refused():
-    with pytest.raises(ValueError, match="shared_expert_mlp_dim must be at least 1, or None for no shared expert, got 0"):
+    with pytest.raises(
+        ValueError,
+        match="shared_expert_mlp_dim must be at least 1, or None for no shared expert, got 0",
+    ):
         MoeConfig(shared_expert_mlp_dim=0)

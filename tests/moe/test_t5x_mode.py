@@ -1,4 +1,6 @@
-"""T5X mode against its rules, written out in NumPy with dispatch masks: grouping, padding, capacity, positions, losses, metrics."""
+"""T5X mode against its rules, written out in NumPy with dispatch masks: grouping, padding,
+capacity, positions, losses, metrics.
+"""
 
 import flax.linen as nn
 import jax
@@ -60,14 +62,18 @@ def oracle(x, params, router, *, padding, num_groups, capacity):
             mask = masks_of_experts_choose(p, capacity)
             auxiliary.append(0.0)
         else:
-            mask, choices = masks_of_tokens_choose(p, router.num_selected_experts, capacity, router.batch_prioritized)
+            mask, choices = masks_of_tokens_choose(
+                p, router.num_selected_experts, capacity, router.batch_prioritized
+            )
             chosen = np.zeros_like(p)
             chosen[np.arange(len(p))[:, None], choices] = 1
             auxiliary.append(E**2 * np.mean(chosen.mean(axis=0) * p.mean(axis=0)))
         z.append(np.mean(np.log(np.exp(logits).sum(axis=-1)) ** 2))
         combine = mask * p[:, :, None]
         inputs = np.einsum("sd,sec->ecd", tokens, mask)
-        hidden = gelu(np.einsum("ecd,edf->ecf", inputs, wi_0)) * np.einsum("ecd,edf->ecf", inputs, wi_1)
+        hidden = gelu(np.einsum("ecd,edf->ecf", inputs, wi_0)) * np.einsum(
+            "ecd,edf->ecf", inputs, wi_1
+        )
         outputs.append(np.einsum("ecf,efd,sec->sd", hidden, wo, combine))
         left += (mask.sum(axis=(1, 2)) == 0).sum()
         dispatched += mask.sum()
@@ -83,16 +89,23 @@ def oracle(x, params, router, *, padding, num_groups, capacity):
     return y, metrics
 
 
-ROUTERS = [ExpertsChoose(), TokensChoose(), TokensChoose(num_selected_experts=1), TokensChoose(batch_prioritized=True)]
+ROUTERS = [
+    ExpertsChoose(),
+    TokensChoose(),
+    TokensChoose(num_selected_experts=1),
+    TokensChoose(batch_prioritized=True),
+]
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=repr)
 @pytest.mark.parametrize(
     ("shape", "replicas", "padding", "num_groups", "capacity"),
     [
-        # 64 tokens, 2 replicas of 4 experts: 8 groups of 8. Capacity max(round(1.25 * 8 / 4), 2) = 2.
+        # 64 tokens, 2 replicas of 4 experts: 8 groups of 8. Capacity max(round(1.25 * 8 / 4), 2) =
+        #   2.
         ((4, 16), 2, (0, 0), 8, 2),
-        # 35 tokens, 4 experts: one more column makes 40 = 4 * 10 (5 tokens), one more row 42, three 56 (21 tokens). Groups of
+        # 35 tokens, 4 experts: one more column makes 40 = 4 * 10 (5 tokens), one more row 42, three
+        #   56 (21 tokens). Groups of
         # 10; capacity round(3.125) = 3.
         ((5, 7), 1, (0, 1), 4, 3),
     ],
@@ -113,17 +126,28 @@ def test_layer_follows_the_rules(router, shape, replicas, padding, num_groups, c
     x = x * valid[..., None]
     params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
     params["router"]["router_weights"]["w"]["kernel"] *= 50
-    got, variables = jax.jit(lambda p, x, v: layer.apply({"params": p}, x, v, mutable=[REPORTS]))(params, x, valid)
+    got, variables = jax.jit(lambda p, x, v: layer.apply({"params": p}, x, v, mutable=[REPORTS]))(
+        params, x, valid
+    )
     report = variables[REPORTS]["report"]
     want, metrics = oracle(
-        x.astype(np.float64), jax.tree.map(np.asarray, params), router, padding=padding, num_groups=num_groups, capacity=capacity
+        x.astype(np.float64),
+        jax.tree.map(np.asarray, params),
+        router,
+        padding=padding,
+        num_groups=num_groups,
+        capacity=capacity,
     )
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(report.auxiliary_loss, metrics["auxiliary_loss"], rtol=1e-5)
     np.testing.assert_allclose(report.router_z_loss, metrics["router_z_loss"], rtol=1e-5)
-    np.testing.assert_allclose(report.left_behind / report.tokens, metrics["left_behind"], rtol=1e-5)
+    np.testing.assert_allclose(
+        report.left_behind / report.tokens, metrics["left_behind"], rtol=1e-5
+    )
     np.testing.assert_allclose(jnp.sum(report.load) / report.capacity, metrics["usage"], rtol=1e-5)
-    np.testing.assert_allclose(report.weight / jnp.sum(report.load), metrics["confidence"], rtol=1e-5)
+    np.testing.assert_allclose(
+        report.weight / jnp.sum(report.load), metrics["confidence"], rtol=1e-5
+    )
 
 
 def test_default_losses_leave_padding_out_and_t5x_mode_does_not():
@@ -132,11 +156,18 @@ def test_default_losses_leave_padding_out_and_t5x_mode_does_not():
     x = x * valid[..., None]
     losses = {}
     for t5x_mode in (False, True):
-        config = MoeConfig(num_experts=E, encoder_router=TokensChoose(), t5x_mode=t5x_mode, eval_expert_capacity_factor=4.0)
+        config = MoeConfig(
+            num_experts=E,
+            encoder_router=TokensChoose(),
+            t5x_mode=t5x_mode,
+            eval_expert_capacity_factor=4.0,
+        )
         layer = MoeLayer(config=config, stack="encoder", hidden=HIDDEN)
         params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
         params["router"]["router_weights"]["w"]["kernel"] *= 50
-        _, variables = jax.jit(lambda p, layer=layer: layer.apply({"params": p}, x, valid, mutable=[REPORTS]))(params)
+        _, variables = jax.jit(
+            lambda p, layer=layer: layer.apply({"params": p}, x, valid, mutable=[REPORTS])
+        )(params)
         losses[t5x_mode] = variables[REPORTS]["report"].router_z_loss
         logits = x[valid] @ np.asarray(params["router"]["router_weights"]["w"]["kernel"])
     real = np.log(np.exp(logits).sum(axis=-1)) ** 2

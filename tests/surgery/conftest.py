@@ -30,7 +30,9 @@ class MemoryReader:
 
     def read_sharded(self, name, sharding):
         self.reads.append((name, None))
-        return jax.make_array_from_callback(self.arrays[name].shape, sharding, lambda index: self.arrays[name][index])
+        return jax.make_array_from_callback(
+            self.arrays[name].shape, sharding, lambda index: self.arrays[name][index]
+        )
 
     def fingerprint(self):
         return "memory"
@@ -45,17 +47,33 @@ def slots_of(name, spec, *, factored):
     shapes = {"m": (1,), "v": (1,) if factored else spec.shape, "v_row": (1,), "v_col": (1,)}
     if factored:
         shapes |= {"v_row": (*lead, spec.shape[-2]), "v_col": (*lead, spec.shape[-1])}
-    return {f"state/param_states/{name}/{slot}": LeafSpec(shape, np.float32) for slot, shape in shapes.items()}
+    return {
+        f"state/param_states/{name}/{slot}": LeafSpec(shape, np.float32)
+        for slot, shape in shapes.items()
+    }
 
 
-def tree(*, layers=2, sparse=(), experts=4, width=None, d=D, f=F, optimizer="adafactor", dtype=np.float32, stack="encoder"):
+def tree(
+    *,
+    layers=2,
+    sparse=(),
+    experts=4,
+    width=None,
+    d=D,
+    f=F,
+    optimizer="adafactor",
+    dtype=np.float32,
+    stack="encoder",
+):
     """Specs of a small encoder; layers in `sparse` have experts."""
     width = f if width is None else width
     params = {"token_embedder/embedding": LeafSpec((VOCAB, d), dtype, (axes.VOCAB, axes.EMBED))}
     for n in range(layers):
         layer = f"{stack}/layers_{n}"
         params[f"{layer}/pre_mlp_layer_norm/scale"] = LeafSpec((d,), dtype, (axes.EMBED,))
-        params[f"{layer}/attention/query/kernel"] = LeafSpec((d, d), dtype, (axes.EMBED, axes.JOINED_KV))
+        params[f"{layer}/attention/query/kernel"] = LeafSpec(
+            (d, d), dtype, (axes.EMBED, axes.JOINED_KV)
+        )
         for name in ("wi_0", "wi_1", "wo"):
             dense = (d, f) if name != "wo" else (f, d)
             if n not in sparse:
@@ -63,10 +81,16 @@ def tree(*, layers=2, sparse=(), experts=4, width=None, d=D, f=F, optimizer="ada
                 params[f"{layer}/mlp/{name}/kernel"] = LeafSpec(dense, dtype, names)
                 continue
             shape = (experts, d, width) if name != "wo" else (experts, width, d)
-            names = (axes.EXPERT, axes.EMBED, axes.EXPERT_MLP) if name != "wo" else (axes.EXPERT, axes.EXPERT_MLP, axes.EMBED)
+            names = (
+                (axes.EXPERT, axes.EMBED, axes.EXPERT_MLP)
+                if name != "wo"
+                else (axes.EXPERT, axes.EXPERT_MLP, axes.EMBED)
+            )
             params[f"{layer}/mlp/expert/{name}/kernel"] = LeafSpec(shape, dtype, names)
         if n in sparse:
-            params[f"{layer}/mlp/router/router_weights/w/kernel"] = LeafSpec((d, experts), np.float32, (axes.EMBED, axes.UNMODELED))
+            params[f"{layer}/mlp/router/router_weights/w/kernel"] = LeafSpec(
+                (d, experts), np.float32, (axes.EMBED, axes.UNMODELED)
+            )
     out = {f"target/{name}": spec for name, spec in params.items()}
     for name, spec in params.items():
         if optimizer == "adafactor":
@@ -99,6 +123,13 @@ def small():
         pass
 
     out = Small()
-    out.tree, out.filled, out.Reader, out.D, out.F, out.VOCAB = tree, filled, MemoryReader, D, F, VOCAB
+    out.tree, out.filled, out.Reader, out.D, out.F, out.VOCAB = (
+        tree,
+        filled,
+        MemoryReader,
+        D,
+        F,
+        VOCAB,
+    )
     out.dense = lambda seed=0, **options: MemoryReader(filled(tree(**options), seed))
     return out

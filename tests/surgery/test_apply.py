@@ -79,7 +79,9 @@ def test_online_equals_offline_on_every_mesh(small, tmp_path, init):
     narrow = INITS[init].keeps_shape is False
     target = small.tree(f=16, sparse=(1,), experts=8, width=8 if narrow else 16)
     source = save(tmp_path / "dense", small.filled(small.tree(f=16)))
-    recipe = surgery.Recipe(expert_init=INITS[init], seed=3, optimizer_state="dense_only" if narrow else "tiled")
+    recipe = surgery.Recipe(
+        expert_init=INITS[init], seed=3, optimizer_state="dense_only" if narrow else "tiled"
+    )
     plan = surgery.make_plan(source.specs(), target, recipe)
     surgery.apply_offline(plan, source, tmp_path / "sparse")
     written = open_checkpoint(tmp_path / "sparse")
@@ -89,10 +91,16 @@ def test_online_equals_offline_on_every_mesh(small, tmp_path, init):
         shardings = partitioner(name).shardings(target)
         made = surgery.apply_online(plan, source, shardings)
         assert_same_bits(made, on_disk)
-        assert all(made[path].sharding.is_equivalent_to(shardings[path], made[path].ndim) for path in made)
+        assert all(
+            made[path].sharding.is_equivalent_to(shardings[path], made[path].ndim) for path in made
+        )
 
 
-@hypothesis.settings(max_examples=8, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @hypothesis.given(
     mesh=st.sampled_from(sorted(MESHES)),
     seed=st.integers(0, 2**32 - 1),
@@ -101,21 +109,42 @@ def test_online_equals_offline_on_every_mesh(small, tmp_path, init):
 )
 def test_online_equals_region_by_region(small, mesh, seed, dtype, data):
     """Whatever the seed, the dtype of either side and the way of cutting."""
-    init = data.draw(st.sampled_from([surgery.CopyExperts(), surgery.NoisyCopies(), surgery.DropUpcycling()]))
+    init = data.draw(
+        st.sampled_from([surgery.CopyExperts(), surgery.NoisyCopies(), surgery.DropUpcycling()])
+    )
     source = small.dense(seed % 97, f=16, dtype=dtype, optimizer=None)
-    target = small.tree(f=16, sparse=(0,), experts=8, dtype=data.draw(st.sampled_from([np.float32, ml_dtypes.bfloat16])), optimizer=None)
+    target = small.tree(
+        f=16,
+        sparse=(0,),
+        experts=8,
+        dtype=data.draw(st.sampled_from([np.float32, ml_dtypes.bfloat16])),
+        optimizer=None,
+    )
     plan = surgery.make_plan(source.specs(), target, surgery.Recipe(expert_init=init, seed=seed))
-    assert_same_bits(surgery.apply_online(plan, source, partitioner(mesh).shardings(target)), values_of(plan, source))
+    assert_same_bits(
+        surgery.apply_online(plan, source, partitioner(mesh).shardings(target)),
+        values_of(plan, source),
+    )
 
 
 def test_parents_depth_and_merge_online_and_offline(small, tmp_path):
     dense, sparse = small.tree(f=16), small.tree(f=16, sparse=(1,), experts=8)
-    parents = surgery.join([save(tmp_path / f"dense{n}", small.filled(dense, seed=n)) for n in range(2)])
+    parents = surgery.join(
+        [save(tmp_path / f"dense{n}", small.filled(dense, seed=n)) for n in range(2)]
+    )
     cases = {
         "parents": (parents, sparse, surgery.Recipe(expert_init=surgery.ParentExperts((0, 1) * 4))),
-        "depth": (parents.readers[0], small.tree(f=16, layers=4), surgery.Recipe(depth=surgery.DepthTile(), optimizer_state="tiled")),
+        "depth": (
+            parents.readers[0],
+            small.tree(f=16, layers=4),
+            surgery.Recipe(depth=surgery.DepthTile(), optimizer_state="tiled"),
+        ),
         "merge": (save(tmp_path / "sparse0", small.filled(sparse)), dense, surgery.MergeRecipe()),
-        "pick": (open_checkpoint(tmp_path / "sparse0"), dense, surgery.MergeRecipe(how="expert", expert=3)),
+        "pick": (
+            open_checkpoint(tmp_path / "sparse0"),
+            dense,
+            surgery.MergeRecipe(how="expert", expert=3),
+        ),
     }
     for name, (source, target, recipe) in cases.items():
         plan = surgery.make_plan(source.specs(), target, recipe)
@@ -146,11 +175,13 @@ def test_permuting_experts_with_their_router_columns_commutes_with_merging(small
     sparse = small.Reader(small.filled(small.tree(sparse=(1,), experts=4)))
     order = [2, 0, 3, 1]
     permuted = {
-        name: array[order]
-        if "/expert/" in name and array.shape != (1,)
-        else array[:, order]
-        if "/router/" in name and array.ndim == 2
-        else array
+        name: (
+            array[order]
+            if "/expert/" in name and array.shape != (1,)
+            else array[:, order]
+            if "/router/" in name and array.ndim == 2
+            else array
+        )
         for name, array in sparse.arrays.items()
     }
     plan = surgery.make_plan(sparse.specs(), small.tree(), surgery.MergeRecipe())
@@ -165,11 +196,17 @@ def test_a_dense_leaf_is_read_once_and_no_program_holds_all_experts(small):
     plan = surgery.make_plan(source.specs(), target, surgery.Recipe(optimizer_state="tiled"))
     mesh = partitioner("8x1")
     surgery.apply_online(plan, source, mesh.shardings(target))
-    assert len(source.reads) == len(set(source.reads)) == len({name for row in plan.rows for name in row.sources})
+    assert (
+        len(source.reads)
+        == len(set(source.reads))
+        == len({name for row in plan.rows for name in row.sources})
+    )
     row = plan.row("target/encoder/layers_1/mlp/expert/wi_0/kernel")
     sharding = mesh.sharding(row.spec)
     program = online.movement(row.operation, row.spec.shape, row.spec.dtype, sharding)
-    dense = jax.ShapeDtypeStruct((8, 16), np.float32, sharding=online.source_sharding(row, row.source_specs[0], sharding))
+    dense = jax.ShapeDtypeStruct(
+        (8, 16), np.float32, sharding=online.source_sharding(row, row.source_specs[0], sharding)
+    )
     text = program.lower([dense]).compile().as_text()
     assert "f32[1,8,16]" in text
     assert "f32[8,8,16]" not in text
@@ -197,7 +234,11 @@ def test_source_is_not_touched_and_shared_files_stay_out_of_reach(small, tmp_pat
     plan = surgery.make_plan(source.specs(), target, surgery.Recipe(optimizer_state="tiled"))
     surgery.apply_offline(plan, source, tmp_path / "sparse", materialize=materialize)
     assert digest(tmp_path / "dense") == before
-    links = [path for path in (tmp_path / "sparse").rglob("*") if path.is_file() and path.stat().st_nlink > 1]
+    links = [
+        path
+        for path in (tmp_path / "sparse").rglob("*")
+        if path.is_file() and path.stat().st_nlink > 1
+    ]
     assert bool(links) != materialize
     assert surgery.prove(plan, source, open_checkpoint(tmp_path / "sparse")).ok
     # The result does not need the source any more.
@@ -245,7 +286,9 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(small, tmp_path):
     surgery.apply_offline(plan, whole, tmp_path / "whole")
     assert len(second.reads) < len(whole.reads)
     one, other = open_checkpoint(tmp_path / "sparse"), open_checkpoint(tmp_path / "whole")
-    assert_same_bits({n: one.read(n) for n in one.specs()}, {n: other.read(n) for n in other.specs()})
+    assert_same_bits(
+        {n: one.read(n) for n in one.specs()}, {n: other.read(n) for n in other.specs()}
+    )
 
 
 CHILD = """
@@ -269,7 +312,9 @@ def child(folder, name, *, max_memory=1 << 30, prefix=()):
     root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.Popen(
-        [*prefix, sys.executable, "-c", CHILD, str(folder), name, str(max_memory)], env=environment, stdout=subprocess.PIPE
+        [*prefix, sys.executable, "-c", CHILD, str(folder), name, str(max_memory)],
+        env=environment,
+        stdout=subprocess.PIPE,
     )
 
 
@@ -303,13 +348,17 @@ def test_kill_at_random_moments_then_the_same_command_gives_the_same_bits(small,
         assert child(tmp_path, "sparse").wait() == 0
     assert killed
     one, other = open_checkpoint(tmp_path / "sparse"), open_checkpoint(tmp_path / "reference")
-    assert_same_bits({n: one.read(n) for n in one.specs()}, {n: other.read(n) for n in other.specs()})
+    assert_same_bits(
+        {n: one.read(n) for n in one.specs()}, {n: other.read(n) for n in other.specs()}
+    )
     assert surgery.prove(plan, source, one).ok
 
 
 @pytest.mark.slow
 def test_memory_bound_holds_for_a_result_several_times_larger(small, tmp_path):
-    """256 MiB of arrays at a time for a result of 1.5 GiB; the process may have what its libraries take besides."""
+    """256 MiB of arrays at a time for a result of 1.5 GiB; the process may have what its libraries
+    take besides.
+    """
     options = {"d": 1024, "f": 4096, "layers": 2, "optimizer": None}
     save(tmp_path / "dense", small.filled(small.tree(**options)))
     target = small.tree(**options, sparse=(0, 1), experts=16)
@@ -362,15 +411,30 @@ def test_two_processes_make_the_same_bits(small, tmp_path, init):
     target = small.tree(f=16, sparse=(1,), experts=8)
     recipe = surgery.Recipe(expert_init=INITS[init], optimizer_state="tiled")
     write_job(tmp_path, target, recipe)
-    surgery.apply_offline(surgery.make_plan(source.specs(), target, recipe), source, tmp_path / "sparse")
+    surgery.apply_offline(
+        surgery.make_plan(source.specs(), target, recipe), source, tmp_path / "sparse"
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = pathlib.Path(__file__).resolve().parents[2]
     flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    commands = [[sys.executable, "-c", TWO_PROCESSES, str(port), str(index), str(tmp_path)] for index in range(2)]
-    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+    }
+    commands = [
+        [sys.executable, "-c", TWO_PROCESSES, str(port), str(index), str(tmp_path)]
+        for index in range(2)
+    ]
+    processes = [
+        subprocess.Popen(
+            c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for c in commands
+    ]
     for process in processes:
         output, errors = process.communicate(timeout=300)
         assert output.strip().endswith("fine"), errors[-3000:]

@@ -19,7 +19,16 @@ from upcycle_jax.surgery import infer
 from upcycle_jax.surgery.tokens import Tokens, random_tokens
 
 VOCAB = 64
-CONFIG = T5Config(VOCAB, emb_dim=16, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, head_dim=8, mlp_dim=32, dropout_rate=0.0)
+CONFIG = T5Config(
+    VOCAB,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    head_dim=8,
+    mlp_dim=32,
+    dropout_rate=0.0,
+)
 TOKENS = Tokens(random_tokens(VOCAB, length=8), "random")
 
 
@@ -38,7 +47,10 @@ def dense():
     model = EncoderDecoderModel(CONFIG)
     params = trees.flatten(jax.jit(model.init_params)(jax.random.key(0)))
     # Larger MLPs, so that what they do shows in the logits.
-    arrays = {f"target/{path}": np.asarray(leaf) * (3 if "/mlp/" in path else 1) for path, leaf in params.items()}
+    arrays = {
+        f"target/{path}": np.asarray(leaf) * (3 if "/mlp/" in path else 1)
+        for path, leaf in params.items()
+    }
     return arrays
 
 
@@ -66,7 +78,9 @@ def upcycled(dense, model, recipe=None):
     plan = surgery.make_plan(source.specs(), target, recipe)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     made = surgery.apply_online(plan, source, dict.fromkeys(target, here))
-    return types.SimpleNamespace(plan=plan, source=source, target=Reader({name: np.array(a) for name, a in made.items()}))
+    return types.SimpleNamespace(
+        plan=plan, source=source, target=Reader({name: np.array(a) for name, a in made.items()})
+    )
 
 
 def run(conversion, model):
@@ -88,7 +102,9 @@ def test_renormalised_with_room_is_exact(dense):
     assert outcome.dense_loss == pytest.approx(outcome.sparse_loss, abs=1e-5)
 
 
-@pytest.mark.parametrize(("capacity", "words"), [(2.0, "slots for 16 tokens"), (4.0, "not renormalised")])
+@pytest.mark.parametrize(
+    ("capacity", "words"), [(2.0, "slots for 16 tokens"), (4.0, "not renormalised")]
+)
 def test_paper_settings_are_scaled_layer_by_layer(dense, capacity, words):
     model = sparse_model(capacity=capacity)
     outcome = run(upcycled(dense, model), model)
@@ -108,7 +124,9 @@ def test_softmax_after_top_k_needs_no_renormalisation(dense):
     assert run(upcycled(dense, model), model).prediction.verdict is check.Verdict.EXACT
 
 
-@pytest.mark.parametrize("model", [sparse_model(renormalize=True, capacity=4.0), sparse_model()], ids=["exact", "scaled"])
+@pytest.mark.parametrize(
+    "model", [sparse_model(renormalize=True, capacity=4.0), sparse_model()], ids=["exact", "scaled"]
+)
 def test_a_changed_expert_is_found_in_its_layer(dense, model):
     conversion = upcycled(dense, model)
     conversion.target.arrays["target/decoder/layers_1/mlp/expert/wi_1/kernel"][:, 2, 3] += 0.5
@@ -124,7 +142,9 @@ def test_a_changed_attention_is_found_in_its_layer(dense):
     conversion.target.arrays["target/encoder/layers_0/attention/out/kernel"][0] += 1
     outcome = run(conversion, model)
     assert not outcome.ok and outcome.first_divergence == "encoder/layers_0"
-    assert all(layer.ok for layer in outcome.layers)  # The MoE layers themselves do what they should.
+    assert all(
+        layer.ok for layer in outcome.layers
+    )  # The MoE layers themselves do what they should.
 
 
 @pytest.mark.parametrize("init", [surgery.NoisyCopies(0.1), surgery.DropUpcycling(0.5)])
@@ -138,20 +158,40 @@ def test_nothing_is_claimed_for_changed_experts(dense, init):
 
 def test_shuffled_copies_are_still_exact(dense):
     model = sparse_model(renormalize=True, capacity=4.0)
-    outcome = run(upcycled(dense, model, surgery.Recipe(expert_init=surgery.DropUpcycling(0.0, shuffle=True))), model)
+    outcome = run(
+        upcycled(
+            dense, model, surgery.Recipe(expert_init=surgery.DropUpcycling(0.0, shuffle=True))
+        ),
+        model,
+    )
     assert outcome.prediction.verdict is check.Verdict.EXACT and outcome.ok
 
 
 def test_virtual_groups_select_whole_mlps_and_need_no_noise_to_break_ties(dense):
-    """G = T = 4 shards of equal weight 1/4: the layer gives a quarter of the dense MLP, exactly, whichever group a token takes."""
+    """G = T = 4 shards of equal weight 1/4: the layer gives a quarter of the dense MLP, exactly,
+    whichever group a token takes.
+    """
     router = TokensChoose(num_selected_experts=4, renormalize=True)
-    moe = MoeConfig(8, encoder_router=router, decoder_router=router, expert_mlp_dim=8, eval_expert_capacity_factor=8.0)
+    moe = MoeConfig(
+        8,
+        encoder_router=router,
+        decoder_router=router,
+        expert_mlp_dim=8,
+        eval_expert_capacity_factor=8.0,
+    )
     model = EncoderDecoderModel(dataclasses.replace(CONFIG, moe=moe))
     init = surgery.VirtualGroups(granularity=4, top_k=4, scale_weights=False)
-    conversion = upcycled(dense, model, surgery.Recipe(expert_init=init, router_init=surgery.NormalRouter(repeat=4)))
-    _, inner = check.forward(model, check.load_params(conversion.target, model.param_specs()), TOKENS.batch)
+    conversion = upcycled(
+        dense, model, surgery.Recipe(expert_init=init, router_init=surgery.NormalRouter(repeat=4))
+    )
+    _, inner = check.forward(
+        model, check.load_params(conversion.target, model.param_specs()), TOKENS.batch
+    )
     for values in inner:
-        kernels = {name: dense[f"target/{values.layer}/mlp/{name}/kernel"] for name in ("wi_0", "wi_1", "wo")}
+        kernels = {
+            name: dense[f"target/{values.layer}/mlp/{name}/kernel"]
+            for name in ("wi_0", "wi_1", "wo")
+        }
         want = check.dense_mlp(values.x, kernels, CONFIG.mlp_activations)
         np.testing.assert_allclose(values.y * 4, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
         chosen = values.router_logits.argmax(axis=-1) // 4
@@ -167,19 +207,25 @@ def test_numpy_mlp_is_the_models_mlp():
         }
         params = {name: {"kernel": jnp.asarray(kernel)} for name, kernel in kernels.items()}
         want = MlpBlock(hidden=12, activations=activations).apply({"params": params}, x)
-        np.testing.assert_allclose(check.dense_mlp(x, kernels, activations), want, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            check.dense_mlp(x, kernels, activations), want, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_cross_entropy_of_a_hand_worked_case():
     # Two tokens over two words: log(1 + e) - 1 for the first, the second is padding.
     batch = {"decoder_target_tokens": np.array([[1, 0]])}
-    assert check.cross_entropy(np.array([[[0.0, 1.0], [5.0, -5.0]]]), batch) == pytest.approx(np.log(1 + np.e) - 1)
+    assert check.cross_entropy(np.array([[[0.0, 1.0], [5.0, -5.0]]]), batch) == pytest.approx(
+        np.log(1 + np.e) - 1
+    )
 
 
 def test_router_weights_are_mean_probabilities(dense):
     model = sparse_model()
     conversion = upcycled(dense, model, surgery.Recipe(router_init=surgery.ZeroRouter()))
-    weights = check.router_weights(model, check.load_params(conversion.target, model.param_specs()), TOKENS.batch)
+    weights = check.router_weights(
+        model, check.load_params(conversion.target, model.param_specs()), TOKENS.batch
+    )
     assert set(weights) == {"encoder/layers_1", "decoder/layers_1"}
     np.testing.assert_allclose(weights["encoder/layers_1"], [0.25] * 4, rtol=1e-6)
 
@@ -188,8 +234,8 @@ def test_shape_of_the_model_is_read_off_the_checkpoint(dense):
     specs = Reader(dense).specs()
     assert dataclasses.replace(infer.infer_config(specs), dropout_rate=0.0) == CONFIG
     sparse = infer.infer_sparse_model(specs, MoeConfig(num_experts=4))
-    assert sparse.config.sparse_layers("encoder") == CONFIG.__class__(**{**CONFIG.__dict__, "moe": MoeConfig(num_experts=4)}).sparse_layers(
-        "encoder"
-    )
+    assert sparse.config.sparse_layers("encoder") == CONFIG.__class__(
+        **{**CONFIG.__dict__, "moe": MoeConfig(num_experts=4)}
+    ).sparse_layers("encoder")
     with pytest.raises(ValueError, match="cannot be inferred: name a model file"):
         infer.infer_config({name: spec for name, spec in specs.items() if "embedding" not in name})

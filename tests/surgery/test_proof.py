@@ -17,7 +17,9 @@ ROUTER = "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
 
 def build(small, init=None, **options):
     source = small.dense(d=16, f=32)
-    recipe = surgery.Recipe(expert_init=init or surgery.CopyExperts(), optimizer_state="tiled", seed=4, **options)
+    recipe = surgery.Recipe(
+        expert_init=init or surgery.CopyExperts(), optimizer_state="tiled", seed=4, **options
+    )
     plan = surgery.make_plan(source.specs(), small.tree(d=16, f=32, sparse=(1,), experts=4), recipe)
     arrays = {}
     for row in plan.rows:
@@ -55,7 +57,9 @@ def test_right_results_pass(small, init, tmp_path):
     proof = surgery.prove(plan, source, on_disk(tmp_path / "out", arrays))
     assert proof.ok, proof.text()
     assert "PASSED" in proof.text()
-    assert sum(leaf.identical + leaf.drawn for leaf in proof.leaves) == sum(leaf.elements for leaf in proof.leaves)
+    assert sum(leaf.identical + leaf.drawn for leaf in proof.leaves) == sum(
+        leaf.elements for leaf in proof.leaves
+    )
     assert all(leaf.regenerated == leaf.drawn for leaf in proof.leaves)
     data = json.loads(proof.write(tmp_path).read_text())
     assert data["ok"] and len(data["leaves"]) == len(plan.rows)
@@ -67,7 +71,10 @@ def flip_one_bit(arrays):
 
 
 def swap_matrices(arrays):
-    arrays[f"{EXPERT}/wi_0/kernel"], arrays[f"{EXPERT}/wi_1/kernel"] = arrays[f"{EXPERT}/wi_1/kernel"], arrays[f"{EXPERT}/wi_0/kernel"]
+    arrays[f"{EXPERT}/wi_0/kernel"], arrays[f"{EXPERT}/wi_1/kernel"] = (
+        arrays[f"{EXPERT}/wi_1/kernel"],
+        arrays[f"{EXPERT}/wi_0/kernel"],
+    )
 
 
 def other_layer(arrays):
@@ -87,7 +94,9 @@ def extra_leaf(arrays):
 
 
 def wrong_dtype(arrays):
-    arrays["target/token_embedder/embedding"] = arrays["target/token_embedder/embedding"].astype(np.float16)
+    arrays["target/token_embedder/embedding"] = arrays["target/token_embedder/embedding"].astype(
+        np.float16
+    )
 
 
 def not_finite(arrays):
@@ -95,7 +104,9 @@ def not_finite(arrays):
 
 
 def other_seed(arrays):
-    arrays[ROUTER] = np.random.default_rng(0).normal(0, 0.02, arrays[ROUTER].shape).astype(np.float32)
+    arrays[ROUTER] = (
+        np.random.default_rng(0).normal(0, 0.02, arrays[ROUTER].shape).astype(np.float32)
+    )
 
 
 def too_wide_router(arrays):
@@ -125,7 +136,9 @@ def step_lost(arrays):
 MUTATIONS = {
     flip_one_bit: f"{EXPERT}/wo/kernel (tile x4): expert 2: 1 of 512 values",
     swap_matrices: f"these are the bits of source leaf {EXPERT.replace('/expert', '')}/wi_1/kernel",
-    other_layer: "expert 1: .*these are the bits of source leaf target/encoder/layers_0/mlp/wo/kernel",
+    other_layer: (
+        "expert 1: .*these are the bits of source leaf target/encoder/layers_0/mlp/wo/kernel"
+    ),
     skip_expert: f"{EXPERT}/wi_0/kernel (tile x4): expert 3",
     skip_leaf: "- target/encoder/layers_1/attention/query/kernel: not in the result",
     extra_leaf: "+ target/encoder/layers_1/mlp/wo/kernel: in the result, not in the plan",
@@ -133,7 +146,9 @@ MUTATIONS = {
     not_finite: "1 values are not finite",
     other_seed: "not those that seed 4 gives",
     too_wide_router: "the drawn values have .*, expected",
-    swap_router_columns: f"{ROUTER} (normal(0.02)): 32 of 64 values are not those that seed 4 gives",
+    swap_router_columns: (
+        f"{ROUTER} (normal(0.02)): 32 of 64 values are not those that seed 4 gives"
+    ),
     slot_not_reset: "router_weights/w/kernel/v (zeros)",
     slot_of_another: "expert/wo/kernel/v_col (tile x4): expert 2",
     negative_zero: "router_weights/w/kernel/v (zeros)",
@@ -161,9 +176,21 @@ def test_damage_in_redrawn_parts_is_found(small, tmp_path):
     redrawn = np.flatnonzero((leaf[1] != dense).any(axis=0))
     kept = np.setdiff1d(np.arange(32), redrawn)
     for name, change, words in (
-        ("kept", lambda x: x.__setitem__((1, 0, kept[0]), 9.0), "values that must be copies differ"),
-        ("shifted", lambda x: x.__setitem__((1, slice(None), redrawn), x[1][:, redrawn] + 1), "the drawn values have mean"),
-        ("one", lambda x: x.__setitem__((1, 0, redrawn[0]), x[1, 0, redrawn[0]] * 1.001), "not those that seed 4 gives"),
+        (
+            "kept",
+            lambda x: x.__setitem__((1, 0, kept[0]), 9.0),
+            "values that must be copies differ",
+        ),
+        (
+            "shifted",
+            lambda x: x.__setitem__((1, slice(None), redrawn), x[1][:, redrawn] + 1),
+            "the drawn values have mean",
+        ),
+        (
+            "one",
+            lambda x: x.__setitem__((1, 0, redrawn[0]), x[1, 0, redrawn[0]] * 1.001),
+            "not those that seed 4 gives",
+        ),
         ("undone", lambda x: x.__setitem__(1, dense), "not those that seed 4 gives"),
     ):
         damaged = {path: array.copy() for path, array in arrays.items()}
@@ -176,7 +203,9 @@ def test_damage_in_redrawn_parts_is_found(small, tmp_path):
 def test_a_chunk_that_is_gone_from_the_disk(small, tmp_path):
     plan, source, arrays = build(small)
     on_disk(tmp_path / "out", arrays)
-    files = sorted((tmp_path / "out" / "state" / "d").iterdir(), key=lambda path: -path.stat().st_size)
+    files = sorted(
+        (tmp_path / "out" / "state" / "d").iterdir(), key=lambda path: -path.stat().st_size
+    )
     content = bytearray(files[0].read_bytes())
     content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
     files[0].write_bytes(content)

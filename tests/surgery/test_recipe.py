@@ -1,4 +1,6 @@
-"""Settings of a recipe that cannot be meant are refused where they are written, and files of given routers where they are planned."""
+"""Settings of a recipe that cannot be meant are refused where they are written, and files of given
+routers where they are planned.
+"""
 
 import numpy as np
 import pytest
@@ -12,24 +14,45 @@ ROUTER = "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
     ("make", "message"),
     [
         # floor(-0.1 x 12) = -2 units would have been "all but two".
-        (lambda: surgery.QwenExperts(redraw=-0.1), r"QwenExperts.redraw is -0.1: choose a share from 0 to 1"),
+        (
+            lambda: surgery.QwenExperts(redraw=-0.1),
+            r"QwenExperts.redraw is -0.1: choose a share from 0 to 1",
+        ),
         (lambda: surgery.QwenExperts(redraw=1.5), r"QwenExperts.redraw is 1.5"),
         (lambda: surgery.DropUpcycling(ratio=2), r"DropUpcycling.ratio is 2: choose a share"),
-        (lambda: surgery.DropUpcycling(noise_std=-0.02), r"DropUpcycling.noise_std is -0.02: a standard deviation is 0 or more"),
+        (
+            lambda: surgery.DropUpcycling(noise_std=-0.02),
+            r"DropUpcycling.noise_std is -0.02: a standard deviation is 0 or more",
+        ),
         (lambda: surgery.NoisyCopies(std=-1.0), r"NoisyCopies.std is -1.0: a standard deviation"),
         (lambda: surgery.NoisyCopies(std=float("nan")), r"NoisyCopies.std is nan"),
         (lambda: surgery.NormalRouter(std=float("inf")), r"NormalRouter.std is inf"),
-        (lambda: surgery.NormalRouter(repeat=0), r"NormalRouter.repeat is 0: a column stands there at least once"),
+        (
+            lambda: surgery.NormalRouter(repeat=0),
+            r"NormalRouter.repeat is 0: a column stands there at least once",
+        ),
         (lambda: surgery.UniformRouter(std=-0.1), r"UniformRouter.std is -0.1"),
         # range(-1) is empty: every expert would have been random.
-        (lambda: surgery.PartialCopies(copied=-1), r"PartialCopies.copied is -1: give the number of experts"),
-        (lambda: surgery.PartialCopies(copied=(0, 0)), r"PartialCopies.copied is \(0, 0\): name every expert once"),
-        (lambda: surgery.Recipe(drop=("target/(",)), r"Recipe.drop: 'target/\(' is no regular expression"),
+        (
+            lambda: surgery.PartialCopies(copied=-1),
+            r"PartialCopies.copied is -1: give the number of experts",
+        ),
+        (
+            lambda: surgery.PartialCopies(copied=(0, 0)),
+            r"PartialCopies.copied is \(0, 0\): name every expert once",
+        ),
+        (
+            lambda: surgery.Recipe(drop=("target/(",)),
+            r"Recipe.drop: 'target/\(' is no regular expression",
+        ),
         (
             lambda: surgery.MergeRecipe(how="weighted", weights={"encoder/layers_1": (0.0, 0.0)}),
             r"weights of 'encoder/layers_1' are .*not all 0",
         ),
-        (lambda: surgery.MergeRecipe(how="weighted", weights={"encoder/layers_1": (2.0, -1.0)}), r"give weights of 0 or more"),
+        (
+            lambda: surgery.MergeRecipe(how="weighted", weights={"encoder/layers_1": (2.0, -1.0)}),
+            r"give weights of 0 or more",
+        ),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(make, message):
@@ -41,9 +64,14 @@ def test_one_pattern_to_drop_may_be_given_as_it_is(small):
     """A string is one pattern, not a pattern per letter."""
     recipe = surgery.Recipe(drop=r"target/extra/.*")
     assert recipe.drop == (r"target/extra/.*",)
-    source = {**small.tree(), "target/extra/kernel": small.tree()["target/token_embedder/embedding"]}
+    source = {
+        **small.tree(),
+        "target/extra/kernel": small.tree()["target/token_embedder/embedding"],
+    }
     plan = surgery.make_plan(source, small.tree(sparse=(1,)), recipe)
-    assert "named in Recipe.drop" in {item.reason for item in plan.dropped if item.source == "target/extra/kernel"}
+    assert "named in Recipe.drop" in {
+        item.reason for item in plan.dropped if item.source == "target/extra/kernel"
+    }
 
 
 def write_router_file(kind, folder):

@@ -1,4 +1,6 @@
-"""Upcycling into a model with a shared expert: where its weights come from, and that the proof and the function check cover it."""
+"""Upcycling into a model with a shared expert: where its weights come from, and that the proof and
+the function check cover it.
+"""
 
 import types
 
@@ -29,13 +31,22 @@ def sparse_tree(small, width, *, optimizer="adafactor"):
     tree = small.tree(sparse=(1,), optimizer=optimizer)
     parameters = {}
     for name in NAMES:
-        shape, names = ((small.D, width), (axes.EMBED, axes.MLP)) if name != "wo" else ((width, small.D), (axes.MLP, axes.EMBED))
-        parameters[f"encoder/layers_1/mlp/shared_expert/{name}/kernel"] = LeafSpec(shape, np.float32, names)
+        shape, names = (
+            ((small.D, width), (axes.EMBED, axes.MLP))
+            if name != "wo"
+            else ((width, small.D), (axes.MLP, axes.EMBED))
+        )
+        parameters[f"encoder/layers_1/mlp/shared_expert/{name}/kernel"] = LeafSpec(
+            shape, np.float32, names
+        )
     out = {**tree, **{f"target/{path}": spec for path, spec in parameters.items()}}
     if optimizer == "adafactor":
         for path, spec in parameters.items():
             shapes = {"m": (1,), "v": (1,), "v_row": spec.shape[:1], "v_col": spec.shape[1:]}
-            out |= {f"state/param_states/{path}/{slot}": LeafSpec(shape, np.float32) for slot, shape in shapes.items()}
+            out |= {
+                f"state/param_states/{path}/{slot}": LeafSpec(shape, np.float32)
+                for slot, shape in shapes.items()
+            }
     return out
 
 
@@ -52,16 +63,22 @@ def test_it_is_the_dense_mlp_or_its_first_units_offline_and_online(small, tmp_pa
     for name in NAMES:
         dense = source.arrays[f"{LAYER}/{name}/kernel"]
         expected = dense[:width] if name == "wo" else dense[:, :width]
-        np.testing.assert_array_equal(written.read(f"{LAYER}/shared_expert/{name}/kernel"), expected)
+        np.testing.assert_array_equal(
+            written.read(f"{LAYER}/shared_expert/{name}/kernel"), expected
+        )
     # Slots go with a whole matrix and start at zero with a part of one.
     for slot in ("v_row", "v_col"):
         path = f"state/param_states/encoder/layers_1/mlp/shared_expert/wi_0/kernel/{slot}"
         dense_slot = source.arrays[path.replace("shared_expert/", "")]
-        np.testing.assert_array_equal(written.read(path), dense_slot if width == 12 else np.zeros(target[path].shape))
+        np.testing.assert_array_equal(
+            written.read(path), dense_slot if width == 12 else np.zeros(target[path].shape)
+        )
         assert isinstance(plan.row(path).operation, Copy if width == 12 else Zeros)
     partitioner = Partitioner(num_expert_partitions=2, num_model_partitions=2)
     made = surgery.apply_online(plan, source, partitioner.shardings(target))
-    assert all(np.asarray(leaf).tobytes() == written.read(path).tobytes() for path, leaf in made.items())
+    assert all(
+        np.asarray(leaf).tobytes() == written.read(path).tobytes() for path, leaf in made.items()
+    )
     assert surgery.prove(plan, source, written).ok
 
 
@@ -69,7 +86,12 @@ def test_damage_to_it_is_found(small):
     source = small.dense()
     plan = surgery.make_plan(source.specs(), sparse_tree(small, 5))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = {path: np.array(leaf) for path, leaf in surgery.apply_online(plan, source, dict.fromkeys(plan.specs(), here)).items()}
+    arrays = {
+        path: np.array(leaf)
+        for path, leaf in surgery.apply_online(
+            plan, source, dict.fromkeys(plan.specs(), here)
+        ).items()
+    }
     name = f"{LAYER}/shared_expert/wi_1/kernel"
     arrays[name][2, 4] += 1
     proof = surgery.prove(plan, source, small.Reader(arrays))
@@ -77,61 +99,110 @@ def test_damage_to_it_is_found(small):
 
 
 def test_what_does_not_fit_is_refused(small):
-    with pytest.raises(ValueError, match=r"shared expert of 20 hidden units cannot be cut from an MLP of 12: set SHARED_EXPERT_MLP_DIM"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"shared expert of 20 hidden units cannot be cut from an MLP of 12: set"
+            r" SHARED_EXPERT_MLP_DIM"
+        ),
+    ):
         surgery.make_plan(small.tree(), sparse_tree(small, 20))
-    with pytest.raises(ValueError, match=r"the source has shared experts.*only models without them can be merged"):
+    with pytest.raises(
+        ValueError, match=r"the source has shared experts.*only models without them can be merged"
+    ):
         surgery.make_plan(sparse_tree(small, 12), small.tree(), surgery.MergeRecipe())
 
 
 def test_of_several_parents_one_is_the_shared_expert(small):
-    """Nexus: the parent that the others were branched from; by default it is averaged as everything else is."""
+    """Nexus: the parent that the others were branched from; by default it is averaged as everything
+    else is.
+    """
     parents = [small.dense(seed, optimizer=None) for seed in range(3)]
     joined = join(parents)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def shared(init, width=12):
-        plan = surgery.make_plan(joined.specs(), sparse_tree(small, width, optimizer=None), surgery.Recipe(expert_init=init))
+        plan = surgery.make_plan(
+            joined.specs(),
+            sparse_tree(small, width, optimizer=None),
+            surgery.Recipe(expert_init=init),
+        )
         name = f"{LAYER}/shared_expert/wo/kernel"
         made = surgery.apply_online(plan, joined, dict.fromkeys(plan.specs(), here))
-        assert surgery.prove(plan, joined, small.Reader({path: np.array(leaf) for path, leaf in made.items()})).ok
+        assert surgery.prove(
+            plan, joined, small.Reader({path: np.array(leaf) for path, leaf in made.items()})
+        ).ok
         return plan.row(name).operation, np.asarray(made[name])
 
     arrays = [parent.arrays[f"{LAYER}/wo/kernel"] for parent in parents]
     operation, values = shared(surgery.ParentExperts((1, 2, 1, 2)))
     assert operation == Mean()
     np.testing.assert_allclose(values, np.mean(arrays, axis=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(shared(surgery.ParentExperts((1, 2, 1, 2), shared=0))[1], arrays[0])
-    np.testing.assert_array_equal(shared(surgery.ParentExperts((0, 1, 1, 0), rest=2), width=4)[1], arrays[2][:4])
+    np.testing.assert_array_equal(
+        shared(surgery.ParentExperts((1, 2, 1, 2), shared=0))[1], arrays[0]
+    )
+    np.testing.assert_array_equal(
+        shared(surgery.ParentExperts((0, 1, 1, 0), rest=2), width=4)[1], arrays[2][:4]
+    )
     with pytest.raises(ValueError, match=r"set ParentExperts\.shared"):
         shared(surgery.ParentExperts((1, 2, 1, 2)), width=4)
     with pytest.raises(ValueError, match=r"names parents \[1, 2, 3\], there are 3"):
         shared(surgery.ParentExperts((1, 2, 1, 2), shared=3))
 
 
-CONFIG = T5Config(VOCAB, emb_dim=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, head_dim=8, mlp_dim=32, dropout_rate=0.0)
+CONFIG = T5Config(
+    VOCAB,
+    emb_dim=16,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    head_dim=8,
+    mlp_dim=32,
+    dropout_rate=0.0,
+)
 
 
 @pytest.fixture(scope="module")
 def dense():
     rng = np.random.default_rng(0)
     specs = EncoderDecoderModel(CONFIG).param_specs()
-    return {f"target/{path}": rng.normal(size=spec.shape, scale=spec.shape[0] ** -0.5).astype(np.float32) for path, spec in specs.items()}
+    return {
+        f"target/{path}": (
+            rng.normal(size=spec.shape, scale=spec.shape[0] ** -0.5).astype(np.float32)
+        )
+        for path, spec in specs.items()
+    }
 
 
 def compared(small, dense, width, damage=None):
-    moe = MoeConfig(num_experts=4, encoder_sparse_layout=(0,), decoder_sparse_layout=(0,), shared_expert_mlp_dim=width)
+    moe = MoeConfig(
+        num_experts=4,
+        encoder_sparse_layout=(0,),
+        decoder_sparse_layout=(0,),
+        shared_expert_mlp_dim=width,
+    )
     model = EncoderDecoderModel(T5Config(**{**CONFIG.__dict__, "moe": moe}))
     source = small.Reader(dense)
     target = {f"target/{path}": spec for path, spec in model.param_specs().items()}
     plan = surgery.make_plan(source.specs(), target, surgery.Recipe(step="reset"))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = {path: np.array(leaf) for path, leaf in surgery.apply_online(plan, source, dict.fromkeys(target, here)).items()}
+    arrays = {
+        path: np.array(leaf)
+        for path, leaf in surgery.apply_online(plan, source, dict.fromkeys(target, here)).items()
+    }
     if damage:
         damage(arrays)
     tokens = Tokens(random_tokens(VOCAB, length=8), "random")
-    dense_params = trees.unflatten({path.removeprefix("target/"): leaf for path, leaf in dense.items()})
-    sparse_params = trees.unflatten({path.removeprefix("target/"): leaf for path, leaf in arrays.items()})
-    return types.SimpleNamespace(outcome=check.check_function(plan, model, dense_params, sparse_params, tokens), arrays=arrays)
+    dense_params = trees.unflatten(
+        {path.removeprefix("target/"): leaf for path, leaf in dense.items()}
+    )
+    sparse_params = trees.unflatten(
+        {path.removeprefix("target/"): leaf for path, leaf in arrays.items()}
+    )
+    return types.SimpleNamespace(
+        outcome=check.check_function(plan, model, dense_params, sparse_params, tokens),
+        arrays=arrays,
+    )
 
 
 @pytest.mark.parametrize("width", [32, 8])

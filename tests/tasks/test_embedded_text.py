@@ -1,4 +1,6 @@
-"""The two domains of the running environment: real, different, held apart, and the same each time."""
+"""The two domains of the running environment: real, different, held apart, and the same each
+time.
+"""
 
 import pathlib
 import subprocess
@@ -25,7 +27,11 @@ def prose():
 
 def test_there_is_enough_of_both(code, prose):
     for corpus in (code, prose):
-        sizes = {split: part["bytes"] for split, part in corpus.fingerprint().items() if split != "origin"}
+        sizes = {
+            split: part["bytes"]
+            for split, part in corpus.fingerprint().items()
+            if split != "origin"
+        }
         assert sizes["train"] > 2e6 and sizes["validation"] > 5e4, sizes
 
 
@@ -51,14 +57,21 @@ def test_a_files_docstrings_lie_on_the_side_of_its_source(code, prose):
         return b" ".join(text.split())
 
     sides = [
-        {split for split, passages in corpus.splits.items() if any(marked in flat(text) for text in passages)} for corpus in (code, prose)
+        {
+            split
+            for split, passages in corpus.splits.items()
+            if any(marked in flat(text) for text in passages)
+        }
+        for corpus in (code, prose)
     ]
     assert len(sides[0]) == 1 and sides[0] == sides[1]
 
 
 def test_reading_again_gives_the_same_text(code, prose, tmp_path, monkeypatch):
     assert python_environment.python_source.__wrapped__().fingerprint() == code.fingerprint()
-    assert python_environment.documentation_prose.__wrapped__().fingerprint() == prose.fingerprint()  # from the cache
+    assert (
+        python_environment.documentation_prose.__wrapped__().fingerprint() == prose.fingerprint()
+    )  # from the cache
     assert prose.fingerprint()["origin"]["packages"]["jax"]
 
 
@@ -66,8 +79,14 @@ def test_cache_is_written_read_and_survives_damage(tmp_path, monkeypatch):
     monkeypatch.setenv(python_environment.CACHE_VARIABLE, str(tmp_path / "cache"))
     documents = [python_environment.Document("text", key="k")]
     calls = []
-    monkeypatch.setattr(python_environment, "_prose_documents", lambda packages: calls.append(packages) or iter(documents * 2))
-    monkeypatch.setattr(python_environment, "build_corpus", lambda name, documents, origin: list(documents))
+    monkeypatch.setattr(
+        python_environment,
+        "_prose_documents",
+        lambda packages: calls.append(packages) or iter(documents * 2),
+    )
+    monkeypatch.setattr(
+        python_environment, "build_corpus", lambda name, documents, origin: list(documents)
+    )
     read = python_environment.documentation_prose.__wrapped__
     assert read() == read() == documents * 2 and len(calls) == 1
     (file,) = (tmp_path / "cache").iterdir()
@@ -79,7 +98,10 @@ def test_cache_is_written_read_and_survives_damage(tmp_path, monkeypatch):
 
 def test_source_is_parsed_not_imported(code, prose):
     # Modules that nothing here needs, whose source both domains hold.
-    assert not {"turtle", "antigravity", "scipy.datasets", "jax.experimental.jax2tf"} & sys.modules.keys()
+    assert (
+        not {"turtle", "antigravity", "scipy.datasets", "jax.experimental.jax2tf"}
+        & sys.modules.keys()
+    )
 
 
 def test_docstrings_in_the_order_of_the_source():
@@ -90,20 +112,36 @@ class A:
         """Too short."""
 '''
     prose = python_environment._prose_of_source(source, set())
-    assert prose == "Module text that is long enough to be kept by the reader, which wants sixty.\n\nClass text: " + "x" * 60 + "."
+    assert (
+        prose
+        == "Module text that is long enough to be kept by the reader, which wants sixty.\n\nClass"
+        " text: " + "x" * 60 + "."
+    )
 
 
 def test_batches_come_from_both_domains_without_naming_a_module():
-    config = DatasetConfig("embedded_text_span_corruption", {"inputs": 128, "targets": 29}, batch_size=32, seed=0)
-    assert config.task_names() == ("documentation_prose_span_corruption", "python_source_span_corruption")
+    config = DatasetConfig(
+        "embedded_text_span_corruption", {"inputs": 128, "targets": 29}, batch_size=32, seed=0
+    )
+    assert config.task_names() == (
+        "documentation_prose_span_corruption",
+        "python_source_span_corruption",
+    )
     assert config.vocabulary_size() == 359
     batch = next(config.train_iterator())
     assert (batch["encoder_input_tokens"] > 0).mean() > 0.99  # rows are full
-    texts = [bytes(int(token) - 3 for token in row if 3 <= token < 259) for row in batch["encoder_input_tokens"]]
+    texts = [
+        bytes(int(token) - 3 for token in row if 3 <= token < 259)
+        for row in batch["encoder_input_tokens"]
+    ]
     assert all(np.isin(list(text), range(128)).mean() > 0.5 for text in texts)
     assert sum(b"self" in text or b"def " in text or b" = " in text for text in texts) >= 4
 
 
 def test_one_import_name_only():
-    done = subprocess.run([sys.executable, "-c", "import tasks"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode and "imported as 'tasks': import it as 'upcycle_jax.tasks'" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", "import tasks"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode and "imported as 'tasks': import it as 'upcycle_jax.tasks'" in done.stderr
+    )

@@ -1,4 +1,6 @@
-"""Shipped names resolve without naming a module; the paper's tasks say how to get their data, and read what T5 reads."""
+"""Shipped names resolve without naming a module; the paper's tasks say how to get their data, and
+read what T5 reads.
+"""
 
 import importlib
 
@@ -29,18 +31,36 @@ def empty_tfds(tmp_path):
 @pytest.mark.parametrize("module", tasks.SHIPPED)
 def test_modules_register_what_they_say(module, with_t5):
     importlib.import_module(module)
-    assert set(tasks.SHIPPED[module]) <= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    assert set(tasks.SHIPPED[module]) <= {
+        *seqio.TaskRegistry.names(),
+        *seqio.MixtureRegistry.names(),
+    }
 
 
-@pytest.mark.parametrize(("name", "dataset"), [("c4_span_corruption", "c4/en:3.1.0"), ("super_glue_boolq_v102", "super_glue/boolq:1.0.2")])
-def test_unprepared_data_are_named_with_the_command_that_prepares_them(name, dataset, with_t5, empty_tfds):
-    with pytest.raises(ValueError, match=rf"task '{name}' \(TFDS {dataset}\) are not prepared in {empty_tfds}: .*`tfds build {dataset}"):
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [("c4_span_corruption", "c4/en:3.1.0"), ("super_glue_boolq_v102", "super_glue/boolq:1.0.2")],
+)
+def test_unprepared_data_are_named_with_the_command_that_prepares_them(
+    name, dataset, with_t5, empty_tfds
+):
+    with pytest.raises(
+        ValueError,
+        match=(
+            rf"task '{name}' \(TFDS {dataset}\) are not prepared in {empty_tfds}: .*`tfds build"
+            rf" {dataset}"
+        ),
+    ):
         DatasetConfig(name, LENGTHS, vocabulary="bytes").train_iterator()
 
 
 def test_super_glue_mixture_is_proportional(with_t5):
-    config = DatasetConfig("super_glue_v102_proportional", {"inputs": 512, "targets": 62}, vocabulary="bytes")
-    assert {"super_glue_boolq_v102", "super_glue_record_v102", "dpr_v001_simple"} <= set(config.task_names())
+    config = DatasetConfig(
+        "super_glue_v102_proportional", {"inputs": 512, "targets": 62}, vocabulary="bytes"
+    )
+    assert {"super_glue_boolq_v102", "super_glue_record_v102", "dpr_v001_simple"} <= set(
+        config.task_names()
+    )
 
 
 def _with_examples(name, examples):
@@ -49,7 +69,8 @@ def _with_examples(name, examples):
 
     columns = {key: [example[key] for example in examples] for key in examples[0]}
     source = seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(columns), splits=["train", "validation"]
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(columns),
+        splits=["train", "validation"],
     )
     copy = seqio.get_mixture_or_task(name).replace(name=f"{name}_given", source=source)
     if copy.name not in seqio.TaskRegistry.names():
@@ -64,15 +85,28 @@ def test_boolq_in_t5s_words_and_any_vocabulary(with_t5):
         {"question": "is fire cold", "passage": "Fire is hot.", "label": 0, "idx": 1},
     ]
     name = _with_examples("super_glue_boolq_v102", examples)
-    config = DatasetConfig(name, {"inputs": 96, "targets": 8}, batch_size=4, split="validation", vocabulary="bytes", seed=0)
+    config = DatasetConfig(
+        name,
+        {"inputs": 96, "targets": 8},
+        batch_size=4,
+        split="validation",
+        vocabulary="bytes",
+        seed=0,
+    )
     (batch,) = config.eval_batches()[name]()
     decode = config.vocabularies()["targets"].decode
     rows = [
-        (decode(x.tolist()), decode(y.tolist())) for x, y in zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
+        (decode(x.tolist()), decode(y.tolist()))
+        for x, y in zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
     ]
     assert rows[0] == ("boolq passage: Water is wet. question: is water wet", "True")
     assert rows[1] == ("boolq passage: Fire is hot. question: is fire cold", "False")
-    assert batch["decoder_loss_weights"].sum(axis=1).tolist() == [5, 6, 0, 0]  # the words' bytes and EOS; two rows of filling
+    assert batch["decoder_loss_weights"].sum(axis=1).tolist() == [
+        5,
+        6,
+        0,
+        0,
+    ]  # the words' bytes and EOS; two rows of filling
 
 
 def test_c4_is_corrupted_as_every_text():
@@ -80,7 +114,17 @@ def test_c4_is_corrupted_as_every_text():
 
     importlib.import_module("upcycle_jax.tasks.c4")
     documents = [{"text": f"Document {n} tells of {n} things. " * 60} for n in range(20)]
-    config = DatasetConfig(_with_examples("c4_span_corruption", documents), LENGTHS, batch_size=4, vocabulary="bytes", seed=0)
+    config = DatasetConfig(
+        _with_examples("c4_span_corruption", documents),
+        LENGTHS,
+        batch_size=4,
+        vocabulary="bytes",
+        seed=0,
+    )
     batch = next(config.train_iterator())
-    assert (batch["encoder_input_tokens"] > 0).all() and (batch["decoder_target_tokens"] > 0).mean() > 0.97
-    assert (np.sum(batch["encoder_input_tokens"] >= 259, axis=1) == 28).all()  # 28 noise spans in 568 tokens, a sentinel each
+    assert (batch["encoder_input_tokens"] > 0).all() and (
+        batch["decoder_target_tokens"] > 0
+    ).mean() > 0.97
+    assert (
+        np.sum(batch["encoder_input_tokens"] >= 259, axis=1) == 28
+    ).all()  # 28 noise spans in 568 tokens, a sentinel each

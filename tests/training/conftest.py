@@ -1,4 +1,6 @@
-"""A model that trains in milliseconds, and deterministic data for it, behind the interfaces of the real ones."""
+"""A model that trains in milliseconds, and deterministic data for it, behind the interfaces of the
+real ones.
+"""
 
 import dataclasses
 import json
@@ -44,20 +46,42 @@ def _configure(settings):
 
 
 class BagModel:
-    """Predicts each target from the mean of the inputs and the previous token; with experts, from their mean output."""
+    """Predicts each target from the mean of the inputs and the previous token; with experts, from
+    their mean output.
+    """
 
-    def __init__(self, num_experts: int = 0, hidden: int = HIDDEN, dropout: float = 0.1, normalise: bool = True):
+    def __init__(
+        self,
+        num_experts: int = 0,
+        hidden: int = HIDDEN,
+        dropout: float = 0.1,
+        normalise: bool = True,
+    ):
         self.config = types.SimpleNamespace(vocab_size=VOCAB)
-        self.num_experts, self.hidden, self.dropout, self.normalise = num_experts, hidden, dropout, normalise
+        self.num_experts, self.hidden, self.dropout, self.normalise = (
+            num_experts,
+            hidden,
+            dropout,
+            normalise,
+        )
 
     def param_specs(self):
         mlp, lead, names, width = "decoder/layers_0/mlp", (), (), "mlp"
         if self.num_experts:
-            mlp, lead, names, width = f"{mlp}/expert", (self.num_experts,), ("expert",), "expert_mlp"
+            mlp, lead, names, width = (
+                f"{mlp}/expert",
+                (self.num_experts,),
+                ("expert",),
+                "expert_mlp",
+            )
         specs = {
             "token_embedder/embedding": trees.LeafSpec((VOCAB, WIDTH), F32, ("vocab", "embed")),
-            f"{mlp}/wi_0/kernel": trees.LeafSpec((*lead, WIDTH, self.hidden), F32, (*names, "embed", width)),
-            f"{mlp}/wo/kernel": trees.LeafSpec((*lead, self.hidden, WIDTH), F32, (*names, width, "embed")),
+            f"{mlp}/wi_0/kernel": trees.LeafSpec(
+                (*lead, WIDTH, self.hidden), F32, (*names, "embed", width)
+            ),
+            f"{mlp}/wo/kernel": trees.LeafSpec(
+                (*lead, self.hidden, WIDTH), F32, (*names, width, "embed")
+            ),
         }
         if self.num_experts:
             router = "decoder/layers_0/mlp/router/router_weights/w/kernel"
@@ -66,14 +90,26 @@ class BagModel:
 
     def init_params(self, rng):
         keys = {path: jax.random.fold_in(rng, i) for i, path in enumerate(self.param_specs())}
-        return trees.unflatten({path: 0.3 * jax.random.normal(keys[path], spec.shape) for path, spec in self.param_specs().items()})
+        return trees.unflatten(
+            {
+                path: 0.3 * jax.random.normal(keys[path], spec.shape)
+                for path, spec in self.param_specs().items()
+            }
+        )
 
     def input_specs(self, batch_size, task_feature_lengths, *, packed=False):
         shape = (batch_size, task_feature_lengths["targets"])
-        return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("encoder_input_tokens", "decoder_target_tokens")}
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32)
+            for name in ("encoder_input_tokens", "decoder_target_tokens")
+        }
 
     def loss_denominator(self, batch):
-        return jnp.sum(batch["decoder_target_tokens"] > 0).astype(jnp.float32) if self.normalise else jnp.float32(1)
+        return (
+            jnp.sum(batch["decoder_target_tokens"] > 0).astype(jnp.float32)
+            if self.normalise
+            else jnp.float32(1)
+        )
 
     def _cross_entropy(self, params, batch, dropout_rng):
         embedding, mlp = params["token_embedder"]["embedding"], params["decoder"]["layers_0"]["mlp"]
@@ -94,10 +130,16 @@ class BagModel:
 
     def loss_fn(self, params, batch, dropout_rng, *, denominator, aux_scale=1.0):
         summed, count = self._cross_entropy(params, batch, dropout_rng)
-        auxiliary = 1e-3 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))  # depends on no batch, so it must count once
+        auxiliary = 1e-3 * sum(
+            jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)
+        )  # depends on no batch, so it must count once
         loss = summed / denominator + aux_scale * auxiliary
         scale = jnp.float32(aux_scale)
-        return loss, {"loss": Mean(loss, scale), "cross_ent_loss": Mean(summed, count), "target_tokens": Mean(count, scale)}
+        return loss, {
+            "loss": Mean(loss, scale),
+            "cross_ent_loss": Mean(summed, count),
+            "target_tokens": Mean(count, scale),
+        }
 
     def eval_fn(self, params, batch):
         summed, count = self._cross_entropy(params, batch, None)
@@ -128,12 +170,18 @@ class ArithmeticIterator:
         self.position = num_batches
 
     def fingerprint(self):
-        return {"name": self.cfg.mixture_or_task_name, "seed": self.cfg.seed, "versions": {"numpy": np.__version__}}
+        return {
+            "name": self.cfg.mixture_or_task_name,
+            "seed": self.cfg.seed,
+            "versions": {"numpy": np.__version__},
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticDataset:
-    """A `DatasetConfig` without TensorFlow. `poison` is a batch number whose tokens are out of range (NaN by jnp.take's fill)."""
+    """A `DatasetConfig` without TensorFlow. `poison` is a batch number whose tokens are out of
+    range (NaN by jnp.take's fill).
+    """
 
     mixture_or_task_name: str = "bags"
     batch_size: int = 8
@@ -141,7 +189,9 @@ class ArithmeticDataset:
     pack: bool = False
     split: str = "train"
     vocabulary: int = VOCAB
-    task_feature_lengths: Any = dataclasses.field(default_factory=lambda: {"inputs": LENGTH, "targets": LENGTH})
+    task_feature_lengths: Any = dataclasses.field(
+        default_factory=lambda: {"inputs": LENGTH, "targets": LENGTH}
+    )
 
     def batch(self, k):
         rng = np.random.default_rng((self.seed, k))
@@ -169,8 +219,17 @@ def bags():
     schedule = create_learning_rate_scheduler(base_learning_rate=1.0, warmup_steps=4)
 
     def trainer(**kwargs):
-        return Trainer(**{"optimizer": Adafactor(min_dim_size_to_factor=8), "learning_rate_fn": schedule, **kwargs})
+        return Trainer(
+            **{
+                "optimizer": Adafactor(min_dim_size_to_factor=8),
+                "learning_rate_fn": schedule,
+                **kwargs,
+            }
+        )
 
     return types.SimpleNamespace(
-        Model=BagModel, Dataset=ArithmeticDataset, trainer=trainer, one_device=Partitioner(devices=(jax.devices()[0],))
+        Model=BagModel,
+        Dataset=ArithmeticDataset,
+        trainer=trainer,
+        one_device=Partitioner(devices=(jax.devices()[0],)),
     )

@@ -1,4 +1,6 @@
-"""A run in a process of its own, to be killed: `python killed_run.py MODEL_DIR STEPS SECONDS_PER_BATCH`. Not a test module."""
+"""A run in a process of its own, to be killed: `python killed_run.py MODEL_DIR STEPS
+SECONDS_PER_BATCH`. Not a test module.
+"""
 
 import importlib.util
 import pathlib
@@ -16,7 +18,9 @@ from upcycle_jax.training.trainer import Trainer
 
 
 def main(model_dir: str, steps: str, seconds: str) -> None:
-    spec = importlib.util.spec_from_file_location("fakes", pathlib.Path(__file__).with_name("conftest.py"))
+    spec = importlib.util.spec_from_file_location(
+        "fakes", pathlib.Path(__file__).with_name("conftest.py")
+    )
     fakes = importlib.util.module_from_spec(spec)
     sys.modules["fakes"] = fakes
     spec.loader.exec_module(fakes)

@@ -1,4 +1,6 @@
-"""kill -9 in the middle of a run: the next start loses at most one save period and ends with the same bits."""
+"""kill -9 in the middle of a run: the next start loses at most one save period and ends with the
+same bits.
+"""
 
 import json
 import os
@@ -21,12 +23,16 @@ STEPS, PERIOD = 14, 3
 def run(model_dir, tmp_path, seconds=0.0):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or tmp_path / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(
+            jax.config.jax_compilation_cache_dir or tmp_path / "compiled"
+        ),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     command = [sys.executable, str(RUN), str(model_dir), str(STEPS), str(seconds)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def losses(model_dir):
@@ -41,7 +47,10 @@ def losses(model_dir):
 
 def wait_for_step(process, model_dir, step):
     deadline = time.monotonic() + 300
-    while not (model_dir / "train" / "metrics.jsonl").exists() or max(losses(model_dir), default=0) < step:
+    while (
+        not (model_dir / "train" / "metrics.jsonl").exists()
+        or max(losses(model_dir), default=0) < step
+    ):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -25,14 +25,20 @@ def test_both_forms_hold_the_same_scalars(tmp_path):
     writer.write(10, {"loss": 2.5, "experts/encoder/layers_1/load": np.array([0.25, 0.75])})
     writer.write(20, {"loss": float("nan")})
     writer.close()
-    lines = [json.loads(line) for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [(line["step"], line["loss"]) for line in lines] == [(10, 2.5), (20, None)]
     assert lines[0]["experts/encoder/layers_1/load"] == [0.25, 0.75]
     found = events(tmp_path / "train")
     assert found[0].file_version == "brain.Event:2"
     first = {value.tag: value.simple_value for value in found[1].summary.value}
     assert found[1].step == 10
-    assert first == {"loss": 2.5, "experts/encoder/layers_1/load/min": 0.25, "experts/encoder/layers_1/load/max": 0.75}
+    assert first == {
+        "loss": 2.5,
+        "experts/encoder/layers_1/load/min": 0.25,
+        "experts/encoder/layers_1/load/max": 0.75,
+    }
     assert np.isnan(found[2].summary.value[0].simple_value)
 
 
@@ -41,7 +47,9 @@ def test_a_resumed_run_appends_and_tells_tensorboard_to_forget(tmp_path):
         writer = MetricWriter(tmp_path, first_step=first_step)
         writer.write(first_step + 1, {"loss": 1.0})
         writer.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 5]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 5]
     starts = [event for event in events(tmp_path) if event.session_log.status]
     assert [event.step for event in starts] == [5]
     assert MetricWriter(tmp_path).has_step(5) and not MetricWriter(tmp_path).has_step(50)
@@ -72,9 +80,15 @@ def test_writing_needs_no_tensorflow(tmp_path):
 def test_progress_line():
     values = {"loss": 3.41159, "accuracy": 0.412, "learning_rate": 0.01}
     line = progress_line(1200, 20000, values, steps_per_second=8.0, tokens_per_second=52_000)
-    assert line == "step 1200/20000 (6%)  loss 3.412  accuracy 0.412  learning_rate 0.01  8 steps/s  52k tokens/s  39 min left"
+    assert (
+        line
+        == "step 1200/20000 (6%)  loss 3.412  accuracy 0.412  learning_rate 0.01  8 steps/s  52k"
+        " tokens/s  39 min left"
+    )
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(12, "12 s"), (100, "2 min"), (7200, "2.0 h"), (260_000, "3.0 days")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12, "12 s"), (100, "2 min"), (7200, "2.0 h"), (260_000, "3.0 days")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text

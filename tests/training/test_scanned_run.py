@@ -1,5 +1,7 @@
-"""A run that loops over its layers leaves checkpoints that a run without the loop goes on from, and the other way round: with a router
-whose balancing bias moves from step to step, and must go on from where the checkpoint has it."""
+"""A run that loops over its layers leaves checkpoints that a run without the loop goes on from, and
+the other way round: with a router whose balancing bias moves from step to step, and must go on from
+where the checkpoint has it.
+"""
 
 import json
 
@@ -11,10 +13,16 @@ from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.moe.routing import LossFreeTopK
-from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
+from upcycle_jax.training.config import (
+    CheckpointConfig,
+    RestoreCheckpointConfig,
+    SaveCheckpointConfig,
+)
 from upcycle_jax.training.loop import train
 
-RATE = 2.0**-9  # far below the differences of scores, so that the same experts are too full for several steps
+RATE = (
+    2.0**-9
+)  # far below the differences of scores, so that the same experts are too full for several steps
 SHAPE = {
     "vocab_size": 24,
     "emb_dim": 8,
@@ -31,7 +39,11 @@ SHAPE = {
 def start(bags, tmp_path):
     class Sequences(bags.Dataset):
         def batch(self, k):
-            tokens = np.random.default_rng((self.seed, k)).integers(1, 24, (2, self.batch_size, 8)).astype(np.int32)
+            tokens = (
+                np.random.default_rng((self.seed, k))
+                .integers(1, 24, (2, self.batch_size, 8))
+                .astype(np.int32)
+            )
             shifted = np.pad(tokens[1][:, :-1], ((0, 0), (1, 0)))
             return {
                 "encoder_input_tokens": tokens[0],
@@ -41,7 +53,12 @@ def start(bags, tmp_path):
             }
 
     def run(name, *, scan, steps, remat="none", restore=None):
-        experts = MoeConfig(num_experts=4, group_size=16, encoder_router=LossFreeTopK(update_rate=RATE), decoder_sparse_layout=())
+        experts = MoeConfig(
+            num_experts=4,
+            group_size=16,
+            encoder_router=LossFreeTopK(update_rate=RATE),
+            decoder_sparse_layout=(),
+        )
         config = T5Config(**SHAPE, moe=experts, scan_layers=scan, remat_policy=remat)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return train(
@@ -85,10 +102,15 @@ def test_runs_go_on_in_the_other_form(start, tmp_path):
     assert list(have) == [1, 2, 3, 4]
     for step, row in want.items():
         names = [name for name in row if not name.startswith(("timing/", "wall"))]
-        assert set(names) == {name for name in have[step] if not name.startswith(("timing/", "wall"))}
+        assert set(names) == {
+            name for name in have[step] if not name.startswith(("timing/", "wall"))
+        }
         for name in names:
-            np.testing.assert_allclose(have[step][name], row[name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}: {name}")
-    # The bias went on by whole steps: it is restored, and no optimizer, weight decay or momentum has a part in it.
+            np.testing.assert_allclose(
+                have[step][name], row[name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}: {name}"
+            )
+    # The bias went on by whole steps: it is restored, and no optimizer, weight decay or momentum
+    # has a part in it.
     early, late = (biases(tmp_path / "layers" / f"checkpoint_{step}") for step in (2, 4))
     assert early.shape == (2, 4) and early.any() and (late != early).any()
     np.testing.assert_array_equal(late / RATE, np.round(late / RATE))
@@ -97,7 +119,9 @@ def test_runs_go_on_in_the_other_form(start, tmp_path):
     np.testing.assert_array_equal(biases(tmp_path / "mixed" / "checkpoint_4"), late)
     # A run of its own that continues from the checkpoint of another finds it there, too.
     restore = RestoreCheckpointConfig(path=str(tmp_path / "layers" / "checkpoint_2"))
-    assert start("continued", scan=True, remat="minimal", steps=4, restore=restore).start == "continue"
+    assert (
+        start("continued", scan=True, remat="minimal", steps=4, restore=restore).start == "continue"
+    )
     np.testing.assert_array_equal(biases(tmp_path / "continued" / "checkpoint_4"), late)
     # What is computed again is said where it is, and an evaluation says how alike experts are.
     first = rows(tmp_path / "mixed" / "train")[1]

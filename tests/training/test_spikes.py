@@ -33,7 +33,12 @@ def test_spikes_in_the_window_hardly_move_the_limit():
 
 def test_nothing_is_a_spike_before_half_a_window_is_known():
     # The limit of step s is made of losses up to step s - 3: four are known at step 7.
-    assert [math.isfinite(history([2.0] * (step - 1)).limit(step)) for step in (5, 6, 7, 8)] == [False, False, True, True]
+    assert [math.isfinite(history([2.0] * (step - 1)).limit(step)) for step in (5, 6, 7, 8)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_the_limit_of_a_step_does_not_depend_on_how_far_the_host_has_looked():
@@ -59,7 +64,10 @@ def test_a_loss_that_is_no_number_is_left_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"policy": "ignore"}, r"policy is 'ignore': choose 'stop' or 'skip', or set Trainer.loss_spikes to None"),
+        (
+            {"policy": "ignore"},
+            r"policy is 'ignore': choose 'stop' or 'skip', or set Trainer.loss_spikes to None",
+        ),
         ({"window": 3}, r"window is 3: give a number of steps, at least 4"),
         ({"factor": 0}, r"factor is 0: give a number above 0"),
     ],

@@ -1,4 +1,6 @@
-"""Weights & Biases: what is sent, that a resumed run goes on in the same W&B run, and the error without the package."""
+"""Weights & Biases: what is sent, that a resumed run goes on in the same W&B run, and the error
+without the package.
+"""
 
 import importlib.util
 import json
@@ -66,10 +68,15 @@ def test_what_is_sent_is_what_is_written(start, sent, tmp_path):
         str(tmp_path / "run"),
     )
     assert init["config"]["parameters"] == 448 and ("*", {"step_metric": "step"}) in sent["metrics"]
-    written = [json.loads(line) for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    written = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = {row["step"]: row["train/loss"] for row in sent["rows"] if "train/loss" in row}
     assert losses == {row["step"]: row["loss"] for row in written} and sent["finished"] == [0]
-    assert [row["step"] for row in sent["rows"] if "training_eval/bags_b/cross_ent_loss" in row] == [0, 2]
+    assert [
+        row["step"] for row in sent["rows"] if "training_eval/bags_b/cross_ent_loss" in row
+    ] == [0, 2]
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(start, sent):
@@ -91,19 +98,29 @@ def test_nothing_is_imported_where_it_is_off(start, monkeypatch):
     assert start(1).step == 1
 
 
-def test_without_the_package_the_error_comes_before_anything_is_written(start, monkeypatch, tmp_path):
+def test_without_the_package_the_error_comes_before_anything_is_written(
+    start, monkeypatch, tmp_path
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"wandb is not installed: pip install 'upcycle_jax\[wandb\]', or set TRACKER = None"):
+    with pytest.raises(
+        ValueError,
+        match=r"wandb is not installed: pip install 'upcycle_jax\[wandb\]', or set TRACKER = None",
+    ):
         start(1, tracker=Wandb())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_mode_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"Wandb.mode is 'off': choose one of 'online', 'offline', 'disabled'"):
+    with pytest.raises(
+        ValueError, match=r"Wandb.mode is 'off': choose one of 'online', 'offline', 'disabled'"
+    ):
         Wandb(mode="off")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the package wandb is not installed (extra 'wandb')")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None,
+    reason="the package wandb is not installed (extra 'wandb')",
+)
 def test_the_package_itself_offline(start, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -17,11 +17,28 @@ def run(model_dir, *, processes, devices, steps):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])
+    }
     commands = [
-        [sys.executable, str(RUN), str(port), str(processes), str(i), str(devices), str(model_dir), str(steps)] for i in range(processes)
+        [
+            sys.executable,
+            str(RUN),
+            str(port),
+            str(processes),
+            str(i),
+            str(devices),
+            str(model_dir),
+            str(steps),
+        ]
+        for i in range(processes)
     ]
-    started = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    started = [
+        subprocess.Popen(
+            c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for c in commands
+    ]
     outputs = [process.communicate(timeout=600)[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
 
@@ -39,7 +56,9 @@ def test_two_processes_equal_one_and_resume(tmp_path):
         one, two = rows(tmp_path / "one" / name), rows(tmp_path / "two" / name)
         steps = sorted({row["step"] for row in one})
         by_step = {row["step"]: row["loss"] for row in two}
-        np.testing.assert_allclose([row["loss"] for row in one], [by_step[step] for step in steps], rtol=1e-5)
+        np.testing.assert_allclose(
+            [row["loss"] for row in one], [by_step[step] for step in steps], rtol=1e-5
+        )
     assert len(rows(tmp_path / "two" / "train")) == 6  # one process writes
     manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())
     assert manifest["starts"][1]["step"] == 3 and manifest["starts"][1]["devices"]["processes"] == 2

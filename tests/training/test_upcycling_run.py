@@ -1,4 +1,6 @@
-"""Upcycling inside a run, on the real tiny model: once, visible at the first evaluation, the same whatever the mesh."""
+"""Upcycling inside a run, on the real tiny model: once, visible at the first evaluation, the same
+whatever the mesh.
+"""
 
 import json
 
@@ -12,7 +14,11 @@ from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import Recipe
-from upcycle_jax.training.config import CheckpointConfig, RestoreCheckpointConfig, SaveCheckpointConfig
+from upcycle_jax.training.config import (
+    CheckpointConfig,
+    RestoreCheckpointConfig,
+    SaveCheckpointConfig,
+)
 from upcycle_jax.training.loop import train
 
 SHAPE = {
@@ -33,7 +39,9 @@ def moe(**kwargs):
         "decoder_router": TokensChoose(num_selected_experts=2, renormalize=True),
         "group_size": 16,
         "train_expert_capacity_factor": 2.0,
-        "eval_expert_capacity_factor": 4.0,  # ample: every token gets its experts, so the upcycled function equals the dense one
+        "eval_expert_capacity_factor": (
+            4.0
+        ),  # ample: every token gets its experts, so the upcycled function equals the dense one
     }
     return MoeConfig(**settings | kwargs)
 
@@ -53,9 +61,25 @@ def start(bags, tmp_path):
                 "decoder_loss_weights": (targets > 0).astype(np.int32),
             }
 
-    def run(name, *, sparse, steps, restore=None, partitioner=bags.one_device, group_size=16, layers=1, **kwargs):
-        experts = moe(group_size=group_size, num_encoder_sparse_layers=1, num_decoder_sparse_layers=1) if sparse else None
-        config = T5Config(**SHAPE, num_encoder_layers=layers, num_decoder_layers=layers, moe=experts)
+    def run(
+        name,
+        *,
+        sparse,
+        steps,
+        restore=None,
+        partitioner=bags.one_device,
+        group_size=16,
+        layers=1,
+        **kwargs,
+    ):
+        experts = (
+            moe(group_size=group_size, num_encoder_sparse_layers=1, num_decoder_sparse_layers=1)
+            if sparse
+            else None
+        )
+        config = T5Config(
+            **SHAPE, num_encoder_layers=layers, num_decoder_layers=layers, moe=experts
+        )
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
@@ -77,7 +101,12 @@ def start(bags, tmp_path):
 
 def rows(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: {k: v for k, v in row.items() if k != "wall_time" and not k.startswith("timing/")} for row in rows}
+    return {
+        row["step"]: {
+            k: v for k, v in row.items() if k != "wall_time" and not k.startswith("timing/")
+        }
+        for row in rows
+    }
 
 
 def leaves(path):
@@ -90,26 +119,45 @@ def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path)
     restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
     assert start("whole", sparse=True, layers=2, steps=8, restore=restore).start == "upcycle"
     start("parts", sparse=True, layers=2, steps=6, restore=restore)
-    (tmp_path / "dense").rename(tmp_path / "gone")  # resuming must not even look at the dense checkpoint
+    (tmp_path / "dense").rename(
+        tmp_path / "gone"
+    )  # resuming must not even look at the dense checkpoint
     assert start("parts", sparse=True, layers=2, steps=8, restore=restore).start == "resume"
     assert rows(tmp_path / "whole" / "train") == rows(tmp_path / "parts" / "train")
-    whole, parts = leaves(tmp_path / "whole" / "checkpoint_8"), leaves(tmp_path / "parts" / "checkpoint_8")
+    whole, parts = (
+        leaves(tmp_path / "whole" / "checkpoint_8"),
+        leaves(tmp_path / "parts" / "checkpoint_8"),
+    )
     for name in whole:
         np.testing.assert_array_equal(whole[name], parts[name], err_msg=name)
-    # The schedule goes on at the dense step: base rate 1.0, warm-up of 4 steps done, so 1 / sqrt(step before the update).
+    # The schedule goes on at the dense step: base rate 1.0, warm-up of 4 steps done, so 1 /
+    # sqrt(step before the update).
     rates = {step: row["learning_rate"] for step, row in rows(tmp_path / "whole" / "train").items()}
     assert list(rates) == [5, 6, 7, 8]
-    np.testing.assert_allclose(list(rates.values()), [1 / np.sqrt(step) for step in (4, 5, 6, 7)], rtol=1e-6)
-    # Renormalised and with ample capacity, the restored model computes what the dense one did: no initial drop.
-    upcycled, dense = (rows(tmp_path / name / "training_eval" / "bags_a")[4] for name in ("whole", "gone"))
+    np.testing.assert_allclose(
+        list(rates.values()), [1 / np.sqrt(step) for step in (4, 5, 6, 7)], rtol=1e-6
+    )
+    # Renormalised and with ample capacity, the restored model computes what the dense one did: no
+    # initial drop.
+    upcycled, dense = (
+        rows(tmp_path / name / "training_eval" / "bags_a")[4] for name in ("whole", "gone")
+    )
     np.testing.assert_allclose(upcycled["cross_ent_loss"], dense["cross_ent_loss"], rtol=1e-4)
-    record = open_checkpoint(tmp_path / "parts" / "checkpoint_8").metadata()["surgery"]  # handed on over the resume
+    record = open_checkpoint(tmp_path / "parts" / "checkpoint_8").metadata()[
+        "surgery"
+    ]  # handed on over the resume
     assert record["source_step"] == 4 and record["recipe"]["type"] == "Recipe"
     manifest = json.loads((tmp_path / "parts" / "manifest.json").read_text())
     assert manifest["recipe"]["type"] == "Recipe" and manifest["start_step"] == 4
     assert manifest["converted_by"] == manifest["recipe"]
-    assert manifest["model"]["moe"]["encoder_router"]["type"] == "ExpertsChoose" and manifest["batch_size"] > 0
-    assert [entry["restored_from"]["start"] for entry in manifest["starts"]] == ["upcycle", "resume"]
+    assert (
+        manifest["model"]["moe"]["encoder_router"]["type"] == "ExpertsChoose"
+        and manifest["batch_size"] > 0
+    )
+    assert [entry["restored_from"]["start"] for entry in manifest["starts"]] == [
+        "upcycle",
+        "resume",
+    ]
 
 
 def test_upcycling_a_sparse_checkpoint_again_is_refused(start, tmp_path):
@@ -119,24 +167,43 @@ def test_upcycling_a_sparse_checkpoint_again_is_refused(start, tmp_path):
     again = RestoreCheckpointConfig(path=str(tmp_path / "sparse"), recipe=Recipe())
     with pytest.raises(ValueError, match=r"Mixture-of-Experts already"):
         start("twice", sparse=True, steps=6, restore=again)
-    with pytest.raises(ValueError, match=r"dense and the model has experts: set RestoreCheckpointConfig.recipe = @Recipe\(\)"):
-        start("forgotten", sparse=True, steps=6, restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")))
+    with pytest.raises(
+        ValueError,
+        match=r"dense and the model has experts: set RestoreCheckpointConfig.recipe = @Recipe\(\)",
+    ):
+        start(
+            "forgotten",
+            sparse=True,
+            steps=6,
+            restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")),
+        )
     assert not (tmp_path / "twice").exists() and not (tmp_path / "forgotten").exists()
 
 
 def test_dry_run_shows_the_plan(start, tmp_path, capsys):
     start("dense", sparse=False, steps=2)
     restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
-    start("sparse", sparse=True, steps=4, restore=restore, dry_run=True, partitioner=Partitioner(num_expert_partitions=4))
+    start(
+        "sparse",
+        sparse=True,
+        steps=4,
+        restore=restore,
+        dry_run=True,
+        partitioner=Partitioner(num_expert_partitions=4),
+    )
     out = capsys.readouterr().out
-    assert "upcycle " in out and "tile x4" in out and "expert 4" in out and "2 -> 4 (2 to do)" in out
+    assert (
+        "upcycle " in out and "tile x4" in out and "expert 4" in out and "2 -> 4 (2 to do)" in out
+    )
     assert not (tmp_path / "sparse").exists()
 
 
 @pytest.mark.parametrize("policy", ["tiled", "dense_only"])
 def test_optimizer_state_policies_reach_the_run(start, tmp_path, policy):
     start("dense", sparse=False, steps=2)
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe(optimizer_state=policy))
+    restore = RestoreCheckpointConfig(
+        path=str(tmp_path / "dense"), recipe=Recipe(optimizer_state=policy)
+    )
     assert start("sparse", sparse=True, steps=3, restore=restore).step == 3
 
 
@@ -144,15 +211,28 @@ def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, tmp_path):
     start("dense", sparse=False, steps=2)
     restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
     start("one", sparse=True, steps=5, restore=restore)
-    start("eight", sparse=True, steps=5, restore=restore, partitioner=Partitioner(num_expert_partitions=4))
-    losses = [[row["loss"] for row in rows(tmp_path / name / "train").values()] for name in ("one", "eight")]
+    start(
+        "eight",
+        sparse=True,
+        steps=5,
+        restore=restore,
+        partitioner=Partitioner(num_expert_partitions=4),
+    )
+    losses = [
+        [row["loss"] for row in rows(tmp_path / name / "train").values()]
+        for name in ("one", "eight")
+    ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    evaluated = [rows(tmp_path / name / "training_eval" / "bags_b")[2]["loss"] for name in ("one", "eight")]
+    evaluated = [
+        rows(tmp_path / name / "training_eval" / "bags_b")[2]["loss"] for name in ("one", "eight")
+    ]
     np.testing.assert_allclose(*evaluated, rtol=1e-5)
 
 
 def test_experts_that_do_not_divide_over_the_mesh(start, tmp_path):
-    with pytest.raises(ValueError, match=r"axis 'expert' of size 4 .* not divisible by the 8 partitions"):
+    with pytest.raises(
+        ValueError, match=r"axis 'expert' of size 4 .* not divisible by the 8 partitions"
+    ):
         start("sparse", sparse=True, steps=4, partitioner=Partitioner(num_expert_partitions=8))
     assert not (tmp_path / "sparse").exists()
 

@@ -1,4 +1,6 @@
-"""One process of a run: `python two_processes_run.py PORT COUNT INDEX DEVICES MODEL_DIR STEPS`. Not a test module."""
+"""One process of a run: `python two_processes_run.py PORT COUNT INDEX DEVICES MODEL_DIR STEPS`. Not
+a test module.
+"""
 
 import importlib.util
 import os
@@ -22,7 +24,9 @@ from upcycle_jax.training.optimizers import Adafactor  # noqa: E402
 from upcycle_jax.training.schedules import create_learning_rate_scheduler  # noqa: E402
 from upcycle_jax.training.trainer import Trainer  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("fakes", pathlib.Path(__file__).with_name("conftest.py"))
+spec = importlib.util.spec_from_file_location(
+    "fakes", pathlib.Path(__file__).with_name("conftest.py")
+)
 fakes = importlib.util.module_from_spec(spec)
 sys.modules["fakes"] = fakes
 spec.loader.exec_module(fakes)
@@ -48,7 +52,10 @@ class Parts(fakes.ArithmeticDataset):
 
     def eval_batches(self, num_batches=None, process_index=0, process_count=1):
         whole = super().eval_batches(num_batches)
-        return {task: lambda make=make: (part(batch, process_index, process_count) for batch in make()) for task, make in whole.items()}
+        return {
+            task: lambda make=make: (part(batch, process_index, process_count) for batch in make())
+            for task, make in whole.items()
+        }
 
 
 train(
@@ -58,7 +65,10 @@ train(
     train_eval_dataset_cfg=Parts(),
     checkpoint_cfg=CheckpointConfig(save=SaveCheckpointConfig(period=2)),
     partitioner=Partitioner(num_expert_partitions=2),
-    trainer=Trainer(optimizer=Adafactor(min_dim_size_to_factor=8), learning_rate_fn=create_learning_rate_scheduler(warmup_steps=4)),
+    trainer=Trainer(
+        optimizer=Adafactor(min_dim_size_to_factor=8),
+        learning_rate_fn=create_learning_rate_scheduler(warmup_steps=4),
+    ),
     total_steps=int(STEPS),
     eval_period=2,
     stats_period=1,

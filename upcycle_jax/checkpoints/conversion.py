@@ -1,4 +1,6 @@
-"""Copies a checkpoint of any readable format into the Orbax layout, leaf by leaf, without changing the model."""
+"""Copies a checkpoint of any readable format into the Orbax layout, leaf by leaf, without changing
+the model.
+"""
 
 import dataclasses
 import os
@@ -20,7 +22,8 @@ _STEP_NAME = re.compile(r"checkpoint_(\d+)")
 
 
 def checkpoint_path(output: os.PathLike | str, step: int) -> Path:
-    """The folder of a step: `output` itself where it is named `checkpoint_<step>`, else that folder inside it.
+    """The folder of a step: `output` itself where it is named `checkpoint_<step>`, else that folder
+    inside it.
 
     Raises:
       ValueError: `output` is named for another step.
@@ -30,7 +33,10 @@ def checkpoint_path(output: os.PathLike | str, step: int) -> Path:
     if named is None:
         return path / f"checkpoint_{step}"
     if int(named.group(1)) != step:
-        raise ValueError(f"{path} is named for step {named.group(1)}, but the step to record is {step}: rename it or give the step")
+        raise ValueError(
+            f"{path} is named for step {named.group(1)}, but the step to record is {step}: rename"
+            " it or give the step"
+        )
     return path
 
 
@@ -50,13 +56,16 @@ def convert_to_orbax(
 
     Args:
       reader: the source.
-      output: `checkpoint_<step>`, or a folder to hold it. An interrupted call is resumed by the same call.
+      output: `checkpoint_<step>`, or a folder to hold it. An interrupted call is resumed by the
+        same call.
       step: step to record; None keeps the source's.
-      dtype: dtype of the floating-point parameters; None keeps each one's own. Optimizer state keeps its dtypes.
+      dtype: dtype of the floating-point parameters; None keeps each one's own. Optimizer state
+        keeps its dtypes.
       keep_optimizer: copy the optimizer state where the source has one.
       fresh_state: leaves under `state/` to add as zeros.
       metadata: more to record beside the source's path, format and fingerprint.
-      max_memory: about how many bytes to hold at a time; a source chunk larger than this is still read whole.
+      max_memory: about how many bytes to hold at a time; a source chunk larger than this is still
+        read whole.
       progress: called with the name of each leaf.
 
     Returns:
@@ -68,14 +77,33 @@ def convert_to_orbax(
       OSError: the output cannot be written.
     """
     step = reader.step if step is None else step
-    sources = {name: spec for name, spec in reader.specs().items() if name != STEP and (keep_optimizer or not name.startswith(STATE))}
-    targets = {name: dataclasses.replace(spec, dtype=_dtype_of(name, spec, dtype)) for name, spec in sources.items()}
+    sources = {
+        name: spec
+        for name, spec in reader.specs().items()
+        if name != STEP and (keep_optimizer or not name.startswith(STATE))
+    }
+    targets = {
+        name: dataclasses.replace(spec, dtype=_dtype_of(name, spec, dtype))
+        for name, spec in sources.items()
+    }
     clash = sorted(set(fresh_state or {}) & set(targets))
     if clash:
-        raise ValueError(f"{clash[0]} is in the source already: either keep the optimizer state or start it afresh")
-    record = {"source": {"path": str(reader.path), "format": reader.format, "fingerprint": reader.fingerprint()}, **(metadata or {})}
+        raise ValueError(
+            f"{clash[0]} is in the source already: either keep the optimizer state or start it"
+            " afresh"
+        )
+    record = {
+        "source": {
+            "path": str(reader.path),
+            "format": reader.format,
+            "fingerprint": reader.fingerprint(),
+        },
+        **(metadata or {}),
+    }
     raw = _copied_as_stored(reader, sources, targets)
-    layouts = copied_layouts(reader, raw, targets) if isinstance(reader, OrbaxReader) and raw else {}
+    layouts = (
+        copied_layouts(reader, raw, targets) if isinstance(reader, OrbaxReader) and raw else {}
+    )
     specs = {**targets, **(fresh_state or {})}
     begun = create_checkpoint(
         checkpoint_path(output, step),
@@ -97,7 +125,11 @@ def convert_to_orbax(
                 if writer.is_written(name, index):
                     continue
                 shape = tuple(part.stop - part.start for part in index)
-                value = reader.read(name, index).astype(spec.dtype, copy=False) if name in sources else np.zeros(shape, spec.dtype)
+                value = (
+                    reader.read(name, index).astype(spec.dtype, copy=False)
+                    if name in sources
+                    else np.zeros(shape, spec.dtype)
+                )
                 writer.write(name, index, value)
         return writer.finalize()
 
@@ -105,11 +137,19 @@ def convert_to_orbax(
 def _dtype_of(name: str, spec: LeafSpec, dtype: np.dtype | None) -> np.dtype:
     # bfloat16 is no subtype of np.floating; its kind is 'V', as for other ml_dtypes.
     is_float = spec.dtype.kind == "f" or spec.dtype.name == "bfloat16"
-    return np.dtype(dtype) if dtype is not None and name.startswith(TARGET) and is_float else spec.dtype
+    return (
+        np.dtype(dtype)
+        if dtype is not None and name.startswith(TARGET) and is_float
+        else spec.dtype
+    )
 
 
-def _copied_as_stored(reader: CheckpointReader, sources: Mapping[str, LeafSpec], targets: Mapping[str, LeafSpec]) -> dict[str, Reference]:
+def _copied_as_stored(
+    reader: CheckpointReader, sources: Mapping[str, LeafSpec], targets: Mapping[str, LeafSpec]
+) -> dict[str, Reference]:
     """The leaves whose stored chunks can be copied without decoding them."""
     if not isinstance(reader, OrbaxReader) or reader.uses_zarr3:
         return {}
-    return {name: Reference(name) for name, spec in sources.items() if spec.dtype == targets[name].dtype}
+    return {
+        name: Reference(name) for name, spec in sources.items() if spec.dtype == targets[name].dtype
+    }

@@ -11,7 +11,9 @@ DATA_FOLDERS = ("d", "ocdbt_data", "ocdbt_meta")
 
 
 def data_files(folder: Path, context: ts.Context) -> set[str]:
-    """Every data file that the current version of the database in `folder` refers to, relative to it."""
+    """Every data file that the current version of the database in `folder` refers to, relative to
+    it.
+    """
     base = ts.KvStore.open(storage.file_spec(folder), context=context).result()
     manifest = ts.ocdbt.dump(base, context=context).result()
     files = {_file_of(node["location"]) for node in manifest.get("version_tree_nodes", [])}
@@ -19,7 +21,9 @@ def data_files(folder: Path, context: ts.Context) -> set[str]:
     while todo:
         location = todo.pop()
         files.add(_file_of(location))
-        for entry in ts.ocdbt.dump(base, node=location, context=context).result().get("entries", []):
+        for entry in (
+            ts.ocdbt.dump(base, node=location, context=context).result().get("entries", [])
+        ):
             if "location" in entry:
                 todo.append(entry["location"])
             elif "indirect_value" in entry:
@@ -28,9 +32,11 @@ def data_files(folder: Path, context: ts.Context) -> set[str]:
 
 
 def drop_unused(folder: Path, context: ts.Context) -> None:
-    """Removes the data files below `folder` that the database does not need, and the folders that this leaves empty.
+    """Removes the data files below `folder` that the database does not need, and the folders that
+    this leaves empty.
 
-    They are what interrupted writes, superseded indices and linked databases leave behind. Nobody may be writing to the database.
+    They are what interrupted writes, superseded indices and linked databases leave behind. Nobody
+    may be writing to the database.
     """
     used = {folder / file for file in data_files(folder, context)} | {folder / MANIFEST}
     # Deepest first, so that a folder is looked at after what it holds.
@@ -38,7 +44,9 @@ def drop_unused(folder: Path, context: ts.Context) -> None:
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path not in used and (path.parent.name in DATA_FOLDERS or path.name.startswith(MANIFEST)):
+        elif path not in used and (
+            path.parent.name in DATA_FOLDERS or path.name.startswith(MANIFEST)
+        ):
             path.unlink()
 
 

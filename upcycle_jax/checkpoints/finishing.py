@@ -1,4 +1,6 @@
-"""The small files that make a folder of arrays a checkpoint for Orbax, and what its writer asks of the file system."""
+"""The small files that make a folder of arrays a checkpoint for Orbax, and what its writer asks of
+the file system.
+"""
 
 import errno
 import json
@@ -26,13 +28,19 @@ _STORAGE_ERRORS = {
 
 
 def tree_metadata(specs: Mapping[str, LeafSpec]) -> dict[str, Any]:
-    """The content of `_METADATA`: every leaf as an array of a nested dictionary, in OCDBT and zarr 2."""
+    """The content of `_METADATA`: every leaf as an array of a nested dictionary, in OCDBT and zarr
+    2.
+    """
     tree = {}
     for name, spec in specs.items():
         parts = name.split("/")
         tree[str(tuple(parts))] = {
             "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in parts],
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(spec.shape)},
+            "value_metadata": {
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": list(spec.shape),
+            },
         }
     return {
         "tree_metadata": tree,

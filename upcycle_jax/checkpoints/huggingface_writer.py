@@ -43,14 +43,27 @@ def t5_dimensions(specs: dict[str, LeafSpec]) -> T5Dimensions:
       ValueError: the model is sparse, or lacks a parameter that every T5 has.
     """
     if any("/expert/" in name for name in specs):
-        raise ValueError("the checkpoint is a Mixture-of-Experts: Hugging Face's T5 is dense; merge the experts first")
+        raise ValueError(
+            "the checkpoint is a Mixture-of-Experts: Hugging Face's T5 is dense; merge the experts"
+            " first"
+        )
 
     def shape(name: str) -> tuple[int, ...]:
         if TARGET + name not in specs:
-            raise ValueError(f"the checkpoint has no {TARGET}{name}: it is no encoder-decoder T5, or its layers are stored stacked")
+            raise ValueError(
+                f"the checkpoint has no {TARGET}{name}: it is no encoder-decoder T5, or its layers"
+                " are stored stacked"
+            )
         return specs[TARGET + name].shape
 
-    layers = {stack: sum(name.endswith("/pre_mlp_layer_norm/scale") for name in specs if f"{TARGET}{stack}/" in name) for stack in _STACKS}
+    layers = {
+        stack: sum(
+            name.endswith("/pre_mlp_layer_norm/scale")
+            for name in specs
+            if f"{TARGET}{stack}/" in name
+        )
+        for stack in _STACKS
+    }
     vocab_size, d_model = shape("token_embedder/embedding")
     num_heads, num_buckets = shape("encoder/relpos_bias/rel_embedding")
     gated = f"{TARGET}encoder/layers_0/mlp/wi_0/kernel" in specs
@@ -71,13 +84,16 @@ def t5_dimensions(specs: dict[str, LeafSpec]) -> T5Dimensions:
 _STACKS = ("encoder", "decoder")
 
 
-def huggingface_config(dimensions: T5Dimensions, dtype: np.dtype, *, feed_forward: str | None = None) -> dict[str, Any]:
+def huggingface_config(
+    dimensions: T5Dimensions, dtype: np.dtype, *, feed_forward: str | None = None
+) -> dict[str, Any]:
     """The config.json of a T5 of these dimensions.
 
     Args:
       dimensions: see `t5_dimensions`.
       dtype: dtype of the weights.
-      feed_forward: Hugging Face's name of the activation; by default 'gated-gelu' (T5 1.1) or 'relu' (T5).
+      feed_forward: Hugging Face's name of the activation; by default 'gated-gelu' (T5 1.1) or
+        'relu' (T5).
     """
     return {
         "architectures": ["T5ForConditionalGeneration"],
@@ -109,19 +125,35 @@ def huggingface_config(dimensions: T5Dimensions, dtype: np.dtype, *, feed_forwar
 
 
 def tensor_names(dimensions: T5Dimensions) -> dict[str, tuple[str, bool]]:
-    """T5X path (with `target/`) -> (Hugging Face name, whether it is transposed), for every tensor of a T5."""
+    """T5X path (with `target/`) -> (Hugging Face name, whether it is transposed), for every tensor
+    of a T5.
+    """
     names = ["shared.weight", *(f"{stack}.final_layer_norm.weight" for stack in _STACKS)]
     names += [] if dimensions.tied else ["lm_head.weight"]
     wi = ("wi_0", "wi_1") if dimensions.gated else ("wi",)
-    for stack, layers in (("encoder", dimensions.num_layers), ("decoder", dimensions.num_decoder_layers)):
-        modules = [("SelfAttention", "qkvo")] + [("EncDecAttention", "qkvo")] * (stack == "decoder") + [("DenseReluDense", (*wi, "wo"))]
+    for stack, layers in (
+        ("encoder", dimensions.num_layers),
+        ("decoder", dimensions.num_decoder_layers),
+    ):
+        modules = (
+            [("SelfAttention", "qkvo")]
+            + [("EncDecAttention", "qkvo")] * (stack == "decoder")
+            + [("DenseReluDense", (*wi, "wo"))]
+        )
         names.append(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         for block in range(layers):
             for position, (module, parts) in enumerate(modules):
                 layer = f"{stack}.block.{block}.layer.{position}"
-                names += [f"{layer}.layer_norm.weight", *(f"{layer}.{module}.{part}.weight" for part in parts)]
+                names += [
+                    f"{layer}.layer_norm.weight",
+                    *(f"{layer}.{module}.{part}.weight" for part in parts),
+                ]
     places = {name: t5x_tensor(name) for name in names}
-    return {TARGET + place.name: (name, place.transposed) for name, place in places.items() if place is not None}
+    return {
+        TARGET + place.name: (name, place.transposed)
+        for name, place in places.items()
+        if place is not None
+    }
 
 
 def write_huggingface(
@@ -133,11 +165,13 @@ def write_huggingface(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes the dense parameters of a checkpoint as config.json and safetensors. Optimizer state and step are left behind.
+    """Writes the dense parameters of a checkpoint as config.json and safetensors. Optimizer state
+    and step are left behind.
 
     Args:
       reader: a dense T5.
-      output: a folder that does not exist; it appears when complete. The tokenizer is the user's to copy.
+      output: a folder that does not exist; it appears when complete. The tokenizer is the user's to
+        copy.
       dtype: dtype to write; None keeps each parameter's own.
       feed_forward: see `huggingface_config`.
       shard_bytes: at most so many bytes are held in memory and written to one file.
@@ -148,22 +182,36 @@ def write_huggingface(
       FileExistsError: there is something at `output`.
     """
     if not storage.is_local(output):
-        raise ValueError(f"{output}: a Hugging Face folder is written to a local disk; write it there and upload it")
+        raise ValueError(
+            f"{output}: a Hugging Face folder is written to a local disk; write it there and"
+            " upload it"
+        )
     final = Path(storage.absolute(output))
     if final.exists():
-        raise FileExistsError(f"{final} exists already: nothing was changed. Choose another output path or remove it first")
+        raise FileExistsError(
+            f"{final} exists already: nothing was changed. Choose another output path or remove it"
+            " first"
+        )
     specs = {name: spec for name, spec in reader.specs().items() if name.startswith(TARGET)}
     dimensions = t5_dimensions(specs)
     places = tensor_names(dimensions)
     if places.keys() != specs.keys():
-        lines = [f"- {name} (expected)" for name in places.keys() - specs.keys()] + [f"+ {name}" for name in specs.keys() - places.keys()]
-        raise ValueError("the parameters are not those of a T5 that transformers knows:\n" + "\n".join(sorted(lines)[:20]))
+        lines = [f"- {name} (expected)" for name in places.keys() - specs.keys()] + [
+            f"+ {name}" for name in specs.keys() - places.keys()
+        ]
+        raise ValueError(
+            "the parameters are not those of a T5 that transformers knows:\n"
+            + "\n".join(sorted(lines)[:20])
+        )
     stored = np.dtype(dtype or specs[f"{TARGET}token_embedder/embedding"].dtype)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_weights(reader, places, specs, partial, dtype, shard_bytes, progress)
-    (partial / CONFIG).write_text(json.dumps(huggingface_config(dimensions, stored, feed_forward=feed_forward), indent=2) + "\n")
+    (partial / CONFIG).write_text(
+        json.dumps(huggingface_config(dimensions, stored, feed_forward=feed_forward), indent=2)
+        + "\n"
+    )
     os.rename(partial, final)
     return final
 
@@ -181,7 +229,9 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         tensors = {}
         for name in names:
             tensor, transposed = places[name]
@@ -194,11 +244,17 @@ def _write_weights(
         if progress:
             progress(file)
     if len(shards) > 1:
-        (folder / WEIGHTS_INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+        (folder / WEIGHTS_INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            + "\n"
+        )
 
 
 def _shards(
-    places: dict[str, tuple[str, bool]], specs: dict[str, LeafSpec], dtype: np.dtype | None, shard_bytes: int
+    places: dict[str, tuple[str, bool]],
+    specs: dict[str, LeafSpec],
+    dtype: np.dtype | None,
+    shard_bytes: int,
 ) -> Iterator[list[str]]:
     names: list[str] = []
     held = 0

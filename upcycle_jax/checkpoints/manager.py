@@ -1,4 +1,6 @@
-"""Saves and restores the checkpoints of a training run through Orbax, in T5X's layout. The only module that imports orbax."""
+"""Saves and restores the checkpoints of a training run through Orbax, in T5X's layout. The only
+module that imports orbax.
+"""
 
 import dataclasses
 import os
@@ -33,7 +35,9 @@ class Saveable(Protocol):
 
 
 class DatasetHandler(ocp.CheckpointHandler):
-    """Lets each process save its data iterator in a folder of its own: `dataset/process_<i>-of-<n>`."""
+    """Lets each process save its data iterator in a folder of its own:
+    `dataset/process_<i>-of-<n>`.
+    """
 
     def save(self, directory: epath.Path, args: "SaveDataset") -> None:
         folder = process_folder(directory)
@@ -61,14 +65,18 @@ class RestoreDataset(ocp.args.CheckpointArgs):
 
 
 def _remove_stale(model_dir: epath.Path) -> None:
-    """Removes what saves that never finished have left: temporary folders; in a bucket, steps without Orbax's marker file."""
+    """Removes what saves that never finished have left: temporary folders; in a bucket, steps
+    without Orbax's marker file.
+    """
     if not model_dir.is_dir():
         return
     in_bucket = not storage.is_local(model_dir)
     for child in model_dir.iterdir():
         # T5X's older formats have no marker; their index file is written last.
         unmarked = (
-            in_bucket and STEP_FOLDER.fullmatch(child.name) and not any((child / mark).exists() for mark in (COMMIT_MARK, "checkpoint"))
+            in_bucket
+            and STEP_FOLDER.fullmatch(child.name)
+            and not any((child / mark).exists() for mark in (COMMIT_MARK, "checkpoint"))
         )
         if unmarked or _TEMPORARY.fullmatch(child.name):
             child.rmtree()
@@ -80,9 +88,11 @@ def process_folder(directory: epath.Path) -> epath.Path:
 
 
 def saved_process_folder(directory: epath.Path) -> epath.Path:
-    """Where this process finds its data position in the dataset item: its own folder, or one that another number of processes saved.
+    """Where this process finds its data position in the dataset item: its own folder, or one that
+    another number of processes saved.
 
-    Positions count global batches, so every process's is as good; whether the data can go on from it is up to the iterator.
+    Positions count global batches, so every process's is as good; whether the data can go on from
+    it is up to the iterator.
 
     Raises:
       FileNotFoundError: no process saved one.
@@ -91,18 +101,24 @@ def saved_process_folder(directory: epath.Path) -> epath.Path:
     if own.exists():
         return own
     others = sorted(
-        folder for folder in epath.Path(directory).glob("process_*-of-*") if not folder.name.endswith(f"-of-{jax.process_count()}")
+        folder
+        for folder in epath.Path(directory).glob("process_*-of-*")
+        if not folder.name.endswith(f"-of-{jax.process_count()}")
     )
     if not others:
-        raise FileNotFoundError(f"{own} does not exist: the checkpoint was saved without its data iterator")
+        raise FileNotFoundError(
+            f"{own} does not exist: the checkpoint was saved without its data iterator"
+        )
     return others[0]
 
 
 class CheckpointManager:
-    """The checkpoints of one MODEL_DIR: `checkpoint_<step>/{state,dataset,_CHECKPOINT_METADATA,commit_success.txt}`.
+    """The checkpoints of one MODEL_DIR:
+    `checkpoint_<step>/{state,dataset,_CHECKPOINT_METADATA,commit_success.txt}`.
 
-    A save copies the arrays to the host and writes them in the background. It is renamed into place when complete, so a run that is
-    killed leaves the earlier steps and a temporary folder, which the next manager removes.
+    A save copies the arrays to the host and writes them in the background. It is renamed into place
+    when complete, so a run that is killed leaves the earlier steps and a temporary folder, which
+    the next manager removes.
 
     Args:
       model_dir: the run's folder; made if it is missing.
@@ -122,7 +138,9 @@ class CheckpointManager:
         read_only: bool = False,
     ):
         if keep is not None and keep < 1:
-            raise ValueError(f"keep={keep}: at least the latest checkpoint must be kept; use None to keep all")
+            raise ValueError(
+                f"keep={keep}: at least the latest checkpoint must be kept; use None to keep all"
+            )
         if keep_period is not None and keep_period < 1:
             raise ValueError(f"keep_period={keep_period} must be positive; use None for none")
         self.model_dir = storage.absolute(model_dir)
@@ -131,21 +149,28 @@ class CheckpointManager:
         policies = ocp.checkpoint_managers.preservation_policy
         preserve: Any = policies.PreserveAll() if keep is None else policies.LatestN(n=keep)
         if keep is not None and keep_period is not None:
-            preserve = policies.AnyPreservationPolicy([preserve, policies.EveryNSteps(interval_steps=keep_period)])
+            preserve = policies.AnyPreservationPolicy(
+                [preserve, policies.EveryNSteps(interval_steps=keep_period)]
+            )
         options = ocp.CheckpointManagerOptions(
             step_prefix="checkpoint",
             create=not read_only,
-            cleanup_tmp_directories=False,  # `_remove_stale` did it: Orbax would take any folder of a bucket for a stale save.
+            # `_remove_stale` did it: Orbax would take any folder of a bucket for a stale save.
+            cleanup_tmp_directories=False,
             read_only=read_only,
             enable_async_checkpointing=async_save,
             preservation_policy=preserve,
             # The dataset handler writes at once, so the folder must exist by then.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._manager = ocp.CheckpointManager(self.model_dir, options=options, item_names=(STATE_ITEM, DATASET_ITEM))
+        self._manager = ocp.CheckpointManager(
+            self.model_dir, options=options, item_names=(STATE_ITEM, DATASET_ITEM)
+        )
 
     def all_steps(self) -> list[int]:
-        """The steps of the finished checkpoints, in order; a save under way or cut short does not count."""
+        """The steps of the finished checkpoints, in order; a save under way or cut short does not
+        count.
+        """
         return sorted(step for step in self._manager.all_steps() if self.path(step).exists())
 
     def latest_step(self) -> int | None:
@@ -156,14 +181,24 @@ class CheckpointManager:
         """The folder of a step."""
         return self.model_dir / f"checkpoint_{step}"
 
-    def save(self, step: int, state_dict: PyTree, *, dataset: Saveable | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state_dict: PyTree,
+        *,
+        dataset: Saveable | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts saving; the arrays may be donated or changed as soon as it returns.
 
         Args:
           step: training step.
-          state_dict: `{'target': params, 'state': {'step': ..., 'param_states': ...}}`, nested, of jax or NumPy arrays.
-          dataset: iterator with `save(directory)`; it is saved before this returns, so its position belongs to this step.
-          metadata: JSON-serialisable record, kept in `_CHECKPOINT_METADATA` and returned by `CheckpointReader.metadata`.
+          state_dict: `{'target': params, 'state': {'step': ..., 'param_states': ...}}`, nested, of
+            jax or NumPy arrays.
+          dataset: iterator with `save(directory)`; it is saved before this returns, so its position
+            belongs to this step.
+          metadata: JSON-serialisable record, kept in `_CHECKPOINT_METADATA` and returned by
+            `CheckpointReader.metadata`.
 
         Raises:
           ValueError: the step is not above the latest one in MODEL_DIR.
@@ -171,16 +206,26 @@ class CheckpointManager:
         latest = self._manager.latest_step()  # The one under way included.
         if latest is not None and step <= latest:
             raise ValueError(
-                f"cannot save step {step} in {self.model_dir}: it holds step {latest} already. Use another MODEL_DIR or remove later steps"
+                f"cannot save step {step} in {self.model_dir}: it holds step {latest} already. Use"
+                " another MODEL_DIR or remove later steps"
             )
         items: dict[str, Any] = {STATE_ITEM: ocp.args.PyTreeSave(state_dict)}
         if dataset is not None:
             items[DATASET_ITEM] = SaveDataset(dataset)
         custom = {METADATA_KEY: dict(metadata)} if metadata else None
-        if not self._manager.save(step, args=ocp.args.Composite(**items), custom_metadata=custom, force=True):
-            raise ValueError(f"Orbax refused to save step {step} in {self.model_dir}; its log says why")
+        if not self._manager.save(
+            step, args=ocp.args.Composite(**items), custom_metadata=custom, force=True
+        ):
+            raise ValueError(
+                f"Orbax refused to save step {step} in {self.model_dir}; its log says why"
+            )
 
-    def restore(self, step: int, specs: Mapping[str, LeafSpec], shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, Any]:
+    def restore(
+        self,
+        step: int,
+        specs: Mapping[str, LeafSpec],
+        shardings: Mapping[str, jax.sharding.Sharding],
+    ) -> dict[str, Any]:
         """Restores a step; every process reads its own shards.
 
         Args:
@@ -198,22 +243,35 @@ class CheckpointManager:
         path = self._existing(step)
         item = find_item(path)
         if item is None:
-            raise ValueError(f"{path} holds no array tree: it is damaged or half-copied. Remove it to go on from an earlier step")
+            raise ValueError(
+                f"{path} holds no array tree: it is damaged or half-copied. Remove it to go on from"
+                " an earlier step"
+            )
         reader = OrbaxReader(path, item)
         difference = trees.diff(specs, reader.specs())
         if difference:
             raise ValueError(
-                f"the run's state and {path} do not match:\n{difference}\nRestore with the model and optimizer that saved it, or convert it"
+                f"the run's state and {path} do not match:\n{difference}\nRestore with the model"
+                " and optimizer that saved it, or convert it"
             )
-        wanted = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name]) for name, spec in specs.items()}
-        restore_args = {
-            name: ocp.ArrayRestoreArgs(sharding=shardings[name], global_shape=spec.shape, dtype=spec.dtype) for name, spec in specs.items()
+        wanted = {
+            name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name])
+            for name, spec in specs.items()
         }
-        args = ocp.args.PyTreeRestore(item=trees.unflatten(wanted), restore_args=trees.unflatten(restore_args))
+        restore_args = {
+            name: ocp.ArrayRestoreArgs(
+                sharding=shardings[name], global_shape=spec.shape, dtype=spec.dtype
+            )
+            for name, spec in specs.items()
+        }
+        args = ocp.args.PyTreeRestore(
+            item=trees.unflatten(wanted), restore_args=trees.unflatten(restore_args)
+        )
         return self._manager.restore(step, args=ocp.args.Composite(state=args))[STATE_ITEM]
 
     def restore_dataset(self, step: int, dataset: Saveable) -> None:
-        """Calls `dataset.restore` with the folder that this process saved (see `saved_process_folder`).
+        """Calls `dataset.restore` with the folder that this process saved (see
+        `saved_process_folder`).
 
         Raises:
           FileNotFoundError: no such step, or it was saved without the iterator.
@@ -223,8 +281,8 @@ class CheckpointManager:
             folder = saved_process_folder(directory)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{directory}: step {step} was saved without its data iterator. Restart the data from the beginning or from a batch number "
-                "instead"
+                f"{directory}: step {step} was saved without its data iterator. Restart the data"
+                " from the beginning or from a batch number instead"
             ) from error
         dataset.restore(folder)
 
@@ -249,7 +307,10 @@ class CheckpointManager:
 
     def _existing_step(self, step: int) -> int:
         if step not in self._manager.all_steps():
-            raise FileNotFoundError(f"{self.model_dir} has no finished checkpoint of step {step}; it has {self.all_steps() or 'none'}")
+            raise FileNotFoundError(
+                f"{self.model_dir} has no finished checkpoint of step {step}; it has"
+                f" {self.all_steps() or 'none'}"
+            )
         return step
 
     def _existing(self, step: int) -> epath.Path:

@@ -1,8 +1,9 @@
 """Parses flax's msgpack files without loading the arrays in them.
 
-The maps of the file are walked by hand, because the msgpack package can only decode an entry together with its bytes; everything that is
-neither a map nor an array goes through the package. An array (extension type 1, or 3 for a NumPy scalar) holds the msgpack triple (shape,
-dtype name, bytes): only where those bytes begin is noted.
+The maps of the file are walked by hand, because the msgpack package can only decode an entry
+together with its bytes; everything that is neither a map nor an array goes through the package. An
+array (extension type 1, or 3 for a NumPy scalar) holds the msgpack triple (shape, dtype name,
+bytes): only where those bytes begin is noted.
 """
 
 import dataclasses
@@ -83,7 +84,10 @@ class _Walker:
         self.buffer, self.path, self.at = buffer, path, 0
 
     def damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} is no complete msgpack checkpoint: {what} at byte {self.at} of {len(self.buffer)}. Copy it again")
+        return ValueError(
+            f"{self.path} is no complete msgpack checkpoint: {what} at byte {self.at} of"
+            f" {len(self.buffer)}. Copy it again"
+        )
 
     def take(self, count: int) -> bytes:
         if self.at + count > len(self.buffer):
@@ -95,10 +99,14 @@ class _Walker:
         return struct.unpack(_FORMATS[width], self.take(width))[0]
 
     def value(self) -> Any:
-        """The entry at the current position: a dict, an InlineArray, a ChunkedArray, or what msgpack makes of it."""
+        """The entry at the current position: a dict, an InlineArray, a ChunkedArray, or what
+        msgpack makes of it.
+        """
         first = self.take(1)[0]
         if first & 0xF0 == 0x80 or first in _MAP_LENGTH:
-            return self.mapping(first & 0x0F if first & 0xF0 == 0x80 else self.number(_MAP_LENGTH[first]))
+            return self.mapping(
+                first & 0x0F if first & 0xF0 == 0x80 else self.number(_MAP_LENGTH[first])
+            )
         if first in _EXT_LENGTH or first in _FIXED_EXT:
             length = self.number(_EXT_LENGTH[first]) if first in _EXT_LENGTH else _FIXED_EXT[first]
             return self.extension(self.take(1)[0], length)
@@ -141,7 +149,9 @@ class _Walker:
 
     def plain(self) -> Any:
         """Decodes one entry with the msgpack package; the window grows until the entry fits."""
-        for window in itertools.accumulate(itertools.repeat(8), lambda size, factor: size * factor, initial=256):
+        for window in itertools.accumulate(
+            itertools.repeat(8), lambda size, factor: size * factor, initial=256
+        ):
             piece = bytes(self.buffer[self.at : self.at + window])
             unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=0)
             unpacker.feed(piece)
@@ -159,14 +169,19 @@ class _Walker:
 
 def _items(sequence: Any) -> list[Any]:
     """A list that flax may have stored as a dict '0', '1', ..."""
-    return [sequence[str(i)] for i in range(len(sequence))] if isinstance(sequence, dict) else list(sequence)
+    return (
+        [sequence[str(i)] for i in range(len(sequence))]
+        if isinstance(sequence, dict)
+        else list(sequence)
+    )
 
 
 def load_index(path: epath.Path) -> dict[str, Any]:
     """The tree of a msgpack file with its arrays left in the file.
 
     Returns:
-      Nested dicts whose leaves are `InlineArray`, `ChunkedArray`, or plain numbers, strings, lists and None.
+      Nested dicts whose leaves are `InlineArray`, `ChunkedArray`, or plain numbers, strings, lists
+      and None.
 
     Raises:
       ValueError: the file is truncated, or is no flax msgpack file.
@@ -177,7 +192,10 @@ def load_index(path: epath.Path) -> dict[str, Any]:
         local = storage.is_local(path)
         buffer = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if local else stream.read()
     if buffer[0] & 0xF0 != 0x80 and buffer[0] not in _MAP_LENGTH:
-        raise ValueError(f"{path} is no T5X checkpoint: a msgpack file begins with a map, this one with byte {buffer[0]:#04x}")
+        raise ValueError(
+            f"{path} is no T5X checkpoint: a msgpack file begins with a map, this one with byte"
+            f" {buffer[0]:#04x}"
+        )
     walker = _Walker(buffer, path)
     tree = walker.value()
     if walker.at != len(buffer):

@@ -10,8 +10,9 @@ from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
 SUPPORTED = (
-    "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such folders, a T5X folder with a msgpack file "
-    "named 'checkpoint', a single T5X msgpack file, or a Hugging Face T5 folder (config.json with model.safetensors)"
+    "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such"
+    " folders, a T5X folder with a msgpack file named 'checkpoint', a single T5X msgpack file, or a"
+    " Hugging Face T5 folder (config.json with model.safetensors)"
 )
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
@@ -24,7 +25,9 @@ def is_unfinished(path: epath.Path) -> bool:
 
 
 def checkpoint_steps(model_dir: epath.Path) -> dict[int, epath.Path]:
-    """The finished `checkpoint_<step>` folders of a MODEL_DIR, by step; unfinished ones are not seen."""
+    """The finished `checkpoint_<step>` folders of a MODEL_DIR, by step; unfinished ones are not
+    seen.
+    """
     matches = ((STEP_FOLDER.fullmatch(child.name), child) for child in model_dir.iterdir())
     steps = {int(match.group(1)): child for match, child in matches if match}
     return {step: steps[step] for step in sorted(steps) if _looks_finished(steps[step])}
@@ -34,7 +37,9 @@ def _looks_finished(path: epath.Path) -> bool:
     if not path.is_dir():
         return path.is_file()
     if not storage.is_local(path) and not (path / "commit_success.txt").exists():
-        return (path / "checkpoint").exists()  # Buckets have no atomic rename: Orbax's marker file tells.
+        return (
+            path / "checkpoint"
+        ).exists()  # Buckets have no atomic rename: Orbax's marker file tells.
     return (path / "checkpoint").exists() or find_item(path) is not None
 
 
@@ -49,15 +54,20 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
     """Opens a checkpoint of any supported format for reading. No array is read.
 
     Args:
-      path: `checkpoint_<step>`, a MODEL_DIR (its latest finished step), a T5X legacy folder or msgpack file, or a Hugging Face T5 folder.
+      path: `checkpoint_<step>`, a MODEL_DIR (its latest finished step), a T5X legacy folder or
+        msgpack file, or a Hugging Face T5 folder.
 
     Raises:
       FileNotFoundError: nothing is there; a half-written checkpoint beside it is named.
-      ValueError: it is half-written, damaged or of no supported format: the message says what was found and what is supported.
+      ValueError: it is half-written, damaged or of no supported format: the message says what was
+        found and what is supported.
     """
     place = storage.absolute(path)
     if is_unfinished(place):
-        raise ValueError(f"{place} is a half-written checkpoint: let the command that writes it finish, or open another step")
+        raise ValueError(
+            f"{place} is a half-written checkpoint: let the command that writes it finish, or open"
+            " another step"
+        )
     if not place.exists():
         raise FileNotFoundError(_nothing_there(place))
     if place.is_file():
@@ -69,8 +79,14 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
         return _open_legacy(place)
     item = find_item(place)
     if item is not None:
-        if not storage.is_local(place) and item != place and not (place / "commit_success.txt").exists():
-            raise ValueError(f"{place} has no commit_success.txt: the save never finished. Open another step")
+        if (
+            not storage.is_local(place)
+            and item != place
+            and not (place / "commit_success.txt").exists()
+        ):
+            raise ValueError(
+                f"{place} has no commit_success.txt: the save never finished. Open another step"
+            )
         return OrbaxReader(place, item)
     latest = latest_checkpoint(place)
     if latest is not None:
@@ -103,21 +119,46 @@ def _nothing_there(place: epath.Path) -> str:
     parent = place.parent
     if not parent.is_dir():
         return f"{message}, nor does the folder around it. Expected {SUPPORTED}"
-    unfinished = sorted(child.name for child in parent.iterdir() if child.name.startswith(place.name) and is_unfinished(child))
+    unfinished = sorted(
+        child.name
+        for child in parent.iterdir()
+        if child.name.startswith(place.name) and is_unfinished(child)
+    )
     if unfinished:
-        return f"{message}; beside it lies {', '.join(unfinished)}, a save that did not finish. Run the command that writes it again"
+        return (
+            f"{message}; beside it lies {', '.join(unfinished)}, a save that did not finish. Run"
+            " the command that writes it again"
+        )
     steps = checkpoint_steps(parent)
     beside = f" The folder around it has the steps {', '.join(map(str, steps))}." if steps else ""
     return f"{message}.{beside} Expected {SUPPORTED}"
 
 
 def _unknown(place: epath.Path, names: list[str]) -> str:
-    half = [name for name in names if name.startswith("ocdbt.process_") or name in ("d", "array_metadatas", "manifest.ocdbt")]
-    inner = [name for name in names if (place / name).is_dir() and list((place / name).glob("ocdbt.process_*"))]
+    half = [
+        name
+        for name in names
+        if name.startswith("ocdbt.process_") or name in ("d", "array_metadatas", "manifest.ocdbt")
+    ]
+    inner = [
+        name
+        for name in names
+        if (place / name).is_dir() and list((place / name).glob("ocdbt.process_*"))
+    ]
     if half or inner:
-        return f"{place} is a half-written or half-copied Orbax checkpoint (no _METADATA): open another step, or copy it again"
+        return (
+            f"{place} is a half-written or half-copied Orbax checkpoint (no _METADATA): open"
+            " another step, or copy it again"
+        )
     unfinished = [name for name in names if is_unfinished(epath.Path(name))]
     if unfinished:
-        return f"{place} holds no finished checkpoint, only {', '.join(unfinished)}: let the save finish or name another folder"
-    found = f"found {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "the folder is empty"
+        return (
+            f"{place} holds no finished checkpoint, only {', '.join(unfinished)}: let the save"
+            " finish or name another folder"
+        )
+    found = (
+        f"found {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+        if names
+        else "the folder is empty"
+    )
     return f"{place} is no checkpoint that can be read ({found}). Supported: {SUPPORTED}"

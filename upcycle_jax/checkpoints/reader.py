@@ -20,14 +20,17 @@ METADATA_KEY = "upcycle_jax"
 """Where this library's own record lies in the custom metadata of an Orbax checkpoint."""
 
 NOTES = frozenset({"plan.json", "proof.json"})
-"""What a conversion leaves beside the arrays, and writes again when it is proved again: no part of the checkpoint."""
+"""What a conversion leaves beside the arrays, and writes again when it is proved again: no part of
+the checkpoint.
+"""
 
 
 @runtime_checkable
 class CheckpointReader(Protocol):
     """A checkpoint on disk whose leaves are read one by one.
 
-    Names are full paths: `target/<parameter>`, `state/step`, `state/param_states/<parameter>/<slot>`.
+    Names are full paths: `target/<parameter>`, `state/step`,
+    `state/param_states/<parameter>/<slot>`.
 
     Attributes:
       path: the checkpoint's own folder or file (never the MODEL_DIR around it).
@@ -42,11 +45,14 @@ class CheckpointReader(Protocol):
     def step(self) -> int: ...
 
     def specs(self) -> dict[str, LeafSpec]:
-        """Shape and dtype of every leaf, sorted by name, without reading arrays. Logical axes are unknown."""
+        """Shape and dtype of every leaf, sorted by name, without reading arrays. Logical axes are
+        unknown.
+        """
         ...
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """One leaf, or the part of it that `index` (one slice of step 1 per leading dimension) selects.
+        """One leaf, or the part of it that `index` (one slice of step 1 per leading dimension)
+        selects.
 
         Raises:
           KeyError: no such leaf; the message names the nearest ones.
@@ -59,7 +65,9 @@ class CheckpointReader(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A digest that changes when the checkpoint's files change. Cheap: see `fingerprint_files`."""
+        """A digest that changes when the checkpoint's files change. Cheap: see
+        `fingerprint_files`.
+        """
         ...
 
     def metadata(self) -> dict[str, Any]:
@@ -84,7 +92,11 @@ class ReaderBase:
         raise TypeError(f"{type(self).__name__} does not say how to read {name}{index or ''}")
 
     def _files(self) -> Iterable[epath.Path]:
-        return sorted(path for path in files_below(self.path) if path.parent != self.path or path.name not in NOTES)
+        return sorted(
+            path
+            for path in files_below(self.path)
+            if path.parent != self.path or path.name not in NOTES
+        )
 
     def read_parts(self, name: str, indices: Sequence[Index]) -> list[np.ndarray]:
         """Several parts of one leaf, in order."""
@@ -94,13 +106,22 @@ class ReaderBase:
         spec = self.spec(name)
 
         def bounds(index: Index) -> tuple[tuple[int, int], ...]:
-            return tuple(entry.indices(size)[:2] for entry, size in zip(index, spec.shape, strict=True))
+            return tuple(
+                entry.indices(size)[:2] for entry, size in zip(index, spec.shape, strict=True)
+            )
 
         # Devices that hold copies of one shard share one read.
-        wanted = list(dict.fromkeys(bounds(index or ()) for index in sharding.addressable_devices_indices_map(spec.shape).values()))
+        wanted = list(
+            dict.fromkeys(
+                bounds(index or ())
+                for index in sharding.addressable_devices_indices_map(spec.shape).values()
+            )
+        )
         values = self.read_parts(name, [tuple(slice(*pair) for pair in part) for part in wanted])
         parts = dict(zip(wanted, values, strict=True))
-        return jax.make_array_from_callback(spec.shape, sharding, lambda index: parts[bounds(index or ())], dtype=spec.dtype)
+        return jax.make_array_from_callback(
+            spec.shape, sharding, lambda index: parts[bounds(index or ())], dtype=spec.dtype
+        )
 
     def spec(self, name: str) -> LeafSpec:
         """The spec of one leaf.
@@ -138,11 +159,15 @@ def files_below(path: epath.Path) -> Iterator[epath.Path]:
         yield path
 
 
-def fingerprint_files(root: epath.Path, files: Iterable[epath.Path], *, end_bytes: int = 1 << 16) -> str:
-    """sha256 over each file's name below `root`, its size, and its first and last `end_bytes` bytes.
+def fingerprint_files(
+    root: epath.Path, files: Iterable[epath.Path], *, end_bytes: int = 1 << 16
+) -> str:
+    """sha256 over each file's name below `root`, its size, and its first and last `end_bytes`
+    bytes.
 
-    It tells checkpoints apart (Orbax's manifests and data files carry random identifiers, and headers hold shapes) in milliseconds at any
-    size. It does not prove that every byte in between is unchanged.
+    It tells checkpoints apart (Orbax's manifests and data files carry random identifiers, and
+    headers hold shapes) in milliseconds at any size. It does not prove that every byte in between
+    is unchanged.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -170,7 +195,10 @@ def checked_index(name: str, shape: tuple[int, ...], index: Index | None) -> Ind
         entry = given[axis] if axis < len(given) else slice(None)
         start, stop = entry.start or 0, size if entry.stop is None else entry.stop
         if entry.step not in (None, 1) or not 0 <= start <= stop <= size:
-            raise ValueError(f"{name}: slice {entry} does not fit axis {axis} of shape {shape} (steps of 1 and bounds inside only)")
+            raise ValueError(
+                f"{name}: slice {entry} does not fit axis {axis} of shape {shape} (steps of 1 and"
+                " bounds inside only)"
+            )
         out.append(slice(start, stop))
     return tuple(out)
 

@@ -1,4 +1,6 @@
-"""TensorStore specs of the places where arrays lie, and the layout of zarr arrays. The only module that spells these specs."""
+"""TensorStore specs of the places where arrays lie, and the layout of zarr arrays. The only module
+that spells these specs.
+"""
 
 import dataclasses
 import json
@@ -20,14 +22,21 @@ OCDBT_CONFIG: Json = {
     "max_decoded_node_bytes": 100_000_000,
     "compression": {"id": "zstd"},
 }
-"""Database options as Orbax sets them: entries can be copied between databases only where these agree."""
+"""Database options as Orbax sets them: entries can be copied between databases only where these
+agree.
+"""
 
 DATA_FILE_BYTES = 2**31
 
 
 def new_context() -> ts.Context:
     """A TensorStore context with a cache for B-tree nodes only. Array data is never cached."""
-    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}, "file_io_concurrency": {"limit": 64}})
+    return ts.Context(
+        {
+            "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
+            "file_io_concurrency": {"limit": 64},
+        }
+    )
 
 
 def is_local(path: os.PathLike | str) -> bool:
@@ -38,7 +47,11 @@ def is_local(path: os.PathLike | str) -> bool:
 def absolute(path: os.PathLike | str) -> epath.Path:
     """`path` as an absolute epath without trailing slash; bucket addresses are left as they are."""
     text = os.fspath(path)
-    return epath.Path(os.path.abspath(os.path.expanduser(text))) if is_local(text) else epath.Path(text.rstrip("/"))
+    return (
+        epath.Path(os.path.abspath(os.path.expanduser(text)))
+        if is_local(text)
+        else epath.Path(text.rstrip("/"))
+    )
 
 
 def file_spec(directory: os.PathLike | str) -> Json:
@@ -53,12 +66,16 @@ def file_spec(directory: os.PathLike | str) -> Json:
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme != "gs":
-        raise ValueError(f"{text}: only local paths and gs:// addresses can be read, not {scheme}://")
+        raise ValueError(
+            f"{text}: only local paths and gs:// addresses can be read, not {scheme}://"
+        )
     return {"driver": "gcs", "bucket": bucket, "path": key.strip("/") + "/"}
 
 
 def ocdbt_spec(directory: os.PathLike | str, *, create: bool = False) -> Json:
-    """The OCDBT database in `directory`; with `create`, one with Orbax's options is made where there is none."""
+    """The OCDBT database in `directory`; with `create`, one with Orbax's options is made where
+    there is none.
+    """
     spec: Json = {"driver": "ocdbt", "base": file_spec(directory), "cache_pool": "cache_pool#ocdbt"}
     if create:
         spec |= {"config": OCDBT_CONFIG, "target_data_file_size": DATA_FILE_BYTES}
@@ -73,7 +90,8 @@ class ZarrLayout:
       shape: dimensions of the array.
       chunks: dimensions of one stored chunk.
       dtype: zarr's spelling of the dtype, e.g. '<f4' or 'bfloat16'.
-      codec: every other member of `.zarray` (compressor, filters, order, fill_value, dimension_separator, zarr_format).
+      codec: every other member of `.zarray` (compressor, filters, order, fill_value,
+        dimension_separator, zarr_format).
     """
 
     shape: tuple[int, ...]
@@ -84,10 +102,17 @@ class ZarrLayout:
     @classmethod
     def from_json(cls, text: bytes | str) -> "ZarrLayout":
         members = json.loads(text)
-        return cls(tuple(members.pop("shape")), tuple(members.pop("chunks")), members.pop("dtype"), members)
+        return cls(
+            tuple(members.pop("shape")), tuple(members.pop("chunks")), members.pop("dtype"), members
+        )
 
     def to_json(self) -> Json:
-        return {"chunks": list(self.chunks), **self.codec, "dtype": self.dtype, "shape": list(self.shape)}
+        return {
+            "chunks": list(self.chunks),
+            **self.codec,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -96,19 +121,27 @@ class ZarrLayout:
     @property
     def grid(self) -> tuple[int, ...]:
         """Number of chunks along each dimension."""
-        return tuple(math.ceil(size / chunk) for size, chunk in zip(self.shape, self.chunks, strict=True))
+        return tuple(
+            math.ceil(size / chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)
+        )
 
     @property
     def separator(self) -> str:
         return self.codec.get("dimension_separator", ".")
 
     def key(self, position: Sequence[int]) -> str:
-        """The key of the chunk at a grid position, below the array's own key. A scalar has the one chunk '0'."""
+        """The key of the chunk at a grid position, below the array's own key. A scalar has the one
+        chunk '0'.
+        """
         return self.separator.join(map(str, position)) if position else "0"
 
 
-def new_layout(shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype, *, compress: bool = True) -> ZarrLayout:
-    """The layout that Orbax itself would write, with the given chunks: zarr 2, zstd level 1, C order."""
+def new_layout(
+    shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype, *, compress: bool = True
+) -> ZarrLayout:
+    """The layout that Orbax itself would write, with the given chunks: zarr 2, zstd level 1, C
+    order.
+    """
     codec = {
         "compressor": {"id": "zstd", "level": 1} if compress else None,
         "dimension_separator": ".",
@@ -118,11 +151,16 @@ def new_layout(shape: Sequence[int], chunks: Sequence[int], dtype: np.dtype, *, 
         "zarr_format": 2,
     }
     dtype = np.dtype(dtype)
-    return ZarrLayout(tuple(shape), tuple(chunks), dtype.name if dtype.name == "bfloat16" else dtype.str, codec)
+    return ZarrLayout(
+        tuple(shape), tuple(chunks), dtype.name if dtype.name == "bfloat16" else dtype.str, codec
+    )
 
 
-def choose_chunks(shape: Sequence[int], itemsize: int, *, leading: int, limit: int) -> tuple[int, ...]:
-    """Chunk dimensions: 1 along the first `leading` axes, then halved along the longest axis until a chunk has at most `limit` bytes.
+def choose_chunks(
+    shape: Sequence[int], itemsize: int, *, leading: int, limit: int
+) -> tuple[int, ...]:
+    """Chunk dimensions: 1 along the first `leading` axes, then halved along the longest axis until
+    a chunk has at most `limit` bytes.
 
     >>> choose_chunks((8, 512, 1024), 4, leading=1, limit=2**20)
     (1, 512, 512)

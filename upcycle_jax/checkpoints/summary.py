@@ -9,7 +9,10 @@ from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
 from upcycle_jax.trees import LeafSpec
 
 _PARAM_STATES = "state/param_states/"
-_KNOWN_OPTIMIZERS = {frozenset({"m", "v", "v_row", "v_col"}): "Adafactor", frozenset({"mu", "nu"}): "AdamW"}
+_KNOWN_OPTIMIZERS = {
+    frozenset({"m", "v", "v_row", "v_col"}): "Adafactor",
+    frozenset({"mu", "nu"}): "AdamW",
+}
 _UNUSED = (1,)  # T5X stores every slot of every parameter; those that are not used have this shape.
 
 
@@ -56,18 +59,31 @@ class Summary:
     metadata: dict[str, Any]
 
     def json(self, pattern: str | None = None) -> dict[str, Any]:
-        """The summary as JSON-serialisable data; `leaves` only those whose path contains a match of `pattern`."""
-        out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in ("leaves", "slots")}
+        """The summary as JSON-serialisable data; `leaves` only those whose path contains a match of
+        `pattern`.
+        """
+        out = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("leaves", "slots")
+        }
         out["slots"] = [dataclasses.asdict(slot) for slot in self.slots]
         out["leaves"] = [
-            {"name": name, "shape": list(spec.shape), "dtype": spec.dtype.name, "bytes": spec.nbytes}
+            {
+                "name": name,
+                "shape": list(spec.shape),
+                "dtype": spec.dtype.name,
+                "bytes": spec.nbytes,
+            }
             for name, spec in self.leaves.items()
             if re.search(pattern or "", name)
         ]
         return out
 
     def text(self, pattern: str | None = None) -> str:
-        """The summary for reading: a head, and one line per leaf whose path contains a match of `pattern`."""
+        """The summary for reading: a head, and one line per leaf whose path contains a match of
+        `pattern`.
+        """
         targets = {name: spec for name, spec in self.leaves.items() if name.startswith(TARGET)}
         dtypes = collections.Counter(spec.dtype.name for spec in targets.values())
         kinds = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
@@ -77,12 +93,18 @@ class Summary:
             f"format       {self.format}",
             f"step         {self.step}",
             f"fingerprint  {self.fingerprint}",
-            f"parameters   {self.parameters:,} in {len(targets)} arrays ({kinds or 'none'}), {readable_bytes(self.parameter_bytes)}",
+            (
+                f"parameters   {self.parameters:,} in {len(targets)} arrays ({kinds or 'none'}),"
+                f" {readable_bytes(self.parameter_bytes)}"
+            ),
             f"experts      {experts or 'none: dense'}",
             f"optimizer    {self._optimizer_text()}",
         ]
         if self.metadata:
-            lines.append(f"record       {', '.join(f'{key}={value!r}' for key, value in sorted(self.metadata.items()))}")
+            lines.append(
+                "record      "
+                f" {', '.join(f'{key}={value!r}' for key, value in sorted(self.metadata.items()))}"
+            )
         shown = {name: spec for name, spec in self.leaves.items() if re.search(pattern or "", name)}
         width = max(map(len, shown), default=0)
         lines += ["", *(f"{name:<{width}}  {spec}" for name, spec in shown.items())]
@@ -93,7 +115,10 @@ class Summary:
     def _optimizer_text(self) -> str:
         if not self.slots:
             return "none"
-        slots = ", ".join(f"{slot.name} ({slot.arrays - slot.unused} used of {slot.arrays})" for slot in self.slots)
+        slots = ", ".join(
+            f"{slot.name} ({slot.arrays - slot.unused} used of {slot.arrays})"
+            for slot in self.slots
+        )
         return f"{self.optimizer}: {slots}; {readable_bytes(self.state_bytes)}"
 
 
@@ -113,13 +138,28 @@ def summarize(reader: CheckpointReader) -> Summary:
         leaves=specs,
         parameters=sum(spec.size for spec in targets.values()),
         parameter_bytes=sum(spec.nbytes for spec in targets.values()),
-        expert_counts=tuple(sorted({spec.shape[0] for name, spec in targets.items() if "/expert/" in name and spec.shape})),
+        expert_counts=tuple(
+            sorted(
+                {
+                    spec.shape[0]
+                    for name, spec in targets.items()
+                    if "/expert/" in name and spec.shape
+                }
+            )
+        ),
         optimizer=_KNOWN_OPTIMIZERS.get(frozenset(slots), "unknown") if slots else "none",
         slots=tuple(
-            Slot(name, len(found), sum(spec.shape == _UNUSED for spec in found), sum(spec.size for spec in found if spec.shape != _UNUSED))
+            Slot(
+                name,
+                len(found),
+                sum(spec.shape == _UNUSED for spec in found),
+                sum(spec.size for spec in found if spec.shape != _UNUSED),
+            )
             for name, found in sorted(slots.items())
         ),
-        state_bytes=sum(spec.nbytes for name, spec in specs.items() if name.startswith(STATE) and name != STEP),
+        state_bytes=sum(
+            spec.nbytes for name, spec in specs.items() if name.startswith(STATE) and name != STEP
+        ),
         metadata=reader.metadata(),
     )
 

@@ -1,7 +1,9 @@
-"""Reads T5X's checkpoints from before Orbax: a folder with a msgpack index beside zarr arrays, or one msgpack file.
+"""Reads T5X's checkpoints from before Orbax: a folder with a msgpack index beside zarr arrays, or
+one msgpack file.
 
-The index has `version` (3 is the last; absent is 0) and `optimizer` (or `_optimizer`) with `target` and `state`. A leaf is an array in the
-index itself, the TensorStore spec of an array in its own folder, or `PLACEHOLDER://<folder>`.
+The index has `version` (3 is the last; absent is 0) and `optimizer` (or `_optimizer`) with `target`
+and `state`. A leaf is an array in the index itself, the TensorStore spec of an array in its own
+folder, or `PLACEHOLDER://<folder>`.
 """
 
 import dataclasses
@@ -31,20 +33,30 @@ class StoredArray:
       version: the index's format version.
     """
 
-    def __init__(self, folder: epath.Path, spec: Mapping[str, Any], version: int, context: ts.Context):
+    def __init__(
+        self, folder: epath.Path, spec: Mapping[str, Any], version: int, context: ts.Context
+    ):
         self.folder, self._context = folder, context
         if not folder.is_dir():
-            raise ValueError(f"{folder} is missing: the index names it, so the checkpoint was copied incompletely. Copy it again")
+            raise ValueError(
+                f"{folder} is missing: the index names it, so the checkpoint was copied"
+                " incompletely. Copy it again"
+            )
         described = (folder / ".zarray").exists()
         if described:
             layout = storage.ZarrLayout.from_json((folder / ".zarray").read_text())
         elif "metadata" in spec:
             layout = _layout_of(spec)
         else:
-            raise ValueError(f"{folder} has no .zarray, and the index does not give its shape and dtype either: the array cannot be read")
+            raise ValueError(
+                f"{folder} has no .zarray, and the index does not give its shape and dtype either:"
+                " the array cannot be read"
+            )
         self._layout, self._assumed = layout, not described
         stored, named = layout.numpy_dtype, spec.get("dtype")
-        self._bfloat16 = stored == np.uint16 and (version < _BFLOAT16_NATIVE_VERSION or named == _BFLOAT16.name)
+        self._bfloat16 = stored == np.uint16 and (
+            version < _BFLOAT16_NATIVE_VERSION or named == _BFLOAT16.name
+        )
         self.shape = layout.shape
         self.dtype = _BFLOAT16 if self._bfloat16 else stored
 
@@ -53,10 +65,14 @@ class StoredArray:
         if self._assumed:
             spec["metadata"] = self._layout.to_json()
         try:
-            array = ts.open(spec, open=True, assume_metadata=self._assumed, context=self._context).result()
+            array = ts.open(
+                spec, open=True, assume_metadata=self._assumed, context=self._context
+            ).result()
             value = np.asarray(array[index].read().result())
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.folder} is damaged, or is stored in a way that cannot be read: {error}") from None
+            raise ValueError(
+                f"{self.folder} is damaged, or is stored in a way that cannot be read: {error}"
+            ) from None
         return value.view(_BFLOAT16) if self._bfloat16 else value
 
 
@@ -65,12 +81,17 @@ def _layout_of(spec: Mapping[str, Any]) -> storage.ZarrLayout:
     members = dict(spec["metadata"])
     dtype = np.dtype(members.pop("dtype", None) or spec["dtype"])
     default = storage.new_layout(members["shape"], members["chunks"], dtype)
-    codec = {**default.codec, "compressor": None, **{name: members[name] for name in default.codec if name in members}}
+    codec = {
+        **default.codec,
+        "compressor": None,
+        **{name: members[name] for name in default.codec if name in members},
+    }
     return dataclasses.replace(default, codec=codec)
 
 
 class T5XLegacyReader(ReaderBase):
-    """A legacy T5X folder ('t5x_legacy') or single msgpack file ('t5x_msgpack'); arrays are read when asked for.
+    """A legacy T5X folder ('t5x_legacy') or single msgpack file ('t5x_msgpack'); arrays are read
+    when asked for.
 
     Args:
       path: the folder, or the file itself.
@@ -89,8 +110,9 @@ class T5XLegacyReader(ReaderBase):
         root = next((tree[name] for name in ("optimizer", "_optimizer") if name in tree), None)
         if not isinstance(root, dict) or not {"target", "state"} & root.keys():
             raise ValueError(
-                f"{index} is msgpack but no T5X checkpoint: it has {', '.join(sorted(tree)) or 'nothing'}, and not optimizer/target and "
-                "optimizer/state"
+                f"{index} is msgpack but no T5X checkpoint: it has"
+                f" {', '.join(sorted(tree)) or 'nothing'}, and not optimizer/target and"
+                " optimizer/state"
             )
         self.version = int(tree.get("version", 0))
         self._nodes: dict[str, Any] = {}
@@ -117,7 +139,8 @@ class T5XLegacyReader(ReaderBase):
         if isinstance(node, InlineArray | ChunkedArray):
             return node
         if isinstance(node, dict):
-            # Recorded paths belong to the machine that wrote them: only the array's own folder name still means something.
+            # Recorded paths belong to the machine that wrote them: only the array's own folder name
+            # still means something.
             recorded = node.get("path") or node["kvstore"].get("path", "")
             return self._stored(name, recorded.rstrip("/").rpartition("/")[2], node)
         if isinstance(node, str) and node.startswith(_PLACEHOLDER):
@@ -134,7 +157,10 @@ class T5XLegacyReader(ReaderBase):
             raise ValueError(f"leaf {name}: {error}") from None
 
     def specs(self) -> dict[str, LeafSpec]:
-        return {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in ((name, self._leaf(name)) for name in self._nodes)}
+        return {
+            name: LeafSpec(leaf.shape, leaf.dtype)
+            for name, leaf in ((name, self._leaf(name)) for name in self._nodes)
+        }
 
     def spec(self, name: str) -> LeafSpec:
         if name not in self._nodes:

@@ -1,8 +1,11 @@
-"""Copies leaves between Orbax checkpoints without decoding them: by reference where that is possible, else as encoded chunks.
+"""Copies leaves between Orbax checkpoints without decoding them: by reference where that is
+possible, else as encoded chunks.
 
-An OCDBT database maps keys to (file, offset, length). A chunk of a dense `[d, f]` array has the same bytes as the chunk `[1, d, f]` of an
-`[E, d, f]` array with the same codec, so all E experts can point at the one stored copy: the dense data files are hard-linked into the
-output and the keys are copied with the call that Orbax uses to merge the databases of its processes. The source is never written to.
+An OCDBT database maps keys to (file, offset, length). A chunk of a dense `[d, f]` array has the
+same bytes as the chunk `[1, d, f]` of an `[E, d, f]` array with the same codec, so all E experts
+can point at the one stored copy: the dense data files are hard-linked into the output and the keys
+are copied with the call that Orbax uses to merge the databases of its processes. The source is
+never written to.
 """
 
 import dataclasses
@@ -31,8 +34,8 @@ _CHUNK_KEYS = ts.KvStore.KeyRange(b"0", b":")
 class CopyMode(enum.Enum):
     """How the bytes of a copied leaf get into the output.
 
-    REFERENCE: the output points at the source's chunks, whose files it shares by hard links (or holds one copy of).
-    ENCODED: every chunk is written, without being decoded.
+    REFERENCE: the output points at the source's chunks, whose files it shares by hard links (or
+    holds one copy of). ENCODED: every chunk is written, without being decoded.
     """
 
     REFERENCE = "reference"
@@ -45,7 +48,8 @@ class Reference:
 
     Attributes:
       source: the leaf of the source checkpoint.
-      experts: positions along the target's leading axis that hold the source array; None where the target is the source array itself.
+      experts: positions along the target's leading axis that hold the source array; None where the
+        target is the source array itself.
     """
 
     source: str
@@ -70,35 +74,60 @@ class Probe:
 def copied_layouts(
     source: OrbaxReader, references: Mapping[str, Reference], specs: Mapping[str, LeafSpec]
 ) -> dict[str, storage.ZarrLayout]:
-    """The layouts that target leaves must have so that the source's chunks fit: for `create_checkpoint(layouts=...)`.
+    """The layouts that target leaves must have so that the source's chunks fit: for
+    `create_checkpoint(layouts=...)`.
 
     Raises:
-      ValueError: a target leaf differs from its source in shape or dtype, or the source is stored as zarr 3.
+      ValueError: a target leaf differs from its source in shape or dtype, or the source is stored
+        as zarr 3.
     """
     layouts = {}
     for name, reference in references.items():
         layout, spec = source.zarr_layout(reference.source), specs[name]
         if reference.experts is not None:
             if not layout.shape:
-                raise ValueError(f"{name}: the scalar {reference.source} has no stored chunk that could become an expert's")
+                raise ValueError(
+                    f"{name}: the scalar {reference.source} has no stored chunk that could become"
+                    " an expert's"
+                )
             count = spec.shape[0] if spec.shape else 0
             if not set(reference.experts) <= set(range(count)):
-                raise ValueError(f"{name}: experts {reference.experts} do not exist in a leaf of shape {spec.shape}")
-            layout = dataclasses.replace(layout, shape=(count, *layout.shape), chunks=(1, *layout.chunks))
+                raise ValueError(
+                    f"{name}: experts {reference.experts} do not exist in a leaf of shape"
+                    f" {spec.shape}"
+                )
+            layout = dataclasses.replace(
+                layout, shape=(count, *layout.shape), chunks=(1, *layout.chunks)
+            )
         if (layout.shape, layout.numpy_dtype) != (spec.shape, spec.dtype):
-            raise ValueError(f"{name}: {spec} cannot be copied from {source.specs()[reference.source]} ({reference.source})")
+            raise ValueError(
+                f"{name}: {spec} cannot be copied from {source.specs()[reference.source]}"
+                f" ({reference.source})"
+            )
         layouts[name] = layout
     return layouts
 
 
-def probe(source: CheckpointReader, output: os.PathLike | str, references: Mapping[str, Reference], specs: Mapping[str, LeafSpec]) -> Probe:
-    """Finds out, by trying at a small scale, whether `references` can be made from `source` at `output`.
+def probe(
+    source: CheckpointReader,
+    output: os.PathLike | str,
+    references: Mapping[str, Reference],
+    specs: Mapping[str, LeafSpec],
+) -> Probe:
+    """Finds out, by trying at a small scale, whether `references` can be made from `source` at
+    `output`.
 
     Nothing is left behind and the source is only read.
     """
     if not isinstance(source, OrbaxReader) or not source.uses_ocdbt or source.uses_zarr3:
-        stored = "zarr 3" if isinstance(source, OrbaxReader) and source.uses_zarr3 else source.format
-        return Probe(False, f"only Orbax checkpoints in OCDBT with zarr 2 arrays have chunks that can be shared; this one is {stored}")
+        stored = (
+            "zarr 3" if isinstance(source, OrbaxReader) and source.uses_zarr3 else source.format
+        )
+        return Probe(
+            False,
+            "only Orbax checkpoints in OCDBT with zarr 2 arrays have chunks that can be shared;"
+            f" this one is {stored}",
+        )
     if not storage.is_local(source.item) or not storage.is_local(output):
         return Probe(False, "files can be shared on a local file system only, not in a bucket")
     try:
@@ -115,9 +144,17 @@ def probe(source: CheckpointReader, output: os.PathLike | str, references: Mappi
     except OSError as error:
         return Probe(False, f"{parent} cannot be written to: {error.strerror}")
     if problem:
-        return Probe(False, f"the installed tensorstore does not copy keys between databases by reference: {problem}")
+        return Probe(
+            False,
+            "the installed tensorstore does not copy keys between databases by reference:"
+            f" {problem}",
+        )
     if not linked:
-        return Probe(True, "the output is on another file system, or files cannot be linked: the dense data files are copied once")
+        return Probe(
+            True,
+            "the output is on another file system, or files cannot be linked: the dense data files"
+            " are copied once",
+        )
     return Probe(True, "the dense data files are shared by hard links", linked=True)
 
 
@@ -127,7 +164,9 @@ def _try_copy(folder: Path) -> str:
     value = os.urandom(4096)  # Above the inline limit, so that the copy must be a reference.
     try:
         outer = ts.KvStore.open(storage.ocdbt_spec(folder, create=True), context=context).result()
-        inner = ts.KvStore.open(storage.ocdbt_spec(folder / _FOLDER, create=True), context=context).result()
+        inner = ts.KvStore.open(
+            storage.ocdbt_spec(folder / _FOLDER, create=True), context=context
+        ).result()
         inner.write("a/0", value).result()
         _copy_keys(inner / "a/", outer / "b/3.").result()
         copied = outer.read("b/3.0").result().value
@@ -151,8 +190,14 @@ def _copy_keys(source: ts.KvStore, target: ts.KvStore) -> ts.Future:
     return source.experimental_copy_range_to(target, source_range=_CHUNK_KEYS)
 
 
-def copy_leaves(writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference], mode: CopyMode) -> None:
-    """Puts the chunks of `references` into the output. Whatever an interrupted call did already is skipped.
+def copy_leaves(
+    writer: CheckpointWriter,
+    source: OrbaxReader,
+    references: Mapping[str, Reference],
+    mode: CopyMode,
+) -> None:
+    """Puts the chunks of `references` into the output. Whatever an interrupted call did already is
+    skipped.
 
     Args:
       writer: begun with the layouts of `copied_layouts`.
@@ -166,11 +211,16 @@ def copy_leaves(writer: CheckpointWriter, source: OrbaxReader, references: Mappi
     """
     for name, layout in copied_layouts(source, references, writer.specs).items():
         if writer.layout(name) != layout:
-            raise ValueError(f"{name}: the output was begun with chunks or a codec other than the source's; pass `copied_layouts` to it")
+            raise ValueError(
+                f"{name}: the output was begun with chunks or a codec other than the source's; pass"
+                " `copied_layouts` to it"
+            )
     todo = {
         name: reference
         for name, reference in references.items()
-        if not all(writer.is_written(name, index) for index in _parts(reference, writer.specs[name]))
+        if not all(
+            writer.is_written(name, index) for index in _parts(reference, writer.specs[name])
+        )
     }
     if not todo:
         return
@@ -187,7 +237,9 @@ def _parts(reference: Reference, spec: LeafSpec) -> Iterator[tuple[slice, ...]]:
         yield from ((slice(expert, expert + 1),) for expert in reference.experts)
 
 
-def _copy_by_reference(writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]) -> None:
+def _copy_by_reference(
+    writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]
+) -> None:
     folder = writer.state / f"{_FOLDER}.{source.fingerprint().rpartition(':')[2][:12]}"
     with writer.explained():
         _bring_files(Path(source.item), folder)
@@ -196,7 +248,11 @@ def _copy_by_reference(writer: CheckpointWriter, source: OrbaxReader, references
     futures = []
     for name, reference in references.items():
         key, origin = writer.key(name), child / f"{source.key(reference.source)}/"
-        prefixes = [""] if reference.experts is None else [f"{expert}{writer.layout(name).separator}" for expert in reference.experts]
+        prefixes = (
+            [""]
+            if reference.experts is None
+            else [f"{expert}{writer.layout(name).separator}" for expert in reference.experts]
+        )
         target = writer.store.with_transaction(transaction)
         futures += [_copy_keys(origin, target / f"{key}/{prefix}") for prefix in prefixes]
     with writer.explained():
@@ -207,42 +263,65 @@ def _copy_by_reference(writer: CheckpointWriter, source: OrbaxReader, references
     _require_complete(writer, source, references)
 
 
-def _require_complete(writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]) -> None:
+def _require_complete(
+    writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]
+) -> None:
     for name, reference in references.items():
-        if not all(writer.is_written(name, index) for index in _parts(reference, writer.specs[name])):
-            raise ValueError(f"{source.item}: chunks of {reference.source} are missing, so the source is damaged; {name} could not be made")
+        if not all(
+            writer.is_written(name, index) for index in _parts(reference, writer.specs[name])
+        ):
+            raise ValueError(
+                f"{source.item}: chunks of {reference.source} are missing, so the source is"
+                f" damaged; {name} could not be made"
+            )
 
 
 def _bring_files(source: Path, folder: Path) -> None:
-    """Links (or copies) the data files of the database `source` into `folder`, and copies its manifest."""
+    """Links (or copies) the data files of the database `source` into `folder`, and copies its
+    manifest.
+    """
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         place = folder / relative
-        if not path.is_file() or not (path.parent.name in DATA_FOLDERS or relative == Path(MANIFEST)):
+        if not path.is_file() or not (
+            path.parent.name in DATA_FOLDERS or relative == Path(MANIFEST)
+        ):
             continue
         if place.exists() and place.stat().st_size == path.stat().st_size:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         if relative == Path(MANIFEST) or not _can_link(path, place):
             scratch = place.with_name(place.name + ".tmp")
-            shutil.copyfile(path, scratch)  # Data files are never changed once written, so a link is safe; the manifest may be replaced.
+            shutil.copyfile(
+                path, scratch
+            )  # Data files are never changed once written, so a link is safe; the manifest may be replaced.
             scratch.rename(place)
 
 
-def _copy_encoded(writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]) -> None:
+def _copy_encoded(
+    writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]
+) -> None:
     for name, reference in references.items():
         key = source.key(reference.source)
         for chunk in _chunk_keys(source.zarr_layout(reference.source)):
             result = source.store.read(f"{key}/{chunk}").result()
             if result.state != "value":
-                raise ValueError(f"{source.item}: chunk {chunk} of {reference.source} is missing, so the source is damaged")
+                raise ValueError(
+                    f"{source.item}: chunk {chunk} of {reference.source} is missing, so the source"
+                    " is damaged"
+                )
             if reference.experts is None:
                 writer.write_encoded(name, {chunk: result.value})
             else:
                 separator = writer.layout(name).separator
-                writer.write_encoded(name, {f"{expert}{separator}{chunk}": result.value for expert in reference.experts})
+                writer.write_encoded(
+                    name,
+                    {f"{expert}{separator}{chunk}": result.value for expert in reference.experts},
+                )
     writer.flush()
 
 
 def _chunk_keys(layout: storage.ZarrLayout) -> Iterable[str]:
-    return (layout.key(position) for position in itertools.product(*(range(n) for n in layout.grid)))
+    return (
+        layout.key(position) for position in itertools.product(*(range(n) for n in layout.grid))
+    )

@@ -1,7 +1,9 @@
-"""Writes one Orbax checkpoint in T5X's layout piece by piece: bounded memory, resumable after a kill, visible only when complete.
+"""Writes one Orbax checkpoint in T5X's layout piece by piece: bounded memory, resumable after a
+kill, visible only when complete.
 
-While it is written, the checkpoint lies at `<path>.partial`. Every stored chunk becomes visible in the database at once or not at all, so
-the database itself says what is done: there is no journal that could disagree with it.
+While it is written, the checkpoint lies at `<path>.partial`. Every stored chunk becomes visible in
+the database at once or not at all, so the database itself says what is done: there is no journal
+that could disagree with it.
 """
 
 import collections
@@ -22,7 +24,13 @@ import tensorstore as ts
 from upcycle_jax import axes
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.database import drop_unused
-from upcycle_jax.checkpoints.finishing import step_metadata, storage_errno, sync_folder, tree_metadata, write_json
+from upcycle_jax.checkpoints.finishing import (
+    step_metadata,
+    storage_errno,
+    sync_folder,
+    tree_metadata,
+    write_json,
+)
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
 from upcycle_jax.checkpoints.reader import STEP, Index, checked_index, index_shape
@@ -48,33 +56,46 @@ def create_checkpoint(
     """Starts a checkpoint at `path`, or goes on with one that the same call started earlier.
 
     Args:
-      path: the checkpoint's folder, e.g. `MODEL_DIR/checkpoint_1000`. It must not exist; it appears when `finalize` is done.
-      specs: every leaf by full path. A leaf whose first axis is `axes.EXPERT` (or whose path has an `expert` folder) is stored with one
-        chunk row per expert. `state/step` (int32 scalar) is added where it is missing, and written here.
+      path: the checkpoint's folder, e.g. `MODEL_DIR/checkpoint_1000`. It must not exist; it appears
+        when `finalize` is done.
+      specs: every leaf by full path. A leaf whose first axis is `axes.EXPERT` (or whose path has an
+        `expert` folder) is stored with one chunk row per expert. `state/step` (int32 scalar) is
+        added where it is missing, and written here.
       step: the training step.
-      metadata: JSON-serialisable record (recipe, seed, source, versions); `CheckpointReader.metadata` returns it.
+      metadata: JSON-serialisable record (recipe, seed, source, versions);
+        `CheckpointReader.metadata` returns it.
       layouts: chunks and codec per leaf, where they are not the default ones.
       chunk_bytes: default upper bound of one stored chunk, uncompressed.
-      pending_bytes: bound on the bytes that `write` holds before it waits for the disk; encoding takes about as much again.
+      pending_bytes: bound on the bytes that `write` holds before it waits for the disk; encoding
+        takes about as much again.
       compress: zstd level 1, as Orbax does, or raw bytes.
 
     Raises:
       FileExistsError: there is something at `path`.
-      ValueError: the partial checkpoint was started with other specs, step, metadata or chunks; or `path` is not local.
+      ValueError: the partial checkpoint was started with other specs, step, metadata or chunks; or
+        `path` is not local.
       OSError: the folder cannot be written to. Nothing was changed.
     """
     if not storage.is_local(path):
-        raise ValueError(f"{path}: a checkpoint is assembled on a local file system; write it there and copy it with gsutil or gcloud")
+        raise ValueError(
+            f"{path}: a checkpoint is assembled on a local file system; write it there and copy it"
+            " with gsutil or gcloud"
+        )
     final = Path(storage.absolute(path))
     if final.exists():
-        raise FileExistsError(f"{final} exists already: nothing was changed. Choose another output path or remove it first")
+        raise FileExistsError(
+            f"{final} exists already: nothing was changed. Choose another output path or remove it"
+            " first"
+        )
     specs = dict(sorted({STEP: LeafSpec((), np.dtype(np.int32)), **specs}.items()))
     _check_names(specs)
     plan = {}
     for name, spec in specs.items():
         layout = (layouts or {}).get(name) or _default_layout(name, spec, chunk_bytes, compress)
         if layout.shape != spec.shape or layout.numpy_dtype != spec.dtype:
-            raise ValueError(f"{name}: layout of {layout.dtype}{list(layout.shape)} given for a leaf {spec}")
+            raise ValueError(
+                f"{name}: layout of {layout.dtype}{list(layout.shape)} given for a leaf {spec}"
+            )
         plan[name] = layout
     identity = {
         "format": 1,
@@ -96,9 +117,17 @@ def _check_names(specs: Mapping[str, LeafSpec]) -> None:
         raise ValueError(f"leaves {clashes[0]} would share one stored name: rename one of them")
 
 
-def _default_layout(name: str, spec: LeafSpec, chunk_bytes: int, compress: bool) -> storage.ZarrLayout:
-    per_expert = bool(spec.shape) and (spec.axes[0] == axes.EXPERT or "/expert/" in name) and spec.shape != (1,)
-    chunks = storage.choose_chunks(spec.shape, spec.dtype.itemsize, leading=int(per_expert), limit=chunk_bytes)
+def _default_layout(
+    name: str, spec: LeafSpec, chunk_bytes: int, compress: bool
+) -> storage.ZarrLayout:
+    per_expert = (
+        bool(spec.shape)
+        and (spec.axes[0] == axes.EXPERT or "/expert/" in name)
+        and spec.shape != (1,)
+    )
+    chunks = storage.choose_chunks(
+        spec.shape, spec.dtype.itemsize, leading=int(per_expert), limit=chunk_bytes
+    )
     return storage.new_layout(spec.shape, chunks, spec.dtype, compress=compress)
 
 
@@ -113,7 +142,12 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, path: Path, specs: dict[str, LeafSpec], layouts: dict[str, storage.ZarrLayout], identity: dict[str, Any], pending_bytes: int
+        self,
+        path: Path,
+        specs: dict[str, LeafSpec],
+        layouts: dict[str, storage.ZarrLayout],
+        identity: dict[str, Any],
+        pending_bytes: int,
     ):
         self.path, self.specs = path, specs
         self.partial = path.with_name(path.name + PARTIAL_SUFFIX)
@@ -125,11 +159,14 @@ class CheckpointWriter:
         with self.explained():
             self.resumed = self._claim()
             self.state.mkdir(exist_ok=True)
-            # A kill leaves the file that TensorStore was about to rename; it would write into it again without truncating it.
+            # A kill leaves the file that TensorStore was about to rename; it would write into it
+            # again without truncating it.
             for scratch in self.state.rglob("*.__lock"):
                 scratch.unlink()
             self.context = storage.new_context()
-            self.store = ts.KvStore.open(storage.ocdbt_spec(self.state, create=True), context=self.context).result()
+            self.store = ts.KvStore.open(
+                storage.ocdbt_spec(self.state, create=True), context=self.context
+            ).result()
         self.refresh()
         self._declare()
 
@@ -147,7 +184,9 @@ class CheckpointWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise ValueError(f"{self.partial} is being written by another process: wait for it or stop it") from None
+            raise ValueError(
+                f"{self.partial} is being written by another process: wait for it or stop it"
+            ) from None
         identity = self.partial / IDENTITY
         if identity.exists():
             try:
@@ -158,7 +197,9 @@ class CheckpointWriter:
             return True
         if self.state.exists():
             self._lock.close()
-            raise ValueError(f"{self.partial} was not begun by this writer: remove it and run again")
+            raise ValueError(
+                f"{self.partial} was not begun by this writer: remove it and run again"
+            )
         scratch = identity.with_suffix(".tmp")
         scratch.write_text(json.dumps(self._identity))
         scratch.rename(identity)
@@ -172,13 +213,17 @@ class CheckpointWriter:
         for part in differing:
             old, new = begun.get(part), self._identity[part]
             if isinstance(old, dict) and isinstance(new, dict):
-                inner = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-                details.append(f"{part} ({', '.join(inner[:5])}{', ...' if len(inner) > 5 else ''})")
+                inner = sorted(
+                    key for key in old.keys() | new.keys() if old.get(key) != new.get(key)
+                )
+                details.append(
+                    f"{part} ({', '.join(inner[:5])}{', ...' if len(inner) > 5 else ''})"
+                )
             else:
                 details.append(f"{part} ({old!r} then, {new!r} now)")
         raise ValueError(
-            f"{self.partial} was begun with another {' and '.join(details)}: run the command that began it to finish it, or remove it to "
-            "start afresh"
+            f"{self.partial} was begun with another {' and '.join(details)}: run the command that"
+            " began it to finish it, or remove it to start afresh"
         )
 
     def _declare(self) -> None:
@@ -188,7 +233,9 @@ class CheckpointWriter:
         store = self.store.with_transaction(transaction)
         with self.explained():
             for name in absent:
-                text = json.dumps(self._layouts[name].to_json(), sort_keys=True, separators=(",", ":"))
+                text = json.dumps(
+                    self._layouts[name].to_json(), sort_keys=True, separators=(",", ":")
+                )
                 store.write(f"{_key(name)}/.zarray", text).result()
             transaction.commit_async().result()
 
@@ -199,32 +246,44 @@ class CheckpointWriter:
         return self._layouts[name]
 
     def pieces(self, name: str) -> Iterator[Index]:
-        """The index of every stored chunk of a leaf, in order: the smallest pieces that can be written."""
+        """The index of every stored chunk of a leaf, in order: the smallest pieces that can be
+        written.
+        """
         layout = self._layouts[name]
         for position in itertools.product(*(range(n) for n in layout.grid)):
             yield tuple(
-                slice(p * chunk, min(size, (p + 1) * chunk)) for p, chunk, size in zip(position, layout.chunks, layout.shape, strict=True)
+                slice(p * chunk, min(size, (p + 1) * chunk))
+                for p, chunk, size in zip(position, layout.chunks, layout.shape, strict=True)
             )
 
     def is_written(self, name: str, index: Index | None = None) -> bool:
-        """Whether every chunk of a leaf (or of the part that `index` selects) is on disk, from this call or an interrupted one.
+        """Whether every chunk of a leaf (or of the part that `index` selects) is on disk, from this
+        call or an interrupted one.
 
         Pieces still under way count as not written: call `flush` first to be sure of them.
         """
-        return all(key in self._present for key in self._chunk_keys(name, self._aligned(name, index)))
+        return all(
+            key in self._present for key in self._chunk_keys(name, self._aligned(name, index))
+        )
 
     def missing(self) -> dict[str, int]:
-        """Leaves that are not complete, with the number of chunks that they lack. Waits for pending writes."""
+        """Leaves that are not complete, with the number of chunks that they lack. Waits for pending
+        writes.
+        """
         self.flush()
         out = {}
         for name, spec in self.specs.items():
-            lacking = sum(key not in self._present for key in self._chunk_keys(name, checked_index(name, spec.shape, None)))
+            lacking = sum(
+                key not in self._present
+                for key in self._chunk_keys(name, checked_index(name, spec.shape, None))
+            )
             if lacking:
                 out[name] = lacking
         return out
 
     def write(self, name: str, index: Index | None, value: np.ndarray) -> None:
-        """Hands a leaf, or a part of it made of whole chunks, to the disk. Returns before it is there; do not modify `value` afterwards.
+        """Hands a leaf, or a part of it made of whole chunks, to the disk. Returns before it is
+        there; do not modify `value` afterwards.
 
         Args:
           name: full path.
@@ -234,21 +293,29 @@ class CheckpointWriter:
         Raises:
           KeyError: no such leaf in the specs.
           ValueError: shape, dtype or boundaries do not fit.
-          OSError: the disk is full or cannot be written. What was written stays and is resumed by the same call.
+          OSError: the disk is full or cannot be written. What was written stays and is resumed by
+            the same call.
         """
         index = self._aligned(name, index)
         value = np.asarray(value)
         if value.shape != index_shape(index) or value.dtype != self.specs[name].dtype:
             raise ValueError(
-                f"{name}: {value.dtype.name}{list(value.shape)} given for {self.specs[name].dtype.name}{list(index_shape(index))}"
+                f"{name}: {value.dtype.name}{list(value.shape)} given for"
+                f" {self.specs[name].dtype.name}{list(index_shape(index))}"
             )
         with self.explained():
             # `indefinitely` spares a copy: the array is encoded later, from the caller's memory.
-            future = self._array(name)[index].write(value, can_reference_source_data_indefinitely=True).commit
+            future = (
+                self._array(name)[index]
+                .write(value, can_reference_source_data_indefinitely=True)
+                .commit
+            )
         self._enqueue(future, value.nbytes, self._chunk_keys(name, index))
 
     def write_encoded(self, name: str, keys_and_values: Mapping[str, bytes]) -> None:
-        """Stores chunks that are encoded already, by their key below the leaf's own (see `storage.ZarrLayout.key`)."""
+        """Stores chunks that are encoded already, by their key below the leaf's own (see
+        `storage.ZarrLayout.key`).
+        """
         for key, value in keys_and_values.items():
             full = f"{_key(name)}/{key}"
             with self.explained():
@@ -260,7 +327,9 @@ class CheckpointWriter:
         return _key(name)
 
     def refresh(self) -> None:
-        """Looks again which chunks are there, after chunks were put into `store` by other means than `write`."""
+        """Looks again which chunks are there, after chunks were put into `store` by other means
+        than `write`.
+        """
         self.flush()
         with self.explained():
             self._present = {key.decode() for key in self.store.list().result()}
@@ -286,29 +355,43 @@ class CheckpointWriter:
         if self._closed:
             raise ValueError(f"{self.path}: the writer is closed")
         if name not in self.specs:
-            raise KeyError(f"{name} is not among the {len(self.specs)} leaves that the checkpoint was begun with")
+            raise KeyError(
+                f"{name} is not among the {len(self.specs)} leaves that the checkpoint was begun"
+                " with"
+            )
         if name not in self._arrays:
             spec = {
                 "driver": "zarr",
                 "kvstore": {**self.store.spec().to_json(), "path": f"{_key(name)}/"},
-                "store_data_equal_to_fill_value": True,  # Zeros are data: a chunk that is absent is one that was never written.
+                "store_data_equal_to_fill_value": (
+                    True
+                ),  # Zeros are data: a chunk that is absent is one that was never written.
             }
             self._arrays[name] = ts.open(spec, open=True, context=self.context).result()
         return self._arrays[name]
 
     def _aligned(self, name: str, index: Index | None) -> Index:
         if name not in self.specs:
-            raise KeyError(f"{name} is not among the {len(self.specs)} leaves that the checkpoint was begun with")
+            raise KeyError(
+                f"{name} is not among the {len(self.specs)} leaves that the checkpoint was begun"
+                " with"
+            )
         layout = self._layouts[name]
         out = checked_index(name, layout.shape, index)
         for entry, chunk, size in zip(out, layout.chunks, layout.shape, strict=True):
             if entry.start % chunk or (entry.stop % chunk and entry.stop != size):
-                raise ValueError(f"{name}: slice {entry.start}:{entry.stop} cuts through the stored chunks {layout.chunks}; see `pieces`")
+                raise ValueError(
+                    f"{name}: slice {entry.start}:{entry.stop} cuts through the stored chunks"
+                    f" {layout.chunks}; see `pieces`"
+                )
         return out
 
     def _chunk_keys(self, name: str, index: Index) -> list[str]:
         layout = self._layouts[name]
-        ranges = [range(e.start // c, math.ceil(e.stop / c)) for e, c in zip(index, layout.chunks, strict=True)]
+        ranges = [
+            range(e.start // c, math.ceil(e.stop / c))
+            for e, c in zip(index, layout.chunks, strict=True)
+        ]
         return [f"{_key(name)}/{layout.key(position)}" for position in itertools.product(*ranges)]
 
     @contextlib.contextmanager
@@ -317,15 +400,22 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            raise type(error)(error.errno, f"cannot write {self.partial}: {error.strerror}. {self._kept()}") from None
+            raise type(error)(
+                error.errno, f"cannot write {self.partial}: {error.strerror}. {self._kept()}"
+            ) from None
         except (ValueError, RuntimeError) as error:
             code = storage_errno(str(error))
             if code is None:
                 raise
-            raise OSError(code, f"cannot write {self.partial}: {os.strerror(code)}. {self._kept()}") from None
+            raise OSError(
+                code, f"cannot write {self.partial}: {os.strerror(code)}. {self._kept()}"
+            ) from None
 
     def _kept(self) -> str:
-        kept = "What was written so far is kept: make room or fix the permission, then run the same command to go on"
+        kept = (
+            "What was written so far is kept: make room or fix the permission, then run the same"
+            " command to go on"
+        )
         return kept if (self.partial / IDENTITY).exists() else "Nothing was written"
 
     # Finishing.
@@ -340,30 +430,45 @@ class CheckpointWriter:
         """
         lacking = self.missing()
         if lacking:
-            shown = ", ".join(f"{name} ({count} chunks)" for name, count in list(lacking.items())[:8])
+            shown = ", ".join(
+                f"{name} ({count} chunks)" for name, count in list(lacking.items())[:8]
+            )
             raise ValueError(
-                f"{self.partial} lacks {len(lacking)} of {len(self.specs)} leaves: {shown}{' ...' if len(lacking) > 8 else ''}"
+                f"{self.partial} lacks {len(lacking)} of {len(self.specs)} leaves:"
+                f" {shown}{' ...' if len(lacking) > 8 else ''}"
             )
         if self.path.exists():
-            raise FileExistsError(f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move one of them away")
+            raise FileExistsError(
+                f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move"
+                " one of them away"
+            )
         with self.explained():
             drop_unused(self.state, self.context)
             write_json(self.state / TREE_METADATA, tree_metadata(self.specs))
             write_json(self.partial / STEP_METADATA, step_metadata(self._identity["metadata"]))
             for folder in (self.state, self.partial):
-                (folder / COMMIT_MARK).write_text(f"Checkpoint commit was successful to {self.path}")
+                (folder / COMMIT_MARK).write_text(
+                    f"Checkpoint commit was successful to {self.path}"
+                )
             os.rename(self.partial, self.path)
-            for leftover in (IDENTITY, LOCK):  # After the rename: a kill before it must still find them.
+            for leftover in (
+                IDENTITY,
+                LOCK,
+            ):  # After the rename: a kill before it must still find them.
                 (self.path / leftover).unlink(missing_ok=True)
             sync_folder(self.path.parent)
         self.close()
         return self.path
 
     def close(self) -> None:
-        """Lets go of the partial checkpoint without finishing it. The same `create_checkpoint` call goes on with it."""
+        """Lets go of the partial checkpoint without finishing it. The same `create_checkpoint` call
+        goes on with it.
+        """
         if not self._closed:
             self._closed = True
-            while self._pending:  # The lock must not be free while writes are under way; whether they succeed matters to the next call.
+            # The lock must not be free while writes are under way; whether they succeed matters to
+            # the next call.
+            while self._pending:
                 self._pending.popleft()[0].exception()
             self._arrays.clear()
             self._lock.close()

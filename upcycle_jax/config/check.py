@@ -1,4 +1,6 @@
-"""Checks of parsed bindings before anything is built: names, parameters, macros, and what is still missing."""
+"""Checks of parsed bindings before anything is built: names, parameters, macros, and what is still
+missing.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,19 +27,24 @@ def _unknown_name(name: str) -> str:
     current = stale.current_name(name, registry.names())
     if current:
         return f"{name!r} is a T5X name; write {current!r}"
-    return f"{name!r} is not a name that can be configured.{registry.nearest(name, registry.names())}"
+    return (
+        f"{name!r} is not a name that can be configured.{registry.nearest(name, registry.names())}"
+    )
 
 
 def _unknown_parameter(configurable: registry.Configurable, parameter: str) -> str:
     """What to say about a parameter that a configurable does not have."""
     return stale.explain_parameter(configurable.name, parameter) or (
-        f"{configurable.name} has no parameter {parameter!r}.{registry.nearest(parameter, configurable.parameters)}"
-        f" It has: {', '.join(configurable.parameters)}"
+        f"{configurable.name} has no parameter"
+        f" {parameter!r}.{registry.nearest(parameter, configurable.parameters)} It has:"
+        f" {', '.join(configurable.parameters)}"
     )
 
 
 def names(bindings: Bindings) -> list[str]:
-    """Names, parameters and macros that do not exist, each with its place and the nearest that does."""
+    """Names, parameters and macros that do not exist, each with its place and the nearest that
+    does.
+    """
     problems: list[str] = []
     for (scope, name), table in bindings.parameters.items():
         prefix = f"{scope}/" if scope else ""
@@ -56,16 +63,25 @@ def names(bindings: Bindings) -> list[str]:
             if isinstance(leaf, Reference) and registry.lookup(leaf.name, bindings.imports) is None:
                 problems.append(f"{binding.place}: {written} = {leaf}: {_unknown_name(leaf.name)}")
             elif isinstance(leaf, Macro) and leaf != REQUIRED and leaf.name not in bindings.macros:
-                problems.append(f"{binding.place}: {written} = {leaf}: no macro {leaf.name}.{registry.nearest(leaf.name, bindings.macros)}")
+                problems.append(
+                    f"{binding.place}: {written} = {leaf}: no macro"
+                    f" {leaf.name}.{registry.nearest(leaf.name, bindings.macros)}"
+                )
     return problems + _idle_flags(bindings)
 
 
 def _idle_flags(bindings: Bindings) -> list[str]:
     """Macros that a flag sets and nothing reads: almost always a misspelling."""
-    read = {leaf.name for _, binding in _all_bindings(bindings) for leaf in leaves(binding.value) if isinstance(leaf, Macro)}
+    read = {
+        leaf.name
+        for _, binding in _all_bindings(bindings)
+        for leaf in leaves(binding.value)
+        if isinstance(leaf, Macro)
+    }
     candidates = (bindings.file_macros | read) - {REQUIRED.name}
     return [
-        f"{binding.place}: no gin file defines or reads a macro {name}.{registry.nearest(name, candidates)}"
+        f"{binding.place}: no gin file defines or reads a macro"
+        f" {name}.{registry.nearest(name, candidates)}"
         for name, binding in bindings.macros.items()
         if binding.from_flag and name not in candidates
     ]
@@ -92,16 +108,28 @@ class _Missing:
     def macro(self, macro: Macro, path: tuple[str, ...]) -> None:
         """Visits a macro."""
         if macro.name in path:
-            self.problems[f"macros refer to each other in a circle: {' -> '.join((*path, macro.name))}"] = None
+            self.problems[
+                f"macros refer to each other in a circle: {' -> '.join((*path, macro.name))}"
+            ] = None
             return
         binding = self.bindings.macros.get(macro.name)
         if binding is None:
-            self.problems[f"no macro {macro.name}.{registry.nearest(macro.name, self.bindings.macros)}"] = None
+            self.problems[
+                f"no macro {macro.name}.{registry.nearest(macro.name, self.bindings.macros)}"
+            ] = None
         else:
-            missing = f"{macro.name}{MUST_BE_SET}--gin.{macro.name}=... (declared in {binding.place})"
+            missing = (
+                f"{macro.name}{MUST_BE_SET}--gin.{macro.name}=... (declared in {binding.place})"
+            )
             self.value(binding.value, tuple(macro.name.split("/")), missing, (*path, macro.name))
 
-    def reference(self, reference: Reference, scope: Scope, path: tuple[str, ...], given: frozenset[str] = frozenset()) -> None:
+    def reference(
+        self,
+        reference: Reference,
+        scope: Scope,
+        path: tuple[str, ...],
+        given: frozenset[str] = frozenset(),
+    ) -> None:
         """Visits the bindings of a configurable, and the parameters that it must have."""
         if (reference, scope) in self._seen:
             return
@@ -114,15 +142,23 @@ class _Missing:
         bound = self.bindings.effective(reference.name, scope)
         for parameter, binding in bound.items():
             if parameter not in given:
-                missing = f"{written}.{parameter}{MUST_BE_SET}--gin.{written}.{parameter}=... (declared in {binding.place})"
+                missing = (
+                    f"{written}.{parameter}{MUST_BE_SET}--gin.{written}.{parameter}=... (declared"
+                    f" in {binding.place})"
+                )
                 self.value(binding.value, scope, missing, path)
         if reference.call:
             for parameter in configurable.required:
                 if parameter not in bound and parameter not in given:
-                    self.problems[f"{written}.{parameter}{MUST_BE_SET}--gin.{written}.{parameter}=... (it has no default)"] = None
+                    self.problems[
+                        f"{written}.{parameter}{MUST_BE_SET}--gin.{written}.{parameter}=... (it has"
+                        " no default)"
+                    ] = None
 
 
-def missing(bindings: Bindings, root: Macro | Reference, *, given: frozenset[str] = frozenset()) -> list[str]:
+def missing(
+    bindings: Bindings, root: Macro | Reference, *, given: frozenset[str] = frozenset()
+) -> list[str]:
     """Everything that `root` reaches and that has no value yet.
 
     Args:

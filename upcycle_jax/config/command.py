@@ -1,4 +1,5 @@
-"""What every command does the same way: parse flags, join the other processes, load the configuration, say errors plainly.
+"""What every command does the same way: parse flags, join the other processes, load the
+configuration, say errors plainly.
 
 def main(argv: Sequence[str] | None = None) -> int:
     return command.run("train", argv, description=__doc__, body=_run)
@@ -23,12 +24,14 @@ from upcycle_jax.config.flags import Flags
 TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 
 
-# Commands that compute on all devices of a pod. The others run on one machine of it, unless flags say otherwise.
+# Commands that compute on all devices of a pod. The others run on one machine of it, unless flags
+# say otherwise.
 LOOK_FOR_CLUSTER = frozenset({"train", "eval", "infer"})
 
 
 def join_processes(name: str, flags: Flags) -> None:
-    """Joins the other processes of the run, where the flags or the cluster say that there are any (`distributed.join`).
+    """Joins the other processes of the run, where the flags or the cluster say that there are any
+    (`distributed.join`).
 
     Must come before any use of a device.
 
@@ -59,7 +62,9 @@ def _is_ours(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     package = pathlib.Path(upcycle_jax.__file__).resolve().parent
     tasks = package.parent / "tasks"
-    return bool(frames) and any(folder in pathlib.Path(frames[-1].filename).resolve().parents for folder in (package, tasks))
+    return bool(frames) and any(
+        folder in pathlib.Path(frames[-1].filename).resolve().parents for folder in (package, tasks)
+    )
 
 
 def is_first() -> bool:
@@ -81,7 +86,8 @@ def log_to_console() -> None:
 def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
     """Builds a function of the registry, says which bindings nothing uses, and calls it.
 
-    The function takes `dry_run`, and `files`: the operative configuration, to be left beside the results.
+    The function takes `dry_run`, and `files`: the operative configuration, to be left beside the
+    results.
 
     Args:
       function: its name in gin files.
@@ -107,8 +113,9 @@ def run(
 ) -> int:
     """Runs a command: `body(flags, loaded_configuration)`.
 
-    A bad configuration, a missing file and any other value that the library refuses are one message on standard error and exit code
-    2; the environment variable UPCYCLE_JAX_TRACEBACK=1 shows the traceback instead. Other errors always show it.
+    A bad configuration, a missing file and any other value that the library refuses are one message
+    on standard error and exit code 2; the environment variable UPCYCLE_JAX_TRACEBACK=1 shows the
+    traceback instead. Other errors always show it.
 
     Args:
       name: the command's name.
@@ -116,10 +123,13 @@ def run(
       description: what `--help` says first.
       body: does the work and returns the exit code, None standing for 0.
       extra: adds the command's own flags (see `flags.parse`).
-      function: what the command builds: errors about names then list the values that are missing too (see `config.load`).
+      function: what the command builds: errors about names then list the values that are missing
+        too (see `config.load`).
     """
     flags = flags_lib.parse(name, argv, description=description, extra=extra)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads text only; what it says of missing GPUs is noise
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # TensorFlow reads text only; what it says of missing GPUs is noise
     try:
         join_processes(name, flags)
         from upcycle_jax import config  # imports the rest of the library: after --help has answered
@@ -127,9 +137,14 @@ def run(
         if flags.tfds_data_dir or flags.seqio_additional_cache_dirs:
             from upcycle_jax.data import settings
 
-            settings.configure(tfds_data_dir=flags.tfds_data_dir, cache_dirs=flags.seqio_additional_cache_dirs)
+            settings.configure(
+                tfds_data_dir=flags.tfds_data_dir, cache_dirs=flags.seqio_additional_cache_dirs
+            )
         loaded = config.load(
-            flags.gin_file, flags.gin_bindings, flags.gin_search_paths, function=function(flags) if function is not None else None
+            flags.gin_file,
+            flags.gin_bindings,
+            flags.gin_search_paths,
+            function=function(flags) if function is not None else None,
         )
         return body(flags, loaded) or 0
     except (ValueError, FileNotFoundError, TimeoutError) as error:

@@ -1,4 +1,6 @@
-"""Command-line flags: T5X's, exactly. This module imports neither jax nor TensorFlow, so that `--help` answers at once."""
+"""Command-line flags: T5X's, exactly. This module imports neither jax nor TensorFlow, so that
+`--help` answers at once.
+"""
 
 import argparse
 import dataclasses
@@ -28,7 +30,8 @@ class Flags:
       process_count: number of processes, or None.
       process_index: index of this process, or None.
       initialization_timeout: seconds to wait for the other processes, or None for jax's default.
-      multiprocess_gpu: join the processes of a GPU cluster with the flags above (found by jax itself where not given).
+      multiprocess_gpu: join the processes of a GPU cluster with the flags above (found by jax
+        itself where not given).
       dry_run: parse, build shapes, print the plan and stop.
       extra: the command's own flags.
     """
@@ -59,7 +62,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            known = [
+                option
+                for action in self._actions
+                for option in action.option_strings
+                if option.startswith("--")
+            ]
             for word in message.removeprefix(prefix).split():
                 near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
                 message += f"; did you mean {near[0]}?" if near else ""
@@ -76,27 +84,81 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     gin = out.add_argument_group("configuration")
-    gin.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="a gin file; repeat for more, later ones override")
-    gin.add_argument("--gin.NAME", dest="shown_only", metavar="VALUE", help="bind a macro or a parameter, after all files")
     gin.add_argument(
-        "--gin_bindings", action="append", default=[], metavar="NAME=VALUE", help="the same as --gin.NAME=VALUE; repeat for more"
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a gin file; repeat for more, later ones override",
     )
-    gin.add_argument("--gin_search_paths", action="append", default=[], metavar="DIR,DIR", help="folders to look for gin files in")
+    gin.add_argument(
+        "--gin.NAME",
+        dest="shown_only",
+        metavar="VALUE",
+        help="bind a macro or a parameter, after all files",
+    )
+    gin.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the same as --gin.NAME=VALUE; repeat for more",
+    )
+    gin.add_argument(
+        "--gin_search_paths",
+        action="append",
+        default=[],
+        metavar="DIR,DIR",
+        help="folders to look for gin files in",
+    )
     run = out.add_argument_group("run")
-    run.add_argument("--dry_run", nargs="?", const=True, default=False, type=_boolean, help="print the plan of the run and stop")
-    run.add_argument("--nodry_run", dest="dry_run", action="store_const", const=False, help=argparse.SUPPRESS)
+    run.add_argument(
+        "--dry_run",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_boolean,
+        help="print the plan of the run and stop",
+    )
+    run.add_argument(
+        "--nodry_run", dest="dry_run", action="store_const", const=False, help=argparse.SUPPRESS
+    )
     data = out.add_argument_group("data")
-    data.add_argument("--tfds_data_dir", metavar="DIR", help="where TensorFlow Datasets keeps prepared data")
     data.add_argument(
-        "--seqio_additional_cache_dirs", action="append", default=[], metavar="DIR,DIR", help="more folders with cached tasks"
+        "--tfds_data_dir", metavar="DIR", help="where TensorFlow Datasets keeps prepared data"
+    )
+    data.add_argument(
+        "--seqio_additional_cache_dirs",
+        action="append",
+        default=[],
+        metavar="DIR,DIR",
+        help="more folders with cached tasks",
     )
     many = out.add_argument_group("several processes (on TPU pods jax finds these itself)")
     many.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     many.add_argument("--process_count", type=int, metavar="N", help="number of processes")
     many.add_argument("--process_index", type=int, metavar="I", help="index of this process")
-    many.add_argument("--initialization_timeout", type=int, metavar="SECONDS", help="how long to wait for the other processes")
-    many.add_argument("--multiprocess_gpu", nargs="?", const=True, default=False, type=_boolean, help="join the processes of a GPU cluster")
-    many.add_argument("--nomultiprocess_gpu", dest="multiprocess_gpu", action="store_const", const=False, help=argparse.SUPPRESS)
+    many.add_argument(
+        "--initialization_timeout",
+        type=int,
+        metavar="SECONDS",
+        help="how long to wait for the other processes",
+    )
+    many.add_argument(
+        "--multiprocess_gpu",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_boolean,
+        help="join the processes of a GPU cluster",
+    )
+    many.add_argument(
+        "--nomultiprocess_gpu",
+        dest="multiprocess_gpu",
+        action="store_const",
+        const=False,
+        help=argparse.SUPPRESS,
+    )
     return out
 
 
@@ -140,7 +202,9 @@ def parse(
     if extra is not None:
         extra(builder)
     words = _rewrite(sys.argv[1:] if argv is None else argv)
-    if any(word == "--gin.NAME" for word in words) or any(word.startswith("--gin.") for word in words):
+    if any(word == "--gin.NAME" for word in words) or any(
+        word.startswith("--gin.") for word in words
+    ):
         builder.error("a binding is one word, --gin.NAME=VALUE")
     values = vars(builder.parse_args(words))
     del values["shown_only"]
@@ -150,4 +214,9 @@ def parse(
         values[name] = tuple(values[name])
     fields = {field.name for field in dataclasses.fields(Flags)}
     own = {name: value for name, value in values.items() if name in fields}
-    return Flags(**own, extra=argparse.Namespace(**{name: value for name, value in values.items() if name not in fields}))
+    return Flags(
+        **own,
+        extra=argparse.Namespace(
+            **{name: value for name, value in values.items() if name not in fields}
+        ),
+    )

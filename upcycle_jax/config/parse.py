@@ -1,7 +1,9 @@
-"""gin text -> bindings with their places. gin's parser reads the syntax; nothing is evaluated and gin's global state is not touched.
+"""gin text -> bindings with their places. gin's parser reads the syntax; nothing is evaluated and
+gin's global state is not touched.
 
-Resolution is this project's own (see `build`), because gin's resolves while objects are called: two models could not live in one
-process, and a built object would keep a wrapper that looks values up in a global table.
+Resolution is this project's own (see `build`), because gin's resolves while objects are called: two
+models could not live in one process, and a built object would keep a wrapper that looks values up
+in a global table.
 """
 
 import dataclasses
@@ -21,8 +23,16 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(dict.fromkeys(problems))
-        text = self.problems[0] if len(self.problems) == 1 else "".join(f"\n  * {problem}" for problem in self.problems)
-        super().__init__(text if len(self.problems) == 1 else f"{len(self.problems)} problems in the configuration:{text}")
+        text = (
+            self.problems[0]
+            if len(self.problems) == 1
+            else "".join(f"\n  * {problem}" for problem in self.problems)
+        )
+        super().__init__(
+            text
+            if len(self.problems) == 1
+            else f"{len(self.problems)} problems in the configuration:{text}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +97,9 @@ class Bindings:
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def effective(self, name: str, scope: tuple[str, ...]) -> dict[str, Binding]:
-        """Bindings of a configurable in a scope: those of the enclosing scopes, overridden from the outside in (gin's rule)."""
+        """Bindings of a configurable in a scope: those of the enclosing scopes, overridden from the
+        outside in (gin's rule).
+        """
         merged: dict[str, Binding] = {}
         for depth in range(len(scope) + 1):
             merged.update(self.parameters.get(("/".join(scope[:depth]), name), {}))
@@ -136,15 +148,24 @@ def _statements(text: str, filename: str) -> list[Any]:
       ConfigError: bad syntax, with the line.
     """
     stream = io.StringIO(text)
-    stream.name = filename  # type: ignore[attr-defined]  # gin's parser reads the name for its locations
+    # type: ignore[attr-defined]  # gin's parser reads the name for its locations
+    stream.name = filename
     try:
         return list(config_parser.ConfigParser(stream, _Delegate()))
     except SyntaxError as error:
-        location = error.args[1] if len(error.args) > 1 else (filename, getattr(error, "lineno", "?"), None, "")
+        location = (
+            error.args[1]
+            if len(error.args) > 1
+            else (filename, getattr(error, "lineno", "?"), None, "")
+        )
         message = " ".join(str(error.args[0]).split())
-        raise ConfigError([f"{filename}:{location[1]}: {message} In the line: {str(location[3]).strip()!r}"]) from None
+        raise ConfigError(
+            [f"{filename}:{location[1]}: {message} In the line: {str(location[3]).strip()!r}"]
+        ) from None
     except tokenize.TokenError as error:
-        raise ConfigError([f"{filename}: {error.args[0]} (an unclosed bracket or string)"]) from None
+        raise ConfigError(
+            [f"{filename}: {error.args[0]} (an unclosed bracket or string)"]
+        ) from None
 
 
 def _add_import(statement: Any, place: str, into: Bindings) -> None:
@@ -158,7 +179,9 @@ def _add_import(statement: Any, place: str, into: Bindings) -> None:
         into.problems.append(f"{place}: `{statement.format()}`: {error}")
         return
     bound = statement.bound_name()
-    into.imports[bound] = module if statement.alias or statement.is_from else importlib.import_module(bound)
+    into.imports[bound] = (
+        module if statement.alias or statement.is_from else importlib.import_module(bound)
+    )
 
 
 def _add_binding(statement: Any, place: str, from_flag: bool, into: Bindings) -> None:
@@ -176,7 +199,14 @@ def _add_binding(statement: Any, place: str, from_flag: bool, into: Bindings) ->
         table[name] = binding
 
 
-def add_file(name: str, search_paths: Sequence[str], into: Bindings, *, beside: str | None = None, chain: tuple[str, ...] = ()) -> None:
+def add_file(
+    name: str,
+    search_paths: Sequence[str],
+    into: Bindings,
+    *,
+    beside: str | None = None,
+    chain: tuple[str, ...] = (),
+) -> None:
     """Reads a gin file and the files that it includes, each at the place of its `include`.
 
     Raises:
@@ -185,7 +215,9 @@ def add_file(name: str, search_paths: Sequence[str], into: Bindings, *, beside: 
     """
     path = search.find(name, search_paths, beside=beside)
     if path in chain:
-        raise ConfigError([f"gin files include each other in a circle: {' -> '.join((*chain, path))}"])
+        raise ConfigError(
+            [f"gin files include each other in a circle: {' -> '.join((*chain, path))}"]
+        )
     into.files.append(path)
     for statement in _statements(search.read(path), path):
         place = f"{path}:{statement.location.line_num}"
@@ -208,7 +240,10 @@ def _explain_flag(text: str) -> str:
     if not equals or not name:
         return f"binding {text!r} is not NAME=VALUE"
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"--gin.{name}={value}: {value!r} is not a gin value. A string needs quotes that reach gin: --gin.{name}=\"'{quoted}'\""
+    return (
+        f"--gin.{name}={value}: {value!r} is not a gin value. A string needs quotes that reach gin:"
+        f" --gin.{name}=\"'{quoted}'\""
+    )
 
 
 def add_flag(text: str, into: Bindings) -> None:
@@ -222,7 +257,9 @@ def add_flag(text: str, into: Bindings) -> None:
         statements = _statements(text, place)
     except ConfigError:
         raise ConfigError([_explain_flag(text)]) from None
-    if not statements or not all(isinstance(statement, config_parser.BindingStatement) for statement in statements):
+    if not statements or not all(
+        isinstance(statement, config_parser.BindingStatement) for statement in statements
+    ):
         raise ConfigError([_explain_flag(text)])
     for statement in statements:
         _add_binding(statement, place, True, into)

@@ -1,4 +1,6 @@
-"""Names that gin files may use, and where each object lives. A new one is one line; nothing is imported before it is used."""
+"""Names that gin files may use, and where each object lives. A new one is one line; nothing is
+imported before it is used.
+"""
 
 import dataclasses
 import difflib
@@ -87,12 +89,19 @@ class Configurable:
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """The parameters that can be bound, in order."""
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return {name: p for name, p in inspect.signature(self.target).parameters.items() if p.kind in kinds}
+        return {
+            name: p
+            for name, p in inspect.signature(self.target).parameters.items()
+            if p.kind in kinds
+        }
 
     @functools.cached_property
     def takes_any(self) -> bool:
         """Whether it has `**kwargs`."""
-        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(self.target).parameters.values())
+        return any(
+            p.kind is inspect.Parameter.VAR_KEYWORD
+            for p in inspect.signature(self.target).parameters.values()
+        )
 
     @property
     def required(self) -> list[str]:
@@ -132,7 +141,9 @@ def lookup(name: str, imports: Mapping[str, Any]) -> Configurable | None:
         return Configurable(name, _load(PATHS[name]))
     head, *attributes = name.split(".")
     if head in imports and attributes:
-        target = functools.reduce(lambda owner, attribute: getattr(owner, attribute, None), attributes, imports[head])
+        target = functools.reduce(
+            lambda owner, attribute: getattr(owner, attribute, None), attributes, imports[head]
+        )
         if callable(target):
             return Configurable(name, target)
     return None

@@ -1,4 +1,6 @@
-"""Looks for everything that would stop a run, without computing or writing anything, and does not stop at the first finding."""
+"""Looks for everything that would stop a run, without computing or writing anything, and does not
+stop at the first finding.
+"""
 
 import dataclasses
 import functools
@@ -33,8 +35,9 @@ class Findings:
     facts: list[str] = dataclasses.field(default_factory=list)
 
     def attempt(self, what: str, step: Callable[[], str | None], *, stops: bool = True) -> bool:
-        """Runs one step of the check; its error becomes a problem, or a warning where it would not stop the run. Returns whether it went
-        through."""
+        """Runs one step of the check; its error becomes a problem, or a warning where it would not
+        stop the run. Returns whether it went through.
+        """
         kept = self.problems if stops else self.warnings
         try:
             fact = step()
@@ -55,19 +58,29 @@ class Findings:
         lines += [f"warning  {warning}" for warning in self.warnings]
         lines += [f"PROBLEM  {problem}" for problem in self.problems]
         count = len(self.problems)
-        lines.append(f"{count} problem{'' if count == 1 else 's'}: the run would stop" if count else "the run can start")
+        lines.append(
+            f"{count} problem{'' if count == 1 else 's'}: the run would stop"
+            if count
+            else "the run can start"
+        )
         return "\n".join(lines) + "\n"
 
 
 def check_run(
-    loaded: Config, *, function: str = "train", device_memory: float | None = None, read_data: bool = True, elsewhere: bool = False
+    loaded: Config,
+    *,
+    function: str = "train",
+    device_memory: float | None = None,
+    read_data: bool = True,
+    elsewhere: bool = False,
 ) -> Findings:
     """Checks a configuration as far as it goes.
 
     Args:
       loaded: a configuration whose names are already checked.
       function: the root that the run calls.
-      device_memory: GiB of one device, or None for what the devices say of themselves; CPUs say nothing, and are not compared.
+      device_memory: GiB of one device, or None for what the devices say of themselves; CPUs say
+        nothing, and are not compared.
       read_data: build the data set and take one batch (imports TensorFlow).
       elsewhere: the run is for other machines, which may have another MODEL_DIR by that name.
     """
@@ -82,7 +95,9 @@ def check_run(
         call = built[0]
         arguments = _with_defaults(call)
         if function == "train":
-            _check_training(found, call, arguments, device_memory=device_memory, read_data=read_data)
+            _check_training(
+                found, call, arguments, device_memory=device_memory, read_data=read_data
+            )
             found.attempt("MODEL_DIR", lambda: _model_dir(arguments), stops=not elsewhere)
         elif "dry_run" in arguments:
             found.attempt("plan of the run", functools.partial(_plan, call))
@@ -97,10 +112,20 @@ def _with_defaults(call: Any) -> dict[str, Any]:
 
 
 def _check_training(
-    found: Findings, call: Callable[..., Any], arguments: dict[str, Any], *, device_memory: float | None, read_data: bool
+    found: Findings,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    device_memory: float | None,
+    read_data: bool,
 ) -> None:
-    model, partitioner, trainer, dataset = (arguments[name] for name in ("model", "partitioner", "trainer", "train_dataset_cfg"))
-    shaped = found.attempt("mesh", lambda: " x ".join(f"{name} {size}" for name, size in partitioner.mesh.shape.items()))
+    model, partitioner, trainer, dataset = (
+        arguments[name] for name in ("model", "partitioner", "trainer", "train_dataset_cfg")
+    )
+    shaped = found.attempt(
+        "mesh",
+        lambda: " x ".join(f"{name} {size}" for name, size in partitioner.mesh.shape.items()),
+    )
     shaped = shaped and found.attempt("divisibility", lambda: _divides(model, partitioner, trainer))
     if shaped:
         found.attempt("memory", lambda: _memory(model, partitioner, trainer, device_memory))
@@ -108,7 +133,10 @@ def _check_training(
     for role in ("train_dataset_cfg", "train_eval_dataset_cfg"):
         config = arguments.get(role)
         if config is not None and read_data:
-            found.attempt(f"data ({config.mixture_or_task_name}, {config.split})", functools.partial(_data, model, config))
+            found.attempt(
+                f"data ({config.mixture_or_task_name}, {config.split})",
+                functools.partial(_data, model, config),
+            )
     if shaped:
         found.attempt("plan of the run", lambda: _plan(call))
 
@@ -120,7 +148,11 @@ def _plan(call: Callable[..., Any]) -> None:
 
 def _model_dir(arguments: dict[str, Any]) -> str:
     specs = state_specs(arguments["model"], arguments["trainer"].optimizer)
-    size = sum(leaf.nbytes for leaf in specs.values()) if arguments["checkpoint_cfg"].save is not None else 0
+    size = (
+        sum(leaf.nbytes for leaf in specs.values())
+        if arguments["checkpoint_cfg"].save is not None
+        else 0
+    )
     return prepare.check_model_dir(epath.Path(arguments["model_dir"]), checkpoint_bytes=size)
 
 
@@ -141,8 +173,12 @@ def memory_of(device: Any) -> float | None:
 
 def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | None) -> str:
     specs = state_specs(model, trainer.optimizer)
-    params = accounting.memory({path: spec for path, spec in specs.items() if path.startswith(TARGET)}, partitioner).per_device
-    slots = accounting.memory({path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)}, partitioner).per_device
+    params = accounting.memory(
+        {path: spec for path, spec in specs.items() if path.startswith(TARGET)}, partitioner
+    ).per_device
+    slots = accounting.memory(
+        {path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)}, partitioner
+    ).per_device
     needed = (2 * params + slots) / GIB
     parts = f"parameters {params / GIB:.2f}, gradients as much, optimizer {slots / GIB:.2f}"
     if device_memory is None:
@@ -150,7 +186,8 @@ def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | N
     text = f"{needed:.2f} GiB on each device before activations ({parts})"
     if device_memory is not None and needed > device_memory:
         raise ValueError(
-            f"{text}, but a device has {device_memory:g} GiB: raise NUM_EXPERT_PARTITIONS or NUM_MODEL_PARTITIONS, or set Partitioner.fsdp"
+            f"{text}, but a device has {device_memory:g} GiB: raise NUM_EXPERT_PARTITIONS or"
+            " NUM_MODEL_PARTITIONS, or set Partitioner.fsdp"
         )
     return text
 
@@ -173,6 +210,11 @@ def _trace(model: Any, partitioner: Any, trainer: Any, dataset: Any) -> str:
 def _data(model: Any, config: Any) -> str:
     needed, have = config.vocabulary_size(), model.config.vocab_size
     if needed > have:
-        raise ValueError(f"its vocabulary has {needed} ids, the model's vocab_size is {have}: set T5Config.vocab_size to at least {needed}")
+        raise ValueError(
+            f"its vocabulary has {needed} ids, the model's vocab_size is {have}: set"
+            f" T5Config.vocab_size to at least {needed}"
+        )
     next(config.train_iterator())
-    return f"a batch of {config.batch_size} rows can be read; {needed} token ids of the model's {have}"
+    return (
+        f"a batch of {config.batch_size} rows can be read; {needed} token ids of the model's {have}"
+    )

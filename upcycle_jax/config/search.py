@@ -1,4 +1,6 @@
-"""Where gin files are found: beside the caller, in the search paths, and among the files that the project ships."""
+"""Where gin files are found: beside the caller, in the search paths, and among the files that the
+project ships.
+"""
 
 import difflib
 import pathlib
@@ -10,7 +12,8 @@ GIN_FOLDER = "gin_configs"
 
 
 def shipped_folder() -> pathlib.Path:
-    """The folder of the shipped gin files: inside the package in an installed wheel, beside it in a checkout.
+    """The folder of the shipped gin files: inside the package in an installed wheel, beside it in a
+    checkout.
 
     Raises:
       FileNotFoundError: neither exists, so the installation is broken.
@@ -19,7 +22,10 @@ def shipped_folder() -> pathlib.Path:
     for folder in (package / GIN_FOLDER, package.parent / GIN_FOLDER):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no {GIN_FOLDER} folder in or beside {package}: the installation is incomplete; install upcycle_jax again")
+    raise FileNotFoundError(
+        f"no {GIN_FOLDER} folder in or beside {package}: the installation is incomplete; install"
+        " upcycle_jax again"
+    )
 
 
 def shipped_files() -> list[str]:
@@ -42,7 +48,11 @@ def _candidates(name: str, search_paths: Sequence[str], beside: str | None) -> I
     shipped = shipped_folder()
     yield str(shipped / name)
     parts = pathlib.PurePosixPath(name).parts
-    if GIN_FOLDER in parts:  # `gin_configs/models/x.gin` and `some/where/gin_configs/models/x.gin` both mean the shipped `models/x.gin`
+    if (
+        GIN_FOLDER in parts
+        # `gin_configs/models/x.gin` and `some/where/gin_configs/models/x.gin` both mean the shipped
+        # `models/x.gin`
+    ):
         yield str(shipped.joinpath(*parts[parts.index(GIN_FOLDER) + 1 :]))
     if beside:
         yield f"{beside.rpartition('/')[0] or '.'}/{name}"
@@ -69,8 +79,9 @@ def read(path: str) -> str:
 def find(name: str, search_paths: Sequence[str] = (), *, beside: str | None = None) -> str:
     """The path of a gin file.
 
-    Looked for in this order: as given (so relative to the working directory), in each search path, among the shipped files (with or
-    without the leading `gin_configs/`), and in the folder of the including file.
+    Looked for in this order: as given (so relative to the working directory), in each search path,
+    among the shipped files (with or without the leading `gin_configs/`), and in the folder of the
+    including file.
 
     Args:
       name: a path, absolute, relative or remote (`gs://...`).
@@ -85,7 +96,16 @@ def find(name: str, search_paths: Sequence[str] = (), *, beside: str | None = No
         if exists(path):
             return path
     shipped = shipped_files()
-    near = [file for file in shipped if pathlib.PurePosixPath(file).name == pathlib.PurePosixPath(name).name]
-    near = near or difflib.get_close_matches(str(name).removeprefix(f"{GIN_FOLDER}/"), shipped, n=3, cutoff=0.5)
+    near = [
+        file
+        for file in shipped
+        if pathlib.PurePosixPath(file).name == pathlib.PurePosixPath(name).name
+    ]
+    near = near or difflib.get_close_matches(
+        str(name).removeprefix(f"{GIN_FOLDER}/"), shipped, n=3, cutoff=0.5
+    )
     hint = f" Did you mean {' or '.join(repr(file) for file in near)}?" if near else ""
-    raise FileNotFoundError(f"gin file {str(name)!r} is in none of {tried}.{hint} --gin_search_paths adds folders to look in.")
+    raise FileNotFoundError(
+        f"gin file {str(name)!r} is in none of {tried}.{hint} --gin_search_paths adds folders to"
+        " look in."
+    )

@@ -27,11 +27,26 @@ _RENAMED = {
 """Name there -> name here, where they differ."""
 
 _PARAMETERS = {
-    ("Partitioner", "num_partitions"): "it is Partitioner.num_model_partitions, macro NUM_MODEL_PARTITIONS",
-    ("Partitioner", "logical_axis_rules"): "the rule table is upcycle_jax.partitioning.STANDARD_RULES; override Partitioner.rules",
-    ("Partitioner", "model_parallel_submesh"): "give Partitioner.num_model_partitions; the mesh follows from the devices",
-    ("train", "train_state_initializer_cls"): "to upcycle while restoring, bind RestoreCheckpointConfig.recipe = @Recipe()",
-    ("DatasetConfig", "task"): "it is DatasetConfig.mixture_or_task_name, macro MIXTURE_OR_TASK_NAME",
+    (
+        "Partitioner",
+        "num_partitions",
+    ): "it is Partitioner.num_model_partitions, macro NUM_MODEL_PARTITIONS",
+    (
+        "Partitioner",
+        "logical_axis_rules",
+    ): "the rule table is upcycle_jax.partitioning.STANDARD_RULES; override Partitioner.rules",
+    (
+        "Partitioner",
+        "model_parallel_submesh",
+    ): "give Partitioner.num_model_partitions; the mesh follows from the devices",
+    (
+        "train",
+        "train_state_initializer_cls",
+    ): "to upcycle while restoring, bind RestoreCheckpointConfig.recipe = @Recipe()",
+    (
+        "DatasetConfig",
+        "task",
+    ): "it is DatasetConfig.mixture_or_task_name, macro MIXTURE_OR_TASK_NAME",
     ("DatasetConfig", "use_custom_packing_ops"): "remove it; DatasetConfig.pack packs",
     ("SaveCheckpointConfig", "dtype"): "remove it: parameters are saved in float32",
     ("train", "use_gda"): "remove it: arrays are always global",
@@ -48,16 +63,26 @@ _PARAMETERS = {
     ): "remove it; to upcycle while restoring, bind RestoreCheckpointConfig.recipe = @Recipe()",
     ("MoeConfig", "max_group_size"): "it is MoeConfig.group_size, macro GROUP_SIZE",
 }
-"""(name here, parameter there) -> what to write. Consulted only for parameters that do not exist here."""
+"""(name here, parameter there) -> what to write. Consulted only for parameters that do not exist
+here.
+"""
 
 
 def explain_import(module: str) -> str | None:
-    """What to do about an import line of a T5X gin file; None where the import is an ordinary one."""
+    """What to do about an import line of a T5X gin file; None where the import is an ordinary
+    one.
+    """
     if module == "__gin__.dynamic_registration":
-        return "remove this line: every object is known by its own name, and your own modules by an `import` line"
+        return (
+            "remove this line: every object is known by its own name, and your own modules by an"
+            " `import` line"
+        )
     package = module.partition(".")[0]
     if package in _PACKAGES or module in ("seqio", "gin"):
-        return "a T5X line: remove it, and the module prefix of the names below it; objects are known by name (see runs/pretrain.gin)"
+        return (
+            "a T5X line: remove it, and the module prefix of the names below it; objects are known"
+            " by name (see runs/pretrain.gin)"
+        )
     return None
 
 
@@ -80,5 +105,7 @@ def current_name(name: str, known: frozenset[str]) -> str | None:
 
 
 def explain_parameter(name: str, parameter: str) -> str | None:
-    """What to write for a T5X parameter that does not exist here; None where nothing is known about it."""
+    """What to write for a T5X parameter that does not exist here; None where nothing is known about
+    it.
+    """
     return _PARAMETERS.get((name, parameter))

@@ -1,4 +1,6 @@
-"""Task name -> batches. Importing this package does not import TensorFlow; building an iterator does."""
+"""Task name -> batches. Importing this package does not import TensorFlow; building an iterator
+does.
+"""
 
 import os
 

@@ -1,11 +1,15 @@
-"""Cached tasks on disk: where they lie, what their manifest says, how an example is stored. Neither TensorFlow nor SeqIO.
+"""Cached tasks on disk: where they lie, what their manifest says, how an example is stored. Neither
+TensorFlow nor SeqIO.
 
-    <cache folder>/<task>/manifest.json                              what was cached, from what, with counts and sha256
+    <cache folder>/<task>/manifest.json                              what was cached, from what,
+    with counts and sha256
                          /<split>-00000-of-00004.array_record        examples, one a record
-                         /<split>.ends.npy                           int64 [records, features]: tokens up to and with each record
+                         /<split>.ends.npy                           int64 [records, features]:
+                         tokens up to and with each record
     <cache folder>/<mixture>/mixture.json                            tasks and rates
 
-The manifest is written last and the task's folder renamed into place after it, so a folder with its name is whole.
+The manifest is written last and the task's folder renamed into place after it, so a folder with its
+name is whole.
 """
 
 import dataclasses
@@ -40,7 +44,8 @@ def encode(example: Mapping[str, Any], *, token_dtypes: Mapping[str, str]) -> by
 
     Args:
       example: arrays, scalars and byte strings by feature.
-      token_dtypes: the dtype in which the tokens of each model feature are kept, 'uint16' or 'int32'.
+      token_dtypes: the dtype in which the tokens of each model feature are kept, 'uint16' or
+        'int32'.
 
     Raises:
       ValueError: tokens that are no integers, or that the dtype cannot hold.
@@ -56,7 +61,11 @@ def encode(example: Mapping[str, Any], *, token_dtypes: Mapping[str, str]) -> by
         elif array.dtype.kind in "OSU":
             packed[name] = array.tolist()
         else:
-            packed[name] = {"shape": list(array.shape), "dtype": array.dtype.str, "data": array.tobytes()}
+            packed[name] = {
+                "shape": list(array.shape),
+                "dtype": array.dtype.str,
+                "data": array.tobytes(),
+            }
     return msgpack.packb(packed)
 
 
@@ -64,11 +73,16 @@ def _as_tokens(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
     if not values.size:
         return values.astype(dtype)
     if values.dtype.kind not in "iu":
-        raise ValueError(f"the feature '{name}' holds {values.dtype} values: only token ids can be cached as a model feature")
+        raise ValueError(
+            f"the feature '{name}' holds {values.dtype} values: only token ids can be cached as a"
+            " model feature"
+        )
     for extreme in (int(values.min()), int(values.max())):
         if not 0 <= extreme <= np.iinfo(dtype).max:
-            raise ValueError(f"the feature '{name}' holds the token id {extreme}, which its vocabulary does not have (it fits no {dtype}): "
-                             "the task tokenises with another vocabulary than its output_features name")  # fmt: skip
+            raise ValueError(
+                f"the feature '{name}' holds the token id {extreme}, which its vocabulary does not have (it fits no {dtype}): "
+                "the task tokenises with another vocabulary than its output_features name"
+            )
     return values.astype(dtype)
 
 
@@ -101,7 +115,9 @@ def digest(described: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
-    """A file of a cache: its name in the task's folder, its records (0 for an index), bytes and sha256."""
+    """A file of a cache: its name in the task's folder, its records (0 for an index), bytes and
+    sha256.
+    """
 
     name: str
     records: int
@@ -132,10 +148,13 @@ class Manifest:
 
     Attributes:
       task: its name.
-      identity: what the examples were made from: source, steps, vocabularies, seed; two caches with equal identities hold equal examples.
-      features: for each model feature its vocabulary's description, `eos_id`, `add_eos` and the dtype in which tokens are kept.
+      identity: what the examples were made from: source, steps, vocabularies, seed; two caches with
+        equal identities hold equal examples.
+      features: for each model feature its vocabulary's description, `eos_id`, `add_eos` and the
+        dtype in which tokens are kept.
       steps: what is left to do when an example is read, as `cached_steps` knows it.
-      feature_lengths: lengths for which the examples were made, where steps that need them ran before they were written; else None.
+      feature_lengths: lengths for which the examples were made, where steps that need them ran
+        before they were written; else None.
       splits: by name.
       versions: of the libraries that wrote it.
       text_files: `TEXT_SETTINGS` of a task over the user's own text files, else None.
@@ -164,7 +183,13 @@ class Manifest:
 
     def digest(self) -> str:
         """A short hash of everything that decides which examples are read."""
-        return digest({key: value for key, value in self.to_json().items() if key not in ("versions", "features", "text_files")})
+        return digest(
+            {
+                key: value
+                for key, value in self.to_json().items()
+                if key not in ("versions", "features", "text_files")
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""
@@ -214,17 +239,28 @@ class CachedTask:
         try:
             fields = json.loads(path.read_text())
             if fields.get("format") != FORMAT:
-                raise ValueError(f"it has format {fields.get('format')!r}, this version reads {FORMAT}")
+                raise ValueError(
+                    f"it has format {fields.get('format')!r}, this version reads {FORMAT}"
+                )
             manifest = Manifest.from_json(fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the cached task's manifest {path} cannot be read ({error}): {remedy}") from error
+            raise ValueError(
+                f"the cached task's manifest {path} cannot be read ({error}): {remedy}"
+            ) from error
         for split in manifest.splits.values():
             for entry in (*split.files, split.index):
                 file = folder / entry.name
                 size = file.stat().st_size if file.exists() else None
                 if size != entry.bytes:
-                    found = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
-                    raise ValueError(f"the cached task '{manifest.task}' is damaged: {file} {found}. To make it again: {remedy}")
+                    found = (
+                        "is missing"
+                        if size is None
+                        else f"has {size:,} bytes instead of {entry.bytes:,}"
+                    )
+                    raise ValueError(
+                        f"the cached task '{manifest.task}' is damaged: {file} {found}. To make it"
+                        f" again: {remedy}"
+                    )
         return cls(folder, manifest)
 
     def verify(self, *, remedy: str) -> None:

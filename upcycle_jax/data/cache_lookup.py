@@ -1,4 +1,6 @@
-"""Finds the caches that a configuration with `use_cached` means, and says how to make them where they are not. No TensorFlow."""
+"""Finds the caches that a configuration with `use_cached` means, and says how to make them where
+they are not. No TensorFlow.
+"""
 
 import dataclasses
 import json
@@ -8,7 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle_jax.data import settings
-from upcycle_jax.data.cache_format import MANIFEST, MIXTURE, SEQIO_COMPLETED, TEXT_SETTINGS, CachedTask, find_folder, sha256_of_file
+from upcycle_jax.data.cache_format import (
+    MANIFEST,
+    MIXTURE,
+    SEQIO_COMPLETED,
+    TEXT_SETTINGS,
+    CachedTask,
+    find_folder,
+    sha256_of_file,
+)
 from upcycle_jax.data.dataset import DatasetConfig
 
 _DEFAULT_FOLDER = "cache"
@@ -40,7 +50,9 @@ class CachedMixture:
 
 
 def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: bool = False) -> str:
-    """The shell command that caches what the configuration reads; with its lengths for tasks whose cache serves one choice of them."""
+    """The shell command that caches what the configuration reads; with its lengths for tasks whose
+    cache serves one choice of them.
+    """
     folders = settings.current().cache_dirs
     words = ["python", "-m", "upcycle_jax.cache_tasks", f"--tasks={config.mixture_or_task_name}"]
     words.append(f"--output_cache_dir={folders[0] if folders else _DEFAULT_FOLDER}")
@@ -48,7 +60,9 @@ def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: boo
     words += [f"--module_import={module}" for module in modules]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     bound = ["text_files", "vocabulary", "extra_ids"]
-    bound += ["objective", "text_field", "validation_fraction"] if config.text_files is not None else []
+    bound += (
+        ["objective", "text_field", "validation_fraction"] if config.text_files is not None else []
+    )
     defaults["task_feature_lengths"] = dataclasses.MISSING
     bound += ["task_feature_lengths"] if with_lengths else []
     for name in bound:
@@ -61,11 +75,13 @@ def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: boo
 
 
 def find(config: DatasetConfig) -> CachedMixture | None:
-    """The caches of `python -m upcycle_jax.cache_tasks` that the configuration means; None where SeqIO's own cache is meant.
+    """The caches of `python -m upcycle_jax.cache_tasks` that the configuration means; None where
+    SeqIO's own cache is meant.
 
     Raises:
       FileNotFoundError: no cache; with the command that makes it.
-      ValueError: a cache that is damaged, or of another vocabulary, objective or lengths; with the command that makes it anew.
+      ValueError: a cache that is damaged, or of another vocabulary, objective or lengths; with the
+        command that makes it anew.
     """
     folders, name = settings.current().cache_dirs, config.mixture_or_task_name
     again = f"`{command(config, overwrite=True)}`"
@@ -77,10 +93,15 @@ def find(config: DatasetConfig) -> CachedMixture | None:
         if folder is None:
             if _seqio_has(config):
                 return None
-            where = ", ".join(folders) if folders else "no folder: name it with --seqio_additional_cache_dirs"
+            where = (
+                ", ".join(folders)
+                if folders
+                else "no folder: name it with --seqio_additional_cache_dirs"
+            )
             raise FileNotFoundError(
-                f"use_cached (USE_CACHED_TASKS) is set, but '{name}' is not cached (looked in {where}). Prepare it with "
-                f"`{command(config)}` and start with --seqio_additional_cache_dirs of the same folder"
+                f"use_cached (USE_CACHED_TASKS) is set, but '{name}' is not cached (looked in"
+                f" {where}). Prepare it with `{command(config)}` and start with"
+                " --seqio_additional_cache_dirs of the same folder"
             )
         tasks = _mixture_tasks(folder, folders, config)
     for task, _ in tasks:
@@ -88,7 +109,9 @@ def find(config: DatasetConfig) -> CachedMixture | None:
     return CachedMixture(name, tuple(tasks))
 
 
-def _mixture_tasks(folder: pathlib.Path, folders: tuple[str, ...], config: DatasetConfig) -> list[tuple[CachedTask, float]]:
+def _mixture_tasks(
+    folder: pathlib.Path, folders: tuple[str, ...], config: DatasetConfig
+) -> list[tuple[CachedTask, float]]:
     again = f"`{command(config, overwrite=True)}`"
     try:
         rates = json.loads((folder / MIXTURE).read_text())["tasks"]
@@ -106,7 +129,9 @@ def _mixture_tasks(folder: pathlib.Path, folders: tuple[str, ...], config: Datas
 
 
 def _seqio_has(config: DatasetConfig) -> bool:
-    """Whether every task of the mixture lies in a SeqIO cache. Asks the registry only where TensorFlow and SeqIO can be imported."""
+    """Whether every task of the mixture lies in a SeqIO cache. Asks the registry only where
+    TensorFlow and SeqIO can be imported.
+    """
     folders = settings.current().cache_dirs
     if find_folder(folders, config.mixture_or_task_name, SEQIO_COMPLETED) is not None:
         return True
@@ -124,13 +149,19 @@ def _check(config: DatasetConfig, task: CachedTask) -> None:
     missing = {"inputs", "targets"} - manifest.features.keys()
     if missing:
         problems.append(f"it has no feature {sorted(missing)} (only {sorted(manifest.features)})")
-    if manifest.feature_lengths is not None and dict(manifest.feature_lengths) != dict(config.task_feature_lengths):
+    if manifest.feature_lengths is not None and dict(manifest.feature_lengths) != dict(
+        config.task_feature_lengths
+    ):
         problems.append(
-            f"its examples were made for lengths {dict(manifest.feature_lengths)}, but task_feature_lengths is "
-            f"{dict(config.task_feature_lengths)}"
+            f"its examples were made for lengths {dict(manifest.feature_lengths)}, but"
+            f" task_feature_lengths is {dict(config.task_feature_lengths)}"
         )
     if config.vocabulary is not None or config.text_files is not None:
-        problems += [problem for name, feature in manifest.features.items() for problem in _other_vocabulary(config, name, feature)]
+        problems += [
+            problem
+            for name, feature in manifest.features.items()
+            for problem in _other_vocabulary(config, name, feature)
+        ]
     if config.text_files is not None:
         made = manifest.text_files or {}
         for name in TEXT_SETTINGS:
@@ -139,7 +170,8 @@ def _check(config: DatasetConfig, task: CachedTask) -> None:
     if problems:
         again = command(config, overwrite=True, with_lengths=manifest.feature_lengths is not None)
         raise ValueError(
-            f"the cached task '{manifest.task}' at {task.folder} does not fit: {'; '.join(problems)}. Cache it again: `{again}`"
+            f"the cached task '{manifest.task}' at {task.folder} does not fit:"
+            f" {'; '.join(problems)}. Cache it again: `{again}`"
         )
 
 
@@ -149,14 +181,25 @@ def _other_vocabulary(config: DatasetConfig, name: str, feature: Mapping[str, An
     problems = []
     if wanted == "bytes":
         if cached["kind"] != "ByteVocabulary":
-            problems.append(f"'{name}' was tokenised with {cached.get('path') or cached['kind']}, VOCABULARY is 'bytes'")
+            problems.append(
+                f"'{name}' was tokenised with {cached.get('path') or cached['kind']}, VOCABULARY is"
+                " 'bytes'"
+            )
     else:
         path = pathlib.Path(wanted)
-        same = cached.get("path") == wanted  # where the file is not on this machine, its name has to do
+        same = (
+            cached.get("path") == wanted
+        )  # where the file is not on this machine, its name has to do
         if path.is_file():
             same = cached.get("file_sha256") == sha256_of_file(path)
         if not same:
-            problems.append(f"'{name}' was tokenised with {cached.get('path') or cached['kind']}, VOCABULARY is {wanted!r}")
+            problems.append(
+                f"'{name}' was tokenised with {cached.get('path') or cached['kind']}, VOCABULARY is"
+                f" {wanted!r}"
+            )
     if not problems and cached.get("extra_ids") != config.extra_ids:
-        problems.append(f"'{name}' has {cached.get('extra_ids')} extra ids, DatasetConfig.extra_ids is {config.extra_ids}")
+        problems.append(
+            f"'{name}' has {cached.get('extra_ids')} extra ids, DatasetConfig.extra_ids is"
+            f" {config.extra_ids}"
+        )
     return problems

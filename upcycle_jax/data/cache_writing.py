@@ -1,6 +1,8 @@
-"""Writes a task's tokenised examples as ArrayRecord files that are read without TensorFlow (`cache_format` has the layout).
+"""Writes a task's tokenised examples as ArrayRecord files that are read without TensorFlow
+(`cache_format` has the layout).
 
-Work is done in parts, one file each, in a folder beside the final one; a killed run goes on after the last whole part.
+Work is done in parts, one file each, in a folder beside the final one; a killed run goes on after
+the last whole part.
 """
 
 import dataclasses
@@ -25,7 +27,9 @@ from upcycle_jax.data.dataset import DatasetConfig
 
 EXAMPLES_PER_PART = 50_000
 _MOST_PARTS = 1024
-_LONGEST_RECORD = 2**16  # tokens; a longer text is kept in several records, because a segment reads whole records
+_LONGEST_RECORD = (
+    2**16
+)  # tokens; a longer text is kept in several records, because a segment reads whole records
 _WRITER_OPTIONS = "group_size:1,zstd:3"  # groups of one: grain reads records in random order
 _REPORT_SECONDS = 10.0
 _PLAN = "plan.json"
@@ -42,7 +46,8 @@ class CacheOptions:
       splits: splits to cache, or None for all of the task.
       num_shards: files of each split, or None to choose; fewer where the source has fewer files.
       seed: of random steps before the place for caching.
-      sequence_length: lengths for tasks with steps that need them before they can be cached, or None.
+      sequence_length: lengths for tasks with steps that need them before they can be cached, or
+        None.
       overwrite: replace a cache, or an unfinished one, that was made from something else.
       verify: read every file of a cache that is there already and compare its sha256.
       report: takes lines of progress.
@@ -63,7 +68,8 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if "://" in os.fspath(self.output_cache_dir):
             raise ValueError(
-                f"output_cache_dir is {os.fspath(self.output_cache_dir)!r}: ArrayRecord files are written to local or mounted folders only"
+                f"output_cache_dir is {os.fspath(self.output_cache_dir)!r}: ArrayRecord files are"
+                " written to local or mounted folders only"
             )
 
     @property
@@ -123,11 +129,16 @@ def _plan(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> _Pl
     division = cached_steps.divide(task)
     if division.frozen and options.sequence_length is None:
         raise ValueError(
-            f"the task '{task.name}' cannot be cached before these steps: {', '.join(division.frozen)}. They may need lengths: give "
-            "--gin.DatasetConfig.task_feature_lengths=\"{'inputs': ..., 'targets': ...}\"; the cache then serves these lengths only"
+            f"the task '{task.name}' cannot be cached before these steps:"
+            f" {', '.join(division.frozen)}. They may need lengths: give"
+            " --gin.DatasetConfig.task_feature_lengths=\"{'inputs': ..., 'targets': ...}\"; the"
+            " cache then serves these lengths only"
         )
     lengths = dict(options.sequence_length) if division.frozen and options.sequence_length else None
-    parts = {str(split): _parts(task, split, options.num_shards) for split in sorted(options.splits or have)}
+    parts = {
+        str(split): _parts(task, split, options.num_shards)
+        for split in sorted(options.splits or have)
+    }
     features = {name: _feature(feature) for name, feature in task.output_features.items()}
     identity: dict[str, Any] = {
         "task": task.name,
@@ -135,7 +146,8 @@ def _plan(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> _Pl
         "steps": fingerprints.preprocessors(task),
         "frozen": list(division.frozen),
         "vocabularies": {
-            name: {key: value for key, value in feature["vocabulary"].items() if key != "path"} for name, feature in features.items()
+            name: {key: value for key, value in feature["vocabulary"].items() if key != "path"}
+            for name, feature in features.items()
         },
         "feature_lengths": lengths,
         "seed": options.seed,
@@ -154,7 +166,10 @@ def _examples(plan: _Plan, split: str, part: int, *, seed: int) -> Iterator[dict
         )  # fmt: skip
     else:
         given = shard if shard.num_shards > 1 else None
-        dataset = plan.task.preprocess_precache(plan.task.source.get_dataset(split, shuffle=False, seed=seed, shard_info=given), seed=seed)
+        dataset = plan.task.preprocess_precache(
+            plan.task.source.get_dataset(split, shuffle=False, seed=seed, shard_info=given),
+            seed=seed,
+        )
     for example in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
         if not plan.is_text:
             yield example
@@ -168,7 +183,11 @@ class _Progress:
     """Says now and then how far a split is, at what rate, and how long it will take."""
 
     def __init__(self, plan: _Plan, split: str, report: Report):
-        self._name, self._parts, self._report = f"{plan.task.name}, {split}", plan.parts[split], report
+        self._name, self._parts, self._report = (
+            f"{plan.task.name}, {split}",
+            plan.parts[split],
+            report,
+        )
         inputs = plan.task.source.num_input_examples(split)
         self._per_part = inputs / self._parts if inputs else None
         self._began = self._said = time.monotonic()
@@ -206,12 +225,17 @@ def _lengths(example: Mapping[str, Any], plan: _Plan) -> list[int]:
     for name in sorted(plan.features):
         tokens = example.get(name)
         if tokens is not None and np.ndim(tokens) != 1:
-            raise ValueError(f"the feature '{name}' of '{plan.task.name}' has shape {np.shape(tokens)}: only token sequences can be cached")
+            raise ValueError(
+                f"the feature '{name}' of '{plan.task.name}' has shape {np.shape(tokens)}: only"
+                " token sequences can be cached"
+            )
         out.append(0 if tokens is None else len(tokens))
     return out
 
 
-def _write_part(plan: _Plan, folder: pathlib.Path, split: str, part: int, *, seed: int, progress: _Progress) -> None:
+def _write_part(
+    plan: _Plan, folder: pathlib.Path, split: str, part: int, *, seed: int, progress: _Progress
+) -> None:
     """Writes one file and, last, the note that it is whole."""
     stem = f"{split}-{part:05}-of-{plan.parts[split]:05}"
     note = folder / f"{stem}.json"
@@ -229,8 +253,12 @@ def _write_part(plan: _Plan, folder: pathlib.Path, split: str, part: int, *, see
     finally:
         writer.close()
     os.replace(temporary, path)
-    np.save(folder / f"{stem}.lengths.npy", np.array(lengths, np.int64).reshape(-1, len(plan.features)))
-    entry = FileEntry(path.name, len(lengths), path.stat().st_size, cache_format.sha256_of_file(path))
+    np.save(
+        folder / f"{stem}.lengths.npy", np.array(lengths, np.int64).reshape(-1, len(plan.features))
+    )
+    entry = FileEntry(
+        path.name, len(lengths), path.stat().st_size, cache_format.sha256_of_file(path)
+    )
     cache_format.write_json(note, dataclasses.asdict(entry))
 
 
@@ -240,23 +268,37 @@ def _finish_split(plan: _Plan, folder: pathlib.Path, split: str) -> SplitEntry:
     files = [FileEntry(**json.loads((folder / f"{stem}.json").read_text())) for stem in stems]
     records = sum(file.records for file in files)
     if not records:
-        raise ValueError(f"the split '{split}' of '{plan.task.name}' has no example: leave it out with --splits, or give the task data")
+        raise ValueError(
+            f"the split '{split}' of '{plan.task.name}' has no example: leave it out with --splits,"
+            " or give the task data"
+        )
     path = folder / f"{split}.ends.npy"
-    ends = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(records, len(plan.features)))
+    ends = np.lib.format.open_memmap(
+        path, mode="w+", dtype=np.int64, shape=(records, len(plan.features))
+    )
     first, total = 0, np.zeros(len(plan.features), np.int64)
     for stem, file in zip(stems, files, strict=True):
         if file.records:
-            ends[first : first + file.records] = total + np.cumsum(np.load(folder / f"{stem}.lengths.npy"), axis=0)
+            ends[first : first + file.records] = total + np.cumsum(
+                np.load(folder / f"{stem}.lengths.npy"), axis=0
+            )
             first, total = first + file.records, ends[first + file.records - 1].copy()
     ends.flush()
     tokens = dict(zip(sorted(plan.features), total.tolist(), strict=True))
     index = FileEntry(path.name, 0, path.stat().st_size, cache_format.sha256_of_file(path))
-    return SplitEntry(records=records, tokens=tokens, files=tuple(file for file in files if file.records), index=index)
+    return SplitEntry(
+        records=records,
+        tokens=tokens,
+        files=tuple(file for file in files if file.records),
+        index=index,
+    )
 
 
 def _clear(folder: pathlib.Path, splits: Mapping[str, SplitEntry]) -> None:
     """Leaves only what the manifest names."""
-    kept = {entry.name for split in splits.values() for entry in (*split.files, split.index)} | {cache_format.MANIFEST}
+    kept = {entry.name for split in splits.values() for entry in (*split.files, split.index)} | {
+        cache_format.MANIFEST
+    }
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
@@ -271,11 +313,16 @@ def _existing(folder: pathlib.Path, plan: _Plan, *, overwrite: bool) -> CachedTa
     if not folder.exists():
         return None
     if not (folder / cache_format.MANIFEST).exists():
-        raise ValueError(f"{folder} is there and is no cache of this command (SeqIO's own?): choose another --output_cache_dir")
+        raise ValueError(
+            f"{folder} is there and is no cache of this command (SeqIO's own?): choose another"
+            " --output_cache_dir"
+        )
     if overwrite:
         return None
     found = CachedTask.open(folder, remedy="start again with --overwrite")
-    _same_identity(found.manifest.identity, plan, f"{folder} holds another cache of '{plan.task.name}'")
+    _same_identity(
+        found.manifest.identity, plan, f"{folder} holds another cache of '{plan.task.name}'"
+    )
     return found
 
 
@@ -283,27 +330,37 @@ def _same_identity(found: Mapping[str, Any], plan: _Plan, what: str) -> None:
     differences = fingerprints.differences(found, plan.identity)
     if differences:
         listed = "\n".join(f"  {difference}" for difference in differences)
-        raise ValueError(f"{what}:\n{listed}\nChoose another --output_cache_dir, or replace it with --overwrite")
+        raise ValueError(
+            f"{what}:\n{listed}\nChoose another --output_cache_dir, or replace it with --overwrite"
+        )
 
 
 def _working_folder(folder: pathlib.Path, plan: _Plan, *, overwrite: bool) -> pathlib.Path:
     """The folder of unfinished work, as it was left or new."""
     work = folder.with_name(folder.name + cache_format.UNFINISHED)
     note = work / _PLAN
-    if work.exists() and overwrite and (not note.exists() or json.loads(note.read_text()) != plan.identity):
+    if (
+        work.exists()
+        and overwrite
+        and (not note.exists() or json.loads(note.read_text()) != plan.identity)
+    ):
         shutil.rmtree(work)
     if note.exists():
-        _same_identity(json.loads(note.read_text()), plan, f"{work} is an unfinished cache of something else")
+        _same_identity(
+            json.loads(note.read_text()), plan, f"{work} is an unfinished cache of something else"
+        )
     work.mkdir(parents=True, exist_ok=True)
     cache_format.write_json(note, plan.identity)
     return work
 
 
 def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> CachedTask:
-    """Caches one task, or goes on where an earlier call stopped. A finished cache of the same task is left as it is.
+    """Caches one task, or goes on where an earlier call stopped. A finished cache of the same task
+    is left as it is.
 
     Raises:
-      ValueError: the task has no such split or cannot be cached, or the folder holds something else, cannot be written to or is full.
+      ValueError: the task has no such split or cannot be cached, or the folder holds something
+        else, cannot be written to or is full.
     """
     plan = _plan(task, config, options)
     folder = options.folder / cache_format.folder_name(task.name)
@@ -311,10 +368,16 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
     if existing is not None:
         if options.verify:
             existing.verify(remedy="start again with --overwrite")
-        options.report(f"{task.name}: cached already at {folder}{', every file as it was written' if options.verify else ''}")
+        options.report(
+            f"{task.name}: cached already at"
+            f" {folder}{', every file as it was written' if options.verify else ''}"
+        )
         return existing
     if plan.division.frozen:
-        options.report(f"{task.name}: these steps run once and are the same in every epoch: {', '.join(plan.division.frozen)}")
+        options.report(
+            f"{task.name}: these steps run once and are the same in every epoch:"
+            f" {', '.join(plan.division.frozen)}"
+        )
     try:
         work = _working_folder(folder, plan, overwrite=options.overwrite)
         splits = {}
@@ -330,8 +393,15 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
             steps=plan.division.steps,
             feature_lengths=plan.sequence_length,
             splits=splits,
-            text_files={name: getattr(config, name) for name in TEXT_SETTINGS} if config.text_files is not None else None,
-            versions={name: importlib.metadata.version(name) for name in ("seqio", "tensorflow", "array_record")},
+            text_files=(
+                {name: getattr(config, name) for name in TEXT_SETTINGS}
+                if config.text_files is not None
+                else None
+            ),
+            versions={
+                name: importlib.metadata.version(name)
+                for name in ("seqio", "tensorflow", "array_record")
+            },
         )
         cache_format.write_json(work / cache_format.MANIFEST, manifest.to_json())
         _clear(work, splits)
@@ -343,13 +413,19 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: of the ArrayRecord writer
         raise ValueError(
-            f"the cache of '{task.name}' cannot be written below {options.output_cache_dir} ({error}): free space or choose another "
-            "--output_cache_dir; the same command goes on after the last whole part"
+            f"the cache of '{task.name}' cannot be written below {options.output_cache_dir}"
+            f" ({error}): free space or choose another --output_cache_dir; the same command goes on"
+            " after the last whole part"
         ) from error
     for split, entry in splits.items():
         size = sum(file.bytes for file in entry.files)
-        tokens = ", ".join(f"{count:,} tokens of {name}" for name, count in entry.tokens.items() if count)
-        options.report(f"{task.name}, {split}: {entry.records:,} examples, {tokens}, {size / 2**20:,.1f} MiB in {len(entry.files)} files")
+        tokens = ", ".join(
+            f"{count:,} tokens of {name}" for name, count in entry.tokens.items() if count
+        )
+        options.report(
+            f"{task.name}, {split}: {entry.records:,} examples, {tokens}, {size / 2**20:,.1f} MiB"
+            f" in {len(entry.files)} files"
+        )
     return CachedTask(folder, manifest)
 
 
@@ -358,12 +434,16 @@ def _describe(task: seqio.Task, config: DatasetConfig, options: CacheOptions) ->
     later = [step["step"] for step in plan.division.steps]
     splits = ", ".join(f"{split} in {count} parts" for split, count in plan.parts.items())
     return (
-        f"{task.name}: {splits}; when it is read: {', '.join(later) or 'nothing'}; frozen: {', '.join(plan.division.frozen) or 'nothing'}"
+        f"{task.name}: {splits}; when it is read: {', '.join(later) or 'nothing'}; frozen:"
+        f" {', '.join(plan.division.frozen) or 'nothing'}"
     )
 
 
-def write_caches(config: DatasetConfig, options: CacheOptions, *, dry_run: bool = False) -> tuple[CachedTask, ...]:
-    """Caches every task that the configuration names; of a mixture its rates too. A dry run only reports what would be written.
+def write_caches(
+    config: DatasetConfig, options: CacheOptions, *, dry_run: bool = False
+) -> tuple[CachedTask, ...]:
+    """Caches every task that the configuration names; of a mixture its rates too. A dry run only
+    reports what would be written.
 
     Raises:
       ValueError: as `write_task`.
@@ -380,6 +460,8 @@ def write_caches(config: DatasetConfig, options: CacheOptions, *, dry_run: bool 
         folder = options.folder / cache_format.folder_name(provider.name)
         folder.mkdir(parents=True, exist_ok=True)
         rates = {task.name: float(provider.get_rate(task)) for task in tasks}
-        cache_format.write_json(folder / cache_format.MIXTURE, {"mixture": provider.name, "tasks": rates})
+        cache_format.write_json(
+            folder / cache_format.MIXTURE, {"mixture": provider.name, "tasks": rates}
+        )
         options.report(f"{provider.name}: a mixture of {len(rates)} cached tasks")
     return written

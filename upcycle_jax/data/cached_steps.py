@@ -1,4 +1,6 @@
-"""Which of a SeqIO task's steps run before its examples are cached, and what is left to do when they are read."""
+"""Which of a SeqIO task's steps run before its examples are cached, and what is left to do when
+they are read.
+"""
 
 import dataclasses
 import functools
@@ -10,8 +12,12 @@ import seqio
 from upcycle_jax.data import fingerprints, numpy_denoising, objectives
 from upcycle_jax.data.cached_views import APPEND_EOS, APPEND_EOS_AFTER_TRIM, DENOISE
 
-# T5's own function does what ours does (tests/data/test_denoising.py), but for documents above 65,536 tokens, which it cuts.
-_SPAN_CORRUPTION = ("upcycle_jax.data.objectives.span_corruption", "t5.data.preprocessors.span_corruption")
+# T5's own function does what ours does (tests/data/test_denoising.py), but for documents above
+# 65,536 tokens, which it cuts.
+_SPAN_CORRUPTION = (
+    "upcycle_jax.data.objectives.span_corruption",
+    "t5.data.preprocessors.span_corruption",
+)
 _IGNORED_KEYWORDS = frozenset({"documents_per_group", "merge_examples_to_reduce_padding"})
 
 
@@ -21,8 +27,9 @@ class Division:
 
     Attributes:
       steps: what is left to do when an example is read, as `cached_views` knows it.
-      frozen: steps after the place for caching that can only run in SeqIO: they run once, and their random choices are the same in every
-        epoch. Empty where all are known. With any, no step is left.
+      frozen: steps after the place for caching that can only run in SeqIO: they run once, and their
+        random choices are the same in every epoch. Empty where all are known. With any, no step is
+        left.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -46,7 +53,9 @@ def _ids(text: str, vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
     return tuple(vocabulary.encode(text)) if text else ()
 
 
-def _denoise(denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabulary) -> dict[str, Any] | None:
+def _denoise(
+    denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabulary
+) -> dict[str, Any] | None:
     described = []
     for denoiser in denoisers:
         if isinstance(denoiser, objectives.SpanDenoiser):
@@ -59,7 +68,9 @@ def _denoise(denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabul
             )
         elif isinstance(denoiser, objectives.PrefixDenoiser):
             noise = numpy_denoising.PrefixSplit(
-                prefix=denoiser.prefix, prefix_ids=_ids(denoiser.prefix, vocabulary), weight=denoiser.weight
+                prefix=denoiser.prefix,
+                prefix_ids=_ids(denoiser.prefix, vocabulary),
+                weight=denoiser.weight,
             )
         else:
             return None
@@ -68,15 +79,24 @@ def _denoise(denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabul
 
 
 def _known(step: Any, features: Mapping[str, seqio.Feature]) -> dict[str, Any] | None:
-    """A step after the place for caching as it is done when an example is read; None for one that is not known here."""
+    """A step after the place for caching as it is done when an example is read; None for one that
+    is not known here.
+    """
     function, keywords = _unwrapped(step)
-    keywords = {name: value for name, value in keywords.items() if name not in _IGNORED_KEYWORDS or not value}
+    keywords = {
+        name: value
+        for name, value in keywords.items()
+        if name not in _IGNORED_KEYWORDS or not value
+    }
     if function is seqio.preprocessors.append_eos and not keywords:
         return {"step": APPEND_EOS}
     if function is seqio.preprocessors.append_eos_after_trim and not keywords:
         return {"step": APPEND_EOS_AFTER_TRIM}
     vocabulary = features["targets"].vocabulary
-    if _place(function) in _SPAN_CORRUPTION and keywords.keys() <= {"noise_density", "mean_noise_span_length"}:
+    if _place(function) in _SPAN_CORRUPTION and keywords.keys() <= {
+        "noise_density",
+        "mean_noise_span_length",
+    }:
         return _denoise((objectives.SpanDenoiser(**keywords),), vocabulary)
     if function is objectives.prefix_lm and not keywords:
         return _denoise((objectives.PrefixDenoiser(),), vocabulary)
@@ -88,8 +108,14 @@ def _known(step: Any, features: Mapping[str, seqio.Feature]) -> dict[str, Any] |
 
 
 def divide(task: seqio.Task) -> Division:
-    """Divides a task's steps at its `CacheDatasetPlaceholder`; without one, nothing is left to do when an example is read."""
-    places = [number for number, step in enumerate(task.preprocessors) if isinstance(step, seqio.CacheDatasetPlaceholder)]
+    """Divides a task's steps at its `CacheDatasetPlaceholder`; without one, nothing is left to do
+    when an example is read.
+    """
+    places = [
+        number
+        for number, step in enumerate(task.preprocessors)
+        if isinstance(step, seqio.CacheDatasetPlaceholder)
+    ]
     if not places:
         return Division((), tuple(fingerprints.preprocessors(task)))
     after = task.preprocessors[places[0] + 1 :]
@@ -102,6 +128,11 @@ def divide(task: seqio.Task) -> Division:
 
 def vocabulary(vocab: seqio.Vocabulary) -> dict[str, Any]:
     """What a machine without SeqIO has to know of a vocabulary."""
-    described = {**fingerprints.vocabulary(vocab), "eos_id": vocab.eos_id, "unk_id": vocab.unk_id, "extra_ids": int(vocab.extra_ids)}
+    described = {
+        **fingerprints.vocabulary(vocab),
+        "eos_id": vocab.eos_id,
+        "unk_id": vocab.unk_id,
+        "extra_ids": int(vocab.extra_ids),
+    }
     path = getattr(vocab, "sentencepiece_model_file", None)
     return {**described, "path": str(path)} if path is not None else described

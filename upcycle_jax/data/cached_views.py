@@ -1,7 +1,9 @@
-"""The examples of one split of a cached task, by number: read, and finished as the task's last steps would. No TensorFlow.
+"""The examples of one split of a cached task, by number: read, and finished as the task's last
+steps would. No TensorFlow.
 
-A cache holds what a task's steps gave up to SeqIO's `CacheDatasetPlaceholder`: token sequences before anything that depends on lengths or
-is random. What comes after is done here, each time an example is read, so that every epoch has fresh noise.
+A cache holds what a task's steps gave up to SeqIO's `CacheDatasetPlaceholder`: token sequences
+before anything that depends on lengths or is random. What comes after is done here, each time an
+example is read, so that every epoch has fresh noise.
 
 Axis legend: R records, T tokens of the whole split, L tokens of a segment.
 """
@@ -53,7 +55,9 @@ class View(Protocol):
         ...
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
-        """Tokens of 'inputs' and 'targets', each int32 and no longer than asked; `key` is the seed of noise."""
+        """Tokens of 'inputs' and 'targets', each int32 and no longer than asked; `key` is the seed
+        of noise.
+        """
         ...
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
@@ -71,8 +75,9 @@ class _Records:
         self._dtypes = task.manifest.token_dtypes
         if len(self._source) != entry.records:
             raise ValueError(
-                f"the cached task '{task.manifest.task}' is damaged: split '{split}' has {len(self._source)} records instead of "
-                f"{entry.records}: make it again (python -m upcycle_jax.cache_tasks --overwrite)"
+                f"the cached task '{task.manifest.task}' is damaged: split '{split}' has"
+                f" {len(self._source)} records instead of {entry.records}: make it again (python -m"
+                " upcycle_jax.cache_tasks --overwrite)"
             )
         index = np.load(task.folder / entry.index.name, mmap_mode="r")
         self.ends = {name: index[:, column] for column, name in enumerate(sorted(self._dtypes))}
@@ -81,7 +86,9 @@ class _Records:
         return decode(self._source[number], token_dtypes=self._dtypes)
 
 
-def _finish(tokens: np.ndarray, steps: Sequence[Mapping[str, Any]], feature: Mapping[str, Any], length: int) -> np.ndarray:
+def _finish(
+    tokens: np.ndarray, steps: Sequence[Mapping[str, Any]], feature: Mapping[str, Any], length: int
+) -> np.ndarray:
     """EOS and trimming, as SeqIO's steps of these names do it."""
     for step in steps:
         if feature["add_eos"] and step["step"] in (APPEND_EOS, APPEND_EOS_AFTER_TRIM):
@@ -107,7 +114,9 @@ class ExampleView:
         return [{name: whole[name] for name in (INPUTS, TARGETS)} for whole in wholes]
 
     def whole(self, place: int) -> dict[str, Any]:
-        """An example with everything that the task keeps: its text before tokenizing, numbers for metrics."""
+        """An example with everything that the task keeps: its text before tokenizing, numbers for
+        metrics.
+        """
         example = self._records[place]
         for name, length in self._lengths.items():
             if name in example and name in self._features:
@@ -119,35 +128,57 @@ class ExampleView:
         for name in (INPUTS, TARGETS):
             ends = self._records.ends[name]
             before = np.where(places > 0, ends[np.maximum(places - 1, 0)], 0)
-            extra = sum(self._features[name]["add_eos"] for step in self._steps if step["step"] in (APPEND_EOS, APPEND_EOS_AFTER_TRIM))
+            extra = sum(
+                self._features[name]["add_eos"]
+                for step in self._steps
+                if step["step"] in (APPEND_EOS, APPEND_EOS_AFTER_TRIM)
+            )
             columns.append(np.minimum(ends[places] - before + extra, self._lengths[name]))
         return np.stack(columns, axis=1)
 
 
 class TextView:
-    """Segments of the split's whole text, the records' tokens one after another, each corrupted when it is read.
+    """Segments of the split's whole text, the records' tokens one after another, each corrupted
+    when it is read.
 
-    A segment has exactly the tokens that fill the model's inputs. In training the cuts lie elsewhere in each epoch, and what is left at
-    both ends, less than one round of the denoisers, is left out; in one pass for evaluation the cuts start with the text and the last,
-    shorter segment is given too. Where an objective has several denoisers they take turns along the text, so that together they see all
-    of it.
+    A segment has exactly the tokens that fill the model's inputs. In training the cuts lie
+    elsewhere in each epoch, and what is left at both ends, less than one round of the denoisers, is
+    left out; in one pass for evaluation the cuts start with the text and the last, shorter segment
+    is given too. Where an objective has several denoisers they take turns along the text, so that
+    together they see all of it.
     """
 
-    def __init__(self, task: CachedTask, split: str, sequence_length: Mapping[str, int], *, one_pass: bool, seed: int = 0):
+    def __init__(
+        self,
+        task: CachedTask,
+        split: str,
+        sequence_length: Mapping[str, int],
+        *,
+        one_pass: bool,
+        seed: int = 0,
+    ):
         self._records = _Records(task, split)
         self._features, self._lengths = task.manifest.features, dict(sequence_length)
         denoise, *self._steps = task.manifest.steps
-        self._denoisers = [numpy_denoising.from_json(described) for described in denoise["denoisers"]]
+        self._denoisers = [
+            numpy_denoising.from_json(described) for described in denoise["denoisers"]
+        ]
         vocabulary = self._features[TARGETS]["vocabulary"]
         self._first_sentinel = int(vocabulary["size"]) - 1
-        raw = [denoiser.raw_length(self._lengths, int(vocabulary["extra_ids"])) for denoiser in self._denoisers]
+        raw = [
+            denoiser.raw_length(self._lengths, int(vocabulary["extra_ids"]))
+            for denoiser in self._denoisers
+        ]
         self._turns = numpy_denoising.pattern(self._denoisers)
         self._edges = [0, *itertools.accumulate(raw[turn] for turn in self._turns)]
         self._ends = self._records.ends[TARGETS]
         self._total = int(self._ends[-1]) if len(self._ends) else 0
         self._seed = seed
         if self._total < 2:
-            raise ValueError(f"the cached task '{task.manifest.task}' has no text in the split '{split}': cache more text")
+            raise ValueError(
+                f"the cached task '{task.manifest.task}' has no text in the split '{split}': cache"
+                " more text"
+            )
         cycle = self._edges[-1]
         if one_pass or self._total < cycle:
             whole, rest = divmod(self._total, cycle)
@@ -164,9 +195,17 @@ class TextView:
     def _span(self, draw: Draw) -> tuple[int, int, int]:
         """(denoiser, first token, end) of a segment."""
         cycle, turn = divmod(draw.place, len(self._turns))
-        offset = int(draws.bits(self._seed, _OFFSET_DRAW, draw.epoch) % np.uint64(self._slack + 1)) if self._slack else 0
+        offset = (
+            int(draws.bits(self._seed, _OFFSET_DRAW, draw.epoch) % np.uint64(self._slack + 1))
+            if self._slack
+            else 0
+        )
         start = offset + cycle * self._edges[-1]
-        return self._turns[turn], start + self._edges[turn], min(start + self._edges[turn + 1], self._total)
+        return (
+            self._turns[turn],
+            start + self._edges[turn],
+            min(start + self._edges[turn + 1], self._total),
+        )
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         """int32 `[stop - start]` of the whole text."""
@@ -190,7 +229,9 @@ class TextView:
         for (denoiser, _), rows in alike.items():
             tokens = np.stack([self._tokens(*spans[row][1:]) for row in rows])
             keys = draws.bits(key, np.array([drawn[row].number for row in rows]))
-            pairs = self._denoisers[denoiser].corrupt(tokens, keys, sequence_length=self._lengths, first_sentinel=self._first_sentinel)
+            pairs = self._denoisers[denoiser].corrupt(
+                tokens, keys, sequence_length=self._lengths, first_sentinel=self._first_sentinel
+            )
             for row, inputs, targets in zip(rows, *pairs, strict=True):
                 out[row] = {
                     name: _finish(value, self._steps, self._features[name], self._lengths[name])
@@ -207,7 +248,12 @@ class TextView:
 
 
 def open_view(
-    task: CachedTask, split: str, sequence_length: Mapping[str, int], *, one_pass: bool = False, seed: int = 0
+    task: CachedTask,
+    split: str,
+    sequence_length: Mapping[str, int],
+    *,
+    one_pass: bool = False,
+    seed: int = 0,
 ) -> ExampleView | TextView:
     """The examples of a split.
 

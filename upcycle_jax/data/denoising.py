@@ -1,8 +1,9 @@
 """Tensor operations of span corruption, on many segments of one length at a time.
 
-All full segments of a group have the same number of noise spans, so one batched operation corrupts them together. Per segment the
-result is T5's (Raffel et al. 2020, section 3.1.4): the same counts of noise tokens and spans, every division into spans equally
-likely, sentinels counted down from the end of the vocabulary.
+All full segments of a group have the same number of noise spans, so one batched operation corrupts
+them together. Per segment the result is T5's (Raffel et al. 2020, section 3.1.4): the same counts
+of noise tokens and spans, every division into spans equally likely, sentinels counted down from the
+end of the vocabulary.
 
 Axis legend: N segments, L tokens of a segment, P spans.
 """
@@ -10,7 +11,9 @@ Axis legend: N segments, L tokens of a segment, P spans.
 import tensorflow as tf
 
 
-def random_partition(rows: tf.Tensor | int, total: tf.Tensor, parts: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:
+def random_partition(
+    rows: tf.Tensor | int, total: tf.Tensor, parts: tf.Tensor, *, seed: tf.Tensor
+) -> tf.Tensor:
     """Divides `total` items into `parts` non-empty parts, every division equally likely.
 
     Returns:
@@ -25,9 +28,16 @@ def random_partition(rows: tf.Tensor | int, total: tf.Tensor, parts: tf.Tensor, 
 
 
 def noise_mask(
-    rows: tf.Tensor | int, length: tf.Tensor, *, noise_density: float, mean_noise_span_length: float, seed: tf.Tensor
+    rows: tf.Tensor | int,
+    length: tf.Tensor,
+    *,
+    noise_density: float,
+    mean_noise_span_length: float,
+    seed: tf.Tensor,
 ) -> tf.Tensor:
-    """Which tokens are noise: bool `[rows, length]`. Every row starts with text and ends with noise."""
+    """Which tokens are noise: bool `[rows, length]`. Every row starts with text and ends with
+    noise.
+    """
     counted = tf.maximum(length, 2)  # as noise.span_counts, on tensors
     noise_tokens = tf.cast(tf.round(tf.cast(counted, tf.float32) * noise_density), tf.int32)
     noise_tokens = tf.clip_by_value(noise_tokens, 1, counted - 1)
@@ -36,13 +46,16 @@ def noise_mask(
     seeds = tf.random.split(seed, 2)
     kept_lengths = random_partition(rows, counted - noise_tokens, spans, seed=seeds[0])
     noise_lengths = random_partition(rows, noise_tokens, spans, seed=seeds[1])
-    lengths = tf.reshape(tf.stack([kept_lengths, noise_lengths], axis=-1), [-1])  # [N * P * 2]: text, noise, text, noise, ...
+    lengths = tf.reshape(
+        tf.stack([kept_lengths, noise_lengths], axis=-1), [-1]
+    )  # [N * P * 2]: text, noise, text, noise, ...
     is_noise = tf.tile(tf.constant([False, True]), [rows * spans])
     return tf.reshape(tf.repeat(is_noise, lengths), [rows, counted])[:, :length]
 
 
 def replace_spans(tokens: tf.Tensor, hidden: tf.Tensor, *, first_sentinel: int) -> tf.Tensor:
-    """Replaces every run of hidden tokens by one sentinel: `first_sentinel` for the first run of a row, then counting down.
+    """Replaces every run of hidden tokens by one sentinel: `first_sentinel` for the first run of a
+    row, then counting down.
 
     Args:
       tokens: int32 `[N, L]`.
@@ -58,4 +71,6 @@ def replace_spans(tokens: tf.Tensor, hidden: tf.Tensor, *, first_sentinel: int) 
     replaced = tf.where(opens, sentinels, tokens)
     visible = tf.boolean_mask(replaced, opens | ~hidden)
     rows = tf.shape(tokens)[0]
-    return tf.reshape(visible, [rows, tf.size(visible) // tf.maximum(rows, 1)])  # not -1: there may be no rows
+    return tf.reshape(
+        visible, [rows, tf.size(visible) // tf.maximum(rows, 1)]
+    )  # not -1: there may be no rows

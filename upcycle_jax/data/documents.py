@@ -1,4 +1,6 @@
-"""Text held in memory, divided into passages and into a training and a validation part. No TensorFlow."""
+"""Text held in memory, divided into passages and into a training and a validation part. No
+TensorFlow.
+"""
 
 import dataclasses
 import hashlib
@@ -17,7 +19,8 @@ _SENTENCE_ENDS = (". ", "! ", "? ", "; ")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and the key that decides its split: documents that share a key are never on both sides.
+    """One text and the key that decides its split: documents that share a key are never on both
+    sides.
 
     Attributes:
       text: Unicode text.
@@ -50,13 +53,21 @@ class Corpus:
             for passage in passages:
                 digest.update(len(passage).to_bytes(8, "little"))
                 digest.update(passage)
-            result[split] = {"passages": len(passages), "bytes": sum(map(len, passages)), "sha256": digest.hexdigest()}
+            result[split] = {
+                "passages": len(passages),
+                "bytes": sum(map(len, passages)),
+                "sha256": digest.hexdigest(),
+            }
         return result
 
 
 def _cut_point(text: str, start: int, limit: int) -> int:
-    """Where a passage that begins at `start` ends: after a blank line, a line, a sentence or a word, and no later than `limit`."""
-    least = start + (limit - start) // 2  # a passage of less than half the size is not worth a nicer end
+    """Where a passage that begins at `start` ends: after a blank line, a line, a sentence or a
+    word, and no later than `limit`.
+    """
+    least = (
+        start + (limit - start) // 2
+    )  # a passage of less than half the size is not worth a nicer end
     for mark in ("\n\n", "\n"):
         found = text.rfind(mark, least, limit)
         if found >= 0:
@@ -69,7 +80,8 @@ def _cut_point(text: str, start: int, limit: int) -> int:
 
 
 def split_passages(text: str, *, characters: int = PASSAGE_CHARACTERS) -> Iterator[str]:
-    """Cuts a text into passages of at most `characters`, at blank lines, line ends, sentence ends or spaces. Nothing is lost.
+    """Cuts a text into passages of at most `characters`, at blank lines, line ends, sentence ends
+    or spaces. Nothing is lost.
 
     >>> list(split_passages("one two. three four. five", characters=12))
     ['one two. ', 'three four. ', 'five']
@@ -84,11 +96,15 @@ def split_passages(text: str, *, characters: int = PASSAGE_CHARACTERS) -> Iterat
 
 
 def _hash(*parts: str) -> int:
-    return int.from_bytes(hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8], "little")
+    return int.from_bytes(
+        hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()[:8], "little"
+    )
 
 
 def is_held_out(key: str, fraction: float = VALIDATION_FRACTION) -> bool:
-    """Whether documents with this key belong to validation: the rule of `build_corpus`, for examples made of the same documents."""
+    """Whether documents with this key belong to validation: the rule of `build_corpus`, for
+    examples made of the same documents.
+    """
     return _hash(key) < fraction * 2.0**64
 
 
@@ -100,10 +116,12 @@ def build_corpus(
     validation_fraction: float = VALIDATION_FRACTION,
     characters: int = PASSAGE_CHARACTERS,
 ) -> Corpus:
-    """Cuts documents into passages and divides them by the hash of their key, or of the passage where there is no key.
+    """Cuts documents into passages and divides them by the hash of their key, or of the passage
+    where there is no key.
 
-    The order of passages within a split is that of a hash too: the same on every machine, and the first few evaluation batches are a
-    fair sample of the whole split. At least one key goes to each side. Equal passages are kept once, so that none is on both sides.
+    The order of passages within a split is that of a hash too: the same on every machine, and the
+    first few evaluation batches are a fair sample of the whole split. At least one key goes to each
+    side. Equal passages are kept once, so that none is on both sides.
 
     Raises:
       ValueError: there is no text, or only one passage.
@@ -119,7 +137,10 @@ def build_corpus(
     distinct = len({encoded for _, encoded in passages.values()})
     if len(keys) < 2 or distinct < 2:
         found = "one passage of text" if distinct else "no text"
-        raise ValueError(f"the domain '{name}' has {found}: training and validation need at least one document each, so give it more text")
+        raise ValueError(
+            f"the domain '{name}' has {found}: training and validation need at least one document"
+            " each, so give it more text"
+        )
     held_out = {key for key in keys if key < validation_fraction * 2.0**64} or {keys[0]}
     if len(held_out) == len(keys):
         held_out.discard(keys[-1])
@@ -131,5 +152,12 @@ def build_corpus(
         seen.add(encoded)
         splits[VALIDATION if key in held_out else TRAIN].append(encoded)
     if not all(splits.values()):
-        raise ValueError(f"the documents of the domain '{name}' repeat each other so much that one split is empty: give it more text")
-    return Corpus(name=name, splits={split: tuple(texts) for split, texts in splits.items()}, origin=dict(origin))
+        raise ValueError(
+            f"the documents of the domain '{name}' repeat each other so much that one split is"
+            " empty: give it more text"
+        )
+    return Corpus(
+        name=name,
+        splits={split: tuple(texts) for split, texts in splits.items()},
+        origin=dict(origin),
+    )

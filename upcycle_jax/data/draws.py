@@ -1,7 +1,9 @@
-"""Random numbers as a function of what they are for: (seed, counters) -> 64 bits. No state, no TensorFlow.
+"""Random numbers as a function of what they are for: (seed, counters) -> 64 bits. No state, no
+TensorFlow.
 
-Every draw of a cached stream is such a function of the seed and of the example's number, so any example can be made again by itself, on any
-process and in any order, and does not change with the version of a random generator.
+Every draw of a cached stream is such a function of the seed and of the example's number, so any
+example can be made again by itself, on any process and in any order, and does not change with the
+version of a random generator.
 """
 
 import zlib
@@ -14,7 +16,9 @@ _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit changes half of the output bits."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit changes half of the
+    output bits.
+    """
     values = (values ^ (values >> np.uint64(30))) * _FACTORS[0]
     values = (values ^ (values >> np.uint64(27))) * _FACTORS[1]
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,6 @@
-"""Small JSON-able descriptions of what a stream of batches is made of, and their comparison. No TensorFlow."""
+"""Small JSON-able descriptions of what a stream of batches is made of, and their comparison. No
+TensorFlow.
+"""
 
 import functools
 import hashlib
@@ -9,7 +11,9 @@ _INFORMATIVE = "versions"  # a newer library is told, not refused
 
 
 def source(data_source: Any) -> dict[str, Any]:
-    """A SeqIO source: its own fingerprint where it has one, else its kind and the data set's name."""
+    """A SeqIO source: its own fingerprint where it has one, else its kind and the data set's
+    name.
+    """
     if hasattr(data_source, "fingerprint"):
         return data_source.fingerprint()
     described: dict[str, Any] = {"kind": type(data_source).__name__}
@@ -24,7 +28,11 @@ def source(data_source: Any) -> dict[str, Any]:
 
 def _step(preprocessor: Any) -> str:
     if isinstance(preprocessor, functools.partial):
-        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(preprocessor.keywords.items()) if not callable(value))
+        settings = ", ".join(
+            f"{name}={value!r}"
+            for name, value in sorted(preprocessor.keywords.items())
+            if not callable(value)
+        )
         return f"{_step(preprocessor.func)}({settings})"
     return getattr(preprocessor, "__name__", type(preprocessor).__name__)
 
@@ -54,7 +62,9 @@ def differences(saved: Any, current: Any, *, path: str = "") -> list[str]:
         for name in sorted(saved.keys() | current.keys()):
             if not path and name == _INFORMATIVE:
                 continue
-            found += differences(saved.get(name), current.get(name), path=f"{path}/{name}" if path else name)
+            found += differences(
+                saved.get(name), current.get(name), path=f"{path}/{name}" if path else name
+            )
         return found
     if isinstance(saved, tuple):
         saved = list(saved)

@@ -1,4 +1,5 @@
-"""Arithmetic of span corruption: how many tokens become noise, in how many spans, and how long the results are.
+"""Arithmetic of span corruption: how many tokens become noise, in how many spans, and how long the
+results are.
 
 Integers only, no TensorFlow: a configuration can be checked before anything heavy is imported.
 """
@@ -31,7 +32,9 @@ class SpanCounts:
 
 @dataclasses.dataclass(frozen=True)
 class SpanLengths:
-    """Lengths that fill a model's inputs without padding: `raw` tokens of text become `inputs` and `targets` tokens."""
+    """Lengths that fill a model's inputs without padding: `raw` tokens of text become `inputs` and
+    `targets` tokens.
+    """
 
     raw: int
     inputs: int
@@ -39,28 +42,49 @@ class SpanLengths:
     spans: int
 
 
-def span_counts(length: int, *, noise_density: float = NOISE_DENSITY, mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH) -> SpanCounts:
-    """Divides `length` tokens into noise and text, as T5 does (Raffel et al. 2020, section 3.1.4; rounding in float32, half to even).
+def span_counts(
+    length: int,
+    *,
+    noise_density: float = NOISE_DENSITY,
+    mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
+) -> SpanCounts:
+    """Divides `length` tokens into noise and text, as T5 does (Raffel et al. 2020, section 3.1.4;
+    rounding in float32, half to even).
 
-    A run of one token is counted as if it had two, so that there is always something to keep and something to predict.
+    A run of one token is counted as if it had two, so that there is always something to keep and
+    something to predict.
 
     Raises:
       ValueError: a density outside (0, 1) or a mean span below one token.
     """
     if not 0.0 < noise_density < 1.0:
-        raise ValueError(f"noise_density is {noise_density}: it is a fraction of the tokens, so give a value above 0 and below 1")
+        raise ValueError(
+            f"noise_density is {noise_density}: it is a fraction of the tokens, so give a value"
+            " above 0 and below 1"
+        )
     if mean_noise_span_length < 1.0:
-        raise ValueError(f"mean_noise_span_length is {mean_noise_span_length}: a span has at least one token, so give 1 or more")
+        raise ValueError(
+            f"mean_noise_span_length is {mean_noise_span_length}: a span has at least one token, so"
+            " give 1 or more"
+        )
     counted = max(length, 2)
     noise = int(np.round(np.float32(counted) * np.float32(noise_density)))
     noise = min(max(noise, 1), counted - 1)
     spans = int(np.round(np.float32(noise) / np.float32(mean_noise_span_length)))
     spans = min(max(spans, 1), noise, counted - noise)
-    return SpanCounts(noise_tokens=noise, spans=spans, inputs=counted - noise + spans + 1, targets=noise + spans + 1)
+    return SpanCounts(
+        noise_tokens=noise,
+        spans=spans,
+        inputs=counted - noise + spans + 1,
+        targets=noise + spans + 1,
+    )
 
 
 def span_lengths(
-    inputs_length: int, *, noise_density: float = NOISE_DENSITY, mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH
+    inputs_length: int,
+    *,
+    noise_density: float = NOISE_DENSITY,
+    mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
 ) -> SpanLengths:
     """The longest run of text whose corrupted form fits `inputs_length` tokens, EOS included.
 
@@ -68,42 +92,61 @@ def span_lengths(
     SpanLengths(raw=568, inputs=512, targets=114, spans=28)
 
     Raises:
-      ValueError: `inputs_length` below 3 (one token, one sentinel, EOS), or a bad density or span length.
+      ValueError: `inputs_length` below 3 (one token, one sentinel, EOS), or a bad density or span
+        length.
     """
     if inputs_length < 3:
-        raise ValueError(f"task_feature_lengths['inputs'] is {inputs_length}: span corruption needs at least 3 (text, sentinel, EOS)")
+        raise ValueError(
+            f"task_feature_lengths['inputs'] is {inputs_length}: span corruption needs at least 3"
+            " (text, sentinel, EOS)"
+        )
     raw = max(inputs_length - 1, 2)
     density, mean = noise_density, mean_noise_span_length
-    while span_counts(raw + 1, noise_density=density, mean_noise_span_length=mean).inputs <= inputs_length:
+    while (
+        span_counts(raw + 1, noise_density=density, mean_noise_span_length=mean).inputs
+        <= inputs_length
+    ):
         raw += 1
     counts = span_counts(raw, noise_density=density, mean_noise_span_length=mean)
-    if density == 0.5 and counts.targets > counts.inputs:  # T5's adjustment: equal lengths for half and half
+    if (
+        density == 0.5 and counts.targets > counts.inputs
+    ):  # T5's adjustment: equal lengths for half and half
         raw -= 1
         counts = span_counts(raw, noise_density=density, mean_noise_span_length=mean)
     return SpanLengths(raw=raw, inputs=counts.inputs, targets=counts.targets, spans=counts.spans)
 
 
 def fitting_span_lengths(
-    sequence_length: Mapping[str, int], *, prefix_tokens: int, extra_ids: int, noise_density: float, mean_noise_span_length: float
+    sequence_length: Mapping[str, int],
+    *,
+    prefix_tokens: int,
+    extra_ids: int,
+    noise_density: float,
+    mean_noise_span_length: float,
 ) -> SpanLengths:
     """`span_lengths` of what the inputs leave beside a prefix.
 
     Raises:
-      ValueError: the targets do not fit, or the vocabulary has too few sentinels; both with what would.
+      ValueError: the targets do not fit, or the vocabulary has too few sentinels; both with what
+        would.
     """
     available = sequence_length["inputs"] - prefix_tokens
-    lengths = span_lengths(available, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length)
+    lengths = span_lengths(
+        available, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length
+    )
     if sequence_length["targets"] < lengths.targets:
         raise ValueError(
-            f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of inputs of "
-            f"{sequence_length['inputs']} tokens gives targets of {lengths.targets} tokens, but task_feature_lengths['targets'] is "
-            f"{sequence_length['targets']}: set it to {lengths.targets} or more, or shorten the inputs"
+            f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of"
+            f" inputs of {sequence_length['inputs']} tokens gives targets of {lengths.targets}"
+            f" tokens, but task_feature_lengths['targets'] is {sequence_length['targets']}: set it"
+            f" to {lengths.targets} or more, or shorten the inputs"
         )
     if lengths.spans > extra_ids:
         raise ValueError(
-            f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of inputs of "
-            f"{sequence_length['inputs']} tokens needs {lengths.spans} sentinels, but the vocabulary has {extra_ids} extra "
-            f"ids: make it with extra_ids={lengths.spans} or more, or shorten the inputs"
+            f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of"
+            f" inputs of {sequence_length['inputs']} tokens needs {lengths.spans} sentinels, but"
+            f" the vocabulary has {extra_ids} extra ids: make it with extra_ids={lengths.spans} or"
+            " more, or shorten the inputs"
         )
     return lengths
 
@@ -116,5 +159,8 @@ def fitting_prefix_length(sequence_length: Mapping[str, int], *, prefix_tokens: 
     """
     available = sequence_length["inputs"] - prefix_tokens
     if available < 2 or sequence_length["targets"] < 2:
-        raise ValueError(f"task_feature_lengths {dict(sequence_length)} leave a prefix language model no text: give 2 tokens or more")
+        raise ValueError(
+            f"task_feature_lengths {dict(sequence_length)} leave a prefix language model no text:"
+            " give 2 tokens or more"
+        )
     return available

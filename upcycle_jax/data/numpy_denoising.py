@@ -1,7 +1,8 @@
-"""The objectives of `objectives.py` in numpy, on many segments of one length at a time: what a cached task needs when it is read.
+"""The objectives of `objectives.py` in numpy, on many segments of one length at a time: what a
+cached task needs when it is read.
 
-Counts, divisions into spans and sentinels are those of `denoising.py`; the random numbers are other ones (`draws.py`), from the same
-distributions.
+Counts, divisions into spans and sentinels are those of `denoising.py`; the random numbers are other
+ones (`draws.py`), from the same distributions.
 
 Axis legend: N segments, L tokens of a segment, P spans.
 """
@@ -33,24 +34,37 @@ def random_partition(keys: np.ndarray, total: int, parts: int) -> np.ndarray:
     rows = len(keys)
     # Which of the total-1 gaps are cut: those with the parts-1 smallest random numbers.
     drawn = draws.bits(keys[:, None], np.arange(total - 1))
-    cuts = np.sort(np.argpartition(drawn, parts - 2, axis=1)[:, : parts - 1], axis=1) + 1 if parts > 1 else np.zeros((rows, 0), np.int64)
+    cuts = (
+        np.sort(np.argpartition(drawn, parts - 2, axis=1)[:, : parts - 1], axis=1) + 1
+        if parts > 1
+        else np.zeros((rows, 0), np.int64)
+    )
     edges = np.concatenate([np.zeros((rows, 1), np.int64), cuts, np.full((rows, 1), total)], axis=1)
     return np.diff(edges, axis=1)
 
 
-def noise_mask(keys: np.ndarray, length: int, *, noise_density: float, mean_noise_span_length: float) -> np.ndarray:
-    """Which tokens are noise: bool `[N, length]`. Every row starts with text and ends with noise."""
-    counts = noise.span_counts(length, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length)
+def noise_mask(
+    keys: np.ndarray, length: int, *, noise_density: float, mean_noise_span_length: float
+) -> np.ndarray:
+    """Which tokens are noise: bool `[N, length]`. Every row starts with text and ends with
+    noise.
+    """
+    counts = noise.span_counts(
+        length, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length
+    )
     counted, rows = max(length, 2), len(keys)
     kept = random_partition(draws.bits(keys, 0), counted - counts.noise_tokens, counts.spans)
     hidden = random_partition(draws.bits(keys, 1), counts.noise_tokens, counts.spans)
-    lengths = np.stack([kept, hidden], axis=-1).reshape(-1)  # [N * P * 2]: text, noise, text, noise, ...
+    lengths = np.stack([kept, hidden], axis=-1).reshape(
+        -1
+    )  # [N * P * 2]: text, noise, text, noise, ...
     is_noise = np.tile([False, True], rows * counts.spans)
     return np.repeat(is_noise, lengths).reshape(rows, counted)[:, :length]
 
 
 def replace_spans(tokens: np.ndarray, hidden: np.ndarray, *, first_sentinel: int) -> np.ndarray:
-    """Replaces every run of hidden tokens by one sentinel: `first_sentinel` for the first run of a row, then counting down.
+    """Replaces every run of hidden tokens by one sentinel: `first_sentinel` for the first run of a
+    row, then counting down.
 
     Args:
       tokens: int32 `[N, L]`.
@@ -103,11 +117,24 @@ class SpanNoise:
         return self.lengths(sequence_length, extra_ids).raw
 
     def result_lengths(self, length: int, sequence_length: Mapping[str, int]) -> tuple[int, int]:
-        """The most tokens of inputs and targets, EOS included, that `length` tokens of text become."""
-        counts = noise.span_counts(length, noise_density=self.noise_density, mean_noise_span_length=self.mean_noise_span_length)
+        """The most tokens of inputs and targets, EOS included, that `length` tokens of text
+        become.
+        """
+        counts = noise.span_counts(
+            length,
+            noise_density=self.noise_density,
+            mean_noise_span_length=self.mean_noise_span_length,
+        )
         return len(self.prefix_ids) + counts.inputs, counts.targets
 
-    def corrupt(self, tokens: np.ndarray, keys: np.ndarray, *, sequence_length: Mapping[str, int], first_sentinel: int) -> Rows:
+    def corrupt(
+        self,
+        tokens: np.ndarray,
+        keys: np.ndarray,
+        *,
+        sequence_length: Mapping[str, int],
+        first_sentinel: int,
+    ) -> Rows:
         """Examples of `tokens` int32 `[N, L]`, of which `keys` uint64 `[N]` fix the noise."""
         mask = noise_mask(
             keys, tokens.shape[1], noise_density=self.noise_density, mean_noise_span_length=self.mean_noise_span_length
@@ -119,7 +146,9 @@ class SpanNoise:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSplit:
-    """`objectives.PrefixDenoiser`, with what it needs of the vocabulary. Attributes as `SpanNoise`."""
+    """`objectives.PrefixDenoiser`, with what it needs of the vocabulary. Attributes as
+    `SpanNoise`.
+    """
 
     prefix: str = ""
     prefix_ids: tuple[int, ...] = ()
@@ -137,12 +166,24 @@ class PrefixSplit:
         """The most tokens of inputs and targets, EOS included; both at once do not occur."""
         return sequence_length["inputs"], sequence_length["targets"]
 
-    def corrupt(self, tokens: np.ndarray, keys: np.ndarray, *, sequence_length: Mapping[str, int], first_sentinel: int) -> Rows:
+    def corrupt(
+        self,
+        tokens: np.ndarray,
+        keys: np.ndarray,
+        *,
+        sequence_length: Mapping[str, int],
+        first_sentinel: int,
+    ) -> Rows:
         """Examples of `tokens` int32 `[N, L]`, of which `keys` uint64 `[N]` fix the division."""
         length = tokens.shape[1]
-        longest = min(max(length - 1, 1), sequence_length["targets"] - 1)  # each side keeps a place for its EOS
+        longest = min(
+            max(length - 1, 1), sequence_length["targets"] - 1
+        )  # each side keeps a place for its EOS
         starts = length - 1 - (draws.bits(keys, 0) % np.uint64(longest)).astype(np.int64)
-        inputs = [_prepend(row[None, :start], self.prefix_ids)[0] for row, start in zip(tokens, starts, strict=True)]
+        inputs = [
+            _prepend(row[None, :start], self.prefix_ids)[0]
+            for row, start in zip(tokens, starts, strict=True)
+        ]
         return inputs, [row[start:] for row, start in zip(tokens, starts, strict=True)]
 
 
@@ -153,7 +194,9 @@ _KINDS = {"span": SpanNoise, "prefix": PrefixSplit}
 def _prepend(tokens: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     if not ids:
         return tokens
-    return np.concatenate([np.broadcast_to(np.asarray(ids, np.int32), (len(tokens), len(ids))), tokens], axis=1)
+    return np.concatenate(
+        [np.broadcast_to(np.asarray(ids, np.int32), (len(tokens), len(ids))), tokens], axis=1
+    )
 
 
 def to_json(denoiser: Noise) -> dict[str, Any]:
@@ -176,7 +219,8 @@ def from_json(described: Mapping[str, Any]) -> Noise:
 
 
 def pattern(denoisers: Sequence[Noise]) -> tuple[int, ...]:
-    """The order in which consecutive segments get the denoisers, so that examples follow the weights; each occurs at least once.
+    """The order in which consecutive segments get the denoisers, so that examples follow the
+    weights; each occurs at least once.
 
     >>> pattern([SpanNoise(weight=2.0), SpanNoise(weight=1.0)])
     (0, 0, 1)

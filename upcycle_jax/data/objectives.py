@@ -1,7 +1,9 @@
-"""Pre-training objectives as SeqIO preprocessors: span corruption, prefix language modelling, and UL2's mixture of both.
+"""Pre-training objectives as SeqIO preprocessors: span corruption, prefix language modelling, and
+UL2's mixture of both.
 
-Each takes tokenised documents in `targets` and gives `inputs` and `targets` without EOS. Documents are joined in groups and cut into
-segments of exactly the length that fills a model's inputs; only the last segment of a group is shorter, as in T5.
+Each takes tokenised documents in `targets` and gives `inputs` and `targets` without EOS. Documents
+are joined in groups and cut into segments of exactly the length that fills a model's inputs; only
+the last segment of a group is shorter, as in T5.
 
 Axis legend: N segments, L tokens of a segment, I input tokens, T target tokens.
 """
@@ -46,7 +48,14 @@ class Denoiser(Protocol):
         """
         ...
 
-    def corrupt(self, tokens: tf.Tensor, seed: tf.Tensor, *, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> Rows:
+    def corrupt(
+        self,
+        tokens: tf.Tensor,
+        seed: tf.Tensor,
+        *,
+        sequence_length: Lengths,
+        vocabulary: seqio.Vocabulary,
+    ) -> Rows:
         """`inputs` int32 `[N, I]` and `targets` int32 `[N, T]` of `tokens` int32 `[N, L]`."""
         ...
 
@@ -65,7 +74,8 @@ class SpanDenoiser:
 
     Attributes:
       noise_density: fraction of tokens that leave.
-      mean_noise_span_length: tokens of a span. Longer spans, or more noise, come closer to writing a continuation.
+      mean_noise_span_length: tokens of a span. Longer spans, or more noise, come closer to writing
+        a continuation.
       prefix: text before the inputs that names the mode (UL2's "[NLU] ").
       weight: relative number of examples in a mixture.
     """
@@ -86,10 +96,21 @@ class SpanDenoiser:
         )
         return lengths.raw
 
-    def corrupt(self, tokens: tf.Tensor, seed: tf.Tensor, *, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> Rows:
+    def corrupt(
+        self,
+        tokens: tf.Tensor,
+        seed: tf.Tensor,
+        *,
+        sequence_length: Lengths,
+        vocabulary: seqio.Vocabulary,
+    ) -> Rows:
         shape = tf.shape(tokens)
         mask = denoising.noise_mask(
-            shape[0], shape[1], noise_density=self.noise_density, mean_noise_span_length=self.mean_noise_span_length, seed=seed
+            shape[0],
+            shape[1],
+            noise_density=self.noise_density,
+            mean_noise_span_length=self.mean_noise_span_length,
+            seed=seed,
         )
         first_sentinel = vocabulary.vocab_size - 1
         inputs = denoising.replace_spans(tokens, mask, first_sentinel=first_sentinel)
@@ -99,9 +120,11 @@ class SpanDenoiser:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixDenoiser:
-    """The end of a segment, of random length, is the target; what comes before it the input (prefix language modelling).
+    """The end of a segment, of random length, is the target; what comes before it the input (prefix
+    language modelling).
 
-    Segments have as many tokens as the inputs may have; the end has 1 token to as many as the targets may have, each equally likely.
+    Segments have as many tokens as the inputs may have; the end has 1 token to as many as the
+    targets may have, each equally likely.
 
     Attributes:
       prefix: text before the inputs that names the mode (UL2's "[S2S] ").
@@ -113,25 +136,51 @@ class PrefixDenoiser:
     pads = True
 
     def raw_length(self, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> int:
-        return noise.fitting_prefix_length(sequence_length, prefix_tokens=len(vocabulary.encode(self.prefix)))
+        return noise.fitting_prefix_length(
+            sequence_length, prefix_tokens=len(vocabulary.encode(self.prefix))
+        )
 
-    def corrupt(self, tokens: tf.Tensor, seed: tf.Tensor, *, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> Rows:
+    def corrupt(
+        self,
+        tokens: tf.Tensor,
+        seed: tf.Tensor,
+        *,
+        sequence_length: Lengths,
+        vocabulary: seqio.Vocabulary,
+    ) -> Rows:
         rows, length = tf.unstack(tf.shape(tokens))
-        longest = tf.clip_by_value(length - 1, 1, sequence_length["targets"] - 1)  # each side keeps a place for its EOS
-        ends = tf.random.stateless_uniform([rows, 1], seed=seed, minval=1, maxval=longest + 1, dtype=tf.int32)
+        longest = tf.clip_by_value(
+            length - 1, 1, sequence_length["targets"] - 1
+        )  # each side keeps a place for its EOS
+        ends = tf.random.stateless_uniform(
+            [rows, 1], seed=seed, minval=1, maxval=longest + 1, dtype=tf.int32
+        )
         is_input = tf.range(length)[tf.newaxis] < length - ends
         zeros = tf.zeros_like(tokens)
         inputs = tf.where(is_input, tokens, zeros)
-        return {"inputs": _prepend(inputs, self.prefix, vocabulary), "targets": tf.where(is_input, zeros, tokens)}
+        return {
+            "inputs": _prepend(inputs, self.prefix, vocabulary),
+            "targets": tf.where(is_input, zeros, tokens),
+        }
 
 
 def concatenate(dataset: tf.data.Dataset, *, documents: int) -> tf.data.Dataset:
-    """Joins every `documents` token sequences into one, so that segments of equal length can be cut without padding."""
+    """Joins every `documents` token sequences into one, so that segments of equal length can be cut
+    without padding.
+    """
     tokens = dataset.map(lambda example: tf.cast(example["targets"], tf.int32))
-    return tokens.ragged_batch(documents).map(lambda ragged: ragged.flat_values, num_parallel_calls=tf.data.AUTOTUNE)
+    return tokens.ragged_batch(documents).map(
+        lambda ragged: ragged.flat_values, num_parallel_calls=tf.data.AUTOTUNE
+    )
 
 
-def _cut(tokens: tf.Tensor, seed: tf.Tensor, *, length: int, corrupt: Callable[[tf.Tensor, tf.Tensor], Rows]) -> dict[str, Rows]:
+def _cut(
+    tokens: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    length: int,
+    corrupt: Callable[[tf.Tensor, tf.Tensor], Rows],
+) -> dict[str, Rows]:
     """Corrupts all segments of `length` tokens, and the shorter rest."""
     full = tf.size(tokens) // length
     rest = tokens[full * length :]
@@ -154,21 +203,28 @@ def denoise(
     denoisers: Sequence[Denoiser],
     documents_per_group: int = DOCUMENTS_PER_GROUP,
 ) -> tf.data.Dataset:
-    """Corrupts each group of documents by one of the denoisers, drawn so that examples (not tokens) follow the weights.
+    """Corrupts each group of documents by one of the denoisers, drawn so that examples (not tokens)
+    follow the weights.
 
-    Unlike T5, a document of more than 65,536 tokens is used whole, not one random chunk of it per epoch.
+    Unlike T5, a document of more than 65,536 tokens is used whole, not one random chunk of it per
+    epoch.
 
     Raises:
       ValueError: the lengths or the vocabulary do not suit a denoiser.
     """
     vocabulary = output_features["targets"].vocabulary
     raw = [denoiser.raw_length(sequence_length, vocabulary) for denoiser in denoisers]
-    shares = [math.log(denoiser.weight * length) for denoiser, length in zip(denoisers, raw, strict=True)]
+    shares = [
+        math.log(denoiser.weight * length) for denoiser, length in zip(denoisers, raw, strict=True)
+    ]
 
     def cutter(denoiser, length):
-        # Traced once for the full rows and the rest; nothing here needs AutoGraph, whose conversion takes most of the start-up time.
+        # Traced once for the full rows and the rest; nothing here needs AutoGraph, whose conversion
+        # takes most of the start-up time.
         corrupt = tf.function(
-            lambda tokens, seed: denoiser.corrupt(tokens, seed, sequence_length=sequence_length, vocabulary=vocabulary),
+            lambda tokens, seed: denoiser.corrupt(
+                tokens, seed, sequence_length=sequence_length, vocabulary=vocabulary
+            ),
             autograph=False,
             input_signature=[tf.TensorSpec([None, None], tf.int32), tf.TensorSpec([2], tf.int64)],
         )
@@ -184,18 +240,26 @@ def denoise(
             return cutters[0](tokens, seed)
         seeds = tf.random.split(seed, 2)
         drawn = tf.random.stateless_categorical([shares], 1, seed=seeds[0], dtype=tf.int32)[0, 0]
-        return tf.switch_case(drawn, [functools.partial(cutter, tokens, seeds[1]) for cutter in cutters])
+        return tf.switch_case(
+            drawn, [functools.partial(cutter, tokens, seeds[1]) for cutter in cutters]
+        )
 
     @tf.autograph.experimental.do_not_convert
     def emit(group):
-        return tf.data.Dataset.from_tensor_slices(group["full"]).concatenate(tf.data.Dataset.from_tensor_slices(group["rest"]))
+        return tf.data.Dataset.from_tensor_slices(group["full"]).concatenate(
+            tf.data.Dataset.from_tensor_slices(group["rest"])
+        )
 
     @tf.autograph.experimental.do_not_convert
     def strip(example):
         return {name: tf.boolean_mask(tokens, tokens > 0) for name, tokens in example.items()}
 
     segments = cut(concatenate(dataset, documents=documents_per_group)).flat_map(emit)
-    return segments.map(strip, num_parallel_calls=tf.data.AUTOTUNE) if any(denoiser.pads for denoiser in denoisers) else segments
+    return (
+        segments.map(strip, num_parallel_calls=tf.data.AUTOTUNE)
+        if any(denoiser.pads for denoiser in denoisers)
+        else segments
+    )
 
 
 def span_corruption(
@@ -213,10 +277,18 @@ def span_corruption(
       ValueError: the targets do not fit `sequence_length`, or the vocabulary has too few sentinels.
     """
     denoisers = (SpanDenoiser(noise_density, mean_noise_span_length),)
-    return denoise(dataset, sequence_length, output_features, denoisers=denoisers, documents_per_group=documents_per_group)
+    return denoise(
+        dataset,
+        sequence_length,
+        output_features,
+        denoisers=denoisers,
+        documents_per_group=documents_per_group,
+    )
 
 
-def prefix_lm(dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features) -> tf.data.Dataset:
+def prefix_lm(
+    dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+) -> tf.data.Dataset:
     """Prefix language modelling: continue a text.
 
     Raises:
@@ -234,11 +306,16 @@ UL2_DENOISERS: tuple[Denoiser, ...] = (
     SpanDenoiser(0.5, 64.0, "[NLG] "),
     PrefixDenoiser("[S2S] "),
 )
-"""Regular, extreme and sequential denoising in equal shares, each told by its mode's name (Tay et al. 2022, table 1)."""
+"""Regular, extreme and sequential denoising in equal shares, each told by its mode's name (Tay et
+al. 2022, table 1).
+"""
 
 
-def ul2(dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features) -> tf.data.Dataset:
-    """UL2's mixture of denoisers. At density 0.5 the targets are as long as the inputs, and 512 inputs need 127 sentinels.
+def ul2(
+    dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+) -> tf.data.Dataset:
+    """UL2's mixture of denoisers. At density 0.5 the targets are as long as the inputs, and 512
+    inputs need 127 sentinels.
 
     Raises:
       ValueError: the lengths or the vocabulary do not suit one of the denoisers.
@@ -248,5 +325,9 @@ def ul2(dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Fea
     )  # fmt: skip
 
 
-OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {"span_corruption": span_corruption, "prefix_lm": prefix_lm, "ul2": ul2}
+OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
+    "span_corruption": span_corruption,
+    "prefix_lm": prefix_lm,
+    "ul2": ul2,
+}
 """Preprocessors by the name that `DatasetConfig.objective` and the tasks use."""

@@ -1,4 +1,5 @@
-"""Several short examples in one row, with segment ids and positions; planned from lengths alone, so that any row can be found.
+"""Several short examples in one row, with segment ids and positions; planned from lengths alone, so
+that any row can be found.
 
 Axis legend: B rows, L tokens of a row.
 """
@@ -12,7 +13,9 @@ import numpy as np
 from upcycle_jax.data.dataset import HostBatch
 
 WINDOW = 4096
-"""Examples that are packed among themselves: a row never holds examples of two windows, so windows can be planned one by one."""
+"""Examples that are packed among themselves: a row never holds examples of two windows, so windows
+can be planned one by one.
+"""
 
 
 def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
@@ -29,7 +32,11 @@ def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     ends = np.concatenate([np.zeros((1, fitted.shape[1]), np.int64), np.cumsum(fitted, axis=0)])
     # From each example as a row's first: the first that does not fit any more.
     following = np.min(
-        [np.searchsorted(ends[:, column], ends[:-1, column] + room, side="right") - 1 for column, room in enumerate(capacity)], axis=0
+        [
+            np.searchsorted(ends[:, column], ends[:-1, column] + room, side="right") - 1
+            for column, room in enumerate(capacity)
+        ],
+        axis=0,
     )
     starts = [0]
     while starts[-1] < len(lengths):
@@ -49,7 +56,9 @@ class PackingPlan:
         self._lengths, self._capacity = lengths, tuple(capacity)
         self._lock = threading.Lock()
         self._first_window = 0
-        self._first_rows = [0]  # the first row of each window from `_first_window` on, and the row after the last known one
+        self._first_rows = [
+            0
+        ]  # the first row of each window from `_first_window` on, and the row after the last known one
         self._known: dict[int, np.ndarray] = {}
 
     def _starts(self, window: int) -> np.ndarray:
@@ -74,7 +83,9 @@ class PackingPlan:
             window = self._find(row)
             starts = self._starts(window)
             number = row - self._first_rows[window - self._first_window]
-            return range(window * WINDOW + int(starts[number]), window * WINDOW + int(starts[number + 1]))
+            return range(
+                window * WINDOW + int(starts[number]), window * WINDOW + int(starts[number + 1])
+            )
 
     def anchor(self, row: int) -> dict[str, int]:
         """What finds the row again at once: its window, and that window's first row."""
@@ -93,8 +104,12 @@ def _shifted(targets: np.ndarray) -> np.ndarray:
     return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
 
 
-def padded_rows(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], lengths: Sequence[int], rows: int) -> HostBatch:
-    """One example a row, zeros after it: the features of SeqIO's EncDecFeatureConverter, int32 `[B, L]`. Missing rows are zeros."""
+def padded_rows(
+    inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], lengths: Sequence[int], rows: int
+) -> HostBatch:
+    """One example a row, zeros after it: the features of SeqIO's EncDecFeatureConverter, int32 `[B,
+    L]`. Missing rows are zeros.
+    """
     filled = []
     for sequences, length in zip((inputs, targets), lengths, strict=True):
         out = np.zeros((rows, length), np.int32)
@@ -109,21 +124,37 @@ def padded_rows(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], len
     }
 
 
-def packed_rows(inputs: Sequence[Sequence[np.ndarray]], targets: Sequence[Sequence[np.ndarray]], lengths: Sequence[int]) -> HostBatch:
-    """Several examples a row: as `padded_rows`, with segment ids counted from 1 and positions counted from 0 in each example."""
+def packed_rows(
+    inputs: Sequence[Sequence[np.ndarray]],
+    targets: Sequence[Sequence[np.ndarray]],
+    lengths: Sequence[int],
+) -> HostBatch:
+    """Several examples a row: as `padded_rows`, with segment ids counted from 1 and positions
+    counted from 0 in each example.
+    """
     batch: HostBatch = {}
     for side, tokens_name, examples, length in (
         ("encoder", "encoder_input_tokens", inputs, lengths[0]),
         ("decoder", "decoder_target_tokens", targets, lengths[1]),
     ):
-        tokens, segments, positions = (np.zeros((len(examples), length), np.int32) for _ in range(3))
+        tokens, segments, positions = (
+            np.zeros((len(examples), length), np.int32) for _ in range(3)
+        )
         for row, sequences in enumerate(examples):
             place = 0
             for number, sequence in enumerate(sequences, start=1):
                 here = slice(place, place + len(sequence))
-                tokens[row, here], segments[row, here], positions[row, here] = sequence, number, np.arange(len(sequence))
+                tokens[row, here], segments[row, here], positions[row, here] = (
+                    sequence,
+                    number,
+                    np.arange(len(sequence)),
+                )
                 place += len(sequence)
-        batch |= {tokens_name: tokens, f"{side}_segment_ids": segments, f"{side}_positions": positions}
+        batch |= {
+            tokens_name: tokens,
+            f"{side}_segment_ids": segments,
+            f"{side}_positions": positions,
+        }
     shifted = _shifted(batch["decoder_target_tokens"])
     batch["decoder_input_tokens"] = np.where(batch["decoder_positions"] > 0, shifted, 0)
     batch["decoder_loss_weights"] = (batch["decoder_target_tokens"] > 0).astype(np.int32)

@@ -1,11 +1,13 @@
-"""What is put to a model besides an example as it stands: answers to choose from, and solved examples in front.
+"""What is put to a model besides an example as it stands: answers to choose from, and solved
+examples in front.
 
 Where the answers that a task allows come from (`options`), first that applies:
   1. what the caller gives, for all tasks or by task name;
-  2. the example's own feature `options`: a vector of strings that the task keeps beside `inputs` and `targets`, for tasks whose choices
-     differ from example to example;
-  3. the task's label classes: `label_classes` of its post-processor, `functools.partial(post_processor, label_classes=[...])`, as T5's
-     classification tasks have it (`t5.data.postprocessors.string_label_to_class_id`).
+  2. the example's own feature `options`: a vector of strings that the task keeps beside `inputs`
+     and `targets`, for tasks whose choices differ from example to example;
+  3. the task's label classes: `label_classes` of its post-processor,
+     `functools.partial(post_processor, label_classes=[...])`, as T5's classification tasks have it
+     (`t5.data.postprocessors.string_label_to_class_id`).
 """
 
 import dataclasses
@@ -32,8 +34,9 @@ OPTIONS, LABEL_CLASSES = "options", "label_classes"
 class FewShot:
     """Solved examples in front of each input.
 
-    The same ones, in the same order, stand before every input of a task: they are drawn once from the first `pool` examples of `split`,
-    by seed and task name. An input that has no room for all of them loses whole ones, the first ones first.
+    The same ones, in the same order, stand before every input of a task: they are drawn once from
+    the first `pool` examples of `split`, by seed and task name. An input that has no room for all
+    of them loses whole ones, the first ones first.
 
     Attributes:
       num_shots: k.
@@ -58,17 +61,27 @@ class FewShot:
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_shots, int) or self.num_shots < 1:
-            raise ValueError(f"FewShot.num_shots is {self.num_shots!r}: give at least 1, or set FEW_SHOT to None")
-        if self.pool < self.num_shots:
-            raise ValueError(f"FewShot.pool is {self.pool}, below num_shots {self.num_shots}: raise it")
-        if "{inputs}" not in self.template or "{targets}" not in self.template or "{inputs}" not in self.query:
             raise ValueError(
-                f"FewShot.template is {self.template!r} and .query {self.query!r}: the template needs {{inputs}} and {{targets}}, "
-                "the query {inputs}"
+                f"FewShot.num_shots is {self.num_shots!r}: give at least 1, or set FEW_SHOT to None"
+            )
+        if self.pool < self.num_shots:
+            raise ValueError(
+                f"FewShot.pool is {self.pool}, below num_shots {self.num_shots}: raise it"
+            )
+        if (
+            "{inputs}" not in self.template
+            or "{targets}" not in self.template
+            or "{inputs}" not in self.query
+        ):
+            raise ValueError(
+                f"FewShot.template is {self.template!r} and .query {self.query!r}: the template"
+                " needs {inputs} and {targets}, the query {inputs}"
             )
 
 
-def find_options(task: "seqio.Task", example: Mapping[str, Any], given: Options | None = None) -> Any:
+def find_options(
+    task: "seqio.Task", example: Mapping[str, Any], given: Options | None = None
+) -> Any:
     """The answers as they were given, or None where nothing says which they are."""
     found: Any = given.get(task.name) if isinstance(given, Mapping) else given
     if found is None:
@@ -78,7 +91,9 @@ def find_options(task: "seqio.Task", example: Mapping[str, Any], given: Options 
     return found
 
 
-def options(task: "seqio.Task", example: Mapping[str, Any], given: Options | None = None) -> tuple[str, ...]:
+def options(
+    task: "seqio.Task", example: Mapping[str, Any], given: Options | None = None
+) -> tuple[str, ...]:
     """The answers that an example allows, in order.
 
     Raises:
@@ -87,18 +102,27 @@ def options(task: "seqio.Task", example: Mapping[str, Any], given: Options | Non
     found = find_options(task, example, given)
     if found is None:
         raise ValueError(
-            f"the task '{task.name}' does not say which answers it allows: give them (RANK_OPTIONS = {{'{task.name}': ('yes', 'no')}}), "
-            f"keep a feature '{OPTIONS}' in its examples, or bind {LABEL_CLASSES} in its post-processor"
+            f"the task '{task.name}' does not say which answers it allows: give them (RANK_OPTIONS"
+            f" = {{'{task.name}': ('yes', 'no')}}), keep a feature '{OPTIONS}' in its examples, or"
+            f" bind {LABEL_CLASSES} in its post-processor"
         )
-    texts = tuple(text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in np.asarray(found, dtype=object).ravel())
+    texts = tuple(
+        text.decode("utf-8") if isinstance(text, bytes) else str(text)
+        for text in np.asarray(found, dtype=object).ravel()
+    )
     if len(texts) < 2 or len(set(texts)) < len(texts):
-        raise ValueError(f"the answers that the task '{task.name}' allows are {texts}: there must be at least two different ones")
+        raise ValueError(
+            f"the answers that the task '{task.name}' allows are {texts}: there must be at least"
+            " two different ones"
+        )
     return texts
 
 
 def tokens(feature: "seqio.Feature", text: str, *, ends: bool) -> np.ndarray:
     """Int32 ids of a text, with EOS where `ends`."""
-    end = [feature.vocabulary.eos_id if feature.vocabulary.eos_id is not None else 1] if ends else []
+    end = (
+        [feature.vocabulary.eos_id if feature.vocabulary.eos_id is not None else 1] if ends else []
+    )
     return np.asarray([*feature.vocabulary.encode(text), *end], np.int32)
 
 
@@ -120,18 +144,22 @@ class Shots:
         pool = list(itertools.islice(_texts(task, settings.split), settings.pool))
         if len(pool) < settings.num_shots:
             raise ValueError(
-                f"FewShot.num_shots is {settings.num_shots}, but the split '{settings.split}' of the task '{task.name}' has "
-                f"{len(pool)} examples"
+                f"FewShot.num_shots is {settings.num_shots}, but the split '{settings.split}' of"
+                f" the task '{task.name}' has {len(pool)} examples"
             )
-        # The task's name takes part, so that the tasks of a mixture draw independently, whatever their order.
+        # The task's name takes part, so that the tasks of a mixture draw independently, whatever
+        # their order.
         draw = np.random.default_rng((settings.seed, zlib.crc32(task.name.encode())))
         chosen = draw.choice(len(pool), settings.num_shots, replace=False)
-        self.texts = tuple(settings.template.format(inputs=pool[i][0], targets=pool[i][1]) for i in chosen)
+        self.texts = tuple(
+            settings.template.format(inputs=pool[i][0], targets=pool[i][1]) for i in chosen
+        )
 
     def before(self, text: str, *, ends: bool) -> tuple[np.ndarray, str, int]:
         """Tokens and text of an input with solved examples in front, and how many there are.
 
-        Without room for even one, the input stands alone, and batches cut it where it is too long, as they do without `FewShot`.
+        Without room for even one, the input stands alone, and batches cut it where it is too long,
+        as they do without `FewShot`.
         """
         query = self._settings.query.format(inputs=text)
         for dropped in range(len(self.texts) + 1):
@@ -148,8 +176,17 @@ def _texts(task: "seqio.Task", split: str) -> Iterator[tuple[str, str]]:
 
     splits = [str(name) for name in task.splits]
     if split not in splits:
-        raise ValueError(f"FewShot.split is {split!r}, but the task '{task.name}' has the splits {splits}")
-    dataset = task.get_dataset(sequence_length=None, split=split, use_cached=False, shuffle=False, num_epochs=1, try_in_mem_cache=False)
+        raise ValueError(
+            f"FewShot.split is {split!r}, but the task '{task.name}' has the splits {splits}"
+        )
+    dataset = task.get_dataset(
+        sequence_length=None,
+        split=split,
+        use_cached=False,
+        shuffle=False,
+        num_epochs=1,
+        try_in_mem_cache=False,
+    )
     for example in tfds.as_numpy(dataset):
         yield text_of(task, example, "inputs"), text_of(task, example, "targets")
 
@@ -160,4 +197,10 @@ def text_of(task: "seqio.Task", example: Mapping[str, Any], feature: str) -> str
     if isinstance(before, bytes | str):
         return before.decode("utf-8") if isinstance(before, bytes) else before
     vocabulary = task.output_features[feature].vocabulary
-    return vocabulary.decode([int(token) for token in np.trim_zeros(np.asarray(example[feature]), "b") if int(token) != vocabulary.eos_id])
+    return vocabulary.decode(
+        [
+            int(token)
+            for token in np.trim_zeros(np.asarray(example[feature]), "b")
+            if int(token) != vocabulary.eos_id
+        ]
+    )

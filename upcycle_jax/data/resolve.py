@@ -1,4 +1,6 @@
-"""From a `DatasetConfig` to the SeqIO task or mixture that it means: imports task modules, registers text files, replaces vocabularies."""
+"""From a `DatasetConfig` to the SeqIO task or mixture that it means: imports task modules,
+registers text files, replaces vocabularies.
+"""
 
 import dataclasses
 import difflib
@@ -21,7 +23,8 @@ def _import_task_module(name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise ValueError(
-                f"MIXTURE_OR_TASK_MODULE names {name!r}, which is not importable ({error}): install it, or add its folder to PYTHONPATH"
+                f"MIXTURE_OR_TASK_MODULE names {name!r}, which is not importable ({error}): install"
+                " it, or add its folder to PYTHONPATH"
             ) from error
         raise
 
@@ -34,7 +37,13 @@ def _shipped_module(name: str) -> str | None:
 
 def _known_names() -> list[str]:
     shipped = importlib.import_module(SHIPPED_TASKS).SHIPPED
-    return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names(), *(name for names in shipped.values() for name in names)})
+    return sorted(
+        {
+            *seqio.TaskRegistry.names(),
+            *seqio.MixtureRegistry.names(),
+            *(name for names in shipped.values() for name in names),
+        }
+    )
 
 
 def _registered(name: str) -> seqio.Task | seqio.Mixture | None:
@@ -51,7 +60,9 @@ def _apply_settings() -> None:
         seqio.set_tfds_data_dir_override(current.tfds_data_dir)
     if current.cache_dirs:
         known = seqio.get_global_cache_dirs()
-        seqio.add_global_cache_dirs([folder for folder in current.cache_dirs if folder not in known])
+        seqio.add_global_cache_dirs(
+            [folder for folder in current.cache_dirs if folder not in known]
+        )
 
 
 def task_or_mixture(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
@@ -64,8 +75,9 @@ def task_or_mixture(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
     _apply_settings()
     if config.use_cached and config.vocabulary is not None:
         raise ValueError(
-            "vocabulary is set with use_cached, and the cache is SeqIO's: its examples are tokenised with the task's own vocabulary, so "
-            "unset one of them (caches of `python -m upcycle_jax.cache_tasks` can have another one)"
+            "vocabulary is set with use_cached, and the cache is SeqIO's: its examples are"
+            " tokenised with the task's own vocabulary, so unset one of them (caches of `python -m"
+            " upcycle_jax.cache_tasks` can have another one)"
         )
     modules = (config.module,) if isinstance(config.module, str) else tuple(config.module or ())
     for task_module in modules:
@@ -80,48 +92,79 @@ def task_or_mixture(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
         provider = _registered(name)
     if provider is None:
         near = difflib.get_close_matches(name, _known_names(), n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(_known_names())}"
-        raise ValueError(f"no SeqIO task or mixture is named {name!r}: {hint} Set MIXTURE_OR_TASK_MODULE to the module that registers it")
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"known: {', '.join(_known_names())}"
+        )
+        raise ValueError(
+            f"no SeqIO task or mixture is named {name!r}: {hint} Set MIXTURE_OR_TASK_MODULE to the"
+            " module that registers it"
+        )
     if config.vocabulary is None:
         return provider
     return _with_vocabulary(provider, config.vocabulary, config.extra_ids)
 
 
-def _with_vocabulary(provider: seqio.Task | seqio.Mixture, vocabulary: str, extra_ids: int) -> seqio.Task | seqio.Mixture:
-    """The same tasks over another vocabulary, not registered: SeqIO's tokenizing steps read it from the task's features."""
+def _with_vocabulary(
+    provider: seqio.Task | seqio.Mixture, vocabulary: str, extra_ids: int
+) -> seqio.Task | seqio.Mixture:
+    """The same tasks over another vocabulary, not registered: SeqIO's tokenizing steps read it from
+    the task's features.
+    """
     pieces = sources.vocabulary_from(vocabulary, extra_ids=extra_ids)
 
     def replaced(task):
-        merged = {name: dataclasses.replace(feature, vocabulary=pieces) for name, feature in task.output_features.items()}
+        merged = {
+            name: dataclasses.replace(feature, vocabulary=pieces)
+            for name, feature in task.output_features.items()
+        }
         return task.replace(output_features=merged)
 
     if isinstance(provider, seqio.Task):
         return replaced(provider)
-    return seqio.Mixture(provider.name, [(replaced(task), provider.get_rate(task)) for task in provider.tasks])
+    return seqio.Mixture(
+        provider.name, [(replaced(task), provider.get_rate(task)) for task in provider.tasks]
+    )
 
 
 _definitions: dict[str, Any] = {}  # what each task name over text files was defined from
 
 
-def _text_file_tasks(config: DatasetConfig, domains: Mapping[str, Sequence[str]]) -> seqio.Task | seqio.Mixture:
-    """Registers one task per domain, and a mixture at equal rates where the domains have names. Repeating a definition is no error."""
+def _text_file_tasks(
+    config: DatasetConfig, domains: Mapping[str, Sequence[str]]
+) -> seqio.Task | seqio.Mixture:
+    """Registers one task per domain, and a mixture at equal rates where the domains have names.
+    Repeating a definition is no error.
+    """
     name = config.mixture_or_task_name
     vocabulary = config.vocabulary or sources.BYTES
     files = {domain: text_files.find_files(patterns) for domain, patterns in domains.items()}
-    definition = (files, config.objective, config.text_field, config.validation_fraction, vocabulary, config.extra_ids)
+    definition = (
+        files,
+        config.objective,
+        config.text_field,
+        config.validation_fraction,
+        vocabulary,
+        config.extra_ids,
+    )
     known = _registered(name)
     if known is not None:
         if _definitions.get(name) == definition:
             return known
         raise ValueError(
-            f"the name {name!r} is taken by another SeqIO task or mixture: choose another MIXTURE_OR_TASK_NAME for your text_files"
+            f"the name {name!r} is taken by another SeqIO task or mixture: choose another"
+            " MIXTURE_OR_TASK_NAME for your text_files"
         )
     pieces = sources.vocabulary_from(vocabulary, extra_ids=config.extra_ids)
     tasks = []
     for domain, paths in files.items():
         task_name = f"{name}_{domain}" if domain else name
         if _registered(task_name) is not None:
-            raise ValueError(f"the name {task_name!r} is taken by another SeqIO task: rename the domain {domain!r} or the mixture {name!r}")
+            raise ValueError(
+                f"the name {task_name!r} is taken by another SeqIO task: rename the domain"
+                f" {domain!r} or the mixture {name!r}"
+            )
         load = functools.partial(
             text_files.load_corpus,
             domain or name,
@@ -131,7 +174,9 @@ def _text_file_tasks(config: DatasetConfig, domains: Mapping[str, Sequence[str]]
         )
         source = sources.CorpusSource(load)
         _ = source.corpus  # bad files are found here, before anything is registered
-        tasks.append(sources.language_model_task(task_name, source, pieces, objective=config.objective))
+        tasks.append(
+            sources.language_model_task(task_name, source, pieces, objective=config.objective)
+        )
     for task in tasks:
         seqio.TaskRegistry.add_provider(task.name, task)
     _definitions[name] = definition
@@ -152,4 +197,7 @@ def task_names(config: DatasetConfig) -> tuple[str, ...]:
 
 def vocabularies(config: DatasetConfig) -> dict[str, seqio.Vocabulary]:
     """Vocabulary of each feature."""
-    return {name: feature.vocabulary for name, feature in task_or_mixture(config).output_features.items()}
+    return {
+        name: feature.vocabulary
+        for name, feature in task_or_mixture(config).output_features.items()
+    }

@@ -1,4 +1,6 @@
-"""Batches from SeqIO: the training stream that can be saved and found again, and repeatable evaluation passes."""
+"""Batches from SeqIO: the training stream that can be saved and found again, and repeatable
+evaluation passes.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +15,9 @@ from etils import epath
 from upcycle_jax.data import fingerprints, resolve, settings, stream
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
-_CACHED_EVAL_BYTES = 256 * 1024**2  # evaluation batches below this are kept in memory between passes
+_CACHED_EVAL_BYTES = (
+    256 * 1024**2
+)  # evaluation batches below this are kept in memory between passes
 _SEEK_REPORT_SECONDS = 10.0
 _PREFETCHED_BATCHES = 4
 
@@ -41,8 +45,9 @@ def _splits(task: seqio.Task) -> tuple[str, ...]:
         dataset = task.source.tfds_dataset
         folder = settings.current().tfds_data_dir or "~/tensorflow_datasets"
         raise ValueError(
-            f"the data of the task '{task.name}' (TFDS {dataset.name}) are not prepared in {folder}: prepare them with "
-            f"`tfds build {dataset.name} --data_dir={folder}`, or name the folder that has them with --tfds_data_dir"
+            f"the data of the task '{task.name}' (TFDS {dataset.name}) are not prepared in"
+            f" {folder}: prepare them with `tfds build {dataset.name} --data_dir={folder}`, or name"
+            " the folder that has them with --tfds_data_dir"
         ) from error
 
 
@@ -51,7 +56,9 @@ def _check_split(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> tuple[
     having = tuple(task for task in tasks if config.split in _splits(task))
     if not having:
         splits = sorted({str(split) for task in tasks for split in _splits(task)})
-        raise ValueError(f"'{config.mixture_or_task_name}' has no split '{config.split}': it has {splits}")
+        raise ValueError(
+            f"'{config.mixture_or_task_name}' has no split '{config.split}': it has {splits}"
+        )
     return having
 
 
@@ -67,7 +74,9 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def _train_dataset(config: DatasetConfig, *, seed: int, process_index: int, process_count: int) -> tf.data.Dataset:
+def _train_dataset(
+    config: DatasetConfig, *, seed: int, process_index: int, process_count: int
+) -> tf.data.Dataset:
     provider = resolve.task_or_mixture(config)
     examples = provider.get_dataset(
         sequence_length=dict(config.task_feature_lengths),
@@ -77,7 +86,8 @@ def _train_dataset(config: DatasetConfig, *, seed: int, process_index: int, proc
         seed=seed,
         shard_info=seqio.ShardInfo(index=process_index, num_shards=process_count),
         num_epochs=None,
-        try_in_mem_cache=False,  # tf.data's memory cache would be written whole into each checkpoint
+        # tf.data's memory cache would be written whole into each checkpoint
+        try_in_mem_cache=False,
     )
     dataset = _model_features(examples, config)
     dataset = dataset.batch(config.local_batch_size(process_count), drop_remainder=True)
@@ -87,9 +97,10 @@ def _train_dataset(config: DatasetConfig, *, seed: int, process_index: int, proc
 class SeqioBatchIterator(stream.Stream):
     """A `BatchIterator` over tf.data.
 
-    Its checkpoint is tf.data's own, which continues exactly and at once. Where that cannot serve (another number of processes, an
-    unreadable file), the stream starts anew and passes over the batches already taken; with the same number of processes that gives the
-    same continuation, only slower.
+    Its checkpoint is tf.data's own, which continues exactly and at once. Where that cannot serve
+    (another number of processes, an unreadable file), the stream starts anew and passes over the
+    batches already taken; with the same number of processes that gives the same continuation, only
+    slower.
     """
 
     def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
@@ -97,7 +108,12 @@ class SeqioBatchIterator(stream.Stream):
         self._open()
 
     def _open(self) -> None:
-        dataset = _train_dataset(self._config, seed=self._seed, process_index=self._process_index, process_count=self._process_count)
+        dataset = _train_dataset(
+            self._config,
+            seed=self._seed,
+            process_index=self._process_index,
+            process_count=self._process_count,
+        )
         self._iterator = iter(dataset)
         self._batches = 0
 
@@ -109,8 +125,9 @@ class SeqioBatchIterator(stream.Stream):
             batch = next(self._iterator)
         except StopIteration:
             raise ValueError(
-                f"'{self._config.mixture_or_task_name}' split '{self._config.split}' gives no example of the asked lengths "
-                f"{dict(self._config.task_feature_lengths)} to process {self._process_index}: give it more text or use fewer processes"
+                f"'{self._config.mixture_or_task_name}' split '{self._config.split}' gives no"
+                f" example of the asked lengths {dict(self._config.task_feature_lengths)} to"
+                f" process {self._process_index}: give it more text or use fewer processes"
             ) from None
         self._batches += 1
         return batch
@@ -120,10 +137,14 @@ class SeqioBatchIterator(stream.Stream):
         return fingerprint(self._config)
 
     def _tf_path(self, directory: epath.PathLike) -> str:
-        return str(epath.Path(directory) / f"train_ds-{self._process_index:03}-of-{self._process_count:03}")
+        return str(
+            epath.Path(directory) / f"train_ds-{self._process_index:03}-of-{self._process_count:03}"
+        )
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes this process's iterator and `position.json`, the same for all; checkpoints give each process a folder."""
+        """Writes this process's iterator and `position.json`, the same for all; checkpoints give
+        each process a folder.
+        """
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
         tf.train.Checkpoint(iterator=self._iterator).write(self._tf_path(directory))
         self._write_position(directory)
@@ -148,7 +169,12 @@ class SeqioBatchIterator(stream.Stream):
             tf.train.Checkpoint(iterator=self._iterator).read(path).assert_consumed()
             return True
         except Exception as error:  # tf.data raises many types here, and each has the same remedy
-            logging.warning("The tf.data iterator at %s cannot be restored (%s). Passing over the batches taken instead.", path, error)
+            logging.warning(
+                "The tf.data iterator at %s cannot be restored (%s). Passing over the batches taken"
+                " instead.",
+                path,
+                error,
+            )
             return False
 
     def _move(self, num_batches: int) -> None:
@@ -162,7 +188,9 @@ class SeqioBatchIterator(stream.Stream):
                 logging.info("Passing over batches of data: %d of %d", self._batches, num_batches)
 
 
-def train_iterator(config: DatasetConfig, *, process_index: int, process_count: int) -> SeqioBatchIterator:
+def train_iterator(
+    config: DatasetConfig, *, process_index: int, process_count: int
+) -> SeqioBatchIterator:
     """See `DatasetConfig.train_iterator`."""
     _keep_off_accelerators()
     _check_split(config, resolve.tasks(config))
@@ -187,13 +215,18 @@ def _eval_dataset(task: seqio.Task, config: DatasetConfig) -> tf.data.Dataset:
 
 def _fill(batch: Mapping[str, np.ndarray], rows: int) -> HostBatch:
     """Adds rows of zeros: padding tokens without loss weight."""
-    return {name: np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)) for name, array in batch.items()}
+    return {
+        name: np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+        for name, array in batch.items()
+    }
 
 
 class _EvalPass:
     """Starts passes over one task's evaluation batches; small ones are kept after the first."""
 
-    def __init__(self, task: seqio.Task, config: DatasetConfig, num_batches: int | None, rows: slice):
+    def __init__(
+        self, task: seqio.Task, config: DatasetConfig, num_batches: int | None, rows: slice
+    ):
         self._task, self._config, self._num_batches, self._rows = task, config, num_batches, rows
         self._kept: list[HostBatch] | None = None
 
@@ -203,8 +236,12 @@ class _EvalPass:
     def _first_pass(self) -> Iterator[HostBatch]:
         kept: list[HostBatch] | None = []
         held = 0
-        for batch in _eval_dataset(self._task, self._config).take(-1 if self._num_batches is None else self._num_batches):
-            whole = _fill({name: tensor.numpy() for name, tensor in batch.items()}, self._config.batch_size)
+        for batch in _eval_dataset(self._task, self._config).take(
+            -1 if self._num_batches is None else self._num_batches
+        ):
+            whole = _fill(
+                {name: tensor.numpy() for name, tensor in batch.items()}, self._config.batch_size
+            )
             mine = {name: array[self._rows] for name, array in whole.items()}
             held += sum(array.nbytes for array in mine.values())
             if kept is not None:
@@ -217,7 +254,9 @@ def eval_batches(
     config: DatasetConfig, *, num_batches: int | None, process_index: int, process_count: int
 ) -> dict[str, Callable[[], Iterator[HostBatch]]]:
     """See `DatasetConfig.eval_batches`."""
-    rows = stream.eval_rows(config, num_batches=num_batches, process_index=process_index, process_count=process_count)
+    rows = stream.eval_rows(
+        config, num_batches=num_batches, process_index=process_index, process_count=process_count
+    )
     _keep_off_accelerators()
     tasks = _check_split(config, resolve.tasks(config))
     return {task.name: _EvalPass(task, config, num_batches, rows) for task in tasks}
@@ -229,6 +268,15 @@ def fingerprint(config: DatasetConfig) -> dict[str, Any]:
     tasks = {}
     for task in resolve.tasks(config):
         rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
-        tasks[task.name] = {"rate": rate, "source": fingerprints.source(task.source), "steps": fingerprints.preprocessors(task)}
-    vocabularies = {name: fingerprints.vocabulary(feature.vocabulary) for name, feature in provider.output_features.items()}
-    return stream.describe(config, tasks=tasks, vocabularies=vocabularies, packages=("tensorflow", "seqio"))
+        tasks[task.name] = {
+            "rate": rate,
+            "source": fingerprints.source(task.source),
+            "steps": fingerprints.preprocessors(task),
+        }
+    vocabularies = {
+        name: fingerprints.vocabulary(feature.vocabulary)
+        for name, feature in provider.output_features.items()
+    }
+    return stream.describe(
+        config, tasks=tasks, vocabularies=vocabularies, packages=("tensorflow", "seqio")
+    )

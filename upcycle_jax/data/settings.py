@@ -1,4 +1,6 @@
-"""Where prepared data lie on this machine: set once by a command, applied when SeqIO is first used. No TensorFlow."""
+"""Where prepared data lie on this machine: set once by a command, applied when SeqIO is first used.
+No TensorFlow.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,9 +8,9 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Attributes:
-    tfds_data_dir: folder of prepared TFDS data sets (flag `--tfds_data_dir`), or None for TFDS's own.
-    cache_dirs: folders of SeqIO's offline caches (flag `--seqio_additional_cache_dirs`).
+    """Attributes: tfds_data_dir: folder of prepared TFDS data sets (flag `--tfds_data_dir`), or
+    None for TFDS's own. cache_dirs: folders of SeqIO's offline caches (flag
+    `--seqio_additional_cache_dirs`).
     """
 
     tfds_data_dir: str | None = None

@@ -20,8 +20,9 @@ BYTES = "bytes"
 class CorpusSource(seqio.DataSource):
     """Passages of a corpus as examples `{'targets': text}`.
 
-    Unlike SeqIO's function source it shuffles over the whole split, anew in each epoch, and gives each process its own passages before
-    shuffling. The corpus is loaded on first use, so that registering a task costs nothing.
+    Unlike SeqIO's function source it shuffles over the whole split, anew in each epoch, and gives
+    each process its own passages before shuffling. The corpus is loaded on first use, so that
+    registering a task costs nothing.
     """
 
     def __init__(self, load: Callable[[], Corpus]):
@@ -63,8 +64,9 @@ class CorpusSource(seqio.DataSource):
         passages = self.corpus.splits[split]
         if shard_info is not None and shard_info.num_shards > len(passages):
             raise ValueError(
-                f"the domain '{self.corpus.name}' has {len(passages)} passages in the split '{split}', too few for {shard_info.num_shards} "
-                "processes: give it more text or use fewer processes"
+                f"the domain '{self.corpus.name}' has {len(passages)} passages in the split"
+                f" '{split}', too few for {shard_info.num_shards} processes: give it more text or"
+                " use fewer processes"
             )
         if shard_info is not None:
             passages = passages[shard_info.index :: shard_info.num_shards]
@@ -72,14 +74,25 @@ class CorpusSource(seqio.DataSource):
         order = tf.data.Dataset.range(len(passages))
         if shuffle:
             order = order.shuffle(len(passages), seed=seed, reshuffle_each_iteration=True)
-        return order.map(lambda i: {"targets": tf.gather(texts, i)}, num_parallel_calls=tf.data.AUTOTUNE)
+        return order.map(
+            lambda i: {"targets": tf.gather(texts, i)}, num_parallel_calls=tf.data.AUTOTUNE
+        )
 
 
 class LabelledSource(seqio.DataSource):
-    """Examples `{'inputs': text, 'targets': text}` of any splits, held in memory and shuffled as a whole; loaded on first use."""
+    """Examples `{'inputs': text, 'targets': text}` of any splits, held in memory and shuffled as a
+    whole; loaded on first use.
+    """
 
-    def __init__(self, load: Callable[[], Mapping[str, Sequence[tuple[str, str]]]], *, splits: Sequence[str] = SPLITS):
-        super().__init__(splits=tuple(splits), caching_permitted=True, performs_internal_shuffling=True)
+    def __init__(
+        self,
+        load: Callable[[], Mapping[str, Sequence[tuple[str, str]]]],
+        *,
+        splits: Sequence[str] = SPLITS,
+    ):
+        super().__init__(
+            splits=tuple(splits), caching_permitted=True, performs_internal_shuffling=True
+        )
         self._load = load
 
     @property
@@ -94,7 +107,10 @@ class LabelledSource(seqio.DataSource):
     def fingerprint(self) -> dict[str, Any]:
         """Number of examples and sha256 of each split."""
         return {
-            split: {"examples": len(pairs), "sha256": hashlib.sha256(json.dumps(list(map(list, pairs))).encode()).hexdigest()}
+            split: {
+                "examples": len(pairs),
+                "sha256": hashlib.sha256(json.dumps(list(map(list, pairs))).encode()).hexdigest(),
+            }
             for split, pairs in self.pairs.items()
         }
 
@@ -116,7 +132,9 @@ class LabelledSource(seqio.DataSource):
         pairs = self.pairs[split]
         if shard_info is not None:
             pairs = pairs[shard_info.index :: shard_info.num_shards]
-        texts = tf.reshape(tf.constant([text for pair in pairs for text in pair], tf.string), [-1, 2])
+        texts = tf.reshape(
+            tf.constant([text for pair in pairs for text in pair], tf.string), [-1, 2]
+        )
         order = tf.data.Dataset.range(len(pairs))
         if shuffle:
             order = order.shuffle(max(1, len(pairs)), seed=seed, reshuffle_each_iteration=True)
@@ -133,25 +151,33 @@ def vocabulary_from(name: str, *, extra_ids: int = 100) -> seqio.Vocabulary:
     if name == BYTES:
         return seqio.ByteVocabulary(extra_ids=extra_ids)
     if not tf.io.gfile.exists(name):
-        raise FileNotFoundError(f"vocabulary {name!r}: no such file; give 'bytes' or the path of a SentencePiece model (spiece.model)")
+        raise FileNotFoundError(
+            f"vocabulary {name!r}: no such file; give 'bytes' or the path of a SentencePiece model"
+            " (spiece.model)"
+        )
     vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=extra_ids)
     try:
         int(vocabulary.vocab_size)
     except Exception as error:  # SentencePiece raises several types for a file that is no model
         raise ValueError(
-            f"vocabulary {name!r} is not a SentencePiece model ({error}): give 'bytes' or the path of a spiece.model"
+            f"vocabulary {name!r} is not a SentencePiece model ({error}): give 'bytes' or the path"
+            " of a spiece.model"
         ) from error
     return vocabulary
 
 
 def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
     """'inputs' and 'targets' over one vocabulary, both closed by EOS."""
-    return {name: seqio.Feature(vocabulary=vocabulary, add_eos=True) for name in ("inputs", "targets")}
+    return {
+        name: seqio.Feature(vocabulary=vocabulary, add_eos=True) for name in ("inputs", "targets")
+    }
 
 
 def tokenize(dataset: tf.data.Dataset, output_features: objectives.Features) -> tf.data.Dataset:
     """Tokens of `targets`, without EOS and without a copy of the text."""
-    return seqio.preprocessors.tokenize(dataset, output_features, copy_pretokenized=False, with_eos=False)
+    return seqio.preprocessors.tokenize(
+        dataset, output_features, copy_pretokenized=False, with_eos=False
+    )
 
 
 def language_model_task(
@@ -161,7 +187,9 @@ def language_model_task(
     *,
     objective: str = "span_corruption",
 ) -> seqio.Task:
-    """A task, not registered, that trains by an objective of `objectives.OBJECTIVES` on the texts of `source`."""
+    """A task, not registered, that trains by an objective of `objectives.OBJECTIVES` on the texts
+    of `source`.
+    """
     return seqio.Task(
         name,
         source=source,

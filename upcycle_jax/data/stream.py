@@ -1,4 +1,6 @@
-"""What training streams have in common, wherever their batches come from: seed, position, description, rows of a process. No TensorFlow."""
+"""What training streams have in common, wherever their batches come from: seed, position,
+description, rows of a process. No TensorFlow.
+"""
 
 import abc
 import importlib.metadata
@@ -27,10 +29,13 @@ class Stream(abc.ABC):
     def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
         config.local_batch_size(process_count)
         if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
+            raise ValueError(
+                f"process_index {process_index} is not below process_count {process_count}"
+            )
         if config.seed is None and process_count > 1:
             raise ValueError(
-                f"seed is None with {process_count} processes, which would each draw their own: set DatasetConfig.seed (RANDOM_SEED)"
+                f"seed is None with {process_count} processes, which would each draw their own: set"
+                " DatasetConfig.seed (RANDOM_SEED)"
             )
         self._config = config
         self._process_index, self._process_count = process_index, process_count
@@ -67,8 +72,9 @@ class Stream(abc.ABC):
         """See `seek`."""
 
     def seek(self, num_batches: int) -> None:
-        """Moves to just before batch `num_batches`: at once on cached data, by passing over batches on data read on the fly. Packed cached
-        streams first plan the rows up to there, from lengths alone.
+        """Moves to just before batch `num_batches`: at once on cached data, by passing over batches
+        on data read on the fly. Packed cached streams first plan the rows up to there, from lengths
+        alone.
 
         Raises:
           ValueError: a negative position.
@@ -77,12 +83,17 @@ class Stream(abc.ABC):
             raise ValueError(f"cannot seek to batch {num_batches}: give 0 or more")
         self._move(num_batches)
 
-    def _write_position(self, directory: epath.PathLike, *, packing: Mapping[str, int] | None = None) -> None:
+    def _write_position(
+        self, directory: epath.PathLike, *, packing: Mapping[str, int] | None = None
+    ) -> None:
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
-        Position(self._batches, self._seed, self.fingerprint(), self._process_count, packing=packing).write(directory)
+        Position(
+            self._batches, self._seed, self.fingerprint(), self._process_count, packing=packing
+        ).write(directory)
 
     def _read_position(self, directory: epath.PathLike) -> Position:
-        """The position in `directory`, which is one of this stream; a seed that was drawn is taken over from there.
+        """The position in `directory`, which is one of this stream; a seed that was drawn is taken
+        over from there.
 
         Raises:
           FileNotFoundError: no position was saved there.
@@ -97,7 +108,11 @@ class Stream(abc.ABC):
 
 
 def describe(
-    config: DatasetConfig, *, tasks: Mapping[str, Any], vocabularies: Mapping[str, Any], packages: Sequence[str]
+    config: DatasetConfig,
+    *,
+    tasks: Mapping[str, Any],
+    vocabularies: Mapping[str, Any],
+    packages: Sequence[str],
 ) -> dict[str, Any]:
     """What `DatasetConfig.fingerprint` gives.
 
@@ -118,17 +133,24 @@ def describe(
         "use_cached": config.use_cached,
         "task_feature_lengths": dict(config.task_feature_lengths),
         "vocabularies": dict(vocabularies),
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
     }
 
 
-def eval_rows(config: DatasetConfig, *, num_batches: int | None, process_index: int, process_count: int) -> slice:
+def eval_rows(
+    config: DatasetConfig, *, num_batches: int | None, process_index: int, process_count: int
+) -> slice:
     """This process's rows of each evaluation batch.
 
     Raises:
       ValueError: less than one batch is asked for, or the batch does not divide by the processes.
     """
     if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches is {num_batches}: give at least 1, or None for the whole split")
+        raise ValueError(
+            f"num_batches is {num_batches}: give at least 1, or None for the whole split"
+        )
     local = config.local_batch_size(process_count)
     return slice(process_index * local, (process_index + 1) * local)

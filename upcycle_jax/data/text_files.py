@@ -1,6 +1,8 @@
-"""A user's own files as documents: plain text, JSON lines, either of them gzipped, and Parquet. No TensorFlow.
+"""A user's own files as documents: plain text, JSON lines, either of them gzipped, and Parquet. No
+TensorFlow.
 
-Every problem with a file is one error that names the file, the place in it and the remedy, raised before anything is tokenised.
+Every problem with a file is one error that names the file, the place in it and the remedy, raised
+before anything is tokenised.
 """
 
 import glob
@@ -22,13 +24,16 @@ SINGLE_DOMAIN = ""
 """Name of the only domain where the user gave a plain list of files."""
 
 _WAY_OUT_OF_MEMORY = (
-    "register a SeqIO task over the files (seqio.TextLineDataSource, or a TFDS data set) in a module of your own and name it with "
-    "MIXTURE_OR_TASK_MODULE"
+    "register a SeqIO task over the files (seqio.TextLineDataSource, or a TFDS data set) in a"
+    " module of your own and name it with MIXTURE_OR_TASK_MODULE"
 )
 
 
-def normalise(text_files: str | Sequence[str] | Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """The user's setting as `{domain: (pattern, ...)}`; one pattern or a plain list is one domain without a name.
+def normalise(
+    text_files: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+) -> dict[str, tuple[str, ...]]:
+    """The user's setting as `{domain: (pattern, ...)}`; one pattern or a plain list is one domain
+    without a name.
 
     Raises:
       ValueError: nothing is named, or a domain's name does not suit a task's name.
@@ -39,15 +44,19 @@ def normalise(text_files: str | Sequence[str] | Mapping[str, str | Sequence[str]
         patterns = (patterns,) if isinstance(patterns, (str, os.PathLike)) else tuple(patterns)
         if not patterns:
             raise ValueError(
-                f"text_files names no file{f' for the domain {domain!r}' if domain else ''}: give at least one path or pattern"
+                f"text_files names no file{f' for the domain {domain!r}' if domain else ''}: give"
+                " at least one path or pattern"
             )
         if domain and not str(domain).replace("_", "").isalnum():
             raise ValueError(
-                f"text_files has a domain named {domain!r}: use letters, digits and '_', because it becomes part of a task's name"
+                f"text_files has a domain named {domain!r}: use letters, digits and '_', because it"
+                " becomes part of a task's name"
             )
         result[str(domain)] = tuple(os.fspath(pattern) for pattern in patterns)
     if not result:
-        raise ValueError("text_files is empty: give {'domain': ['pattern', ...]} or a list of patterns")
+        raise ValueError(
+            "text_files is empty: give {'domain': ['pattern', ...]} or a list of patterns"
+        )
     return result
 
 
@@ -63,10 +72,16 @@ def find_files(patterns: Sequence[str]) -> tuple[pathlib.Path, ...]:
         expanded = os.path.expanduser(pattern)
         matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
         if not matches:
-            raise FileNotFoundError(f"text_files: nothing matches {pattern!r} (working directory {os.getcwd()}): check the path")
+            raise FileNotFoundError(
+                f"text_files: nothing matches {pattern!r} (working directory {os.getcwd()}): check"
+                " the path"
+            )
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
-            raise ValueError(f"text_files: {pattern!r} is a folder: give its files, for example {os.path.join(pattern, '**', '*.txt')!r}")
+            raise ValueError(
+                f"text_files: {pattern!r} is a folder: give its files, for example"
+                f" {os.path.join(pattern, '**', '*.txt')!r}"
+            )
         found.update(files)
     return tuple(pathlib.Path(path) for path in sorted(found))
 
@@ -75,12 +90,17 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"text_files: cannot read {path}: {error.strerror or error}; check its permissions") from error
+        raise ValueError(
+            f"text_files: cannot read {path}: {error.strerror or error}; check its permissions"
+        ) from error
     if path.suffix == ".gz":
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"text_files: {path} is not a whole gzip file ({error}): compress or download it again") from error
+            raise ValueError(
+                f"text_files: {path} is not a whole gzip file ({error}): compress or download it"
+                " again"
+            ) from error
     if not data.strip():
         raise ValueError(f"text_files: {path} is empty: remove it from text_files or give it text")
     return data
@@ -91,29 +111,40 @@ def _decode(path: pathlib.Path, data: bytes) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"text_files: {path} is not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start}): "
-            "convert it (iconv -t utf-8) or leave it out"
+            f"text_files: {path} is not UTF-8 text (byte {data[error.start]:#04x} at offset"
+            f" {error.start}): convert it (iconv -t utf-8) or leave it out"
         ) from error
     if "\0" in text:
-        raise ValueError(f"text_files: {path} is not text (it holds a NUL byte at character {text.index(chr(0))}): leave it out")
+        raise ValueError(
+            f"text_files: {path} is not text (it holds a NUL byte at character"
+            f" {text.index(chr(0))}): leave it out"
+        )
     return text
 
 
 def _text_of(record: Any, *, field: str, where: str) -> str:
     if not isinstance(record, Mapping):
-        raise ValueError(f"text_files: {where} is {type(record).__name__}, not an object with a field '{field}'")
+        raise ValueError(
+            f"text_files: {where} is {type(record).__name__}, not an object with a field '{field}'"
+        )
     if field not in record:
         raise ValueError(
-            f"text_files: {where} has no field '{field}' (it has {sorted(record)}): set text_field to the one that holds the text"
+            f"text_files: {where} has no field '{field}' (it has {sorted(record)}): set text_field"
+            " to the one that holds the text"
         )
     value = record[field]
     if not isinstance(value, str):
-        raise ValueError(f"text_files: {where}: the field '{field}' holds {type(value).__name__}, not a string: choose another text_field")
+        raise ValueError(
+            f"text_files: {where}: the field '{field}' holds {type(value).__name__}, not a string:"
+            " choose another text_field"
+        )
     return value
 
 
 def _read_json_lines(path: pathlib.Path, text: str, *, field: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON strings may hold other line ends
+    for number, line in enumerate(
+        text.split("\n"), start=1
+    ):  # not splitlines: JSON strings may hold other line ends
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -121,7 +152,8 @@ def _read_json_lines(path: pathlib.Path, text: str, *, field: str) -> Iterator[s
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"text_files: {where} is not JSON ({error.msg} at column {error.colno}): a .jsonl file has one object a line"
+                f"text_files: {where} is not JSON ({error.msg} at column {error.colno}): a .jsonl"
+                " file has one object a line"
             ) from error
         yield _text_of(record, field=field, where=where)
 
@@ -130,16 +162,22 @@ def _read_parquet(path: pathlib.Path, *, field: str) -> Iterator[str]:
     try:
         from pyarrow import lib, parquet
     except ImportError as error:
-        raise ValueError(f"text_files: {path} is Parquet, which needs pyarrow: pip install 'upcycle_jax[parquet]'") from error
+        raise ValueError(
+            f"text_files: {path} is Parquet, which needs pyarrow: pip install"
+            " 'upcycle_jax[parquet]'"
+        ) from error
     try:
         file = parquet.ParquetFile(path)
     except (lib.ArrowException, OSError) as error:
-        raise ValueError(f"text_files: {path} is not a Parquet file ({error}): check the download") from error
+        raise ValueError(
+            f"text_files: {path} is not a Parquet file ({error}): check the download"
+        ) from error
     with file:
         names = file.schema_arrow.names
         if field not in names:
             raise ValueError(
-                f"text_files: {path} has no column '{field}' (it has {sorted(names)}): set text_field to the one that holds the text"
+                f"text_files: {path} has no column '{field}' (it has {sorted(names)}): set"
+                " text_field to the one that holds the text"
             )
         for batch in file.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
@@ -150,7 +188,8 @@ def _read_parquet(path: pathlib.Path, *, field: str) -> Iterator[str]:
 def read_file(path: pathlib.Path, *, field: str) -> Iterator[str]:
     """Texts of one file: the whole of a plain text file, or the field of each record.
 
-    The kind follows the name (`.jsonl`, `.parquet`; anything else is plain text), a final `.gz` aside.
+    The kind follows the name (`.jsonl`, `.parquet`; anything else is plain text), a final `.gz`
+    aside.
 
     Raises:
       ValueError: the file is empty, not what its name says, not UTF-8, or lacks the field.
@@ -160,14 +199,21 @@ def read_file(path: pathlib.Path, *, field: str) -> Iterator[str]:
         texts = _read_parquet(path, field=field)
     else:
         text = _decode(path, _read_bytes(path))
-        texts = _read_json_lines(path, text, field=field) if kind in (".jsonl", ".ndjson") else iter((text,))
+        texts = (
+            _read_json_lines(path, text, field=field)
+            if kind in (".jsonl", ".ndjson")
+            else iter((text,))
+        )
     empty = True
     for text in texts:
         if text.strip():
             empty = False
             yield text
     if empty:
-        raise ValueError(f"text_files: {path} is empty: no record has text in '{field}'; remove it from text_files")
+        raise ValueError(
+            f"text_files: {path} is empty: no record has text in '{field}'; remove it from"
+            " text_files"
+        )
 
 
 def load_corpus(
@@ -193,10 +239,15 @@ def load_corpus(
             total += len(text)
             if total > max_characters:
                 raise ValueError(
-                    f"text_files: the domain '{name}' has more than {max_characters:,} characters, too much to hold in memory: "
-                    f"{_WAY_OUT_OF_MEMORY}"
+                    f"text_files: the domain '{name}' has more than {max_characters:,} characters,"
+                    f" too much to hold in memory: {_WAY_OUT_OF_MEMORY}"
                 )
             digest.update(text.encode("utf-8", "replace"))
             documents.append(Document(text))
-    origin = {"kind": "text_files", "files": [path.name for path in paths], "field": field, "sha256": digest.hexdigest()}
+    origin = {
+        "kind": "text_files",
+        "files": [path.name for path in paths],
+        "field": field,
+        "sha256": digest.hexdigest(),
+    }
     return build_corpus(name, documents, origin=origin, validation_fraction=validation_fraction)

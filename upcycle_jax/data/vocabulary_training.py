@@ -1,7 +1,8 @@
-"""Trains a SentencePiece vocabulary on a user's own text, laid out as T5's: pad 0, EOS 1, unknown 2, no BOS. No TensorFlow.
+"""Trains a SentencePiece vocabulary on a user's own text, laid out as T5's: pad 0, EOS 1, unknown
+2, no BOS. No TensorFlow.
 
-Unlike T5's it loses nothing: no normalisation, line ends and runs of spaces are pieces of their own, and characters that were not seen
-are spelt in bytes. So source code comes back as it was.
+Unlike T5's it loses nothing: no normalisation, line ends and runs of spaces are pieces of their
+own, and characters that were not seen are spelt in bytes. So source code comes back as it was.
 """
 
 import dataclasses
@@ -31,7 +32,9 @@ class TrainedVocabulary:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends, which are pieces of their own; longer ones in parts that the trainer takes."""
+    """Lines without their ends, which are pieces of their own; longer ones in parts that the
+    trainer takes.
+    """
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _LONGEST_SENTENCE // 4):
@@ -54,7 +57,11 @@ def _sample(texts: Sequence[str], characters: int) -> list[str]:
 
 
 def train_vocabulary(
-    texts: Sequence[str], output: pathlib.Path, *, size: int = 8192, max_characters: int = 20_000_000
+    texts: Sequence[str],
+    output: pathlib.Path,
+    *,
+    size: int = 8192,
+    max_characters: int = 20_000_000,
 ) -> TrainedVocabulary:
     """Trains a unigram model and writes it to `output`. The same texts give the same model.
 
@@ -72,10 +79,14 @@ def train_vocabulary(
 
     if size < _SPECIAL_PIECES + 64:
         raise ValueError(
-            f"vocab_size is {size}: {_SPECIAL_PIECES} pieces are fixed (bytes and specials), so give {_SPECIAL_PIECES + 64} or more"
+            f"vocab_size is {size}: {_SPECIAL_PIECES} pieces are fixed (bytes and specials), so"
+            f" give {_SPECIAL_PIECES + 64} or more"
         )
     if output.exists():
-        raise FileExistsError(f"{output} is there already, and checkpoints may depend on it: remove it, or write to another path")
+        raise FileExistsError(
+            f"{output} is there already, and checkpoints may depend on it: remove it, or write to"
+            " another path"
+        )
     sample = _sample(texts, max_characters)
     model = io.BytesIO()
     try:
@@ -101,8 +112,8 @@ def train_vocabulary(
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"a vocabulary of {size} pieces cannot be trained on {sum(map(len, sample)):,} characters of text ({error}): give more "
-            "text or a smaller vocab_size"
+            f"a vocabulary of {size} pieces cannot be trained on {sum(map(len, sample)):,}"
+            f" characters of text ({error}): give more text or a smaller vocab_size"
         ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(model.getvalue())
@@ -123,4 +134,8 @@ def read_texts(patterns: Sequence[str], *, field: str = "text") -> list[str]:
       FileNotFoundError: a pattern names nothing.
       ValueError: a file is unusable.
     """
-    return [text for path in text_files.find_files(patterns) for text in text_files.read_file(path, field=field)]
+    return [
+        text
+        for path in text_files.find_files(patterns)
+        for text in text_files.read_file(path, field=field)
+    ]

@@ -1,7 +1,8 @@
 """Compiles the programs of a run for devices that are not there, and says what they need.
 
-Two programs: the train step, exactly as the loop jits it, and (for a run that upcycles) the program that makes the experts of each
-tiled leaf while the dense checkpoint is restored. Nothing is computed and no checkpoint is read.
+Two programs: the train step, exactly as the loop jits it, and (for a run that upcycles) the program
+that makes the experts of each tiled leaf while the dense checkpoint is restored. Nothing is
+computed and no checkpoint is read.
 """
 
 import dataclasses
@@ -62,11 +63,13 @@ class Compiled:
     Attributes:
       name: what it is.
       seconds: compile time.
-      needed_bytes: memory at its peak: arguments, results that do not reuse them, temporaries, code.
+      needed_bytes: memory at its peak: arguments, results that do not reuse them, temporaries,
+        code.
       argument_bytes: of its arguments.
       temporary_bytes: of its temporaries.
       flops: as XLA counts them, a loop's body once; 0 where it does not say.
-      traffic: collectives by kind, or None where jax cannot read the program (a libtpu that is newer than jax).
+      traffic: collectives by kind, or None where jax cannot read the program (a libtpu that is
+        newer than jax).
       fits: whether the compiler found room, apart from any comparison made here.
     """
 
@@ -106,7 +109,10 @@ def state_bytes(workload: Workload, partitioner: Partitioner | None = None) -> S
     """
     partitioner = partitioner or workload.partitioner
     specs = state_specs(workload.model, workload.trainer.optimizer)
-    parts = [{path: spec for path, spec in specs.items() if path.startswith(prefix)} for prefix in (TARGET, PARAM_STATES)]
+    parts = [
+        {path: spec for path, spec in specs.items() if path.startswith(prefix)}
+        for prefix in (TARGET, PARAM_STATES)
+    ]
     return State(*(accounting.memory(part, partitioner).per_device for part in parts))
 
 
@@ -121,7 +127,9 @@ def step_shape(workload: Workload) -> StepShape:
 
 
 def all_flops(workload: Workload) -> StepFlops:
-    """FLOPs of one step from the shapes: the model's, those computed again, and all that one device executes."""
+    """FLOPs of one step from the shapes: the model's, those computed again, and all that one device
+    executes.
+    """
     return step_cost.step_flops(
         workload.model.config,
         step_shape(workload),
@@ -139,18 +147,26 @@ def memory(workload: Workload) -> StepMemory:
         step_shape(workload),
         partitioner=workload.partitioner,
         specs=workload.model.param_specs(),
-        optimizer_specs={path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)},
+        optimizer_specs={
+            path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)
+        },
     )
 
 
 def step_flops(workload: Workload) -> float:
-    """Model FLOPs of one step on one device: matrix products, forward and backward, from the shapes."""
+    """Model FLOPs of one step on one device: matrix products, forward and backward, from the
+    shapes.
+    """
     return all_flops(workload).model / workload.partitioner.mesh.size
 
 
 def exchange_bytes(workload: Workload) -> int:
-    """Bytes of all-to-alls on one device in one step, from the shapes; of dropless routers at even load."""
-    return step_cost.exchange_bytes(workload.model.config, step_shape(workload), partitioner=workload.partitioner)
+    """Bytes of all-to-alls on one device in one step, from the shapes; of dropless routers at even
+    load.
+    """
+    return step_cost.exchange_bytes(
+        workload.model.config, step_shape(workload), partitioner=workload.partitioner
+    )
 
 
 def compile_train_step(workload: Workload) -> Compiled:
@@ -163,16 +179,26 @@ def compile_train_step(workload: Workload) -> Compiled:
     batches.check_batch_size(workload.batch_size, trainer.num_microbatches or 1, partitioner)
     specs = state_specs(workload.model, trainer.optimizer)
     shardings = partitioner.shardings(specs)
-    state = from_state_dict({path: _abstract(spec, shardings[path]) for path, spec in specs.items()})
-    features = workload.model.input_specs(workload.batch_size, workload.task_feature_lengths, packed=workload.packed)
-    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=partitioner.batch_sharding) for name, leaf in features.items()}
-    step = jitted_train_step(workload.model, trainer, partitioner=partitioner, shardings=shardings, seed=0)
+    state = from_state_dict(
+        {path: _abstract(spec, shardings[path]) for path, spec in specs.items()}
+    )
+    features = workload.model.input_specs(
+        workload.batch_size, workload.task_feature_lengths, packed=workload.packed
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=partitioner.batch_sharding)
+        for name, leaf in features.items()
+    }
+    step = jitted_train_step(
+        workload.model, trainer, partitioner=partitioner, shardings=shardings, seed=0
+    )
     with partitioner.activate():
         return _compiled("train step", lambda: step.lower(state, batch))
 
 
 def compile_upcycling(workload: Workload) -> list[Compiled]:
-    """Compiles the programs that tile dense leaves into experts during the restore, one per distinct shape.
+    """Compiles the programs that tile dense leaves into experts during the restore, one per
+    distinct shape.
 
     The dense source is the model without its experts, in float32.
 
@@ -187,16 +213,22 @@ def compile_upcycling(workload: Workload) -> list[Compiled]:
     plan = surgery.make_plan(state_specs(dense, optimizer), targets, workload.recipe)
     done: dict[Any, Compiled] = {}
     for row in plan.rows:
-        # Unchanged leaves are only read, drawn ones are made on the host: neither has a program for the devices.
+        # Unchanged leaves are only read, drawn ones are made on the host: neither has a program for
+        # the devices.
         if not row.operation.stacked or not row.moves_values:
             continue
         sharding = shardings[row.target]
-        sources = [_abstract(spec, online.source_sharding(row, spec, sharding)) for spec in row.source_specs]
+        sources = [
+            _abstract(spec, online.source_sharding(row, spec, sharding))
+            for spec in row.source_specs
+        ]
         key = (row.operation, row.spec.shape, sharding)
         if key not in done:
             name = f"upcycling restore of {row.spec}"
             program = online.movement(row.operation, row.spec.shape, row.spec.dtype, sharding)
-            done[key] = _compiled(name, lambda program=program, sources=sources: program.lower(sources))
+            done[key] = _compiled(
+                name, lambda program=program, sources=sources: program.lower(sources)
+            )
     return list(done.values())
 
 
@@ -213,7 +245,9 @@ def _compiled(name: str, lower: Any) -> Compiled:
         needed = _OUT_OF_MEMORY.search(str(error))
         if needed is None:
             raise
-        return Compiled(name, time.monotonic() - started, int(float(needed[1]) * _UNITS[needed[2]]), fits=False)
+        return Compiled(
+            name, time.monotonic() - started, int(float(needed[1]) * _UNITS[needed[2]]), fits=False
+        )
     seconds = time.monotonic() - started
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     arguments, temporaries = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
@@ -221,7 +255,10 @@ def _compiled(name: str, lower: Any) -> Compiled:
     return Compiled(
         name,
         seconds,
-        needed_bytes=arguments + max(results, 0) + temporaries + int(memory.generated_code_size_in_bytes),
+        needed_bytes=arguments
+        + max(results, 0)
+        + temporaries
+        + int(memory.generated_code_size_in_bytes),
         argument_bytes=arguments,
         temporary_bytes=temporaries,
         flops=float(cost.get("flops", 0.0)),
@@ -238,7 +275,8 @@ def _traffic(program: Any) -> tuple[Traffic, ...] | None:
 
 
 def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str]:
-    """What to change so that a step fits, each with what it would save on one device, largest first.
+    """What to change so that a step fits, each with what it would save on one device, largest
+    first.
 
     Args:
       workload: what was compiled.
@@ -253,13 +291,23 @@ def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str
         try:
             after = state_bytes(workload, dataclasses.replace(partitioner, **changes))
             batches.check_batch_size(
-                workload.batch_size, workload.trainer.num_microbatches or 1, dataclasses.replace(partitioner, **changes)
+                workload.batch_size,
+                workload.trainer.num_microbatches or 1,
+                dataclasses.replace(partitioner, **changes),
             )
         except ValueError:
             return
         saving = now.with_gradients - after.with_gradients
         if saving > 0:
-            saved.append((saving, f"{text}: state and gradients {gib(after.with_gradients)} instead of {gib(now.with_gradients)}"))
+            saved.append(
+                (
+                    saving,
+                    (
+                        f"{text}: state and gradients {gib(after.with_gradients)} instead of"
+                        f" {gib(now.with_gradients)}"
+                    ),
+                )
+            )
 
     if config.moe is not None:
         for parts in _larger_divisors(config.moe.num_experts, partitioner.num_expert_partitions):
@@ -273,14 +321,25 @@ def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str
     for factor in (2, 4, 8, 16):
         part, remainder = divmod(rows, microbatches * factor)
         fits = now.with_gradients + activations // factor <= memory_bytes
-        if not remainder and part and part % partitioner.num_data_shards == 0 and (fits or factor == 2):
+        if (
+            not remainder
+            and part
+            and part % partitioner.num_data_shards == 0
+            and (fits or factor == 2)
+        ):
             after = activations // factor
-            text = f"NUM_MICROBATCHES = {microbatches * factor}: about {gib(after)} of activations instead of {gib(activations)}"
+            text = (
+                f"NUM_MICROBATCHES = {microbatches * factor}: about {gib(after)} of activations"
+                f" instead of {gib(activations)}"
+            )
             saved.append((activations - activations // factor, text))
             break
     lines = [text for _, text in sorted(saved, key=lambda item: -item[0])]
     if config.remat_policy != "full":
-        lines.append("REMAT_POLICY = 'full': activations inside layers are computed again in the backward pass")
+        lines.append(
+            "REMAT_POLICY = 'full': activations inside layers are computed again in the backward"
+            " pass"
+        )
     return [*lines, "a larger topology, or a smaller BATCH_SIZE"]
 
 
@@ -300,4 +359,6 @@ def mesh_text(partitioner: Partitioner) -> str:
 
 def num_parameters(workload: Workload) -> int:
     """Parameters of the model."""
-    return sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in workload.model.param_specs().values())
+    return sum(
+        int(np.prod(spec.shape, dtype=np.int64)) for spec in workload.model.param_specs().values()
+    )

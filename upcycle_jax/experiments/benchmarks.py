@@ -1,7 +1,8 @@
-"""Speed as ratios: what is compared runs in one process, in turns, so that the machine's other work hits all of it alike.
+"""Speed as ratios: what is compared runs in one process, in turns, so that the machine's other work
+hits all of it alike.
 
-The baseline of an MoE layer is the dense MLP with as many FLOPs: with capacity factor C (or top-K) an expert's work is done C (K) times
-per token, so its hidden axis is C (K) times as wide.
+The baseline of an MoE layer is the dense MLP with as many FLOPs: with capacity factor C (or top-K)
+an expert's work is done C (K) times per token, so its hidden axis is C (K) times as wide.
 """
 
 import contextlib
@@ -83,9 +84,12 @@ class _Program:
     temporary_bytes: int
 
 
-def compare(programs: Mapping[str, _Program], *, baseline: str, tokens: int, rounds: int) -> list[Measurement]:
-    """Runs the programs in turns. A program that is not the baseline runs directly after it in every round, and is compared with that
-    execution: both then see the same state of the machine."""
+def compare(
+    programs: Mapping[str, _Program], *, baseline: str, tokens: int, rounds: int
+) -> list[Measurement]:
+    """Runs the programs in turns. A program that is not the baseline runs directly after it in
+    every round, and is compared with that execution: both then see the same state of the machine.
+    """
     times: dict[str, list[float]] = {name: [] for name in programs}
     ratios: dict[str, list[float]] = {name: [] for name in programs}
     for program in programs.values():
@@ -103,7 +107,16 @@ def compare(programs: Mapping[str, _Program], *, baseline: str, tokens: int, rou
     for name, program in programs.items():
         seconds = statistics.median(times[name])
         ratio = 1.0 if name == baseline else statistics.median(ratios[name])
-        out.append(Measurement(name, seconds, ratio, program.compile_seconds, program.temporary_bytes, tokens / seconds))
+        out.append(
+            Measurement(
+                name,
+                seconds,
+                ratio,
+                program.compile_seconds,
+                program.temporary_bytes,
+                tokens / seconds,
+            )
+        )
     return out
 
 
@@ -122,10 +135,13 @@ def _program(function: Callable[..., Any], *arguments: Any) -> _Program:
     return _Program(lambda: compiled(*arguments), seconds, int(memory.temp_size_in_bytes))
 
 
-def layer(shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: int = 15) -> list[Measurement]:
-    """An MoE layer with either router of the paper, and the dropless one in the form that 'auto' takes here, against the FLOP-equal dense
-    MLP and, where asked, against one-hot einsum dispatch. The experts alone, on slots that are already filled, are what no dispatch can
-    be faster than: as many FLOPs as the dense MLP, on smaller products and on E / C times its weights.
+def layer(
+    shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: int = 15
+) -> list[Measurement]:
+    """An MoE layer with either router of the paper, and the dropless one in the form that 'auto'
+    takes here, against the FLOP-equal dense MLP and, where asked, against one-hot einsum dispatch.
+    The experts alone, on slots that are already filled, are what no dispatch can be faster than: as
+    many FLOPs as the dense MLP, on smaller products and on E / C times its weights.
 
     Args:
       shape: the size.
@@ -133,20 +149,34 @@ def layer(shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: in
       one_hot: also the einsum form; it needs two arrays of S * E * C elements per group.
       rounds: executions of each.
     """
-    x = jax.random.normal(jax.random.key(0), (shape.groups, shape.tokens, shape.d), jnp.dtype(shape.dtype))
+    x = jax.random.normal(
+        jax.random.key(0), (shape.groups, shape.tokens, shape.d), jnp.dtype(shape.dtype)
+    )
     dense = MlpBlock(shape.ff * shape.capacity_factor, dtype=jnp.dtype(shape.dtype))
-    programs = {"dense MLP": _layer_program(dense, x, backward), "experts alone, slots full": _experts_program(shape, backward)}
-    stacks: tuple[tuple[str, Stack], ...] = (("experts choose", "encoder"), (f"tokens choose top-{shape.capacity_factor}", "decoder"))
+    programs = {
+        "dense MLP": _layer_program(dense, x, backward),
+        "experts alone, slots full": _experts_program(shape, backward),
+    }
+    stacks: tuple[tuple[str, Stack], ...] = (
+        ("experts choose", "encoder"),
+        (f"tokens choose top-{shape.capacity_factor}", "decoder"),
+    )
     for name, stack in stacks:
         moe = MoeLayer(_moe_config(shape), stack, hidden=shape.ff, dtype=jnp.dtype(shape.dtype))
         programs[name] = _layer_program(moe, x, backward)
         if one_hot:
             with one_hot_dispatch():
                 programs[f"{name}, one-hot einsum"] = _layer_program(moe, x, backward)
-    config = dataclasses.replace(_moe_config(shape), decoder_router=DroplessTopK(num_selected_experts=shape.capacity_factor))
+    config = dataclasses.replace(
+        _moe_config(shape), decoder_router=DroplessTopK(num_selected_experts=shape.capacity_factor)
+    )
     moe = MoeLayer(config, "decoder", hidden=shape.ff, dtype=jnp.dtype(shape.dtype))
-    programs[f"dropless top-{shape.capacity_factor}, {dropless.resolve('auto')}"] = _layer_program(moe, x, backward)
-    return compare(programs, baseline="dense MLP", tokens=shape.groups * shape.tokens, rounds=rounds)
+    programs[f"dropless top-{shape.capacity_factor}, {dropless.resolve('auto')}"] = _layer_program(
+        moe, x, backward
+    )
+    return compare(
+        programs, baseline="dense MLP", tokens=shape.groups * shape.tokens, rounds=rounds
+    )
 
 
 def _moe_config(shape: LayerShape) -> MoeConfig:
@@ -171,9 +201,13 @@ def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) ->
 
 
 def _experts_program(shape: LayerShape, backward: bool) -> _Program:
-    """The experts on slots `[1, E, C, d]`, each with a token of its own, as a layer would apply them here."""
+    """The experts on slots `[1, E, C, d]`, each with a token of its own, as a layer would apply
+    them here.
+    """
     capacity = shape.groups * shape.tokens * shape.capacity_factor // shape.num_experts
-    x = jax.random.normal(jax.random.key(0), (1, shape.num_experts * capacity, shape.d), jnp.dtype(shape.dtype))
+    x = jax.random.normal(
+        jax.random.key(0), (1, shape.num_experts * capacity, shape.d), jnp.dtype(shape.dtype)
+    )
     expert = MlpBlock(shape.ff, dtype=jnp.dtype(shape.dtype))
     keys = jax.random.split(jax.random.key(1), shape.num_experts)
     params = jax.jit(jax.vmap(lambda key: nn.meta.unbox(expert.init(key, x[0])["params"])))(keys)
@@ -188,7 +222,9 @@ def _experts_program(shape: LayerShape, backward: bool) -> _Program:
     return _differentiated(forward, params, x, backward)
 
 
-def _differentiated(forward: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array, backward: bool) -> _Program:
+def _differentiated(
+    forward: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array, backward: bool
+) -> _Program:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(forward(params, x).astype(jnp.float32)))
 
@@ -197,26 +233,37 @@ def _differentiated(forward: Callable[[Any, jax.Array], Any], params: Any, x: ja
 
 @contextlib.contextmanager
 def one_hot_dispatch() -> Iterator[None]:
-    """While entered, what is traced moves tokens by products with arrays `[S, E, C]`, as T5X's Flaxformer and Mesh TensorFlow do, and
-    applies all experts at once.
+    """While entered, what is traced moves tokens by products with arrays `[S, E, C]`, as T5X's
+    Flaxformer and Mesh TensorFlow do, and applies all experts at once.
 
-    The dispatch mask is boolean and converted to the tokens' dtype for its product; the combine array is float32 and differentiated as a
-    whole. Who sits where is decided as without it: a mask costs one comparison here, where those build it from one-hot choices by
-    cumulative sums: the baseline does a little less work than theirs.
+    The dispatch mask is boolean and converted to the tokens' dtype for its product; the combine
+    array is float32 and differentiated as a whole. Who sits where is decided as without it: a mask
+    costs one comparison here, where those build it from one-hot choices by cumulative sums: the
+    baseline does a little less work than theirs.
     """
 
     def mask(assignment: dispatch.Assignment, group_size: int) -> jax.Array:
-        return assignment.token_index == jnp.arange(group_size)[:, None, None]  # empty slots hold group_size: all False
+        return (
+            assignment.token_index == jnp.arange(group_size)[:, None, None]
+        )  # empty slots hold group_size: all False
 
     def gathered(tokens: jax.Array, assignment: dispatch.Assignment) -> jax.Array:
-        return jnp.einsum("sec,sd->ecd", mask(assignment, tokens.shape[0]).astype(tokens.dtype), tokens)
+        return jnp.einsum(
+            "sec,sd->ecd", mask(assignment, tokens.shape[0]).astype(tokens.dtype), tokens
+        )
 
-    def scattered(expert_outputs: jax.Array, assignment: dispatch.Assignment, *, group_size: int) -> jax.Array:
+    def scattered(
+        expert_outputs: jax.Array, assignment: dispatch.Assignment, *, group_size: int
+    ) -> jax.Array:
         combine_array = jnp.where(mask(assignment, group_size), assignment.combine_weight, 0.0)
         return jnp.einsum("sec,ecd->sd", combine_array, expert_outputs.astype(jnp.float32))
 
     before = dispatch.dispatch, dispatch.combine, moe_layer.loops
-    dispatch.dispatch, dispatch.combine, moe_layer.loops = gathered, scattered, lambda matrix_size: False
+    dispatch.dispatch, dispatch.combine, moe_layer.loops = (
+        gathered,
+        scattered,
+        lambda matrix_size: False,
+    )
     try:
         yield
     finally:
@@ -241,7 +288,14 @@ class StepComparison:
 
 
 def train_steps(
-    name: str, models: Sequence[EncoderDecoderModel], trainer: Trainer, *, batch_size: int, inputs: int, targets: int, rounds: int
+    name: str,
+    models: Sequence[EncoderDecoderModel],
+    trainer: Trainer,
+    *,
+    batch_size: int,
+    inputs: int,
+    targets: int,
+    rounds: int,
 ) -> StepComparison:
     """Measures the train step of a dense and of an upcycled model, as the loop jits it.
 
@@ -255,34 +309,51 @@ def train_steps(
       rounds: executions of each.
     """
     lengths = {"inputs": inputs, "targets": targets}
-    programs = {key: _step_program(model, trainer, batch_size, lengths) for key, model in zip(("dense", "upcycled"), models, strict=True)}
-    dense, upcycled = compare(programs, baseline="dense", tokens=batch_size * (inputs + targets), rounds=rounds)
+    programs = {
+        key: _step_program(model, trainer, batch_size, lengths)
+        for key, model in zip(("dense", "upcycled"), models, strict=True)
+    }
+    dense, upcycled = compare(
+        programs, baseline="dense", tokens=batch_size * (inputs + targets), rounds=rounds
+    )
     flops = [
-        accounting.forward_flops(model.config, batch_size=batch_size, inputs_length=inputs, targets_length=targets).total
+        accounting.forward_flops(
+            model.config, batch_size=batch_size, inputs_length=inputs, targets_length=targets
+        ).total
         for model in models
     ]
     return StepComparison(name, dense, upcycled, flops[1] / flops[0])
 
 
-def _step_program(model: EncoderDecoderModel, trainer: Trainer, batch_size: int, lengths: Mapping[str, int]) -> _Program:
+def _step_program(
+    model: EncoderDecoderModel, trainer: Trainer, batch_size: int, lengths: Mapping[str, int]
+) -> _Program:
     partitioner = Partitioner(devices=(jax.devices()[0],))
     shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
     features = model.input_specs(batch_size, lengths)
     batch = {key: jnp.ones(leaf.shape, leaf.dtype) for key, leaf in features.items()}
     batch["encoder_input_tokens"] = jax.random.randint(
-        jax.random.key(3), batch["encoder_input_tokens"].shape, 1, model.config.vocab_size, jnp.int32
+        jax.random.key(3),
+        batch["encoder_input_tokens"].shape,
+        1,
+        model.config.vocab_size,
+        jnp.int32,
     )
     batch = {key: jax.device_put(value, partitioner.batch_sharding) for key, value in batch.items()}
     with partitioner.activate():
         state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)
         started = time.perf_counter()
-        step = jitted_train_step(model, trainer, partitioner=partitioner, shardings=shardings, seed=0)
+        step = jitted_train_step(
+            model, trainer, partitioner=partitioner, shardings=shardings, seed=0
+        )
         compiled = step.lower(state, batch).compile()
     seconds = time.perf_counter() - started
     held = [state]
 
     def call() -> jax.Array:
-        held[0], output = compiled(held[0], batch)  # the state is donated: each execution goes on from the last
+        held[0], output = compiled(
+            held[0], batch
+        )  # the state is donated: each execution goes on from the last
         return output.loss
 
     return _Program(call, seconds, int(compiled.memory_analysis().temp_size_in_bytes))
@@ -290,10 +361,13 @@ def _step_program(model: EncoderDecoderModel, trainer: Trainer, batch_size: int,
 
 def layer_table(measured: Sequence[Measurement]) -> str:
     """A Markdown table of one comparison."""
-    rows = ["| form | time / dense | ms | tokens/s | compile s | temporaries MiB |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        "| form | time / dense | ms | tokens/s | compile s | temporaries MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     rows += [
-        f"| {m.name} | {m.ratio:.2f}x | {m.seconds * 1e3:.1f} | {m.tokens_per_second:,.0f} | {m.compile_seconds:.1f} | "
-        f"{m.temporary_bytes / 2**20:.0f} |"
+        f"| {m.name} | {m.ratio:.2f}x | {m.seconds * 1e3:.1f} | {m.tokens_per_second:,.0f} |"
+        f" {m.compile_seconds:.1f} | {m.temporary_bytes / 2**20:.0f} |"
         for m in measured
     ]
     return "\n".join(rows) + "\n"
@@ -302,12 +376,16 @@ def layer_table(measured: Sequence[Measurement]) -> str:
 def step_table(measured: Sequence[StepComparison]) -> str:
     """A Markdown table of train steps."""
     rows = [
-        "| model | time, upcycled / dense | FLOPs, upcycled / dense | time ratio / FLOP ratio | dense ms | upcycled ms | tokens/s |",
+        (
+            "| model | time, upcycled / dense | FLOPs, upcycled / dense | time ratio / FLOP ratio |"
+            " dense ms | upcycled ms | tokens/s |"
+        ),
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows += [
-        f"| {m.name} | {m.upcycled.ratio:.2f}x | {m.flop_ratio:.2f}x | {m.upcycled.ratio / m.flop_ratio:.2f} | "
-        f"{m.dense.seconds * 1e3:.0f} | {m.upcycled.seconds * 1e3:.0f} | {m.upcycled.tokens_per_second:,.0f} |"
+        f"| {m.name} | {m.upcycled.ratio:.2f}x | {m.flop_ratio:.2f}x |"
+        f" {m.upcycled.ratio / m.flop_ratio:.2f} | {m.dense.seconds * 1e3:.0f} |"
+        f" {m.upcycled.seconds * 1e3:.0f} | {m.upcycled.tokens_per_second:,.0f} |"
         for m in measured
     ]
     return "\n".join(rows) + "\n"

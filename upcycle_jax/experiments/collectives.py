@@ -1,7 +1,7 @@
 """What a compiled program sends between devices, read from its HLO text.
 
-A program is a set of computations that call each other; loops say how often they run where the compiler knows. Every collective is
-counted as often as it runs in one execution of the program.
+A program is a set of computations that call each other; loops say how often they run where the
+compiler knows. Every collective is counted as often as it runs in one execution of the program.
 """
 
 import collections
@@ -10,15 +10,27 @@ import math
 import re
 from collections.abc import Iterator
 
-KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-to-all",
+    "ragged-all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
 _COLLECTIVE = re.compile(rf" (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
-_CALLS = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLS = re.compile(
+    r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\[(?P<count>\d+),(?P<size>\d+)\]<=|\{\{(?P<first>[\d,]*)\})")
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[(?P<count>\d+),(?P<size>\d+)\]<=|\{\{(?P<first>[\d,]*)\})"
+)
 # Over named axes: mesh['data'=2,'expert'=4] {'expert'}; part of an axis is written 'data':(1)2.
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<axes>[^\]]*)\] \{(?P<over>[^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{\{")
@@ -49,7 +61,8 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind over groups of one size, inside or outside of loops of unknown length.
+    """Collectives of one kind over groups of one size, inside or outside of loops of unknown
+    length.
 
     Attributes:
       kind: see `Collective`.
@@ -89,7 +102,10 @@ def summary(found: list[Collective]) -> list[Traffic]:
         key = item.kind, item.group_size, item.open_ended
         counts[key] += item.times
         nbytes[key] += item.times * item.nbytes
-    return [Traffic(*key[:2], count=counts[key], nbytes=total, open_ended=key[2]) for key, total in nbytes.most_common()]
+    return [
+        Traffic(*key[:2], count=counts[key], nbytes=total, open_ended=key[2])
+        for key, total in nbytes.most_common()
+    ]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -109,7 +125,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _callees(line: str) -> Iterator[tuple[str, int | None]]:
-    """Computations that an instruction runs, and how often; None where only the running program knows."""
+    """Computations that an instruction runs, and how often; None where only the running program
+    knows.
+    """
     often: int | None = 1
     if " while(" in line:
         trips = _TRIPS.search(line)
@@ -122,7 +140,9 @@ def _callees(line: str) -> Iterator[tuple[str, int | None]]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[tuple[str, bool]]:
-    """How often each computation runs when the entry runs once, outside (False) and inside (True) of loops of unknown length."""
+    """How often each computation runs when the entry runs once, outside (False) and inside (True)
+    of loops of unknown length.
+    """
     times: collections.Counter[tuple[str, bool]] = collections.Counter()
     pending = [(entry, 1, False)]
     while pending:
@@ -131,7 +151,10 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[tupl
             continue
         times[name, open_ended] += often
         for line in bodies[name]:
-            pending += [(callee, often * (factor or 1), open_ended or factor is None) for callee, factor in _callees(line)]
+            pending += [
+                (callee, often * (factor or 1), open_ended or factor is None)
+                for callee, factor in _callees(line)
+            ]
     return times
 
 
@@ -144,7 +167,8 @@ def _collective(line: str, match: re.Match[str], computation: str) -> Collective
         arrays = [max(arrays, key=lambda item: item[1])] if arrays else []
     nbytes = sum(size for _, size in arrays)
     if kind == "all-reduce" and "reduce-scatter" in computation:
-        kind = "reduce-scatter"  # TPU writes it as an all-reduce that is fused with the slice which each device keeps
+        # TPU writes it as an all-reduce that is fused with the slice which each device keeps
+        kind = "reduce-scatter"
     elif kind == "reduce-scatter":
         nbytes *= max(group_size, 1)
     return Collective(kind, ", ".join(shape for shape, _ in arrays), nbytes, group_size, times=1)

@@ -1,4 +1,6 @@
-"""The commands that produce a curve of the paper at full scale, from the shipped `gin_configs/papers/sparse_upcycling/` files."""
+"""The commands that produce a curve of the paper at full scale, from the shipped
+`gin_configs/papers/sparse_upcycling/` files.
+"""
 
 import dataclasses
 import shlex
@@ -22,8 +24,14 @@ MESH = ("NUM_EXPERT_PARTITIONS=32", "GROUP_SIZE=512")
 """One expert per device of a row of a 64-chip mesh, as in `pods/`."""
 
 SETTINGS = {
-    ("router", "top_2_bpr"): ("MoeConfig.encoder_router=@encoder/TokensChoose()", "encoder/TokensChoose.batch_prioritized=True"),
-    ("router", "switch"): ("MoeConfig.encoder_router=@encoder/TokensChoose()", "encoder/TokensChoose.num_selected_experts=1"),
+    ("router", "top_2_bpr"): (
+        "MoeConfig.encoder_router=@encoder/TokensChoose()",
+        "encoder/TokensChoose.batch_prioritized=True",
+    ),
+    ("router", "switch"): (
+        "MoeConfig.encoder_router=@encoder/TokensChoose()",
+        "encoder/TokensChoose.num_selected_experts=1",
+    ),
     ("renormalize", "yes"): ("ExpertsChoose.renormalize=True", "TokensChoose.renormalize=True"),
 }
 """A setting that is not the default of the paper's language models -> bindings."""
@@ -35,7 +43,8 @@ class Places:
 
     Attributes:
       results: folder of the runs; each gets a MODEL_DIR below it.
-      dense_checkpoints: folder with `t5_1_1_<size>/checkpoint_1000000`, the dense checkpoints (any readable format).
+      dense_checkpoints: folder with `t5_1_1_<size>/checkpoint_1000000`, the dense checkpoints (any
+        readable format).
     """
 
     results: str = "results/paper"
@@ -57,7 +66,11 @@ class Command:
     @property
     def gin_files(self) -> list[str]:
         """The gin files it reads."""
-        return [word.removeprefix("--gin_file=") for word in self.words if word.startswith("--gin_file=")]
+        return [
+            word.removeprefix("--gin_file=")
+            for word in self.words
+            if word.startswith("--gin_file=")
+        ]
 
     def text(self) -> str:
         """The line as a shell takes it."""
@@ -73,7 +86,10 @@ def _bindings(point: Point) -> list[str]:
     bound: list[str] = []
     for key, value in paper_setting(point.setting).items():
         if key == "C":
-            bound += [f"TRAIN_EXPERT_CAPACITY_FACTOR={value}", f"EVAL_EXPERT_CAPACITY_FACTOR={value}"]
+            bound += [
+                f"TRAIN_EXPERT_CAPACITY_FACTOR={value}",
+                f"EVAL_EXPERT_CAPACITY_FACTOR={value}",
+            ]
         else:
             bound += SETTINGS[key, value]
     return bound
@@ -82,18 +98,27 @@ def _bindings(point: Point) -> list[str]:
 def _name(point: Point) -> str:
     """Folder of the run; curves of several figures that are one run share it."""
     name = f"{point.size.lower()}_{GIN_FILES[point.method]}"
-    return "_".join([name, *(f"{key}_{value}" for key, value in paper_setting(point.setting).items())])
+    return "_".join(
+        [name, *(f"{key}_{value}" for key, value in paper_setting(point.setting).items())]
+    )
 
 
 def _train(gin: str, *bindings: str) -> tuple[str, ...]:
-    return ("python", "-m", "upcycle_jax.train", f"--gin_file={FOLDER}/{gin}.gin", *(f"--gin.{text}" for text in bindings))
+    return (
+        "python",
+        "-m",
+        "upcycle_jax.train",
+        f"--gin_file={FOLDER}/{gin}.gin",
+        *(f"--gin.{text}" for text in bindings),
+    )
 
 
 def commands(series: Series, places: Places = Places()) -> list[Command]:
     """What produces a language curve; empty for table 1 (`model_info`) and for vision.
 
-    A pre-training run gives all points of its curve, because it is evaluated as it goes. A SuperGLUE score needs a fine-tuning run per
-    point and seed, of the checkpoint that the pre-training run left there, and its evaluation.
+    A pre-training run gives all points of its curve, because it is evaluated as it goes. A
+    SuperGLUE score needs a fine-tuning run per point and seed, of the checkpoint that the
+    pre-training run left there, and its evaluation.
     """
     head = series.head
     if head.modality != "language" or head.metric == "parameters":
@@ -103,10 +128,16 @@ def commands(series: Series, places: Places = Places()) -> list[Command]:
     mesh = MESH if head.method in (Method.UPCYCLED, Method.SCRATCH) else ()
     bound = [f"MODEL_DIR='{model_dir}'"]
     if head.method != Method.SCRATCH:
-        bound.append(f"INITIAL_CHECKPOINT_PATH='{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/checkpoint_{START_STEP}'")
+        bound.append(
+            f"INITIAL_CHECKPOINT_PATH='{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/checkpoint_{START_STEP}'"
+        )
     words = _train(gin, *bound, *mesh, *_bindings(head))
     makes = f"{series.label}: pre-training, all points of the curve"
-    out = [] if head.method == Method.START and head.metric == "superglue" else [Command(words, makes)]
+    out = (
+        []
+        if head.method == Method.START and head.metric == "superglue"
+        else [Command(words, makes)]
+    )
     return out + (_fine_tuning(series, name, mesh, places) if head.metric == "superglue" else [])
 
 
@@ -129,7 +160,9 @@ def _fine_tuning(series: Series, name: str, mesh: tuple[str, ...], places: Place
                 f"RANDOM_SEED={seed}",
             )
             where = f"{series.label}, {point.extra_steps or 0:,} extra steps, seed {seed}"
-            out.append(Command(_train(gin, *bound, *mesh, *_bindings(head)), f"{where}: fine-tuning"))
+            out.append(
+                Command(_train(gin, *bound, *mesh, *_bindings(head)), f"{where}: fine-tuning")
+            )
             out.append(Command(_evaluation(point, model_dir, mesh), f"{where}: its score"))
     return out
 
@@ -143,4 +176,11 @@ def _evaluation(point: Point, model_dir: str, mesh: tuple[str, ...]) -> tuple[st
         *(text for text in mesh if text.startswith("NUM_")),
         *_bindings(point),
     )
-    return ("python", "-m", "upcycle_jax.eval", f"--gin_file={model}", "--gin_file=runs/eval.gin", *(f"--gin.{text}" for text in bound))
+    return (
+        "python",
+        "-m",
+        "upcycle_jax.eval",
+        f"--gin_file={model}",
+        "--gin_file=runs/eval.gin",
+        *(f"--gin.{text}" for text in bound),
+    )

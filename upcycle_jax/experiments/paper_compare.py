@@ -1,4 +1,6 @@
-"""This project's results beside the paper's: values against values at the paper's scale, differences against differences at others."""
+"""This project's results beside the paper's: values against values at the paper's scale,
+differences against differences at others.
+"""
 
 import dataclasses
 from collections import Counter
@@ -64,12 +66,15 @@ class Scaled:
       runs: names of the runs, one per seed.
       parameters: of the model.
       num_experts: E, 0 for dense models.
-      extra_steps: steps after which `end` and `gain` are taken: the fewest of the runs that are compared.
+      extra_steps: steps after which `end` and `gain` are taken: the fewest of the runs that are
+        compared.
       start: token accuracy before the first update, percent.
       end: token accuracy at the end, percent.
-      gain: `end` minus that of the reference after as many extra steps, paired by seed, in points; None for the reference.
+      gain: `end` minus that of the reference after as many extra steps, paired by seed, in points;
+        None for the reference.
       reference: what `gain` is counted from, e.g. 'dense continuation'.
-      paper_gain: the same difference in the paper's curve of that method at its last common point, by size.
+      paper_gain: the same difference in the paper's curve of that method at its last common point,
+        by size.
     """
 
     label: str
@@ -113,7 +118,11 @@ class Comparison:
 
 
 def compare(
-    exhibit: Exhibit, *, results: str | Path | None, load_config: Callable[[str], T5Config], places: Places = Places()
+    exhibit: Exhibit,
+    *,
+    results: str | Path | None,
+    load_config: Callable[[str], T5Config],
+    places: Places = Places(),
 ) -> Comparison:
     """Puts this project's results beside a table or figure.
 
@@ -129,12 +138,22 @@ def compare(
     found = paper_runs.find_runs(results) if results is not None else []
     series = exhibit.series("language")
     is_table_of_sizes = any(point.metric == "parameters" for point in exhibit.points)
-    curves = [] if is_table_of_sizes else [Curve(one, _lines(one, found), tuple(commands(one, places))) for one in series]
+    curves = (
+        []
+        if is_table_of_sizes
+        else [Curve(one, _lines(one, found), tuple(commands(one, places))) for one in series]
+    )
     return Comparison(
         exhibit=exhibit,
         sizes=tuple(size_rows(load_config)) if is_table_of_sizes else (),
         curves=tuple(curves),
-        scaled=tuple(_scaled(exhibit, curves, [one for one in found if not one.at_paper_scale and not one.fine_tuned])),
+        scaled=tuple(
+            _scaled(
+                exhibit,
+                curves,
+                [one for one in found if not one.at_paper_scale and not one.fine_tuned],
+            )
+        ),
         vision=tuple(exhibit.series("vision")) if not is_table_of_sizes else (),
         results=None if results is None else str(results),
         num_runs=len(found),
@@ -148,15 +167,25 @@ def _matches(one: Found, head: Point) -> bool:
 
 def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
     head = series.head
-    chosen = [one for one in found if one.at_paper_scale and one.size == head.size and _matches(one, head)]
+    chosen = [
+        one for one in found if one.at_paper_scale and one.size == head.size and _matches(one, head)
+    ]
     if head.metric == "superglue":
-        return tuple(Line(point, _score(point, [one for one in chosen if one.fine_tuned], found)) for point in series.points)
+        return tuple(
+            Line(point, _score(point, [one for one in chosen if one.fine_tuned], found))
+            for point in series.points
+        )
     pretrained = _twins([one for one in chosen if not one.fine_tuned])
-    return tuple(Line(point, _accuracy(point, point is series.points[-1], pretrained)) for point in series.points)
+    return tuple(
+        Line(point, _accuracy(point, point is series.points[-1], pretrained))
+        for point in series.points
+    )
 
 
 def _twins(found: Sequence[Found]) -> list[Found]:
-    """The runs that differ in their seed only, the largest such group: another learning rate, say, is not averaged with them."""
+    """The runs that differ in their seed only, the largest such group: another learning rate, say,
+    is not averaged with them.
+    """
     groups: dict[str, list[Found]] = {}
     for one in found:
         groups.setdefault(one.identity, []).append(one)
@@ -164,7 +193,9 @@ def _twins(found: Sequence[Found]) -> list[Found]:
 
 
 def _accuracy(point: Point, is_last: bool, runs: Sequence[Found]) -> Interval | None:
-    """Token accuracy in percent at the point's extra steps; where those are not known, the last of a curve is a run's last."""
+    """Token accuracy in percent at the point's extra steps; where those are not known, the last of
+    a curve is a run's last.
+    """
     values = []
     for one in runs:
         curve = one.run.curve("accuracy")
@@ -186,7 +217,10 @@ def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Inter
     scored = {}
     for one in runs:
         score = paper_runs.superglue(one)
-        if score is not None and (point.extra_steps is None or paper_runs.extra_steps_before(one, list(found)) == point.extra_steps):
+        if score is not None and (
+            point.extra_steps is None
+            or paper_runs.extra_steps_before(one, list(found)) == point.extra_steps
+        ):
             scored[one.folder] = score
     values = [scored[one.folder] for one in _twins([one for one in runs if one.folder in scored])]
     return mean_interval(values) if values else None
@@ -195,7 +229,11 @@ def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Inter
 def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -> list[Scaled]:
     """Groups of runs that differ in their seed only, each against the reference of its family."""
     heads = [curve.series.head for curve in curves if curve.series.head.metric != "superglue"]
-    wanted = [one for one in found if any(head.method != Method.START and _matches(one, head) for head in heads)]
+    wanted = [
+        one
+        for one in found
+        if any(head.method != Method.START and _matches(one, head) for head in heads)
+    ]
     groups: dict[tuple, list[Found]] = {}
     for one in wanted:
         groups.setdefault((one.family, str(one.method), one.identity), []).append(one)
@@ -205,37 +243,63 @@ def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -
         label, reference = _reference(group[0], found, has_dense=Method.DENSE in shown)
         rows.append(_scaled_row(group, label, reference, curves))
     named = Counter(row.label for row in rows)
-    return [dataclasses.replace(row, label=f"{row.label} ({Path(row.runs[0]).name})") if named[row.label] > 1 else row for row in rows]
+    return [
+        (
+            dataclasses.replace(row, label=f"{row.label} ({Path(row.runs[0]).name})")
+            if named[row.label] > 1
+            else row
+        )
+        for row in rows
+    ]
 
 
 def _reference(one: Found, found: Sequence[Found], *, has_dense: bool) -> tuple[str, list[Found]]:
-    """What a run's gain is counted from, among the runs of its family: what the exhibit shows beside it, else what there is.
+    """What a run's gain is counted from, among the runs of its family: what the exhibit shows
+    beside it, else what there is.
 
-    That is the dense continuation where the exhibit has one, else the upcycled model with the paper's setting; both of the same dense
-    checkpoint's step, but for a run from scratch, which has none.
+    That is the dense continuation where the exhibit has one, else the upcycled model with the
+    paper's setting; both of the same dense checkpoint's step, but for a run from scratch, which has
+    none.
     """
-    starts = {one.run.start_step} if one.method != Method.SCRATCH else {other.run.start_step for other in found}
+    starts = (
+        {one.run.start_step}
+        if one.method != Method.SCRATCH
+        else {other.run.start_step for other in found}
+    )
     family = [
         other
         for other in found
-        if other.family == one.family and other.num_experts in (0, one.num_experts) and other.run.start_step in starts
+        if other.family == one.family
+        and other.num_experts in (0, one.num_experts)
+        and other.run.start_step in starts
     ]
     choices = {
         DENSE: _twins([other for other in family if other.method == Method.DENSE]),
-        DEFAULT: _twins([other for other in family if other.method == Method.UPCYCLED and not other.setting]),
+        DEFAULT: _twins(
+            [other for other in family if other.method == Method.UPCYCLED and not other.setting]
+        ),
     }
     order = (DENSE, DEFAULT) if has_dense else (DEFAULT, DENSE)
     return next(((label, choices[label]) for label in order if choices[label]), ("", []))
 
 
-def _scaled_row(group: Sequence[Found], reference: str, others: Sequence[Found], curves: Sequence[Curve]) -> Scaled:
+def _scaled_row(
+    group: Sequence[Found], reference: str, others: Sequence[Found], curves: Sequence[Curve]
+) -> Scaled:
     first = group[0]
     is_reference = any(other in group for other in others)
-    paired = {other.seed for other in others} & {one.seed for one in group} if not is_reference else set()
+    paired = (
+        {other.seed for other in others} & {one.seed for one in group}
+        if not is_reference
+        else set()
+    )
     compared = [*group, *(other for other in others if other.seed in paired)]
     steps = min(one.run.extra_steps for one in compared)
     settings = " ".join(f"{key}={value}" for key, value in first.setting.items())
-    ours, theirs = ({one.seed: 100 * _after(one, steps) for one in runs if one.seed in paired} for runs in (group, others))
+    ours, theirs = (
+        {one.seed: 100 * _after(one, steps) for one in runs if one.seed in paired}
+        for runs in (group, others)
+    )
     return Scaled(
         label=" ".join(filter(None, (str(first.method), settings))),
         runs=tuple(one.run.name for one in group),
@@ -256,7 +320,9 @@ def _after(one: Found, steps: int) -> float:
 
 
 def _paper_gains(one: Found, reference: str, curves: Sequence[Curve]) -> dict[str, float]:
-    """The paper's difference between a run's method and the reference at the last point that both curves have, by size."""
+    """The paper's difference between a run's method and the reference at the last point that both
+    curves have, by size.
+    """
     gains = {}
     for curve in curves:
         head = curve.series.head
@@ -264,9 +330,19 @@ def _paper_gains(one: Found, reference: str, curves: Sequence[Curve]) -> dict[st
             continue
         for other in curves:
             there = other.series.head
-            same = (there.part, there.size, there.metric, there.x_unit) == (head.part, head.size, head.metric, head.x_unit)
+            same = (there.part, there.size, there.metric, there.x_unit) == (
+                head.part,
+                head.size,
+                head.metric,
+                head.x_unit,
+            )
             is_reference = there.method == (Method.DENSE if reference == DENSE else Method.UPCYCLED)
-            if same and other is not curve and is_reference and not paper_runs.paper_setting(there.setting):
+            if (
+                same
+                and other is not curve
+                and is_reference
+                and not paper_runs.paper_setting(there.setting)
+            ):
                 gain = _last_difference(curve.series, other.series)
                 if gain is not None:
                     gains[head.size] = gain
@@ -274,8 +350,12 @@ def _paper_gains(one: Found, reference: str, curves: Sequence[Curve]) -> dict[st
 
 
 def _last_difference(one: Series, other: Series) -> float | None:
-    """Value of one curve minus that of the other at the most extra steps that both have; at their ends where steps are not known."""
-    values = {point.extra_steps: point.value for point in other.points if point.extra_steps is not None}
+    """Value of one curve minus that of the other at the most extra steps that both have; at their
+    ends where steps are not known.
+    """
+    values = {
+        point.extra_steps: point.value for point in other.points if point.extra_steps is not None
+    }
     mine = {point.extra_steps: point.value for point in one.points if point.extra_steps is not None}
     common = mine.keys() & values.keys()
     if common:

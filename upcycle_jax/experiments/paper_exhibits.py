@@ -1,7 +1,8 @@
-"""Tables and figures of the sparse-upcycling paper (Komatsuzaki et al., ICLR 2023, arXiv 2212.05055) as data; every number with its kind.
+"""Tables and figures of the sparse-upcycling paper (Komatsuzaki et al., ICLR 2023, arXiv
+2212.05055) as data; every number with its kind.
 
-The numbers are in `paper_data/sparse_upcycling.csv`. A size that the paper prints is there as printed; sizes of this project's models are
-never stored (`paper_sizes` computes them).
+The numbers are in `paper_data/sparse_upcycling.csv`. A size that the paper prints is there as
+printed; sizes of this project's models are never stored (`paper_sizes` computes them).
 """
 
 import csv
@@ -75,7 +76,8 @@ class Point:
       metric: a key of `METRICS`.
       x: position on the figure's x axis, or None.
       x_unit: unit of `x`.
-      extra_steps: steps after the start of upcycling; inferred (one plotted point is 100k steps), or None where not known.
+      extra_steps: steps after the start of upcycling; inferred (one plotted point is 100k steps),
+        or None where not known.
       value: the number; percent for accuracies, a count for parameters.
       printed: as the paper prints it, or ''.
       kind: how it is known.
@@ -98,7 +100,15 @@ class Point:
     @property
     def series(self) -> tuple:
         """Equal for the points of one curve (or one row of a table, per metric)."""
-        return (self.part, self.modality, self.size, self.method, tuple(self.setting.items()), self.metric, self.x_unit)
+        return (
+            self.part,
+            self.modality,
+            self.size,
+            self.method,
+            tuple(self.setting.items()),
+            self.metric,
+            self.x_unit,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +152,10 @@ class Exhibit:
     def series(self, modality: str) -> list[Series]:
         """The curves of one modality, in the order of the data."""
         chosen = [point for point in self.points if point.modality == modality]
-        return [Series(tuple(group)) for _, group in itertools.groupby(chosen, key=lambda point: point.series)]
+        return [
+            Series(tuple(group))
+            for _, group in itertools.groupby(chosen, key=lambda point: point.series)
+        ]
 
     @property
     def modalities(self) -> list[str]:
@@ -150,26 +163,47 @@ class Exhibit:
         return sorted({point.modality for point in self.points})
 
 
-_STEPS = "Extra steps are inferred: a plotted point of Base and Large is 100k steps (appendix B.7 and the spacing of figure 2)."
+_STEPS = (
+    "Extra steps are inferred: a plotted point of Base and Large is 100k steps (appendix B.7 and"
+    " the spacing of figure 2)."
+)
 
 TITLES: dict[str, tuple[str, str]] = {
-    "table1": ("Table 1: sizes of the models", "Sizes of this project are counted from the shapes of the shipped model files."),
+    "table1": (
+        "Table 1: sizes of the models",
+        "Sizes of this project are counted from the shapes of the shipped model files.",
+    ),
     "table2": ("Table 2: router, capacity and start, L/32 at equal steps", ""),
     "table3": ("Table 3: renormalised combine weights, V-MoE-B/32 from scratch", ""),
-    "figure2": ("Figure 2: pre-training quality against extra cost, dense continuation and upcycled", _STEPS),
+    "figure2": (
+        "Figure 2: pre-training quality against extra cost, dense continuation and upcycled",
+        _STEPS,
+    ),
     "figure3": (
         "Figure 3: quality after full fine-tuning, along pre-training",
         f"Language: average SuperGLUE score after 200k fine-tuning steps, mean of 3 runs. {_STEPS}",
     ),
     "figure4": ("Figure 4: upcycled against MoE from scratch", _STEPS),
     "figure5": (
-        "Figure 5: upcycled against a deeper dense model made of the same checkpoint (depth tiling)",
-        f"The paper says only that the number of layers grows until the run time is that of the sparse model. {_STEPS}",
+        (
+            "Figure 5: upcycled against a deeper dense model made of the same checkpoint (depth"
+            " tiling)"
+        ),
+        (
+            "The paper says only that the number of layers grows until the run time is that of the"
+            f" sparse model. {_STEPS}"
+        ),
     ),
-    "figure6": ("Figure 6: amount of dense pre-training before upcycling (B/16, C=1, 200k extra steps)", ""),
+    "figure6": (
+        "Figure 6: amount of dense pre-training before upcycling (B/16, C=1, 200k extra steps)",
+        "",
+    ),
     "figure8": (
         "Figure 8: router of the upcycled Base",
-        "First and last value of each curve. Here the router named is the encoder's; the decoder stays top-2 (the paper does not say).",
+        (
+            "First and last value of each curve. Here the router named is the encoder's; the"
+            " decoder stays top-2 (the paper does not say)."
+        ),
     ),
     "figure9": ("Figure 9: capacity factor", "Last value of each curve."),
     "figure11": ("Figure 11: number of experts (B/16, 7 extra epochs)", ""),
@@ -200,10 +234,15 @@ def _point(row: Mapping[str, str]) -> Point:
 @functools.cache
 def exhibits() -> Mapping[str, Exhibit]:
     """All tables and figures of which numbers are known, in the order of the paper."""
-    text = importlib.resources.files("upcycle_jax.experiments").joinpath("paper_data/sparse_upcycling.csv").read_text(encoding="utf-8")
+    text = (
+        importlib.resources.files("upcycle_jax.experiments")
+        .joinpath("paper_data/sparse_upcycling.csv")
+        .read_text(encoding="utf-8")
+    )
     points = [_point(row) for row in csv.DictReader(text.splitlines())]
     return {
-        name: Exhibit(name, title, note, tuple(point for point in points if point.place == name)) for name, (title, note) in TITLES.items()
+        name: Exhibit(name, title, note, tuple(point for point in points if point.place == name))
+        for name, (title, note) in TITLES.items()
     }
 
 
@@ -228,7 +267,15 @@ def listing(chosen: Sequence[Exhibit]) -> list[tuple[str, str, str]]:
     """Rows for people: name, title, how many numbers of which kinds and modalities."""
     rows = []
     for item in chosen:
-        kinds = ", ".join(f"{sum(p.kind == kind for p in item.points)} {kind}" for kind in Kind if any(p.kind == kind for p in item.points))
-        vision = "" if "vision" not in item.modalities else ("; vision only" if len(item.modalities) == 1 else "; with vision")
+        kinds = ", ".join(
+            f"{sum(p.kind == kind for p in item.points)} {kind}"
+            for kind in Kind
+            if any(p.kind == kind for p in item.points)
+        )
+        vision = (
+            ""
+            if "vision" not in item.modalities
+            else ("; vision only" if len(item.modalities) == 1 else "; with vision")
+        )
         rows.append((item.name, item.title, f"{kinds}{vision}"))
     return rows

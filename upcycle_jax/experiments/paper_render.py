@@ -1,4 +1,6 @@
-"""Comparisons with the paper as text for a terminal (at most 140 columns), as Markdown and as JSON."""
+"""Comparisons with the paper as text for a terminal (at most 140 columns), as Markdown and as
+JSON.
+"""
 
 import dataclasses
 import textwrap
@@ -23,7 +25,10 @@ def render(comparison: Comparison, style: Format) -> str:
     heading = f"{exhibit.title}\n{PAPER}"
     parts = [f"## {exhibit.title}\n\n{PAPER}" if style == Format.MARKDOWN else heading]
     kinds = [kind for kind in Kind if any(point.kind == kind for point in exhibit.points)]
-    notes = [*([exhibit.note] if exhibit.note else []), *(f"{kind}: {KIND_NOTES[kind]}." for kind in kinds)]
+    notes = [
+        *([exhibit.note] if exhibit.note else []),
+        *(f"{kind}: {KIND_NOTES[kind]}." for kind in kinds),
+    ]
     parts.append("\n".join(textwrap.fill(note, WIDTH) for note in notes))
     parts += [table.render(style) for table in tables(comparison)]
     parts += [_results_line(comparison), _missing(comparison, style)]
@@ -36,7 +41,11 @@ def tables(comparison: Comparison) -> list[Table]:
     if comparison.sizes:
         out.append(_sizes(comparison))
     for metric in dict.fromkeys(curve.series.head.metric for curve in comparison.curves):
-        out.append(_curves(metric, [curve for curve in comparison.curves if curve.series.head.metric == metric]))
+        out.append(
+            _curves(
+                metric, [curve for curve in comparison.curves if curve.series.head.metric == metric]
+            )
+        )
     if comparison.scaled:
         out.append(_scaled(comparison.scaled))
     if comparison.vision:
@@ -50,10 +59,38 @@ def _sizes(comparison: Comparison) -> Table:
         point = row.point
         layers, experts = point.setting.get("moe_layers", "-"), point.setting.get("experts", "-")
         counted = "-" if row.parameters is None else f"{row.parameters:,}"
-        verdict = NOT_SUPPORTED if row.parameters is None else "equal" if row.equal else f"DIFFERENT: {row.rounded}"
+        verdict = (
+            NOT_SUPPORTED
+            if row.parameters is None
+            else "equal"
+            if row.equal
+            else f"DIFFERENT: {row.rounded}"
+        )
         source = row.gin_file or "-"
-        rows.append([point.modality, point.size, str(point.method), layers, experts, point.printed, counted, verdict, source])
-    header = ["modality", "model", "type", "MoE layers", "experts", "paper (printed)", "this project", "comparison", "counted from"]
+        rows.append(
+            [
+                point.modality,
+                point.size,
+                str(point.method),
+                layers,
+                experts,
+                point.printed,
+                counted,
+                verdict,
+                source,
+            ]
+        )
+    header = [
+        "modality",
+        "model",
+        "type",
+        "MoE layers",
+        "experts",
+        "paper (printed)",
+        "this project",
+        "comparison",
+        "counted from",
+    ]
     return Table("Parameters", header, rows)
 
 
@@ -77,18 +114,39 @@ def _curve_row(line: Line, series: Series) -> list[str]:
     at_end = "end" if point is series.points[-1] else "-"
     steps = at_end if point.extra_steps is None else f"{point.extra_steps:,}"
     delta = "-" if line.delta is None else f"{line.delta:+.2f}"
-    return [series.label, steps, _position(point), _paper_value(point), str(point.kind), interval_text(line.ours), delta]
+    return [
+        series.label,
+        steps,
+        _position(point),
+        _paper_value(point),
+        str(point.kind),
+        interval_text(line.ours),
+        delta,
+    ]
 
 
 def _curves(metric: str, curves: Sequence[Curve]) -> Table:
     units = dict.fromkeys(curve.series.head.x_unit for curve in curves if curve.series.head.x_unit)
     parts = any(curve.series.head.part for curve in curves)
-    header = ["curve", "extra steps", " / ".join(units) or "x", "paper", "kind", "this project (95 % interval)", "ours - paper"]
+    header = [
+        "curve",
+        "extra steps",
+        " / ".join(units) or "x",
+        "paper",
+        "kind",
+        "this project (95 % interval)",
+        "ours - paper",
+    ]
     rows = []
     for curve in curves:
         for line in curve.lines:
             row = _curve_row(line, curve.series)
-            rows.append([f"{curve.series.head.part}: {row[0]}" if parts and len(units) > 1 else row[0], *row[1:]])
+            rows.append(
+                [
+                    f"{curve.series.head.part}: {row[0]}" if parts and len(units) > 1 else row[0],
+                    *row[1:],
+                ]
+            )
     return Table(METRICS[metric], header, rows)
 
 
@@ -108,9 +166,23 @@ def _scaled(scaled: Sequence[Scaled]) -> Table:
                 paper or "-",
             ]
         )
-    reference = ", ".join(dict.fromkeys(row.reference for row in scaled if row.reference)) or "reference"
-    header = ["runs", "parameters", "experts", "extra steps", "accuracy at start", "at end", "gain", "paper's gain"]
-    title = f"This project at other scales: token accuracy in % of its own data; gain = minus {reference}, paired by seed"
+    reference = (
+        ", ".join(dict.fromkeys(row.reference for row in scaled if row.reference)) or "reference"
+    )
+    header = [
+        "runs",
+        "parameters",
+        "experts",
+        "extra steps",
+        "accuracy at start",
+        "at end",
+        "gain",
+        "paper's gain",
+    ]
+    title = (
+        "This project at other scales: token accuracy in % of its own data; gain = minus"
+        f" {reference}, paired by seed"
+    )
     return Table(title, header, rows)
 
 
@@ -120,9 +192,25 @@ def _vision(series: Sequence[Series]) -> Table:
         head, last = one.points[0], one.points[-1]
         many = len(one.points) > 1
         span = f"{_position(head)} to {_position(last)}" if many else _position(head)
-        values = f"{_paper_value(head)} to {_paper_value(last)} ({len(one.points)} points)" if many else _paper_value(head)
-        rows.append([one.label, METRICS[head.metric], f"{span} {head.x_unit}".strip(), values, str(head.kind)])
-    return Table(f"Vision: {NOT_SUPPORTED} by this project", ["curve", "metric", "at, first to last", "paper", "kind"], rows)
+        values = (
+            f"{_paper_value(head)} to {_paper_value(last)} ({len(one.points)} points)"
+            if many
+            else _paper_value(head)
+        )
+        rows.append(
+            [
+                one.label,
+                METRICS[head.metric],
+                f"{span} {head.x_unit}".strip(),
+                values,
+                str(head.kind),
+            ]
+        )
+    return Table(
+        f"Vision: {NOT_SUPPORTED} by this project",
+        ["curve", "metric", "at, first to last", "paper", "kind"],
+        rows,
+    )
 
 
 def _results_line(comparison: Comparison) -> str:
@@ -145,7 +233,9 @@ def _missing(comparison: Comparison, style: Format) -> str:
             lines += [f"#   {command.makes}", _wrapped(command.words)]
         rest = len(curve.commands) - SHOWN_COMMANDS
         if rest > 0:
-            lines.append(f"#   ... and {rest} more for the other points and seeds; --format=json lists all")
+            lines.append(
+                f"#   ... and {rest} more for the other points and seeds; --format=json lists all"
+            )
     if style == Format.MARKDOWN:
         return "\n".join([lines[0], "", "```bash", *lines[2:], "```"])
     return "\n".join(lines)
@@ -175,23 +265,45 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "results": comparison.results,
         "runs": comparison.num_runs,
         "sizes": [
-            {**_point_json(row.point), "gin_file": row.gin_file, "parameters": row.parameters, "rounded": row.rounded, "equal": row.equal}
+            {
+                **_point_json(row.point),
+                "gin_file": row.gin_file,
+                "parameters": row.parameters,
+                "rounded": row.rounded,
+                "equal": row.equal,
+            }
             for row in comparison.sizes
         ],
         "curves": [
             {
                 "label": curve.series.label,
-                "points": [{**_point_json(line.point), "ours": _interval_json(line.ours), "delta": line.delta} for line in curve.lines],
+                "points": [
+                    {
+                        **_point_json(line.point),
+                        "ours": _interval_json(line.ours),
+                        "delta": line.delta,
+                    }
+                    for line in curve.lines
+                ],
                 "missing": curve.is_missing,
-                "commands": [{"command": command.text(), "makes": command.makes} for command in curve.commands],
+                "commands": [
+                    {"command": command.text(), "makes": command.makes}
+                    for command in curve.commands
+                ],
             }
             for curve in comparison.curves
         ],
         "other_scales": [
-            {**dataclasses.asdict(row), **{name: _interval_json(getattr(row, name)) for name in ("start", "end", "gain")}}
+            {
+                **dataclasses.asdict(row),
+                **{name: _interval_json(getattr(row, name)) for name in ("start", "end", "gain")},
+            }
             for row in comparison.scaled
         ],
-        "vision": {"status": NOT_SUPPORTED, "points": [_point_json(point) for one in comparison.vision for point in one.points]},
+        "vision": {
+            "status": NOT_SUPPORTED,
+            "points": [_point_json(point) for one in comparison.vision for point in one.points],
+        },
     }
 
 
@@ -208,4 +320,9 @@ def _interval_json(value: Interval | None) -> dict[str, Any] | None:
 
 
 def _point_json(point: Point) -> dict[str, Any]:
-    return {**dataclasses.asdict(point), "method": str(point.method), "kind": str(point.kind), "setting": dict(point.setting)}
+    return {
+        **dataclasses.asdict(point),
+        "method": str(point.method),
+        "kind": str(point.kind),
+        "setting": dict(point.setting),
+    }

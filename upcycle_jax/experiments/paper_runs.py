@@ -1,4 +1,6 @@
-"""Finds this project's runs in a results folder and says which of the paper's experiments each of them is."""
+"""Finds this project's runs in a results folder and says which of the paper's experiments each of
+them is.
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,9 @@ from upcycle_jax.experiments.results import METRICS, Run, read_rows
 from upcycle_jax.experiments.run_list import model_dirs
 
 START_STEP = 1_000_000
-"""Step of the dense checkpoints that the paper's language experiments start from (T5 1.1's public ones)."""
+"""Step of the dense checkpoints that the paper's language experiments start from (T5 1.1's public
+ones).
+"""
 VOCABULARY = 32128
 NUM_EXPERTS = 32
 FINE_TUNING = "super_glue"
@@ -20,16 +24,40 @@ FINE_TUNING = "super_glue"
 CONFIG = "config.gin"
 NO_SETTINGS = frozenset(
     {
-        *("MODEL_DIR", "RANDOM_SEED", "INITIAL_CHECKPOINT_PATH", "TRAIN_STEPS", "EVAL_PERIOD", "STATS_PERIOD", "SAVING_PERIOD"),
-        *("KEEP_CHECKPOINTS", "TRACKER", "NUM_EXPERT_PARTITIONS", "NUM_MODEL_PARTITIONS", "Recipe.seed"),
+        *(
+            "MODEL_DIR",
+            "RANDOM_SEED",
+            "INITIAL_CHECKPOINT_PATH",
+            "TRAIN_STEPS",
+            "EVAL_PERIOD",
+            "STATS_PERIOD",
+            "SAVING_PERIOD",
+        ),
+        *(
+            "KEEP_CHECKPOINTS",
+            "TRACKER",
+            "NUM_EXPERT_PARTITIONS",
+            "NUM_MODEL_PARTITIONS",
+            "Recipe.seed",
+        ),
     }
 )
 """Lines of a run's `config.gin` that say where, how long and how often, not what."""
 
-DEFAULTS = {"C": "2", "router": "experts_choose", "renormalize": "no", "init": "copy", "moe_layers": "half"}
+DEFAULTS = {
+    "C": "2",
+    "router": "experts_choose",
+    "renormalize": "no",
+    "init": "copy",
+    "moe_layers": "half",
+}
 """The paper's upcycled language model, in the words of `Point.setting`."""
 
-SHAPES = {"Base": (768, 2048, 12, 64, 12), "Large": (1024, 2816, 16, 64, 24), "XL": (2048, 5120, 32, 64, 24)}
+SHAPES = {
+    "Base": (768, 2048, 12, 64, 12),
+    "Large": (1024, 2816, 16, 64, 24),
+    "XL": (2048, 5120, 32, 64, 24),
+}
 """emb_dim, mlp_dim, num_heads, head_dim, layers per stack."""
 
 
@@ -40,14 +68,18 @@ class Found:
     Attributes:
       folder: its MODEL_DIR.
       run: what it left there.
-      method: dense continuation, upcycled, from scratch, ...; None for dense pre-training, which the paper does not show.
+      method: dense continuation, upcycled, from scratch, ...; None for dense pre-training, which
+        the paper does not show.
       size: the paper's size whose width, heads and vocabulary it has, or None.
-      setting: how it differs from the paper's upcycled model, in the words of `Point.setting`; empty for dense models.
+      setting: how it differs from the paper's upcycled model, in the words of `Point.setting`;
+        empty for dense models.
       num_experts: E, 0 for dense models.
       fine_tuned: it was fine-tuned, not pre-trained.
       on_c4: every task that it was evaluated on is C4's.
-      family: equal for runs whose numbers may be subtracted: shape of the dense model, batch and tasks.
-      identity: equal for runs that differ in their seed and their length only, whose numbers may be averaged.
+      family: equal for runs whose numbers may be subtracted: shape of the dense model, batch and
+        tasks.
+      identity: equal for runs that differ in their seed and their length only, whose numbers may be
+        averaged.
     """
 
     folder: Path
@@ -63,8 +95,14 @@ class Found:
 
     @property
     def at_paper_scale(self) -> bool:
-        """Whether its numbers stand beside the paper's: same model, same number of experts, same data."""
-        return self.size is not None and self.num_experts in (0, NUM_EXPERTS) and (self.on_c4 or self.fine_tuned)
+        """Whether its numbers stand beside the paper's: same model, same number of experts, same
+        data.
+        """
+        return (
+            self.size is not None
+            and self.num_experts in (0, NUM_EXPERTS)
+            and (self.on_c4 or self.fine_tuned)
+        )
 
     @property
     def seed(self) -> int:
@@ -80,7 +118,9 @@ def find_runs(folder: str | Path) -> list[Found]:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: --results takes a folder with MODEL_DIRs in it")
+        raise FileNotFoundError(
+            f"{root} is not a folder: --results takes a folder with MODEL_DIRs in it"
+        )
     return [
         identify(path, Run.load(path.relative_to(root).as_posix(), path))
         for path in model_dirs(root)
@@ -91,10 +131,14 @@ def find_runs(folder: str | Path) -> list[Found]:
 def identify(folder: Path, run: Run) -> Found:
     """Says what a run is, from its manifest."""
     manifest = run.manifest
-    model: Mapping[str, Any] = manifest.get("model") if isinstance(manifest.get("model"), Mapping) else {}  # type: ignore[assignment]
+    model: Mapping[str, Any] = (
+        manifest.get("model") if isinstance(manifest.get("model"), Mapping) else {}
+    )  # type: ignore[assignment]
     moe = model.get("moe") or {}
     num_experts = int(moe.get("num_experts", 0))
-    widths = tuple(model.get(name) for name in ("emb_dim", "mlp_dim", "num_heads", "head_dim", "vocab_size"))
+    widths = tuple(
+        model.get(name) for name in ("emb_dim", "mlp_dim", "num_heads", "head_dim", "vocab_size")
+    )
     batch = manifest.get("batch_size")
     tasks = run.tasks
     data = manifest.get("data")
@@ -114,13 +158,20 @@ def identify(folder: Path, run: Run) -> Found:
 
 
 def _identity(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """What two runs of different seeds have in common: the manifest's description, and all settings where the run wrote them."""
+    """What two runs of different seeds have in common: the manifest's description, and all settings
+    where the run wrote them.
+    """
     described = {
-        name: _without_seeds(manifest.get(name)) for name in ("start_step", "model", "batch_size", "optimizer", "recipe", "converted_by")
+        name: _without_seeds(manifest.get(name))
+        for name in ("start_step", "model", "batch_size", "optimizer", "recipe", "converted_by")
     }
     path = folder / CONFIG
     lines = path.read_text().splitlines() if path.is_file() else []
-    settings = [line for line in lines if line and line[0] != "#" and line.partition(" =")[0] not in NO_SETTINGS]
+    settings = [
+        line
+        for line in lines
+        if line and line[0] != "#" and line.partition(" =")[0] not in NO_SETTINGS
+    ]
     return json.dumps([described, settings], sort_keys=True)
 
 
@@ -146,7 +197,11 @@ def _size(model: Mapping[str, Any], method: Method | None) -> str | None:
     layers = (model.get("num_encoder_layers"), model.get("num_decoder_layers"))
     for size, (*widths, depth) in SHAPES.items():
         has_depth = layers == (depth, depth) or method == Method.DEPTH_TILED
-        if [model.get(name) for name in names] == widths and model.get("vocab_size") == VOCABULARY and has_depth:
+        if (
+            [model.get(name) for name in names] == widths
+            and model.get("vocab_size") == VOCABULARY
+            and has_depth
+        ):
             return size
     return None
 
@@ -162,7 +217,11 @@ def _setting(model: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str,
         name = "switch"
     elif name == "TokensChoose":
         chosen = router["num_selected_experts"]
-        name = "switch" if chosen == 1 else f"top_{chosen}{'_bpr' if router['batch_prioritized'] else ''}"
+        name = (
+            "switch"
+            if chosen == 1
+            else f"top_{chosen}{'_bpr' if router['batch_prioritized'] else ''}"
+        )
     converted = manifest.get("converted_by") or manifest.get("recipe") or {}
     init = (converted.get("expert_init") or {}).get("type", "CopyExperts")
     here = {
@@ -181,10 +240,18 @@ def _moe_layers(model: Mapping[str, Any]) -> str:
     for stack in ("encoder", "decoder"):
         if f"num_{stack}_layers" not in model:
             continue
-        layers, count, where = model[f"num_{stack}_layers"], moe[f"num_{stack}_sparse_layers"], moe[f"{stack}_sparse_layout"]
+        layers, count, where = (
+            model[f"num_{stack}_layers"],
+            moe[f"num_{stack}_sparse_layers"],
+            moe[f"{stack}_sparse_layout"],
+        )
         half = where == "MIXED" and count in (None, layers // 2)
-        parts.append("half" if half else f"{stack}:{where if count is None else f'{count}_{where}'}")
-    return "half" if set(parts) == {"half"} else "_".join(str(part).replace(" ", "") for part in parts)
+        parts.append(
+            "half" if half else f"{stack}:{where if count is None else f'{count}_{where}'}"
+        )
+    return (
+        "half" if set(parts) == {"half"} else "_".join(str(part).replace(" ", "") for part in parts)
+    )
 
 
 def paper_setting(setting: Mapping[str, str]) -> dict[str, str]:
@@ -193,7 +260,9 @@ def paper_setting(setting: Mapping[str, str]) -> dict[str, str]:
 
 
 def superglue(found: Found) -> float | None:
-    """The average SuperGLUE score of a fine-tuned run's last evaluated checkpoint; None where `upcycle_jax.eval` has not written one."""
+    """The average SuperGLUE score of a fine-tuned run's last evaluated checkpoint; None where
+    `upcycle_jax.eval` has not written one.
+    """
     for path in sorted((found.folder / "inference_eval").glob(f"*{FINE_TUNING}*/{METRICS}")):
         rows = [row for row in read_rows(path) if "average" in row]
         if rows:
@@ -204,12 +273,15 @@ def superglue(found: Found) -> float | None:
 def extra_steps_before(found: Found, others: list[Found]) -> int:
     """Extra pre-training steps of the checkpoint that a fine-tuned run started from.
 
-    They count from the start of the run that wrote the checkpoint where that run is among the others, else from the paper's step.
+    They count from the start of the run that wrote the checkpoint where that run is among the
+    others, else from the paper's step.
     """
     source = found.run.manifest.get("restored_from") or {}
     step = int(source.get("step") or found.run.start_step)
     folder = Path(str(source.get("path", ""))).parent
     for other in others:
-        if other is not found and (other.folder.resolve() == folder.resolve() or other.folder.name == folder.name):
+        if other is not found and (
+            other.folder.resolve() == folder.resolve() or other.folder.name == folder.name
+        ):
             return step - other.run.start_step
     return max(step - START_STEP, 0)

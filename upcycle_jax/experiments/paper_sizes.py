@@ -14,7 +14,8 @@ class SizeRow:
 
     Attributes:
       point: the paper's number.
-      gin_file: the model file whose parameters are counted, or None where this project has no such model.
+      gin_file: the model file whose parameters are counted, or None where this project has no such
+        model.
       parameters: counted from the shapes, or None.
     """
 
@@ -27,7 +28,11 @@ class SizeRow:
         """The count with the digits and the unit of the paper."""
         if self.parameters is None:
             return None
-        return f"{self.parameters / 1e6:.0f}M" if self.point.printed.endswith("M") else f"{self.parameters / 1e9:.2f}B"
+        return (
+            f"{self.parameters / 1e6:.0f}M"
+            if self.point.printed.endswith("M")
+            else f"{self.parameters / 1e9:.2f}B"
+        )
 
     @property
     def equal(self) -> bool | None:

@@ -1,7 +1,8 @@
-"""What continuing a dense checkpoint would cost, dense, upcycled, or as an MoE from scratch: memory, time and FLOPs, from shapes alone.
+"""What continuing a dense checkpoint would cost, dense, upcycled, or as an MoE from scratch:
+memory, time and FLOPs, from shapes alone.
 
-A plan is an estimate and says so: times are ranges, made of a range of model FLOPs utilisation (MFU) and of what a chip's memory and links
-must move at least.
+A plan is an estimate and says so: times are ranges, made of a range of model FLOPs utilisation
+(MFU) and of what a chip's memory and links must move at least.
 """
 
 import dataclasses
@@ -28,10 +29,12 @@ ASSUMED_EXTRA_STEPS = 100_000
 DEFAULT_MFU = (0.25, 0.55)
 MOE_SLOWDOWN = (0.75, 0.97)
 MFU_SOURCE = (
-    "dense MFU 25 to 55 %: an assumption; 52 % (Llama 3 8B on 512 H100, printed in arXiv 2412.09952) and 46 % (PaLM on TPU v4, arXiv "
-    "2204.02311) were reached by larger models with longer sequences. MoE: 0.75 to 0.97 times that; 0.75 is 39.2 / 52.4 % of arXiv "
-    "2412.09952 (8 experts, capacity factor 2, printed), 0.97 is 1.49 times the FLOPs in 1.53 times the time of arXiv 2212.05055, "
-    "figures 2 and 5 (read off). Measure steps of your own and give --mfu=LOW,HIGH to narrow it"
+    "dense MFU 25 to 55 %: an assumption; 52 % (Llama 3 8B on 512 H100, printed in arXiv"
+    " 2412.09952) and 46 % (PaLM on TPU v4, arXiv 2204.02311) were reached by larger models with"
+    " longer sequences. MoE: 0.75 to 0.97 times that; 0.75 is 39.2 / 52.4 % of arXiv 2412.09952 (8"
+    " experts, capacity factor 2, printed), 0.97 is 1.49 times the FLOPs in 1.53 times the time of"
+    " arXiv 2212.05055, figures 2 and 5 (read off). Measure steps of your own and give"
+    " --mfu=LOW,HIGH to narrow it"
 )
 
 
@@ -69,7 +72,10 @@ class Hardware:
         """
         match = re.fullmatch(r"([^:]+):(\d+)", text.strip())
         if match is None or int(match[2]) < 1:
-            raise ValueError(f"hardware {text!r} is not KIND:CHIPS, e.g. tpu_v5e:256 or h100:8; kinds: {', '.join(hardware.names())}")
+            raise ValueError(
+                f"hardware {text!r} is not KIND:CHIPS, e.g. tpu_v5e:256 or h100:8; kinds:"
+                f" {', '.join(hardware.names())}"
+            )
         return cls(hardware.accelerator(match[1]), int(match[2]))
 
 
@@ -122,7 +128,10 @@ class Memory:
     def needed(self) -> Range:
         """At the peak: gradients and activations share room (low) or stand side by side (high)."""
         state = self.state.parameters + self.state.optimizer
-        return Range(state + max(self.state.parameters, self.activations), self.state.with_gradients + self.activations)
+        return Range(
+            state + max(self.state.parameters, self.activations),
+            self.state.with_gradients + self.activations,
+        )
 
     @property
     def verdict(self) -> str:
@@ -138,8 +147,10 @@ class StepTime:
 
     Attributes:
       compute: matrix products, at the range of MFU.
-      memory: reading and writing state and gradients at the full bandwidth of the chip's memory: a bound from below.
-      network: all-to-alls of experts and sums of gradients at the full bandwidth of the chip's links: a bound from below.
+      memory: reading and writing state and gradients at the full bandwidth of the chip's memory: a
+        bound from below.
+      network: all-to-alls of experts and sums of gradients at the full bandwidth of the chip's
+        links: a bound from below.
     """
 
     compute: Range
@@ -149,7 +160,10 @@ class StepTime:
     @property
     def total(self) -> Range:
         """Low: everything at once, so the longest counts. High: one after the other."""
-        return Range(max(self.compute.low, self.memory, self.network), self.compute.high + self.memory + self.network)
+        return Range(
+            max(self.compute.low, self.memory, self.network),
+            self.compute.high + self.memory + self.network,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +237,9 @@ class Plan:
     def spend(self, kind: Kind, steps: Range) -> Spending:
         """What so many steps of a kind take."""
         cost, devices = self.costs[kind], self.hardware.num_devices
-        days = Range(steps.low * cost.time.total.low, steps.high * cost.time.total.high) * (devices / SECONDS_PER_DAY)
+        days = Range(steps.low * cost.time.total.low, steps.high * cost.time.total.high) * (
+            devices / SECONDS_PER_DAY
+        )
         return Spending(kind, steps, steps * cost.flops, steps * self.tokens_per_step, days)
 
     def equal_steps(self) -> list[Spending]:
@@ -233,10 +249,15 @@ class Plan:
     def equal_flops(self) -> list[Spending]:
         """Every kind trained for the FLOPs that the upcycled model's extra steps take."""
         budget = self.extra_steps * self.costs[Kind.UPCYCLED].flops
-        return [self.spend(kind, Range(budget / cost.flops, budget / cost.flops)) for kind, cost in self.costs.items()]
+        return [
+            self.spend(kind, Range(budget / cost.flops, budget / cost.flops))
+            for kind, cost in self.costs.items()
+        ]
 
     def equal_time(self) -> list[Spending]:
-        """Every kind trained for the device time that the upcycled model's extra steps take; both ends of the ranges are compared."""
+        """Every kind trained for the device time that the upcycled model's extra steps take; both
+        ends of the ranges are compared.
+        """
         mine = self.costs[Kind.UPCYCLED].time.total
         out = []
         for kind, cost in self.costs.items():
@@ -248,10 +269,16 @@ class Plan:
 
     @property
     def extra_share(self) -> float | None:
-        """FLOPs of the extra steps over those of the dense model's training so far; None where that is not known."""
+        """FLOPs of the extra steps over those of the dense model's training so far; None where that
+        is not known.
+        """
         if not self.dense_steps:
             return None
-        return self.extra_steps * self.costs[Kind.UPCYCLED].flops / (self.dense_steps * self.costs[Kind.DENSE].flops)
+        return (
+            self.extra_steps
+            * self.costs[Kind.UPCYCLED].flops
+            / (self.dense_steps * self.costs[Kind.DENSE].flops)
+        )
 
 
 def make_plan(
@@ -274,19 +301,26 @@ def make_plan(
       mfu: lowest and highest MFU of dense models.
 
     Raises:
-      ValueError: the model is dense or of an architecture whose cost is not counted, a number is out of range, or the batch, the groups or
-        an array do not divide over the mesh; the message says what to change.
+      ValueError: the model is dense or of an architecture whose cost is not counted, a number is
+        out of range, or the batch, the groups or an array do not divide over the mesh; the message
+        says what to change.
     """
     config = workload.model.config
     if not isinstance(config, T5Config):
         raise ValueError(f"plans count T5 1.1 models; MODEL is {type(config).__name__}")
     if config.moe is None:
-        raise ValueError("MODEL is dense: give the model that it becomes, e.g. --gin_file=models/t5_1_1_base_upcycled.gin")
+        raise ValueError(
+            "MODEL is dense: give the model that it becomes, e.g."
+            " --gin_file=models/t5_1_1_base_upcycled.gin"
+        )
     steps = ASSUMED_EXTRA_STEPS if extra_steps is None else extra_steps
     if steps < 1 or (dense_steps is not None and dense_steps < 1):
         raise ValueError(f"extra_steps {steps} and dense_steps {dense_steps} must be at least 1")
     if not 0 < mfu[0] <= mfu[1] <= 1:
-        raise ValueError(f"mfu is {mfu[0]:g},{mfu[1]:g}: give the lowest and the highest utilisation, above 0 and at most 1, e.g. 0.3,0.5")
+        raise ValueError(
+            f"mfu is {mfu[0]:g},{mfu[1]:g}: give the lowest and the highest utilisation, above 0"
+            " and at most 1, e.g. 0.3,0.5"
+        )
     old = workload.partitioner
     partitioner = AbstractPartitioner(
         num_expert_partitions=old.num_expert_partitions,
@@ -316,11 +350,17 @@ def make_plan(
         dense_steps=dense_steps,
         tokens_per_step=sparse.batch_size * (lengths["inputs"] + lengths["targets"]),
         mfu=Range(*mfu),
-        advice=[] if memory.verdict == "fits" else ahead_of_time.advice(sparse, round(memory.needed.high), memory.available),
+        advice=(
+            []
+            if memory.verdict == "fits"
+            else ahead_of_time.advice(sparse, round(memory.needed.high), memory.available)
+        ),
     )
 
 
-def cost_of(kind: Kind, workload: Workload, hardware: Hardware, *, mfu: tuple[float, float]) -> Cost:
+def cost_of(
+    kind: Kind, workload: Workload, hardware: Hardware, *, mfu: tuple[float, float]
+) -> Cost:
     """What a step of one model costs.
 
     Args:
@@ -341,7 +381,10 @@ def cost_of(kind: Kind, workload: Workload, hardware: Hardware, *, mfu: tuple[fl
     moved = 2 * state.with_gradients
     sent = ahead_of_time.exchange_bytes(workload) + gradient_bytes(workload)
     time = StepTime(
-        compute=Range(per_device / (chip.device_peak_flops * mfu[1]), per_device / (chip.device_peak_flops * mfu[0])),
+        compute=Range(
+            per_device / (chip.device_peak_flops * mfu[1]),
+            per_device / (chip.device_peak_flops * mfu[0]),
+        ),
         memory=moved / (chip.hbm_bandwidth / chip.devices_per_chip),
         network=sent / (chip.interconnect_bandwidth / chip.devices_per_chip),
     )
@@ -349,10 +392,12 @@ def cost_of(kind: Kind, workload: Workload, hardware: Hardware, *, mfu: tuple[fl
 
 
 def summed_bytes(workload: Workload) -> dict[int, int]:
-    """Bytes of the gradients that one device holds a sum of, by the number of replicas that they are summed over (1: none).
+    """Bytes of the gradients that one device holds a sum of, by the number of replicas that they
+    are summed over (1: none).
 
-    Gradients of experts are summed over the data axis, all others over the data and the expert axis. They are summed in the activations'
-    dtype, as XLA does it, but for the embedding and the logits, whose gradients are float32.
+    Gradients of experts are summed over the data axis, all others over the data and the expert
+    axis. They are summed in the activations' dtype, as XLA does it, but for the embedding and the
+    logits, whose gradients are float32.
     """
     partitioner = workload.partitioner
     sizes = partitioner.mesh.shape
@@ -367,5 +412,12 @@ def summed_bytes(workload: Workload) -> dict[int, int]:
 
 
 def gradient_bytes(workload: Workload) -> int:
-    """Bytes that one device sends in a step so that gradients are summed over replicas: 2 (n - 1) / n of each, a ring's."""
-    return round(sum(2 * nbytes * (replicas - 1) / replicas for replicas, nbytes in summed_bytes(workload).items()))
+    """Bytes that one device sends in a step so that gradients are summed over replicas: 2 (n - 1) /
+    n of each, a ring's.
+    """
+    return round(
+        sum(
+            2 * nbytes * (replicas - 1) / replicas
+            for replicas, nbytes in summed_bytes(workload).items()
+        )
+    )

@@ -24,8 +24,13 @@ def case_of(plan: Plan) -> advice.Case:
         batch_tokens=plan.tokens_per_step,
         num_experts=moe.num_experts,
         capacity_factor=moe.train_expert_capacity_factor,
-        encoder_router="experts_choose" if isinstance(moe.encoder_router, ExpertsChoose) else "tokens_choose",
-        renormalize=any(getattr(router, "renormalize", False) for router in (moe.encoder_router, moe.decoder_router)),
+        encoder_router=(
+            "experts_choose" if isinstance(moe.encoder_router, ExpertsChoose) else "tokens_choose"
+        ),
+        renormalize=any(
+            getattr(router, "renormalize", False)
+            for router in (moe.encoder_router, moe.decoder_router)
+        ),
         sparse_share=sparse / (config.num_encoder_layers + config.num_decoder_layers),
     )
 
@@ -49,13 +54,22 @@ def _frame(plan: Plan) -> str:
     lengths = ", ".join(f"{name} {length}" for name, length in work.task_feature_lengths.items())
     dense = f"{plan.dense_steps:,}" if plan.dense_steps else "not known"
     assumed = " (assumed: give --extra_steps)" if plan.is_assumed else ""
-    share = f"; the extra training costs {plan.extra_share:.0%} of that" if plan.extra_share is not None else ""
+    share = (
+        f"; the extra training costs {plan.extra_share:.0%} of that"
+        if plan.extra_share is not None
+        else ""
+    )
     return "\n".join(
         [
-            f"mesh      {mesh}{', fsdp' if work.partitioner.fsdp else ''}; {plan.hardware.num_devices} devices of "
-            f"{gib(chip.device_hbm_bytes)} and {chip.device_peak_flops / 1e12:g} bfloat16 TFLOP/s ({chip.source})",
-            f"batch     {work.batch_size} rows ({lengths}): {plan.tokens_per_step:,} positions; "
-            f"{work.trainer.num_microbatches or 1} microbatches",
+            (
+                f"mesh      {mesh}{', fsdp' if work.partitioner.fsdp else ''};"
+                f" {plan.hardware.num_devices} devices of {gib(chip.device_hbm_bytes)} and"
+                f" {chip.device_peak_flops / 1e12:g} bfloat16 TFLOP/s ({chip.source})"
+            ),
+            (
+                f"batch     {work.batch_size} rows ({lengths}): {plan.tokens_per_step:,} positions;"
+                f" {work.trainer.num_microbatches or 1} microbatches"
+            ),
             f"steps     dense checkpoint {dense}, extra {plan.extra_steps:,}{assumed}{share}",
         ]
     )
@@ -73,7 +87,10 @@ def costs_table(plan: Plan) -> Table:
         ["  gradients", *(gib(cost.memory.state.parameters) for cost in costs)],
         ["  activations (estimate)", *(gib(cost.memory.activations) for cost in costs)],
         ["  together", *(_gib_range(cost.memory.needed) for cost in costs)],
-        [f"  of {gib(plan.hardware.chip.device_hbm_bytes)}", *(cost.memory.verdict for cost in costs)],
+        [
+            f"  of {gib(plan.hardware.chip.device_hbm_bytes)}",
+            *(cost.memory.verdict for cost in costs),
+        ],
         ["step time, ms", *(_range(cost.time.total * 1e3) for cost in costs)],
         ["  compute", *(_range(cost.time.compute * 1e3) for cost in costs)],
         ["  memory traffic, at least", *(f"{cost.time.memory * 1e3:.3g}" for cost in costs)],
@@ -94,7 +111,13 @@ def spending_tables(plan: Plan) -> list[Table]:
 
 
 def _spending(spent: Spending) -> list[str]:
-    return [str(spent.kind), _range(spent.steps, "{:,.0f}"), _range(spent.tokens), _range(spent.flops), _range(spent.device_days)]
+    return [
+        str(spent.kind),
+        _range(spent.steps, "{:,.0f}"),
+        _range(spent.tokens),
+        _range(spent.flops),
+        _range(spent.device_days),
+    ]
 
 
 def _range(values: Range, form: str = "{:.3g}") -> str:
@@ -112,10 +135,19 @@ def _verdict(plan: Plan) -> str:
     memory = cost.memory
     needed = f"{_gib_range(memory.needed)} of {gib(memory.available)} per device"
     if memory.verdict == "fits":
-        return f"FITS: the upcycled model needs {needed} (estimate; upcycle_jax.precompile compiles it for TPU slices)."
+        return (
+            f"FITS: the upcycled model needs {needed} (estimate; upcycle_jax.precompile compiles it"
+            " for TPU slices)."
+        )
     head = {
-        "may fit": f"MAY FIT: the upcycled model needs {needed}; upcycle_jax.precompile decides it for TPU slices. What helps:",
-        "DOES NOT FIT": f"DOES NOT FIT: the upcycled model needs {needed}. Any of these helps, the largest saving first:",
+        "may fit": (
+            f"MAY FIT: the upcycled model needs {needed}; upcycle_jax.precompile decides it for TPU"
+            " slices. What helps:"
+        ),
+        "DOES NOT FIT": (
+            f"DOES NOT FIT: the upcycled model needs {needed}. Any of these helps, the largest"
+            " saving first:"
+        ),
     }[memory.verdict]
     return "\n".join([head, *(f"  {line}" for line in plan.advice)])
 
@@ -128,7 +160,9 @@ def advice_table(plan: Plan) -> Table:
         origin = textwrap.wrap(f"{item.source} ({item.kind})", 30)
         for i in range(max(len(lines), len(origin))):
             first = [item.topic, str(item.stance)] if i == 0 else ["", ""]
-            rows.append([*first, lines[i] if i < len(lines) else "", origin[i] if i < len(origin) else ""])
+            rows.append(
+                [*first, lines[i] if i < len(lines) else "", origin[i] if i < len(origin) else ""]
+            )
     return Table("What was published", ["topic", "for this plan", "finding", "source"], rows)
 
 
@@ -157,10 +191,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "network": time.network,
             },
         }
-    named = {"equal_steps": plan.equal_steps(), "equal_flops": plan.equal_flops(), "equal_time": plan.equal_time()}
+    named = {
+        "equal_steps": plan.equal_steps(),
+        "equal_flops": plan.equal_flops(),
+        "equal_time": plan.equal_time(),
+    }
     return {
         "name": plan.name,
-        "hardware": {"chip": plan.hardware.chip.name, "chips": plan.hardware.num_chips, "devices": plan.hardware.num_devices},
+        "hardware": {
+            "chip": plan.hardware.chip.name,
+            "chips": plan.hardware.num_chips,
+            "devices": plan.hardware.num_devices,
+        },
         "mesh": dict(plan.workload.partitioner.mesh.shape),
         "batch_size": plan.workload.batch_size,
         "positions_per_step": plan.tokens_per_step,
@@ -168,9 +210,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "extra_steps": plan.extra_steps,
         "extra_steps_assumed": plan.is_assumed,
         "extra_share_of_dense_flops": plan.extra_share,
-        "mfu": {"dense": dataclasses.asdict(plan.mfu), "moe_factor": list(MOE_SLOWDOWN), "source": MFU_SOURCE},
+        "mfu": {
+            "dense": dataclasses.asdict(plan.mfu),
+            "moe_factor": list(MOE_SLOWDOWN),
+            "source": MFU_SOURCE,
+        },
         "costs": costs,
-        "spending": {name: [dataclasses.asdict(spent) for spent in rows] for name, rows in named.items()},
+        "spending": {
+            name: [dataclasses.asdict(spent) for spent in rows] for name, rows in named.items()
+        },
         "what_to_change": plan.advice,
         "advice": [dataclasses.asdict(item) for item in advice.advise(case_of(plan))],
     }

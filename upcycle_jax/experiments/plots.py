@@ -1,4 +1,6 @@
-"""Plots of runs as PNG bytes. Colours are Okabe and Ito's, which stay apart for colour-blind readers; line styles differ as well."""
+"""Plots of runs as PNG bytes. Colours are Okabe and Ito's, which stay apart for colour-blind
+readers; line styles differ as well.
+"""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +17,10 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
-METRIC_LABELS = {"cross_ent_loss": "evaluation loss (nats per target token)", "accuracy": "token accuracy (fraction)"}
+METRIC_LABELS = {
+    "cross_ent_loss": "evaluation loss (nats per target token)",
+    "accuracy": "token accuracy (fraction)",
+}
 
 
 def depth(layer: str) -> tuple[bool, int]:
@@ -34,10 +39,12 @@ def png(figure: Figure) -> bytes:
 
 
 def learning_curves(runs: Sequence[Run]) -> bytes:
-    """Loss and accuracy of each run against its extra steps (left) and its extra training FLOPs (right).
+    """Loss and accuracy of each run against its extra steps (left) and its extra training FLOPs
+    (right).
 
-    The ordinate is cut to the range of the runs that continue a checkpoint, so that a run from scratch, which starts far away, does not
-    flatten them; where its curve enters from outside, the cut is visible.
+    The ordinate is cut to the range of the runs that continue a checkpoint, so that a run from
+    scratch, which starts far away, does not flatten them; where its curve enters from outside, the
+    cut is visible.
     """
     figure, panels = plt.subplots(2, 2, figsize=(11, 7.5), sharey="row", constrained_layout=True)
     for row, metric in enumerate(METRIC_LABELS):
@@ -52,7 +59,9 @@ def learning_curves(runs: Sequence[Run]) -> bytes:
                 "markersize": 4,
             }
             panels[row, 0].plot(extra, curve.values, label=run.name, **style)
-            panels[row, 1].plot(extra * run.flops_per_step / 1e12, curve.values, label=run.name, **style)
+            panels[row, 1].plot(
+                extra * run.flops_per_step / 1e12, curve.values, label=run.name, **style
+            )
             in_view += list(curve.values) if run.start_step else [curve.last]
         low, high = min(in_view), max(in_view)
         margin = 0.08 * (high - low or 1.0)
@@ -68,10 +77,11 @@ def learning_curves(runs: Sequence[Run]) -> bytes:
 
 
 def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
-    """Heat map of the share of dispatched tokens and of router probability per expert, by layer (rows) and domain (columns).
+    """Heat map of the share of dispatched tokens and of router probability per expert, by layer
+    (rows) and domain (columns).
 
-    Experts that choose their tokens fill their capacity, so their load hardly varies; what the router prefers shows in its mean
-    probability. Both are drawn for every layer.
+    Experts that choose their tokens fill their capacity, so their load hardly varies; what the
+    router prefers shows in its mean probability. Both are drawn for every layer.
 
     Returns:
       The PNG, or None when the run has no MoE layer.
@@ -91,7 +101,10 @@ def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
     )
     for row, kind in enumerate(kinds):
         # Relative to an even split: 1 is 1/E of the tokens.
-        values = {task: np.stack([grids[kind][task][layer] for layer in layers]) * num_experts for task in tasks}
+        values = {
+            task: np.stack([grids[kind][task][layer] for layer in layers]) * num_experts
+            for task in tasks
+        }
         top = max(2.0, max(v.max() for v in values.values()))
         for column, task in enumerate(tasks):
             panel = panels[row, column]
@@ -103,6 +116,14 @@ def expert_load(run: Run, tasks: Sequence[str]) -> bytes | None:
             for y in range(len(layers)):
                 for x in range(num_experts if num_experts <= 16 else 0):
                     value = values[task][y, x]
-                    panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > 0.55 * top else "white")
+                    panel.text(
+                        x,
+                        y,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="black" if value > 0.55 * top else "white",
+                    )
         figure.colorbar(image, ax=panels[row].tolist(), label="1 = 1/E, an even split")
     return png(figure)

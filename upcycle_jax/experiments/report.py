@@ -1,4 +1,6 @@
-"""The comparison of several runs as one page: Markdown with PNGs beside it, and a self-contained HTML file."""
+"""The comparison of several runs as one page: Markdown with PNGs beside it, and a self-contained
+HTML file.
+"""
 
 import base64
 import dataclasses
@@ -14,9 +16,10 @@ from upcycle_jax.experiments.results import Run
 
 NUM_BUDGETS = 5
 STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;margin:1rem 0;"
-    "display:block;overflow-x:auto}pre{overflow-x:auto}"
-    "td,th{border:1px solid #bbb;padding:.3rem .7rem;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0"
+    " 1rem}table{border-collapse:collapse;margin:1rem"
+    " 0;display:block;overflow-x:auto}pre{overflow-x:auto}td,th{border:1px solid #bbb;padding:.3rem"
+    " .7rem;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
 
 
@@ -47,13 +50,16 @@ class Report:
         page = markdown.markdown(self.markdown, extensions=["tables"])
         for name, data in self.images.items():
             (root / name).write_bytes(data)
-            page = page.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"')
+            page = page.replace(
+                f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"'
+            )
         for name, text in self.files.items():
             (root / name).write_text(text)
         (root / "report.md").write_text(self.markdown)
         title = html.escape(self.markdown.splitlines()[0].lstrip("# "))
         (root / "report.html").write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>{page}</body></html>\n'
+            '<!doctype html><html lang="en"><meta'
+            f' charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>{page}</body></html>\n'
         )
         return root / "report.md", root / "report.html"
 
@@ -63,9 +69,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
+        return (
+            "| "
+            + " | ".join(
+                c.ljust(w) if i == 0 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+            )
+            + " |"
+        )
 
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    rule = (
+        "| "
+        + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+        + " |"
+    )
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
@@ -92,7 +109,16 @@ def _summary_table(runs: Sequence[Run]) -> str:
                 f"{run.extra_steps * run.seconds_per_step:,.0f}",
             ]
         )
-    header = ["run", "starts from", "parameters", "extra steps", "extra TFLOP", "loss at start", "loss at end", "accuracy at start"]
+    header = [
+        "run",
+        "starts from",
+        "parameters",
+        "extra steps",
+        "extra TFLOP",
+        "loss at start",
+        "loss at end",
+        "accuracy at start",
+    ]
     return table([*header, "accuracy at end", "s/step", "training s"], rows)
 
 
@@ -100,17 +126,25 @@ def _by_steps(runs: Sequence[Run], metric: str) -> str:
     """The metric at every number of extra steps at which some run was evaluated."""
     curves = {run.name: run.curve(metric) for run in runs}
     extras = sorted({int(step) - run.start_step for run in runs for step in curves[run.name].steps})
-    rows = [[f"{extra:,}", *(_number(curves[run.name].at(run.start_step + extra)) for run in runs)] for extra in extras]
+    rows = [
+        [f"{extra:,}", *(_number(curves[run.name].at(run.start_step + extra)) for run in runs)]
+        for extra in extras
+    ]
     return table(["extra steps", *(run.name for run in runs)], rows)
 
 
 def _by_flops(runs: Sequence[Run], metric: str) -> str:
-    """The metric at equal extra FLOPs, linear between a run's evaluations, up to the cheapest run's total."""
+    """The metric at equal extra FLOPs, linear between a run's evaluations, up to the cheapest run's
+    total.
+    """
     curves = {run.name: run.curve(metric) for run in runs}
     most = min(run.extra_steps * run.flops_per_step for run in runs)
     rows = []
     for budget in np.linspace(0.0, most, NUM_BUDGETS + 1):
-        cells = (_number(curves[run.name].at(run.start_step + budget / run.flops_per_step * (1 - 1e-12))) for run in runs)
+        cells = (
+            _number(curves[run.name].at(run.start_step + budget / run.flops_per_step * (1 - 1e-12)))
+            for run in runs
+        )
         rows.append([f"{budget / 1e12:,.2f}", *cells])
     return table(["extra TFLOP", *(run.name for run in runs)], rows)
 
@@ -124,11 +158,14 @@ def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
     sparse_loss, dense_loss = upcycled.curve("cross_ent_loss"), dense.curve("cross_ent_loss")
     drop = sparse_loss.first - dense_loss.first
     lines = [
-        f"* Initial drop: before its first update **{upcycled.name}** has an evaluation loss of {sparse_loss.first:.4f} against "
-        f"{dense_loss.first:.4f} of the dense checkpoint ({drop:+.4f})."
+        f"* Initial drop: before its first update **{upcycled.name}** has an evaluation loss of"
+        f" {sparse_loss.first:.4f} against {dense_loss.first:.4f} of the dense checkpoint"
+        f" ({drop:+.4f})."
     ]
     extra = min(dense.extra_steps, upcycled.extra_steps)
-    budget = min(dense.extra_steps * dense.flops_per_step, upcycled.extra_steps * upcycled.flops_per_step) * (1 - 1e-12)
+    budget = min(
+        dense.extra_steps * dense.flops_per_step, upcycled.extra_steps * upcycled.flops_per_step
+    ) * (1 - 1e-12)
     for other in runs:
         if other is upcycled:
             continue
@@ -140,12 +177,17 @@ def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
             other.start_step + flops / other.flops_per_step
         )
         lines.append(
-            f"* Against **{other.name}**: after {steps:,} extra steps the loss of **{upcycled.name}** is {_compared(at_steps)}; "
-            f"at equal extra compute ({flops / 1e12:,.2f} TFLOP) it is {_compared(at_flops)}."
+            f"* Against **{other.name}**: after {steps:,} extra steps the loss of"
+            f" **{upcycled.name}** is {_compared(at_steps)}; at equal extra compute"
+            f" ({flops / 1e12:,.2f} TFLOP) it is {_compared(at_flops)}."
         )
-    flops_ratio, time_ratio = upcycled.flops_per_step / dense.flops_per_step, upcycled.seconds_per_step / dense.seconds_per_step
+    flops_ratio, time_ratio = (
+        upcycled.flops_per_step / dense.flops_per_step,
+        upcycled.seconds_per_step / dense.seconds_per_step,
+    )
     lines.append(
-        f"* A step of **{upcycled.name}** costs {flops_ratio:.2f}x the FLOPs and {time_ratio:.2f}x the time of a step of **{dense.name}**."
+        f"* A step of **{upcycled.name}** costs {flops_ratio:.2f}x the FLOPs and {time_ratio:.2f}x"
+        f" the time of a step of **{dense.name}**."
     )
     return "\n".join(lines)
 
@@ -169,7 +211,10 @@ def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale
             raise ValueError(f"no run is called {name!r}; the runs are {list(by_name)}")
     for run in runs:
         if run.tasks != runs[0].tasks:
-            raise ValueError(f"runs {runs[0].name!r} and {run.name!r} were evaluated on different tasks: {runs[0].tasks} and {run.tasks}")
+            raise ValueError(
+                f"runs {runs[0].name!r} and {run.name!r} were evaluated on different tasks:"
+                f" {runs[0].tasks} and {run.tasks}"
+            )
     images = {"learning_curves.png": plots.learning_curves(runs)}
     load = plots.expert_load(by_name[upcycled], by_name[upcycled].tasks)
     if load is not None:
@@ -178,21 +223,29 @@ def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale
     sections = [
         f"# {title}",
         scale,
-        "Losses (cross entropy, nats per target token) and accuracies are unweighted means over the evaluation tasks ("
+        "Losses (cross entropy, nats per target token) and accuracies are unweighted means over the"
+        " evaluation tasks ("
         + ", ".join(f"`{task}`" for task in runs[0].tasks)
-        + "), teacher-forced. One seed: differences carry no error bar, so they are those of these runs and no claim about others.",
+        + "), teacher-forced. One seed: differences carry no error bar, so they are those of these"
+        " runs and no claim about others.",
         "## Summary",
         summary,
         "## What came out",
         _findings(runs, by_name[dense], by_name[upcycled]),
         "## Learning curves",
-        "![Evaluation loss and token accuracy against extra steps and extra compute](learning_curves.png)",
+        (
+            "![Evaluation loss and token accuracy against extra steps and extra"
+            " compute](learning_curves.png)"
+        ),
         "### Evaluation loss against extra steps",
         _by_steps(runs, "cross_ent_loss"),
         "### Token accuracy against extra steps",
         _by_steps(runs, "accuracy"),
         "### Evaluation loss against extra compute",
-        "Linear between evaluations; FLOPs are the model's own (matrix products, forward and backward).",
+        (
+            "Linear between evaluations; FLOPs are the model's own (matrix products, forward and"
+            " backward)."
+        ),
         _by_flops(runs, "cross_ent_loss"),
         "### Token accuracy against extra compute",
         _by_flops(runs, "accuracy"),

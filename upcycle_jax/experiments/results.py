@@ -47,7 +47,8 @@ class Run:
     Attributes:
       name: how the report calls it.
       manifest: the run's `manifest.json`.
-      training: rows of `train/metrics.jsonl`, one per step at which statistics were written, by step.
+      training: rows of `train/metrics.jsonl`, one per step at which statistics were written, by
+        step.
       evaluations: rows of `training_eval/<task>/metrics.jsonl` by task, by step.
     """
 
@@ -65,11 +66,25 @@ class Run:
         """
         root = Path(model_dir)
         if not (root / MANIFEST).is_file():
-            raise FileNotFoundError(f"{root} holds no {MANIFEST}: it is not the MODEL_DIR of a run, or the run has not started yet")
-        evaluations = {path.parent.name: read_rows(path) for path in sorted(root.glob(f"training_eval/*/{METRICS}"))}
+            raise FileNotFoundError(
+                f"{root} holds no {MANIFEST}: it is not the MODEL_DIR of a run, or the run has not"
+                " started yet"
+            )
+        evaluations = {
+            path.parent.name: read_rows(path)
+            for path in sorted(root.glob(f"training_eval/*/{METRICS}"))
+        }
         if not any(evaluations.values()):
-            raise FileNotFoundError(f"{root}/training_eval holds no {METRICS}: the run has not been evaluated; set train.eval_period")
-        return cls(name, json.loads((root / MANIFEST).read_text()), read_rows(root / "train" / METRICS), evaluations)
+            raise FileNotFoundError(
+                f"{root}/training_eval holds no {METRICS}: the run has not been evaluated; set"
+                " train.eval_period"
+            )
+        return cls(
+            name,
+            json.loads((root / MANIFEST).read_text()),
+            read_rows(root / "train" / METRICS),
+            evaluations,
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -78,7 +93,9 @@ class Run:
 
     @functools.cached_property
     def start_step(self) -> int:
-        """The step that the run started from: 0 from scratch, else that of the checkpoint which it continues."""
+        """The step that the run started from: 0 from scratch, else that of the checkpoint which it
+        continues.
+        """
         return int(self.manifest["start_step"])
 
     @property
@@ -88,8 +105,12 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether all tasks were evaluated at one step at least; not so where the run was killed in its first evaluation."""
-        return bool(set.intersection(*({row["step"] for row in rows} for rows in self.evaluations.values())))
+        """Whether all tasks were evaluated at one step at least; not so where the run was killed in
+        its first evaluation.
+        """
+        return bool(
+            set.intersection(*({row["step"] for row in rows} for rows in self.evaluations.values()))
+        )
 
     @property
     def extra_steps(self) -> int:
@@ -99,38 +120,68 @@ class Run:
     @property
     def seconds_per_step(self) -> float:
         """Median seconds of a step over the reporting periods; NaN where none was written."""
-        rates = [row["timing/steps_per_second"] for row in self.training if row.get("timing/steps_per_second")]
+        rates = [
+            row["timing/steps_per_second"]
+            for row in self.training
+            if row.get("timing/steps_per_second")
+        ]
         return 1.0 / float(np.median(rates)) if rates else float("nan")
 
     def curve(self, metric: str, task: str | None = None) -> Curve:
-        """A metric of one task, or its unweighted mean over all tasks, at the steps where each has a value."""
-        by_task = [{row["step"]: row[metric] for row in self.evaluations[t] if metric in row} for t in ([task] if task else self.tasks)]
+        """A metric of one task, or its unweighted mean over all tasks, at the steps where each has
+        a value.
+        """
+        by_task = [
+            {row["step"]: row[metric] for row in self.evaluations[t] if metric in row}
+            for t in ([task] if task else self.tasks)
+        ]
         steps = sorted(set.intersection(*(set(rows) for rows in by_task)))
         if not steps:
             raise ValueError(f"run {self.name!r} has no evaluation with the metric {metric!r}")
-        return Curve(np.array(steps), np.array([np.mean([_numbers(rows[step]) for rows in by_task], axis=0) for step in steps]))
+        return Curve(
+            np.array(steps),
+            np.array(
+                [np.mean([_numbers(rows[step]) for rows in by_task], axis=0) for step in steps]
+            ),
+        )
 
     def vectors_over_time(self, suffix: str) -> dict[str, Curve]:
-        """Per-layer vectors of all evaluations: layer -> steps `[n]` and values `[n, E]`, unweighted means over the tasks."""
+        """Per-layer vectors of all evaluations: layer -> steps `[n]` and values `[n, E]`,
+        unweighted means over the tasks.
+        """
         prefix, end = "experts/", f"/{suffix}"
         first = self.evaluations[self.tasks[0]]
-        keys = [key for key in (first[0] if first else {}) if key.startswith(prefix) and key.endswith(end)]
+        keys = [
+            key
+            for key in (first[0] if first else {})
+            if key.startswith(prefix) and key.endswith(end)
+        ]
         return {key[len(prefix) : -len(end)]: self.curve(key) for key in keys}
 
     def last_vectors(self, suffix: str, task: str) -> dict[str, np.ndarray]:
-        """Per-layer vectors of the last evaluation: `{'encoder/layers_1': [E], ...}` for metrics `experts/<layer>/<suffix>`."""
+        """Per-layer vectors of the last evaluation: `{'encoder/layers_1': [E], ...}` for metrics
+        `experts/<layer>/<suffix>`.
+        """
         row = self.evaluations[task][-1] if self.evaluations[task] else {}
         prefix, end = "experts/", f"/{suffix}"
-        return {key[len(prefix) : -len(end)]: _numbers(row[key]) for key in row if key.startswith(prefix) and key.endswith(end)}
+        return {
+            key[len(prefix) : -len(end)]: _numbers(row[key])
+            for key in row
+            if key.startswith(prefix) and key.endswith(end)
+        }
 
 
 def _numbers(value: Any) -> np.ndarray:
-    """A metric as float64, `[]` or `[E]`; NaN where it was not finite, which the files hold as null."""
+    """A metric as float64, `[]` or `[E]`; NaN where it was not finite, which the files hold as
+    null.
+    """
     return np.array(value, np.float64)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file by step. A step that a resumed run wrote again counts once, as last written; a torn line is skipped."""
+    """The rows of a JSON-lines file by step. A step that a resumed run wrote again counts once, as
+    last written; a torn line is skipped.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:

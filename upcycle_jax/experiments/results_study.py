@@ -13,7 +13,13 @@ from upcycle_jax.experiments import statistics
 from upcycle_jax.experiments.results import MANIFEST, METRICS, Run, read_rows
 from upcycle_jax.experiments.statistics import Interval
 from upcycle_jax.experiments.sweeps import SEED_AXIS
-from upcycle_jax.experiments.sweeps_state import EVENTS_FILE, INTERRUPTED, SWEEP_FILE, TABLE_FILE, portable
+from upcycle_jax.experiments.sweeps_state import (
+    EVENTS_FILE,
+    INTERRUPTED,
+    SWEEP_FILE,
+    TABLE_FILE,
+    portable,
+)
 
 CELLS = "cells"
 CONFIG = "config.gin"
@@ -61,7 +67,8 @@ class Study:
       groups: the compared runs, in the order of the stages and axes; only those with a result.
       shared: name -> run of the cells that others start from.
       unfinished: names of cells that have not finished, with the step that they reached.
-      failed: those of the unfinished that ended with an error, with their exit code; not among the groups.
+      failed: those of the unfinished that ended with an error, with their exit code; not among the
+        groups.
       events: rows of `events.jsonl`.
     """
 
@@ -82,7 +89,10 @@ class Study:
         """
         root = Path(folder)
         if not (root / SWEEP_FILE).is_file():
-            raise FileNotFoundError(f"{root} holds no {SWEEP_FILE}: it is not the folder of a sweep, or the sweep has not started")
+            raise FileNotFoundError(
+                f"{root} holds no {SWEEP_FILE}: it is not the folder of a sweep, or the sweep has"
+                " not started"
+            )
         plan = json.loads((root / SWEEP_FILE).read_text())
         runs: dict[str, Run] = {}
         unfinished: dict[str, int] = {}
@@ -92,18 +102,36 @@ class Study:
             run = _load_run(cell["name"], path)
             if run is not None:
                 runs[cell["name"]] = run
-            if run is None or run.manifest.get("status") != "finished" or run.manifest.get("step") != cell["end_step"]:
-                unfinished[cell["name"]] = cell["start_step"] if run is None else run.start_step + run.extra_steps
+            if (
+                run is None
+                or run.manifest.get("status") != "finished"
+                or run.manifest.get("step") != cell["end_step"]
+            ):
+                unfinished[cell["name"]] = (
+                    cell["start_step"] if run is None else run.start_step + run.extra_steps
+                )
         rows = [json.loads(line) for line in _lines(root / EVENTS_FILE)]
-        failed = {name: code for name, code in _exit_codes(rows).items() if name in unfinished and code not in (0, INTERRUPTED)}
-        groups = _groups(plan, {name: run for name, run in runs.items() if run.extra_steps > 0 and name not in failed})
+        failed = {
+            name: code
+            for name, code in _exit_codes(rows).items()
+            if name in unfinished and code not in (0, INTERRUPTED)
+        }
+        groups = _groups(
+            plan,
+            {name: run for name, run in runs.items() if run.extra_steps > 0 and name not in failed},
+        )
         if not groups:
-            raise FileNotFoundError(f"no run of the sweep in {root} has been evaluated after an update yet")
+            raise FileNotFoundError(
+                f"no run of the sweep in {root} has been evaluated after an update yet"
+            )
         tasks = groups[0].first.tasks
         for group in groups:
             for run in group.runs.values():
                 if run.tasks != tasks:
-                    raise ValueError(f"{run.name} was evaluated on {run.tasks}, others on {tasks}: they cannot be compared")
+                    raise ValueError(
+                        f"{run.name} was evaluated on {run.tasks}, others on {tasks}: they cannot"
+                        " be compared"
+                    )
         stages = {cell["name"]: plan["stages"][cell["stage"]] for cell in trained}
         shared = {name: run for name, run in runs.items() if not stages[name]["compared"]}
         return cls(plan, groups, shared, unfinished, failed, rows)
@@ -124,22 +152,35 @@ class Study:
         return min(run.extra_steps * run.flops_per_step for run in self.runs)
 
     def shared_steps(self, group: Group) -> int:
-        """Extra steps that every run of the group and of its baseline has done: `common_steps` or more."""
+        """Extra steps that every run of the group and of its baseline has done: `common_steps` or
+        more.
+        """
         other = self.baseline_of(group)
-        return min(run.extra_steps for run in (*group.runs.values(), *(other.runs.values() if other else ())))
+        return min(
+            run.extra_steps
+            for run in (*group.runs.values(), *(other.runs.values() if other else ()))
+        )
 
     def baseline_of(self, group: Group) -> Group | None:
-        """The group of the baseline stage with the same labels on the axes that both have; None for the baseline itself."""
+        """The group of the baseline stage with the same labels on the axes that both have; None for
+        the baseline itself.
+        """
         for other in self.groups:
             shared = set(other.labels) & set(group.labels)
-            if other.stage == self.plan["baseline"] != group.stage and all(other.labels[axis] == group.labels[axis] for axis in shared):
+            if other.stage == self.plan["baseline"] != group.stage and all(
+                other.labels[axis] == group.labels[axis] for axis in shared
+            ):
                 return other
         return None
 
     def difference(self, group: Group, value: Callable[[Run], float]) -> Interval | None:
         """Paired difference of a value to the baseline's; None where there is no baseline."""
         other = self.baseline_of(group)
-        return None if other is None else statistics.paired_difference(group.per_seed(value), other.per_seed(value))
+        return (
+            None
+            if other is None
+            else statistics.paired_difference(group.per_seed(value), other.per_seed(value))
+        )
 
 
 def at_steps(metric: str, extra: float) -> Callable[[Run], float]:
@@ -149,7 +190,9 @@ def at_steps(metric: str, extra: float) -> Callable[[Run], float]:
 
 def at_flops(metric: str, flops: float) -> Callable[[Run], float]:
     """The metric after that many extra training FLOPs, linear between evaluations."""
-    return lambda run: run.curve(metric).at(run.start_step + min(flops / run.flops_per_step * (1 - 1e-12), run.extra_steps))
+    return lambda run: run.curve(metric).at(
+        run.start_step + min(flops / run.flops_per_step * (1 - 1e-12), run.extra_steps)
+    )
 
 
 def _load_run(name: str, path: Path) -> Run | None:
@@ -178,11 +221,19 @@ def _groups(plan: Mapping[str, Any], runs: Mapping[str, Run]) -> list[Group]:
             labels = {axis: label for axis, label in cell["labels"].items() if axis != SEED_AXIS}
             members = found.setdefault((cell["stage"], tuple(labels.items())), {})
             members[cell["labels"].get(SEED_AXIS, "0")] = runs[cell["name"]]
-    return [Group(_name(plan, stage, dict(labels)), stage, dict(labels), members) for (stage, labels), members in found.items()]
+    return [
+        Group(_name(plan, stage, dict(labels)), stage, dict(labels), members)
+        for (stage, labels), members in found.items()
+    ]
 
 
 def _name(plan: Mapping[str, Any], stage: str, labels: Mapping[str, str]) -> str:
-    return ", ".join([plan["stages"][stage]["label"], *(f"{axis_name(axis)} {label}" for axis, label in labels.items())])
+    return ", ".join(
+        [
+            plan["stages"][stage]["label"],
+            *(f"{axis_name(axis)} {label}" for axis, label in labels.items()),
+        ]
+    )
 
 
 def axis_name(axis: str) -> str:
@@ -199,9 +250,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def store(folder: str | Path, output: str | Path) -> Path:
-    """Copies what reports need, a few hundred kB: plans, configurations, manifests and metrics, no checkpoints.
+    """Copies what reports need, a few hundred kB: plans, configurations, manifests and metrics, no
+    checkpoints.
 
-    Paths of the sweep's folder become `{SWEEP_DIR}` and those of gin files `gin_configs/...`: they say nothing about a machine's folders.
+    Paths of the sweep's folder become `{SWEEP_DIR}` and those of gin files `gin_configs/...`: they
+    say nothing about a machine's folders.
 
     Args:
       folder: the sweep's folder.
@@ -218,7 +271,11 @@ def store(folder: str | Path, output: str | Path) -> Path:
     names = [cell["name"] for cell in json.loads((root / SWEEP_FILE).read_text())["cells"]]
     paths = [root / name for name in STORED_FILES if (root / name).is_file()]
     for name in names:
-        paths += [path for pattern in STORED_CELL_FILES for path in sorted((root / CELLS / name).glob(pattern))]
+        paths += [
+            path
+            for pattern in STORED_CELL_FILES
+            for path in sorted((root / CELLS / name).glob(pattern))
+        ]
     for path in paths:
         text = portable(path.read_text(), str(root))
         text = re.sub(r"(?:/[^\s/'\"]+)+/(gin_configs/)", r"\1", text)
@@ -234,6 +291,13 @@ def _rounded(path: Path, text: str) -> str:
         return text
 
     def short(value: Any) -> Any:
-        return [number if number is None else float(f"{number:.6g}") for number in value] if isinstance(value, list) else value
+        return (
+            [number if number is None else float(f"{number:.6g}") for number in value]
+            if isinstance(value, list)
+            else value
+        )
 
-    return "".join(json.dumps({key: short(value) for key, value in row.items()}) + "\n" for row in read_rows(path))
+    return "".join(
+        json.dumps({key: short(value) for key, value in row.items()}) + "\n"
+        for row in read_rows(path)
+    )

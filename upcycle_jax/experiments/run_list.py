@@ -17,12 +17,16 @@ from upcycle_jax.experiments.results import MANIFEST, METRICS, read_rows
 from upcycle_jax.training.process_record import is_alive
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
-NOT_ENTERED = re.compile(r"\..*|train|training_eval|inference_eval|damaged_checkpoint_.*|checkpoint_\d+.*")
+NOT_ENTERED = re.compile(
+    r"\..*|train|training_eval|inference_eval|damaged_checkpoint_.*|checkpoint_\d+.*"
+)
 """Folders in which no MODEL_DIR lies."""
 
 LEAST_SILENCE = 600.0
 SILENT_PERIODS = 10
-"""A run on another machine counts as stopped after ten reporting periods, and at least ten minutes, without a sign of life."""
+"""A run on another machine counts as stopped after ten reporting periods, and at least ten minutes,
+without a sign of life.
+"""
 
 
 class State(enum.StrEnum):
@@ -45,7 +49,8 @@ class RunStatus:
       step: the last step that any file knows of.
       total_steps: TRAIN_STEPS, or None where the manifest does not say.
       parameters: of the model, or None.
-      training: last reported training metrics: `loss`, `accuracy` and `steps_per_second`, those that there are.
+      training: last reported training metrics: `loss`, `accuracy` and `steps_per_second`, those
+        that there are.
       evaluations: last `cross_ent_loss` and `accuracy` by task.
       last_sign: seconds since the epoch of the newest file that the run writes while it runs.
       checkpoint_steps: finished checkpoints, rising.
@@ -67,7 +72,9 @@ class RunStatus:
     def as_json(self, *, now: float) -> dict[str, Any]:
         """The status as JSON knows it; `age_seconds` counts from `last_sign` to `now`."""
         out = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        stamp = datetime.datetime.fromtimestamp(self.last_sign, datetime.UTC).isoformat(timespec="seconds")
+        stamp = datetime.datetime.fromtimestamp(self.last_sign, datetime.UTC).isoformat(
+            timespec="seconds"
+        )
         return out | {"state": str(self.state), "checkpoint_steps": list(self.checkpoint_steps), "last_sign": stamp,
                       "age_seconds": round(now - self.last_sign, 1)}  # fmt: skip
 
@@ -84,9 +91,14 @@ def list_runs(folder: os.PathLike | str, *, now: float | None = None) -> list[Ru
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder: name one with MODEL_DIRs in it, or a MODEL_DIR")
+        raise FileNotFoundError(
+            f"{root} is no folder: name one with MODEL_DIRs in it, or a MODEL_DIR"
+        )
     moment = time.time() if now is None else now
-    found = (read_status(path, name=path.relative_to(root).as_posix(), now=moment) for path in model_dirs(root))
+    found = (
+        read_status(path, name=path.relative_to(root).as_posix(), now=moment)
+        for path in model_dirs(root)
+    )
     return [status for status in found if status is not None]
 
 
@@ -107,10 +119,25 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
       now: seconds since the epoch.
     """
     rows = read_rows(model_dir / "train" / METRICS)
-    evaluations = {path.parent.name: read_rows(path) for path in sorted(model_dir.glob(f"training_eval/*/{METRICS}"))}
-    checkpoints = {int(match.group(1)): path for path in model_dir.iterdir() if (match := CHECKPOINT.fullmatch(path.name))}
-    times = [(model_dir / MANIFEST).stat().st_mtime, *(path.stat().st_mtime for path in checkpoints.values())]
-    times += [row["wall_time"] for found in (rows, *evaluations.values()) for row in found[-1:] if "wall_time" in row]
+    evaluations = {
+        path.parent.name: read_rows(path)
+        for path in sorted(model_dir.glob(f"training_eval/*/{METRICS}"))
+    }
+    checkpoints = {
+        int(match.group(1)): path
+        for path in model_dir.iterdir()
+        if (match := CHECKPOINT.fullmatch(path.name))
+    }
+    times = [
+        (model_dir / MANIFEST).stat().st_mtime,
+        *(path.stat().st_mtime for path in checkpoints.values()),
+    ]
+    times += [
+        row["wall_time"]
+        for found in (rows, *evaluations.values())
+        for row in found[-1:]
+        if "wall_time" in row
+    ]
     last_sign = max(times)
     problem = None
     try:
@@ -119,7 +146,9 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
             return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         manifest, problem = {}, f"{MANIFEST} is damaged ({error})"
-    state, why = (State.FAILED, problem) if problem else _judge(manifest, rows, silence=now - last_sign)
+    state, why = (
+        (State.FAILED, problem) if problem else _judge(manifest, rows, silence=now - last_sign)
+    )
     steps = [row["step"] for found in (rows, *evaluations.values()) for row in found[-1:]]
     return RunStatus(
         name=name,
@@ -129,15 +158,23 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
         total_steps=manifest.get("total_steps"),
         parameters=manifest.get("parameters"),
         training=_last_training(rows),
-        evaluations={task: _picked(found[-1], ("cross_ent_loss", "accuracy")) for task, found in evaluations.items() if found},
+        evaluations={
+            task: _picked(found[-1], ("cross_ent_loss", "accuracy"))
+            for task, found in evaluations.items()
+            if found
+        },
         last_sign=last_sign,
         checkpoint_steps=sorted(checkpoints),
         checkpoint_bytes=_bytes_on_disk(checkpoints.values()),
     )
 
 
-def _judge(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, silence: float) -> tuple[State, str]:
-    """What the manifest says, believed only as far as it can be: a run that was killed left it at 'running'."""
+def _judge(
+    manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, silence: float
+) -> tuple[State, str]:
+    """What the manifest says, believed only as far as it can be: a run that was killed left it at
+    'running'.
+    """
     status = str(manifest["status"])
     if status == "finished":
         return State.FINISHED, "reached its last step"
@@ -148,7 +185,11 @@ def _judge(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, si
     process = (manifest.get("starts") or [{}])[-1].get("process") or {}
     alive = is_alive(process)
     if alive is not None:
-        return (State.RUNNING, f"process {process['pid']} is there") if alive else (State.STOPPED, f"process {process['pid']} is gone")
+        return (
+            (State.RUNNING, f"process {process['pid']} is there")
+            if alive
+            else (State.STOPPED, f"process {process['pid']} is gone")
+        )
     stamps = [row["wall_time"] for row in rows if "wall_time" in row]
     gaps = [after - before for before, after in itertools.pairwise(stamps) if after > before]
     limit = max(LEAST_SILENCE, SILENT_PERIODS * statistics.median(gaps)) if gaps else LEAST_SILENCE
@@ -194,15 +235,26 @@ def table(runs: Sequence[RunStatus], *, now: float) -> str:
     header = ("run", "state", "step", "loss", "evaluation", "steps/s", "age", "checkpoints")
     lines = [header, *(_cells(run, now) for run in runs)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     notes = [f"{run.name}: {run.why}" for run in runs if run.state in (State.STOPPED, State.FAILED)]
     return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
 
 
 def _cells(run: RunStatus, now: float) -> tuple[str, ...]:
-    losses = [values["cross_ent_loss"] for values in run.evaluations.values() if "cross_ent_loss" in values]
+    losses = [
+        values["cross_ent_loss"]
+        for values in run.evaluations.values()
+        if "cross_ent_loss" in values
+    ]
     many = f" (mean of {len(losses)})" if len(losses) > 1 else ""
-    total = f"/{run.total_steps} ({100 * run.step // max(run.total_steps, 1)}%)" if run.total_steps else ""
+    total = (
+        f"/{run.total_steps} ({100 * run.step // max(run.total_steps, 1)}%)"
+        if run.total_steps
+        else ""
+    )
     count = len(run.checkpoint_steps)
     return (
         run.name,
@@ -212,7 +264,11 @@ def _cells(run: RunStatus, now: float) -> tuple[str, ...]:
         f"{sum(losses) / len(losses):.4g}{many}" if losses else "-",
         f"{run.training['steps_per_second']:.3g}" if "steps_per_second" in run.training else "-",
         in_words(now - run.last_sign),
-        f"{count}, latest {run.checkpoint_steps[-1]}, {_size(run.checkpoint_bytes)}" if count else "none",
+        (
+            f"{count}, latest {run.checkpoint_steps[-1]}, {_size(run.checkpoint_bytes)}"
+            if count
+            else "none"
+        ),
     )
 
 

@@ -1,4 +1,6 @@
-"""Means with confidence intervals over few runs: Student's t, paired where runs saw the same data in the same order."""
+"""Means with confidence intervals over few runs: Student's t, paired where runs saw the same data
+in the same order.
+"""
 
 import dataclasses
 import math
@@ -49,7 +51,11 @@ class Interval:
         if math.isnan(self.mean):
             return "-"
         mean = f"{self.mean:{'+' if signed else ''}.{digits}f}"
-        return f"{mean} ± {self.half_width:.{digits}f}" if math.isfinite(self.half_width) else f"{mean} (one seed)"
+        return (
+            f"{mean} ± {self.half_width:.{digits}f}"
+            if math.isfinite(self.half_width)
+            else f"{mean} (one seed)"
+        )
 
 
 def mean_interval(values: Iterable[float], *, confidence: float = CONFIDENCE) -> Interval:
@@ -68,15 +74,26 @@ def mean_interval(values: Iterable[float], *, confidence: float = CONFIDENCE) ->
     if count == 1:
         return Interval(mean, math.inf, 1, confidence)
     variance = math.fsum((number - mean) ** 2 for number in numbers) / (count - 1)
-    return Interval(mean, t_quantile(0.5 + confidence / 2, count - 1) * math.sqrt(variance / count), count, confidence)
+    return Interval(
+        mean,
+        t_quantile(0.5 + confidence / 2, count - 1) * math.sqrt(variance / count),
+        count,
+        confidence,
+    )
 
 
-def paired_difference(left: Mapping[Any, float], right: Mapping[Any, float], *, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of left - right over the keys that both have, e.g. seeds: runs of one seed see the same batches.
+def paired_difference(
+    left: Mapping[Any, float], right: Mapping[Any, float], *, confidence: float = CONFIDENCE
+) -> Interval:
+    """The mean of left - right over the keys that both have, e.g. seeds: runs of one seed see the
+    same batches.
 
-    What the data order does to both runs of a pair cancels, so that the interval is of the difference alone.
+    What the data order does to both runs of a pair cancels, so that the interval is of the
+    difference alone.
     """
-    return mean_interval([left[key] - right[key] for key in left if key in right], confidence=confidence)
+    return mean_interval(
+        [left[key] - right[key] for key in left if key in right], confidence=confidence
+    )
 
 
 def t_quantile(probability: float, degrees: int) -> float:
@@ -98,24 +115,39 @@ def t_quantile(probability: float, degrees: int) -> float:
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        low, high = (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
+        low, high = (
+            (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
+        )
     return high
 
 
 def t_distribution(value: float, degrees: int) -> float:
-    """P(T <= value) of Student's t: 1 - I_x(degrees / 2, 1/2) / 2 with x = degrees / (degrees + value^2), for value >= 0."""
+    """P(T <= value) of Student's t: 1 - I_x(degrees / 2, 1/2) / 2 with x = degrees / (degrees +
+    value^2), for value >= 0.
+    """
     if value < 0:
         return 1 - t_distribution(-value, degrees)
     return 1 - incomplete_beta(degrees / 2, 0.5, degrees / (degrees + value * value)) / 2
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (modified Lentz), for 0 <= x <= 1."""
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction (modified
+    Lentz), for 0 <= x <= 1.
+    """
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):  # there the fraction converges slowly; the mirror image does not
         return 1 - incomplete_beta(b, a, 1 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    front = (
+        math.exp(
+            math.lgamma(a + b)
+            - math.lgamma(a)
+            - math.lgamma(b)
+            + a * math.log(x)
+            + b * math.log1p(-x)
+        )
+        / a
+    )
     tiny = 1e-300
     d = 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
     c, result = 1.0, d

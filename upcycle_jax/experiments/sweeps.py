@@ -1,8 +1,11 @@
-"""Sweeps: which command lines a study consists of. Nothing here runs anything (`sweeps_run`) or writes jobs (`sweeps_jobs`).
+"""Sweeps: which command lines a study consists of. Nothing here runs anything (`sweeps_run`) or
+writes jobs (`sweeps_jobs`).
 
-A *stage* is a command line with open places: dense pre-training, continuing the dense model, continuing the upcycled one. An *axis* is a
-list of choices, each a set of bindings. A stage is multiplied by its own axes and by those of the stage that it starts from; each product
-is a *cell*: one ordinary `python -m upcycle_jax.train` or `upcycle`. A cell that several others start from is there once.
+A *stage* is a command line with open places: dense pre-training, continuing the dense model,
+continuing the upcycled one. An *axis* is a list of choices, each a set of bindings. A stage is
+multiplied by its own axes and by those of the stage that it starts from; each product is a *cell*:
+one ordinary `python -m upcycle_jax.train` or `upcycle`. A cell that several others start from is
+there once.
 """
 
 import dataclasses
@@ -30,11 +33,14 @@ class Stage:
     Attributes:
       name: letters, digits, '_', '.', '+'; part of the cells' folders.
       gin_files: what the cells read, in order, found as by every command.
-      bindings: gin name -> value, for every cell of the stage. Text that starts with '@' or '%' is gin text, all else a literal.
+      bindings: gin name -> value, for every cell of the stage. Text that starts with '@' or '%' is
+        gin text, all else a literal.
       axes: names of the axes that multiply the stage and whose bindings it gets.
       steps: updates that a cell does; an axis may bind 'steps' instead. Not for 'upcycle'.
-      start_from: stage whose checkpoint a cell continues or converts: binds INITIAL_CHECKPOINT_PATH, and TRAIN_STEPS counts on from it.
-      batches_after: stage after which the data goes on, for a run from scratch that shall see the batches of a continuation (FIRST_BATCH).
+      start_from: stage whose checkpoint a cell continues or converts: binds
+        INITIAL_CHECKPOINT_PATH, and TRAIN_STEPS counts on from it.
+      batches_after: stage after which the data goes on, for a run from scratch that shall see the
+        batches of a continuation (FIRST_BATCH).
       command: 'train' or 'upcycle'.
       label: how reports call it; None for the name.
     """
@@ -52,11 +58,18 @@ class Stage:
     def __post_init__(self) -> None:
         _check_name("Stage.name", self.name)
         if self.command not in COMMANDS:
-            raise ValueError(f"Stage.command of {self.name!r} is {self.command!r}: choose one of {', '.join(map(repr, COMMANDS))}")
+            raise ValueError(
+                f"Stage.command of {self.name!r} is {self.command!r}: choose one of"
+                f" {', '.join(map(repr, COMMANDS))}"
+            )
         if not self.gin_files or isinstance(self.gin_files, str):
-            raise ValueError(f"Stage.gin_files of {self.name!r} is {self.gin_files!r}: give a list of gin files")
+            raise ValueError(
+                f"Stage.gin_files of {self.name!r} is {self.gin_files!r}: give a list of gin files"
+            )
         if self.command == "upcycle" and (self.steps is not None or self.start_from is None):
-            raise ValueError(f"stage {self.name!r} converts a checkpoint: it needs start_from and takes no steps")
+            raise ValueError(
+                f"stage {self.name!r} converts a checkpoint: it needs start_from and takes no steps"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +82,8 @@ class Cell:
       labels: axis -> the label of its choice, seed included.
       command: 'train', 'upcycle', or 'cache_tasks' for the shared cache of the data.
       words: the command's flags.
-      folder: the run's MODEL_DIR, or the folder in which the converted checkpoint or the cache lies.
+      folder: the run's MODEL_DIR, or the folder in which the converted checkpoint or the cache
+        lies.
       start_step: step that it starts from.
       end_step: step of its last checkpoint.
       needs: names of the cells that must have finished before.
@@ -93,8 +107,14 @@ class Cell:
     @property
     def gin(self) -> tuple[list[str], list[str]]:
         """Gin files and bindings of the command line."""
-        files = [word.removeprefix("--gin_file=") for word in self.words if word.startswith("--gin_file=")]
-        return files, [word.removeprefix("--gin.") for word in self.words if word.startswith("--gin.")]
+        files = [
+            word.removeprefix("--gin_file=")
+            for word in self.words
+            if word.startswith("--gin_file=")
+        ]
+        return files, [
+            word.removeprefix("--gin.") for word in self.words if word.startswith("--gin.")
+        ]
 
     def command_line(self, python: str = "python") -> str:
         """The line for a shell."""
@@ -109,14 +129,18 @@ class Sweep:
       name: of the study, e.g. of jobs.
       sweep_dir: folder of everything: `cells/`, `logs/`, `sweep.json`, `table.jsonl`.
       stages: the stages; one that others start from comes before them.
-      axes: axis -> choices. Choices are a list of values of the gin name that the axis is called, or label -> bindings; a binding 'steps'
-        sets `Stage.steps`.
-      seeds: values of the axis 'seed', which binds RANDOM_SEED: of parameters, dropout and data order.
-      points: None for the full grid, or a list of {axis: label}: only cells that agree with one of them on the axes that both name.
+      axes: axis -> choices. Choices are a list of values of the gin name that the axis is called,
+        or label -> bindings; a binding 'steps' sets `Stage.steps`.
+      seeds: values of the axis 'seed', which binds RANDOM_SEED: of parameters, dropout and data
+        order.
+      points: None for the full grid, or a list of {axis: label}: only cells that agree with one of
+        them on the axes that both name.
       bindings: for every cell of every stage, before the stage's own.
-      cached_tasks: tasks and mixtures whose data are tokenised once, by a first cell with the gin files and bindings of the first stage
-        that trains (TEXT_FILES, VOCABULARY, ...), and read from that cache by all others; none by default.
-      baseline: stage that differences are taken against, e.g. dense continuation; None for no differences.
+      cached_tasks: tasks and mixtures whose data are tokenised once, by a first cell with the gin
+        files and bindings of the first stage that trains (TEXT_FILES, VOCABULARY, ...), and read
+        from that cache by all others; none by default.
+      baseline: stage that differences are taken against, e.g. dense continuation; None for no
+        differences.
       title: heading of the report.
       scale: sentences that say at which scale and on which data this was measured.
     """
@@ -124,7 +148,9 @@ class Sweep:
     name: str
     sweep_dir: str
     stages: Sequence[Stage]
-    axes: Mapping[str, Sequence[Any] | Mapping[str, Bindings]] = dataclasses.field(default_factory=dict)
+    axes: Mapping[str, Sequence[Any] | Mapping[str, Bindings]] = dataclasses.field(
+        default_factory=dict
+    )
     seeds: Sequence[int] = (0,)
     points: Sequence[Mapping[str, Any]] | None = None
     bindings: Bindings = dataclasses.field(default_factory=dict)
@@ -141,7 +167,10 @@ class Sweep:
         if isinstance(self.cached_tasks, str):
             raise ValueError(f"Sweep.cached_tasks is {self.cached_tasks!r}: give a list of tasks")
         if not names or len(set(names)) < len(names) or CACHE in names:
-            raise ValueError(f"Sweep.stages must be stages with different names, none of them {CACHE!r}, got {names}")
+            raise ValueError(
+                f"Sweep.stages must be stages with different names, none of them {CACHE!r}, got"
+                f" {names}"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"Sweep.seeds is {list(self.seeds)}: give different whole numbers")
         if SEED_AXIS in self.axes:
@@ -149,18 +178,27 @@ class Sweep:
         for index, stage in enumerate(self.stages):
             for axis in stage.axes:
                 if axis != SEED_AXIS and axis not in self.axes:
-                    raise ValueError(f"stage {stage.name!r} names the axis {axis!r}; the axes are {[SEED_AXIS, *self.axes]}")
+                    raise ValueError(
+                        f"stage {stage.name!r} names the axis {axis!r}; the axes are"
+                        f" {[SEED_AXIS, *self.axes]}"
+                    )
             for field in ("start_from", "batches_after"):
                 other = getattr(stage, field)
                 if other is not None and other not in names[:index]:
-                    raise ValueError(f"Stage.{field} of {stage.name!r} is {other!r}: name a stage that comes before it, of {names[:index]}")
+                    raise ValueError(
+                        f"Stage.{field} of {stage.name!r} is {other!r}: name a stage that comes"
+                        f" before it, of {names[:index]}"
+                    )
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"Sweep.baseline is {self.baseline!r}; the stages are {names}")
         choices = self.choices()
         for point in self.points or ():
             for axis, label in point.items():
                 if str(label) not in choices.get(axis, {}):
-                    raise ValueError(f"Sweep.points names {axis}={label!r}; the choices are { ({a: list(c) for a, c in choices.items()}) }")
+                    raise ValueError(
+                        f"Sweep.points names {axis}={label!r}; the choices are"
+                        f" { ({a: list(c) for a, c in choices.items()}) }"
+                    )
 
     @property
     def root(self) -> str:
@@ -172,7 +210,11 @@ class Sweep:
     def compared(self) -> list[str]:
         """Stages that no other stage starts from: the runs that reports compare."""
         used = {stage.start_from for stage in self.stages}
-        return [stage.name for stage in self.stages if stage.name not in used and stage.command == "train"]
+        return [
+            stage.name
+            for stage in self.stages
+            if stage.name not in used and stage.command == "train"
+        ]
 
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
@@ -182,18 +224,29 @@ class Sweep:
         """Axis -> label -> bindings, the seeds last.
 
         Raises:
-          ValueError: an axis without choices, two of one label, or a label that cannot be part of a folder's name.
+          ValueError: an axis without choices, two of one label, or a label that cannot be part of a
+            folder's name.
         """
         result: dict[str, dict[str, Bindings]] = {}
         for axis, given in self.axes.items():
-            pairs = list(given.items()) if isinstance(given, Mapping) else [(_label(value), {axis: value}) for value in given]
+            pairs = (
+                list(given.items())
+                if isinstance(given, Mapping)
+                else [(_label(value), {axis: value}) for value in given]
+            )
             result[axis] = {str(label): bindings for label, bindings in pairs}
             if not pairs or len(result[axis]) < len(pairs):
-                raise ValueError(f"axis {axis!r} has the choices {[label for label, _ in pairs]}: give at least one, each once")
+                raise ValueError(
+                    f"axis {axis!r} has the choices {[label for label, _ in pairs]}: give at least"
+                    " one, each once"
+                )
             for label, bindings in result[axis].items():
                 _check_name(f"a label of axis {axis!r}", label)
                 if not isinstance(bindings, Mapping):
-                    raise ValueError(f"axis {axis!r}, choice {label!r}: {bindings!r} is not a dictionary of bindings")
+                    raise ValueError(
+                        f"axis {axis!r}, choice {label!r}: {bindings!r} is not a dictionary of"
+                        " bindings"
+                    )
         result[SEED_AXIS] = {str(seed): {"RANDOM_SEED": seed} for seed in self.seeds}
         return result
 
@@ -213,7 +266,9 @@ class _Planner:
         self._sweep, self._choices = sweep, sweep.choices()
         self._axes: dict[str, tuple[str, ...]] = {}
         for stage in sweep.stages:
-            inherited = [self._axes[other] for other in (stage.start_from, stage.batches_after) if other]
+            inherited = [
+                self._axes[other] for other in (stage.start_from, stage.batches_after) if other
+            ]
             wanted = {*stage.axes, *itertools.chain.from_iterable(inherited)}
             self._axes[stage.name] = tuple(axis for axis in self._choices if axis in wanted)
 
@@ -235,18 +290,38 @@ class _Planner:
             f"--tasks={','.join(self._sweep.cached_tasks)}",
             f"--output_cache_dir={folder}",
         )
-        return Cell(name=CACHE, stage=CACHE, labels={}, command=CACHE, words=words, folder=folder, start_step=0, end_step=0)
+        return Cell(
+            name=CACHE,
+            stage=CACHE,
+            labels={},
+            command=CACHE,
+            words=words,
+            folder=folder,
+            start_step=0,
+            end_step=0,
+        )
 
     def _points(self, stage: Stage) -> list[dict[str, str]]:
         axes = self._axes[stage.name]
-        grid = [dict(zip(axes, labels, strict=True)) for labels in itertools.product(*(self._choices[axis] for axis in axes))]
+        grid = [
+            dict(zip(axes, labels, strict=True))
+            for labels in itertools.product(*(self._choices[axis] for axis in axes))
+        ]
         points = self._sweep.points
         if points is None:
             return grid
-        return [labels for labels in grid if any(all(labels.get(a, str(v)) == str(v) for a, v in point.items()) for point in points)]
+        return [
+            labels
+            for labels in grid
+            if any(
+                all(labels.get(a, str(v)) == str(v) for a, v in point.items()) for point in points
+            )
+        ]
 
     def _name(self, stage: str, labels: Mapping[str, str]) -> str:
-        return "-".join([stage, *(f"{axis.rpartition('.')[2]}={labels[axis]}" for axis in self._axes[stage])])
+        return "-".join(
+            [stage, *(f"{axis.rpartition('.')[2]}={labels[axis]}" for axis in self._axes[stage])]
+        )
 
     def _cell(self, stage: Stage, labels: dict[str, str], done: Mapping[str, Cell]) -> Cell:
         name = self._name(stage.name, labels)
@@ -267,13 +342,19 @@ class _Planner:
             own["OUTPUT_CHECKPOINT_PATH"] = f"{folder}/checkpoint_{end}"
         else:
             if not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"cell {name!r} has steps = {steps!r}: set Stage.steps of {stage.name!r}, or bind 'steps' in an axis")
+                raise ValueError(
+                    f"cell {name!r} has steps = {steps!r}: set Stage.steps of {stage.name!r}, or"
+                    " bind 'steps' in an axis"
+                )
             end = start + steps
             own |= {"MODEL_DIR": folder, "TRAIN_STEPS": end}
         words = _flags(stage.gin_files, own)
         needs = [parent.name] if parent else []
         if self._sweep.cached_tasks and stage.command == "train":
-            words += ["--gin.USE_CACHED_TASKS=True", f"--seqio_additional_cache_dirs={done[CACHE].folder}"]
+            words += [
+                "--gin.USE_CACHED_TASKS=True",
+                f"--seqio_additional_cache_dirs={done[CACHE].folder}",
+            ]
             needs.append(CACHE)
         return Cell(
             name=name,
@@ -289,7 +370,10 @@ class _Planner:
 
 
 def _flags(gin_files: Sequence[str], bindings: Bindings) -> list[str]:
-    return [*(f"--gin_file={file}" for file in gin_files), *(f"--gin.{key}={gin_text(value)}" for key, value in bindings.items())]
+    return [
+        *(f"--gin_file={file}" for file in gin_files),
+        *(f"--gin.{key}={gin_text(value)}" for key, value in bindings.items()),
+    ]
 
 
 def shell_line(words: Sequence[str]) -> str:
@@ -298,7 +382,10 @@ def shell_line(words: Sequence[str]) -> str:
     >>> print(shell_line(["train", "--gin.MODEL_DIR='/a b'", "--gin.X=(1, 2)"]))
     train "--gin.MODEL_DIR='/a b'" '--gin.X=(1, 2)'
     """
-    return " ".join(f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word) for word in words)
+    return " ".join(
+        f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+        for word in words
+    )
 
 
 def gin_text(value: Any) -> str:
@@ -308,7 +395,11 @@ def gin_text(value: Any) -> str:
     "{'a': [@Recipe(), 1.5, 'x']}"
     """
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{gin_text(key)}: {gin_text(part)}" for key, part in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{gin_text(key)}: {gin_text(part)}" for key, part in value.items())
+            + "}"
+        )
     if isinstance(value, tuple):
         return "(" + ", ".join(map(gin_text, value)) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, list):
@@ -324,4 +415,7 @@ def _label(value: Any) -> str:
 
 def _check_name(what: str, name: str) -> None:
     if not _NAME.fullmatch(str(name)):
-        raise ValueError(f"{what} is {name!r}: use letters, digits, '_', '.' and '+', because it becomes part of a folder's name")
+        raise ValueError(
+            f"{what} is {name!r}: use letters, digits, '_', '.' and '+', because it becomes part of"
+            " a folder's name"
+        )

@@ -85,8 +85,9 @@ class _Running:
 def try_lock(path: Path) -> int | None:
     """Takes the lock file, or returns None where somebody has it.
 
-    The descriptor is handed to the cell's process: should the sweep be killed and the cell live on, the cell still has the lock, and a
-    sweep that is started again waits for it instead of running it twice.
+    The descriptor is handed to the cell's process: should the sweep be killed and the cell live on,
+    the cell still has the lock, and a sweep that is started again waits for it instead of running
+    it twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -125,14 +126,21 @@ class Runner:
         progress_period: float = 60.0,
     ):
         if num_parallel < 1:
-            raise ValueError(f"num_parallel is {num_parallel}: at least one cell must run at a time")
+            raise ValueError(
+                f"num_parallel is {num_parallel}: at least one cell must run at a time"
+            )
         self._sweep, self._root = sweep, Path(sweep.root)
         self._cells = {cell.name: cell for cell in cells}
         self._pending = list(cells)
         self._num_parallel, self._retries, self._period = num_parallel, retries, progress_period
         self._environment = dict(os.environ if environment is None else environment)
-        self._environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self._root / "compilation_cache"))
-        self._environment |= {"UPCYCLE_JAX_INTERRUPTED_CODE": str(INTERRUPTED), "PYTHONUNBUFFERED": "1"}
+        self._environment.setdefault(
+            "JAX_COMPILATION_CACHE_DIR", str(self._root / "compilation_cache")
+        )
+        self._environment |= {
+            "UPCYCLE_JAX_INTERRUPTED_CODE": str(INTERRUPTED),
+            "PYTHONUNBUFFERED": "1",
+        }
         self._program, self._further = tuple(program), tuple(further_flags)
         self._running: dict[str, _Running] = {}
         self._finished: dict[str, Cell] = {}
@@ -146,7 +154,12 @@ class Runner:
         SIGINT and SIGTERM are handed to the cells, which save and end; then this returns.
         """
         self._root.mkdir(parents=True, exist_ok=True)
-        sweeps_state.note(str(self._root), "sweep", machine=sweeps_state.machine(), num_parallel=self._num_parallel)
+        sweeps_state.note(
+            str(self._root),
+            "sweep",
+            machine=sweeps_state.machine(),
+            num_parallel=self._num_parallel,
+        )
         meter = _Meter(self._cells.values())
         with self._signals():
             next_line = time.monotonic() + self._period
@@ -162,7 +175,11 @@ class Runner:
                     _log.info("%s", self._progress(meter))
                 time.sleep(POLL_SECONDS)
         _log.info("%s", self._progress(meter))
-        return Outcome(list(self._finished.values()), list(self._failures.values()), interrupted=bool(self._stop))
+        return Outcome(
+            list(self._finished.values()),
+            list(self._failures.values()),
+            interrupted=bool(self._stop),
+        )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -171,12 +188,18 @@ class Runner:
         def hand_on(number: int, frame: Any) -> None:
             first = self._stop is None
             self._stop = signal.Signals(number).name
-            _log.warning("%s: the cells %s", self._stop, "save and end; once more ends them at once" if first else "are killed")
+            _log.warning(
+                "%s: the cells %s",
+                self._stop,
+                "save and end; once more ends them at once" if first else "are killed",
+            )
             for running in self._running.values():
                 running.process.send_signal(signal.SIGTERM if first else signal.SIGKILL)
 
         if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+            previous = {
+                number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         try:
             yield
         finally:
@@ -190,7 +213,9 @@ class Runner:
             lost = [name for name in cell.needs if name in self._failures]
             if lost:
                 self._pending.remove(cell)
-                self._failures[cell.name] = Failure(cell, f"not run, because it needs {lost[0]}, which failed")
+                self._failures[cell.name] = Failure(
+                    cell, f"not run, because it needs {lost[0]}, which failed"
+                )
                 continue
             if any(name in self._cells and name not in self._finished for name in cell.needs):
                 continue
@@ -211,9 +236,17 @@ class Runner:
         line = [*self._program, f"upcycle_jax.{cell.command}", *cell.words, *self._further]
         log.write(f"$ {shlex.join(line)}\n".encode())
         log.flush()
-        sweeps_state.note(str(self._root), "start", cell=cell.name, from_step=sweeps_state.step_reached(cell))
+        sweeps_state.note(
+            str(self._root), "start", cell=cell.name, from_step=sweeps_state.step_reached(cell)
+        )
         process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment, pass_fds=(lock,), start_new_session=True
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=self._environment,
+            pass_fds=(lock,),
+            start_new_session=True,
         )
         self._pending.remove(cell)
         self._running[cell.name] = _Running(cell, process, log, lock, time.monotonic())
@@ -227,7 +260,9 @@ class Runner:
             del self._running[name]
             running.log.close()
             seconds = time.monotonic() - running.started
-            sweeps_state.note(str(self._root), "end", cell=name, code=code, seconds=round(seconds, 1))
+            sweeps_state.note(
+                str(self._root), "end", cell=name, code=code, seconds=round(seconds, 1)
+            )
             self._judge(running.cell, code)
             os.close(running.lock)
 
@@ -244,7 +279,9 @@ class Runner:
         self._tries[cell.name] = self._tries.get(cell.name, 0) + 1
         reason = f"ended with code {code}" if code else "ended without its last checkpoint"
         again = code != BAD_CONFIGURATION and self._tries[cell.name] <= self._retries
-        _log.warning("%s %s%s", cell.name, reason, "; starting it again from its checkpoint" if again else "")
+        _log.warning(
+            "%s %s%s", cell.name, reason, "; starting it again from its checkpoint" if again else ""
+        )
         if again:
             self._pending.insert(0, cell)
         else:
@@ -254,13 +291,17 @@ class Runner:
         return self._root / "logs" / f"{cell.name}.log"
 
     def _progress(self, meter: "_Meter") -> str:
-        counts = f"{len(self._finished)}/{len(self._cells)} cells done, {len(self._running)} running"
+        counts = (
+            f"{len(self._finished)}/{len(self._cells)} cells done, {len(self._running)} running"
+        )
         if self._failures:
             counts += f", {len(self._failures)} failed"
         elsewhere = len(self._pending) if not self._running and not self._stop else 0
         if elsewhere:
             counts += f", {elsewhere} waiting for another process that runs them"
-        return counts + meter.text([cell for cell in self._cells.values() if cell.name not in self._failures])
+        return counts + meter.text(
+            [cell for cell in self._cells.values() if cell.name not in self._failures]
+        )
 
 
 class _Meter:
@@ -276,4 +317,6 @@ class _Meter:
         rate = (done - self._before) / max(time.monotonic() - self._since, 1e-9)
         if rate <= 0:
             return f", {done}/{total} steps"
-        return f", {done}/{total} steps, {rate:.3g} steps/s, {(total - done) / rate / 60:.0f} min left"
+        return (
+            f", {done}/{total} steps, {rate:.3g} steps/s, {(total - done) / rate / 60:.0f} min left"
+        )

@@ -1,4 +1,6 @@
-"""What the folder of a sweep says: which cells are finished, how far the others are, and their results as a table."""
+"""What the folder of a sweep says: which cells are finished, how far the others are, and their
+results as a table.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,9 @@ COLUMNS = ("cross_ent_loss", "accuracy")
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether the run says that it finished at its last step and left its checkpoint; for a conversion, whether its proof holds."""
+    """Whether the run says that it finished at its last step and left its checkpoint; for a
+    conversion, whether its proof holds.
+    """
     checkpoint = Path(cell.checkpoint)
     if cell.command == "upcycle":
         proof = _read_json(checkpoint / PROOF_FILE)
@@ -31,7 +35,11 @@ def is_finished(cell: Cell) -> bool:
     if cell.command == CACHE:
         return _cache_mark(cell).is_file()
     manifest = _read_json(Path(cell.folder) / MANIFEST)
-    return manifest.get("status") == "finished" and manifest.get("step") == cell.end_step and checkpoint.is_dir()
+    return (
+        manifest.get("status") == "finished"
+        and manifest.get("step") == cell.end_step
+        and checkpoint.is_dir()
+    )
 
 
 def _cache_mark(cell: Cell) -> Path:
@@ -60,7 +68,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def describe(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Any]:
-    """`sweep.json`: the study and its cells, without the place where it lies, so that a copy of the folder can be read and continued."""
+    """`sweep.json`: the study and its cells, without the place where it lies, so that a copy of the
+    folder can be read and continued.
+    """
     return {
         "name": sweep.name,
         "title": sweep.title,
@@ -68,7 +78,13 @@ def describe(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, Any]:
         "baseline": sweep.baseline,
         "seeds": list(sweep.seeds),
         "axes": {axis: list(choices) for axis, choices in sweep.choices().items()},
-        "stages": {stage.name: {"label": stage.label or stage.name, "compared": stage.name in sweep.compared} for stage in sweep.stages},
+        "stages": {
+            stage.name: {
+                "label": stage.label or stage.name,
+                "compared": stage.name in sweep.compared,
+            }
+            for stage in sweep.stages
+        },
         "cells": [
             {
                 "name": cell.name,
@@ -102,12 +118,18 @@ def save_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """
     root = Path(sweep.root)
     plan = describe(sweep, cells)
-    before = {cell["name"]: cell["command"] for cell in _read_json(root / SWEEP_FILE).get("cells", ())}
+    before = {
+        cell["name"]: cell["command"] for cell in _read_json(root / SWEEP_FILE).get("cells", ())
+    }
     for cell, entry in zip(cells, plan["cells"], strict=True):
-        if before.get(cell.name, entry["command"]) != entry["command"] and Path(cell.folder).exists():
+        if (
+            before.get(cell.name, entry["command"]) != entry["command"]
+            and Path(cell.folder).exists()
+        ):
             raise ValueError(
-                f"{cell.folder} was begun with another command line:\n  before: {before[cell.name]}\n  now:    {entry['command']}\n"
-                "choose another SWEEP_DIR, or remove the folder of that cell"
+                f"{cell.folder} was begun with another command line:\n  before:"
+                f" {before[cell.name]}\n  now:    {entry['command']}\nchoose another SWEEP_DIR, or"
+                " remove the folder of that cell"
             )
     write_whole(root / SWEEP_FILE, json.dumps(plan, indent=1) + "\n")
 
@@ -121,17 +143,42 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def note(root: str, event: str, **entries: Any) -> None:
-    """Appends to `events.jsonl`: the time, the event, the machine's load averages over 1, 5 and 15 minutes, and `entries`."""
-    row = {"time": round(time.time(), 1), "event": event, "load": [round(x, 2) for x in os.getloadavg()], **entries}
+    """Appends to `events.jsonl`: the time, the event, the machine's load averages over 1, 5 and 15
+    minutes, and `entries`.
+    """
+    row = {
+        "time": round(time.time(), 1),
+        "event": event,
+        "load": [round(x, 2) for x in os.getloadavg()],
+        **entries,
+    }
     with (Path(root) / EVENTS_FILE).open("a") as stream:
         stream.write(json.dumps(row) + "\n")
 
 
 def machine() -> dict[str, Any]:
     """The machine that the sweep runs on."""
-    model = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    memory = next((int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), None)
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": None if memory is None else round(memory)}
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    memory = next(
+        (
+            int(line.split()[1]) / 2**20
+            for line in _lines("/proc/meminfo")
+            if line.startswith("MemTotal")
+        ),
+        None,
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": None if memory is None else round(memory),
+    }
 
 
 def _lines(path: str) -> list[str]:
@@ -165,7 +212,9 @@ class Row:
 
 
 def table(cells: Sequence[Cell]) -> list[Row]:
-    """Loss and accuracy at the last evaluation of every finished training cell, as the cell's own JSON lines say."""
+    """Loss and accuracy at the last evaluation of every finished training cell, as the cell's own
+    JSON lines say.
+    """
     rows = []
     for cell in cells:
         if cell.command != "train" or not is_finished(cell):
@@ -183,7 +232,9 @@ def table(cells: Sequence[Cell]) -> list[Row]:
 def save_table(sweep: Sweep, cells: Sequence[Cell]) -> str:
     """Writes `table.jsonl` and returns the table for a terminal."""
     rows = table(cells)
-    write_whole(Path(sweep.root) / TABLE_FILE, "".join(json.dumps(row.as_json()) + "\n" for row in rows))
+    write_whole(
+        Path(sweep.root) / TABLE_FILE, "".join(json.dumps(row.as_json()) + "\n" for row in rows)
+    )
     if not rows:
         return "no training cell has finished"
     columns = [(task, metric) for task in rows[0].tasks for metric in COLUMNS]
@@ -191,6 +242,15 @@ def save_table(sweep: Sweep, cells: Sequence[Cell]) -> str:
     body = []
     for row in rows:
         values = [row.tasks.get(task, {}).get(metric) for task, metric in columns]
-        body.append([row.cell, str(row.step), *("-" if value is None else f"{value:.4f}" for value in values)])
+        body.append(
+            [
+                row.cell,
+                str(row.step),
+                *("-" if value is None else f"{value:.4f}" for value in values),
+            ]
+        )
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in [header, *body])
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *body]
+    )

@@ -32,14 +32,27 @@ class Table:
         """The table; the first column is flush left, all others flush right."""
         lines = [list(self.header), *map(list, self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        left = {i for i in range(len(self.header)) if i == 0 or not all(NUMBER.match(row[i]) for row in self.rows)}
+        left = {
+            i
+            for i in range(len(self.header))
+            if i == 0 or not all(NUMBER.match(row[i]) for row in self.rows)
+        }
 
         def cells(line: Sequence[str]) -> list[str]:
-            return [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+            return [
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
 
         if style == Format.MARKDOWN:
-            rule = ["-" * width if i in left else "-" * max(width - 1, 1) + ":" for i, width in enumerate(widths)]
-            body = [f"| {' | '.join(line)} |" for line in (cells(self.header), rule, *map(cells, self.rows))]
+            rule = [
+                "-" * width if i in left else "-" * max(width - 1, 1) + ":"
+                for i, width in enumerate(widths)
+            ]
+            body = [
+                f"| {' | '.join(line)} |"
+                for line in (cells(self.header), rule, *map(cells, self.rows))
+            ]
             return "\n".join([f"### {self.title}", "", *body])
         body = ["  ".join(cells(line)).rstrip() for line in (self.header, *self.rows)]
         return "\n".join([self.title, *(f"  {line}" for line in body)])

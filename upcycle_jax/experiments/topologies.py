@@ -74,13 +74,20 @@ class Topology:
 
 
 def prepare_environment() -> None:
-    """Makes jax stay on the CPU and libtpu not look for TPU machines. Call before jax is imported."""
+    """Makes jax stay on the CPU and libtpu not look for TPU machines. Call before jax is
+    imported.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    # No TPU is opened, so several compilations may run at once; libtpu would otherwise hold a lock of the whole machine.
+    # No TPU is opened, so several compilations may run at once; libtpu would otherwise hold a lock
+    # of the whole machine.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
     # Any values do; without them libtpu prints a page about what it could not find.
-    for name, value in (("TPU_ACCELERATOR_TYPE", "v5litepod-4"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_MIN_LOG_LEVEL", "3")):
+    for name, value in (
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
@@ -93,20 +100,27 @@ def topology(name: str) -> Topology:
     """
     match = re.fullmatch(r"([\w]+):(\d+(?:x\d+){1,2})", name)
     if match is None or match[1] not in CHIPS:
-        raise ValueError(f"topology {name!r} is not GENERATION:SHAPE with one of {', '.join(CHIPS)}, e.g. v5e:4x8 or v4:4x4x4")
+        raise ValueError(
+            f"topology {name!r} is not GENERATION:SHAPE with one of {', '.join(CHIPS)}, e.g."
+            " v5e:4x8 or v4:4x4x4"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "compiling for TPUs needs libtpu: pip install 'upcycle_jax[precompile]' (about 500 MB; best in an environment of its own)"
+            "compiling for TPUs needs libtpu: pip install 'upcycle_jax[precompile]' (about 500 MB;"
+            " best in an environment of its own)"
         )
     import jax
     from jax.experimental import topologies
 
     chip = CHIPS[match[1]]
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **dict(chip.options))
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **dict(chip.options)
+        )
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}. Shapes are those of Cloud TPU's slices, e.g. 4x4, 4x8, 8x8, "
-            "8x16, 16x16 of v5e and v6e, 2x2x2, 2x2x4, 4x4x4 of v4 and v5p"
+            f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}. Shapes are those of"
+            " Cloud TPU's slices, e.g. 4x4, 4x8, 8x8, 8x16, 16x16 of v5e and v6e, 2x2x2, 2x2x4,"
+            " 4x4x4 of v4 and v5p"
         ) from error
     return Topology(name, chip, tuple(described.devices))

@@ -1,1 +1,3 @@
-"""Decoding algorithms, predictions and scores over tasks, and the metrics that tasks make of them."""
+"""Decoding algorithms, predictions and scores over tasks, and the metrics that tasks make of
+them.
+"""

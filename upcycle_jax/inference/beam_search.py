@@ -16,7 +16,9 @@ IMPOSSIBLE = -1.0e7
 
 
 def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
-    """((5 + length) / 6) ^ alpha, by which log-probabilities are divided (arXiv 1609.08144, section 7)."""
+    """((5 + length) / 6) ^ alpha, by which log-probabilities are divided (arXiv 1609.08144, section
+    7).
+    """
     return jnp.power((5.0 + jnp.asarray(length, jnp.float32)) / 6.0, alpha)
 
 
@@ -24,14 +26,16 @@ def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
 class BeamSearch(DecodingAlgorithm):
     """Keeps the N most probable unfinished sequences and the N best finished ones, as T5X does.
 
-    At each position every live beam is extended by every token. Of the 2N best extensions those that end are candidates for the finished
-    set, ranked by log-probability / `brevity_penalty(alpha, tokens)`; the N best of the others live on. An input is done when no live beam
-    can still beat the worst of its N finished sequences. Sequences without EOS are returned only for inputs that have fewer than N with
-    one, and rank behind those.
+    At each position every live beam is extended by every token. Of the 2N best extensions those
+    that end are candidates for the finished set, ranked by log-probability /
+    `brevity_penalty(alpha, tokens)`; the N best of the others live on. An input is done when no
+    live beam can still beat the worst of its N finished sequences. Sequences without EOS are
+    returned only for inputs that have fewer than N with one, and rank behind those.
 
     Attributes:
       num_decodes: N.
-      alpha: 0 ranks by log-probability, which favours short sequences; larger values favour longer ones. T5X's default is 0.6.
+      alpha: 0 ranks by log-probability, which favours short sequences; larger values favour longer
+        ones. T5X's default is 0.6.
 
     Raises:
       ValueError: a value out of range.
@@ -44,7 +48,9 @@ class BeamSearch(DecodingAlgorithm):
         if self.num_decodes < 1:
             raise ValueError(f"num_decodes must be at least 1, got {self.num_decodes}")
         if self.alpha < 0:
-            raise ValueError(f"alpha must be 0 (no length normalisation) or above, got {self.alpha}")
+            raise ValueError(
+                f"alpha must be 0 (no length normalisation) or above, got {self.alpha}"
+            )
 
     def search(self, start: DecodingStart) -> Decoded:
         """Scores are log-probabilities divided by the brevity penalty.
@@ -55,8 +61,12 @@ class BeamSearch(DecodingAlgorithm):
         num_inputs, vocab_size = start.first_logits.shape
         beams, max_length, eos_id = self.num_decodes, start.max_length, start.eos_id
         if 2 * beams > vocab_size:
-            raise ValueError(f"num_decodes={beams} needs a vocabulary of at least {2 * beams} tokens, got {vocab_size}: lower num_decodes")
-        # All beams begin alike: only the first may be extended, so that the others do not repeat it.
+            raise ValueError(
+                f"num_decodes={beams} needs a vocabulary of at least {2 * beams} tokens, got"
+                f" {vocab_size}: lower num_decodes"
+            )
+        # All beams begin alike: only the first may be extended, so that the others do not repeat
+        # it.
         only_first = jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE)
         state = _State(
             index=jnp.int32(0),
@@ -69,12 +79,18 @@ class BeamSearch(DecodingAlgorithm):
         )
 
         def more(state: _State) -> jax.Array:
-            best_possible = jnp.max(state.live_scores, axis=1) / brevity_penalty(self.alpha, max_length)
-            worst_finished = jnp.min(jnp.where(state.finished, state.finished_scores, IMPOSSIBLE), axis=1)
+            best_possible = jnp.max(state.live_scores, axis=1) / brevity_penalty(
+                self.alpha, max_length
+            )
+            worst_finished = jnp.min(
+                jnp.where(state.finished, state.finished_scores, IMPOSSIBLE), axis=1
+            )
             return (state.index < max_length) & ~jnp.all(worst_finished > best_possible)
 
         def step(state: _State) -> _State:
-            last = jax.lax.dynamic_index_in_dim(state.live_tokens, state.index - 1, axis=2, keepdims=False)
+            last = jax.lax.dynamic_index_in_dim(
+                state.live_tokens, state.index - 1, axis=2, keepdims=False
+            )
             logits, cache = start.next_logits(last.reshape(-1), state.index, state.cache)
             return self._extend(dataclasses.replace(state, cache=cache), logits, eos_id)
 
@@ -127,12 +143,17 @@ class BeamSearch(DecodingAlgorithm):
         is_live = jnp.concatenate([~state.finished, jnp.ones_like(state.finished)], axis=1)
         # Sorted by (unfinished, falling score); unused finished slots carry the impossible score.
         order = jnp.lexsort((-scores, is_live), axis=1)[:, :beams]
-        return Decoded(tokens=jnp.take_along_axis(tokens, order[..., None], axis=1), scores=jnp.take_along_axis(scores, order, axis=1))
+        return Decoded(
+            tokens=jnp.take_along_axis(tokens, order[..., None], axis=1),
+            scores=jnp.take_along_axis(scores, order, axis=1),
+        )
 
 
 @flax.struct.dataclass
 class _State:
-    """Beams `[B, N, ...]`; `index` is the number of tokens that live beams have. The cache's rows are the live beams, input by input."""
+    """Beams `[B, N, ...]`; `index` is the number of tokens that live beams have. The cache's rows
+    are the live beams, input by input.
+    """
 
     index: jax.Array
     live_scores: jax.Array

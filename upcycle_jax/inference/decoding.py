@@ -19,13 +19,15 @@ NEGATIVE = -1e10
 class Sampling(DecodingAlgorithm):
     """Draws each token from the model's distribution, sharpened and cut off as asked.
 
-    Every draw depends on the input's own key, the sequence's number and the position only, so that the rest of a batch changes nothing.
+    Every draw depends on the input's own key, the sequence's number and the position only, so that
+    the rest of a batch changes nothing.
 
     Attributes:
-      temperature: logits are divided by it: below 1 likely tokens become likelier. 0 takes the most probable token, without a draw.
+      temperature: logits are divided by it: below 1 likely tokens become likelier. 0 takes the most
+        probable token, without a draw.
       top_k: draw among this many most probable tokens; 0 for all.
-      top_p: draw among the fewest most probable tokens whose probabilities (at the temperature, after top_k) reach this sum; 1.0 for
-        all (nucleus sampling, arXiv 1904.09751).
+      top_p: draw among the fewest most probable tokens whose probabilities (at the temperature,
+        after top_k) reach this sum; 1.0 for all (nucleus sampling, arXiv 1904.09751).
       num_decodes: N, sequences drawn per input. They are returned by falling log-probability.
 
     Raises:
@@ -43,11 +45,16 @@ class Sampling(DecodingAlgorithm):
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all tokens) or above, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1.0 (all tokens), got {self.top_p}")
+            raise ValueError(
+                f"top_p must be above 0 and at most 1.0 (all tokens), got {self.top_p}"
+            )
         if self.num_decodes < 1:
             raise ValueError(f"num_decodes must be at least 1, got {self.num_decodes}")
         if self.temperature == 0 and self.num_decodes > 1:
-            raise ValueError(f"temperature 0 gives num_decodes={self.num_decodes} equal sequences: raise it, or set num_decodes to 1")
+            raise ValueError(
+                f"temperature 0 gives num_decodes={self.num_decodes} equal sequences: raise it, or"
+                " set num_decodes to 1"
+            )
 
     def search(self, start: DecodingStart) -> Decoded:
         """Scores are log-probabilities under the model itself, whatever the temperature.
@@ -59,10 +66,20 @@ class Sampling(DecodingAlgorithm):
         num_inputs, max_length, eos_id = first_logits.shape[0], start.max_length, start.eos_id
         if self.temperature > 0:
             if keys is None:
-                raise ValueError("sampling needs a random key per input: give `keys`, e.g. jax.random.split(key, batch_size)")
-            keys = jax.vmap(lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(self.num_decodes)))(keys).reshape(-1)
+                raise ValueError(
+                    "sampling needs a random key per input: give `keys`, e.g. jax.random.split(key,"
+                    " batch_size)"
+                )
+            keys = jax.vmap(
+                lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(
+                    jnp.arange(self.num_decodes)
+                )
+            )(keys).reshape(-1)
         if self.num_decodes > 1:
-            first_logits, cache = jnp.repeat(first_logits, self.num_decodes, axis=0), cache.repeated(self.num_decodes)
+            first_logits, cache = (
+                jnp.repeat(first_logits, self.num_decodes, axis=0),
+                cache.repeated(self.num_decodes),
+            )
 
         state = _State(
             index=jnp.int32(0),
@@ -83,13 +100,17 @@ class Sampling(DecodingAlgorithm):
             return dataclasses.replace(
                 state,
                 index=state.index + 1,
-                tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.index, axis=1),
+                tokens=jax.lax.dynamic_update_slice_in_dim(
+                    state.tokens, chosen[:, None], state.index, axis=1
+                ),
                 scores=state.scores + jnp.where(state.ended, 0.0, gained),
                 ended=state.ended | (chosen == eos_id),
             )
 
         def step(state: _State) -> _State:
-            last = jax.lax.dynamic_index_in_dim(state.tokens, state.index - 1, axis=1, keepdims=False)
+            last = jax.lax.dynamic_index_in_dim(
+                state.tokens, state.index - 1, axis=1, keepdims=False
+            )
             logits, cache = start.next_logits(last, state.index, state.cache)
             return choose(dataclasses.replace(state, logits=logits, cache=cache))
 
@@ -97,16 +118,22 @@ class Sampling(DecodingAlgorithm):
         tokens = state.tokens.reshape(num_inputs, self.num_decodes, max_length)
         scores = state.scores.reshape(num_inputs, self.num_decodes)
         order = jnp.argsort(-scores, axis=1, stable=True)
-        return Decoded(tokens=jnp.take_along_axis(tokens, order[..., None], axis=1), scores=jnp.take_along_axis(scores, order, axis=1))
+        return Decoded(
+            tokens=jnp.take_along_axis(tokens, order[..., None], axis=1),
+            scores=jnp.take_along_axis(scores, order, axis=1),
+        )
 
     def _choose(self, logits: jax.Array, keys: jax.Array | None, index: jax.Array) -> jax.Array:
         """Tokens int32 `[B * N]` for logits `[B * N, V]`."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        # From the largest logit, which then stays above `NEGATIVE` at any temperature; the distribution is the same.
+        # From the largest logit, which then stays above `NEGATIVE` at any temperature; the
+        # distribution is the same.
         sharpened = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         allowed = keep_top_p(keep_top_k(sharpened, self.top_k), self.top_p)
-        draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, index), row))
+        draw = jax.vmap(
+            lambda key, row: jax.random.categorical(jax.random.fold_in(key, index), row)
+        )
         return draw(keys, allowed).astype(jnp.int32)
 
 
@@ -121,7 +148,9 @@ class Greedy(DecodingAlgorithm):
 
 @flax.struct.dataclass
 class _State:
-    """Sequences `[B * N, ...]` that grow together; `index` is the number of tokens that they have."""
+    """Sequences `[B * N, ...]` that grow together; `index` is the number of tokens that they
+    have.
+    """
 
     index: jax.Array
     tokens: jax.Array
@@ -132,7 +161,9 @@ class _State:
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Logits `[..., V]` with all but the k largest of each row at `NEGATIVE` (ties with the k-th stay); k = 0 keeps all."""
+    """Logits `[..., V]` with all but the k largest of each row at `NEGATIVE` (ties with the k-th
+    stay); k = 0 keeps all.
+    """
     if k == 0 or k >= logits.shape[-1]:
         return logits
     least = jax.lax.top_k(logits, k)[0][..., -1:]
@@ -140,7 +171,9 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Logits `[..., V]` with all at `NEGATIVE` but the fewest most probable whose probabilities sum to p; p = 1.0 keeps all."""
+    """Logits `[..., V]` with all at `NEGATIVE` but the fewest most probable whose probabilities sum
+    to p; p = 1.0 keeps all.
+    """
     if p >= 1.0:
         return logits
     falling = -jnp.sort(-logits, axis=-1)

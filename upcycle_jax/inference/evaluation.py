@@ -1,4 +1,6 @@
-"""Evaluation of checkpoints: teacher-forced metrics, and the tasks' own metrics of what the model predicts or scores."""
+"""Evaluation of checkpoints: teacher-forced metrics, and the tasks' own metrics of what the model
+predicts or scores.
+"""
 
 import dataclasses
 import enum
@@ -82,13 +84,16 @@ def evaluate(
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Evaluates one, several or all checkpoints on every task of a mixture; returns metrics by step and task.
+    """Evaluates one, several or all checkpoints on every task of a mixture; returns metrics by step
+    and task.
 
-    Writes into `<output_dir>/inference_eval`: for each task a folder with one line per step in `metrics.jsonl` and TensorBoard events, and
-    `<task>-<step>.jsonl`, one line per example: `{"input": ..., "target": ..., "prediction" and/or "score": ...}`. Metrics are the task's
-    own (computed from predictions, or from scores for rank classification) and, as `teacher_forced/<name>`, those of evaluation during
-    training. A mixture of several tasks gets a folder of its own with `average`: the mean over tasks of the mean of each task's own
-    metrics, as SuperGLUE averages.
+    Writes into `<output_dir>/inference_eval`: for each task a folder with one line per step in
+    `metrics.jsonl` and TensorBoard events, and `<task>-<step>.jsonl`, one line per example:
+    `{"input": ..., "target": ..., "prediction" and/or "score": ...}`. Metrics are the task's own
+    (computed from predictions, or from scores for rank classification) and, as
+    `teacher_forced/<name>`, those of evaluation during training. A mixture of several tasks gets a
+    folder of its own with `average`: the mean over tasks of the mean of each task's own metrics, as
+    SuperGLUE averages.
 
     Args:
       model: an `EncoderDecoderModel`.
@@ -98,15 +103,19 @@ def evaluate(
       steps: which checkpoints of a MODEL_DIR: 'latest', 'all', a step or several.
       partitioner: the mesh.
       decoder: how predictions are searched.
-      answering: 'decode' predicts with the decoder; 'rank' takes the most likely of the answers that each example allows as its prediction.
-        Tasks whose metrics are of scores are not changed by it, and those of a mixture that list no answers are decoded.
-      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks (`data.prompts`).
-      few_shot: `FewShot`, solved examples before each input of the tasks' own metrics, or None. Teacher-forced metrics are without.
+      answering: 'decode' predicts with the decoder; 'rank' takes the most likely of the answers
+        that each example allows as its prediction. Tasks whose metrics are of scores are not
+        changed by it, and those of a mixture that list no answers are decoded.
+      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks
+        (`data.prompts`).
+      few_shot: `FewShot`, solved examples before each input of the tasks' own metrics, or None.
+        Teacher-forced metrics are without.
       num_examples: only the first so many examples of each task for its own metrics; None for all.
       teacher_forced: also compute loss, accuracy and so on of the given targets.
       teacher_forced_batches: batches per task for those; None for the whole split.
       write_predictions: write `<task>-<step>.jsonl`.
-      skip_evaluated: leave out steps that have a line for every task: a call that was interrupted goes on.
+      skip_evaluated: leave out steps that have a line for every task: a call that was interrupted
+        goes on.
       random_seed: of a decoder that draws.
       files: small text files to leave in `inference_eval` (name -> content), e.g. 'config.gin'.
       dry_run: say what would be done and return; nothing is written.
@@ -127,8 +136,9 @@ def evaluate(
         listed = ", ".join(str(reader.step) for reader in readers)
         how = repr(decoder) if answering == Answering.DECODE else "ranked answers"
         print(
-            f"evaluate {readers[0].path.parent if len(readers) > 1 else readers[0].path} (steps {listed}) on "
-            f"{dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, with {how}, to {output_dir}/{FOLDER}"
+            f"evaluate {readers[0].path.parent if len(readers) > 1 else readers[0].path} (steps"
+            f" {listed}) on {dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, with"
+            f" {how}, to {output_dir}/{FOLDER}"
         )
         return {}
 
@@ -157,11 +167,17 @@ def evaluate(
             (evaluation.output_dir / name).write_text(text)
     given = {}
     if teacher_forced:
-        given = dataset_cfg.eval_batches(num_batches=teacher_forced_batches, process_index=layout.shard, process_count=layout.num_shards)
+        given = dataset_cfg.eval_batches(
+            num_batches=teacher_forced_batches,
+            process_index=layout.shard,
+            process_count=layout.num_shards,
+        )
     evaluator = Evaluator(model, partitioner, num_shards=layout.num_shards)
     results = {}
     for reader in readers:
-        if skip_evaluated and all(_writer(evaluation, name).has_step(reader.step) for name in _written(evaluation, tasks)):
+        if skip_evaluated and all(
+            _writer(evaluation, name).has_step(reader.step) for name in _written(evaluation, tasks)
+        ):
             _log.info("step %d has been evaluated", reader.step)
             continue
         results[reader.step] = _one_checkpoint(evaluation, reader, tasks, evaluator, given)
@@ -169,13 +185,19 @@ def evaluate(
 
 
 def _written(evaluation: _Evaluation, tasks: Mapping[str, "_Task"]) -> list[str]:
-    """Everything that gets a line at each step: the tasks and, where several have metrics of their own, the mixture with their average."""
+    """Everything that gets a line at each step: the tasks and, where several have metrics of their
+    own, the mixture with their average.
+    """
     averaged = sum(task.has_metrics for task in tasks.values()) > 1
     return [*tasks, *((evaluation.dataset_cfg.mixture_or_task_name,) if averaged else ())]
 
 
 def _one_checkpoint(
-    evaluation: _Evaluation, reader: CheckpointReader, tasks: Mapping[str, "_Task"], evaluator: Evaluator, given: Mapping[str, Any]
+    evaluation: _Evaluation,
+    reader: CheckpointReader,
+    tasks: Mapping[str, "_Task"],
+    evaluator: Evaluator,
+    given: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Metrics by task of one checkpoint, written as they come."""
     params = running.load_params(reader, evaluation.model, evaluation.partitioner)
@@ -189,11 +211,17 @@ def _one_checkpoint(
         values: dict[str, Any] = dict(own.get(name, {}))
         if name in given:
             forced = evaluator.evaluate(params, {name: given[name]})[name]
-            values |= {f"{TEACHER_FORCED}{key}": value for key, value in forced.items() if not key.startswith("timing/")}
+            values |= {
+                f"{TEACHER_FORCED}{key}": value
+                for key, value in forced.items()
+                if not key.startswith("timing/")
+            }
         values["timing/evaluation_seconds"] = time.monotonic() - started
         results[name] = values
         _write(evaluation, name, reader.step, values)
-    qualities = [[value for key, value in metrics.items() if key != SHOTS] for metrics in own.values()]
+    qualities = [
+        [value for key, value in metrics.items() if key != SHOTS] for metrics in own.values()
+    ]
     scored = [np.mean(values) for values in qualities if values]
     if len(scored) > 1:
         mixture = evaluation.dataset_cfg.mixture_or_task_name
@@ -208,7 +236,11 @@ class _Task:
     def __init__(self, evaluation: _Evaluation, task: "TaskExamples", *, is_one_of_many: bool):
         self._evaluation, self._task, self._is_one_of_many = evaluation, task, is_one_of_many
         self._outputs = task.outputs  # raises early where a metric cannot be served
-        self._ranks = "prediction" in self._outputs and evaluation.answering == Answering.RANK and self._check_options()
+        self._ranks = (
+            "prediction" in self._outputs
+            and evaluation.answering == Answering.RANK
+            and self._check_options()
+        )
         self._examples: list[Example] | None = None
         self._runner = running.Runner(
             evaluation.model,
@@ -225,20 +257,27 @@ class _Task:
         return bool(self._outputs)
 
     def _check_options(self) -> bool:
-        """Whether the first example says which answers it allows. A task of a mixture that does not is decoded.
+        """Whether the first example says which answers it allows. A task of a mixture that does not
+        is decoded.
 
         Raises:
           ValueError: the only task does not.
         """
         for example in self._task.examples(1):
-            if self._is_one_of_many and not self._task.has_options(example, self._evaluation.rank_options):
-                _log.warning("%s does not say which answers it allows: its predictions are decoded", self._task.name)
+            if self._is_one_of_many and not self._task.has_options(
+                example, self._evaluation.rank_options
+            ):
+                _log.warning(
+                    "%s does not say which answers it allows: its predictions are decoded",
+                    self._task.name,
+                )
                 return False
             self._task.options(example, self._evaluation.rank_options)
         return True
 
     def run(self, params: PyTree, step: int) -> "TaskResult | None":
-        """Predicts and scores what the task's metrics need and computes them; None where the task has none.
+        """Predicts and scores what the task's metrics need and computes them; None where the task
+        has none.
 
         Raises:
           ValueError: the split is empty.
@@ -249,28 +288,41 @@ class _Task:
         if self._examples is None:
             self._examples = list(self._task.examples(self._evaluation.num_examples))
             if not self._examples:
-                raise ValueError(f"the split '{self._evaluation.dataset_cfg.split}' of the task '{self._task.name}' is empty")
+                raise ValueError(
+                    f"the split '{self._evaluation.dataset_cfg.split}' of the task"
+                    f" '{self._task.name}' is empty"
+                )
         outputs: dict[str, list[Any]] = {kind: [] for kind in self._outputs}
         ranked = None
         if self._ranks:
-            ranked = ranking.rank(self._task, self._runner, params, self._examples, self._evaluation.rank_options)
+            ranked = ranking.rank(
+                self._task, self._runner, params, self._examples, self._evaluation.rank_options
+            )
             outputs["prediction"] = [answer.tokens for answer in ranked]
         for rows in running.in_batches(list(enumerate(self._examples)), self._runner.batch_size):
             batch = self._task.batch([example for _, example in rows], self._runner.batch_size)
             if "prediction" in outputs and not self._ranks:
-                outputs["prediction"] += list(self._runner.predict(params, batch, [number for number, _ in rows]).tokens[:, 0])
+                outputs["prediction"] += list(
+                    self._runner.predict(params, batch, [number for number, _ in rows]).tokens[:, 0]
+                )
             if "score" in outputs:
                 outputs["score"] += self._runner.score(params, batch, len(rows)).tolist()
         result = self._task.evaluate(self._examples, outputs)
         shots = [int(example["num_shots"]) for example in self._examples if "num_shots" in example]
         if shots:
-            result = dataclasses.replace(result, metrics={**result.metrics, SHOTS: float(np.mean(shots))})
+            result = dataclasses.replace(
+                result, metrics={**result.metrics, SHOTS: float(np.mean(shots))}
+            )
         if self._evaluation.write_predictions and distributed.is_first():
             self._write_predictions(step, outputs, result, ranked)
         return result
 
     def _write_predictions(
-        self, step: int, outputs: Mapping[str, Sequence[Any]], result: "TaskResult", ranked: Sequence[ranking.Ranked] | None
+        self,
+        step: int,
+        outputs: Mapping[str, Sequence[Any]],
+        result: "TaskResult",
+        ranked: Sequence[ranking.Ranked] | None,
     ) -> None:
         from upcycle_jax.data.examples import as_json
 
@@ -282,7 +334,11 @@ class _Task:
                 record["target"] = as_json(result.targets[i])
             if "prediction" in outputs:
                 record["output"] = self._task.decode(outputs["prediction"][i])
-                record["prediction"] = as_json(result.predictions[i]) if result.predictions is not None else record["output"]
+                record["prediction"] = (
+                    as_json(result.predictions[i])
+                    if result.predictions is not None
+                    else record["output"]
+                )
             if ranked is not None:
                 record["options"] = dict(ranked[i].scores)
             if "score" in outputs:
@@ -303,5 +359,14 @@ def _write(evaluation: _Evaluation, name: str, step: int, values: Mapping[str, A
         writer = _writer(evaluation, name)
         writer.write(step, values)
         writer.close()
-    shown = {key: float(value) for key, value in values.items() if not key.startswith(("timing/", f"{TEACHER_FORCED}experts/"))}
-    _log.info("step %d  %s: %s", step, name, "  ".join(f"{key} {value:.4f}" for key, value in shown.items()))
+    shown = {
+        key: float(value)
+        for key, value in values.items()
+        if not key.startswith(("timing/", f"{TEACHER_FORCED}experts/"))
+    }
+    _log.info(
+        "step %d  %s: %s",
+        step,
+        name,
+        "  ".join(f"{key} {value:.4f}" for key, value in shown.items()),
+    )

@@ -1,4 +1,6 @@
-"""Predictions or scores for every example of a task or mixture, as T5X-style JSON lines that survive an interruption."""
+"""Predictions or scores for every example of a task or mixture, as T5X-style JSON lines that
+survive an interruption.
+"""
 
 import dataclasses
 import enum
@@ -44,7 +46,8 @@ class InferResult:
 
     Attributes:
       files: the finished file of each task.
-      examples: examples that this call computed; those of an earlier, interrupted call do not count.
+      examples: examples that this call computed; those of an earlier, interrupted call do not
+        count.
     """
 
     files: Mapping[str, epath.Path]
@@ -73,28 +76,33 @@ def infer(
 ) -> InferResult:
     """Writes `<output_dir>/<task>-<mode>.jsonl-<shard>-of-<shards>` for each task of a mixture.
 
-    A line is `{"inputs": {"inputs_pretokenized": ..., ...}, "prediction": "..."}` or `{"inputs": ..., "score": ...}`, in the order of the
-    task; predict_with_aux adds `"aux": {"scores": [...], "predictions": [...]}`, all decodes and what the decoder ranks them by; rank gives
-    `"prediction": "..."` and `"options": {"...": log-probability, ...}`. Finished
-    batches are kept in `tmp-...` beside the file: the same command goes on from them, and has nothing to do where the file exists. What
-    it was made with is kept in `settings-<task>-<mode>-<shard>-of-<shards>.json`, so that the file of another checkpoint or of other data
-    is not taken for its result.
+    A line is `{"inputs": {"inputs_pretokenized": ..., ...}, "prediction": "..."}` or `{"inputs":
+    ..., "score": ...}`, in the order of the task; predict_with_aux adds `"aux": {"scores": [...],
+    "predictions": [...]}`, all decodes and what the decoder ranks them by; rank gives
+    `"prediction": "..."` and `"options": {"...": log-probability, ...}`. Finished batches are kept
+    in `tmp-...` beside the file: the same command goes on from them, and has nothing to do where
+    the file exists. What it was made with is kept in
+    `settings-<task>-<mode>-<shard>-of-<shards>.json`, so that the file of another checkpoint or of
+    other data is not taken for its result.
 
     Args:
-      mode: 'predict', 'predict_with_aux', 'score' (the log-probability of the example's target) or 'rank' (the most likely of the answers
-        that an example allows).
+      mode: 'predict', 'predict_with_aux', 'score' (the log-probability of the example's target) or
+        'rank' (the most likely of the answers that an example allows).
       model: an `EncoderDecoderModel`.
-      dataset_cfg: `DatasetConfig` of what to read; its batch size is that of predictions. It is read once and in order.
+      dataset_cfg: `DatasetConfig` of what to read; its batch size is that of predictions. It is
+        read once and in order.
       checkpoint_path: a checkpoint, or a MODEL_DIR (its latest step).
       output_dir: made if need be.
       partitioner: the mesh.
       decoder: how predictions are searched.
       checkpoint_period: batches between two writes, T5X's name.
-      shard_id: which part of the examples this job computes, from 0; jobs do not need to know of each other.
+      shard_id: which part of the examples this job computes, from 0; jobs do not need to know of
+        each other.
       num_shards: number of parts. Part i is every num_shards-th example from number i on.
       num_examples: only the first so many examples of each task; None for all.
       include_all_inputs: write every feature of an example, tokens included.
-      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks (`data.prompts`).
+      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks
+        (`data.prompts`).
       few_shot: `FewShot`, solved examples before each input, or None.
       random_seed: of a decoder that draws.
       files: small text files to leave in output_dir (name -> content), e.g. 'config.gin'.
@@ -102,15 +110,10 @@ def infer(
 
     Raises:
       FileNotFoundError: no checkpoint is there.
-      ValueError: settings that cannot run, a checkpoint of another model, or work of other settings in output_dir.
+      ValueError: settings that cannot run, a checkpoint of another model, or work of other settings
+        in output_dir.
     """
-    if mode not in list(Mode):
-        raise ValueError(f"mode must be one of {', '.join(repr(str(known)) for known in Mode)}, got {mode!r}")
-    for name, value in (("checkpoint_period", checkpoint_period), ("num_shards", num_shards)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= shard_id < num_shards:
-        raise ValueError(f"shard_id must be from 0 to {num_shards - 1} (num_shards={num_shards}), got {shard_id}")
+    _check_numbers(mode, checkpoint_period, shard_id, num_shards)
     batches.data_layout(partitioner, dataset_cfg.batch_size)
     reader = open_checkpoint(checkpoint_path)
     running.check_params(reader, model)
@@ -137,8 +140,9 @@ def infer(
     )
     if dry_run:
         print(
-            f"{mode} {dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, part {job.part}, with {reader.path} (step "
-            f"{reader.step}) and {decoder!r}, {dataset_cfg.batch_size} examples at a time, to {output_dir}"
+            f"{mode} {dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, part"
+            f" {job.part}, with {reader.path} (step {reader.step}) and {decoder!r},"
+            f" {dataset_cfg.batch_size} examples at a time, to {output_dir}"
         )
         return InferResult(files={}, examples=0)
 
@@ -157,13 +161,34 @@ def infer(
     done, count = {}, 0
     for task in tasks:
         runner = running.Runner(
-            model, partitioner, batch_size=dataset_cfg.batch_size, decoder=decoder, eos_id=task.eos_id, seed=random_seed
+            model,
+            partitioner,
+            batch_size=dataset_cfg.batch_size,
+            decoder=decoder,
+            eos_id=task.eos_id,
+            seed=random_seed,
         )
         numbered = enumerate(task.examples(num_examples, shard=shard_id, num_shards=num_shards))
         examples = ((shard_id + place * num_shards, example) for place, example in numbered)
-        count += _infer_task(job, task, runner, params, examples, checkpoint_period, include_all_inputs, rank_options)
+        count += _infer_task(
+            job, task, runner, params, examples, checkpoint_period, include_all_inputs, rank_options
+        )
         done[task.name] = job.file(task.name)
     return InferResult(files=done, examples=count)
+
+
+def _check_numbers(mode: str, checkpoint_period: int, shard_id: int, num_shards: int) -> None:
+    if mode not in list(Mode):
+        raise ValueError(
+            f"mode must be one of {', '.join(repr(str(known)) for known in Mode)}, got {mode!r}"
+        )
+    for name, value in (("checkpoint_period", checkpoint_period), ("num_shards", num_shards)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= shard_id < num_shards:
+        raise ValueError(
+            f"shard_id must be from 0 to {num_shards - 1} (num_shards={num_shards}), got {shard_id}"
+        )
 
 
 def _infer_task(
@@ -176,7 +201,9 @@ def _infer_task(
     whole: bool,
     rank_options: Any,
 ) -> int:
-    """Writes the chunks of one task that are not there yet, then the file; returns the number of examples computed."""
+    """Writes the chunks of one task that are not there yet, then the file; returns the number of
+    examples computed.
+    """
     if job.file(task.name).exists():
         _log.info("%s is there already", job.file(task.name))
         job.remove_chunks(task.name)
@@ -184,7 +211,9 @@ def _infer_task(
     started, count = time.monotonic(), 0
     finished = job.begin(task.name)
     if finished:
-        _log.info("%s: going on after %d chunks of %d batches", task.name, finished, batches_per_chunk)
+        _log.info(
+            "%s: going on after %d chunks of %d batches", task.name, finished, batches_per_chunk
+        )
     chunks = 0
     for chunk in running.in_batches(examples, batches_per_chunk * runner.batch_size):
         chunks += 1
@@ -195,18 +224,31 @@ def _infer_task(
             lines += _records(job.mode, task, runner, params, rows, whole, rank_options)
         job.write_chunk(task.name, chunks - 1, lines)
         count += len(chunk)
-        _log.info("%s: %d examples, %.1f per second", task.name, count, count / (time.monotonic() - started))
+        _log.info(
+            "%s: %d examples, %.1f per second",
+            task.name,
+            count,
+            count / (time.monotonic() - started),
+        )
     job.merge(task.name, chunks)
     return count
 
 
 def _records(
-    mode: Mode, task: "TaskExamples", runner: running.Runner, params: Any, rows: Sequence[Any], whole: bool, rank_options: Any
+    mode: Mode,
+    task: "TaskExamples",
+    runner: running.Runner,
+    params: Any,
+    rows: Sequence[Any],
+    whole: bool,
+    rank_options: Any,
 ) -> list[str]:
     """JSON lines of one batch of (number, example)."""
     numbers, examples = [number for number, _ in rows], [example for _, example in rows]
     batch = task.batch(examples, runner.batch_size)
-    records: list[dict[str, Any]] = [{"inputs": task.record(example, whole=whole)} for example in examples]
+    records: list[dict[str, Any]] = [
+        {"inputs": task.record(example, whole=whole)} for example in examples
+    ]
     if mode == Mode.SCORE:
         scores = runner.score(params, batch, len(rows))
         for record, score in zip(records, scores, strict=True):
@@ -259,11 +301,21 @@ class _Job:
         path = self._settings_of_file(task) if finished else self._folder(task) / SETTINGS_FILE
         if not path.exists():
             if finished:
-                _log.warning("%s is there, and nothing says what it was made with: it is left as it is", self.file(task))
+                _log.warning(
+                    "%s is there, and nothing says what it was made with: it is left as it is",
+                    self.file(task),
+                )
             return
-        different = [line.partition(":")[0] for line in fingerprints.differences(json.loads(path.read_text()), self.settings)]
+        different = [
+            line.partition(":")[0]
+            for line in fingerprints.differences(json.loads(path.read_text()), self.settings)
+        ]
         if different:
-            what = f"{self.file(task)} is the result" if finished else f"{path.parent} holds an unfinished job"
+            what = (
+                f"{self.file(task)} is the result"
+                if finished
+                else f"{path.parent} holds an unfinished job"
+            )
             raise ValueError(
                 f"{what} of other settings ({', '.join(different)}): "
                 + ("remove it" if finished else "finish it with those, remove the folder")
@@ -299,7 +351,9 @@ class _Job:
             partial.replace(path)
 
     def merge(self, task: str, chunks: int) -> None:
-        """Joins all chunks into the finished file, notes its settings and removes the chunks' folder."""
+        """Joins all chunks into the finished file, notes its settings and removes the chunks'
+        folder.
+        """
         if distributed.is_first():
             file = self.file(task)
             partial = file.parent / f"{file.name}.partial"
@@ -313,6 +367,8 @@ class _Job:
         distributed.barrier(f"{task} merged")
 
     def remove_chunks(self, task: str) -> None:
-        """Removes the folder of chunks, which a call that was killed after the file was whole has left."""
+        """Removes the folder of chunks, which a call that was killed after the file was whole has
+        left.
+        """
         if distributed.is_first() and self._folder(task).exists():
             self._folder(task).rmtree()

@@ -1,4 +1,6 @@
-"""Rank classification: of the answers that an example allows, the one that the model finds most likely."""
+"""Rank classification: of the answers that an example allows, the one that the model finds most
+likely.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,10 @@ class Ranked:
     """The answers of one example.
 
     Attributes:
-      scores: log-probability of each answer, summed over its tokens (EOS included where the task's targets have it), in the order of the
-        options.
-      tokens: int32 ids of the best answer, filled with zeros to the length of targets. Of equal answers the first.
+      scores: log-probability of each answer, summed over its tokens (EOS included where the task's
+        targets have it), in the order of the options.
+      tokens: int32 ids of the best answer, filled with zeros to the length of targets. Of equal
+        answers the first.
     """
 
     scores: Mapping[str, float]
@@ -34,9 +37,14 @@ class Ranked:
 
 
 def rank(
-    task: "TaskExamples", runner: running.Runner, params: PyTree, examples: Sequence[Mapping[str, Any]], given: "Options | None"
+    task: "TaskExamples",
+    runner: running.Runner,
+    params: PyTree,
+    examples: Sequence[Mapping[str, Any]],
+    given: "Options | None",
 ) -> list[Ranked]:
-    """Ranks the answers of each example; every (example, answer) is a row of its own, and rows do not influence each other.
+    """Ranks the answers of each example; every (example, answer) is a row of its own, and rows do
+    not influence each other.
 
     Args:
       task: says which answers an example allows, and how they become tokens.
@@ -49,7 +57,11 @@ def rank(
       ValueError: an example's answers are not known.
     """
     answers = [task.options(example, given) for example in examples]
-    rows = [task.answered(example, text) for example, texts in zip(examples, answers, strict=True) for text in texts]
+    rows = [
+        task.answered(example, text)
+        for example, texts in zip(examples, answers, strict=True)
+        for text in texts
+    ]
     scores: list[float] = []
     for part in running.in_batches(rows, runner.batch_size):
         scores += runner.score(params, task.batch(part, runner.batch_size), len(part)).tolist()

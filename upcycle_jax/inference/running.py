@@ -1,4 +1,6 @@
-"""Parameters of a checkpoint on the devices, and compiled prediction and scoring over host batches."""
+"""Parameters of a checkpoint on the devices, and compiled prediction and scoring over host
+batches.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +21,8 @@ from upcycle_jax.types import Batch, PyTree
 
 
 def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSpec]:
-    """Specs of the model's parameters by full path, which are those of the checkpoint. Reads no array.
+    """Specs of the model's parameters by full path, which are those of the checkpoint. Reads no
+    array.
 
     Raises:
       ValueError: the checkpoint is not one of this model.
@@ -29,29 +32,38 @@ def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSp
     difference = trees.diff(specs, found)
     if difference:
         lines = str(difference).splitlines()
-        shown = "\n".join(lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else []))
+        shown = "\n".join(
+            lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        )
         raise ValueError(
-            f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model file that the checkpoint was trained with"
+            f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model"
+            " file that the checkpoint was trained with"
         )
     return specs
 
 
 def load_params(reader: CheckpointReader, model: Any, partitioner: Partitioner) -> PyTree:
-    """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer state is not read.
+    """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer
+    state is not read.
 
     Raises:
-      ValueError: the checkpoint is not one of this model, or a dimension does not divide over the mesh.
+      ValueError: the checkpoint is not one of this model, or a dimension does not divide over the
+        mesh.
     """
     specs = check_params(reader, model)
     shardings = partitioner.shardings(specs)
     flat = {}
     for path, spec in specs.items():
         leaf = reader.read_sharded(path, shardings[path])
-        flat[path.removeprefix(TARGET)] = leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
+        flat[path.removeprefix(TARGET)] = (
+            leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
+        )
     return trees.unflatten(flat)
 
 
-def checkpoints(path: os.PathLike | str, steps: str | int | Sequence[int]) -> list[CheckpointReader]:
+def checkpoints(
+    path: os.PathLike | str, steps: str | int | Sequence[int]
+) -> list[CheckpointReader]:
     """The checkpoints that are meant, by rising step.
 
     Args:
@@ -69,7 +81,8 @@ def checkpoints(path: os.PathLike | str, steps: str | int | Sequence[int]) -> li
     if not known:
         open_checkpoint(path)  # says what is wrong with the path, if anything is
         raise ValueError(
-            f"{path} is a single checkpoint, so CHECKPOINT_STEPS must be 'latest', got {steps!r}; or name the folder around it"
+            f"{path} is a single checkpoint, so CHECKPOINT_STEPS must be 'latest', got {steps!r};"
+            " or name the folder around it"
         )
     if steps == "all":
         wanted: Sequence[int] = sorted(known)
@@ -78,10 +91,14 @@ def checkpoints(path: os.PathLike | str, steps: str | int | Sequence[int]) -> li
     elif isinstance(steps, list | tuple) and steps and all(isinstance(step, int) for step in steps):
         wanted = sorted(steps)
     else:
-        raise ValueError(f"CHECKPOINT_STEPS must be 'latest', 'all', a step or a list of steps, got {steps!r}")
+        raise ValueError(
+            f"CHECKPOINT_STEPS must be 'latest', 'all', a step or a list of steps, got {steps!r}"
+        )
     missing = [step for step in wanted if step not in known]
     if missing:
-        raise FileNotFoundError(f"{path} has no checkpoint of step {missing[0]}; it has {', '.join(map(str, known))}")
+        raise FileNotFoundError(
+            f"{path} has no checkpoint of step {missing[0]}; it has {', '.join(map(str, known))}"
+        )
     return [open_checkpoint(known[step]) for step in wanted]
 
 
@@ -96,30 +113,50 @@ class Runner:
       batch_size: rows of a whole batch.
       decoder: how predictions are searched.
       eos_id: the token that ends a target.
-      seed: of decoders that draw. The key of an example is a fold of its number, so that it does not depend on batches.
+      seed: of decoders that draw. The key of an example is a fold of its number, so that it does
+        not depend on batches.
 
     Raises:
       ValueError: the batch does not split over the mesh.
     """
 
-    def __init__(self, model: Any, partitioner: Partitioner, *, batch_size: int, decoder: DecodingAlgorithm, eos_id: int, seed: int = 0):
+    def __init__(
+        self,
+        model: Any,
+        partitioner: Partitioner,
+        *,
+        batch_size: int,
+        decoder: DecodingAlgorithm,
+        eos_id: int,
+        seed: int = 0,
+    ):
         self._partitioner, self.batch_size = partitioner, batch_size
         self._layout = batches.data_layout(partitioner, batch_size)
 
         def predict(params: PyTree, batch: Batch, numbers: jax.Array) -> Decoded:
-            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
-            return model.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys, eos_id=eos_id)
+            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(
+                numbers
+            )
+            return model.predict_batch_with_aux(
+                params, batch, decoder=decoder, keys=keys, eos_id=eos_id
+            )
 
         self._predict = jax.jit(predict, out_shardings=partitioner.replicated)
         self._score = jax.jit(model.score_batch, out_shardings=partitioner.replicated)
 
-    def predict(self, params: PyTree, batch: Mapping[str, np.ndarray], numbers: Sequence[int]) -> Decoded:
-        """NumPy arrays for the rows `[0, len(numbers))` of a whole batch; `numbers` tells examples apart."""
+    def predict(
+        self, params: PyTree, batch: Mapping[str, np.ndarray], numbers: Sequence[int]
+    ) -> Decoded:
+        """NumPy arrays for the rows `[0, len(numbers))` of a whole batch; `numbers` tells examples
+        apart.
+        """
         rows = np.zeros(self.batch_size, np.uint32)
         rows[: len(numbers)] = numbers
         placed = self._place({**batch, "numbers": rows})
         with self._partitioner.activate():
-            decoded = self._predict(params, {name: placed[name] for name in batch}, placed["numbers"])
+            decoded = self._predict(
+                params, {name: placed[name] for name in batch}, placed["numbers"]
+            )
         return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(numbers)], decoded)
 
     def score(self, params: PyTree, batch: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
@@ -131,7 +168,11 @@ class Runner:
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         local = self.batch_size // self._layout.num_shards
         mine = slice(self._layout.shard * local, (self._layout.shard + 1) * local)
-        return batches.to_global({name: np.asarray(rows)[mine] for name, rows in batch.items()}, self._partitioner, self._layout.num_shards)
+        return batches.to_global(
+            {name: np.asarray(rows)[mine] for name, rows in batch.items()},
+            self._partitioner,
+            self._layout.num_shards,
+        )
 
 
 def in_batches(examples: Iterable[Any], size: int) -> Iterator[list[Any]]:

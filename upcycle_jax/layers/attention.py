@@ -1,4 +1,6 @@
-"""Multi-head attention of T5: no scaling by 1/sqrt(head_dim), positions only through an additive bias."""
+"""Multi-head attention of T5: no scaling by 1/sqrt(head_dim), positions only through an additive
+bias.
+"""
 
 import enum
 from typing import Any
@@ -13,8 +15,10 @@ from upcycle_jax.layers import projection
 from upcycle_jax.partitioning import constrain
 
 GROWING_CACHE, FIXED_CACHE = "growing_cache", "fixed_cache"
-"""Variable collections of cached decoding: keys and values of self-attention, written at each step, and of attention to the encoder,
-written at the first step only. All are `[batch, keys, heads, head_dim]`."""
+"""Variable collections of cached decoding: keys and values of self-attention, written at each step,
+and of attention to the encoder, written at the first step only. All are `[batch, keys, heads,
+head_dim]`.
+"""
 
 
 class Cached(enum.Enum):
@@ -73,7 +77,8 @@ def dot_product_attention(
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Attention with `query`, `key`, `value` and `out` projections, whose kernels are flattened to `[embed, heads * head_dim]`.
+    """Attention with `query`, `key`, `value` and `out` projections, whose kernels are flattened to
+    `[embed, heads * head_dim]`.
 
     Attributes:
       num_heads: heads.
@@ -107,11 +112,14 @@ class MultiHeadDotProductAttention(nn.Module):
           keys_from: the attended sequence.
           bias: sum of the position bias and the mask's bias.
           deterministic: no dropout.
-          cached: with a step, which keys and values are kept. GROWING: `keys_from` is the token of this step, attended with all before it.
-            FIXED: `keys_from` counts in the first step, and is not looked at later.
+          cached: with a step, which keys and values are kept. GROWING: `keys_from` is the token of
+            this step, attended with all before it. FIXED: `keys_from` counts in the first step, and
+            is not looked at later.
           step: the position to decode, or None without caches.
         """
-        query = self._heads("query", queries_from, _scaled(projection.ATTENTION_INIT, self.head_dim**-0.5))
+        query = self._heads(
+            "query", queries_from, _scaled(projection.ATTENTION_INIT, self.head_dim**-0.5)
+        )
         if step is None or cached is None:
             key, value = self._keys_and_values(keys_from)
         elif cached == Cached.GROWING:
@@ -129,21 +137,31 @@ class MultiHeadDotProductAttention(nn.Module):
         )
         attended = attended.reshape(*attended.shape[:2], self.num_heads * self.head_dim)
         out = projection.Projection(
-            queries_from.shape[-1], (axes.JOINED_KV, axes.EMBED), projection.ATTENTION_INIT, dtype=self.dtype, name="out"
+            queries_from.shape[-1],
+            (axes.JOINED_KV, axes.EMBED),
+            projection.ATTENTION_INIT,
+            dtype=self.dtype,
+            name="out",
         )
         return out(attended)
 
     def _keys_and_values(self, keys_from: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[batch, keys, heads, head_dim]`."""
-        return self._heads("key", keys_from, projection.ATTENTION_INIT), self._heads("value", keys_from, projection.ATTENTION_INIT)
+        return self._heads("key", keys_from, projection.ATTENTION_INIT), self._heads(
+            "value", keys_from, projection.ATTENTION_INIT
+        )
 
     def _appended(self, keys_from: jax.Array, step: DecodingStep) -> tuple[jax.Array, jax.Array]:
-        """All keys and values so far, those of `keys_from` `[batch, 1, d]` at the step's index, zeros after them."""
+        """All keys and values so far, those of `keys_from` `[batch, 1, d]` at the step's index,
+        zeros after them.
+        """
         out = []
         for name, new in zip(("key", "value"), self._keys_and_values(keys_from), strict=True):
             shape = (new.shape[0], step.max_length, *new.shape[2:])
             variable = self.variable(GROWING_CACHE, f"cached_{name}", jnp.zeros, shape, new.dtype)
-            variable.value = jax.lax.dynamic_update_slice_in_dim(variable.value, new, step.index, axis=1)
+            variable.value = jax.lax.dynamic_update_slice_in_dim(
+                variable.value, new, step.index, axis=1
+            )
             out.append(variable.value)
         return out[0], out[1]
 
@@ -153,16 +171,26 @@ class MultiHeadDotProductAttention(nn.Module):
             key, value = self._keys_and_values(keys_from)
             self.put_variable(FIXED_CACHE, "cached_key", key)
             self.put_variable(FIXED_CACHE, "cached_value", value)
-        return self.get_variable(FIXED_CACHE, "cached_key"), self.get_variable(FIXED_CACHE, "cached_value")
+        return self.get_variable(FIXED_CACHE, "cached_key"), self.get_variable(
+            FIXED_CACHE, "cached_value"
+        )
 
     def _heads(self, name: str, x: jax.Array, init: projection.Initializer) -> jax.Array:
-        flat = projection.Projection(self.num_heads * self.head_dim, (axes.EMBED, axes.JOINED_KV), init, dtype=self.dtype, name=name)(x)
+        flat = projection.Projection(
+            self.num_heads * self.head_dim,
+            (axes.EMBED, axes.JOINED_KV),
+            init,
+            dtype=self.dtype,
+            name=name,
+        )(x)
         heads = flat.reshape(*x.shape[:2], self.num_heads, self.head_dim)
         return constrain(heads, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None))
 
 
 def _scaled(init: projection.Initializer, factor: float) -> projection.Initializer:
-    """An initialiser times a factor: T5 puts 1/sqrt(head_dim) into the query kernel at initialisation instead of into attention."""
+    """An initialiser times a factor: T5 puts 1/sqrt(head_dim) into the query kernel at
+    initialisation instead of into attention.
+    """
 
     def scaled(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return init(key, shape, dtype) * factor

@@ -25,12 +25,18 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (axes.VOCAB, axes.EMBED))
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.features), jnp.float32)
+        self.embedding = self.param(
+            "embedding", init, (self.vocab_size, self.features), jnp.float32
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Vectors `[..., features]` of int32 tokens `[...]`. A token outside the vocabulary gives NaN, not a neighbour's vector."""
+        """Vectors `[..., features]` of int32 tokens `[...]`. A token outside the vocabulary gives
+        NaN, not a neighbour's vector.
+        """
         return jnp.take(jnp.asarray(self.embedding, self.dtype), tokens, axis=0, mode="fill")
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Float32 logits `[..., vocab_size]` of `[..., features]`, for models whose output shares the table."""
+        """Float32 logits `[..., vocab_size]` of `[..., features]`, for models whose output shares
+        the table.
+        """
         return projection.dot(x.astype(jnp.float32), jnp.asarray(self.embedding, jnp.float32).T)

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e10
-"""Additive bias of a forbidden pair, T5X's value: finite, so that a row without any allowed key stays finite."""
+"""Additive bias of a forbidden pair, T5X's value: finite, so that a row without any allowed key
+stays finite.
+"""
 
 
 def padding_mask(query_valid: jax.Array, key_valid: jax.Array) -> jax.Array:

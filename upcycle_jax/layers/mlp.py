@@ -1,4 +1,6 @@
-"""The (gated) MLP: the dense block of a transformer layer, and, lifted over an expert axis, the expert."""
+"""The (gated) MLP: the dense block of a transformer layer, and, lifted over an expert axis, the
+expert.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,17 +23,24 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:
-    """Names of the kernels before the hidden axis, one per activation: `wi`, or `wi_0`, `wi_1`, ... where there are several."""
+    """Names of the kernels before the hidden axis, one per activation: `wi`, or `wi_0`, `wi_1`, ...
+    where there are several.
+    """
     return ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
 
 
 def gated(products: Sequence[jax.Array], activations: Sequence[str]) -> jax.Array:
-    """Hidden activations: each product with an input kernel through its activation, multiplied. All shapes are the same."""
-    return functools.reduce(jnp.multiply, (ACTIVATIONS[name](x) for x, name in zip(products, activations, strict=True)))
+    """Hidden activations: each product with an input kernel through its activation, multiplied. All
+    shapes are the same.
+    """
+    return functools.reduce(
+        jnp.multiply, (ACTIVATIONS[name](x) for x, name in zip(products, activations, strict=True))
+    )
 
 
 class MlpBlock(nn.Module):
-    """`(act_0(x wi_0) * act_1(x wi_1) * ...) wo`; with a single activation the input kernel is named `wi`, as in T5 1.0.
+    """`(act_0(x wi_0) * act_1(x wi_1) * ...) wo`; with a single activation the input kernel is
+    named `wi`, as in T5 1.0.
 
     Attributes:
       hidden: size of the hidden axis.
@@ -50,20 +59,27 @@ class MlpBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = True, *, hidden_scale: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, deterministic: bool = True, *, hidden_scale: jax.Array | None = None
+    ) -> jax.Array:
         """Maps `[..., length, d]` to the same shape.
 
         Args:
           x: inputs.
           deterministic: no dropout.
-          hidden_scale: factor on the hidden activations `[..., length, hidden]`, which it broadcasts to; None for none.
+          hidden_scale: factor on the hidden activations `[..., length, hidden]`, which it
+            broadcasts to; None for none.
         """
         products = [
-            projection.Projection(self.hidden, (axes.EMBED, self.hidden_axis), dtype=self.dtype, name=name)(x)
+            projection.Projection(
+                self.hidden, (axes.EMBED, self.hidden_axis), dtype=self.dtype, name=name
+            )(x)
             for name in input_kernel_names(self.activations)
         ]
         hidden = constrain(gated(products, self.activations), self.activation_axes)
         hidden = projection.dropout(self.dropout_rate)(hidden, deterministic=deterministic)
         if hidden_scale is not None:
             hidden = hidden * hidden_scale.astype(hidden.dtype)
-        return projection.Projection(x.shape[-1], (self.hidden_axis, axes.EMBED), dtype=self.dtype, name="wo")(hidden)
+        return projection.Projection(
+            x.shape[-1], (self.hidden_axis, axes.EMBED), dtype=self.dtype, name="wo"
+        )(hidden)

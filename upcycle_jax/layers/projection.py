@@ -1,4 +1,6 @@
-"""Bias-free linear projections with flattened kernels, dropout, and the initialisers of T5X's models."""
+"""Bias-free linear projections with flattened kernels, dropout, and the initialisers of T5X's
+models.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,11 +41,13 @@ class Projection(nn.Module):
 
 
 def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`[..., d]` times `[d, f]`: `[..., f]`; where the program will run on CPUs, as a product of two matrices.
+    """`[..., d]` times `[d, f]`: `[..., f]`; where the program will run on CPUs, as a product of
+    two matrices.
 
-    The gradient of the kernel then contracts one axis. With several, XLA for CPUs writes transposed copies of both factors first, and
-    computes again, transposed, what they are computed from: twice the time of an MLP's forward and backward pass (docs/benchmarks.md).
-    XLA for TPUs is better left alone: the reshapes cost the train step of T5 1.1 base upcycled 0.8 GiB per device.
+    The gradient of the kernel then contracts one axis. With several, XLA for CPUs writes transposed
+    copies of both factors first, and computes again, transposed, what they are computed from: twice
+    the time of an MLP's forward and backward pass (docs/benchmarks.md). XLA for TPUs is better left
+    alone: the reshapes cost the train step of T5 1.1 base upcycled 0.8 GiB per device.
     """
     if active_platform() != "cpu":
         return jnp.dot(x, kernel)
@@ -51,15 +55,21 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def sums(x: jax.Array) -> jax.Array:
-    """Sums over the last axis of float32 `[..., d]`: `[...]`; where the program will run on CPUs, as a product with ones.
+    """Sums over the last axis of float32 `[..., d]`: `[...]`; where the program will run on CPUs,
+    as a product with ones.
 
-    XLA's reduction for CPUs waits for threads that other products need at that time, and those wait for it (docs/benchmarks.md).
+    XLA's reduction for CPUs waits for threads that other products need at that time, and those wait
+    for it (docs/benchmarks.md).
     """
     if active_platform() != "cpu":
         return jnp.sum(x, axis=-1)
-    return jnp.dot(x.reshape(-1, x.shape[-1]), jnp.ones((x.shape[-1], 1), x.dtype)).reshape(x.shape[:-1])
+    return jnp.dot(x.reshape(-1, x.shape[-1]), jnp.ones((x.shape[-1], 1), x.dtype)).reshape(
+        x.shape[:-1]
+    )
 
 
 def dropout(rate: float, *, broadcast: Sequence[int] = (-2,)) -> nn.Dropout:
-    """Dropout whose mask is shared along the length axis, as in T5: a hidden unit is dropped for a whole sequence or not at all."""
+    """Dropout whose mask is shared along the length axis, as in T5: a hidden unit is dropped for a
+    whole sequence or not at all.
+    """
     return nn.Dropout(rate=rate, broadcast_dims=tuple(broadcast))

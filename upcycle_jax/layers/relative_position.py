@@ -12,12 +12,17 @@ from upcycle_jax import axes
 
 
 def relative_position_bucket(
-    relative_position: jax.Array | np.ndarray, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+    relative_position: jax.Array | np.ndarray,
+    *,
+    bidirectional: bool,
+    num_buckets: int = 32,
+    max_distance: int = 128,
 ) -> jax.Array:
     """Bucket of each relative position.
 
-    Half of the buckets hold one distance each; the rest grow logarithmically up to `max_distance`, and the last holds everything beyond.
-    Bidirectional stacks give one half of all buckets to keys after the query; causal stacks map all of those to bucket 0.
+    Half of the buckets hold one distance each; the rest grow logarithmically up to `max_distance`,
+    and the last holds everything beyond. Bidirectional stacks give one half of all buckets to keys
+    after the query; causal stacks map all of those to bucket 0.
 
     Args:
       relative_position: int array of key position minus query position.
@@ -45,7 +50,8 @@ def relative_position_bucket(
 
 
 class RelativePositionBiases(nn.Module):
-    """A learned bias per head and bucket of relative positions, added to attention logits; shared by the layers of a stack.
+    """A learned bias per head and bucket of relative positions, added to attention logits; shared
+    by the layers of a stack.
 
     Attributes:
       num_heads: attention heads.
@@ -60,9 +66,14 @@ class RelativePositionBiases(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, query_positions: jax.Array, key_positions: jax.Array, *, bidirectional: bool) -> jax.Array:
+    def __call__(
+        self, query_positions: jax.Array, key_positions: jax.Array, *, bidirectional: bool
+    ) -> jax.Array:
         """Bias `[1, heads, queries, keys]` for int positions `[queries]` and `[keys]`."""
-        init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), (axes.HEADS, axes.RELPOS_BUCKETS))
+        init = nn.with_logical_partitioning(
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            (axes.HEADS, axes.RELPOS_BUCKETS),
+        )
         table = self.param("rel_embedding", init, (self.num_heads, self.num_buckets), jnp.float32)
         buckets = relative_position_bucket(
             key_positions[None, :] - query_positions[:, None],
@@ -70,6 +81,12 @@ class RelativePositionBiases(nn.Module):
             num_buckets=self.num_buckets,
             max_distance=self.max_distance,
         )
-        # A product with one-hot rows instead of a lookup: its gradient is a matmul, not a scatter of queries x keys rows into 32.
+        # A product with one-hot rows instead of a lookup: its gradient is a matmul, not a scatter
+        # of queries x keys rows into 32.
         one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=self.dtype)
-        return jnp.einsum("hb,qkb->hqk", jnp.asarray(table, self.dtype), one_hot, precision=jax.lax.Precision.HIGHEST)[None]
+        return jnp.einsum(
+            "hb,qkb->hqk",
+            jnp.asarray(table, self.dtype),
+            one_hot,
+            precision=jax.lax.Precision.HIGHEST,
+        )[None]

@@ -1,1 +1,3 @@
-"""Architectures assembled from bricks, and the model API that training, surgery and evaluation use."""
+"""Architectures assembled from bricks, and the model API that training, surgery and evaluation
+use.
+"""

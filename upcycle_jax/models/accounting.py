@@ -1,8 +1,10 @@
-"""What a model costs: parameters, FLOPs and memory. Every number that the project prints about cost comes from here.
+"""What a model costs: parameters, FLOPs and memory. Every number that the project prints about cost
+comes from here.
 
-FLOPs are those of matrix products, 2 * m * k * n each, in the forward pass; a training step is three forward passes (one forward, two
-backward). Norms, softmaxes, activations and the optimizer are left out; so are gathers and scatters of MoE layers, which move data:
-`step_cost` adds them, and what a mesh repeats.
+FLOPs are those of matrix products, 2 * m * k * n each, in the forward pass; a training step is
+three forward passes (one forward, two backward). Norms, softmaxes, activations and the optimizer
+are left out; so are gathers and scatters of MoE layers, which move data: `step_cost` adds them, and
+what a mesh repeats.
 """
 
 import dataclasses
@@ -32,8 +34,8 @@ class ParameterCounts:
       total: all of them.
       experts: those of experts.
       routers: those of routers.
-      active: those that a token meets on average: all but the experts that do not process it. Under experts choose that is the
-        capacity factor of experts per token, under tokens choose K.
+      active: those that a token meets on average: all but the experts that do not process it. Under
+        experts choose that is the capacity factor of experts per token, under tokens choose K.
     """
 
     total: int
@@ -47,7 +49,9 @@ def is_expert(leaf: trees.LeafSpec) -> bool:
     return axes.EXPERT in leaf.axes
 
 
-def count_parameters(config: T5Config, specs: Mapping[str, trees.LeafSpec], *, train: bool = True) -> ParameterCounts:
+def count_parameters(
+    config: T5Config, specs: Mapping[str, trees.LeafSpec], *, train: bool = True
+) -> ParameterCounts:
     """Counts the parameters of a model.
 
     Args:
@@ -57,7 +61,9 @@ def count_parameters(config: T5Config, specs: Mapping[str, trees.LeafSpec], *, t
     """
     total = sum(leaf.size for leaf in specs.values())
     experts = {path: leaf for path, leaf in specs.items() if is_expert(leaf)}
-    routers = sum(leaf.size for path, leaf in specs.items() if path.endswith("router/router_weights/w/kernel"))
+    routers = sum(
+        leaf.size for path, leaf in specs.items() if path.endswith("router/router_weights/w/kernel")
+    )
     inactive = 0.0
     for path, leaf in experts.items():
         assert config.moe is not None
@@ -65,7 +71,10 @@ def count_parameters(config: T5Config, specs: Mapping[str, trees.LeafSpec], *, t
         active = config.moe.router(stack).active_experts(config.moe.capacity_factor(train=train))
         inactive += leaf.size * (1.0 - min(active / config.moe.num_experts, 1.0))
     return ParameterCounts(
-        total=total, experts=sum(leaf.size for leaf in experts.values()), routers=routers, active=total - round(inactive)
+        total=total,
+        experts=sum(leaf.size for leaf in experts.values()),
+        routers=routers,
+        active=total - round(inactive),
     )
 
 
@@ -92,15 +101,31 @@ class ForwardFlops:
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.attention + self.position_bias + self.mlp + self.experts + self.routers + self.logits
+        return (
+            self.attention
+            + self.position_bias
+            + self.mlp
+            + self.experts
+            + self.routers
+            + self.logits
+        )
 
     @property
     def train_step(self) -> int:
-        """FLOPs of a training step on the same batch: products with one-hot rows have one gradient, all others two."""
+        """FLOPs of a training step on the same batch: products with one-hot rows have one gradient,
+        all others two.
+        """
         return TRAIN_FORWARDS * self.total - self.position_bias
 
 
-def forward_flops(config: T5Config, *, batch_size: int, inputs_length: int, targets_length: int, train: bool = True) -> ForwardFlops:
+def forward_flops(
+    config: T5Config,
+    *,
+    batch_size: int,
+    inputs_length: int,
+    targets_length: int,
+    train: bool = True,
+) -> ForwardFlops:
     """FLOPs of one forward pass with teacher forcing.
 
     Args:
@@ -126,14 +151,34 @@ def forward_flops(config: T5Config, *, batch_size: int, inputs_length: int, targ
         mlp += (layers - sparse) * tokens[stack] * mlp_flops_per_token(config, config.mlp_dim)
         if sparse:
             assert config.moe is not None
-            slots = expert_slots(config, stack, batch_size=batch_size, length=lengths[stack], train=train)
+            slots = expert_slots(
+                config, stack, batch_size=batch_size, length=lengths[stack], train=train
+            )
             experts += sparse * slots * mlp_flops_per_token(config, config.expert_mlp_dim)
-            mlp += sparse * tokens[stack] * mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
-            routers += sparse * tokens[stack] * config.moe.router(stack).flops_per_token(config.emb_dim, config.moe.num_experts)
+            mlp += (
+                sparse
+                * tokens[stack]
+                * mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
+            )
+            routers += (
+                sparse
+                * tokens[stack]
+                * config.moe.router(stack).flops_per_token(config.emb_dim, config.moe.num_experts)
+            )
     decoder_layers = config.num_decoder_layers
-    attention += decoder_layers * (2 * projection * (tokens["decoder"] + tokens["encoder"]) + 4 * width * tokens["decoder"] * inputs_length)
+    attention += decoder_layers * (
+        2 * projection * (tokens["decoder"] + tokens["encoder"])
+        + 4 * width * tokens["decoder"] * inputs_length
+    )
     logits = 2 * tokens["decoder"] * config.emb_dim * config.vocab_size
-    return ForwardFlops(attention=attention, position_bias=position_bias, mlp=mlp, experts=experts, routers=routers, logits=logits)
+    return ForwardFlops(
+        attention=attention,
+        position_bias=position_bias,
+        mlp=mlp,
+        experts=experts,
+        routers=routers,
+        logits=logits,
+    )
 
 
 def mlp_flops_per_token(config: T5Config, hidden: int) -> int:
@@ -141,8 +186,11 @@ def mlp_flops_per_token(config: T5Config, hidden: int) -> int:
     return 2 * config.emb_dim * hidden * (len(config.mlp_activations) + 1)
 
 
-def expert_slots(config: T5Config, stack: Stack, *, batch_size: int, length: int, train: bool = True) -> int:
-    """Vectors that the experts of one MoE layer compute for a batch: slots, G * E * C, or the choices of a dropless router.
+def expert_slots(
+    config: T5Config, stack: Stack, *, batch_size: int, length: int, train: bool = True
+) -> int:
+    """Vectors that the experts of one MoE layer compute for a batch: slots, G * E * C, or the
+    choices of a dropless router.
 
     Raises:
       ValueError: the token count does not divide into routing groups.
@@ -153,15 +201,24 @@ def expert_slots(config: T5Config, stack: Stack, *, batch_size: int, length: int
 
 
 def exchange_bytes(
-    config: T5Config, partitioner: Partitioner, *, batch_size: int, inputs_length: int, targets_length: int, train: bool = True
+    config: T5Config,
+    partitioner: Partitioner,
+    *,
+    batch_size: int,
+    inputs_length: int,
+    targets_length: int,
+    train: bool = True,
 ) -> int:
-    """Bytes that all-to-alls hand over on each device in a training step. 0 where experts are not divided.
+    """Bytes that all-to-alls hand over on each device in a training step. 0 where experts are not
+    divided.
 
-    Every slot of every MoE layer goes to its expert and comes back, in the activations' dtype, and so do the gradients; where the backward
-    pass computes layers again, both happen once more. What dropless routers send follows the load, which shapes do not tell: counted is an
-    even one (`exchange_follows_load`), tokens and gradients in the activations' dtype, sums of expert outputs and theirs in float32. With
-    `MoeConfig.dispatch` 'gather' slots are added as a batch needs them, and nothing is counted. The part that stays on its own device
-    (1 / expert partitions) is included, as it is in XLA's shapes.
+    Every slot of every MoE layer goes to its expert and comes back, in the activations' dtype, and
+    so do the gradients; where the backward pass computes layers again, both happen once more. What
+    dropless routers send follows the load, which shapes do not tell: counted is an even one
+    (`exchange_follows_load`), tokens and gradients in the activations' dtype, sums of expert
+    outputs and theirs in float32. With `MoeConfig.dispatch` 'gather' slots are added as a batch
+    needs them, and nothing is counted. The part that stays on its own device (1 / expert
+    partitions) is included, as it is in XLA's shapes.
 
     Raises:
       ValueError: the token count does not divide into routing groups.
@@ -173,7 +230,10 @@ def exchange_bytes(
     vector = config.emb_dim * itemsize
     forwards = 1 if config.remat_policy == "none" else 2
     nbytes = 0
-    lengths: tuple[tuple[Stack, int], ...] = (("encoder", inputs_length), ("decoder", targets_length))
+    lengths: tuple[tuple[Stack, int], ...] = (
+        ("encoder", inputs_length),
+        ("decoder", targets_length),
+    )
     for stack, length in lengths:
         layers = len(config.sparse_layers(stack))
         if not layers:
@@ -186,17 +246,22 @@ def exchange_bytes(
             choices = round(router.active_experts(config.moe.capacity_factor(train=train)))
             here = math.ceil(batch_size * length / partitioner.num_data_shards)
             sent = exchange.slots_at_even_load(here, num_choices=choices, num_devices=devices)
-            # Weights are float32, experts int32. What comes back is not needed twice: it is only added up.
+            # Weights are float32, experts int32. What comes back is not needed twice: it is only
+            # added up.
             there, sums, gradients = vector + 8 * choices, 4 * config.emb_dim, vector + 4 * choices
             nbytes += layers * sent * (forwards * there + 2 * sums + gradients)
     return nbytes
 
 
 def exchange_follows_load(config: T5Config) -> bool:
-    """Whether what MoE layers exchange depends on how tokens choose, so that `exchange_bytes` is that of an even load."""
+    """Whether what MoE layers exchange depends on how tokens choose, so that `exchange_bytes` is
+    that of an even load.
+    """
     moe = config.moe
     stacks: tuple[Stack, ...] = ("encoder", "decoder")
-    return moe is not None and any(config.sparse_layers(stack) and moe.router(stack).has_room_for_all for stack in stacks)
+    return moe is not None and any(
+        config.sparse_layers(stack) and moe.router(stack).has_room_for_all for stack in stacks
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,19 +1,22 @@
 """The model API: what training, evaluation, surgery and inference call.
 
-Metrics, and what each is a mean over (`M` below stands for the weight `aux_scale`, so that microbatches add up to the batch):
+Metrics, and what each is a mean over (`M` below stands for the weight `aux_scale`, so that
+microbatches add up to the batch):
 
   loss: the optimised objective (M); in evaluation its value per target token.
   cross_ent_loss, z_loss, accuracy: per target token (weighted by `decoder_loss_weights`).
   target_tokens: the count of target tokens (M).
   experts/auxiliary_loss, experts/router_z_loss: with their factors, as they enter the loss (M).
-  experts/fraction_tokens_left_behind, experts/expert_usage, experts/router_confidence: averaged over MoE layers (M), as T5X does.
-  experts/<layer>/load: `[E]`, share of the processed tokens that each expert took.
-  experts/<layer>/router_probability: `[E]`, mean router probability of each expert over tokens.
-  experts/<layer>/entropy: of the router probabilities, in nats, per token.
-  experts/<layer>/dropped: share of the placements asked for that were not granted: token choices beyond capacity under
+  experts/fraction_tokens_left_behind, experts/expert_usage, experts/router_confidence: averaged
+  over MoE layers (M), as T5X does. experts/<layer>/load: `[E]`, share of the processed tokens that
+  each expert took. experts/<layer>/router_probability: `[E]`, mean router probability of each
+  expert over tokens. experts/<layer>/entropy: of the router probabilities, in nats, per token.
+  experts/<layer>/dropped: share of the placements asked for that were not granted: token choices
+  beyond capacity under
     tokens choose, tokens without any expert under experts choose.
-  experts/<layer>/dead: share of the experts that received no real token of the batch. Of train steps and evaluation batches.
-  experts/<layer>/chosen: `[E]`, as load, but before any drop. Where a bias balances the router.
+  experts/<layer>/dead: share of the experts that received no real token of the batch. Of train
+  steps and evaluation batches. experts/<layer>/chosen: `[E]`, as load, but before any drop. Where a
+  bias balances the router.
 """
 
 from collections.abc import Mapping
@@ -35,10 +38,14 @@ from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.types import Batch, PyTree
 
 BOS_ID, EOS_ID = 0, 1
-"""T5's first decoder input, which is padding's id, and the token that ends a sequence in its vocabularies."""
+"""T5's first decoder input, which is padding's id, and the token that ends a sequence in its
+vocabularies.
+"""
 
 NON_FINITE_LOGITS = "non_finite_router_logits/"
-"""Before a layer ('encoder/layers_1'): the metric of `loss_fn` that counts router logits that are NaN or infinite, for train steps."""
+"""Before a layer ('encoder/layers_1'): the metric of `loss_fn` that counts router logits that are
+NaN or infinite, for train steps.
+"""
 
 LossNormalizer = float | Literal["NUM_REAL_TARGET_TOKENS"] | None
 
@@ -51,8 +58,9 @@ class EncoderDecoderModel:
       module: the linen module, a `Transformer`.
       label_smoothing: see `losses.token_losses`.
       z_loss: factor of log(Z)^2 of the output logits.
-      loss_normalizing_factor: what the summed token losses are divided by: a number, 'NUM_REAL_TARGET_TOKENS' (the weights of the target
-        tokens in the whole batch), or None for the plain sum, T5X's setting for dense T5 1.1.
+      loss_normalizing_factor: what the summed token losses are divided by: a number,
+        'NUM_REAL_TARGET_TOKENS' (the weights of the target tokens in the whole batch), or None for
+        the plain sum, T5X's setting for dense T5 1.1.
     """
 
     def __init__(
@@ -63,8 +71,14 @@ class EncoderDecoderModel:
         z_loss: float = 1e-4,
         loss_normalizing_factor: LossNormalizer = None,
     ):
-        if isinstance(loss_normalizing_factor, str) and loss_normalizing_factor != "NUM_REAL_TARGET_TOKENS":
-            raise ValueError(f"loss_normalizing_factor must be None, a number or 'NUM_REAL_TARGET_TOKENS', got {loss_normalizing_factor!r}")
+        if (
+            isinstance(loss_normalizing_factor, str)
+            and loss_normalizing_factor != "NUM_REAL_TARGET_TOKENS"
+        ):
+            raise ValueError(
+                "loss_normalizing_factor must be None, a number or 'NUM_REAL_TARGET_TOKENS', got"
+                f" {loss_normalizing_factor!r}"
+            )
         self.config = config
         self.module = Transformer(config)
         self.label_smoothing = label_smoothing
@@ -72,25 +86,39 @@ class EncoderDecoderModel:
         self.loss_normalizing_factor = loss_normalizing_factor
 
     def param_specs(self) -> dict[str, trees.LeafSpec]:
-        """Shape, dtype and logical axes of every parameter, by path without `target/`. Allocates nothing."""
+        """Shape, dtype and logical axes of every parameter, by path without `target/`. Allocates
+        nothing.
+        """
         boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
         specs = {}
         for path, leaf in trees.flatten(boxed).items():
-            value, names = (leaf.value, leaf.names) if isinstance(leaf, nn.LogicallyPartitioned) else (leaf, ())
+            value, names = (
+                (leaf.value, leaf.names)
+                if isinstance(leaf, nn.LogicallyPartitioned)
+                else (leaf, ())
+            )
             specs[path] = trees.LeafSpec(value.shape, value.dtype, names)
         return specs
 
     @property
     def balance_rates(self) -> dict[str, float]:
-        """How far the selection bias of each MoE layer that has one moves after a step, by layer ('encoder/layers_1')."""
+        """How far the selection bias of each MoE layer that has one moves after a step, by layer
+        ('encoder/layers_1').
+        """
         moe = self.config.moe
         if moe is None:
             return {}
-        rates = {f"{stack}/layers_{i}": moe.router(stack).balance_rate for stack in STACKS for i in self.config.sparse_layers(stack)}
+        rates = {
+            f"{stack}/layers_{i}": moe.router(stack).balance_rate
+            for stack in STACKS
+            for i in self.config.sparse_layers(stack)
+        }
         return {layer: rate for layer, rate in rates.items() if rate is not None}
 
     def init_params(self, rng: jax.Array) -> PyTree:
-        """Fresh parameters as nested dicts; a pure function that may be jitted with output shardings."""
+        """Fresh parameters as nested dicts; a pure function that may be jitted with output
+        shardings.
+        """
         return nn.meta.unbox(self._init_boxed(rng))
 
     def _init_boxed(self, rng: jax.Array) -> PyTree:
@@ -107,7 +135,10 @@ class EncoderDecoderModel:
           task_feature_lengths: lengths of 'inputs' and 'targets'.
           packed: several examples per row, with segment ids and positions.
         """
-        lengths = {"encoder": task_feature_lengths["inputs"], "decoder": task_feature_lengths["targets"]}
+        lengths = {
+            "encoder": task_feature_lengths["inputs"],
+            "decoder": task_feature_lengths["targets"],
+        }
         features = {
             "encoder_input_tokens": (lengths["encoder"], jnp.int32),
             "decoder_input_tokens": (lengths["decoder"], jnp.int32),
@@ -116,13 +147,20 @@ class EncoderDecoderModel:
         }
         if packed:
             for stack, length in lengths.items():
-                features[f"{stack}_segment_ids"] = features[f"{stack}_positions"] = (length, jnp.int32)
-        return {name: jax.ShapeDtypeStruct((batch_size, length), dtype) for name, (length, dtype) in features.items()}
+                features[f"{stack}_segment_ids"] = features[f"{stack}_positions"] = (
+                    length,
+                    jnp.int32,
+                )
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, length), dtype)
+            for name, (length, dtype) in features.items()
+        }
 
     def loss_denominator(self, batch: Batch) -> jax.Array:
         """What token losses are divided by: a float32 scalar.
 
-        Computed over the whole batch, before it is split into microbatches, so that splitting does not change the loss.
+        Computed over the whole batch, before it is split into microbatches, so that splitting does
+        not change the loss.
         """
         if self.loss_normalizing_factor is None:
             return jnp.float32(1.0)
@@ -131,19 +169,29 @@ class EncoderDecoderModel:
         return jnp.float32(self.loss_normalizing_factor)
 
     def loss_fn(
-        self, params: PyTree, batch: Batch, dropout_rng: jax.Array | None, *, denominator: jax.Array, aux_scale: jax.Array | float = 1.0
+        self,
+        params: PyTree,
+        batch: Batch,
+        dropout_rng: jax.Array | None,
+        *,
+        denominator: jax.Array,
+        aux_scale: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, Metrics]:
-        """Training loss of a batch or of one microbatch of it: (cross entropy + z-loss) / denominator + aux_scale * auxiliary losses.
+        """Training loss of a batch or of one microbatch of it: (cross entropy + z-loss) /
+        denominator + aux_scale * auxiliary losses.
 
-        The auxiliary losses are aux_loss_factor * the load-balancing loss and router_z_loss_factor * the router z-loss, each averaged over
-        all MoE layers of both stacks; experts-choose layers report a load-balancing loss of 0 and are part of that mean, as in T5X.
+        The auxiliary losses are aux_loss_factor * the load-balancing loss and
+        router_z_loss_factor * the router z-loss, each averaged over all MoE layers of both stacks;
+        experts-choose layers report a load-balancing loss of 0 and are part of that mean, as in
+        T5X.
 
         Args:
           params: parameters, nested.
           batch: model features.
           dropout_rng: key of dropout and router jitter; None for neither.
           denominator: `loss_denominator` of the whole batch.
-          aux_scale: the microbatch's share of the batch (1 / number of microbatches), so that losses of microbatches add up.
+          aux_scale: the microbatch's share of the batch (1 / number of microbatches), so that
+            losses of microbatches add up.
         """
         logits, reports = self._forward(params, batch, train=True, dropout_rng=dropout_rng)
         tokens, weights = self._token_losses(logits, batch), _loss_weights(batch)
@@ -153,33 +201,55 @@ class EncoderDecoderModel:
         metrics = _token_metrics(tokens, weights, aux_scale)
         metrics["loss"] = scaled_mean(loss / aux_scale, aux_scale)
         metrics |= {name: scaled_mean(value, aux_scale) for name, value in auxiliary.items()}
-        metrics |= {f"{NON_FINITE_LOGITS}{layer}": Mean(report.non_finite, jnp.float32(aux_scale)) for layer, report in reports.items()}
+        metrics |= {
+            f"{NON_FINITE_LOGITS}{layer}": Mean(report.non_finite, jnp.float32(aux_scale))
+            for layer, report in reports.items()
+        }
         return loss, metrics | expert_metrics.of_reports(self.config, reports, aux_scale)
 
     def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
-        """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token, auxiliary losses included."""
+        """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token,
+        auxiliary losses included.
+        """
         logits, reports = self._forward(params, batch, train=False)
         tokens, weights = self._token_losses(logits, batch), _loss_weights(batch)
         num_tokens = jnp.sum(weights)
         auxiliary = self._auxiliary_losses(reports)
         metrics = _token_metrics(tokens, weights, 1.0)
         summed = jnp.sum((tokens.cross_entropy + tokens.z_loss) * weights)
-        metrics["loss"] = Mean(total=summed + sum(auxiliary.values()) * num_tokens, weight=num_tokens)
+        metrics["loss"] = Mean(
+            total=summed + sum(auxiliary.values()) * num_tokens, weight=num_tokens
+        )
         metrics |= {name: scaled_mean(value, 1.0) for name, value in auxiliary.items()}
         metrics |= expert_metrics.of_reports(self.config, reports, 1.0)
         return metrics | expert_metrics.dead_experts(metrics)
 
-    def logits(self, params: PyTree, batch: Batch, *, train: bool = False, dropout_rng: jax.Array | None = None) -> jax.Array:
+    def logits(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        train: bool = False,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array:
         """Float32 logits `[batch, target length, vocab]` with teacher forcing."""
         return self._forward(params, batch, train=train, dropout_rng=dropout_rng)[0]
 
     def predict_batch(
-        self, params: PyTree, batch: Batch, *, decoder: DecodingAlgorithm, keys: jax.Array | None = None, eos_id: int = EOS_ID
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        decoder: DecodingAlgorithm,
+        keys: jax.Array | None = None,
+        eos_id: int = EOS_ID,
     ) -> jax.Array:
-        """The best sequence of each input, int32 `[batch, target length]`: EOS is its last token, 0 follows.
+        """The best sequence of each input, int32 `[batch, target length]`: EOS is its last token, 0
+        follows.
 
-        Uses `encoder_input_tokens`, and of `decoder_input_tokens` the length. MoE layers route as `MoeConfig.inference_routing` says: by
-        default neither the rest of the batch nor padding changes what is predicted for an input.
+        Uses `encoder_input_tokens`, and of `decoder_input_tokens` the length. MoE layers route as
+        `MoeConfig.inference_routing` says: by default neither the rest of the batch nor padding
+        changes what is predicted for an input.
 
         Args:
           params: parameters, nested.
@@ -188,34 +258,58 @@ class EncoderDecoderModel:
           keys: `[batch]` random keys for a decoder that draws.
           eos_id: the vocabulary's end of sequence.
         """
-        return self.predict_batch_with_aux(params, batch, decoder=decoder, keys=keys, eos_id=eos_id).tokens[:, 0]
+        return self.predict_batch_with_aux(
+            params, batch, decoder=decoder, keys=keys, eos_id=eos_id
+        ).tokens[:, 0]
 
     def predict_batch_with_aux(
-        self, params: PyTree, batch: Batch, *, decoder: DecodingAlgorithm, keys: jax.Array | None = None, eos_id: int = EOS_ID
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        decoder: DecodingAlgorithm,
+        keys: jax.Array | None = None,
+        eos_id: int = EOS_ID,
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
         max_length = batch["decoder_input_tokens"].shape[1]
-        logits, cache = self.start_decoding(params, jnp.asarray(batch["encoder_input_tokens"]), max_length=max_length)
+        logits, cache = self.start_decoding(
+            params, jnp.asarray(batch["encoder_input_tokens"]), max_length=max_length
+        )
 
-        def next_logits(tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
+        def next_logits(
+            tokens: jax.Array, index: jax.Array, cache: DecodingCache
+        ) -> tuple[jax.Array, DecodingCache]:
             return self.decode_step(params, tokens, index, cache)
 
-        return decoder.decode(next_logits, logits, cache, max_length=max_length, eos_id=eos_id, keys=keys)
+        return decoder.decode(
+            next_logits, logits, cache, max_length=max_length, eos_id=eos_id, keys=keys
+        )
 
     def score_batch(self, params: PyTree, batch: Batch) -> jax.Array:
-        """Float32 `[batch]`: the log-probability of each target, summed over its tokens (weighted by `decoder_loss_weights`).
+        """Float32 `[batch]`: the log-probability of each target, summed over its tokens (weighted
+        by `decoder_loss_weights`).
 
         Routes as `predict_batch` does.
         """
         logits: Any = self._inference_module.apply(
             {"params": params},
-            *(jnp.asarray(batch[name]) for name in ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")),
+            *(
+                jnp.asarray(batch[name])
+                for name in (
+                    "encoder_input_tokens",
+                    "decoder_input_tokens",
+                    "decoder_target_tokens",
+                )
+            ),
         )
         targets = jnp.asarray(batch["decoder_target_tokens"])
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * _loss_weights(batch), axis=-1)
 
-    def start_decoding(self, params: PyTree, encoder_input_tokens: jax.Array, *, max_length: int) -> tuple[jax.Array, DecodingCache]:
+    def start_decoding(
+        self, params: PyTree, encoder_input_tokens: jax.Array, *, max_length: int
+    ) -> tuple[jax.Array, DecodingCache]:
         """Encodes inputs `[batch, input length]` and decodes the first position.
 
         Args:
@@ -229,41 +323,82 @@ class EncoderDecoderModel:
         inputs = encoder_input_tokens
         encoded: Any = self._inference_module.apply({"params": params}, inputs, method="encode")
         return self._step(
-            {"params": params}, encoded, inputs > 0, jnp.full(inputs.shape[0], BOS_ID, jnp.int32), DecodingStep(jnp.int32(0), max_length)
+            {"params": params},
+            encoded,
+            inputs > 0,
+            jnp.full(inputs.shape[0], BOS_ID, jnp.int32),
+            DecodingStep(jnp.int32(0), max_length),
         )
 
-    def decode_step(self, params: PyTree, tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
+    def decode_step(
+        self, params: PyTree, tokens: jax.Array, index: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
         """Decodes one more position; see `generation.NextLogits`."""
         key = jax.tree.leaves(cache.growing)[0]
         # Its values are in the cache already; the layers ask for the shape alone.
-        encoded = jnp.zeros((*cache.encoder_valid.shape, self.config.emb_dim), self.config.activation_dtype)
+        encoded = jnp.zeros(
+            (*cache.encoder_valid.shape, self.config.emb_dim), self.config.activation_dtype
+        )
         variables = {"params": params, GROWING_CACHE: cache.growing, FIXED_CACHE: cache.fixed}
-        return self._step(variables, encoded, cache.encoder_valid, tokens, DecodingStep(index, key.shape[1]))
+        return self._step(
+            variables, encoded, cache.encoder_valid, tokens, DecodingStep(index, key.shape[1])
+        )
 
     def _step(
-        self, variables: Mapping[str, PyTree], encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep
+        self,
+        variables: Mapping[str, PyTree],
+        encoded: jax.Array,
+        encoder_valid: jax.Array,
+        tokens: jax.Array,
+        step: DecodingStep,
     ) -> tuple[jax.Array, DecodingCache]:
         logits, caches = self._inference_module.apply(
-            variables, encoded, encoder_valid, tokens, step, method="decode_step", mutable=[GROWING_CACHE, FIXED_CACHE]
+            variables,
+            encoded,
+            encoder_valid,
+            tokens,
+            step,
+            method="decode_step",
+            mutable=[GROWING_CACHE, FIXED_CACHE],
         )
-        return logits, DecodingCache(growing=caches[GROWING_CACHE], fixed=caches[FIXED_CACHE], encoder_valid=encoder_valid)
+        return logits, DecodingCache(
+            growing=caches[GROWING_CACHE], fixed=caches[FIXED_CACHE], encoder_valid=encoder_valid
+        )
 
     @property
     def _inference_module(self) -> Transformer:
         return Transformer(self.config.for_inference)
 
     def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The residual stream `[batch, length, d]` after every layer, 'encoder/layers_0' first, in evaluation mode."""
-        _, variables = self._apply(params, batch, train=False, dropout_rng=None, mutable=[RESIDUALS])
+        """The residual stream `[batch, length, d]` after every layer, 'encoder/layers_0' first, in
+        evaluation mode.
+        """
+        _, variables = self._apply(
+            params, batch, train=False, dropout_rng=None, mutable=[RESIDUALS]
+        )
         outputs = variables[RESIDUALS]
         return {
-            f"{stack}/layers_{i}": outputs[stack][f"layers_{i}"]["output"] for stack in STACKS for i in range(self.config.num_layers(stack))
+            f"{stack}/layers_{i}": outputs[stack][f"layers_{i}"]["output"]
+            for stack in STACKS
+            for i in range(self.config.num_layers(stack))
         }
 
-    def _apply(self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None, mutable: list[str]) -> tuple[Any, Any]:
+    def _apply(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        train: bool,
+        dropout_rng: jax.Array | None,
+        mutable: list[str],
+    ) -> tuple[Any, Any]:
         module, rngs = self.module, None
         for stack in STACKS:
-            if f"{stack}_segment_ids" in batch and self.config.moe is not None and self.config.sparse_layers(stack):
+            if (
+                f"{stack}_segment_ids" in batch
+                and self.config.moe is not None
+                and self.config.sparse_layers(stack)
+            ):
                 router = self.config.moe.router(stack)
                 if reason := router.not_packable_because:
                     raise ValueError(f"{type(router).__name__} cannot route packed rows: {reason}.")
@@ -288,7 +423,9 @@ class EncoderDecoderModel:
         self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, MoeReport]]:
         """Logits, and the report of every MoE layer by layer ('encoder/layers_1'), in order."""
-        logits, variables = self._apply(params, batch, train=train, dropout_rng=dropout_rng, mutable=[REPORTS])
+        logits, variables = self._apply(
+            params, batch, train=train, dropout_rng=dropout_rng, mutable=[REPORTS]
+        )
         reports = {
             f"{stack}/layers_{i}": variables[REPORTS][stack][f"layers_{i}"]["mlp"]["report"]
             for stack in STACKS
@@ -298,7 +435,9 @@ class EncoderDecoderModel:
 
     def _token_losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
         targets = jnp.asarray(batch["decoder_target_tokens"])
-        return losses.token_losses(logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        return losses.token_losses(
+            logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss
+        )
 
     def _auxiliary_losses(self, reports: Mapping[str, MoeReport]) -> dict[str, jax.Array]:
         if not reports:
@@ -306,18 +445,28 @@ class EncoderDecoderModel:
         moe = self.config.moe
         assert moe is not None
         return {
-            "experts/auxiliary_loss": moe.aux_loss_factor * expert_metrics.layer_mean(r.auxiliary_loss for r in reports.values()),
-            "experts/router_z_loss": moe.router_z_loss_factor * expert_metrics.layer_mean(r.router_z_loss for r in reports.values()),
+            "experts/auxiliary_loss": (
+                moe.aux_loss_factor
+                * expert_metrics.layer_mean(r.auxiliary_loss for r in reports.values())
+            ),
+            "experts/router_z_loss": (
+                moe.router_z_loss_factor
+                * expert_metrics.layer_mean(r.router_z_loss for r in reports.values())
+            ),
         }
 
 
 def _loss_weights(batch: Batch) -> jax.Array:
     """Float32 `[batch, length]`; without the feature, every real target token counts 1."""
     weights = batch.get("decoder_loss_weights")
-    return jnp.asarray(batch["decoder_target_tokens"] > 0 if weights is None else weights, jnp.float32)
+    return jnp.asarray(
+        batch["decoder_target_tokens"] > 0 if weights is None else weights, jnp.float32
+    )
 
 
-def _token_metrics(tokens: losses.TokenLosses, weights: jax.Array, aux_scale: jax.Array | float) -> Metrics:
+def _token_metrics(
+    tokens: losses.TokenLosses, weights: jax.Array, aux_scale: jax.Array | float
+) -> Metrics:
     num_tokens = jnp.sum(weights)
     return {
         "cross_ent_loss": Mean(total=jnp.sum(tokens.cross_entropy * weights), weight=num_tokens),

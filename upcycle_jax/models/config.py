@@ -24,18 +24,23 @@ class T5Config:
       head_dim: size of a head; heads * head_dim need not equal emb_dim.
       mlp_dim: hidden size of the dense MLP.
       mlp_activations: ('gelu', 'linear') is T5 1.1's gated MLP; ('relu',) is T5 1.0's.
-      dropout_rate: dropout everywhere but in experts (`MoeConfig.expert_dropout_rate`). 0.0 for pre-training, 0.1 for fine-tuning.
+      dropout_rate: dropout everywhere but in experts (`MoeConfig.expert_dropout_rate`). 0.0 for
+        pre-training, 0.1 for fine-tuning.
       dtype: dtype of activations; parameters, logits and routing are float32.
-      logits_via_embedding: output with the embedding table, scaled by d^-0.5 (T5 1.0), instead of `logits_dense`.
+      logits_via_embedding: output with the embedding table, scaled by d^-0.5 (T5 1.0), instead of
+        `logits_dense`.
       float32_attention_logits: attention logits and softmax in float32 whatever the dtype.
-      remat_policy: what the backward pass computes again instead of keeping it: 'none', 'minimal' or 'full'
-        (`stacking.REMAT_POLICIES`; T5X's names). It trades time for the memory of activations and changes no value.
-      scan_layers: compile a block of layers that repeats once and loop over it (see `stacking` for what that costs). Checkpoints are the
-        same either way. docs/benchmarks.md has what was measured.
+      remat_policy: what the backward pass computes again instead of keeping it: 'none', 'minimal'
+        or 'full' (`stacking.REMAT_POLICIES`; T5X's names). It trades time for the memory of
+        activations and changes no value.
+      scan_layers: compile a block of layers that repeats once and loop over it (see `stacking` for
+        what that costs). Checkpoints are the same either way. docs/benchmarks.md has what was
+        measured.
       moe: the MoE layers, or None for a dense model.
 
     Raises:
-      ValueError: a size below 1, an unknown activation, dtype or remat policy, or MoE layers that do not fit the stacks.
+      ValueError: a size below 1, an unknown activation, dtype or remat policy, or MoE layers that
+        do not fit the stacks.
     """
 
     vocab_size: int
@@ -55,20 +60,35 @@ class T5Config:
     moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "num_decoder_layers", "head_dim", "mlp_dim")
+        sizes = (
+            "vocab_size",
+            "emb_dim",
+            "num_heads",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "head_dim",
+            "mlp_dim",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
         if unknown or not self.mlp_activations:
-            raise ValueError(f"unknown MLP activations {self.mlp_activations}; known: {sorted(ACTIVATIONS)}")
+            raise ValueError(
+                f"unknown MLP activations {self.mlp_activations}; known: {sorted(ACTIVATIONS)}"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.remat_policy not in ("none", *REMAT_POLICIES):
-            raise ValueError(f"remat_policy (REMAT_POLICY) must be 'none', 'minimal' or 'full', got {self.remat_policy!r}")
+            raise ValueError(
+                "remat_policy (REMAT_POLICY) must be 'none', 'minimal' or 'full', got"
+                f" {self.remat_policy!r}"
+            )
         if not isinstance(self.scan_layers, bool):
-            raise ValueError(f"scan_layers (SCAN_LAYERS) must be True or False, got {self.scan_layers!r}")
+            raise ValueError(
+                f"scan_layers (SCAN_LAYERS) must be True or False, got {self.scan_layers!r}"
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
         self.sparse_layers("encoder")
@@ -79,7 +99,9 @@ class T5Config:
         return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
 
     def sparse_layers(self, stack: Stack) -> tuple[int, ...]:
-        """Indices of the MoE layers of the encoder or the decoder, ascending; empty for a dense model."""
+        """Indices of the MoE layers of the encoder or the decoder, ascending; empty for a dense
+        model.
+        """
         if self.moe is None:
             return ()
         if stack == "encoder":
@@ -117,7 +139,9 @@ class T5Config:
 
     @property
     def unrolled(self) -> "T5Config":
-        """The same model run layer by layer, nothing computed twice: for code that looks into single layers."""
+        """The same model run layer by layer, nothing computed twice: for code that looks into
+        single layers.
+        """
         return dataclasses.replace(self, remat_policy="none", scan_layers=False)
 
     @property
@@ -125,4 +149,6 @@ class T5Config:
         """The same model as it predicts and scores: see `MoeConfig.inference_routing`."""
         if self.moe is None or self.moe.inference_routing != "independent":
             return self
-        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, independent=True, t5x_mode=False))
+        return dataclasses.replace(
+            self, moe=dataclasses.replace(self.moe, independent=True, t5x_mode=False)
+        )

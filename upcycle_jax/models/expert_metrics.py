@@ -24,18 +24,31 @@ def scaled_mean(value: jax.Array, weight: jax.Array | float) -> Mean:
     return Mean(total=value * weight, weight=jnp.float32(weight))
 
 
-def of_reports(config: T5Config, reports: Mapping[str, MoeReport], aux_scale: jax.Array | float) -> Metrics:
-    """Metrics of a batch or a microbatch, from the reports of its MoE layers by layer ('encoder/layers_1')."""
+def of_reports(
+    config: T5Config, reports: Mapping[str, MoeReport], aux_scale: jax.Array | float
+) -> Metrics:
+    """Metrics of a batch or a microbatch, from the reports of its MoE layers by layer
+    ('encoder/layers_1').
+    """
     if not reports:
         return {}
     moe = config.moe
     assert moe is not None
-    routers = {f"{stack}/layers_{i}": moe.router(stack) for stack in STACKS for i in config.sparse_layers(stack)}
+    routers = {
+        f"{stack}/layers_{i}": moe.router(stack)
+        for stack in STACKS
+        for i in config.sparse_layers(stack)
+    }
     # In T5X mode the usage of routers that fill every slot is 1 by definition.
     full = {layer for layer, router in routers.items() if router.fills_capacity and moe.t5x_mode}
-    usage = [jnp.float32(1.0) if layer in full else jnp.sum(r.load) / r.capacity for layer, r in reports.items()]
+    usage = [
+        jnp.float32(1.0) if layer in full else jnp.sum(r.load) / r.capacity
+        for layer, r in reports.items()
+    ]
     behind = [report.left_behind / jnp.maximum(report.tokens, 1.0) for report in reports.values()]
-    confidence = [report.weight / jnp.maximum(jnp.sum(report.load), 1.0) for report in reports.values()]
+    confidence = [
+        report.weight / jnp.maximum(jnp.sum(report.load), 1.0) for report in reports.values()
+    ]
     metrics = {
         "experts/fraction_tokens_left_behind": scaled_mean(layer_mean(behind), aux_scale),
         "experts/expert_usage": scaled_mean(layer_mean(usage), aux_scale),
@@ -43,26 +56,42 @@ def of_reports(config: T5Config, reports: Mapping[str, MoeReport], aux_scale: ja
     }
     for layer, report in reports.items():
         metrics[f"experts/{layer}/load"] = Mean(total=report.load, weight=jnp.sum(report.load))
-        metrics[f"experts/{layer}/router_probability"] = Mean(total=report.probability, weight=report.tokens)
+        metrics[f"experts/{layer}/router_probability"] = Mean(
+            total=report.probability, weight=report.tokens
+        )
         metrics[f"experts/{layer}/entropy"] = Mean(total=report.entropy, weight=report.tokens)
         metrics[f"experts/{layer}/dropped"] = Mean(total=report.dropped, weight=report.offered)
         if routers[layer].balance_rate is not None:
-            metrics[f"experts/{layer}/chosen"] = Mean(total=report.chosen, weight=jnp.sum(report.chosen))
+            metrics[f"experts/{layer}/chosen"] = Mean(
+                total=report.chosen, weight=jnp.sum(report.chosen)
+            )
     return metrics
 
 
 def dead_experts(metrics: Metrics) -> Metrics:
-    """`experts/<layer>/dead` of a whole batch: the share of experts whose load in these metrics is 0.
+    """`experts/<layer>/dead` of a whole batch: the share of experts whose load in these metrics is
+    0.
 
     Shares of microbatches would not add up to it, so it is taken when they are merged.
     """
-    loads = {name.removesuffix("load"): mean.total for name, mean in metrics.items() if _is_of_layer(name, "load")}
-    return {f"{prefix}dead": scaled_mean(jnp.mean(load == 0, dtype=jnp.float32), 1.0) for prefix, load in loads.items()}
+    loads = {
+        name.removesuffix("load"): mean.total
+        for name, mean in metrics.items()
+        if _is_of_layer(name, "load")
+    }
+    return {
+        f"{prefix}dead": scaled_mean(jnp.mean(load == 0, dtype=jnp.float32), 1.0)
+        for prefix, load in loads.items()
+    }
 
 
 def chosen_counts(metrics: Metrics) -> dict[str, jax.Array]:
-    """By layer, how many real tokens of the batch wanted each expert, `[E]`; of layers with a selection bias."""
-    return {_layer(name): mean.total for name, mean in metrics.items() if _is_of_layer(name, "chosen")}
+    """By layer, how many real tokens of the batch wanted each expert, `[E]`; of layers with a
+    selection bias.
+    """
+    return {
+        _layer(name): mean.total for name, mean in metrics.items() if _is_of_layer(name, "chosen")
+    }
 
 
 def _is_of_layer(name: str, metric: str) -> bool:

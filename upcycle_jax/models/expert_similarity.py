@@ -14,10 +14,12 @@ _TINY = 1e-30
 
 
 def mean_pairwise_cosine(kernel: jax.Array) -> jax.Array:
-    """Mean cosine between all pairs of different experts of a kernel `[E, ...]`, float32 scalar; 1 for copies, about 0 for unrelated ones.
+    """Mean cosine between all pairs of different experts of a kernel `[E, ...]`, float32 scalar; 1
+    for copies, about 0 for unrelated ones.
 
-    With u_e the kernels at length 1, the sum over all pairs is |sum_e u_e|^2 - E. No pair is ever formed: where experts are spread over
-    devices, what crosses them is one sum of the size of a single expert, and E lengths.
+    With u_e the kernels at length 1, the sum over all pairs is |sum_e u_e|^2 - E. No pair is ever
+    formed: where experts are spread over devices, what crosses them is one sum of the size of a
+    single expert, and E lengths.
     """
     num_experts = kernel.shape[0]
     kernel = kernel.astype(jnp.float32)
@@ -29,7 +31,8 @@ def mean_pairwise_cosine(kernel: jax.Array) -> jax.Array:
 
 
 def metrics(params: PyTree) -> Metrics:
-    """`experts/<layer>/similarity` of every MoE layer: the mean over the kernels of its experts; nothing for layers of one expert.
+    """`experts/<layer>/similarity` of every MoE layer: the mean over the kernels of its experts;
+    nothing for layers of one expert.
 
     Args:
       params: parameters, nested.
@@ -42,6 +45,8 @@ def metrics(params: PyTree) -> Metrics:
             kernels.setdefault(layer, []).append(kernel)
     one = jnp.ones((), jnp.float32)
     return {
-        f"experts/{layer}/similarity": Mean(jnp.mean(jnp.stack([mean_pairwise_cosine(kernel) for kernel in parts])), one)
+        f"experts/{layer}/similarity": Mean(
+            jnp.mean(jnp.stack([mean_pairwise_cosine(kernel) for kernel in parts])), one
+        )
         for layer, parts in kernels.items()
     }

@@ -13,7 +13,8 @@ from upcycle_jax.types import PyTree
 
 @flax.struct.dataclass
 class DecodingCache:
-    """What a model keeps between the steps of decoding. The leading axis of every array is that of the sequences.
+    """What a model keeps between the steps of decoding. The leading axis of every array is that of
+    the sequences.
 
     Attributes:
       growing: keys and values of the positions so far.
@@ -30,20 +31,27 @@ class DecodingCache:
         return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
 
     def reordered(self, rows: jax.Array) -> "DecodingCache":
-        """Continues in place i from sequence rows[i] (int32 `[sequences]`), which must have the same input."""
+        """Continues in place i from sequence rows[i] (int32 `[sequences]`), which must have the
+        same input.
+        """
         growing = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self.growing)
         return dataclasses.replace(self, growing=growing)
 
 
 class NextLogits(Protocol):
-    """One step of decoding: float32 logits `[sequences, vocab]` of the next token, and the cache after the step."""
+    """One step of decoding: float32 logits `[sequences, vocab]` of the next token, and the cache
+    after the step.
+    """
 
-    def __call__(self, tokens: jax.Array, index: jax.Array, cache: DecodingCache) -> tuple[jax.Array, DecodingCache]:
+    def __call__(
+        self, tokens: jax.Array, index: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
         """Steps.
 
         Args:
           tokens: int32 `[sequences]`, the tokens chosen last.
-          index: int32 scalar, the position that they are at as inputs: 1 for the first tokens that were chosen.
+          index: int32 scalar, the position that they are at as inputs: 1 for the first tokens that
+            were chosen.
           cache: from the step before.
         """
         ...
@@ -55,7 +63,8 @@ class Decoded:
 
     Attributes:
       tokens: int32 `[batch, decodes, length]`; EOS is the last token, 0 follows.
-      scores: float32 `[batch, decodes]`: the log-probability of the sequence, or what the algorithm ranks by.
+      scores: float32 `[batch, decodes]`: the log-probability of the sequence, or what the algorithm
+        ranks by.
     """
 
     tokens: jax.Array
@@ -97,7 +106,9 @@ class DecodingAlgorithm(abc.ABC):
         keys: Any | None = None,
     ) -> Decoded:
         """Decodes a batch; a pure function that may be jitted. Arguments: see `DecodingStart`."""
-        return self.search(DecodingStart(next_logits, first_logits, cache, max_length, eos_id, keys))
+        return self.search(
+            DecodingStart(next_logits, first_logits, cache, max_length, eos_id, keys)
+        )
 
     @abc.abstractmethod
     def search(self, start: DecodingStart) -> Decoded:

@@ -1,6 +1,8 @@
-"""What accelerators can do at best: the table that utilisation, plans of cost and ahead-of-time compilation share.
+"""What accelerators can do at best: the table that utilisation, plans of cost and ahead-of-time
+compilation share.
 
-Figures are those of the makers' pages (`Accelerator.source`), per chip. They are peaks: nothing reaches them.
+Figures are those of the makers' pages (`Accelerator.source`), per chip. They are peaks: nothing
+reaches them.
 """
 
 import dataclasses
@@ -16,12 +18,14 @@ class Accelerator:
 
     Attributes:
       name: the name used here, e.g. 'tpu_v5e'.
-      peak_flops: bfloat16 FLOPs per second of one chip, dense matrix products with float32 accumulation.
+      peak_flops: bfloat16 FLOPs per second of one chip, dense matrix products with float32
+        accumulation.
       hbm_bytes: memory of one chip.
       hbm_bandwidth: bytes per second between that memory and the chip.
-      interconnect_bandwidth: bytes per second that one chip can send to its neighbours, over all of its links, in one direction: half
-        of what makers print as bidirectional.
-      devices_per_chip: jax devices that one chip shows as (2 on TPU v2 and v3, whose cores are devices of their own).
+      interconnect_bandwidth: bytes per second that one chip can send to its neighbours, over all of
+        its links, in one direction: half of what makers print as bidirectional.
+      devices_per_chip: jax devices that one chip shows as (2 on TPU v2 and v3, whose cores are
+        devices of their own).
       aliases: other names in use.
       device_kinds: `jax.Device.device_kind` of this chip.
       source: where the figures are from.
@@ -181,6 +185,8 @@ def accelerator(name: str) -> Accelerator:
 
 
 def of_device(device: Any) -> Accelerator | None:
-    """The accelerator that a jax device is part of, or None for CPUs and whatever the table does not have: nothing is guessed."""
+    """The accelerator that a jax device is part of, or None for CPUs and whatever the table does
+    not have: nothing is guessed.
+    """
     kind = str(getattr(device, "device_kind", ""))
     return next((chip for chip in ACCELERATORS if kind in chip.device_kinds), None)

@@ -20,14 +20,16 @@ class TokenLosses:
     correct: jax.Array
 
 
-def token_losses(logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> TokenLosses:
+def token_losses(
+    logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> TokenLosses:
     """Cross entropy with label smoothing and z-loss, per token, as T5X computes them.
 
     Args:
       logits: float32 `[batch, length, vocab]`.
       targets: int32 `[batch, length]`.
-      label_smoothing: probability mass that targets give, in equal parts, to all other tokens. The entropy of that target
-        distribution is subtracted, so that a perfect prediction has loss 0.
+      label_smoothing: probability mass that targets give, in equal parts, to all other tokens. The
+        entropy of that target distribution is subtracted, so that a perfect prediction has loss 0.
       z_loss: factor of log(Z)^2, which keeps logits from drifting.
     """
     vocab_size = logits.shape[-1]
@@ -36,9 +38,13 @@ def token_losses(logits: jax.Array, targets: jax.Array, *, label_smoothing: floa
     if label_smoothing:
         confidence, rest = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
         expected = (confidence - rest) * target_logits + rest * jnp.sum(logits, axis=-1)
-        entropy = -(confidence * jnp.log(confidence) + (vocab_size - 1) * rest * jnp.log(rest + 1e-20))
+        entropy = -(
+            confidence * jnp.log(confidence) + (vocab_size - 1) * rest * jnp.log(rest + 1e-20)
+        )
         cross_entropy = log_z - expected - entropy
     else:
         cross_entropy = log_z - target_logits
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    return TokenLosses(cross_entropy=cross_entropy, z_loss=z_loss * jnp.square(log_z), correct=correct)
+    return TokenLosses(
+        cross_entropy=cross_entropy, z_loss=z_loss * jnp.square(log_z), correct=correct
+    )

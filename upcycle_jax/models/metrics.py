@@ -26,7 +26,9 @@ class Mean:
 
     def compute(self) -> jax.Array:
         """total / weight; 0 where nothing was counted."""
-        return jnp.where(self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1.0), 0.0)
+        return jnp.where(
+            self.weight > 0, self.total / jnp.where(self.weight > 0, self.weight, 1.0), 0.0
+        )
 
 
 Metrics: TypeAlias = dict[str, Mean]

@@ -1,11 +1,12 @@
-"""How the layers of a stack are run: one after the other, or as a loop over a block of layers that repeats; recomputed in the backward
-pass or not.
+"""How the layers of a stack are run: one after the other, or as a loop over a block of layers that
+repeats; recomputed in the backward pass or not.
 
-Parameters are always those of single layers (`layers_0`, `layers_1`, ...), in checkpoints and in the train state. A scanned stack puts
-the parameters of the layers that a block repeats side by side when a program runs, and loops over them: the program then holds one block
-instead of all layers, and what is computed again in the backward pass stays inside the loop. What that costs: on each device one more
-copy of those parameters while a step runs, one more of their gradients, and the time to copy both; XLA also cannot move work from one
-layer into another.
+Parameters are always those of single layers (`layers_0`, `layers_1`, ...), in checkpoints and in
+the train state. A scanned stack puts the parameters of the layers that a block repeats side by side
+when a program runs, and loops over them: the program then holds one block instead of all layers,
+and what is computed again in the backward pass stays inside the loop. What that costs: on each
+device one more copy of those parameters while a step runs, one more of their gradients, and the
+time to copy both; XLA also cannot move work from one layer into another.
 """
 
 import dataclasses
@@ -18,14 +19,21 @@ import jax.numpy as jnp
 
 RematPolicy = Literal["none", "minimal", "full"]
 
-REMAT_POLICIES: dict[str, Any] = {"minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, "full": None}
-"""What the backward pass still finds in memory, for layers that it computes again: T5X's names and meaning. 'minimal' keeps the results of
-matrix products that have no batch dimension, which are projections, dense MLPs and router logits; attention's products and experts are
-computed again. 'full' keeps the residual stream between layers alone."""
+REMAT_POLICIES: dict[str, Any] = {
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": None,
+}
+"""What the backward pass still finds in memory, for layers that it computes again: T5X's names and
+meaning. 'minimal' keeps the results of matrix products that have no batch dimension, which are
+projections, dense MLPs and router logits; attention's products and experts are computed again.
+'full' keeps the residual stream between layers alone.
+"""
 
 
 LayerFactory = Callable[..., nn.Module]
-"""Makes the layer of an index (its one argument); the keywords are those of `nn.Module` (`name`, `parent`)."""
+"""Makes the layer of an index (its one argument); the keywords are those of `nn.Module` (`name`,
+`parent`).
+"""
 
 LayerCall = Callable[[nn.Module, jax.Array], jax.Array]
 """Calls a layer on the residual stream; whatever else a layer takes is in its closure."""
@@ -52,7 +60,8 @@ class Segment:
 
 
 def segments(kinds: Sequence[Any]) -> tuple[Segment, ...]:
-    """Divides a stack into blocks that repeat and single layers, left to right, always taking the block that covers most layers.
+    """Divides a stack into blocks that repeat and single layers, left to right, always taking the
+    block that covers most layers.
 
     >>> segments([False, True, False, True])
     (Segment(start=0, period=2, repeats=2),)
@@ -68,7 +77,9 @@ def segments(kinds: Sequence[Any]) -> tuple[Segment, ...]:
         best = Segment(start, 1, 1)
         for period in range(1, (len(kinds) - start) // 2 + 1):
             repeats = 1
-            while list(kinds[start + period * repeats : start + period * (repeats + 1)]) == list(kinds[start : start + period]):
+            while list(kinds[start + period * repeats : start + period * (repeats + 1)]) == list(
+                kinds[start : start + period]
+            ):
                 repeats += 1
             if repeats > 1 and period * repeats > len(best.layers):
                 best = Segment(start, period, repeats)
@@ -89,16 +100,18 @@ def run_layers(
 ) -> jax.Array:
     """Runs all layers of a stack on the residual stream `[batch, length, d]`.
 
-    Call it in the compact method of `stack`, whose submodules the layers are. Initialisation never scans. Every layer draws from random
-    keys of its own in either form, but those of scanned layers are other ones: with dropout or router jitter, a scanned and an unscanned
-    run of one seed differ as two seeds do.
+    Call it in the compact method of `stack`, whose submodules the layers are. Initialisation never
+    scans. Every layer draws from random keys of its own in either form, but those of scanned layers
+    are other ones: with dropout or router jitter, a scanned and an unscanned run of one seed differ
+    as two seeds do.
 
     Args:
       stack: the module that the layers belong to.
       make: makes a layer.
       call: calls it.
       x: what the first layer takes.
-      kinds: one entry per layer; layers of equal entries are interchangeable but for their parameters.
+      kinds: one entry per layer; layers of equal entries are interchangeable but for their
+        parameters.
       scan: loop over the blocks that repeat.
       remat_policy: see `REMAT_POLICIES`.
     """
@@ -118,17 +131,34 @@ def run_layers(
     return x
 
 
-def _scanned(stack: nn.Module, make: LayerFactory, call: LayerCall, x: jax.Array, part: Segment, remat_policy: RematPolicy) -> jax.Array:
-    """A loop over the repeats of a block. What its layers leave in variable collections is put where single layers would have put it."""
+def _scanned(
+    stack: nn.Module,
+    make: LayerFactory,
+    call: LayerCall,
+    x: jax.Array,
+    part: Segment,
+    remat_policy: RematPolicy,
+) -> jax.Array:
+    """A loop over the repeats of a block. What its layers leave in variable collections is put
+    where single layers would have put it.
+    """
     scope = stack.scope
     assert scope is not None
     variables = stack.variables
-    collections = [name for name, content in variables.items() if any(f"layers_{i}" in content for i in part.layers)]
+    collections = [
+        name
+        for name, content in variables.items()
+        if any(f"layers_{i}" in content for i in part.layers)
+    ]
     keys = {name: jax.random.split(stack.make_rng(name), len(part.layers)) for name in scope.rngs}
 
     def of_layer(i: int) -> Any:
         """Variables and random keys of one layer."""
-        mine = {name: variables[name][f"layers_{i}"] for name in collections if f"layers_{i}" in variables[name]}
+        mine = {
+            name: variables[name][f"layers_{i}"]
+            for name in collections
+            if f"layers_{i}" in variables[name]
+        }
         return mine, {name: key[i - part.start] for name, key in keys.items()}
 
     def one_layer(position: int) -> Any:
@@ -142,7 +172,8 @@ def _scanned(stack: nn.Module, make: LayerFactory, call: LayerCall, x: jax.Array
 
         if remat_policy == "none":
             return run
-        # Inside a loop the compiler cannot merge the two computations, so it need not be kept from it.
+        # Inside a loop the compiler cannot merge the two computations, so it need not be kept from
+        # it.
         return jax.checkpoint(run, policy=REMAT_POLICIES[remat_policy], prevent_cse=False)
 
     def block(x: jax.Array, given: Sequence[Any]) -> tuple[jax.Array, Any]:
@@ -153,12 +184,19 @@ def _scanned(stack: nn.Module, make: LayerFactory, call: LayerCall, x: jax.Array
         return x, left
 
     runs = [one_layer(position) for position in range(part.period)]
-    stacked = [_stacked([of_layer(i) for i in part.layers[position :: part.period]]) for position in range(part.period)]
+    stacked = [
+        _stacked([of_layer(i) for i in part.layers[position :: part.period]])
+        for position in range(part.period)
+    ]
     x, left = jax.lax.scan(block, x, stacked)
     for position, updates in enumerate(left):
         for repeat, i in enumerate(part.layers[position :: part.period]):
             for name, content in updates.items():
-                stack.put_variable(name, f"layers_{i}", jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], content))
+                stack.put_variable(
+                    name,
+                    f"layers_{i}",
+                    jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], content),
+                )
     return x
 
 

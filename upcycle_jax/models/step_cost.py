@@ -1,9 +1,12 @@
-"""What a training step costs on its devices, from shapes: FLOPs as the model needs them and as devices execute them, and bytes.
+"""What a training step costs on its devices, from shapes: FLOPs as the model needs them and as
+devices execute them, and bytes.
 
-Model FLOPs are those of `accounting.forward_flops`, three passes of them: the figure that utilisation (MFU) divides. Devices execute more:
-layers that the backward pass computes again, elementwise operations (softmaxes, norms, activations, losses, the optimizer), and what
-every device of a mesh repeats because it is not split: position biases and the update of replicated parameters. That sum is what XLA's
-`cost_analysis` counts, and tests compare the two. Roots, exponentials and the like are left out, as XLA leaves them out.
+Model FLOPs are those of `accounting.forward_flops`, three passes of them: the figure that
+utilisation (MFU) divides. Devices execute more: layers that the backward pass computes again,
+elementwise operations (softmaxes, norms, activations, losses, the optimizer), and what every device
+of a mesh repeats because it is not split: position biases and the update of replicated parameters.
+That sum is what XLA's `cost_analysis` counts, and tests compare the two. Roots, exponentials and
+the like are left out, as XLA leaves them out.
 """
 
 import dataclasses
@@ -15,9 +18,15 @@ from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.partitioning import MODEL, Partitioner
 
-ACTIVATION_OPERATIONS: dict[str, tuple[int, int]] = {"gelu": (9, 13), "linear": (0, 0), "relu": (1, 2), "silu": (1, 4)}
-"""Operations on one hidden unit, forward and backward, by activation. The tanh form of gelu: x^3 is two, then 0.0447 x^3, + x, * 0.798,
-1 + tanh, / 2, * x."""
+ACTIVATION_OPERATIONS: dict[str, tuple[int, int]] = {
+    "gelu": (9, 13),
+    "linear": (0, 0),
+    "relu": (1, 2),
+    "silu": (1, 4),
+}
+"""Operations on one hidden unit, forward and backward, by activation. The tanh form of gelu: x^3 is
+two, then 0.0447 x^3, + x, * 0.798, 1 + tanh, / 2, * x.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +65,10 @@ class StepFlops:
 
     Attributes:
       model: matrix products of a forward and a backward pass, over all devices.
-      recomputed: matrix products that the backward pass repeats under `remat_policy`, over all devices.
-      device: everything that one device executes, elementwise operations and the optimizer included.
+      recomputed: matrix products that the backward pass repeats under `remat_policy`, over all
+        devices.
+      device: everything that one device executes, elementwise operations and the optimizer
+        included.
     """
 
     model: int
@@ -85,7 +96,8 @@ def step_flops(
       shape: the batch.
       partitioner: the mesh.
       specs: the model's `param_specs()`.
-      optimizer_operations: elementwise operations of an update for each parameter, see `Optimizer.operations_per_parameter`.
+      optimizer_operations: elementwise operations of an update for each parameter, see
+        `Optimizer.operations_per_parameter`.
 
     Raises:
       ValueError: the token count does not divide into routing groups.
@@ -93,16 +105,29 @@ def step_flops(
     parts, data_shards = shape.num_microbatches, partitioner.num_data_shards
     model_shards = partitioner.mesh.shape[MODEL]
     forward = accounting.forward_flops(
-        config, batch_size=shape.rows, inputs_length=shape.inputs_length, targets_length=shape.targets_length
+        config,
+        batch_size=shape.rows,
+        inputs_length=shape.inputs_length,
+        targets_length=shape.targets_length,
     )
     again = _recomputed(config, shape)
     # Routers are not split over model partitions; position biases are not split over the batch.
     split = (
-        forward.train_step - _position_bias_step(forward) - accounting.TRAIN_FORWARDS * forward.routers + again.total - again.routers
+        forward.train_step
+        - _position_bias_step(forward)
+        - accounting.TRAIN_FORWARDS * forward.routers
+        + again.total
+        - again.routers
     ) / (data_shards * model_shards)
-    whole = (accounting.TRAIN_FORWARDS * forward.routers + again.routers) / data_shards + _position_bias_step(forward) / model_shards
+    whole = (
+        accounting.TRAIN_FORWARDS * forward.routers + again.routers
+    ) / data_shards + _position_bias_step(forward) / model_shards
     elementwise = _elementwise(config, shape)
-    work = elementwise.wide / (data_shards * model_shards) + elementwise.narrow / data_shards + elementwise.replicated / model_shards
+    work = (
+        elementwise.wide / (data_shards * model_shards)
+        + elementwise.narrow / data_shards
+        + elementwise.replicated / model_shards
+    )
     held = accounting.memory(specs, partitioner).per_device // 4
     accumulated = held if parts > 1 else 0  # gradients of a microbatch are added to those before
     return StepFlops(
@@ -113,18 +138,25 @@ def step_flops(
 
 
 def recomputed_flops(config: T5Config, shape: StepShape) -> int:
-    """Matrix products that the backward pass of a step repeats under `remat_policy`, over all devices."""
+    """Matrix products that the backward pass of a step repeats under `remat_policy`, over all
+    devices.
+    """
     return shape.num_microbatches * _recomputed(config, shape).total
 
 
 def exchange_bytes(config: T5Config, shape: StepShape, *, partitioner: Partitioner) -> int:
-    """Bytes of all-to-alls on one device in a step: `accounting.exchange_bytes` of all microbatches.
+    """Bytes of all-to-alls on one device in a step: `accounting.exchange_bytes` of all
+    microbatches.
 
     Raises:
       ValueError: the token count does not divide into routing groups.
     """
     part = accounting.exchange_bytes(
-        config, partitioner, batch_size=shape.rows, inputs_length=shape.inputs_length, targets_length=shape.targets_length
+        config,
+        partitioner,
+        batch_size=shape.rows,
+        inputs_length=shape.inputs_length,
+        targets_length=shape.targets_length,
     )
     return part * shape.num_microbatches
 
@@ -143,8 +175,9 @@ class _Recomputed:
 def _recomputed(config: T5Config, shape: StepShape) -> _Recomputed:
     """Matrix products that `remat_policy` repeats in the backward pass of a microbatch.
 
-    'minimal' keeps products without batch dimensions: attention's two products and the experts are repeated. 'full' repeats every product
-    whose result a gradient needs, which the last one of a dense MLP is not: it only feeds the residual stream, which is kept.
+    'minimal' keeps products without batch dimensions: attention's two products and the experts are
+    repeated. 'full' repeats every product whose result a gradient needs, which the last one of a
+    dense MLP is not: it only feeds the residual stream, which is kept.
     """
     if config.remat_policy == "none":
         return _Recomputed(0, 0)
@@ -154,22 +187,38 @@ def _recomputed(config: T5Config, shape: StepShape) -> _Recomputed:
     products = projections = experts = dense = routers = 0
     stacks: tuple[Stack, ...] = ("encoder", "decoder")
     for stack in stacks:
-        tokens, layers, sparse = shape.tokens(stack), config.num_layers(stack), len(config.sparse_layers(stack))
+        tokens, layers, sparse = (
+            shape.tokens(stack),
+            config.num_layers(stack),
+            len(config.sparse_layers(stack)),
+        )
         products += layers * tokens * 4 * width * shape.length(stack)
         projections += layers * tokens * 4 * projection
         dense += (layers - sparse) * tokens * accounting.mlp_flops_per_token(config, config.mlp_dim)
         if sparse:
             assert config.moe is not None
-            rows = accounting.expert_slots(config, stack, batch_size=shape.rows, length=shape.length(stack))
+            rows = accounting.expert_slots(
+                config, stack, batch_size=shape.rows, length=shape.length(stack)
+            )
             experts += sparse * rows * accounting.mlp_flops_per_token(config, config.expert_mlp_dim)
-            dense += sparse * tokens * accounting.mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
-            routers += sparse * tokens * config.moe.router(stack).flops_per_token(config.emb_dim, config.moe.num_experts)
+            dense += (
+                sparse
+                * tokens
+                * accounting.mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
+            )
+            routers += (
+                sparse
+                * tokens
+                * config.moe.router(stack).flops_per_token(config.emb_dim, config.moe.num_experts)
+            )
     across = config.num_decoder_layers
     products += across * shape.tokens("decoder") * 4 * width * shape.inputs_length
     projections += across * 2 * projection * (shape.tokens("decoder") + shape.tokens("encoder"))
     if config.remat_policy == "minimal":
         return _Recomputed(products + experts, 0)
-    return _Recomputed(products + experts + projections + dense * gates // (gates + 1) + routers, routers)
+    return _Recomputed(
+        products + experts + projections + dense * gates // (gates + 1) + routers, routers
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +237,20 @@ class _Elementwise:
 
 
 # Operations per element, forward and backward.
-_SOFTMAX = 5, 4  # add the bias, subtract the maximum after finding it, sum, divide; backward: g y, its sum, g - sum, times y
-_NORM = 5, 10  # square, sum, times root, times scale, padding to zero; backward: to scale (2), to x through both factors (7), padding
+_SOFTMAX = (
+    5,
+    4,
+)  # add the bias, subtract the maximum after finding it, sum, divide; backward: g y, its sum, g - sum, times y
+_NORM = (
+    5,
+    10,
+)  # square, sum, times root, times scale, padding to zero; backward: to scale (2), to x through both factors (7), padding
 _RESIDUAL = 1, 1
 _BIAS = 1, 2  # the position bias plus the mask; backward: summed over layers and rows
-_LOSS = 4, 4  # maximum, subtract, sum, arg max; backward: the softmax times its factor, minus the target
+_LOSS = (
+    4,
+    4,
+)  # maximum, subtract, sum, arg max; backward: the softmax times its factor, minus the target
 
 
 def _elementwise(config: T5Config, shape: StepShape) -> _Elementwise:
@@ -214,16 +272,28 @@ def _elementwise(config: T5Config, shape: StepShape) -> _Elementwise:
             assert config.moe is not None
             rows = accounting.expert_slots(config, stack, batch_size=shape.rows, length=length)
             wide += sparse * rows * config.expert_mlp_dim * (per_hidden + again * forward)
-            wide += sparse * tokens * (config.moe.shared_expert_mlp_dim or 0) * (per_hidden + again * forward)
-            # Combine: times the weight and added up; backward: to the outputs and to the weights (2), and dispatch's sum.
+            wide += (
+                sparse
+                * tokens
+                * (config.moe.shared_expert_mlp_dim or 0)
+                * (per_hidden + again * forward)
+            )
+            # Combine: times the weight and added up; backward: to the outputs and to the weights
+            # (2), and dispatch's sum.
             narrow += sparse * rows * config.emb_dim * (2 * (1 + again) + 4)
             # Router probabilities and what is reported of them.
             narrow += sparse * tokens * config.moe.num_experts * (2 * sum(_SOFTMAX))
         norms = layers * sublayers + 1
-        per_layer = sum(_RESIDUAL) * sublayers + 2 + len(gates) - 1  # query, key and value, and the gates, add up their gradients
-        narrow += tokens * config.emb_dim * (norms * (sum(_NORM) + again * _NORM[0]) + layers * per_layer)
+        per_layer = (
+            sum(_RESIDUAL) * sublayers + 2 + len(gates) - 1
+        )  # query, key and value, and the gates, add up their gradients
+        narrow += (
+            tokens * config.emb_dim * (norms * (sum(_NORM) + again * _NORM[0]) + layers * per_layer)
+        )
         replicated += config.num_heads * length**2
-    across = config.num_decoder_layers * config.num_heads * shape.tokens("decoder") * shape.inputs_length
+    across = (
+        config.num_decoder_layers * config.num_heads * shape.tokens("decoder") * shape.inputs_length
+    )
     wide += across * softmax
     narrow += config.num_decoder_layers * shape.tokens("encoder") * config.emb_dim * 2
     wide += shape.tokens("decoder") * config.vocab_size * sum(_LOSS)

@@ -18,13 +18,17 @@ from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.partitioning import constrain
 
 RESIDUALS = "residuals"
-"""The variable collection in which every layer leaves the residual stream after it (under the name `output`)."""
+"""The variable collection in which every layer leaves the residual stream after it (under the name
+`output`).
+"""
 
 HIDDEN_AXES = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
 
 
 def _zero_padding(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """Zeroes `[batch, length, d]` where bool `[batch, length]` is False: T5X does so before attention and before the MLP."""
+    """Zeroes `[batch, length, d]` where bool `[batch, length]` is False: T5X does so before
+    attention and before the MLP.
+    """
     return x * valid[..., None].astype(x.dtype)
 
 
@@ -40,9 +44,17 @@ def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
 
 
 def _feed_forward(
-    layer: "EncoderLayer | DecoderLayer", x: jax.Array, valid: jax.Array, token_ids: jax.Array, *, stack: Stack, train: bool
+    layer: "EncoderLayer | DecoderLayer",
+    x: jax.Array,
+    valid: jax.Array,
+    token_ids: jax.Array,
+    *,
+    stack: Stack,
+    train: bool,
 ) -> jax.Array:
-    """Pre-norm, MLP or MoE layer, dropout and residual; submodules belong to the compact `__call__` of `layer`."""
+    """Pre-norm, MLP or MoE layer, dropout and residual; submodules belong to the compact `__call__`
+    of `layer`.
+    """
     config = layer.config
     y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_mlp_layer_norm")(x), valid)
     if layer.sparse:
@@ -82,20 +94,27 @@ class EncoderLayer(nn.Module):
     sparse: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array, valid: jax.Array, token_ids: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, bias: jax.Array, valid: jax.Array, token_ids: jax.Array, *, train: bool
+    ) -> jax.Array:
         """Maps `[batch, length, d]` to the same shape.
 
         Args:
           x: residual stream.
           bias: position and mask bias of self-attention.
           valid: bool `[batch, length]`, real tokens.
-          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look
+            at them.
           train: dropout and training capacity.
         """
         config = self.config
-        y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_attention_layer_norm")(x), valid)
+        y = _zero_padding(
+            RMSNorm(dtype=config.activation_dtype, name="pre_attention_layer_norm")(x), valid
+        )
         y = _attention(config, "attention")(y, y, bias, deterministic=not train)
-        x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
+        x = constrain(
+            x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES
+        )
         return _feed_forward(self, x, valid, token_ids, stack="encoder", train=train)
 
 
@@ -131,18 +150,29 @@ class DecoderLayer(nn.Module):
           self_bias: position and mask bias of self-attention.
           cross_bias: mask bias of attention to the encoder.
           valid: bool `[batch, length]`, real tokens.
-          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look
+            at them.
           train: dropout and training capacity.
           step: decode this one position, with caches.
         """
         config = self.config
-        y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_self_attention_layer_norm")(x), valid)
-        y = _attention(config, "self_attention")(y, y, self_bias, deterministic=not train, cached=Cached.GROWING, step=step)
-        x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
-        y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_cross_attention_layer_norm")(x), valid)
+        y = _zero_padding(
+            RMSNorm(dtype=config.activation_dtype, name="pre_self_attention_layer_norm")(x), valid
+        )
+        y = _attention(config, "self_attention")(
+            y, y, self_bias, deterministic=not train, cached=Cached.GROWING, step=step
+        )
+        x = constrain(
+            x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES
+        )
+        y = _zero_padding(
+            RMSNorm(dtype=config.activation_dtype, name="pre_cross_attention_layer_norm")(x), valid
+        )
         attend = _attention(config, "encoder_decoder_attention")
         y = attend(y, encoded, cross_bias, deterministic=not train, cached=Cached.FIXED, step=step)
-        x = constrain(x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES)
+        x = constrain(
+            x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES
+        )
         return _feed_forward(self, x, valid, token_ids, stack="decoder", train=train)
 
 
@@ -156,19 +186,30 @@ class Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, embedded: jax.Array, mask: jax.Array, valid: jax.Array, token_ids: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        embedded: jax.Array,
+        mask: jax.Array,
+        valid: jax.Array,
+        token_ids: jax.Array,
+        *,
+        train: bool,
+    ) -> jax.Array:
         """Encodes `[batch, length, d]`.
 
         Args:
           embedded: token embeddings.
           mask: bool `[batch, 1, length, length]`, allowed pairs.
           valid: bool `[batch, length]`, real tokens.
-          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look
+            at them.
           train: dropout and training capacity.
         """
         config = self.config
         positions = jnp.arange(embedded.shape[1])
-        relpos = RelativePositionBiases(num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias")
+        relpos = RelativePositionBiases(
+            num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias"
+        )
         bias = relpos(positions, positions, bidirectional=True) + masks.to_bias(mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
         sparse = config.sparse_layers("encoder")
@@ -182,11 +223,14 @@ class Encoder(nn.Module):
             remat_policy=config.remat_policy,
         )
         x = RMSNorm(dtype=config.activation_dtype, name="encoder_norm")(x)
-        return _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
+        return _zero_padding(
+            projection.dropout(config.dropout_rate)(x, deterministic=not train), valid
+        )
 
 
 class Decoder(nn.Module):
-    """The decoder stack, up to the final norm, and the output projection of models that have their own.
+    """The decoder stack, up to the final norm, and the output projection of models that have their
+    own.
 
     Attributes:
       config: the model.
@@ -207,7 +251,8 @@ class Decoder(nn.Module):
         train: bool,
         step: DecodingStep | None = None,
     ) -> jax.Array:
-        """Decodes `[batch, length, d]` to float32 logits, or to the normed residual stream if the model shares its embedding table.
+        """Decodes `[batch, length, d]` to float32 logits, or to the normed residual stream if the
+        model shares its embedding table.
 
         Args:
           embedded: token embeddings.
@@ -215,14 +260,18 @@ class Decoder(nn.Module):
           self_mask: bool `[batch, 1, length, keys]`, allowed pairs, causal.
           cross_mask: bool `[batch, 1, length, input length]`, allowed pairs.
           valid: bool `[batch, length]`, real tokens.
-          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look at them.
+          token_ids: int32 `[batch, length]`, the tokens that were embedded, for routers that look
+            at them.
           train: dropout and training capacity.
-          step: decode this one position, with caches: length is 1, and keys are all positions that these have room for.
+          step: decode this one position, with caches: length is 1, and keys are all positions that
+            these have room for.
         """
         config = self.config
         queries = jnp.arange(embedded.shape[1]) if step is None else step.index[None]
         keys = queries if step is None else jnp.arange(step.max_length)
-        relpos = RelativePositionBiases(num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias")
+        relpos = RelativePositionBiases(
+            num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias"
+        )
         self_bias = relpos(queries, keys, bidirectional=False) + masks.to_bias(self_mask)
         cross_bias = masks.to_bias(cross_mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
@@ -230,18 +279,25 @@ class Decoder(nn.Module):
         x = stacking.run_layers(
             self,
             lambda i, **module: DecoderLayer(config, sparse=i in sparse, **module),
-            lambda layer, x: layer(x, encoded, self_bias, cross_bias, valid, token_ids, train=train, step=step),
+            lambda layer, x: layer(
+                x, encoded, self_bias, cross_bias, valid, token_ids, train=train, step=step
+            ),
             x,
             kinds=[i in sparse for i in range(config.num_decoder_layers)],
-            # A step of cached decoding is a small program, and would move all caches to loop over them.
+            # A step of cached decoding is a small program, and would move all caches to loop over
+            # them.
             scan=config.scan_layers and step is None,
             remat_policy=config.remat_policy if step is None else "none",
         )
         x = RMSNorm(dtype=config.activation_dtype, name="decoder_norm")(x)
-        x = _zero_padding(projection.dropout(config.dropout_rate)(x, deterministic=not train), valid)
+        x = _zero_padding(
+            projection.dropout(config.dropout_rate)(x, deterministic=not train), valid
+        )
         if config.logits_via_embedding:
             return x
-        return projection.Projection(config.vocab_size, (axes.EMBED, axes.VOCAB), dtype=jnp.float32, name="logits_dense")(x)
+        return projection.Projection(
+            config.vocab_size, (axes.EMBED, axes.VOCAB), dtype=jnp.float32, name="logits_dense"
+        )(x)
 
 
 class Transformer(nn.Module):
@@ -255,7 +311,9 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.token_embedder = Embed(config.vocab_size, config.emb_dim, dtype=config.activation_dtype)
+        self.token_embedder = Embed(
+            config.vocab_size, config.emb_dim, dtype=config.activation_dtype
+        )
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
@@ -271,29 +329,52 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Float32 logits `[batch, target length, vocab]`.
 
-        Position features of packed batches are not needed: within one example, distances in the packed row are distances in the example.
+        Position features of packed batches are not needed: within one example, distances in the
+        packed row are distances in the example.
 
         Args:
           encoder_input_tokens: int32 `[batch, input length]`, 0 for padding.
           decoder_input_tokens: int32 `[batch, target length]`, the targets shifted right.
-          decoder_target_tokens: int32 `[batch, target length]`, 0 for padding; it alone says which decoder positions are real.
-          encoder_segment_ids: int32 `[batch, input length]`, which packed example a token belongs to.
+          decoder_target_tokens: int32 `[batch, target length]`, 0 for padding; it alone says which
+            decoder positions are real.
+          encoder_segment_ids: int32 `[batch, input length]`, which packed example a token belongs
+            to.
           decoder_segment_ids: int32 `[batch, target length]`, likewise.
           train: dropout and training capacity.
         """
         encoder_valid, decoder_valid = encoder_input_tokens > 0, decoder_target_tokens > 0
-        self_mask = masks.padding_mask(decoder_valid, decoder_valid) & masks.causal_mask(decoder_target_tokens.shape[1])
+        self_mask = masks.padding_mask(decoder_valid, decoder_valid) & masks.causal_mask(
+            decoder_target_tokens.shape[1]
+        )
         cross_mask = masks.padding_mask(decoder_valid, encoder_valid)
         if encoder_segment_ids is not None and decoder_segment_ids is not None:
             self_mask &= masks.segment_mask(decoder_segment_ids, decoder_segment_ids)
             cross_mask &= masks.segment_mask(decoder_segment_ids, encoder_segment_ids)
         else:
             encoder_segment_ids = None
-        encoded = self.encode(encoder_input_tokens, encoder_segment_ids=encoder_segment_ids, train=train)
+        encoded = self.encode(
+            encoder_input_tokens, encoder_segment_ids=encoder_segment_ids, train=train
+        )
         embedded = constrain(self.token_embedder(decoder_input_tokens), HIDDEN_AXES)
-        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, decoder_valid, decoder_input_tokens, train=train))
+        return self._logits(
+            self.decoder(
+                embedded,
+                encoded,
+                self_mask,
+                cross_mask,
+                decoder_valid,
+                decoder_input_tokens,
+                train=train,
+            )
+        )
 
-    def encode(self, encoder_input_tokens: jax.Array, *, encoder_segment_ids: jax.Array | None = None, train: bool = False) -> jax.Array:
+    def encode(
+        self,
+        encoder_input_tokens: jax.Array,
+        *,
+        encoder_segment_ids: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
         """The encoder's output `[batch, input length, d]`; arguments as in `__call__`."""
         valid = encoder_input_tokens > 0
         mask = masks.padding_mask(valid, valid)
@@ -302,13 +383,18 @@ class Transformer(nn.Module):
         embedded = constrain(self.token_embedder(encoder_input_tokens), HIDDEN_AXES)
         return self.encoder(embedded, mask, valid, encoder_input_tokens, train=train)
 
-    def decode_step(self, encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep) -> jax.Array:
-        """Float32 logits `[batch, vocab]` of the token after `tokens`, which are at position `step.index`.
+    def decode_step(
+        self, encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep
+    ) -> jax.Array:
+        """Float32 logits `[batch, vocab]` of the token after `tokens`, which are at position
+        `step.index`.
 
-        Reads and writes the collections `GROWING_CACHE` and `FIXED_CACHE`; both begin with the step of index 0.
+        Reads and writes the collections `GROWING_CACHE` and `FIXED_CACHE`; both begin with the step
+        of index 0.
 
         Args:
-          encoded: encoder output `[batch, input length, d]`; after the first step only its shape counts.
+          encoded: encoder output `[batch, input length, d]`; after the first step only its shape
+            counts.
           encoder_valid: bool `[batch, input length]`, real input tokens.
           tokens: int32 `[batch]`.
           step: the position.
@@ -317,7 +403,18 @@ class Transformer(nn.Module):
         self_mask = (jnp.arange(step.max_length) <= step.index)[None, None, None, :]
         cross_mask = masks.padding_mask(valid, encoder_valid)
         embedded = constrain(self.token_embedder(tokens[:, None]), HIDDEN_AXES)
-        return self._logits(self.decoder(embedded, encoded, self_mask, cross_mask, valid, tokens[:, None], train=False, step=step))[:, 0]
+        return self._logits(
+            self.decoder(
+                embedded,
+                encoded,
+                self_mask,
+                cross_mask,
+                valid,
+                tokens[:, None],
+                train=False,
+                step=step,
+            )
+        )[:, 0]
 
     def _logits(self, decoded: jax.Array) -> jax.Array:
         """Float32 `[batch, length, vocab]` of the decoder's result."""

@@ -10,12 +10,13 @@ BIAS = "mlp/router/bias"
 
 
 def moved(bias: jax.Array, chosen: jax.Array, *, rate: float) -> jax.Array:
-    """The bias `[E]` after a step: `rate` up where an expert was chosen less often than the mean, down where more often.
+    """The bias `[E]` after a step: `rate` up where an expert was chosen less often than the mean,
+    down where more often.
 
     Args:
       bias: float32 `[E]`, before the step.
-      chosen: float32 `[E]`, how many tokens of the step's whole batch wanted each expert: exact integers, so that the sign does not depend
-        on how the batch was divided.
+      chosen: float32 `[E]`, how many tokens of the step's whole batch wanted each expert: exact
+        integers, so that the sign does not depend on how the batch was divided.
       rate: see `Router.balance_rate`.
     """
     counts = chosen.astype(jnp.int32)
@@ -23,9 +24,13 @@ def moved(bias: jax.Array, chosen: jax.Array, *, rate: float) -> jax.Array:
 
 
 def with_moved_biases(
-    params: Mapping[str, jax.Array], before: Mapping[str, jax.Array], chosen: Mapping[str, jax.Array], rates: Mapping[str, float]
+    params: Mapping[str, jax.Array],
+    before: Mapping[str, jax.Array],
+    chosen: Mapping[str, jax.Array],
+    rates: Mapping[str, float],
 ) -> dict[str, jax.Array]:
-    """Flat parameters in which every bias is the one from before the step, moved; what an optimizer did to it is undone.
+    """Flat parameters in which every bias is the one from before the step, moved; what an optimizer
+    did to it is undone.
 
     Args:
       params: after the optimizer.
@@ -33,5 +38,8 @@ def with_moved_biases(
       chosen: by layer, see `moved`.
       rates: by layer, of the layers that have a bias.
     """
-    biases = {f"{layer}/{BIAS}": moved(before[f"{layer}/{BIAS}"], chosen[layer], rate=rate) for layer, rate in rates.items()}
+    biases = {
+        f"{layer}/{BIAS}": moved(before[f"{layer}/{BIAS}"], chosen[layer], rate=rate)
+        for layer, rate in rates.items()
+    }
     return {**params, **biases}

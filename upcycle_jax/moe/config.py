@@ -13,44 +13,54 @@ SparseLayout = str | tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """Which layers are MoE layers, and how those route. The defaults are the paper's language model.
+    """Which layers are MoE layers, and how those route. The defaults are the paper's language
+    model.
 
     Attributes:
-      num_experts: E, in every MoE layer. More experts mean more parameters and memory at the same FLOPs per token.
+      num_experts: E, in every MoE layer. More experts mean more parameters and memory at the same
+        FLOPs per token.
       encoder_router: routing in the encoder.
       decoder_router: routing in the decoder; it must be causal.
       num_encoder_sparse_layers: MoE layers in the encoder; None for half of its layers.
       num_decoder_sparse_layers: MoE layers in the decoder; None for half of its layers.
-      encoder_sparse_layout: where they are: 'MIXED' (every so many layers, never the first), 'BOTTOM', 'MIDDLE', 'TOP', or a tuple of layer
-        indices, which decides alone.
+      encoder_sparse_layout: where they are: 'MIXED' (every so many layers, never the first),
+        'BOTTOM', 'MIDDLE', 'TOP', or a tuple of layer indices, which decides alone.
       decoder_sparse_layout: likewise.
       expert_mlp_dim: hidden size of one expert; None for the dense MLP's.
-      shared_expert_mlp_dim: hidden size of a dense MLP whose output for every token is added to that of the routed experts (Qwen2-MoE,
-        arXiv 2407.10671; Nexus, arXiv 2408.15901); None for none.
-      group_size: GROUP_SIZE, the most tokens that are routed together. Larger groups balance better and cost longer sorts; under
-        experts choose the group is also what each expert chooses from.
-      train_expert_capacity_factor: slots per expert in multiples of its even share of the tokens. Under experts choose it is the average
-        number of experts per token; under tokens choose a larger value only drops fewer tokens.
+      shared_expert_mlp_dim: hidden size of a dense MLP whose output for every token is added to
+        that of the routed experts (Qwen2-MoE, arXiv 2407.10671; Nexus, arXiv 2408.15901); None for
+        none.
+      group_size: GROUP_SIZE, the most tokens that are routed together. Larger groups balance better
+        and cost longer sorts; under experts choose the group is also what each expert chooses from.
+      train_expert_capacity_factor: slots per expert in multiples of its even share of the tokens.
+        Under experts choose it is the average number of experts per token; under tokens choose a
+        larger value only drops fewer tokens.
       eval_expert_capacity_factor: the same, when not training.
       min_expert_capacity: slots that an expert has at least, in every group.
       aux_loss_factor: weight of the load-balancing loss, averaged over all MoE layers.
       router_z_loss_factor: weight of the router z-loss, averaged over all MoE layers.
       expert_dropout_rate: dropout inside experts; None for the dense rate.
-      dispatch: how tokens reach the experts of dropless routers; routers with a capacity gather into slots always.
-        'sorted': rows sorted by expert, worked off in blocks. 'ragged_dot': `jax.lax.ragged_dot`; refused where it becomes one masked
-        product per expert. 'gather': a slot of every expert for every token, of which few are computed first. 'auto': 'ragged_dot' where it
-        is one grouped product, else 'sorted'; the choice is logged.
-      ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are routed as zero vectors.
-      t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does; results then depend on the mesh.
+      dispatch: how tokens reach the experts of dropless routers; routers with a capacity gather
+        into slots always. 'sorted': rows sorted by expert, worked off in blocks. 'ragged_dot':
+        `jax.lax.ragged_dot`; refused where it becomes one masked product per expert. 'gather': a
+        slot of every expert for every token, of which few are computed first. 'auto': 'ragged_dot'
+        where it is one grouped product, else 'sorted'; the choice is logged.
+      ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are
+        routed as zero vectors.
+      t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does;
+        results then depend on the mesh.
       num_expert_replicas: devices / (expert partitions x model partitions); used in T5X mode only.
-      inference_routing: how tokens are routed when predicting and scoring. 'independent': the result for a sequence depends neither on the
-        rest of its batch nor on padding (see `independent`). 'grouped': in groups over the batch with the evaluation capacity, as in
+      inference_routing: how tokens are routed when predicting and scoring. 'independent': the
+        result for a sequence depends neither on the rest of its batch nor on padding (see
+        `independent`). 'grouped': in groups over the batch with the evaluation capacity, as in
         evaluation and in T5X; a sequence then competes with its neighbours for experts.
-      min_inference_capacity: stands in for `min_expert_capacity` where one sequence is a group. A group of 4096 tokens rarely meets that
-        bound, a sequence of 20 would: 32 experts of 4 slots each are 6 experts per token instead of 2.
-      independent: route as 'independent' says, at all times. Set by `T5Config.for_inference`; training so would never balance experts over
-        more than one sequence. Routers that choose per token have room for every token. For routers that choose per group a sequence is a
-        group: padding takes no slots, and the capacity is that of the sequence's own length.
+      min_inference_capacity: stands in for `min_expert_capacity` where one sequence is a group. A
+        group of 4096 tokens rarely meets that bound, a sequence of 20 would: 32 experts of 4 slots
+        each are 6 experts per token instead of 2.
+      independent: route as 'independent' says, at all times. Set by `T5Config.for_inference`;
+        training so would never balance experts over more than one sequence. Routers that choose per
+        token have room for every token. For routers that choose per group a sequence is a group:
+        padding takes no slots, and the capacity is that of the sequence's own length.
 
     Raises:
       ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
@@ -82,28 +92,50 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         if self.inference_routing not in ("independent", "grouped"):
-            raise ValueError(f"inference_routing must be 'independent' or 'grouped', got {self.inference_routing!r}")
-        for name in ("group_size", "min_expert_capacity", "num_expert_replicas", "min_inference_capacity"):
+            raise ValueError(
+                "inference_routing must be 'independent' or 'grouped', got"
+                f" {self.inference_routing!r}"
+            )
+        for name in (
+            "group_size",
+            "min_expert_capacity",
+            "num_expert_replicas",
+            "min_inference_capacity",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.expert_mlp_dim is not None and self.expert_mlp_dim < 1:
-            raise ValueError(f"expert_mlp_dim must be at least 1, or None for the dense MLP's size, got {self.expert_mlp_dim}")
+            raise ValueError(
+                "expert_mlp_dim must be at least 1, or None for the dense MLP's size, got"
+                f" {self.expert_mlp_dim}"
+            )
         if self.shared_expert_mlp_dim is not None and self.shared_expert_mlp_dim < 1:
-            raise ValueError(f"shared_expert_mlp_dim must be at least 1, or None for no shared expert, got {self.shared_expert_mlp_dim}")
+            raise ValueError(
+                "shared_expert_mlp_dim must be at least 1, or None for no shared expert, got"
+                f" {self.shared_expert_mlp_dim}"
+            )
         for name in ("train_expert_capacity_factor", "eval_expert_capacity_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"{name} must be above 0 and finite (1.0 is room for an even share of the tokens), got {getattr(self, name)}: "
-                    "for room without a bound use DroplessTopK()"
+                    f"{name} must be above 0 and finite (1.0 is room for an even share of the"
+                    f" tokens), got {getattr(self, name)}: for room without a bound use"
+                    " DroplessTopK()"
                 )
         for name in ("aux_loss_factor", "router_z_loss_factor"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0 (0 is none) and finite, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be at least 0 (0 is none) and finite, got {getattr(self, name)}"
+                )
         if self.expert_dropout_rate is not None and not 0 <= self.expert_dropout_rate < 1:
-            raise ValueError(f"expert_dropout_rate must be in [0, 1), or None for the dense rate, got {self.expert_dropout_rate}")
+            raise ValueError(
+                "expert_dropout_rate must be in [0, 1), or None for the dense rate, got"
+                f" {self.expert_dropout_rate}"
+            )
         for stack, router in (("encoder", self.encoder_router), ("decoder", self.decoder_router)):
             if not isinstance(router, Router):
-                raise ValueError(f"{stack}_router must be a router such as TokensChoose(), got {router!r}")
+                raise ValueError(
+                    f"{stack}_router must be a router such as TokensChoose(), got {router!r}"
+                )
         for name in ("encoder_sparse_layout", "decoder_sparse_layout"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -112,24 +144,37 @@ class MoeConfig:
         if self.num_decoder_sparse_layers != 0:
             self.decoder_router.check(self.num_experts)
             if reason := self.decoder_router.not_causal_because:
-                raise ValueError(f"{type(self.decoder_router).__name__} cannot be the decoder's router: {reason}.")
+                raise ValueError(
+                    f"{type(self.decoder_router).__name__} cannot be the decoder's router:"
+                    f" {reason}."
+                )
 
     def _check_routers(self) -> None:
         """What settings and the routers in use ask of each other."""
         counts = (self.num_encoder_sparse_layers, self.num_decoder_sparse_layers)
-        routers = [router for router, count in zip((self.encoder_router, self.decoder_router), counts, strict=True) if count != 0]
+        routers = [
+            router
+            for router, count in zip(
+                (self.encoder_router, self.decoder_router), counts, strict=True
+            )
+            if count != 0
+        ]
         if self.dispatch not in DISPATCHES:
-            raise ValueError(f"dispatch must be one of {', '.join(map(repr, DISPATCHES))}, got {self.dispatch!r}")
-        if self.dispatch not in ("auto", "gather") and not any(router.has_room_for_all for router in routers):
             raise ValueError(
-                f"dispatch={self.dispatch!r} moves the tokens of dropless routers, and both routers have a capacity: leave dispatch at "
-                "'auto', or use DroplessTopK()"
+                f"dispatch must be one of {', '.join(map(repr, DISPATCHES))}, got {self.dispatch!r}"
+            )
+        if self.dispatch not in ("auto", "gather") and not any(
+            router.has_room_for_all for router in routers
+        ):
+            raise ValueError(
+                f"dispatch={self.dispatch!r} moves the tokens of dropless routers, and both routers"
+                " have a capacity: leave dispatch at 'auto', or use DroplessTopK()"
             )
         for router in routers:
             if self.t5x_mode and not router.in_flaxformer:
                 raise ValueError(
-                    f"t5x_mode follows Flaxformer, which has no {router}: use ExpertsChoose, TokensChoose or SwitchTop1 with a "
-                    "capacity, or set t5x_mode=False"
+                    f"t5x_mode follows Flaxformer, which has no {router}: use ExpertsChoose,"
+                    " TokensChoose or SwitchTop1 with a capacity, or set t5x_mode=False"
                 )
 
     def router(self, stack: Stack) -> Router:

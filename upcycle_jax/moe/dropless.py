@@ -1,8 +1,9 @@
 """The experts of dropless routers: tokens sorted by expert, on one device or on a mesh.
 
-On a mesh every device keeps the experts of its shard of the `expert` axis. All-to-alls along that axis bring it the tokens that chose
-those, each once, and take back one sum of outputs per token (`moe.exchange`). Without a capacity all tokens may go to one device: memory is
-reserved for that case, while work and what is sent follow the load.
+On a mesh every device keeps the experts of its shard of the `expert` axis. All-to-alls along that
+axis bring it the tokens that chose those, each once, and take back one sum of outputs per token
+(`moe.exchange`). Without a capacity all tokens may go to one device: memory is reserved for that
+case, while work and what is sent follow the load.
 """
 
 import functools
@@ -16,7 +17,14 @@ from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
 from upcycle_jax.moe import exchange, grouped
-from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, MODEL, active_mesh_shape, active_platform
+from upcycle_jax.partitioning import (
+    DATA,
+    EXPERT,
+    MESH_AXES,
+    MODEL,
+    active_mesh_shape,
+    active_platform,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +35,8 @@ Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def resolve(dispatch: Dispatch) -> Dispatch:
-    """What 'auto' means here: 'ragged_dot' where it is one grouped product, 'sorted' elsewhere. The decision is logged once.
+    """What 'auto' means here: 'ragged_dot' where it is one grouped product, 'sorted' elsewhere. The
+    decision is logged once.
 
     Raises:
       ValueError: 'ragged_dot' was asked for where it becomes one masked product per expert.
@@ -37,8 +46,9 @@ def resolve(dispatch: Dispatch) -> Dispatch:
         return _automatic(platform)
     if dispatch == "ragged_dot" and grouped.ragged_dot_is_masked(platform):
         raise ValueError(
-            f"MoeConfig.dispatch='ragged_dot': on this {platform} jax.lax.ragged_dot becomes one masked product over all rows per expert, "
-            "as many times the work as there are experts. Set MoeConfig.dispatch='auto' or 'sorted'"
+            f"MoeConfig.dispatch='ragged_dot': on this {platform} jax.lax.ragged_dot becomes one"
+            " masked product over all rows per expert, as many times the work as there are"
+            " experts. Set MoeConfig.dispatch='auto' or 'sorted'"
         )
     return dispatch
 
@@ -86,7 +96,10 @@ def process(
     rows = PartitionSpec(_first(DATA, EXPERT, *single))
     held = _first(EXPERT, *single)
     model = None if MODEL in single else MODEL
-    kernel_specs = {name: PartitionSpec(held, model, None) if name == "wo" else PartitionSpec(held, None, model) for name in kernels}
+    kernel_specs = {
+        name: PartitionSpec(held, model, None) if name == "wo" else PartitionSpec(held, None, model)
+        for name in kernels
+    }
     scale_specs = None if hidden_scale is None else PartitionSpec(held, model)
     sharded = jax.shard_map(
         functools.partial(_on_one_device, local=local, shape=shape),
@@ -137,10 +150,23 @@ def _local(
 ) -> jax.Array:
     """As `process`, for the experts at hand."""
     num_experts = kernels["wo"].shape[0]
-    product, alignment = (grouped.ragged_dot, 1) if dispatch == "ragged_dot" else (grouped.block_dot, grouped.ALIGNMENT)
+    product, alignment = (
+        (grouped.ragged_dot, 1)
+        if dispatch == "ragged_dot"
+        else (grouped.block_dot, grouped.ALIGNMENT)
+    )
     rows = grouped.sort_rows(expert, num_experts=num_experts, alignment=alignment)
-    outputs = _mlp(grouped.to_rows(tokens, rows), kernels, rows, activations=activations, product=product, hidden_scale=hidden_scale)
-    return jnp.sum(grouped.to_choices(outputs, rows).astype(jnp.float32) * weight[..., None], axis=1)
+    outputs = _mlp(
+        grouped.to_rows(tokens, rows),
+        kernels,
+        rows,
+        activations=activations,
+        product=product,
+        hidden_scale=hidden_scale,
+    )
+    return jnp.sum(
+        grouped.to_choices(outputs, rows).astype(jnp.float32) * weight[..., None], axis=1
+    )
 
 
 def _mlp(
@@ -156,5 +182,7 @@ def _mlp(
     products = [product(x, kernels[name], rows.sizes) for name in input_kernel_names(activations)]
     hidden = gated(products, activations)
     if hidden_scale is not None:
-        hidden = hidden * hidden_scale.at[grouped.expert_of_row(rows)].get(mode="fill", fill_value=0).astype(hidden.dtype)
+        hidden = hidden * hidden_scale.at[grouped.expert_of_row(rows)].get(
+            mode="fill", fill_value=0
+        ).astype(hidden.dtype)
     return product(hidden, kernels["wo"], rows.sizes)

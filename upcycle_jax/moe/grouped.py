@@ -1,10 +1,13 @@
-"""Products of rows that are sorted by expert with that expert's matrix: no capacity, no masked products, static shapes.
+"""Products of rows that are sorted by expert with that expert's matrix: no capacity, no masked
+products, static shapes.
 
-Axis legend: N tokens, K experts per token, E experts, R rows (a static bound), d and f sizes of matrices.
+Axis legend: N tokens, K experts per token, E experts, R rows (a static bound), d and f sizes of
+matrices.
 
-Every expert's rows are a run that is padded to a multiple of `ALIGNMENT` rows. A run is worked off in blocks of falling sizes, as many as
-it has: the number of blocks is known only when running, their sizes before. Work therefore follows the rows that there are, while memory
-is reserved for the worst case.
+Every expert's rows are a run that is padded to a multiple of `ALIGNMENT` rows. A run is worked off
+in blocks of falling sizes, as many as it has: the number of blocks is known only when running,
+their sizes before. Work therefore follows the rows that there are, while memory is reserved for the
+worst case.
 """
 
 import functools
@@ -15,7 +18,9 @@ import jax
 import jax.numpy as jnp
 
 BLOCKS = (1024, 256, 64, 32)
-"""Rows of a block: as many of the first size as fit, then of the next; the last one divides every run."""
+"""Rows of a block: as many of the first size as fit, then of the next; the last one divides every
+run.
+"""
 ALIGNMENT = BLOCKS[-1]
 
 
@@ -26,7 +31,8 @@ class SortedRows:
     Attributes:
       choice: int32 `[R]`, which choice (token * K + k) a row holds; N * K marks an empty row.
       row: int32 `[N, K]`, the row of each choice; R where no choice is made.
-      sizes: int32 `[E]`, rows of each expert's run, padding included. Runs follow each other from row 0 on.
+      sizes: int32 `[E]`, rows of each expert's run, padding included. Runs follow each other from
+        row 0 on.
     """
 
     choice: jax.Array
@@ -43,17 +49,24 @@ def sort_rows(expert: jax.Array, *, num_experts: int, alignment: int) -> SortedR
       alignment: what every run's size is a multiple of.
     """
     num_choices = expert.size
-    # A token chooses an expert at most once, so with fewer experts than K not all of its choices can be here.
+    # A token chooses an expert at most once, so with fewer experts than K not all of its choices
+    # can be here.
     at_most = expert.shape[0] * min(expert.shape[1], num_experts)
     num_rows = _up_to(at_most + num_experts * (alignment - 1), alignment)
     flat = expert.reshape(-1)
-    experts, choice = jax.lax.sort_key_val(flat, jnp.arange(num_choices, dtype=jnp.int32), is_stable=True)
-    starts = jnp.searchsorted(experts, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    experts, choice = jax.lax.sort_key_val(
+        flat, jnp.arange(num_choices, dtype=jnp.int32), is_stable=True
+    )
+    starts = jnp.searchsorted(experts, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(
+        jnp.int32
+    )
     sizes = _up_to(starts[1:] - starts[:-1], alignment)
     offsets = jnp.cumsum(sizes) - sizes
     made = experts < num_experts
     run = jnp.minimum(experts, num_experts - 1)
-    row = jnp.where(made, offsets[run] + jnp.arange(num_choices, dtype=jnp.int32) - starts[run], num_rows)
+    row = jnp.where(
+        made, offsets[run] + jnp.arange(num_choices, dtype=jnp.int32) - starts[run], num_rows
+    )
     return SortedRows(
         choice=jnp.full(num_rows, num_choices, jnp.int32).at[row].set(choice, mode="drop"),
         row=jnp.zeros(num_choices, jnp.int32).at[choice].set(row).reshape(expert.shape),
@@ -69,9 +82,13 @@ def expert_of_row(rows: SortedRows) -> jax.Array:
 
 @jax.custom_vjp
 def to_rows(tokens: jax.Array, rows: SortedRows) -> jax.Array:
-    """Gathers tokens `[N, d]` into rows `[R, d]`; empty rows are zero. Its gradient is a gather, too, where a scatter would be serial."""
+    """Gathers tokens `[N, d]` into rows `[R, d]`; empty rows are zero. Its gradient is a gather,
+    too, where a scatter would be serial.
+    """
     num_tokens, per_token = rows.row.shape
-    return take(tokens, jnp.where(rows.choice < rows.row.size, rows.choice // per_token, num_tokens))
+    return take(
+        tokens, jnp.where(rows.choice < rows.row.size, rows.choice // per_token, num_tokens)
+    )
 
 
 def _to_rows_backward(rows: SortedRows, grad: jax.Array) -> tuple[jax.Array, None]:
@@ -84,7 +101,9 @@ to_rows.defvjp(lambda tokens, rows: (to_rows(tokens, rows), rows), _to_rows_back
 
 @jax.custom_vjp
 def to_choices(values: jax.Array, rows: SortedRows) -> jax.Array:
-    """Gathers rows `[R, d]` into the choices that they hold, `[N, K, d]`; choices that are not made are zero."""
+    """Gathers rows `[R, d]` into the choices that they hold, `[N, K, d]`; choices that are not made
+    are zero.
+    """
     return take(values, rows.row)
 
 
@@ -97,7 +116,8 @@ to_choices.defvjp(lambda values, rows: (to_choices(values, rows), rows), _to_cho
 
 @jax.custom_vjp
 def block_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    """`[R, d]` times each row's expert's matrix of `[E, d, f]`: `[R, f]` in the dtype of `x`, accumulated in float32.
+    """`[R, d]` times each row's expert's matrix of `[E, d, f]`: `[R, f]` in the dtype of `x`,
+    accumulated in float32.
 
     Args:
       x: rows, sorted by expert.
@@ -115,7 +135,12 @@ def _rows_times(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, contract:
 
         def one_block(at: jax.Array, size: int, out: jax.Array) -> jax.Array:
             block = jax.lax.dynamic_slice_in_dim(x, at, size)
-            product = jax.lax.dot_general(block, kernel, (((1,), (contract - 1,)), ((), ())), preferred_element_type=jnp.float32)
+            product = jax.lax.dot_general(
+                block,
+                kernel,
+                (((1,), (contract - 1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
             return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), at, 0)
 
         return _over_blocks(offsets[e], sizes[e], one_block, out, at_most=x.shape[0])
@@ -126,58 +151,93 @@ def _rows_times(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, contract:
 
 
 def _sums_of_products(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Float32 `[E, d, f]`: for every expert the product of its rows `[., d]`, transposed, with its rows `[., f]`."""
+    """Float32 `[E, d, f]`: for every expert the product of its rows `[., d]`, transposed, with its
+    rows `[., f]`.
+    """
 
     def one_expert(e: jax.Array, out: jax.Array) -> jax.Array:
         def one_block(at: jax.Array, size: int, total: jax.Array) -> jax.Array:
             left, right = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (x, grad))
-            return total + jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            return total + jax.lax.dot_general(
+                left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
 
-        total = _over_blocks(offsets[e], sizes[e], one_block, jnp.zeros(out.shape[1:], jnp.float32), at_most=x.shape[0])
+        total = _over_blocks(
+            offsets[e],
+            sizes[e],
+            one_block,
+            jnp.zeros(out.shape[1:], jnp.float32),
+            at_most=x.shape[0],
+        )
         return jax.lax.dynamic_update_index_in_dim(out, total, e, 0)
 
     offsets = jnp.cumsum(sizes) - sizes
-    return jax.lax.fori_loop(0, sizes.size, one_expert, jnp.zeros((sizes.size, x.shape[1], grad.shape[1]), jnp.float32))
+    return jax.lax.fori_loop(
+        0, sizes.size, one_expert, jnp.zeros((sizes.size, x.shape[1], grad.shape[1]), jnp.float32)
+    )
 
 
-def _over_blocks(start: jax.Array, size: jax.Array, one_block: Any, carry: jax.Array, *, at_most: int) -> jax.Array:
-    """Folds `one_block(first row, rows, carry)` over the blocks of one run, none larger than all rows there can be."""
+def _over_blocks(
+    start: jax.Array, size: jax.Array, one_block: Any, carry: jax.Array, *, at_most: int
+) -> jax.Array:
+    """Folds `one_block(first row, rows, carry)` over the blocks of one run, none larger than all
+    rows there can be.
+    """
     for rows in (rows for rows in BLOCKS if rows <= at_most):
         count = size // rows
-        body = functools.partial(lambda i, carry, rows, start: one_block(start + i * rows, rows, carry), rows=rows, start=start)
+        body = functools.partial(
+            lambda i, carry, rows, start: one_block(start + i * rows, rows, carry),
+            rows=rows,
+            start=start,
+        )
         carry = jax.lax.fori_loop(0, count, body, carry)
         start, size = start + count * rows, size - count * rows
     return carry
 
 
-def _block_dot_backward(saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _block_dot_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, kernels, sizes = saved
-    return _rows_times(grad, kernels, sizes, contract=2), _sums_of_products(x, grad, sizes).astype(kernels.dtype), None
+    return (
+        _rows_times(grad, kernels, sizes, contract=2),
+        _sums_of_products(x, grad, sizes).astype(kernels.dtype),
+        None,
+    )
 
 
-block_dot.defvjp(lambda x, kernels, sizes: (block_dot(x, kernels, sizes), (x, kernels, sizes)), _block_dot_backward)
+block_dot.defvjp(
+    lambda x, kernels, sizes: (block_dot(x, kernels, sizes), (x, kernels, sizes)),
+    _block_dot_backward,
+)
 
 
 def ragged_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     """As `block_dot`, by `jax.lax.ragged_dot`; sizes may be any."""
-    product = jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+    product = jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32).astype(
+        x.dtype
+    )
     # What lies beyond the last run is up to the implementation.
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], product, 0)
 
 
 @functools.cache
 def ragged_dot_is_masked(platform: str) -> bool:
-    """Whether `jax.lax.ragged_dot` becomes one masked product over all rows per expert there, E times the work that is needed.
+    """Whether `jax.lax.ragged_dot` becomes one masked product over all rows per expert there, E
+    times the work that is needed.
 
-    On TPUs it is an instruction. Elsewhere a small one is compiled and its FLOPs are read; a platform that this process does not have
-    counts as one where it does. In JAX 0.10 it does on CPUs, and on NVIDIA GPUs unless JAX is told to use its Triton kernel.
+    On TPUs it is an instruction. Elsewhere a small one is compiled and its FLOPs are read; a
+    platform that this process does not have counts as one where it does. In JAX 0.10 it does on
+    CPUs, and on NVIDIA GPUs unless JAX is told to use its Triton kernel.
     """
     if platform == "tpu":
         return False
     if platform != jax.default_backend():
         return True
     experts, rows, size = 8, 256, 64
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, size), (experts, size, size))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, size), (experts, size, size))
+    ]
     sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
     cost = jax.jit(jax.lax.ragged_dot).lower(*shapes, sizes).compile().cost_analysis()
     return dict(cost or {}).get("flops", 0.0) > experts / 2 * 2 * rows * size * size

@@ -1,6 +1,8 @@
-"""The MoE layer: group, route, send tokens to experts by the router's plan, ungroup; and the expert that all tokens share, if there is one.
+"""The MoE layer: group, route, send tokens to experts by the router's plan, ungroup; and the expert
+that all tokens share, if there is one.
 
-Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
+Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K
+experts per token.
 """
 
 import dataclasses
@@ -38,11 +40,13 @@ _log = logging.getLogger(__name__)
 
 
 class RouterLogits(nn.Module):
-    """The router's kernel `router_weights/w/kernel [d, columns]`, N(0, 0.02), no bias in the logits; and, apart, the selection bias.
+    """The router's kernel `router_weights/w/kernel [d, columns]`, N(0, 0.02), no bias in the
+    logits; and, apart, the selection bias.
 
     Attributes:
       columns: E for most routers, see `Router.logit_columns`; without columns there is no kernel.
-      biased_experts: E of routers that have a `Router.balance_rate`: there is a parameter `bias` `[E]`; 0 for the others.
+      biased_experts: E of routers that have a `Router.balance_rate`: there is a parameter `bias`
+        `[E]`; 0 for the others.
     """
 
     columns: int
@@ -59,8 +63,8 @@ class RouterLogits(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Float32 logits `[..., columns]` of `[..., d]`.
 
-        Inputs are cast to float32 before the product: rounding router logits to bfloat16 makes training unstable (Switch
-        Transformer, section 2.4, "selective precision").
+        Inputs are cast to float32 before the product: rounding router logits to bfloat16 makes
+        training unstable (Switch Transformer, section 2.4, "selective precision").
         """
         if not self.columns:
             return jnp.zeros((*tokens.shape[:-1], 0), jnp.float32)
@@ -77,11 +81,14 @@ class _RouterWeights(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        return Projection(self.columns, (axes.EMBED, axes.UNMODELED), init, dtype=jnp.float32, name="w")(tokens)
+        return Projection(
+            self.columns, (axes.EMBED, axes.UNMODELED), init, dtype=jnp.float32, name="w"
+        )(tokens)
 
 
 class MoeLayer(nn.Module):
-    """Routes tokens to experts, each of which is the dense MLP of the same name with its own weights.
+    """Routes tokens to experts, each of which is the dense MLP of the same name with its own
+    weights.
 
     Attributes:
       config: the model's MoE settings.
@@ -101,9 +108,15 @@ class MoeLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, valid: jax.Array | None = None, token_ids: jax.Array | None = None, *, train: bool = False
+        self,
+        x: jax.Array,
+        valid: jax.Array | None = None,
+        token_ids: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
-        """Maps `[batch, length, d]` to the same shape, and leaves a `MoeReport` in the collection `moe_reports`.
+        """Maps `[batch, length, d]` to the same shape, and leaves a `MoeReport` in the collection
+        `moe_reports`.
 
         Args:
           x: tokens; zero vectors at padded positions.
@@ -112,55 +125,77 @@ class MoeLayer(nn.Module):
           train: training capacity, dropout and router jitter.
 
         Raises:
-          ValueError: the token count does not divide into groups, or the router needs token ids and there are none.
+          ValueError: the token count does not divide into groups, or the router needs token ids and
+            there are none.
         """
         config = self.config
         router = config.router(self.stack)
         if router.needs_token_ids and token_ids is None:
             raise ValueError(
-                f"{type(router).__name__} routes by token ids, and this model has none for its MoE layers: use TokensChoose() or another "
-                "router that looks at features"
+                f"{type(router).__name__} routes by token ids, and this model has none for its MoE"
+                " layers: use TokensChoose() or another router that looks at features"
             )
         batch_size, length, _ = x.shape
         batch_shards = active_batch_shards()
-        sizes = layer_sizes(config, router, batch_size, length, train=train, batch_shards=batch_shards)
+        sizes = layer_sizes(
+            config, router, batch_size, length, train=train, batch_shards=batch_shards
+        )
         grouping = sizes.grouping
-        # Groups that do not divide over devices get company, groups of padding, which are taken away below. Left uneven (XLA would do the
-        # same on every device), the exchange of slots is no all-to-all: slots of all groups go to all devices.
+        # Groups that do not divide over devices get company, groups of padding, which are taken
+        # away below. Left uneven (XLA would do the same on every device), the exchange of slots is
+        # no all-to-all: slots of all groups go to all devices.
         spare = -grouping.num_groups % batch_shards
         if spare and train:
             _warn_of_spare_groups(grouping.num_groups, grouping.group_size, batch_shards)
         if valid is None:
             valid = jnp.ones((batch_size, length), bool)
-        tokens = constrain(_group(x, grouping, spare), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
+        tokens = constrain(
+            _group(x, grouping, spare), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED)
+        )
         real = constrain(_group(valid, grouping, spare), (axes.EXPERT_GROUP, None))
-        ids = _group(token_ids, grouping, spare) if router.needs_token_ids and token_ids is not None else None
+        ids = (
+            _group(token_ids, grouping, spare)
+            if router.needs_token_ids and token_ids is not None
+            else None
+        )
 
         biased = 0 if router.balance_rate is None else config.num_experts
-        router_module = RouterLogits(router.logit_columns(config.num_experts), biased, name="router")
+        router_module = RouterLogits(
+            router.logit_columns(config.num_experts), biased, name="router"
+        )
         logits = self._logits(router_module, tokens, router, train=train)
         limits = None
         if config.independent and not router.per_token:
             # A sequence's capacity follows from its real tokens, whatever padding it came with.
-            by_length = np.array([sequence_capacity(config, n, train=train) for n in range(length + 1)], np.int32)
+            by_length = np.array(
+                [sequence_capacity(config, n, train=train) for n in range(length + 1)], np.int32
+            )
             limits = jnp.asarray(by_length)[jnp.sum(real, axis=-1)]
 
         def route(groups: Any, bias: jax.Array | None) -> Any:
-            return jax.vmap(functools.partial(self._route, router=router, capacity=sizes.capacity, bias=bias))(*groups)
+            return jax.vmap(
+                functools.partial(self._route, router=router, capacity=sizes.capacity, bias=bias)
+            )(*groups)
 
-        routing, report = on_batch_shards(route, (logits, real, limits, ids), router_module.selection_bias())
+        routing, report = on_batch_shards(
+            route, (logits, real, limits, ids), router_module.selection_bias()
+        )
         report = report_lib.over_groups(_without(report, spare), every_group=config.t5x_mode)
         self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
         y = self._process(tokens, routing.plan, router, train=train)
         y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
-        y = _without(y, spare).reshape(batch_size + grouping.batch_padding, length + grouping.length_padding, -1)[:batch_size, :length]
+        y = _without(y, spare).reshape(
+            batch_size + grouping.batch_padding, length + grouping.length_padding, -1
+        )[:batch_size, :length]
         if config.shared_expert_mlp_dim is not None:
             y = y + self._shared_expert(x, config.shared_expert_mlp_dim, train=train)
         return constrain(y, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
 
     def _shared_expert(self, x: jax.Array, hidden: int, *, train: bool) -> jax.Array:
-        """The MLP that processes every token `[batch, length, d]`: no routing, no capacity, weight 1."""
+        """The MLP that processes every token `[batch, length, d]`: no routing, no capacity, weight
+        1.
+        """
         shared = MlpBlock(
             hidden=hidden,
             activations=self.activations,
@@ -170,12 +205,16 @@ class MoeLayer(nn.Module):
         )
         return shared(x.astype(self.dtype), not train)
 
-    def _logits(self, module: RouterLogits, tokens: jax.Array, router: Router, *, train: bool) -> jax.Array:
+    def _logits(
+        self, module: RouterLogits, tokens: jax.Array, router: Router, *, train: bool
+    ) -> jax.Array:
         """Float32 logits `[G, S, columns]` of `[G, S, d]`."""
         tokens = tokens.astype(jnp.float32)
         if train and router.input_jitter > 0 and self.has_rng("jitter"):
             low, high = 1.0 - router.input_jitter, 1.0 + router.input_jitter
-            tokens = tokens * jax.random.uniform(self.make_rng("jitter"), tokens.shape, minval=low, maxval=high)
+            tokens = tokens * jax.random.uniform(
+                self.make_rng("jitter"), tokens.shape, minval=low, maxval=high
+            )
         return constrain(module(tokens), (axes.EXPERT_GROUP, None, None))
 
     def _route(
@@ -196,12 +235,23 @@ class MoeLayer(nn.Module):
         # What counts in losses. T5X divides by all positions even where padding is ignored.
         counted = (routable if config.t5x_mode else real).astype(jnp.float32)
         count = jnp.float32(real.size) if config.t5x_mode else jnp.sum(counted)
-        group = Group(logits, config.num_experts, routable, counted, count, limit=limit, bias=bias, token_ids=token_ids)
+        group = Group(
+            logits,
+            config.num_experts,
+            routable,
+            counted,
+            count,
+            limit=limit,
+            bias=bias,
+            token_ids=token_ids,
+        )
         slots = router.slots(capacity, group_size=real.size)
         routing = router.route(group, capacity=slots)
         if config.t5x_mode:
             # Flaxformer zeroes the logits of ignored tokens and still averages over them.
-            z_loss = losses.router_z_loss(logits * counted[:, None], counted=jnp.ones_like(counted), count=count)
+            z_loss = losses.router_z_loss(
+                logits * counted[:, None], counted=jnp.ones_like(counted), count=count
+            )
         elif logits.size:
             z_loss = losses.router_z_loss(logits, counted=counted, count=count)
         else:
@@ -213,8 +263,9 @@ class MoeLayer(nn.Module):
     def _process(self, tokens: jax.Array, plan: Plan, router: Router, *, train: bool) -> jax.Array:
         """Sends `[G, S, d]` through the experts and adds up what comes back: float32 `[G, S, d]`.
 
-        Where every expert has a slot for every token, almost all slots are empty. As many as a skewed load needs are computed; all of them
-        only in a batch whose fullest expert is beyond that. Tokens are never dropped.
+        Where every expert has a slot for every token, almost all slots are empty. As many as a
+        skewed load needs are computed; all of them only in a batch whose fullest expert is beyond
+        that. Tokens are never dropped.
         """
         group_size = tokens.shape[1]
         if self.config.dispatch == "gather" or self.is_initializing():
@@ -226,7 +277,9 @@ class MoeLayer(nn.Module):
         short = None
         if router.per_token and (self.config.independent or router.has_room_for_all):
             even_share = router.active_experts(1.0) * group_size / self.config.num_experts
-            short = plan.shortened(max(math.ceil(ROOM_FOR_SKEW * even_share), MIN_ROOM), group_size=group_size)
+            short = plan.shortened(
+                max(math.ceil(ROOM_FOR_SKEW * even_share), MIN_ROOM), group_size=group_size
+            )
         if short is None:
             return process(self, tokens, plan)
         return nn.cond(
@@ -250,37 +303,55 @@ class _Experts:
     def on_slots(self, inputs: jax.Array) -> jax.Array:
         """Outputs `[G, E, C, d]` of `[G, E, C, d]`.
 
-        Before, groups are split over all data and expert shards; in between, groups over data shards only and experts over expert shards.
-        The change from one to the other and back is what becomes the two all-to-alls, and nothing else crosses devices.
+        Before, groups are split over all data and expert shards; in between, groups over data
+        shards only and experts over expert shards. The change from one to the other and back is
+        what becomes the two all-to-alls, and nothing else crosses devices.
         """
         layer = self.layer
         here = (axes.EXPERT_GROUP, None, None, axes.ACTIVATION_EMBED)
         there = (axes.EXPERT_REPLICA_GROUP, axes.ACTIVATION_EXPERT, None, axes.ACTIVATION_EMBED)
         inputs = constrain(constrain(inputs, here), there)
         if layer.is_initializing():
-            outputs = init_experts(self._expert(name="expert", parent=layer), inputs, num_experts=layer.config.num_experts)
+            outputs = init_experts(
+                self._expert(name="expert", parent=layer),
+                inputs,
+                num_experts=layer.config.num_experts,
+            )
         else:
             groups, num_experts = inputs.shape[:2]
             outputs = apply_experts(
-                self._expert(), self._params(), inputs, hidden_scale=self._dropout((groups, num_experts, 1, layer.hidden))
+                self._expert(),
+                self._params(),
+                inputs,
+                hidden_scale=self._dropout((groups, num_experts, 1, layer.hidden)),
             )
         return constrain(constrain(outputs, there), here)
 
     def on_assigned(self, tokens: jax.Array, assignment: Assignment) -> jax.Array:
-        """Float32 `[G, S, d]`. Experts that are looped over take tokens from where they are and add to sums there: no slots are made."""
+        """Float32 `[G, S, d]`. Experts that are looped over take tokens from where they are and add
+        to sums there: no slots are made.
+        """
         layer = self.layer
         groups, num_tokens, d = tokens.shape
         if loops(d * layer.hidden) and not layer.is_initializing():
             scale = self._dropout((groups, layer.config.num_experts, 1, layer.hidden))
-            return one_by_one(self._expert(), self._params(), tokens, assignment, hidden_scale=scale)
+            return one_by_one(
+                self._expert(), self._params(), tokens, assignment, hidden_scale=scale
+            )
         outputs = self.on_slots(jax.vmap(dispatch.dispatch)(tokens, assignment))
-        return jax.vmap(lambda out, where: dispatch.combine(out, where, group_size=num_tokens))(outputs, assignment)
+        return jax.vmap(lambda out, where: dispatch.combine(out, where, group_size=num_tokens))(
+            outputs, assignment
+        )
 
     def on_choices(self, tokens: jax.Array, choices: Choices) -> jax.Array:
-        """Float32 `[G, S, d]`. The parameters are those that `on_slots` makes; how they are multiplied differs alone."""
+        """Float32 `[G, S, d]`. The parameters are those that `on_slots` makes; how they are
+        multiplied differs alone.
+        """
         layer = self.layer
         kernels = {name: leaf["kernel"] for name, leaf in self._params().items()}
-        flat, expert, weight = (a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight))
+        flat, expert, weight = (
+            a.reshape(-1, a.shape[-1]) for a in (tokens, choices.expert, choices.weight)
+        )
         out = dropless.process(
             flat,
             expert,
@@ -309,22 +380,26 @@ class _Experts:
         return nn.meta.unbox(self.layer.variables["params"]["expert"])
 
     def _dropout(self, shape: tuple[int, ...]) -> jax.Array | None:
-        """Float32 factors on hidden units of experts: 0 or 1 / (1 - rate), where a unit is dropped for all tokens of a group, or of all
-        groups, or for none; None without dropout."""
+        """Float32 factors on hidden units of experts: 0 or 1 / (1 - rate), where a unit is dropped
+        for all tokens of a group, or of all groups, or for none; None without dropout.
+        """
         layer = self.layer
         if not self.train or layer.dropout_rate == 0:
             return None
         keep = 1.0 - layer.dropout_rate
-        return jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
+        return (
+            jax.random.bernoulli(layer.make_rng("dropout"), keep, shape).astype(jnp.float32) / keep
+        )
 
 
 @functools.cache
 def _warn_of_spare_groups(num_groups: int, group_size: int, batch_shards: int) -> None:
     """Once for each kind of layer: a run's speed suffers silently otherwise."""
     _log.warning(
-        "MoE layers have %d groups of %d tokens on %d batch shards (data x expert partitions): %d groups of padding are computed beside "
-        "them, and tokens move to the device of their group and back. Choose GROUP_SIZE or BATCH_SIZE (with microbatches: of one) such "
-        "that the groups are a multiple of %d",
+        "MoE layers have %d groups of %d tokens on %d batch shards (data x expert partitions): %d"
+        " groups of padding are computed beside them, and tokens move to the device of their group"
+        " and back. Choose GROUP_SIZE or BATCH_SIZE (with microbatches: of one) such that the"
+        " groups are a multiple of %d",
         num_groups,
         group_size,
         batch_shards,
@@ -334,7 +409,9 @@ def _warn_of_spare_groups(num_groups: int, group_size: int, batch_shards: int) -
 
 
 def _group(x: jax.Array, grouping: capacity_lib.Grouping, spare: int) -> jax.Array:
-    """`[batch, length, ...]` to `[G + spare, S, ...]`, with T5X mode's padding of zeros and so many groups of zeros."""
+    """`[batch, length, ...]` to `[G + spare, S, ...]`, with T5X mode's padding of zeros and so many
+    groups of zeros.
+    """
     padding = [(0, grouping.batch_padding), (0, grouping.length_padding)] + [(0, 0)] * (x.ndim - 2)
     if grouping.batch_padding or grouping.length_padding:
         x = jnp.pad(x, padding)

@@ -1,26 +1,36 @@
 """Losses that keep routing healthy, for ONE group.
 
-Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
+Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K
+experts per token.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def load_balancing_loss(probabilities: jax.Array, choices: jax.Array, *, counted: jax.Array, count: jax.Array) -> jax.Array:
-    """The auxiliary loss of Switch Transformer (equations 4 to 6), for K choices, in Flaxformer's scale.
+def load_balancing_loss(
+    probabilities: jax.Array, choices: jax.Array, *, counted: jax.Array, count: jax.Array
+) -> jax.Array:
+    """The auxiliary loss of Switch Transformer (equations 4 to 6), for K choices, in Flaxformer's
+    scale.
 
-    loss = E^2 * mean over experts e of f_e * p_e, where f_e is the fraction of tokens that have e among their K choices (before
-    any drop) and p_e the mean router probability of e. With perfect balance f_e = K/E and p_e = 1/E, so the loss is K.
+    loss = E^2 * mean over experts e of f_e * p_e, where f_e is the fraction of tokens that have e
+    among their K choices (before any drop) and p_e the mean router probability of e. With perfect
+    balance f_e = K/E and p_e = 1/E, so the loss is K.
 
     Args:
       probabilities: float32 `[S, E]`, softmax over all experts.
       choices: int32 `[S, K]`.
       counted: float32 `[S]`, 1 for tokens that count and 0 for those that do not.
-      count: float32 scalar, the number of tokens that the means run over. A group without any gives 0.
+      count: float32 scalar, the number of tokens that the means run over. A group without any gives
+        0.
     """
     num_experts = probabilities.shape[-1]
-    chosen = jnp.zeros(probabilities.shape, jnp.float32).at[jnp.arange(choices.shape[0])[:, None], choices].set(1.0)
+    chosen = (
+        jnp.zeros(probabilities.shape, jnp.float32)
+        .at[jnp.arange(choices.shape[0])[:, None], choices]
+        .set(1.0)
+    )
     scale = 1.0 / jnp.maximum(count, 1.0)
     fraction = jnp.einsum("se,s->e", chosen, counted) * scale
     probability = jnp.einsum("se,s->e", probabilities, counted) * scale
@@ -33,7 +43,8 @@ def router_z_loss(logits: jax.Array, *, counted: jax.Array, count: jax.Array) ->
     Args:
       logits: float32 `[S, E]`.
       counted: float32 `[S]`, 1 for tokens that count and 0 for those that do not.
-      count: float32 scalar, the number of tokens that the mean runs over. A group without any gives 0.
+      count: float32 scalar, the number of tokens that the mean runs over. A group without any gives
+        0.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return jnp.sum(jnp.square(log_z) * counted) / jnp.maximum(count, 1.0)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from upcycle_jax.moe.routing import Group, Routing
 
 REPORTS = "moe_reports"
-"""The variable collection in which every MoE layer leaves its `MoeReport` (one per call, under the name `report`)."""
+"""The variable collection in which every MoE layer leaves its `MoeReport` (one per call, under the
+name `report`).
+"""
 
 
 @flax.struct.dataclass
 class MoeReport:
-    """What one MoE layer did with one batch. Float32 scalars unless stated; sums, so that reports can be added up.
+    """What one MoE layer did with one batch. Float32 scalars unless stated; sums, so that reports
+    can be added up.
 
     Only real tokens count, except in T5X mode, where padding counts too.
 
@@ -26,8 +29,8 @@ class MoeReport:
       chosen: `[E]`, counted tokens that wanted each expert, before any drop.
       weight: combine weights of the counted tokens, summed.
       entropy: entropy of the router probabilities (nats), summed over counted tokens.
-      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers, where `load` is what capacity let it
-        have.
+      probability: `[E]`, router probabilities summed over counted tokens: what the router prefers,
+        where `load` is what capacity let it have.
       offered: placements asked for (`Routing`).
       dropped: placements not granted (`Routing`).
       non_finite: router logits that are NaN or infinite, of all tokens.
@@ -71,11 +74,14 @@ def of_group(routing: Routing, group: Group, z_loss: jax.Array, *, rows: int) ->
 
 
 def over_groups(report: MoeReport, *, every_group: bool) -> MoeReport:
-    """The layer's report from those of its groups `[G, ...]`: losses are averaged, the rest is summed.
+    """The layer's report from those of its groups `[G, ...]`: losses are averaged, the rest is
+    summed.
 
     A group of nothing but padding has no loss to average, unless padding counts (`every_group`).
     """
-    weight = jnp.ones_like(report.tokens) if every_group else (report.tokens > 0).astype(jnp.float32)
+    weight = (
+        jnp.ones_like(report.tokens) if every_group else (report.tokens > 0).astype(jnp.float32)
+    )
     num_groups = jnp.maximum(jnp.sum(weight), 1.0)
     summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), report)
     return summed.replace(

@@ -1,4 +1,6 @@
-"""Groups and slots of an MoE layer for a batch: what the layer, the accounting and the proofs of conversions all start from."""
+"""Groups and slots of an MoE layer for a batch: what the layer, the accounting and the proofs of
+conversions all start from.
+"""
 
 import dataclasses
 
@@ -24,7 +26,15 @@ class LayerSizes:
     rows: int
 
 
-def layer_sizes(config: MoeConfig, router: Router, batch_size: int, length: int, *, train: bool, batch_shards: int = 1) -> LayerSizes:
+def layer_sizes(
+    config: MoeConfig,
+    router: Router,
+    batch_size: int,
+    length: int,
+    *,
+    train: bool,
+    batch_shards: int = 1,
+) -> LayerSizes:
     """Sizes of a layer.
 
     Args:
@@ -39,8 +49,11 @@ def layer_sizes(config: MoeConfig, router: Router, batch_size: int, length: int,
       ValueError: the token count does not divide into groups.
     """
     if config.independent and router.per_token:
-        # With room for every token results do not depend on the groups, so these may follow the mesh.
-        grouping = capacity_lib.ample_grouping(batch_size * length, max_group_size=config.group_size, multiple_of=batch_shards)
+        # With room for every token results do not depend on the groups, so these may follow the
+        # mesh.
+        grouping = capacity_lib.ample_grouping(
+            batch_size * length, max_group_size=config.group_size, multiple_of=batch_shards
+        )
         capacity = grouping.group_size
     elif config.independent or router.group_is_sequence:
         grouping = capacity_lib.Grouping(num_groups=batch_size, group_size=length)
@@ -63,7 +76,8 @@ def layer_sizes(config: MoeConfig, router: Router, batch_size: int, length: int,
         grouping=grouping,
         capacity=capacity,
         slots=router.slots(capacity, group_size=grouping.group_size),
-        rows=grouping.num_groups * router.expert_rows(config.num_experts, capacity, group_size=grouping.group_size),
+        rows=grouping.num_groups
+        * router.expert_rows(config.num_experts, capacity, group_size=grouping.group_size),
     )
 
 

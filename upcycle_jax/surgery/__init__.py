@@ -1,6 +1,8 @@
-"""Dense-to-sparse conversion: a recipe becomes a plan, the plan is applied online or offline, and the result is proved from disk.
+"""Dense-to-sparse conversion: a recipe becomes a plan, the plan is applied online or offline, and
+the result is proved from disk.
 
-recipe (choices) -> make_plan (every target leaf, its origin) -> apply_online / apply_offline (the same bits) -> prove (proof.json).
+recipe (choices) -> make_plan (every target leaf, its origin) -> apply_online / apply_offline (the
+same bits) -> prove (proof.json).
 """
 
 from upcycle_jax.surgery.apply import apply_offline, apply_online

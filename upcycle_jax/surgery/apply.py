@@ -1,4 +1,6 @@
-"""Performing a plan: `online` and `offline` under one name, with `result_step` and `record`, which both need."""
+"""Performing a plan: `online` and `offline` under one name, with `result_step` and `record`, which
+both need.
+"""
 
 from upcycle_jax.surgery.offline import apply_offline, record, result_step
 from upcycle_jax.surgery.online import apply_online

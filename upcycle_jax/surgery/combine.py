@@ -1,6 +1,7 @@
 """Operations on several sources, and the way back from experts to one dense matrix.
 
-Means are running means, `m + (x - m) / n`, so that the mean of equal arrays is that array to the bit.
+Means are running means, `m + (x - m) / n`, so that the mean of equal arrays is that array to the
+bit.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from upcycle_jax.surgery.operations import Expectation, Operation
 
 @dataclasses.dataclass(frozen=True)
 class FromParents(Operation):
-    """Expert e is the dense leaf of parent `parents[e]` (Branch-Train-MiX, Sukhbaatar et al. 2024): `N x [*D] -> [E, *D]`."""
+    """Expert e is the dense leaf of parent `parents[e]` (Branch-Train-MiX, Sukhbaatar et al. 2024):
+    `N x [*D] -> [E, *D]`.
+    """
 
     parents: tuple[int, ...]
 
@@ -27,14 +30,18 @@ class FromParents(Operation):
 
     def result_shape(self, sources, target):
         if len(self.parents) != target[0]:
-            raise ValueError(f"{len(self.parents)} experts are assigned to parents, the model has {target[0]}: name one parent per expert")
+            raise ValueError(
+                f"{len(self.parents)} experts are assigned to parents, the model has {target[0]}:"
+                " name one parent per expert"
+            )
         return super().result_shape(sources, target)
 
     def make(self, sources, aux, keys, expert, shape):
         return sources[self.parents[expert]]
 
     def move(self, sources, aux, shape):
-        # A chain of selections, not a gather from a stacked array: elementwise, so each shard needs its own part only.
+        # A chain of selections, not a gather from a stacked array: elementwise, so each shard needs
+        # its own part only.
         parent = jnp.asarray(self.parents).reshape((-1,) + (1,) * sources[0].ndim)
         out = jnp.broadcast_to(sources[0], shape)
         for number, source in enumerate(sources[1:], start=1):
@@ -47,7 +54,9 @@ class FromParents(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Mean(Operation):
-    """The mean of a leaf over several dense checkpoints, in float32 (Branch-Train-MiX averages everything but the MLPs)."""
+    """The mean of a leaf over several dense checkpoints, in float32 (Branch-Train-MiX averages
+    everything but the MLPs).
+    """
 
     @property
     def name(self) -> str:
@@ -80,7 +89,9 @@ class MergeExperts(Operation):
 
     def result_shape(self, sources, target):
         if self.weights and len(self.weights) != sources[0][0]:
-            raise ValueError(f"{len(self.weights)} weights for {sources[0][0]} experts: give one per expert")
+            raise ValueError(
+                f"{len(self.weights)} weights for {sources[0][0]} experts: give one per expert"
+            )
         return tuple(sources[0][1:])
 
     def source_region(self, region, source):
@@ -92,13 +103,20 @@ class MergeExperts(Operation):
         for number in range(1, len(stack)):
             weight = self.weights[number] if self.weights else 1.0
             total += weight
-            mean = mean + (stack[number].astype(np.float32) - mean) * np.float32(weight / total if total else 0.0)
+            mean = mean + (stack[number].astype(np.float32) - mean) * np.float32(
+                weight / total if total else 0.0
+            )
         return mean
 
     def expectation(self, sources, aux, expert, shape):
         stack = np.asarray(sources[0], np.float64)
         weights = np.asarray(self.weights or (1 / len(stack),) * len(stack))
-        return Expectation(values=np.tensordot(weights / weights.sum(), stack, 1), kept=False, std=0.0, additive=True)
+        return Expectation(
+            values=np.tensordot(weights / weights.sum(), stack, 1),
+            kept=False,
+            std=0.0,
+            additive=True,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +133,10 @@ class PickExpert(Operation):
 
     def result_shape(self, sources, target):
         if not 0 <= self.expert < sources[0][0]:
-            raise ValueError(f"expert {self.expert} is not there: the layer has {sources[0][0]}, name one from 0 to {sources[0][0] - 1}")
+            raise ValueError(
+                f"expert {self.expert} is not there: the layer has {sources[0][0]}, name one from 0"
+                f" to {sources[0][0] - 1}"
+            )
         return tuple(sources[0][1:])
 
     def source_region(self, region, source):

@@ -1,4 +1,6 @@
-"""A conversion from start to finish: plan shown, applied, proved, and the function compared. What the commands call."""
+"""A conversion from start to finish: plan shown, applied, proved, and the function compared. What
+the commands call.
+"""
 
 import dataclasses
 import json
@@ -10,7 +12,13 @@ from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.conversion import checkpoint_path
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.surgery import function_check
-from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY, apply_offline, record, result_step, shared_chunks
+from upcycle_jax.surgery.offline import (
+    DEFAULT_MAX_MEMORY,
+    apply_offline,
+    record,
+    result_step,
+    shared_chunks,
+)
 from upcycle_jax.surgery.plan import is_expert, make_plan
 from upcycle_jax.surgery.proof import FILE_NAME, Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
@@ -50,7 +58,10 @@ def open_sources(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Read
     """Opens one dense checkpoint, or several as parents."""
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not several or not all(str(path) for path in several):
-        raise ValueError("no source checkpoint is named: set INITIAL_CHECKPOINT_PATH to a checkpoint or a MODEL_DIR")
+        raise ValueError(
+            "no source checkpoint is named: set INITIAL_CHECKPOINT_PATH to a checkpoint or a"
+            " MODEL_DIR"
+        )
     return join([open_checkpoint(path) for path in several])
 
 
@@ -84,29 +95,59 @@ def convert(
       report: is given every line for people.
 
     Raises:
-      ValueError: the source does not fit, `output_path` is taken, or an argument is out of range. Nothing was written.
+      ValueError: the source does not fit, `output_path` is taken, or an argument is out of range.
+        Nothing was written.
       OSError: the output cannot be written.
     """
-    _require(check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}")
+    _require(
+        check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}"
+    )
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan.text())
     if tokens is not None and not why_no_function_check(plan, model, check, max_memory):
-        function_check.predict(plan, model, tokens.batch)  # Refuses a batch that does not divide into routing groups.
+        function_check.predict(
+            plan, model, tokens.batch
+        )  # Refuses a batch that does not divide into routing groups.
     unproved = is_unproved_result(plan, source, output_path)
     _require(
         unproved or not Path(output_path).exists(),
-        f"{output_path} exists already: choose another OUTPUT_CHECKPOINT_PATH or remove it; nothing was changed",
+        f"{output_path} exists already: choose another OUTPUT_CHECKPOINT_PATH or remove it; nothing"
+        " was changed",
     )
-    checkpoint_path(output_path, result_step(plan, source))  # Refuses a folder that is named for another step.
+    checkpoint_path(
+        output_path, result_step(plan, source)
+    )  # Refuses a folder that is named for another step.
     if dry_run:
-        report(f"{shared_chunks(plan, source, output_path, materialize=materialize).reason}\ndry run: nothing was written to {output_path}")
+        report(
+            f"{shared_chunks(plan, source, output_path, materialize=materialize).reason}\ndry run:"
+            f" nothing was written to {output_path}"
+        )
         return Conversion(plan)
     if unproved:
-        report(f"{output_path} was written by this very conversion, which then was interrupted: only the proof is missing")
+        report(
+            f"{output_path} was written by this very conversion, which then was interrupted: only"
+            " the proof is missing"
+        )
         path = str(output_path)
     else:
-        path = apply_offline(plan, source, output_path, max_memory=max_memory, materialize=materialize, progress=report)
-    proof = verify(plan, source, open_checkpoint(path), model=model, check=check, max_memory=max_memory, tokens=tokens, report=report)
+        path = apply_offline(
+            plan,
+            source,
+            output_path,
+            max_memory=max_memory,
+            materialize=materialize,
+            progress=report,
+        )
+    proof = verify(
+        plan,
+        source,
+        open_checkpoint(path),
+        model=model,
+        check=check,
+        max_memory=max_memory,
+        tokens=tokens,
+        report=report,
+    )
     (Path(path) / PLAN_FILE).write_text(json.dumps(plan.json(), indent=1) + "\n")
     proof.write(path)
     report(f"{path} is written, with {PLAN_FILE} and proof.json")
@@ -114,7 +155,9 @@ def convert(
 
 
 def is_unproved_result(plan: Plan, source: Reader, output_path: str | os.PathLike) -> bool:
-    """Whether a finished result of this very conversion lies at `output_path` without its proof: the command was killed in between."""
+    """Whether a finished result of this very conversion lies at `output_path` without its proof:
+    the command was killed in between.
+    """
     if not Path(output_path).is_dir() or (Path(output_path) / FILE_NAME).exists():
         return False
     try:
@@ -135,15 +178,22 @@ def verify(
     tokens: Tokens | None = None,
     report: Report = print,
 ) -> Proof:
-    """Proves a result from disk and, where it applies, compares the two models on tokens; reports the verdict."""
+    """Proves a result from disk and, where it applies, compares the two models on tokens; reports
+    the verdict.
+    """
     proof = prove(plan, source, target, progress=report)
     recorded = target.metadata().get("surgery", {}).get("source_fingerprint")
     if recorded is not None and recorded != source.fingerprint():
-        report(f"note: the result records another source than {getattr(source, 'path', '')}, or that one has changed since")
+        report(
+            f"note: the result records another source than {getattr(source, 'path', '')}, or that"
+            " one has changed since"
+        )
     reason = why_no_function_check(plan, model, check, max_memory)
     if reason:
         report(f"function check: skipped, {reason}")
-    elif not proof.leaves_ok and (proof.missing or not all(leaf.ok or leaf.identical or leaf.drawn for leaf in proof.leaves)):
+    elif not proof.leaves_ok and (
+        proof.missing or not all(leaf.ok or leaf.identical or leaf.drawn for leaf in proof.leaves)
+    ):
         report("function check: skipped, leaves are missing or cannot be read")
     else:
         tokens = tokens if tokens is not None else Tokens.random(model.config.vocab_size)
@@ -160,7 +210,9 @@ def verify(
     return proof
 
 
-def why_no_function_check(plan: Plan, model: EncoderDecoderModel, check: str, max_memory: int) -> str:
+def why_no_function_check(
+    plan: Plan, model: EncoderDecoderModel, check: str, max_memory: int
+) -> str:
     """Why the function check does not run; '' where it does."""
     if check == "off":
         return "as asked"
@@ -174,11 +226,20 @@ def why_no_function_check(plan: Plan, model: EncoderDecoderModel, check: str, ma
         return "the target has no experts"
     # Both models in float32, and as much again for the forward passes.
     need = (
-        2 * 4 * sum(spec.size for spec in (*model.param_specs().values(), *function_check.dense_counterpart(model).param_specs().values()))
+        2
+        * 4
+        * sum(
+            spec.size
+            for spec in (
+                *model.param_specs().values(),
+                *function_check.dense_counterpart(model).param_specs().values(),
+            )
+        )
     )
     if check == "auto" and need > max_memory:
         return (
-            f"both models take about {need / 2**30:.1f} GiB in float32, more than max_memory; set upcycle.function_check = 'on' to run it"
+            f"both models take about {need / 2**30:.1f} GiB in float32, more than max_memory; set"
+            " upcycle.function_check = 'on' to run it"
         )
     return ""
 

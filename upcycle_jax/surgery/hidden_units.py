@@ -1,7 +1,9 @@
-"""Experts made of a selection of the dense MLP's hidden units: Drop-Upcycling, virtual groups, Qwen-style.
+"""Experts made of a selection of the dense MLP's hidden units: Drop-Upcycling, virtual groups,
+Qwen-style.
 
-All three are the same two steps: take hidden units `index[e]` of the dense matrix along its intermediate axis, scale, then draw a
-part of them anew. They differ in which units, and that choice is made on the host from integers (`prepare`).
+All three are the same two steps: take hidden units `index[e]` of the dense matrix along its
+intermediate axis, scale, then draw a part of them anew. They differ in which units, and that choice
+is made on the host from integers (`prepare`).
 
 Legend: E experts, f dense hidden units, w hidden units of one expert.
 """
@@ -16,7 +18,9 @@ from upcycle_jax.surgery.keys import KeySource, draw, permutation
 from upcycle_jax.surgery.operations import Expectation, Operation, Reach, Shape
 
 FIRST_REDRAW = 2**31
-"""Permutations from this number on choose redrawn units; those below shuffle the copies of the MLP."""
+"""Permutations from this number on choose redrawn units; those below shuffle the copies of the
+MLP.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +29,16 @@ class HiddenUnits(Operation):
 
     Attributes:
       axis: intermediate axis of the dense matrix (1 of wi `[d, f]`, 0 of wo `[f, d]`).
-      redraw: share r of the expert's hidden units to draw anew, floor(r * w) of them, from N(mean, std^2) of the very slice that
-        is replaced (one scalar each per expert and matrix).
-      shuffle: permute the hidden units first, alike in all matrices of the MLP, which leaves the MLP's function as it is.
-      per_matrix: choose the redrawn units of each matrix by itself; otherwise one set per expert for all its matrices.
+      redraw: share r of the expert's hidden units to draw anew, floor(r * w) of them, from N(mean,
+        std^2) of the very slice that is replaced (one scalar each per expert and matrix).
+      shuffle: permute the hidden units first, alike in all matrices of the MLP, which leaves the
+        MLP's function as it is.
+      per_matrix: choose the redrawn units of each matrix by itself; otherwise one set per expert
+        for all its matrices.
       noise_std: add N(0, noise_std^2) to the chosen units instead of replacing them.
       scale: factor on every value that is kept or redrawn.
-      groups: G, where an expert must be exactly one of G equal shards of the dense MLP; 0: any width.
+      groups: G, where an expert must be exactly one of G equal shards of the dense MLP; 0: any
+        width.
     """
 
     axis: int
@@ -54,7 +61,10 @@ class HiddenUnits(Operation):
             parts.append("shuffled")
         if self.redraw:
             what = "per matrix" if self.per_matrix else "per expert"
-            parts.append(f"{self.redraw:g} {'redrawn' if self.noise_std is None else f'+ noise({self.noise_std:g})'} {what}")
+            parts.append(
+                f"{self.redraw:g}"
+                f" {'redrawn' if self.noise_std is None else f'+ noise({self.noise_std:g})'} {what}"
+            )
         if self.scale != 1.0:
             parts.append(f"x{self.scale:.4g}")
         return ", ".join(parts)
@@ -62,20 +72,25 @@ class HiddenUnits(Operation):
     def result_shape(self, sources, target):
         dense = tuple(sources[0])
         if self.axis >= len(dense) or len(target) != len(dense) + 1:
-            raise ValueError(f"an MLP kernel is needed, the dense leaf has shape {list(dense)} and the model's {list(target)}")
+            raise ValueError(
+                f"an MLP kernel is needed, the dense leaf has shape {list(dense)} and the model's"
+                f" {list(target)}"
+            )
         width = target[1 + self.axis]
         if self.groups and width * self.groups != dense[self.axis]:
             raise ValueError(
-                f"granularity {self.groups} cuts the dense MLP's {dense[self.axis]} hidden units into shards of "
-                f"{dense[self.axis] / self.groups:g}, the model's experts have {width}: "
-                "set EXPERT_MLP_DIM to the dense size divided by the granularity"
+                f"granularity {self.groups} cuts the dense MLP's {dense[self.axis]} hidden units"
+                f" into shards of {dense[self.axis] / self.groups:g}, the model's experts have"
+                f" {width}: set EXPERT_MLP_DIM to the dense size divided by the granularity"
             )
         return (target[0], *dense[: self.axis], width, *dense[self.axis + 1 :])
 
     def prepare(self, sources, keys, target):
         dense = sources[0]
         experts, width = target[0], target[1 + self.axis]
-        index = hidden_unit_index(keys, experts=experts, width=width, hidden=dense.shape[self.axis], shuffle=self.shuffle)
+        index = hidden_unit_index(
+            keys, experts=experts, width=width, hidden=dense.shape[self.axis], shuffle=self.shuffle
+        )
         aux = {
             "index": index,
             "redrawn": np.zeros((experts, width), bool),
@@ -88,7 +103,9 @@ class HiddenUnits(Operation):
         moved = np.moveaxis(dense, self.axis, 0)
         for expert in range(experts):
             number = FIRST_REDRAW + expert
-            chosen = permutation(keys.seed, keys.leaf if self.per_matrix else keys.layer, number, width)[:count]
+            chosen = permutation(
+                keys.seed, keys.leaf if self.per_matrix else keys.layer, number, width
+            )[:count]
             aux["redrawn"][expert, chosen] = True
             if self.noise_std is not None:
                 aux["std"][expert] = self.noise_std
@@ -104,7 +121,10 @@ class HiddenUnits(Operation):
             return values
         values = values.astype(np.float32)
         if aux["redrawn"][expert].any():
-            drawn = draw("normal", keys.seed, keys.leaf, expert, values.shape) * aux["std"][expert] + aux["mean"][expert]
+            drawn = (
+                draw("normal", keys.seed, keys.leaf, expert, values.shape) * aux["std"][expert]
+                + aux["mean"][expert]
+            )
             drawn = drawn if self.noise_std is None else values + drawn
             form = [1] * values.ndim
             form[self.axis] = -1
@@ -119,28 +139,45 @@ class HiddenUnits(Operation):
         form[self.axis] = -1
         kept = np.broadcast_to(~aux["redrawn"][expert].reshape(form), values.shape)
         mean, std = (float(aux[name][expert]) * self.scale for name in ("mean", "std"))
-        return Expectation(values=values, kept=kept, mean=mean, std=std, additive=self.noise_std is not None)
+        return Expectation(
+            values=values, kept=kept, mean=mean, std=std, additive=self.noise_std is not None
+        )
 
 
-def hidden_unit_index(keys: KeySource, *, experts: int, width: int, hidden: int, shuffle: bool) -> np.ndarray:
+def hidden_unit_index(
+    keys: KeySource, *, experts: int, width: int, hidden: int, shuffle: bool
+) -> np.ndarray:
     """Which dense hidden unit each hidden unit of each expert is taken from, int32 `[E, w]`.
 
-    The dense MLP is repeated ceil(E * w / f) times, every repetition shuffled by itself where asked, and cut into experts of w units in
-    order: expert e holds units `e * w ... (e + 1) * w - 1` of the row, the remainder is discarded (Qwen2 technical report, section 2.2.2).
-    With w = f every expert is one (shuffled) copy; with f = G * w and no shuffling, expert e is shard e mod G (NVIDIA's virtual groups).
+    The dense MLP is repeated ceil(E * w / f) times, every repetition shuffled by itself where
+    asked, and cut into experts of w units in order: expert e holds units `e * w ... (e + 1) * w -
+    1` of the row, the remainder is discarded (Qwen2 technical report, section 2.2.2). With w = f
+    every expert is one (shuffled) copy; with f = G * w and no shuffling, expert e is shard e mod G
+    (NVIDIA's virtual groups).
     """
     copies = -(-experts * width // hidden)
-    row = [permutation(keys.seed, keys.layer, c, hidden) if shuffle else np.arange(hidden, dtype=np.int32) for c in range(copies)]
+    row = [
+        (
+            permutation(keys.seed, keys.layer, c, hidden)
+            if shuffle
+            else np.arange(hidden, dtype=np.int32)
+        )
+        for c in range(copies)
+    ]
     return np.concatenate(row)[: experts * width].reshape(experts, width)
 
 
-def virtual_group_scale(*, experts: int, granularity: int, top_k: int, softmax_first: bool, gated: bool) -> float:
-    """NVIDIA's factor on all expert matrices (He et al. 2024, arXiv 2410.07524, section 3.2; Megatron-LM's `upcycling_utils`).
+def virtual_group_scale(
+    *, experts: int, granularity: int, top_k: int, softmax_first: bool, gated: bool
+) -> float:
+    """NVIDIA's factor on all expert matrices (He et al. 2024, arXiv 2410.07524, section 3.2;
+    Megatron-LM's `upcycling_utils`).
 
-    The output of the MoE layer falls short of the dense MLP's by `deficit` at the start: E G^2 / T with softmax before top-k (E G experts,
-    each of the G shards weighted by about 1 / (E G), T / G sets selected), and G with top-k before softmax (weights that sum to 1 over G
-    shards). Spread over three matrices of a gated MLP (or over squared units) the factor is deficit^(1/3), over two matrices of a plain one
-    deficit^(1/2).
+    The output of the MoE layer falls short of the dense MLP's by `deficit` at the start: E G^2 / T
+    with softmax before top-k (E G experts, each of the G shards weighted by about 1 / (E G), T / G
+    sets selected), and G with top-k before softmax (weights that sum to 1 over G shards). Spread
+    over three matrices of a gated MLP (or over squared units) the factor is deficit^(1/3), over two
+    matrices of a plain one deficit^(1/2).
 
     Args:
       experts: all experts of the layer, E * G in the paper's notation.
@@ -158,7 +195,9 @@ def virtual_group_scale(*, experts: int, granularity: int, top_k: int, softmax_f
 
 
 def shape_of_mlp_axis(path: str, axes: tuple[str | None, ...], shape: Shape) -> int:
-    """The intermediate axis of a dense MLP kernel: the one named `mlp` or `expert_mlp`, else by name (the first axis of `wo`)."""
+    """The intermediate axis of a dense MLP kernel: the one named `mlp` or `expert_mlp`, else by
+    name (the first axis of `wo`).
+    """
     for name in ("expert_mlp", "mlp"):
         if name in axes:
             return axes.index(name) - (1 if "expert" in axes[:1] else 0)

@@ -29,11 +29,19 @@ def result_step(plan: Plan, reader: Reader) -> int:
     for row in plan.rows:
         if row.target == STEP:
             return int(RowValues(row, reader, plan.recipe.seed).region(()))
-    return 0 if plan.recipe.step == "reset" else plan.recipe.step if isinstance(plan.recipe.step, int) else reader.step
+    return (
+        0
+        if plan.recipe.step == "reset"
+        else plan.recipe.step
+        if isinstance(plan.recipe.step, int)
+        else reader.step
+    )
 
 
 def record(plan: Plan, reader: Reader) -> dict[str, Any]:
-    """What a converted checkpoint says about its making: recipe, seed, source and versions. The same call gives the same record."""
+    """What a converted checkpoint says about its making: recipe, seed, source and versions. The
+    same call gives the same record.
+    """
     return {
         "surgery": {
             "recipe": to_json(plan.recipe),
@@ -65,18 +73,19 @@ def apply_offline(
 ) -> str:
     """Writes the plan's result as a checkpoint, leaf by leaf, chunk by chunk.
 
-    Leaves that only move bytes out of an Orbax checkpoint are not decoded: where the file system and the library allow it (this is tried,
-    at a small scale), all experts refer to the one stored copy of a dense chunk, and otherwise encoded chunks are copied as they are.
+    Leaves that only move bytes out of an Orbax checkpoint are not decoded: where the file system
+    and the library allow it (this is tried, at a small scale), all experts refer to the one stored
+    copy of a dense chunk, and otherwise encoded chunks are copied as they are.
 
-    Nothing stands at `output_path` before everything is written; a call that was killed is finished by the same call, and what it had
-    written already is not written again.
+    Nothing stands at `output_path` before everything is written; a call that was killed is finished
+    by the same call, and what it had written already is not written again.
 
     Args:
       plan: what to do.
       reader: the source; it is only read.
       output_path: folder of the new checkpoint, e.g. `MODEL_DIR/checkpoint_1000`.
-      max_memory: bytes of arrays to hold at a time. The floor is a few times the largest matrix where random numbers are drawn, and a few
-        stored chunks elsewhere.
+      max_memory: bytes of arrays to hold at a time. The floor is a few times the largest matrix
+        where random numbers are drawn, and a few stored chunks elsewhere.
       materialize: write every byte, so that the result shares no file with the source.
       compress: store chunks with zstd (as Orbax does) or raw.
       metadata: further entries for the checkpoint's record.
@@ -87,11 +96,14 @@ def apply_offline(
 
     Raises:
       FileExistsError: there is something at `output_path`.
-      ValueError: a partial checkpoint of another plan lies there; `max_memory` is too small to work with.
+      ValueError: a partial checkpoint of another plan lies there; `max_memory` is too small to work
+        with.
       OSError: the disk is full or cannot be written. What was written is kept for the next call.
     """
     if max_memory < 16 << 20:
-        raise ValueError(f"max_memory {max_memory} is less than 16 MiB: chunks could not be held; raise it")
+        raise ValueError(
+            f"max_memory {max_memory} is less than 16 MiB: chunks could not be held; raise it"
+        )
     chunk_bytes = min(64 << 20, max_memory // 16)
     shared = shared_chunks(plan, reader, output_path, materialize=materialize)
     if progress is not None:
@@ -101,7 +113,11 @@ def apply_offline(
         plan.specs(),
         step=result_step(plan, reader),
         metadata={**record(plan, reader), **(metadata or {})},
-        layouts=tiling.copied_layouts(reader, shared.references, plan.specs()) if isinstance(reader, OrbaxReader) else None,
+        layouts=(
+            tiling.copied_layouts(reader, shared.references, plan.specs())
+            if isinstance(reader, OrbaxReader)
+            else None
+        ),
         chunk_bytes=chunk_bytes,
         pending_bytes=max_memory // 8,
         compress=compress,
@@ -113,9 +129,15 @@ def apply_offline(
             row for row in plan.rows if row.target != STEP and row.target not in shared.references
         ]  # The writer stores the step itself.
         meter = _Meter(sum(row.bytes_written for row in made), progress)
-        repeated = [row for row in made if isinstance(row.operation, Tile) and writer.layout(row.target).chunks[:1] == (1,)]
+        repeated = [
+            row
+            for row in made
+            if isinstance(row.operation, Tile) and writer.layout(row.target).chunks[:1] == (1,)
+        ]
         for row in made:
-            _offline_leaf(row, reader, plan.recipe.seed, writer, meter, first_expert_only=row in repeated)
+            _offline_leaf(
+                row, reader, plan.recipe.seed, writer, meter, first_expert_only=row in repeated
+            )
         writer.flush()
         for row in repeated:
             _repeat_first_expert(row, writer, meter)
@@ -140,7 +162,9 @@ class SharedChunks:
     reason: str
 
 
-def shared_chunks(plan: Plan, reader: Reader, output_path: os.PathLike | str, *, materialize: bool = False) -> SharedChunks:
+def shared_chunks(
+    plan: Plan, reader: Reader, output_path: os.PathLike | str, *, materialize: bool = False
+) -> SharedChunks:
     """Finds out which leaves can be taken over chunk by chunk, and how."""
     references = {}
     for row in plan.rows:
@@ -155,14 +179,30 @@ def shared_chunks(plan: Plan, reader: Reader, output_path: os.PathLike | str, *,
             tiling.copied_layouts(reader, references, plan.specs())
         except (ValueError, KeyError) as error:
             return SharedChunks({}, encoded, f"every leaf is read and written: {error.args[0]}")
-        return SharedChunks(references, encoded, f"{len(references)} leaves are written as the source's encoded chunks, sharing no file")
+        return SharedChunks(
+            references,
+            encoded,
+            f"{len(references)} leaves are written as the source's encoded chunks, sharing no file",
+        )
     found = tiling.probe(reader, output_path, references, plan.specs())
     if found.possible:
-        return SharedChunks(references, tiling.CopyMode.REFERENCE, f"{len(references)} leaves refer to stored chunks: {found.reason}")
+        return SharedChunks(
+            references,
+            tiling.CopyMode.REFERENCE,
+            f"{len(references)} leaves refer to stored chunks: {found.reason}",
+        )
     return SharedChunks({}, encoded, f"every leaf is read and written: {found.reason}")
 
 
-def _offline_leaf(row: Row, reader: Reader, seed: int, writer: CheckpointWriter, meter: "_Meter", *, first_expert_only: bool) -> None:
+def _offline_leaf(
+    row: Row,
+    reader: Reader,
+    seed: int,
+    writer: CheckpointWriter,
+    meter: "_Meter",
+    *,
+    first_expert_only: bool,
+) -> None:
     values = RowValues(row, reader, seed)
     regions = list(writer.pieces(row.target))
     if first_expert_only:
@@ -178,17 +218,26 @@ def _offline_leaf(row: Row, reader: Reader, seed: int, writer: CheckpointWriter,
 
 
 def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: "_Meter") -> None:
-    """Gives every other expert the encoded bytes of expert 0, which is on disk: each chunk is compressed once, not E times."""
+    """Gives every other expert the encoded bytes of expert 0, which is on disk: each chunk is
+    compressed once, not E times.
+    """
     name, experts, layout = row.target, row.spec.shape[0], writer.layout(row.target)
     for region in writer.pieces(name):
         if region[0].start > 0:
             break  # Pieces come expert by expert.
-        lacking = [e for e in range(1, experts) if not writer.is_written(name, (slice(e, e + 1), *region[1:]))]
+        lacking = [
+            e
+            for e in range(1, experts)
+            if not writer.is_written(name, (slice(e, e + 1), *region[1:]))
+        ]
         if lacking:
             place = [s.start // chunk for s, chunk in zip(region, layout.chunks, strict=True)]
             encoded = writer.store.read(f"{writer.key(name)}/{layout.key(place)}").result().value
             writer.write_encoded(name, {layout.key([e, *place[1:]]): encoded for e in lacking})
-        nbytes = int(np.prod([s.stop - s.start for s in region], dtype=np.int64)) * row.spec.dtype.itemsize
+        nbytes = (
+            int(np.prod([s.stop - s.start for s in region], dtype=np.int64))
+            * row.spec.dtype.itemsize
+        )
         meter.add(nbytes * (experts - 1), name)
 
 
@@ -207,9 +256,12 @@ class _Meter:
             rate = self.done / max(now - self.begun, 1e-9)
             left = (self.total - self.done) / max(rate, 1)
             self.progress(
-                f"{100 * self.done / self.total:5.1f}%  {size(self.done)} of {size(self.total)}, {size(rate)}/s, {left:.0f} s left: {name}"
+                f"{100 * self.done / self.total:5.1f}%  {size(self.done)} of {size(self.total)},"
+                f" {size(rate)}/s, {left:.0f} s left: {name}"
             )
 
     def finish(self) -> None:
         if self.progress is not None:
-            self.progress(f"written {size(self.done)} in {time.monotonic() - self.begun:.1f} s; finishing")
+            self.progress(
+                f"written {size(self.done)} in {time.monotonic() - self.begun:.1f} s; finishing"
+            )

@@ -15,12 +15,16 @@ from upcycle_jax.surgery.values import RowValues
 from upcycle_jax.trees import LeafSpec
 
 
-def apply_online(plan: Plan, reader: Reader, shardings: Mapping[str, Sharding]) -> dict[str, jax.Array]:
+def apply_online(
+    plan: Plan, reader: Reader, shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
     """Makes every target leaf on the devices.
 
-    A dense leaf is read once, each process reading only its shards (split over the axes that the target splits beside the expert axis);
-    the program that tiles it has the target's sharding, so each device makes only its own experts. What is drawn or averaged is made on the
-    host, one expert's slab at a time and only the experts that this process holds, by the same code as offline.
+    A dense leaf is read once, each process reading only its shards (split over the axes that the
+    target splits beside the expert axis); the program that tiles it has the target's sharding, so
+    each device makes only its own experts. What is drawn or averaged is made on the host, one
+    expert's slab at a time and only the experts that this process holds, by the same code as
+    offline.
 
     Args:
       plan: what to do.
@@ -35,8 +39,14 @@ def apply_online(plan: Plan, reader: Reader, shardings: Mapping[str, Sharding]) 
     """
     lacking = sorted(row.target for row in plan.rows if row.target not in shardings)
     if lacking:
-        raise ValueError(f"{len(lacking)} leaves of the plan have no sharding, e.g. {lacking[0]}: give one per target leaf")
-    return {row.target: _online_leaf(row, reader, plan.recipe.seed, shardings[row.target]) for row in plan.rows}
+        raise ValueError(
+            f"{len(lacking)} leaves of the plan have no sharding, e.g. {lacking[0]}: give one per"
+            " target leaf"
+        )
+    return {
+        row.target: _online_leaf(row, reader, plan.recipe.seed, shardings[row.target])
+        for row in plan.rows
+    }
 
 
 def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax.Array:
@@ -52,13 +62,19 @@ def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax
 
 
 @functools.lru_cache(maxsize=256)
-def movement(operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding) -> Callable[..., jax.Array]:
+def movement(
+    operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding
+) -> Callable[..., jax.Array]:
     """The compiled program that moves source values to where the target's sharding wants them."""
-    return jax.jit(lambda sources: operation.move(sources, {}, shape).astype(dtype), out_shardings=sharding)
+    return jax.jit(
+        lambda sources: operation.move(sources, {}, shape).astype(dtype), out_shardings=sharding
+    )
 
 
 def _from_host(row: Row, values: RowValues, sharding: Sharding) -> jax.Array:
-    """Makes a leaf slab by slab on the host and puts every slab on the devices that hold it, so that the host never holds two."""
+    """Makes a leaf slab by slab on the host and puts every slab on the devices that hold it, so
+    that the host never holds two.
+    """
     shape = row.spec.shape
     places: dict[Any, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -66,13 +82,21 @@ def _from_host(row: Row, values: RowValues, sharding: Sharding) -> jax.Array:
         places.setdefault(bounds, []).append(device)
     if not row.operation.stacked:
         made = {bounds: values.region(tuple(slice(*b) for b in bounds)) for bounds in places}
-        shards = [jax.device_put(made[bounds], device) for bounds, devices in places.items() for device in devices]
+        shards = [
+            jax.device_put(made[bounds], device)
+            for bounds, devices in places.items()
+            for device in devices
+        ]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
     slabs: dict[jax.Device, list[jax.Array]] = {}
     wanted = [
-        ((slice(e, e + 1), *(slice(*b) for b in bounds[1:])), devices) for bounds, devices in places.items() for e in range(*bounds[0])
+        ((slice(e, e + 1), *(slice(*b) for b in bounds[1:])), devices)
+        for bounds, devices in places.items()
+        for e in range(*bounds[0])
     ]
-    if values.whole_slabs:  # One slab serves all of its parts; otherwise one part of the source serves all experts.
+    if (
+        values.whole_slabs
+    ):  # One slab serves all of its parts; otherwise one part of the source serves all experts.
         wanted.sort(key=lambda item: item[0][0].start)
     for region, devices in wanted:
         slab = values.region(region)
@@ -86,7 +110,9 @@ def _from_host(row: Row, values: RowValues, sharding: Sharding) -> jax.Array:
 
 
 def source_sharding(row: Row, source: LeafSpec, sharding: Sharding) -> Sharding:
-    """How a source leaf is split while its target is made: as the target is along the axes they share, whole along the others."""
+    """How a source leaf is split while its target is made: as the target is along the axes they
+    share, whole along the others.
+    """
     if not isinstance(sharding, NamedSharding):
         return sharding
     entries = tuple(sharding.spec) + (None,) * (len(row.spec.shape) - len(sharding.spec))

@@ -1,9 +1,10 @@
 """What can happen to one leaf: frozen, pure, array -> array, without I/O.
 
-Legend: E experts, D the shape of the dense leaf. A *stacked* operation fills a leaf `[E, *D]` expert by expert; the others fill a
-leaf whole. `make` is the one generator of values: it works on the host, one expert's slab at a time, in NumPy (whose separate
-multiplications and additions are never fused, so results do not depend on how the array is cut). Operations that merely move bits
-can also do so on the devices, in `move`.
+Legend: E experts, D the shape of the dense leaf. A *stacked* operation fills a leaf `[E, *D]`
+expert by expert; the others fill a leaf whole. `make` is the one generator of values: it works on
+the host, one expert's slab at a time, in NumPy (whose separate multiplications and additions are
+never fused, so results do not depend on how the array is cut). Operations that merely move bits can
+also do so on the devices, in `move`.
 """
 
 import dataclasses
@@ -38,8 +39,10 @@ class Expectation:
     """What a slab must look like, stated without the generator (the proof checks files against it).
 
     Attributes:
-      values: reference values in the shape of the slab, or None where nothing is kept and nothing is added to.
-      kept: which entries must equal `values` bit for bit: a boolean array that broadcasts to the slab, or one boolean for all.
+      values: reference values in the shape of the slab, or None where nothing is kept and nothing
+        is added to.
+      kept: which entries must equal `values` bit for bit: a boolean array that broadcasts to the
+        slab, or one boolean for all.
       mean: expected mean of the other entries (of their difference to `values` where `additive`).
       std: expected standard deviation of the same.
       additive: the other entries are `values` plus a draw.
@@ -60,7 +63,8 @@ class Operation:
       stacked: the result has a leading expert axis that this operation adds.
       reach: see `Reach`.
       draws: random numbers are involved.
-      preserves: every value of the result is a value of a source (up to a cast), or zero; `move` exists.
+      preserves: every value of the result is a value of a source (up to a cast), or zero; `move`
+        exists.
       reads_statistics: `prepare` needs the values of the sources.
     """
 
@@ -76,26 +80,36 @@ class Operation:
         return type(self).__name__.lower()
 
     def result_shape(self, sources: Sequence[Shape], target: Shape) -> Shape:
-        """The shape that the operation gives for sources of these shapes; `target` tells the number of experts.
+        """The shape that the operation gives for sources of these shapes; `target` tells the number
+        of experts.
 
         Raises:
           ValueError: the operation cannot be applied to these shapes.
         """
         return ((target[0],) if self.stacked else ()) + tuple(sources[0])
 
-    def prepare(self, sources: Sequence[np.ndarray], keys: KeySource, target: Shape) -> dict[str, np.ndarray]:
-        """Host-side choices and statistics, each array with a leading expert axis: index sets, masks, means, deviations.
+    def prepare(
+        self, sources: Sequence[np.ndarray], keys: KeySource, target: Shape
+    ) -> dict[str, np.ndarray]:
+        """Host-side choices and statistics, each array with a leading expert axis: index sets,
+        masks, means, deviations.
 
-        They are made here and not inside the sharded program, because a sharded sum depends on the number of shards.
+        They are made here and not inside the sharded program, because a sharded sum depends on the
+        number of shards.
         """
         return {}
 
     def source_region(self, region: Region, source: int) -> Region:
-        """The region of a source that a region of the result (without the axis that stacking adds) is made of."""
+        """The region of a source that a region of the result (without the axis that stacking adds)
+        is made of.
+        """
         return region
 
-    def make(self, sources: Sequence[np.ndarray], aux: Aux, keys: KeySource, expert: int, shape: Shape) -> np.ndarray:
-        """The values of one slab (the whole leaf or a region of it where not stacked), before the cast to the leaf's dtype.
+    def make(
+        self, sources: Sequence[np.ndarray], aux: Aux, keys: KeySource, expert: int, shape: Shape
+    ) -> np.ndarray:
+        """The values of one slab (the whole leaf or a region of it where not stacked), before the
+        cast to the leaf's dtype.
 
         Args:
           sources: the source arrays, whole or (reach ELEMENT) the same region of each.
@@ -110,8 +124,12 @@ class Operation:
         """The whole result on the devices, traced by jit; only where `preserves`."""
         raise TypeError(f"{type(self).__name__} does more than to move values")
 
-    def expectation(self, sources: Sequence[np.ndarray], aux: Aux, expert: int, shape: Shape) -> Expectation | None:
-        """What slab `expert` (the whole leaf or region where not stacked) must look like; None: only the generator can tell."""
+    def expectation(
+        self, sources: Sequence[np.ndarray], aux: Aux, expert: int, shape: Shape
+    ) -> Expectation | None:
+        """What slab `expert` (the whole leaf or region where not stacked) must look like; None:
+        only the generator can tell.
+        """
         return None
 
 
@@ -133,7 +151,8 @@ class Copy(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class FirstUnits(Operation):
-    """The first hidden units of an MLP's matrix, `[d, f] -> [d, w]` or `[f, d] -> [w, d]`: a shared expert narrower than the dense MLP.
+    """The first hidden units of an MLP's matrix, `[d, f] -> [d, w]` or `[f, d] -> [w, d]`: a shared
+    expert narrower than the dense MLP.
 
     Attributes:
       axis: the intermediate axis.
@@ -153,8 +172,8 @@ class FirstUnits(Operation):
         shape = list(sources[0])
         if self.width > shape[self.axis]:
             raise ValueError(
-                f"a shared expert of {self.width} hidden units cannot be cut from an MLP of {shape[self.axis]}: set SHARED_EXPERT_MLP_DIM "
-                f"to at most {shape[self.axis]}"
+                f"a shared expert of {self.width} hidden units cannot be cut from an MLP of"
+                f" {shape[self.axis]}: set SHARED_EXPERT_MLP_DIM to at most {shape[self.axis]}"
             )
         shape[self.axis] = self.width
         return tuple(shape)
@@ -171,7 +190,9 @@ class FirstUnits(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class Tile(Operation):
-    """Gives every expert the dense leaf (Komatsuzaki et al. 2023, section 2.2; T5X's `UpcycleCheckpointer`): `[*D] -> [E, *D]`."""
+    """Gives every expert the dense leaf (Komatsuzaki et al. 2023, section 2.2; T5X's
+    `UpcycleCheckpointer`): `[*D] -> [E, *D]`.
+    """
 
     stacked: ClassVar[bool] = True
     preserves: ClassVar[bool] = True
@@ -227,7 +248,8 @@ class Constant(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class RouterNormal(Operation):
-    """A fresh router kernel `[d, E]`: column e is N(0, std^2) drawn from (seed, path, e // repeat), so columns do not depend on E.
+    """A fresh router kernel `[d, E]`: column e is N(0, std^2) drawn from (seed, path, e // repeat),
+    so columns do not depend on E.
 
     Attributes:
       std: standard deviation.
@@ -242,17 +264,23 @@ class RouterNormal(Operation):
 
     @property
     def name(self) -> str:
-        return f"normal({self.std:g})" + (f", each column x{self.repeat}" if self.repeat > 1 else "")
+        return f"normal({self.std:g})" + (
+            f", each column x{self.repeat}" if self.repeat > 1 else ""
+        )
 
     def result_shape(self, sources, target):
         if len(target) != 2 or target[1] % self.repeat:
             raise ValueError(
-                f"a router kernel [d_model, experts] with experts a multiple of {self.repeat} is needed, the model's is {list(target)}"
+                f"a router kernel [d_model, experts] with experts a multiple of {self.repeat} is"
+                f" needed, the model's is {list(target)}"
             )
         return target
 
     def make(self, sources, aux, keys, expert, shape):
-        columns = [draw("normal", keys.seed, keys.leaf, e, shape[:1]) * np.float32(self.std) for e in range(shape[1] // self.repeat)]
+        columns = [
+            draw("normal", keys.seed, keys.leaf, e, shape[:1]) * np.float32(self.std)
+            for e in range(shape[1] // self.repeat)
+        ]
         return np.repeat(np.stack(columns, axis=1), self.repeat, axis=1)
 
     def expectation(self, sources, aux, expert, shape):
@@ -261,7 +289,9 @@ class RouterNormal(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class RouterUniform(Operation):
-    """A fresh router kernel `[d, E]`: uniform, mean-subtracted, scaled to `std` (the choice of Drop-Upcycling's released code)."""
+    """A fresh router kernel `[d, E]`: uniform, mean-subtracted, scaled to `std` (the choice of
+    Drop-Upcycling's released code).
+    """
 
     std: float
 
@@ -311,13 +341,22 @@ class Given(Operation):
         try:
             loaded = np.load(self.file, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.file} cannot be read as NumPy's .npz ({error}): write it with numpy.savez, arrays only") from None
+            raise ValueError(
+                f"{self.file} cannot be read as NumPy's .npz ({error}): write it with numpy.savez,"
+                " arrays only"
+            ) from None
         if not self.member:
             return np.asarray(loaded)
         if isinstance(loaded, np.ndarray):
-            raise ValueError(f"{self.file} holds one array without a name: write a .npz with an array {self.member!r}")
+            raise ValueError(
+                f"{self.file} holds one array without a name: write a .npz with an array"
+                f" {self.member!r}"
+            )
         if self.member not in loaded:
-            raise ValueError(f"{self.file} has no array {self.member!r}; it has {', '.join(loaded.files[:8]) or 'none'}")
+            raise ValueError(
+                f"{self.file} has no array {self.member!r}; it has"
+                f" {', '.join(loaded.files[:8]) or 'none'}"
+            )
         return np.asarray(loaded[self.member])
 
     def result_shape(self, sources, target):
@@ -332,7 +371,9 @@ class Given(Operation):
 
 @dataclasses.dataclass(frozen=True)
 class AddNoise(Operation):
-    """Dense leaf plus N(0, s^2) per expert; s is `std`, or `std` times the leaf's own standard deviation where `relative`."""
+    """Dense leaf plus N(0, s^2) per expert; s is `std`, or `std` times the leaf's own standard
+    deviation where `relative`.
+    """
 
     std: float
     relative: bool = False
@@ -358,15 +399,17 @@ class AddNoise(Operation):
         return sources[0].astype(np.float32) + noise
 
     def expectation(self, sources, aux, expert, shape):
-        return Expectation(values=sources[0], kept=False, std=float(aux["std"][expert]), additive=True)
+        return Expectation(
+            values=sources[0], kept=False, std=float(aux["std"][expert]), additive=True
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomExperts(Operation):
     """Copies for the experts named, the model's own initialisation for the others.
 
-    The initialisation is T5X's for MLP kernels: normal truncated at two deviations with variance 1 / fan_in, fan_in being the first axis of
-    the dense kernel.
+    The initialisation is T5X's for MLP kernels: normal truncated at two deviations with variance 1
+    / fan_in, fan_in being the first axis of the dense kernel.
 
     Attributes:
       copied: the experts that get the dense leaf.
@@ -385,7 +428,10 @@ class RandomExperts(Operation):
     def result_shape(self, sources, target):
         beyond = [e for e in self.copied if not 0 <= e < target[0]]
         if beyond:
-            raise ValueError(f"experts {beyond} are to be copied, but there are only {target[0]}: name experts from 0 to {target[0] - 1}")
+            raise ValueError(
+                f"experts {beyond} are to be copied, but there are only {target[0]}: name experts"
+                f" from 0 to {target[0] - 1}"
+            )
         return super().result_shape(sources, target)
 
     def prepare(self, sources, keys, target):

@@ -1,8 +1,10 @@
-"""From two trees of specs and a recipe to a plan, or to one error that shows what does not fit on both sides.
+"""From two trees of specs and a recipe to a plan, or to one error that shows what does not fit on
+both sides.
 
-Target first: every target leaf gets exactly one origin; every source leaf is used or dropped by name. Experts are found by `mlp/expert/` in
-a path, shared experts by `mlp/shared_expert/`, routers by `mlp/router/`, optimizer slots by `state/param_states/`; nothing else of an
-architecture is known here.
+Target first: every target leaf gets exactly one origin; every source leaf is used or dropped by
+name. Experts are found by `mlp/expert/` in a path, shared experts by `mlp/shared_expert/`, routers
+by `mlp/router/`, optimizer slots by `state/param_states/`; nothing else of an architecture is known
+here.
 """
 
 import re
@@ -45,20 +47,31 @@ def is_router_bias(path: str) -> bool:
     return f"{ROUTER}bias" in path
 
 
-def make_plan(source_specs: Specs, target_specs: Specs, recipe: Recipe | MergeRecipe | None = None) -> Plan:
+def make_plan(
+    source_specs: Specs, target_specs: Specs, recipe: Recipe | MergeRecipe | None = None
+) -> Plan:
     """Plans the conversion of a checkpoint into a target model.
 
     Args:
-      source_specs: full path -> spec of the source; of several dense parents, as `sources.join` names them ('parent_0/target/...').
-      target_specs: full path -> spec of the target: which layers are sparse, how wide experts are and which slots exist follows from it.
+      source_specs: full path -> spec of the source; of several dense parents, as `sources.join`
+        names them ('parent_0/target/...').
+      target_specs: full path -> spec of the target: which layers are sparse, how wide experts are
+        and which slots exist follows from it.
       recipe: the choices; None: `Recipe()`, the paper's for language.
 
     Raises:
-      ValueError: the source has experts already, leaves on either side are without counterpart, shapes do not fit, or the recipe does not
-        suit the two trees. The message names the leaves of both sides and the remedy.
+      ValueError: the source has experts already, leaves on either side are without counterpart,
+        shapes do not fit, or the recipe does not suit the two trees. The message names the leaves
+        of both sides and the remedy.
     """
     recipe = recipe if recipe is not None else Recipe()
-    matcher = _Merging if isinstance(recipe, MergeRecipe) else _Parents if isinstance(recipe.expert_init, ParentExperts) else _Upcycling
+    matcher = (
+        _Merging
+        if isinstance(recipe, MergeRecipe)
+        else _Parents
+        if isinstance(recipe.expert_init, ParentExperts)
+        else _Upcycling
+    )
     return matcher(dict(source_specs), dict(target_specs), recipe).plan()
 
 
@@ -74,7 +87,9 @@ class _Matching:
 
     def plan(self) -> Plan:
         self.check()
-        for path, spec in sorted(self.target.items(), key=lambda item: (item[0].startswith("state/"), item[0])):
+        for path, spec in sorted(
+            self.target.items(), key=lambda item: (item[0].startswith("state/"), item[0])
+        ):
             if path == STEP:
                 self.step(spec)
             elif path.startswith(SLOTS):
@@ -84,10 +99,16 @@ class _Matching:
                 self.parameter(path, spec)
         self.account()
         if self.faults:
-            shown = self.faults[:40] + ([f"... and {len(self.faults) - 40} more"] if len(self.faults) > 40 else [])
+            shown = self.faults[:40] + (
+                [f"... and {len(self.faults) - 40} more"] if len(self.faults) > 40 else []
+            )
             remedy = "".join(f"\n{line}" for line in dict.fromkeys(self.remedies))
-            raise ValueError("the source checkpoint does not fit the target model:\n" + "\n".join(shown) + remedy)
-        dropped = tuple(Dropped(name, self.source[name], reason) for name, reason in sorted(self.drops.items()))
+            raise ValueError(
+                "the source checkpoint does not fit the target model:\n" + "\n".join(shown) + remedy
+            )
+        dropped = tuple(
+            Dropped(name, self.source[name], reason) for name, reason in sorted(self.drops.items())
+        )
         return Plan(tuple(self.rows), dropped, self.recipe)
 
     def check(self) -> None:
@@ -104,14 +125,28 @@ class _Matching:
             self.add(path, spec, Zeros(), ())
             return
         if not any(name.startswith(SLOTS) for name in self.source):
-            self.faults.append(f"- {path} {spec} (in the target, the source has no optimizer state)")
+            self.faults.append(
+                f"- {path} {spec} (in the target, the source has no optimizer state)"
+            )
             self.remedies.append("Remedy: set Recipe.optimizer_state = 'reset'.")
             return
         operation, sources = self.slot_origin(path)
-        # A slot of shape (1,) is Adafactor's mark for "unused": it is carried as it is, never tiled.
-        if sources and sources[0] in self.source and self.source[sources[0]].shape == PLACEHOLDER and spec.shape == PLACEHOLDER:
+        # A slot of shape (1,) is Adafactor's mark for "unused": it is carried as it is, never
+        # tiled.
+        if (
+            sources
+            and sources[0] in self.source
+            and self.source[sources[0]].shape == PLACEHOLDER
+            and spec.shape == PLACEHOLDER
+        ):
             operation = Copy()
-        self.add(path, spec, operation, sources, "Remedy: the optimizers differ; set Recipe.optimizer_state = 'reset'.")
+        self.add(
+            path,
+            spec,
+            operation,
+            sources,
+            "Remedy: the optimizers differ; set Recipe.optimizer_state = 'reset'.",
+        )
 
     def step(self, spec: LeafSpec) -> None:
         if self.recipe.step == "reset":
@@ -119,21 +154,44 @@ class _Matching:
         elif isinstance(self.recipe.step, int):
             self.add(STEP, spec, Constant(self.recipe.step), ())
         else:
-            self.add(STEP, spec, Copy(), (self.step_source(),), "Remedy: a source without a step needs Recipe.step = 'reset' or a number.")
+            self.add(
+                STEP,
+                spec,
+                Copy(),
+                (self.step_source(),),
+                "Remedy: a source without a step needs Recipe.step = 'reset' or a number.",
+            )
 
     def step_source(self) -> str:
         return STEP
 
-    def add(self, path: str, spec: LeafSpec, operation: Operation, sources: Sequence[str], remedy: str = "", layer: str = "") -> None:
+    def add(
+        self,
+        path: str,
+        spec: LeafSpec,
+        operation: Operation,
+        sources: Sequence[str],
+        remedy: str = "",
+        layer: str = "",
+    ) -> None:
         absent = [name for name in sources if name not in self.source]
         if absent:
-            self.faults.append(f"- {path} {spec} (in the target, the source has no {' or '.join(absent)})")
-            self.remedies.append(remedy or "Remedy: choose the model file that belongs to the source; a deeper target needs Recipe.depth.")
+            self.faults.append(
+                f"- {path} {spec} (in the target, the source has no {' or '.join(absent)})"
+            )
+            self.remedies.append(
+                remedy
+                or "Remedy: choose the model file that belongs to the source; a deeper target needs Recipe.depth."
+            )
             return
         specs = tuple(self.source[name] for name in sources)
         unequal = sorted({str(list(s.shape)) for s in specs})
         try:
-            result = operation.result_shape([s.shape for s in specs], spec.shape) if len(unequal) < 2 else None
+            result = (
+                operation.result_shape([s.shape for s in specs], spec.shape)
+                if len(unequal) < 2
+                else None
+            )
         except ValueError as error:
             self.faults.append(f"! {path}: {error}")
             return
@@ -141,8 +199,14 @@ class _Matching:
             self.faults.append(f"! {path}: the sources differ in shape: {', '.join(unequal)}")
         elif tuple(result) != spec.shape:
             given = ", ".join(map(str, specs)) or "no source"
-            self.faults.append(f"! {path}: {operation.name} of {given} gives shape {list(result)}, the target has {list(spec.shape)}")
-            self.remedies.append(remedy or "Remedy: choose the model file of the source's size, or the source of the model's.")
+            self.faults.append(
+                f"! {path}: {operation.name} of {given} gives shape {list(result)}, the target has"
+                f" {list(spec.shape)}"
+            )
+            self.remedies.append(
+                remedy
+                or "Remedy: choose the model file of the source's size, or the source of the model's."
+            )
         self.rows.append(Row(path, spec, operation, tuple(sources), specs, layer))
 
     def account(self) -> None:
@@ -161,11 +225,18 @@ class _Matching:
                 self.drops[name] = reason
             else:
                 self.faults.append(f"+ {name} {spec} (in the source, no use in the target)")
-                self.remedies.append("Remedy for leaves of the source only: name them in Recipe.drop if they may be lost.")
+                self.remedies.append(
+                    "Remedy for leaves of the source only: name them in Recipe.drop if they may be"
+                    " lost."
+                )
 
     def drop_reason(self, name: str) -> str | None:
         if name == STEP:
-            return "the step is set by the recipe" if STEP in self.target else "the target keeps no step"
+            return (
+                "the step is set by the recipe"
+                if STEP in self.target
+                else "the target keeps no step"
+            )
         if name.startswith(SLOTS):
             if not any(path.startswith(SLOTS) for path in self.target):
                 return "the target keeps no optimizer state"
@@ -184,16 +255,24 @@ class _Upcycling(_Matching):
     """Dense to sparse, or dense to deeper."""
 
     def check(self) -> None:
-        experts = sorted((name for name in self.source if is_expert(name) or is_router(name)), key=lambda name: (SLOTS in name, name))
+        experts = sorted(
+            (name for name in self.source if is_expert(name) or is_router(name)),
+            key=lambda name: (SLOTS in name, name),
+        )
         if experts:
             raise ValueError(
-                f"the source is a Mixture-of-Experts already ({len(experts)} leaves, e.g. {experts[0]}): upcycling happens once. "
-                "Restore it without a recipe to continue it, or merge it into a dense checkpoint first (MergeRecipe)."
+                f"the source is a Mixture-of-Experts already ({len(experts)} leaves, e.g."
+                f" {experts[0]}): upcycling happens once. Restore it without a recipe to continue"
+                " it, or merge it into a dense checkpoint first (MergeRecipe)."
             )
-        self.layers = {side: _count_layers(tree) for side, tree in (("source", self.source), ("target", self.target))}
+        self.layers = {
+            side: _count_layers(tree)
+            for side, tree in (("source", self.source), ("target", self.target))
+        }
 
     def origin(self, path: str) -> str:
-        """The source path of a target path: without the expert folder, and from the layer that depth tiling names.
+        """The source path of a target path: without the expert folder, and from the layer that
+        depth tiling names.
 
         Raises:
           ValueError: the recipe's layer list does not fit.
@@ -203,17 +282,36 @@ class _Upcycling(_Matching):
         if self.recipe.depth is None or match is None:
             return path
         stack, number = match["stack"], int(match["number"])
-        counts = [self.layers[side].get(stack.removeprefix(SLOTS).removeprefix("target/"), 0) for side in ("source", "target")]
-        return f"{stack}layers_{self.recipe.depth.source_layer(number, *counts)}/{path[match.end() :]}" if counts[0] else path
+        counts = [
+            self.layers[side].get(stack.removeprefix(SLOTS).removeprefix("target/"), 0)
+            for side in ("source", "target")
+        ]
+        return (
+            f"{stack}layers_{self.recipe.depth.source_layer(number, *counts)}/{path[match.end() :]}"
+            if counts[0]
+            else path
+        )
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
         if is_router_bias(path):
             self.add(path, spec, Zeros(), ())  # No expert is preferred before any load was seen.
         elif is_router(path):
-            self.add(path, spec, self.recipe.router_init.operation(path), (), "Remedy: give routers of the model's shape.")
+            self.add(
+                path,
+                spec,
+                self.recipe.router_init.operation(path),
+                (),
+                "Remedy: give routers of the model's shape.",
+            )
         elif is_expert(path):
             operation = self.recipe.expert_init.operation(path, spec)
-            self.add(path, spec, operation, self.expert_sources(path), layer=path.split(EXPERT)[0] + "mlp")
+            self.add(
+                path,
+                spec,
+                operation,
+                self.expert_sources(path),
+                layer=path.split(EXPERT)[0] + "mlp",
+            )
         elif is_shared(path):
             self.shared(path, spec)
         else:
@@ -259,14 +357,27 @@ class _Parents(_Upcycling):
     def check(self) -> None:
         super().check()
         init = self.recipe.expert_init
-        self.parents = sorted({int(match.group(1)) for name in self.source if (match := PARENT.fullmatch(name))})
+        self.parents = sorted(
+            {int(match.group(1)) for name in self.source if (match := PARENT.fullmatch(name))}
+        )
         if not self.parents:
-            raise ValueError("ParentExperts needs several source checkpoints: give a list of them as INITIAL_CHECKPOINT_PATH")
-        named = set(init.parents) | {parent for parent in (init.rest, init.shared) if isinstance(parent, int)}
+            raise ValueError(
+                "ParentExperts needs several source checkpoints: give a list of them as"
+                " INITIAL_CHECKPOINT_PATH"
+            )
+        named = set(init.parents) | {
+            parent for parent in (init.rest, init.shared) if isinstance(parent, int)
+        }
         if not named <= set(self.parents):
-            raise ValueError(f"ParentExperts names parents {sorted(named)}, there are {len(self.parents)}: {self.parents}")
+            raise ValueError(
+                f"ParentExperts names parents {sorted(named)}, there are {len(self.parents)}:"
+                f" {self.parents}"
+            )
         if self.recipe.optimizer_state != "reset":
-            raise ValueError("optimizer states of several parents do not combine: set Recipe.optimizer_state = 'reset'")
+            raise ValueError(
+                "optimizer states of several parents do not combine: set Recipe.optimizer_state ="
+                " 'reset'"
+            )
 
     def expert_sources(self, path: str) -> tuple[str, ...]:
         return tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
@@ -274,7 +385,9 @@ class _Parents(_Upcycling):
     def dense(self, path: str, spec: LeafSpec) -> None:
         rest = self.recipe.expert_init.rest
         if rest == "mean":
-            self.add(path, spec, Mean(), tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents))
+            self.add(
+                path, spec, Mean(), tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
+            )
         else:
             self.add(path, spec, Copy(), (f"parent_{rest}/{self.origin(path)}",))
 
@@ -285,7 +398,13 @@ class _Parents(_Upcycling):
             self.cut(path, spec, f"parent_{parent}/{self.origin(path)}")
             return
         sources = tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
-        self.add(path, spec, Mean(), sources, "Remedy: a narrower shared expert is cut from one parent; set ParentExperts.shared.")
+        self.add(
+            path,
+            spec,
+            Mean(),
+            sources,
+            "Remedy: a narrower shared expert is cut from one parent; set ParentExperts.shared.",
+        )
 
     def step_source(self) -> str:
         rest = self.recipe.expert_init.rest
@@ -309,12 +428,15 @@ class _Merging(_Matching):
         shared = [name for name in self.source if is_shared(name)]
         if shared:
             raise ValueError(
-                f"the source has shared experts (e.g. {shared[0]}), whose sum with the routed ones is no MLP of the dense size: only "
-                "models without them can be merged"
+                f"the source has shared experts (e.g. {shared[0]}), whose sum with the routed ones"
+                " is no MLP of the dense size: only models without them can be merged"
             )
         experts = [name for name in self.target if is_expert(name)]
         if experts:
-            raise ValueError(f"merging gives a dense model, the target has experts (e.g. {experts[0]}): choose the dense model file")
+            raise ValueError(
+                f"merging gives a dense model, the target has experts (e.g. {experts[0]}): choose"
+                " the dense model file"
+            )
 
     def _expert(self, path: str) -> str:
         head, found, tail = path.rpartition("mlp/")
@@ -333,7 +455,10 @@ class _Merging(_Matching):
         elif layer in self.recipe.weights:
             operation = MergeExperts(tuple(float(w) for w in self.recipe.weights[layer]))
         else:
-            self.faults.append(f"! {path}: MergeRecipe.weights has no entry for layer {layer!r}; it has {sorted(self.recipe.weights)}")
+            self.faults.append(
+                f"! {path}: MergeRecipe.weights has no entry for layer {layer!r}; it has"
+                f" {sorted(self.recipe.weights)}"
+            )
             return
         self.add(path, spec, operation, (expert,))
 
@@ -345,7 +470,11 @@ class _Merging(_Matching):
         return is_expert(slot) or is_router(slot)
 
     def drop_reason(self, name: str) -> str | None:
-        return "routers have no place in a dense model" if name.startswith("target/") and is_router(name) else super().drop_reason(name)
+        return (
+            "routers have no place in a dense model"
+            if name.startswith("target/") and is_router(name)
+            else super().drop_reason(name)
+        )
 
 
 def _count_layers(tree: Specs) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Re-checks a conversion from the two checkpoints on disk, leaf by leaf, against the plan.
 
-Three questions per leaf: are the parts that must be copies the source's bits; do the parts that were drawn have the mean and deviation that
-the recipe promises; and does drawing them again give the same values. And one for the tree: is every leaf of the plan there, and nothing
-else.
+Three questions per leaf: are the parts that must be copies the source's bits; do the parts that
+were drawn have the mean and deviation that the recipe promises; and does drawing them again give
+the same values. And one for the tree: is every leaf of the plan there, and nothing else.
 """
 
 import dataclasses
@@ -25,9 +25,13 @@ from upcycle_jax.surgery.values import RowValues, regions_of
 FILE_NAME = "proof.json"
 REGION_BYTES = 64 << 20
 SIGMAS = 6.0
-"""Sample means and deviations may lie so many standard errors off: about one false alarm in 10^9 samples."""
+"""Sample means and deviations may lie so many standard errors off: about one false alarm in 10^9
+samples.
+"""
 DRAW_ULPS = 4
-"""Drawn values may differ by so many units in the last place: the normal transform is not the same to the bit on every backend."""
+"""Drawn values may differ by so many units in the last place: the normal transform is not the same
+to the bit on every backend.
+"""
 
 
 @dataclasses.dataclass
@@ -41,8 +45,10 @@ class LeafVerdict:
       identical: values verified equal to their source bit for bit.
       drawn: values that are new, or changed by a draw.
       regenerated: drawn values that came out the same to the bit when drawn again.
-      max_ulps: largest difference of a drawn value to its second drawing, in units in the last place.
-      mean: mean of the drawn values (of what was added to the source, where something was added), None where nothing was drawn.
+      max_ulps: largest difference of a drawn value to its second drawing, in units in the last
+        place.
+      mean: mean of the drawn values (of what was added to the source, where something was added),
+        None where nothing was drawn.
       std: their standard deviation.
       problems: why the leaf is wrong; empty: it is right.
     """
@@ -86,7 +92,9 @@ class Proof:
 
     @property
     def ok(self) -> bool:
-        """Every leaf is right, none lacks, none is too many, and the function check, if it ran, held."""
+        """Every leaf is right, none lacks, none is too many, and the function check, if it ran,
+        held.
+        """
         return self.leaves_ok and (self.function is None or bool(self.function.get("ok", False)))
 
     @property
@@ -96,22 +104,42 @@ class Proof:
 
     def text(self) -> str:
         """A summary for people; wrong leaves in full."""
-        identical, drawn = sum(leaf.identical for leaf in self.leaves), sum(leaf.drawn for leaf in self.leaves)
+        identical, drawn = (
+            sum(leaf.identical for leaf in self.leaves),
+            sum(leaf.drawn for leaf in self.leaves),
+        )
         pure = sum(leaf.ok and leaf.identical == leaf.elements for leaf in self.leaves)
         counts = len(self.missing), len(self.unexplained), len(self.dropped)
         lines = [
             f"proof: {'PASSED' if self.ok else 'FAILED'}",
-            f"  {sum(leaf.ok for leaf in self.leaves)} of {len(self.leaves)} leaves right; {pure} of them bit-identical throughout",
-            f"  {identical} values equal their source (or the zeros planned) bit for bit, {drawn} values are drawn anew",
-            "  {} leaves unwritten, {} unexplained; {} source leaves dropped by name".format(*counts),
+            (
+                f"  {sum(leaf.ok for leaf in self.leaves)} of {len(self.leaves)} leaves right;"
+                f" {pure} of them bit-identical throughout"
+            ),
+            (
+                f"  {identical} values equal their source (or the zeros planned) bit for bit,"
+                f" {drawn} values are drawn anew"
+            ),
+            "  {} leaves unwritten, {} unexplained; {} source leaves dropped by name".format(
+                *counts
+            ),
         ]
         for leaf in self.leaves:
             if leaf.ok and leaf.std is not None:
-                lines.append(f"  {leaf.path}: {leaf.operation}: drawn values have mean {leaf.mean:.3g}, standard deviation {leaf.std:.3g}")
-        lines = lines[:24] + ([f"  ... and {len(lines) - 24} more drawn leaves"] if len(lines) > 24 else [])
+                lines.append(
+                    f"  {leaf.path}: {leaf.operation}: drawn values have mean {leaf.mean:.3g},"
+                    f" standard deviation {leaf.std:.3g}"
+                )
+        lines = lines[:24] + (
+            [f"  ... and {len(lines) - 24} more drawn leaves"] if len(lines) > 24 else []
+        )
         lines += [f"  - {path}: not in the result" for path in self.missing]
         lines += [f"  + {path}: in the result, not in the plan" for path in self.unexplained]
-        lines += [f"  ! {leaf.path} ({leaf.operation}): {problem}" for leaf in self.leaves for problem in leaf.problems]
+        lines += [
+            f"  ! {leaf.path} ({leaf.operation}): {problem}"
+            for leaf in self.leaves
+            for problem in leaf.problems
+        ]
         if self.function is not None:
             lines += [f"  {line}" for line in self.function.get("text", "").splitlines()]
         return "\n".join(lines)
@@ -138,7 +166,9 @@ class Proof:
         return path
 
 
-def prove(plan: Plan, source: Reader, target: Reader, *, progress: Callable[[str], None] | None = None) -> Proof:
+def prove(
+    plan: Plan, source: Reader, target: Reader, *, progress: Callable[[str], None] | None = None
+) -> Proof:
     """Checks a result against the plan and the source.
 
     Args:
@@ -157,7 +187,11 @@ def prove(plan: Plan, source: Reader, target: Reader, *, progress: Callable[[str
             progress(f"proved {number + 1} of {len(plan.rows)} leaves")
     context = {
         "recipe": to_json(plan.recipe),
-        "source": {"path": str(getattr(source, "path", "")), "step": source.step, "fingerprint": source.fingerprint()},
+        "source": {
+            "path": str(getattr(source, "path", "")),
+            "step": source.step,
+            "fingerprint": source.fingerprint(),
+        },
         "result": {"path": str(getattr(target, "path", "")), "step": target.step},
         "bytes": size(plan.bytes_written),
     }
@@ -165,7 +199,9 @@ def prove(plan: Plan, source: Reader, target: Reader, *, progress: Callable[[str
     return Proof(leaves, list(difference.missing), list(difference.unexpected), dropped, context)
 
 
-def _check_leaf(row: Row, source: Reader, target: Reader, found: trees.LeafSpec, plan: Plan) -> LeafVerdict:
+def _check_leaf(
+    row: Row, source: Reader, target: Reader, found: trees.LeafSpec, plan: Plan
+) -> LeafVerdict:
     verdict = LeafVerdict(row.target, row.what, row.spec.size)
     if (found.shape, found.dtype) != (row.spec.shape, row.spec.dtype):
         verdict.problems.append(f"is {found}, planned {row.spec}")
@@ -182,7 +218,9 @@ def _check_leaf(row: Row, source: Reader, target: Reader, found: trees.LeafSpec,
         if problem:
             where = f"expert {region[0].start}: " if row.operation.stacked else ""
             twin = _twin(actual, row, region, source)
-            verdict.problems.append(where + problem + (f"; these are the bits of source leaf {twin}" if twin else ""))
+            verdict.problems.append(
+                where + problem + (f"; these are the bits of source leaf {twin}" if twin else "")
+            )
             if len(verdict.problems) >= 4:
                 verdict.problems.append("further regions were not looked at")
                 break
@@ -212,7 +250,14 @@ class _Moments:
         return math.sqrt(max(0.0, self.squares / self.count - self.mean**2))
 
 
-def _check_region(row: Row, values: RowValues, region: Region, actual: np.ndarray, verdict: LeafVerdict, moments: _Moments) -> str:
+def _check_region(
+    row: Row,
+    values: RowValues,
+    region: Region,
+    actual: np.ndarray,
+    verdict: LeafVerdict,
+    moments: _Moments,
+) -> str:
     """Checks one region; returns what is wrong, or ''."""
     if row.spec.dtype.kind not in "iub" and not np.isfinite(actual.astype(np.float32)).all():
         return f"{int((~np.isfinite(actual.astype(np.float32))).sum())} values are not finite"
@@ -226,7 +271,11 @@ def _check_region(row: Row, values: RowValues, region: Region, actual: np.ndarra
             return ""
     again = values.region(region)
     same = _bits(again) == _bits(actual)
-    drawn = ~np.broadcast_to(expected.kept, inner.shape) if expected is not None else np.ones(inner.shape, bool)
+    drawn = (
+        ~np.broadcast_to(expected.kept, inner.shape)
+        if expected is not None
+        else np.ones(inner.shape, bool)
+    )
     drawn = drawn.reshape(actual.shape)
     verdict.drawn += int(drawn.sum())
     verdict.regenerated += int((same & drawn).sum())
@@ -235,22 +284,39 @@ def _check_region(row: Row, values: RowValues, region: Region, actual: np.ndarra
     ulps = _ulps(again[~same], actual[~same])
     verdict.max_ulps = max(verdict.max_ulps, ulps)
     if ulps > DRAW_ULPS:
-        return f"{int((~same).sum())} of {same.size} values are not those that seed {values.seed} gives"
+        return (
+            f"{int((~same).sum())} of {same.size} values are not those that seed {values.seed}"
+            " gives"
+        )
     return ""
 
 
-def _check_expectation(row: Row, expected: Expectation, actual: np.ndarray, verdict: LeafVerdict, moments: _Moments) -> str:
+def _check_expectation(
+    row: Row, expected: Expectation, actual: np.ndarray, verdict: LeafVerdict, moments: _Moments
+) -> str:
     kept = np.broadcast_to(np.asarray(expected.kept), actual.shape)
-    reference = np.broadcast_to(np.asarray(0.0 if expected.values is None else expected.values), actual.shape)
+    reference = np.broadcast_to(
+        np.asarray(0.0 if expected.values is None else expected.values), actual.shape
+    )
     if kept.any():
-        wanted = reference.astype(row.spec.dtype) if reference.dtype != row.spec.dtype else reference
+        wanted = (
+            reference.astype(row.spec.dtype) if reference.dtype != row.spec.dtype else reference
+        )
         differing = kept & (_bits(wanted) != _bits(actual))
-        if not row.moves_bits:  # Arithmetic on the way: the device may flush denormal values to zero.
-            differing &= np.abs(actual.astype(np.float64) - wanted.astype(np.float64)) > np.finfo(np.float32).tiny
+        if (
+            not row.moves_bits
+        ):  # Arithmetic on the way: the device may flush denormal values to zero.
+            differing &= (
+                np.abs(actual.astype(np.float64) - wanted.astype(np.float64))
+                > np.finfo(np.float32).tiny
+            )
         if differing.any():
             first = tuple(int(i) for i in np.argwhere(differing)[0])
             shown = f"first at {list(first)}: {actual[first]} is not {wanted[first]}"
-            return f"{int(differing.sum())} of {int(kept.sum())} values that must be copies differ, {shown}"
+            return (
+                f"{int(differing.sum())} of {int(kept.sum())} values that must be copies differ,"
+                f" {shown}"
+            )
         verdict.identical += int(kept.sum())
     if kept.all():
         return ""
@@ -261,17 +327,33 @@ def _check_expectation(row: Row, expected: Expectation, actual: np.ndarray, verd
         scale = np.abs(reference[~kept]).max(initial=0) + 1e-30
         worst = float(np.abs(rest).max(initial=0) / scale)
         limit = 1e-2 if row.spec.dtype.itemsize < 4 else 1e-5
-        return f"differs from the mean of its sources by {worst:.2g} of their size" if worst > limit else ""
+        return (
+            f"differs from the mean of its sources by {worst:.2g} of their size"
+            if worst > limit
+            else ""
+        )
     moments.add(rest)
     # Rounding of narrow types widens the deviation a little.
     slack = expected.std * (1e-2 if row.spec.dtype.itemsize < 4 else 1e-4) + 1e-12
     if expected.additive:
-        slack += float(np.abs(reference).max(initial=0)) * float(np.finfo(np.float32).eps if row.spec.dtype.itemsize >= 4 else 2**-8)
+        slack += float(np.abs(reference).max(initial=0)) * float(
+            np.finfo(np.float32).eps if row.spec.dtype.itemsize >= 4 else 2**-8
+        )
     mean, std = float(rest.mean()), float(rest.std())
     if abs(mean - expected.mean) > SIGMAS * expected.std / math.sqrt(rest.size) + slack:
-        return f"the drawn values have mean {mean:.4g}, expected {expected.mean:.4g} of {rest.size} values"
-    if rest.size > 1 and abs(std - expected.std) > SIGMAS * expected.std / math.sqrt(max(1, 2 * (rest.size - 1))) + slack:
-        return f"the drawn values have standard deviation {std:.4g}, expected {expected.std:.4g} of {rest.size} values"
+        return (
+            f"the drawn values have mean {mean:.4g}, expected {expected.mean:.4g} of {rest.size}"
+            " values"
+        )
+    if (
+        rest.size > 1
+        and abs(std - expected.std)
+        > SIGMAS * expected.std / math.sqrt(max(1, 2 * (rest.size - 1))) + slack
+    ):
+        return (
+            f"the drawn values have standard deviation {std:.4g}, expected {expected.std:.4g} of"
+            f" {rest.size} values"
+        )
     return ""
 
 
@@ -300,6 +382,8 @@ def _twin(actual: np.ndarray, row: Row, region: Region, source: Reader) -> str:
     for name, spec in source.specs().items():
         if name in row.sources or spec.dtype != row.spec.dtype or len(spec.shape) != inner.ndim:
             continue
-        if all(s.stop <= n for s, n in zip(part, spec.shape, strict=True)) and np.array_equal(_bits(source.read(name, part)), _bits(inner)):
+        if all(s.stop <= n for s, n in zip(part, spec.shape, strict=True)) and np.array_equal(
+            _bits(source.read(name, part)), _bits(inner)
+        ):
             return name
     return ""

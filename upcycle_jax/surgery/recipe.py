@@ -1,7 +1,8 @@
 """The recipe: every choice that a conversion involves, as frozen dataclasses that gin fills in.
 
-An *expert initialisation* answers with the operation for one matrix of an expert; a *router initialisation* with the operation for a router
-kernel. Defaults are the paper's for language (Komatsuzaki et al., ICLR 2023, arXiv 2212.05055).
+An *expert initialisation* answers with the operation for one matrix of an expert; a *router
+initialisation* with the operation for a router kernel. Defaults are the paper's for language
+(Komatsuzaki et al., ICLR 2023, arXiv 2212.05055).
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ class RouterInit(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CopyExperts:
-    """Every expert is a copy of the dense MLP: the paper's choice (section 2.2), and the best of those it compares."""
+    """Every expert is a copy of the dense MLP: the paper's choice (section 2.2), and the best of
+    those it compares.
+    """
 
     keeps_shape = True
     preserves_function = True
@@ -64,10 +67,12 @@ class CopyExperts:
 
 @dataclasses.dataclass(frozen=True)
 class NoisyCopies:
-    """Copies plus independent normal noise per expert (paper, appendix B: little noise changes nothing, much noise harms).
+    """Copies plus independent normal noise per expert (paper, appendix B: little noise changes
+    nothing, much noise harms).
 
     Attributes:
-      std: standard deviation of the noise, or its multiple of each matrix's own standard deviation where `relative`.
+      std: standard deviation of the noise, or its multiple of each matrix's own standard deviation
+        where `relative`.
       relative: see `std`.
     """
 
@@ -85,7 +90,9 @@ class NoisyCopies:
 
 @dataclasses.dataclass(frozen=True)
 class FreshExperts:
-    """Experts initialised as if the model were new (paper, figure 13: needs most of the extra budget to catch up with copies)."""
+    """Experts initialised as if the model were new (paper, figure 13: needs most of the extra
+    budget to catch up with copies).
+    """
 
     keeps_shape = True
     preserves_function = False
@@ -109,26 +116,34 @@ class PartialCopies:
     def __post_init__(self):
         if isinstance(self.copied, int):
             if self.copied < 0:
-                raise ValueError(f"PartialCopies.copied is {self.copied}: give the number of experts to copy, or their indices")
+                raise ValueError(
+                    f"PartialCopies.copied is {self.copied}: give the number of experts to copy, or"
+                    " their indices"
+                )
         elif len(set(self.copied)) != len(self.copied):
-            raise ValueError(f"PartialCopies.copied is {tuple(self.copied)}: name every expert once")
+            raise ValueError(
+                f"PartialCopies.copied is {tuple(self.copied)}: name every expert once"
+            )
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
-        return operations.RandomExperts(tuple(range(self.copied)) if isinstance(self.copied, int) else tuple(self.copied))
+        return operations.RandomExperts(
+            tuple(range(self.copied)) if isinstance(self.copied, int) else tuple(self.copied)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class DropUpcycling:
-    """Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261): redraw a share of every expert's hidden units from the statistics of what
-    they replace.
+    """Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261): redraw a share of every expert's
+    hidden units from the statistics of what they replace.
 
     Attributes:
       ratio: r, the share that is redrawn; the paper's best is 0.5, and 0 gives plain copies.
-      per_matrix_indices: choose the units of each matrix by itself, as the released code does; by default one set per expert, as the paper
-        writes it.
-      shuffle: permute the hidden units of every expert first (released code; leaves the function as it is).
-      noise_std: add N(0, noise_std^2) to the chosen units instead of redrawing them: the paper's "random noise upcycling" baseline uses
-        0.02.
+      per_matrix_indices: choose the units of each matrix by itself, as the released code does; by
+        default one set per expert, as the paper writes it.
+      shuffle: permute the hidden units of every expert first (released code; leaves the function as
+        it is).
+      noise_std: add N(0, noise_std^2) to the chosen units instead of redrawing them: the paper's
+        "random noise upcycling" baseline uses 0.02.
     """
 
     ratio: float = 0.5
@@ -152,16 +167,21 @@ class DropUpcycling:
             return operations.Tile()
         axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
         return hidden_units.HiddenUnits(
-            axis, self.ratio, shuffle=self.shuffle, per_matrix=self.per_matrix_indices, noise_std=self.noise_std
+            axis,
+            self.ratio,
+            shuffle=self.shuffle,
+            per_matrix=self.per_matrix_indices,
+            noise_std=self.noise_std,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class VirtualGroups:
-    """Granular experts: the MLP cut into G shards, expert e being shard e mod G (He et al. 2024, "Upcycling LLMs into MoE", arXiv
-    2410.07524).
+    """Granular experts: the MLP cut into G shards, expert e being shard e mod G (He et al. 2024,
+    "Upcycling LLMs into MoE", arXiv 2410.07524).
 
-    Pair it with `NormalRouter(repeat=G)`: the G shards of a copy tie exactly, and with T a multiple of G top-T selects whole sets.
+    Pair it with `NormalRouter(repeat=G)`: the G shards of a copy tie exactly, and with T a multiple
+    of G top-T selects whole sets.
 
     Attributes:
       granularity: G. The model's EXPERT_MLP_DIM must be the dense intermediate size / G.
@@ -181,14 +201,26 @@ class VirtualGroups:
 
     def __post_init__(self):
         if self.granularity < 1 or self.top_k < 1:
-            raise ValueError(f"VirtualGroups needs granularity and top_k of at least 1, got {self.granularity} and {self.top_k}")
+            raise ValueError(
+                f"VirtualGroups needs granularity and top_k of at least 1, got {self.granularity}"
+                f" and {self.top_k}"
+            )
         if self.softmax_order not in ("before_top_k", "after_top_k"):
-            raise ValueError(f"VirtualGroups.softmax_order is {self.softmax_order!r}: choose 'before_top_k' or 'after_top_k'")
+            raise ValueError(
+                f"VirtualGroups.softmax_order is {self.softmax_order!r}: choose 'before_top_k' or"
+                " 'after_top_k'"
+            )
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
-        experts, axis = target.shape[0], hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
+        experts, axis = (
+            target.shape[0],
+            hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:]),
+        )
         if experts % self.granularity:
-            raise ValueError(f"{path}: {experts} experts do not form groups of {self.granularity}: choose NUM_EXPERTS as a multiple")
+            raise ValueError(
+                f"{path}: {experts} experts do not form groups of {self.granularity}: choose"
+                " NUM_EXPERTS as a multiple"
+            )
         scale = 1.0
         if self.scale_weights:
             scale = hidden_units.virtual_group_scale(
@@ -203,11 +235,12 @@ class VirtualGroups:
 
 @dataclasses.dataclass(frozen=True)
 class QwenExperts:
-    """Fine-grained experts of any width: repeat the MLP, shuffle each repetition, slice, redraw a share (Qwen2 technical report, arXiv
-    2407.10671, 2.2.2).
+    """Fine-grained experts of any width: repeat the MLP, shuffle each repetition, slice, redraw a
+    share (Qwen2 technical report, arXiv 2407.10671, 2.2.2).
 
-    The report says that half of every expert's parameters is drawn anew and not from what distribution; here whole hidden units are
-    redrawn, from the mean and deviation of the slice that they replace.
+    The report says that half of every expert's parameters is drawn anew and not from what
+    distribution; here whole hidden units are redrawn, from the mean and deviation of the slice that
+    they replace.
 
     Attributes:
       redraw: share of the hidden units of each expert that is drawn anew.
@@ -229,13 +262,16 @@ class QwenExperts:
 
 @dataclasses.dataclass(frozen=True)
 class ParentExperts:
-    """Experts from several dense checkpoints (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv 2403.07816).
+    """Experts from several dense checkpoints (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv
+    2403.07816).
 
     Attributes:
       parents: the parent of each expert, by position in the list of source checkpoints.
-      rest: 'mean' averages everything else over the parents, as the paper does; an integer takes it from that parent.
-      shared: the parent of the shared expert, where the model has one; None: as `rest`. Nexus (Gritsch et al. 2024, arXiv 2408.15901) takes
-        the model that the specialised parents were branched from.
+      rest: 'mean' averages everything else over the parents, as the paper does; an integer takes it
+        from that parent.
+      shared: the parent of the shared expert, where the model has one; None: as `rest`. Nexus
+        (Gritsch et al. 2024, arXiv 2408.15901) takes the model that the specialised parents were
+        branched from.
     """
 
     parents: tuple[int, ...]
@@ -247,7 +283,9 @@ class ParentExperts:
     def __post_init__(self):
         object.__setattr__(self, "parents", tuple(self.parents))
         if self.rest != "mean" and not isinstance(self.rest, int):
-            raise ValueError(f"ParentExperts.rest is {self.rest!r}: choose 'mean' or the number of a parent")
+            raise ValueError(
+                f"ParentExperts.rest is {self.rest!r}: choose 'mean' or the number of a parent"
+            )
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
         return FromParents(self.parents)
@@ -268,7 +306,9 @@ class NormalRouter:
     def __post_init__(self):
         _check_std("NormalRouter.std", self.std)
         if self.repeat < 1:
-            raise ValueError(f"NormalRouter.repeat is {self.repeat}: a column stands there at least once")
+            raise ValueError(
+                f"NormalRouter.repeat is {self.repeat}: a column stands there at least once"
+            )
 
     def operation(self, path: str) -> Operation:
         return operations.RouterNormal(self.std, self.repeat)
@@ -276,7 +316,9 @@ class NormalRouter:
 
 @dataclasses.dataclass(frozen=True)
 class UniformRouter:
-    """Router kernel uniform, mean-subtracted, scaled to `std` (Drop-Upcycling's released code, there with 0.02)."""
+    """Router kernel uniform, mean-subtracted, scaled to `std` (Drop-Upcycling's released code,
+    there with 0.02).
+    """
 
     std: float = 0.02
 
@@ -289,7 +331,9 @@ class UniformRouter:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroRouter:
-    """Router kernel of zeros: every expert equally likely; ties go to the lowest index, so add jitter or noise to leave them."""
+    """Router kernel of zeros: every expert equally likely; ties go to the lowest index, so add
+    jitter or noise to leave them.
+    """
 
     def operation(self, path: str) -> Operation:
         return operations.Zeros()
@@ -297,7 +341,9 @@ class ZeroRouter:
 
 @dataclasses.dataclass(frozen=True)
 class GivenRouter:
-    """Router kernels from a `.npz` file that holds one array per router, under its path ('target/encoder/layers_1/mlp/router/...')."""
+    """Router kernels from a `.npz` file that holds one array per router, under its path
+    ('target/encoder/layers_1/mlp/router/...').
+    """
 
     file: str
 
@@ -307,11 +353,12 @@ class GivenRouter:
 
 @dataclasses.dataclass(frozen=True)
 class DepthTile:
-    """A deeper target from a shallower source: the paper's warm-start baseline (figure 5, "dense upcycling"; Gopher's depth tiling, Rae et
-    al. 2021).
+    """A deeper target from a shallower source: the paper's warm-start baseline (figure 5, "dense
+    upcycling"; Gopher's depth tiling, Rae et al. 2021).
 
     Attributes:
-      order: 'repeat' puts the copies of a layer side by side (0 0 1 1 2 2), 'cycle' repeats the stack (0 1 2 0 1 2).
+      order: 'repeat' puts the copies of a layer side by side (0 0 1 1 2 2), 'cycle' repeats the
+        stack (0 1 2 0 1 2).
       layers: source layer of each target layer instead, the same for all stacks.
     """
 
@@ -330,9 +377,14 @@ class DepthTile:
           ValueError: `layers` does not fit the numbers of layers.
         """
         if self.layers:
-            if len(self.layers) != num_target or max(self.layers) >= num_source or min(self.layers) < 0:
+            if (
+                len(self.layers) != num_target
+                or max(self.layers) >= num_source
+                or min(self.layers) < 0
+            ):
                 raise ValueError(
-                    f"DepthTile.layers {self.layers} must name {num_target} source layers (one per target layer) from 0 to {num_source - 1}"
+                    f"DepthTile.layers {self.layers} must name {num_target} source layers (one per"
+                    f" target layer) from 0 to {num_source - 1}"
                 )
             return self.layers[layer]
         return layer * num_source // num_target if self.order == "repeat" else layer % num_source
@@ -342,20 +394,24 @@ class DepthTile:
 class Recipe:
     """How a dense checkpoint becomes the target model.
 
-    A shared expert of the target (`MoeConfig.shared_expert_mlp_dim`) is the dense MLP, or its first hidden units where it is narrower.
+    A shared expert of the target (`MoeConfig.shared_expert_mlp_dim`) is the dense MLP, or its first
+    hidden units where it is narrower.
 
     Attributes:
       expert_init: what an expert starts as. Default: copies (paper, section 2.2).
       router_init: what a router starts as. Default: N(0, 0.02^2) (paper; Flaxformer).
-      optimizer_state: 'reset' starts every slot at zero (paper, language: carrying it over brought nothing); 'dense_only' carries the
-        slots of parameters that are not upcycled and starts those of experts at zero; 'tiled' gives every expert the MLP's slots too
-        (paper,
-        vision: figure 14). Router slots always start at zero.
-      step: 'keep' lets the learning-rate schedule go on from the dense checkpoint's step (paper); 'reset' starts at 0; a number is that
-        step (for sources that record none: the public T5 1.1 checkpoints were trained for 1000000 steps).
+      optimizer_state: 'reset' starts every slot at zero (paper, language: carrying it over brought
+        nothing); 'dense_only' carries the slots of parameters that are not upcycled and starts
+        those of experts at zero; 'tiled' gives every expert the MLP's slots too (paper, vision:
+        figure 14). Router slots always start at zero.
+      step: 'keep' lets the learning-rate schedule go on from the dense checkpoint's step (paper);
+        'reset' starts at 0; a number is that step (for sources that record none: the public T5 1.1
+        checkpoints were trained for 1000000 steps).
       seed: seed of everything random.
-      depth: how layers are repeated where the target is deeper than the source; None: numbers of layers must agree.
-      drop: regular expressions of source leaves that may stay unused (one alone may be given as it is); they are listed in the plan.
+      depth: how layers are repeated where the target is deeper than the source; None: numbers of
+        layers must agree.
+      drop: regular expressions of source leaves that may stay unused (one alone may be given as it
+        is); they are listed in the plan.
     """
 
     expert_init: Any = CopyExperts()
@@ -367,20 +423,30 @@ class Recipe:
     drop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop))
+        object.__setattr__(
+            self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop)
+        )
         for pattern in self.drop:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"Recipe.drop: {pattern!r} is no regular expression ({error}); a dot is written \\.") from None
+                raise ValueError(
+                    f"Recipe.drop: {pattern!r} is no regular expression ({error}); a dot is"
+                    " written \\."
+                ) from None
         if self.optimizer_state not in OPTIMIZER_STATES:
-            raise ValueError(f"Recipe.optimizer_state is {self.optimizer_state!r}: choose one of {OPTIMIZER_STATES}")
+            raise ValueError(
+                f"Recipe.optimizer_state is {self.optimizer_state!r}: choose one of"
+                f" {OPTIMIZER_STATES}"
+            )
         if self.step not in STEPS and not (isinstance(self.step, int) and self.step >= 0):
-            raise ValueError(f"Recipe.step is {self.step!r}: choose one of {STEPS} or a number of steps")
+            raise ValueError(
+                f"Recipe.step is {self.step!r}: choose one of {STEPS} or a number of steps"
+            )
         if self.optimizer_state == "tiled" and not self.expert_init.keeps_shape:
             raise ValueError(
-                f"optimizer_state='tiled' needs experts of the dense MLP's shape, which {type(self.expert_init).__name__} does not give: "
-                "choose 'dense_only' or 'reset'"
+                "optimizer_state='tiled' needs experts of the dense MLP's shape, which"
+                f" {type(self.expert_init).__name__} does not give: choose 'dense_only' or 'reset'"
             )
 
 
@@ -390,8 +456,8 @@ class MergeRecipe:
 
     Attributes:
       how: 'mean' of the experts, 'weighted' mean with `weights`, or one 'expert'.
-      weights: for 'weighted': layer path ('encoder/layers_1') -> weight per expert, e.g. mean router probabilities
-        (`function_check.router_weights`).
+      weights: for 'weighted': layer path ('encoder/layers_1') -> weight per expert, e.g. mean
+        router probabilities (`function_check.router_weights`).
       expert: for 'expert': which one.
       optimizer_state: 'reset' or 'dense_only' (slots of what was never upcycled).
       step: 'keep' or 'reset'.
@@ -406,12 +472,20 @@ class MergeRecipe:
 
     def __post_init__(self):
         if self.how not in ("mean", "weighted", "expert"):
-            raise ValueError(f"MergeRecipe.how is {self.how!r}: choose 'mean', 'weighted' or 'expert'")
+            raise ValueError(
+                f"MergeRecipe.how is {self.how!r}: choose 'mean', 'weighted' or 'expert'"
+            )
         for layer, weights in self.weights.items():
             if not all(weight >= 0 for weight in weights) or not sum(weights) > 0:
-                raise ValueError(f"MergeRecipe.weights of {layer!r} are {tuple(weights)}: give weights of 0 or more, not all 0")
+                raise ValueError(
+                    f"MergeRecipe.weights of {layer!r} are {tuple(weights)}: give weights of 0 or"
+                    " more, not all 0"
+                )
         if self.optimizer_state not in ("reset", "dense_only"):
-            raise ValueError(f"MergeRecipe.optimizer_state is {self.optimizer_state!r}: choose 'reset' or 'dense_only'")
+            raise ValueError(
+                f"MergeRecipe.optimizer_state is {self.optimizer_state!r}: choose 'reset' or"
+                " 'dense_only'"
+            )
         if self.step not in STEPS:
             raise ValueError(f"MergeRecipe.step is {self.step!r}: choose one of {STEPS}")
 
@@ -433,4 +507,6 @@ PARTS = (
     Recipe,
     MergeRecipe,
 )
-"""Every class a recipe may be made of: the configuration registers them, and `from_json` rebuilds from them."""
+"""Every class a recipe may be made of: the configuration registers them, and `from_json` rebuilds
+from them.
+"""

@@ -11,7 +11,9 @@ from upcycle_jax.surgery.recipe import PARTS
 def to_json(recipe: Any) -> Any:
     """A recipe (or a part of one) as plain JSON: `{'type': class name, field: value, ...}`."""
     if dataclasses.is_dataclass(recipe):
-        fields = {field.name: to_json(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+        fields = {
+            field.name: to_json(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)
+        }
         return {"type": type(recipe).__name__, **fields}
     if isinstance(recipe, Mapping):
         return {name: to_json(value) for name, value in recipe.items()}
@@ -36,7 +38,7 @@ def from_json(value: Any) -> Any:
     unknown = set(fields) - {field.name for field in dataclasses.fields(part)} if part else ()
     if part is None or unknown:
         raise ValueError(
-            f"recipe part {value['type']!r} with fields {sorted(fields)} is not known here: it was written by another version; "
-            f"known parts: {sorted(known)}"
+            f"recipe part {value['type']!r} with fields {sorted(fields)} is not known here: it was"
+            f" written by another version; known parts: {sorted(known)}"
         )
     return typing.cast(Any, part)(**fields)

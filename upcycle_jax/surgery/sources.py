@@ -1,4 +1,6 @@
-"""Several dense checkpoints read as one source: leaves of parent n are named `parent_<n>/<full path>`."""
+"""Several dense checkpoints read as one source: leaves of parent n are named `parent_<n>/<full
+path>`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -47,7 +49,11 @@ class JoinedReader:
 
     def specs(self) -> dict[str, LeafSpec]:
         """All leaves of all parents."""
-        return {f"parent_{n}/{name}": spec for n, reader in enumerate(self.readers) for name, spec in reader.specs().items()}
+        return {
+            f"parent_{n}/{name}": spec
+            for n, reader in enumerate(self.readers)
+            for name, spec in reader.specs().items()
+        }
 
     def _of(self, name: str) -> tuple[Reader, str]:
         parent, _, rest = name.partition("/")

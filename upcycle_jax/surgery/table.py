@@ -1,4 +1,6 @@
-"""The plan as a table: one row per target leaf, printable and as JSON, before anything is read or written."""
+"""The plan as a table: one row per target leaf, printable and as JSON, before anything is read or
+written.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -26,7 +28,8 @@ class Row:
       operation: what is done.
       sources: full paths of the source leaves, in the order that the operation takes them.
       source_specs: their specs.
-      layer: path that draws shared by the matrices of an MLP are keyed with (the MLP's path, else the leaf's own).
+      layer: path that draws shared by the matrices of an MLP are keyed with (the MLP's path, else
+        the leaf's own).
     """
 
     target: str
@@ -52,8 +55,12 @@ class Row:
 
     @property
     def moves_values(self) -> bool:
-        """Whether every value is a value of a source (or zero), with a cast at most that loses nothing: devices then do it to the bit."""
-        return self.operation.preserves and all(np.can_cast(spec.dtype, self.spec.dtype) for spec in self.source_specs)
+        """Whether every value is a value of a source (or zero), with a cast at most that loses
+        nothing: devices then do it to the bit.
+        """
+        return self.operation.preserves and all(
+            np.can_cast(spec.dtype, self.spec.dtype) for spec in self.source_specs
+        )
 
     @property
     def what(self) -> str:
@@ -98,7 +105,11 @@ class Plan:
 
     def row(self, target: str) -> Row:
         """The row of one target leaf; KeyError where there is none."""
-        return next(row for row in self.rows if row.target == target) if target in self.specs() else _missing(target)
+        return (
+            next(row for row in self.rows if row.target == target)
+            if target in self.specs()
+            else _missing(target)
+        )
 
     def specs(self) -> dict[str, LeafSpec]:
         """Specs of the result."""
@@ -107,7 +118,11 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of the distinct source leaves that are used."""
-        used = {name: spec for row in self.rows for name, spec in zip(row.sources, row.source_specs, strict=True)}
+        used = {
+            name: spec
+            for row in self.rows
+            for name, spec in zip(row.sources, row.source_specs, strict=True)
+        }
         return sum(spec.nbytes for spec in used.values())
 
     @property
@@ -117,17 +132,34 @@ class Plan:
 
     @property
     def is_pure_movement(self) -> bool:
-        """Whether nothing but zeros, fresh routers and unchanged bytes goes into leaves that grow."""
+        """Whether nothing but zeros, fresh routers and unchanged bytes goes into leaves that
+        grow.
+        """
         return all(row.moves_bits for row in self.rows if row.operation.stacked)
 
-    def text(self, shardings: Mapping[str, jax.sharding.Sharding] | None = None, *, max_rows: int | None = None) -> str:
+    def text(
+        self,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+        *,
+        max_rows: int | None = None,
+    ) -> str:
         """The plan as a table.
 
         Args:
           shardings: sharding of each target leaf, shown where given.
           max_rows: show so many rows of leaves and count the rest; None: all.
         """
-        header = ["target leaf", "operation", "source", "source shape", "target shape", "dtype", "read", "written", "seed"]
+        header = [
+            "target leaf",
+            "operation",
+            "source",
+            "source shape",
+            "target shape",
+            "dtype",
+            "read",
+            "written",
+            "seed",
+        ]
         header += ["sharding"] if shardings else []
         lines = [header]
         for row in self.rows[:max_rows]:
@@ -142,10 +174,16 @@ class Plan:
                 _shape(row.spec),
                 row.spec.dtype.name,
             ]
-            cells += [size(row.bytes_read), size(row.bytes_written), str(self.recipe.seed) if row.operation.draws else "-"]
+            cells += [
+                size(row.bytes_read),
+                size(row.bytes_written),
+                str(self.recipe.seed) if row.operation.draws else "-",
+            ]
             if shardings:
                 sharding = shardings.get(row.target)
-                cells.append(str(getattr(sharding, "spec", sharding)) if sharding is not None else "-")
+                cells.append(
+                    str(getattr(sharding, "spec", sharding)) if sharding is not None else "-"
+                )
             lines.append(cells)
         out = _align(lines)
         if max_rows is not None and len(self.rows) > max_rows:
@@ -158,15 +196,26 @@ class Plan:
         for row in self.rows:
             entry = counts.setdefault(row.what, [0, 0])
             entry[0], entry[1] = entry[0] + 1, entry[1] + row.bytes_written
-        yield from (f"{count:6d} x {what} ({size(written)})" for what, (count, written) in sorted(counts.items()))
+        yield from (
+            f"{count:6d} x {what} ({size(written)})"
+            for what, (count, written) in sorted(counts.items())
+        )
         parameters = sum(row.spec.size for row in self.rows if row.target.startswith("target/"))
-        yield f"{len(self.rows)} leaves, {parameters} parameters; read {size(self.bytes_read)}, write {size(self.bytes_written)}"
+        yield (
+            f"{len(self.rows)} leaves, {parameters} parameters; read {size(self.bytes_read)}, write"
+            f" {size(self.bytes_written)}"
+        )
         if not self.dropped:
             yield "dropped: nothing"
         for reason in sorted({item.reason for item in self.dropped}):
             items = [item for item in self.dropped if item.reason == reason]
-            names = ", ".join(item.source for item in items[:3]) + (", ..." if len(items) > 3 else "")
-            yield f"dropped: {len(items)} source leaves ({size(sum(i.spec.nbytes for i in items))}), {reason}: {names}"
+            names = ", ".join(item.source for item in items[:3]) + (
+                ", ..." if len(items) > 3 else ""
+            )
+            yield (
+                f"dropped: {len(items)} source leaves ({size(sum(i.spec.nbytes for i in items))}),"
+                f" {reason}: {names}"
+            )
 
     def json(self, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> dict[str, Any]:
         """The plan as plain JSON; nothing is abbreviated."""
@@ -185,13 +234,21 @@ class Plan:
                 "seed": self.recipe.seed if row.operation.draws else None,
             }
             if shardings and row.target in shardings:
-                entry["sharding"] = str(getattr(shardings[row.target], "spec", shardings[row.target]))
+                entry["sharding"] = str(
+                    getattr(shardings[row.target], "spec", shardings[row.target])
+                )
             rows.append(entry)
         return {
             "recipe": to_json(self.recipe),
             "rows": rows,
             "dropped": [
-                {"source": d.source, "shape": list(d.spec.shape), "dtype": d.spec.dtype.name, "reason": d.reason} for d in self.dropped
+                {
+                    "source": d.source,
+                    "shape": list(d.spec.shape),
+                    "dtype": d.spec.dtype.name,
+                    "reason": d.reason,
+                }
+                for d in self.dropped
             ],
             "leaves": len(self.rows),
             "bytes_read": self.bytes_read,
@@ -209,7 +266,10 @@ def _shape(spec: LeafSpec) -> str:
 
 def _align(lines: list[list[str]]) -> list[str]:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 def size(count: int | float) -> str:

@@ -27,12 +27,20 @@ class Tokens:
     @property
     def description(self) -> str:
         """The origin with the shape, e.g. 'random: 2 x 32 inputs, 2 x 32 targets'."""
-        inputs, targets = (np.shape(self.batch[f"{name}_tokens"]) for name in ("encoder_input", "decoder_target"))
-        return f"{self.origin}: {inputs[0]} x {inputs[1]} inputs, {targets[0]} x {targets[1]} targets"
+        inputs, targets = (
+            np.shape(self.batch[f"{name}_tokens"]) for name in ("encoder_input", "decoder_target")
+        )
+        return (
+            f"{self.origin}: {inputs[0]} x {inputs[1]} inputs, {targets[0]} x {targets[1]} targets"
+        )
 
 
-def random_tokens(vocab_size: int, *, batch_size: int = 2, length: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of random token ids, the last quarter of the second row padded; for where no text is at hand."""
+def random_tokens(
+    vocab_size: int, *, batch_size: int = 2, length: int = 32, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """A batch of random token ids, the last quarter of the second row padded; for where no text is
+    at hand.
+    """
     rng = np.random.default_rng(seed)
     inputs = rng.integers(1, vocab_size, (batch_size, length), np.int32)
     targets = rng.integers(1, vocab_size, (batch_size, length), np.int32)

@@ -1,5 +1,5 @@
-"""The values of a plan's rows, region by region on the host: what is written offline, put on devices online, and compared with by the
-proof.
+"""The values of a plan's rows, region by region on the host: what is written offline, put on
+devices online, and compared with by the proof.
 """
 
 import functools
@@ -26,19 +26,27 @@ class RowValues:
         return self.row.operation.reach is Reach.WHOLE
 
     def order(self, regions: Sequence[Region]) -> list[Region]:
-        """The regions in the order that reads every source byte once: where regions are independent, experts innermost."""
+        """The regions in the order that reads every source byte once: where regions are
+        independent, experts innermost.
+        """
         if not self.row.operation.stacked or self.whole_slabs:
             return list(regions)
-        return sorted(regions, key=lambda region: [(s.start, s.stop) for s in (*region[1:], region[0])])
+        return sorted(
+            regions, key=lambda region: [(s.start, s.stop) for s in (*region[1:], region[0])]
+        )
 
     @functools.cached_property
     def aux(self) -> dict[str, np.ndarray]:
         """See `Operation.prepare`."""
         operation = self.row.operation
-        return operation.prepare(self.sources(None) if operation.reads_statistics else (), self.keys, self.row.spec.shape)
+        return operation.prepare(
+            self.sources(None) if operation.reads_statistics else (), self.keys, self.row.spec.shape
+        )
 
     def sources(self, region: Region | None) -> list[np.ndarray]:
-        """The source arrays, or (reach ELEMENT) the part of each that a region without the stacking axis is made of."""
+        """The source arrays, or (reach ELEMENT) the part of each that a region without the stacking
+        axis is made of.
+        """
         operation = self.row.operation
         if self._sources is None or self._sources[0] != region:
             self._sources = None  # Free the old ones before the new ones are read.
@@ -50,13 +58,18 @@ class RowValues:
         return self._sources[1]
 
     def region(self, region: Region) -> np.ndarray:
-        """The values of a region of the target leaf (explicit bounds for every axis), in the leaf's dtype.
+        """The values of a region of the target leaf (explicit bounds for every axis), in the leaf's
+        dtype.
 
-        Where stacked, the region may hold several experts; the result then is a new array, else possibly a view of a source.
+        Where stacked, the region may hold several experts; the result then is a new array, else
+        possibly a view of a source.
         """
         if not self.row.operation.stacked:
             return self._slab_region(0, region)
-        slabs = [self._slab_region(expert, region[1:]) for expert in range(region[0].start, region[0].stop)]
+        slabs = [
+            self._slab_region(expert, region[1:])
+            for expert in range(region[0].start, region[0].stop)
+        ]
         return slabs[0][None] if len(slabs) == 1 else np.stack(slabs)
 
     def _slab_region(self, expert: int, inner: Region) -> np.ndarray:
@@ -73,7 +86,9 @@ class RowValues:
         return np.asarray(made).astype(self.row.spec.dtype, copy=False).reshape(shape)
 
     def expectation(self, region: Region) -> Expectation | None:
-        """What a region of one expert must look like without the generator; a whole slab where `whole_slabs`."""
+        """What a region of one expert must look like without the generator; a whole slab where
+        `whole_slabs`.
+        """
         operation = self.row.operation
         inner = region[1:] if operation.stacked else region
         sources = self.sources(None if self.whole_slabs else inner)
@@ -83,8 +98,8 @@ class RowValues:
 
 
 def regions_of(row: Row, max_bytes: int) -> list[Region]:
-    """Cuts a leaf into regions of at most `max_bytes` where the operation allows it: one expert each where stacked, then along the first
-    axis.
+    """Cuts a leaf into regions of at most `max_bytes` where the operation allows it: one expert
+    each where stacked, then along the first axis.
     """
     shape = row.spec.shape
     if not shape:
@@ -95,12 +110,19 @@ def regions_of(row: Row, max_bytes: int) -> list[Region]:
     rows = inner[0] if inner else 1
     per_row = max(1, (row.spec.nbytes // (shape[0] if stacked else 1)) // max(rows, 1))
     # A merge reads every expert of the region.
-    fan_in = max(1, sum(s.size for s in row.source_specs) * (shape[0] if stacked else 1) // max(row.spec.size, 1))
+    fan_in = max(
+        1,
+        sum(s.size for s in row.source_specs)
+        * (shape[0] if stacked else 1)
+        // max(row.spec.size, 1),
+    )
     step = max(1, max_bytes // (per_row * fan_in))
     if row.operation.reach is Reach.WHOLE or not inner:
         parts = [whole]
     else:
-        parts = [(slice(a, min(a + step, rows)), *whole[1:]) for a in range(0, rows, step)] or [whole]
+        parts = [(slice(a, min(a + step, rows)), *whole[1:]) for a in range(0, rows, step)] or [
+            whole
+        ]
     if not stacked:
         return parts
     return [(slice(e, e + 1), *part) for part in parts for e in range(shape[0])]

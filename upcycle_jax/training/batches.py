@@ -19,7 +19,8 @@ class DataLayout:
 
     Attributes:
       shard: index of this process's part.
-      num_shards: number of parts. Fewer than processes where a model replica spans several: those then load the same rows.
+      num_shards: number of parts. Fewer than processes where a model replica spans several: those
+        then load the same rows.
     """
 
     shard: int
@@ -30,7 +31,8 @@ def data_layout(partitioner: Partitioner, batch_size: int) -> DataLayout:
     """The part of a global batch that this process's devices hold.
 
     Raises:
-      ValueError: the batch does not divide over the data shards, or the mesh deals rows to processes in overlapping parts.
+      ValueError: the batch does not divide over the data shards, or the mesh deals rows to
+        processes in overlapping parts.
     """
     check_batch_size(batch_size, 1, partitioner)
     rows: dict[int, set[tuple[int, int]]] = {}
@@ -40,22 +42,27 @@ def data_layout(partitioner: Partitioner, batch_size: int) -> DataLayout:
     parts = sorted({tuple(sorted(part)) for part in rows.values()})
     if sum(stop - start for part in parts for start, stop in part) != batch_size:
         raise ValueError(
-            "processes hold overlapping but unequal parts of the batch on this mesh: choose NUM_MODEL_PARTITIONS so that a model replica "
-            "fills whole processes or divides one"
+            "processes hold overlapping but unequal parts of the batch on this mesh: choose"
+            " NUM_MODEL_PARTITIONS so that a model replica fills whole processes or divides one"
         )
-    return DataLayout(shard=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts))
+    return DataLayout(
+        shard=parts.index(tuple(sorted(rows[jax.process_index()]))), num_shards=len(parts)
+    )
 
 
 def check_batch_size(batch_size: int, num_microbatches: int, partitioner: Partitioner) -> None:
     """Raises a ValueError where a batch cannot be split into microbatches and over the mesh."""
     if batch_size < 1 or batch_size % num_microbatches:
-        raise ValueError(f"BATCH_SIZE {batch_size} does not split into {num_microbatches} microbatches: change either so that it divides")
+        raise ValueError(
+            f"BATCH_SIZE {batch_size} does not split into {num_microbatches} microbatches: change"
+            " either so that it divides"
+        )
     part, shards = batch_size // num_microbatches, partitioner.num_data_shards
     if part % shards:
         what = "a microbatch" if num_microbatches > 1 else "BATCH_SIZE"
         raise ValueError(
-            f"{what} of {part} rows does not split over the {shards} data shards of the mesh (data x expert axes): "
-            f"choose a multiple of {shards}"
+            f"{what} of {part} rows does not split over the {shards} data shards of the mesh (data"
+            f" x expert axes): choose a multiple of {shards}"
         )
 
 
@@ -65,7 +72,9 @@ def to_global(batch: Batch, partitioner: Partitioner, num_shards: int = 1) -> di
 
     def put(rows: Array) -> jax.Array:
         rows = np.asarray(rows)
-        return jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * num_shards, *rows.shape[1:]))
+        return jax.make_array_from_process_local_data(
+            sharding, rows, (rows.shape[0] * num_shards, *rows.shape[1:])
+        )
 
     return {name: put(feature) for name, feature in batch.items()}
 
@@ -75,20 +84,40 @@ def replicated_scalar(value: float, partitioner: Partitioner) -> jax.Array:
     return jax.make_array_from_callback((), partitioner.replicated, lambda _: np.float32(value))
 
 
-def check_first_batch(batch: Mapping[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct], num_shards: int) -> None:
-    """Raises a ValueError where the data does not give the features and shapes that the configuration promises."""
-    got = {name: (np.shape(feature)[0] * num_shards, *np.shape(feature)[1:]) for name, feature in batch.items()}
+def check_first_batch(
+    batch: Mapping[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct], num_shards: int
+) -> None:
+    """Raises a ValueError where the data does not give the features and shapes that the
+    configuration promises.
+    """
+    got = {
+        name: (np.shape(feature)[0] * num_shards, *np.shape(feature)[1:])
+        for name, feature in batch.items()
+    }
     want = {name: tuple(spec.shape) for name, spec in expected.items()}
     wrong = [
-        f"{name}: expected {want.get(name, 'no such feature')}, got {got.get(name, 'nothing')}" for name in sorted(want.keys() | got.keys())
+        f"{name}: expected {want.get(name, 'no such feature')}, got {got.get(name, 'nothing')}"
+        for name in sorted(want.keys() | got.keys())
     ]
-    wrong = [line for name, line in zip(sorted(want.keys() | got.keys()), wrong, strict=True) if want.get(name) != got.get(name)]
+    wrong = [
+        line
+        for name, line in zip(sorted(want.keys() | got.keys()), wrong, strict=True)
+        if want.get(name) != got.get(name)
+    ]
     if wrong:
         raise ValueError(
-            "the training data does not match the configuration (BATCH_SIZE, TASK_FEATURE_LENGTHS, pack):\n" + "\n".join(wrong)
+            "the training data does not match the configuration (BATCH_SIZE, TASK_FEATURE_LENGTHS,"
+            " pack):\n" + "\n".join(wrong)
         )
 
 
 def fingerprint(batch: Mapping[str, Any]) -> str:
-    """A short digest of this process's rows: CRC-32 of every feature. Cheap enough to take at each step."""
-    return json.dumps({name: f"{zlib.crc32(np.ascontiguousarray(feature).tobytes()):08x}" for name, feature in sorted(batch.items())})
+    """A short digest of this process's rows: CRC-32 of every feature. Cheap enough to take at each
+    step.
+    """
+    return json.dumps(
+        {
+            name: f"{zlib.crc32(np.ascontiguousarray(feature).tobytes()):08x}"
+            for name, feature in sorted(batch.items())
+        }
+    )

@@ -16,9 +16,12 @@ class Costs:
     Attributes:
       parameters: of the model.
       active_parameters: that a token meets on average; equal to `parameters` for dense models.
-      train_flops_per_step: matrix products, forward and backward; 0 for architectures that are not counted.
-      hardware_flops_per_step: the same with what the backward pass computes again (`T5Config.remat_policy`).
-      device_flops_per_step: what one device executes, elementwise operations, the optimizer and what is not split over the mesh included.
+      train_flops_per_step: matrix products, forward and backward; 0 for architectures that are not
+        counted.
+      hardware_flops_per_step: the same with what the backward pass computes again
+        (`T5Config.remat_policy`).
+      device_flops_per_step: what one device executes, elementwise operations, the optimizer and
+        what is not split over the mesh included.
       exchange_bytes: all-to-alls of one device in a step, at even load.
       activation_bytes: what one device keeps for the backward pass.
       parameter_bytes: in total and per device.
@@ -55,7 +58,11 @@ def step_shape(settings: Settings) -> step_cost.StepShape:
 def costs(run: PreparedRun) -> Costs:
     """Counts a run's parameters, FLOPs and bytes from its specs."""
     settings = run.settings
-    params = {path.removeprefix(TARGET): spec for path, spec in run.specs.items() if path.startswith(TARGET)}
+    params = {
+        path.removeprefix(TARGET): spec
+        for path, spec in run.specs.items()
+        if path.startswith(TARGET)
+    }
     slots = {path: spec for path, spec in run.specs.items() if path.startswith(PARAM_STATES)}
     total = active = sum(spec.size for spec in params.values())
     flops, exchanged, activations = step_cost.StepFlops(model=0, recomputed=0, device=0.0), 0, 0.0
@@ -86,7 +93,8 @@ def costs(run: PreparedRun) -> Costs:
 
 
 def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
-    """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the plan of the conversion if there is one.
+    """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the
+    plan of the conversion if there is one.
 
     Args:
       run: the run.
@@ -101,11 +109,17 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
     lines = [
         f"MODEL_DIR      {settings.model_dir}",
         f"start          {run.source.describe()}",
-        f"steps          {run.source.step} -> {settings.total_steps} ({max(settings.total_steps - run.source.step, 0)} to do)",
+        (
+            f"steps          {run.source.step} -> {settings.total_steps}"
+            f" ({max(settings.total_steps - run.source.step, 0)} to do)"
+        ),
         f"parameters     {cost.parameters:,} ({cost.active_parameters:,} active per token)",
         f"mesh           {mesh.devices.size} x {device.device_kind}: {axes}",
-        f"memory         per device: parameters {_size(params.per_device)}, optimizer {_size(optimizer.per_device)}, "
-        f"gradients {_size(params.per_device)}: {_size(state)}, and activations{_activations(cost)}",
+        (
+            f"memory         per device: parameters {_size(params.per_device)}, optimizer"
+            f" {_size(optimizer.per_device)}, gradients {_size(params.per_device)}: {_size(state)},"
+            f" and activations{_activations(cost)}"
+        ),
         f"checkpoint     {_size(cost.checkpoint_bytes)}{_saving(settings)}",
         f"batch          {_batch(settings)}",
         f"optimizer      {settings.trainer.optimizer}",
@@ -115,13 +129,24 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
         lines.insert(4, f"compute        {_compute(cost)}")
     if cost.exchange_bytes:
         even = " at even load" if accounting.exchange_follows_load(settings.model.config) else ""
-        lines.insert(7, f"exchange       per device and step: {_size(cost.exchange_bytes)} of all-to-alls{even}")
+        lines.insert(
+            7,
+            f"exchange       per device and step: {_size(cost.exchange_bytes)} of"
+            f" all-to-alls{even}",
+        )
     if run.source.damaged:
-        lines.append(f"damaged        checkpoints of steps {', '.join(map(str, run.source.damaged))} cannot be read")
+        lines.append(
+            f"damaged        checkpoints of steps {', '.join(map(str, run.source.damaged))} cannot"
+            " be read"
+        )
     if run.source.start == Start.UPCYCLE:
         assert run.source.plan is not None
         shardings = settings.partitioner.shardings(run.specs)
-        lines += ["", f"Upcycling with {run.source.plan.recipe}:", run.source.plan.text(shardings, max_rows=plan_rows)]
+        lines += [
+            "",
+            f"Upcycling with {run.source.plan.recipe}:",
+            run.source.plan.text(shardings, max_rows=plan_rows),
+        ]
     return "\n".join(lines)
 
 
@@ -149,7 +174,11 @@ def _saving(settings: Settings) -> str:
 def _batch(settings: Settings) -> str:
     cfg = settings.train_dataset_cfg
     lengths = ", ".join(f"{name} {length}" for name, length in cfg.task_feature_lengths.items())
-    parts = f", {settings.trainer.num_microbatches} microbatches" if settings.trainer.num_microbatches else ""
+    parts = (
+        f", {settings.trainer.num_microbatches} microbatches"
+        if settings.trainer.num_microbatches
+        else ""
+    )
     return f"{cfg.batch_size} rows of {cfg.mixture_or_task_name} ({lengths}){parts}"
 
 
@@ -160,7 +189,8 @@ def _evaluation(settings: Settings) -> str:
     when = f"every {settings.eval_period} steps, " if settings.eval_period else ""
     how_much = f"{settings.eval_steps} batches" if settings.eval_steps else "all batches"
     return (
-        f"{when}at the start and the end: {how_much} of {cfg.batch_size} rows of each task of {cfg.mixture_or_task_name}, split {cfg.split}"
+        f"{when}at the start and the end: {how_much} of {cfg.batch_size} rows of each task of"
+        f" {cfg.mixture_or_task_name}, split {cfg.split}"
     )
 
 

@@ -31,9 +31,11 @@ class Evaluator:
         self._similarity = jax.jit(expert_similarity.metrics, out_shardings=partitioner.replicated)
 
     def evaluate(self, params: PyTree, task_batches: TaskBatches) -> dict[str, dict[str, Any]]:
-        """Metrics of every task: floats, or arrays for vector metrics, and `timing/evaluation_seconds`.
+        """Metrics of every task: floats, or arrays for vector metrics, and
+        `timing/evaluation_seconds`.
 
-        `experts/<layer>/similarity` follows from the parameters alone and is the same for all tasks.
+        `experts/<layer>/similarity` follows from the parameters alone and is the same for all
+        tasks.
 
         Raises:
           ValueError: a task gave no batch.
@@ -42,9 +44,14 @@ class Evaluator:
             return {}
         with self._partitioner.activate():
             similarity = host_values(self._similarity(params))
-        return {task: self._one_task(task, params, make_batches) | similarity for task, make_batches in task_batches.items()}
+        return {
+            task: self._one_task(task, params, make_batches) | similarity
+            for task, make_batches in task_batches.items()
+        }
 
-    def _one_task(self, task: str, params: PyTree, make_batches: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
+    def _one_task(
+        self, task: str, params: PyTree, make_batches: Callable[[], Iterable[Batch]]
+    ) -> dict[str, Any]:
         started, total = time.monotonic(), None
         for batch in make_batches():
             on_device = batches.to_global(batch, self._partitioner, self._num_shards)
@@ -52,5 +59,8 @@ class Evaluator:
                 more = self._metrics(params, on_device)
                 total = more if total is None else self._merge(total, more)
         if total is None:
-            raise ValueError(f"evaluation of {task!r} got no batch: its split is empty or smaller than one batch. Lower the batch size")
+            raise ValueError(
+                f"evaluation of {task!r} got no batch: its split is empty or smaller than one"
+                " batch. Lower the batch size"
+            )
         return host_values(total) | {"timing/evaluation_seconds": time.monotonic() - started}

@@ -14,8 +14,9 @@ _log = logging.getLogger(__name__)
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT is remembered and a second one acts as usual.
 
-    With several processes the request must stop all of them at the same step. jax's preemption service agrees on that step, and it takes
-    SIGTERM for itself; there SIGINT keeps its usual meaning. Outside the main thread no handler can be set, and none is.
+    With several processes the request must stop all of them at the same step. jax's preemption
+    service agrees on that step, and it takes SIGTERM for itself; there SIGINT keeps its usual
+    meaning. Outside the main thread no handler can be set, and none is.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,11 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._name = signal.Signals(number).name
         self._restore()
-        _log.warning("%s: saving a checkpoint after the current step, then ending; a second signal ends at once", self._name)
+        _log.warning(
+            "%s: saving a checkpoint after the current step, then ending; a second signal ends at"
+            " once",
+            self._name,
+        )
 
     def _restore(self) -> None:
         while self._previous:
@@ -42,7 +47,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def after_step(self, step: int) -> str | None:
-        """Why the run should stop after this step, or None to go on; every process gets the same answer."""
+        """Why the run should stop after this step, or None to go on; every process gets the same
+        answer.
+        """
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

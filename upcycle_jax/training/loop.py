@@ -75,33 +75,39 @@ def train(
 ) -> TrainResult:
     """Trains a model, resuming where an earlier call in the same MODEL_DIR stopped.
 
-    On one mesh a run that was killed and resumed gives the same losses, bit for bit, as one that was not: the data position, the step (from
-    which dropout keys follow), parameters and optimizer state are all in the checkpoint.
+    On one mesh a run that was killed and resumed gives the same losses, bit for bit, as one that
+    was not: the data position, the step (from which dropout keys follow), parameters and optimizer
+    state are all in the checkpoint.
 
     Args:
       model: an `EncoderDecoderModel`.
       model_dir: where everything goes; see the README for its content.
       train_dataset_cfg: `DatasetConfig` of the training data.
       trainer: optimizer, schedule, microbatches.
-      total_steps: the step to stop at, counted from step 0 of the first run: a run that continues a checkpoint of step s trains
-        total_steps - s steps.
-      train_eval_dataset_cfg: data for teacher-forced evaluation, or None. Every task of a mixture is evaluated by itself.
+      total_steps: the step to stop at, counted from step 0 of the first run: a run that continues a
+        checkpoint of step s trains total_steps - s steps.
+      train_eval_dataset_cfg: data for teacher-forced evaluation, or None. Every task of a mixture
+        is evaluated by itself.
       checkpoint_cfg: what to restore and when to save.
       partitioner: the mesh.
       eval_steps: batches per task and evaluation; None for the whole split.
-      eval_period: steps between evaluations; None for none but at the start (before the first update) and at the end.
-      stats_period: steps between reports of training metrics; None is 100, or eval_period where that is less.
+      eval_period: steps between evaluations; None for none but at the start (before the first
+        update) and at the end.
+      stats_period: steps between reports of training metrics; None is 100, or eval_period where
+        that is less.
       random_seed: of parameters and dropout.
-      first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k. With s here, a model trained from
-        scratch sees what the continuation of a checkpoint of step s sees.
+      first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k.
+        With s here, a model trained from scratch sees what the continuation of a checkpoint of step
+        s sees.
       tracker: where metrics go beside MODEL_DIR, or None.
       files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
       dry_run: print the plan of the run and return; nothing is written.
 
     Raises:
       FileNotFoundError: the checkpoint to start from does not exist.
-      ValueError: the configuration cannot run; nothing was written. `NonFiniteLossError`: the loss became NaN.
-        `LossSpikeError`: it rose far above those before it, and the trainer says to stop then.
+      ValueError: the configuration cannot run; nothing was written. `NonFiniteLossError`: the loss
+        became NaN. `LossSpikeError`: it rose far above those before it, and the trainer says to
+        stop then.
     """
     if stats_period is None:
         stats_period = min(DEFAULT_STATS_PERIOD, eval_period or DEFAULT_STATS_PERIOD)
@@ -127,27 +133,37 @@ def train(
         return TrainResult(step=run.source.step, start=str(run.source.start))
     _log.info("%s", description.describe(run, plan_rows=0))
     if run.source.step >= total_steps:
-        _log.info("%s is at step %d of %d already: nothing to do", model_dir, run.source.step, total_steps)
+        _log.info(
+            "%s is at step %d of %d already: nothing to do", model_dir, run.source.step, total_steps
+        )
         return TrainResult(step=run.source.step, start=str(run.source.start))
     with StopRequest() as stop:
         return _run(run, files or {}, stop)
 
 
 def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> TrainResult:
-    """Opens data, MODEL_DIR and state, in that order: data that cannot be read leaves no trace in MODEL_DIR."""
+    """Opens data, MODEL_DIR and state, in that order: data that cannot be read leaves no trace in
+    MODEL_DIR.
+    """
     settings = run.settings
     for cfg in (settings.train_dataset_cfg, settings.train_eval_dataset_cfg):
         if cfg is not None:
             prepare.check_vocabulary(settings.model, cfg)
-    iterator = settings.train_dataset_cfg.train_iterator(process_index=run.train_layout.shard, process_count=run.train_layout.num_shards)
+    iterator = settings.train_dataset_cfg.train_iterator(
+        process_index=run.train_layout.shard, process_count=run.train_layout.num_shards
+    )
     eval_tasks = {}
     if run.eval_layout is not None:
         eval_tasks = settings.train_eval_dataset_cfg.eval_batches(
-            num_batches=settings.eval_steps, process_index=run.eval_layout.shard, process_count=run.eval_layout.num_shards
+            num_batches=settings.eval_steps,
+            process_index=run.eval_layout.shard,
+            process_count=run.eval_layout.num_shards,
         )
     cost = description.costs(run)
     saves = settings.checkpoint_cfg.save is not None
-    prepare.make_model_dir(settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
+    prepare.make_model_dir(
+        settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0
+    )
     with Saver(settings.model_dir, settings.checkpoint_cfg.save) as saver:
         state, source = _load(run, saver)
         restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
@@ -160,7 +176,12 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> Train
             result = loop.run(stop)
             failed = False
         except BaseException as error:
-            manifest.update(settings.model_dir, status="failed", step=loop.step, error=f"{type(error).__name__}: {error}"[:2000])
+            manifest.update(
+                settings.model_dir,
+                status="failed",
+                step=loop.step,
+                error=f"{type(error).__name__}: {error}"[:2000],
+            )
             raise
         finally:
             loop.close(failed=failed)
@@ -170,7 +191,9 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> Train
 
 
 def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
-    """The first state; a checkpoint of MODEL_DIR that turns out to be damaged is passed over for the one before it."""
+    """The first state; a checkpoint of MODEL_DIR that turns out to be damaged is passed over for
+    the one before it.
+    """
     settings, source, damaged = run.settings, run.source, list(run.source.damaged)
     first_error: Exception | None = None
     while True:
@@ -191,7 +214,9 @@ def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
             first_error = first_error or error
             _log.warning("CHECKPOINT %s IS DAMAGED and is passed over: %s", source.path, error)
             damaged.append(source.step)
-            source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, run.specs, passed_over=damaged)
+            source = restore.find_source(
+                settings.model_dir, settings.checkpoint_cfg, run.specs, passed_over=damaged
+            )
             if source.start != Start.RESUME:
                 raise first_error from None
     if damaged and source.start == Start.RESUME:
@@ -200,13 +225,26 @@ def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
     return state, source
 
 
-def _write_start(run: PreparedRun, cost: description.Costs, files: Mapping[str, str], data_fingerprint: Any) -> None:
+def _write_start(
+    run: PreparedRun, cost: description.Costs, files: Mapping[str, str], data_fingerprint: Any
+) -> None:
     """Leaves the run's description in MODEL_DIR."""
     settings, source = run.settings, run.source
     folder = settings.model_dir
-    params = {path.removeprefix(TARGET): spec for path, spec in run.specs.items() if path.startswith(TARGET)}
-    rest = {path: spec for path, spec in run.specs.items() if path == STEP or path.startswith(PARAM_STATES)}
-    texts = {"model-info.txt": model_info(params, partitioner=settings.partitioner, state=rest), **files}
+    params = {
+        path.removeprefix(TARGET): spec
+        for path, spec in run.specs.items()
+        if path.startswith(TARGET)
+    }
+    rest = {
+        path: spec
+        for path, spec in run.specs.items()
+        if path == STEP or path.startswith(PARAM_STATES)
+    }
+    texts = {
+        "model-info.txt": model_info(params, partitioner=settings.partitioner, state=rest),
+        **files,
+    }
     for name, text in texts.items():
         manifest.write_text(folder / name, text)
     identity = {
@@ -234,13 +272,21 @@ def _write_start(run: PreparedRun, cost: description.Costs, files: Mapping[str, 
     }
     previous = manifest.read(folder)
     if previous.get("data") and not _same_data(previous["data"], data_fingerprint):
-        _log.warning("THE TRAINING DATA IS NOT WHAT IT WAS when %s was written: the manifest has the new fingerprint now", folder)
+        _log.warning(
+            "THE TRAINING DATA IS NOT WHAT IT WAS when %s was written: the manifest has the new"
+            " fingerprint now",
+            folder,
+        )
     manifest.write(folder, manifest.start(previous, identity=identity, this_start=this_start))
 
 
 def _same_data(before: Any, now: Any) -> bool:
     def bare(fingerprint: Any) -> Any:
-        return {k: v for k, v in fingerprint.items() if k != "versions"} if isinstance(fingerprint, Mapping) else fingerprint
+        return (
+            {k: v for k, v in fingerprint.items() if k != "versions"}
+            if isinstance(fingerprint, Mapping)
+            else fingerprint
+        )
 
     return manifest.as_json(bare(before)) == manifest.as_json(bare(now))
 
@@ -258,31 +304,47 @@ class _Loop:
         cost: description.Costs,
     ):
         settings = run.settings
-        self._run, self._settings, self._saver, self._iterator, self._eval_tasks = run, settings, saver, iterator, eval_tasks
+        self._run, self._settings, self._saver, self._iterator, self._eval_tasks = (
+            run,
+            settings,
+            saver,
+            iterator,
+            eval_tasks,
+        )
         self._state = state
         self.step = run.source.step
-        self._watch = LossWatch(settings.model_dir, NonFinite(settings.trainer.non_finite), _loss_history(run))
-        self._window = Window(batch_size=settings.train_dataset_cfg.batch_size, flops_per_step=cost.train_flops_per_step)
+        self._watch = LossWatch(
+            settings.model_dir, NonFinite(settings.trainer.non_finite), _loss_history(run)
+        )
+        self._window = Window(
+            batch_size=settings.train_dataset_cfg.batch_size,
+            flops_per_step=cost.train_flops_per_step,
+        )
         self._utilisation = Utilisation.of_run(
             model_flops=cost.train_flops_per_step,
             hardware_flops=cost.hardware_flops_per_step,
             devices=settings.partitioner.mesh.devices.flat,
         )
         self._evaluator = (
-            Evaluator(settings.model, settings.partitioner, num_shards=run.eval_layout.num_shards) if run.eval_layout else None
+            Evaluator(settings.model, settings.partitioner, num_shards=run.eval_layout.num_shards)
+            if run.eval_layout
+            else None
         )
         self._evaluation: dict[str, dict[str, Any]] = {}
         self._writers: dict[str, MetricWriter] = {}
         self._metadata = _checkpoint_record(run)
         self._tracker: WandbRun | None = None
         if settings.tracker is not None and jax.process_index() == 0:
-            self._tracker = settings.tracker.start(settings.model_dir, manifest.read(settings.model_dir))
+            self._tracker = settings.tracker.start(
+                settings.model_dir, manifest.read(settings.model_dir)
+            )
 
     def run(self, stop: StopRequest) -> TrainResult:
         """Trains to the end or to a signal.
 
-        The order inside matters: losses are looked at before a state is saved or evaluated, the state is saved before it is evaluated (an
-        evaluation may be long), and the next batch is taken after the save, whose data position then belongs to its step.
+        The order inside matters: losses are looked at before a state is saved or evaluated, the
+        state is saved before it is evaluated (an evaluation may be long), and the next batch is
+        taken after the save, whose data position then belongs to its step.
         """
         settings = self._settings
         self._evaluate_start()
@@ -290,15 +352,29 @@ class _Loop:
         reason = None
         self._window.go_on()
         while True:
-            on_device = batches.to_global(batch, settings.partitioner, self._run.train_layout.num_shards)
+            on_device = batches.to_global(
+                batch, settings.partitioner, self._run.train_layout.num_shards
+            )
             self._state, output = train_step(self._state, on_device, *self._loss_limit())
             self.step += 1
             self._window.add(output.metrics)
-            self._watch.add(self.step, output, batch=self._iterator.position - 1, batch_fingerprint=batches.fingerprint(batch))
+            self._watch.add(
+                self.step,
+                output,
+                batch=self._iterator.position - 1,
+                batch_fingerprint=batches.fingerprint(batch),
+            )
             reason = stop.after_step(self.step)
             ends = self.step >= settings.total_steps or reason is not None
-            evaluates = self._evaluator is not None and not reason and (ends or self._due(settings.eval_period))
-            reports, saves = ends or self._due(settings.stats_period), ends or self._saver.due(self.step)
+            evaluates = (
+                self._evaluator is not None
+                and not reason
+                and (ends or self._due(settings.eval_period))
+            )
+            reports, saves = (
+                ends or self._due(settings.stats_period),
+                ends or self._saver.due(self.step),
+            )
             if reports or saves or evaluates:
                 self._watch.settle()
                 self._window.pause()
@@ -310,7 +386,12 @@ class _Loop:
                     self._evaluate()
                 self._window.go_on()
             if ends:
-                return TrainResult(step=self.step, start=str(self._run.source.start), interrupted=reason, evaluation=self._evaluation)
+                return TrainResult(
+                    step=self.step,
+                    start=str(self._run.source.start),
+                    interrupted=reason,
+                    evaluation=self._evaluation,
+                )
             batch = next(self._iterator)
 
     def close(self, *, failed: bool) -> None:
@@ -321,11 +402,15 @@ class _Loop:
             self._tracker.close(failed=failed)
 
     def _loss_limit(self) -> tuple[jax.Array, ...]:
-        """The loss above which the next update is skipped, as the step's third argument; nothing where no spike is skipped."""
+        """The loss above which the next update is skipped, as the step's third argument; nothing
+        where no spike is skipped.
+        """
         history = self._watch.history
         if history is None or history.spikes.policy != OnSpike.SKIP:
             return ()
-        return (batches.replicated_scalar(history.limit(self.step + 1), self._settings.partitioner),)
+        return (
+            batches.replicated_scalar(history.limit(self.step + 1), self._settings.partitioner),
+        )
 
     def _record(self) -> dict[str, Any]:
         """What the next checkpoint says of itself."""
@@ -339,7 +424,9 @@ class _Loop:
         """The compiled step, and the batch that showed its shapes."""
         settings, shards = self._settings, self._run.train_layout.num_shards
         cfg = settings.train_dataset_cfg
-        expected = settings.model.input_specs(cfg.batch_size, cfg.task_feature_lengths, packed=cfg.pack)
+        expected = settings.model.input_specs(
+            cfg.batch_size, cfg.task_feature_lengths, packed=cfg.pack
+        )
         batches.check_first_batch(batch, expected, shards)
         jitted = jitted_train_step(
             settings.model,
@@ -350,13 +437,19 @@ class _Loop:
         )
         started = time.monotonic()
         with settings.partitioner.activate():
-            compiled = jitted.lower(self._state, batches.to_global(batch, settings.partitioner, shards), *self._loss_limit()).compile()
+            compiled = jitted.lower(
+                self._state,
+                batches.to_global(batch, settings.partitioner, shards),
+                *self._loss_limit(),
+            ).compile()
         _log.info("the train step compiled in %s", duration(time.monotonic() - started))
         return compiled, batch
 
     def _writer(self, name: str) -> MetricWriter:
         if name not in self._writers:
-            self._writers[name] = MetricWriter(self._settings.model_dir / name, first_step=self._run.source.step)
+            self._writers[name] = MetricWriter(
+                self._settings.model_dir / name, first_step=self._run.source.step
+            )
         return self._writers[name]
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
@@ -373,17 +466,31 @@ class _Loop:
             values["skipped_updates"] = float(self._watch.skipped)
         self._write("train", values)
         speed, tokens = values["timing/steps_per_second"], values["timing/target_tokens_per_second"]
-        _log.info("%s", progress_line(self.step, self._settings.total_steps, values, steps_per_second=speed, tokens_per_second=tokens))
+        _log.info(
+            "%s",
+            progress_line(
+                self.step,
+                self._settings.total_steps,
+                values,
+                steps_per_second=speed,
+                tokens_per_second=tokens,
+            ),
+        )
 
     def _evaluate_start(self) -> None:
-        """Evaluates the restored state before any update, so that the drop that a conversion causes is seen.
+        """Evaluates the restored state before any update, so that the drop that a conversion causes
+        is seen.
 
         A resumed run has that behind it, unless it was killed in the middle of an evaluation.
         """
         if self._evaluator is None:
             return
-        done = all(self._writer(f"training_eval/{task}").has_step(self.step) for task in self._eval_tasks)
-        if self._run.source.start == Start.RESUME and (done or not (self._due(self._settings.eval_period))):
+        done = all(
+            self._writer(f"training_eval/{task}").has_step(self.step) for task in self._eval_tasks
+        )
+        if self._run.source.start == Start.RESUME and (
+            done or not (self._due(self._settings.eval_period))
+        ):
             return
         self._evaluate()
 
@@ -393,13 +500,19 @@ class _Loop:
         self._evaluation = self._evaluator.evaluate(self._state.params, self._eval_tasks)
         for task, values in self._evaluation.items():
             self._write(f"training_eval/{task}", values)
-            shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("cross_ent_loss", "accuracy") if name in values)
+            shown = "  ".join(
+                f"{name} {values[name]:.4f}"
+                for name in ("cross_ent_loss", "accuracy")
+                if name in values
+            )
             _log.info("step %d  %s: %s", self.step, task, shown)
         _log.info("evaluation took %s", duration(time.monotonic() - started))
 
 
 def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
-    """What every checkpoint of the run says about its origin; the record of a conversion is handed on from checkpoint to checkpoint."""
+    """What every checkpoint of the run says about its origin; the record of a conversion is handed
+    on from checkpoint to checkpoint.
+    """
     source = run.source
     if source.plan is not None and source.reader is not None:
         return surgery_apply.record(source.plan, source.reader)
@@ -409,9 +522,15 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
 
 
 def _loss_history(run: PreparedRun) -> LossHistory | None:
-    """The losses that spikes stand out of, those of the checkpoint included where the run resumes; None where spikes are not looked for."""
+    """The losses that spikes stand out of, those of the checkpoint included where the run resumes;
+    None where spikes are not looked for.
+    """
     spikes, source = run.settings.trainer.loss_spikes, run.source
     if spikes is None:
         return None
-    known = source.reader.metadata().get(RECENT_LOSSES, ()) if source.start == Start.RESUME and source.reader is not None else ()
+    known = (
+        source.reader.metadata().get(RECENT_LOSSES, ())
+        if source.start == Start.RESUME and source.reader is not None
+        else ()
+    )
     return LossHistory(spikes, known)

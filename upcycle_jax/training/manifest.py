@@ -1,4 +1,6 @@
-"""`MODEL_DIR/manifest.json`: what a run is, what it started from and with which versions, for reports and for refusing strangers."""
+"""`MODEL_DIR/manifest.json`: what a run is, what it started from and with which versions, for
+reports and for refusing strangers.
+"""
 
 import datetime
 import hashlib
@@ -14,7 +16,18 @@ from etils import epath
 from upcycle_jax.training.process_record import this_process
 
 MANIFEST_FILE = "manifest.json"
-PACKAGES = ("upcycle_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow", "tensorflow-cpu")
+PACKAGES = (
+    "upcycle_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "seqio",
+    "tensorflow",
+    "tensorflow-cpu",
+)
 
 
 def versions() -> dict[str, str]:
@@ -61,12 +74,16 @@ def read(model_dir: epath.PathLike) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it if {model_dir} belongs to this run") from None
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it if {model_dir} belongs to this run"
+        ) from None
 
 
 def write(model_dir: epath.PathLike, manifest: Mapping[str, Any]) -> None:
     """Replaces the manifest, whole or not at all; only process 0 writes."""
-    write_text(epath.Path(model_dir) / MANIFEST_FILE, json.dumps(as_json(manifest), indent=2) + "\n")
+    write_text(
+        epath.Path(model_dir) / MANIFEST_FILE, json.dumps(as_json(manifest), indent=2) + "\n"
+    )
 
 
 def as_json(value: Any) -> Any:
@@ -75,7 +92,9 @@ def as_json(value: Any) -> Any:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old one or the new one; only process 0 writes."""
+    """Writes a small file so that a reader sees the old one or the new one; only process 0
+    writes.
+    """
     if jax.process_index() == 0:
         temporary = path.parent / f".{path.name}.writing"
         temporary.write_text(text)
@@ -87,14 +106,29 @@ def update(model_dir: epath.PathLike, **entries: Any) -> None:
     write(model_dir, read(model_dir) | entries)
 
 
-def start(previous: Mapping[str, Any], *, identity: Mapping[str, Any], this_start: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest at the start of a process: what the run is stays as first written, each start is added to a list.
+def start(
+    previous: Mapping[str, Any], *, identity: Mapping[str, Any], this_start: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest at the start of a process: what the run is stays as first written, each start is
+    added to a list.
 
     Args:
       previous: the manifest so far, empty for a new run.
-      identity: entries that describe the run as a whole, e.g. `start_step`, `parameters`, `model_hash`, `recipe`.
+      identity: entries that describe the run as a whole, e.g. `start_step`, `parameters`,
+        `model_hash`, `recipe`.
       this_start: entries of this process: step, restore source, versions, devices, configuration.
     """
     starts = [*previous.get("starts", ()), {"time": now(), "process": this_process(), **this_start}]
-    kept = {name: value for name, value in previous.items() if name in ("start_step", "restored_from", "recipe", "created")}
-    return {"created": now(), **identity, **kept, "status": "running", "step": this_start.get("step", 0), "starts": starts}
+    kept = {
+        name: value
+        for name, value in previous.items()
+        if name in ("start_step", "restored_from", "recipe", "created")
+    }
+    return {
+        "created": now(),
+        **identity,
+        **kept,
+        "status": "running",
+        "step": this_start.get("step", 0),
+        "starts": starts,
+    }

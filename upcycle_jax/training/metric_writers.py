@@ -1,4 +1,6 @@
-"""Where metrics go: JSON lines and TensorBoard events side by side. TensorFlow is not needed for either."""
+"""Where metrics go: JSON lines and TensorBoard events side by side. TensorFlow is not needed for
+either.
+"""
 
 import json
 import math
@@ -19,9 +21,10 @@ Scalars = Mapping[str, Any]
 class MetricWriter:
     """Writes the metrics of one kind (`train`, `training_eval/<task>`) into one folder.
 
-    Each call appends a line to `metrics.jsonl` and an event to a TensorBoard file in the same folder. A resumed run appends; where it
-    repeats steps that were lost, the later line counts, and TensorBoard is told to forget the earlier events. A line that a kill has torn
-    is closed first, so that only that line is lost to readers.
+    Each call appends a line to `metrics.jsonl` and an event to a TensorBoard file in the same
+    folder. A resumed run appends; where it repeats steps that were lost, the later line counts, and
+    TensorBoard is told to forget the earlier events. A line that a kill has torn is closed first,
+    so that only that line is lost to readers.
 
     Args:
       folder: made on first use.
@@ -42,7 +45,9 @@ class MetricWriter:
         return any(line.startswith(f'{{"step": {step},') and line.endswith("}") for line in lines)
 
     def write(self, step: int, values: Scalars) -> None:
-        """Writes one set of metrics: floats or flat sequences of floats (`experts/<layer>/load`)."""
+        """Writes one set of metrics: floats or flat sequences of floats
+        (`experts/<layer>/load`).
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"step": int(step), "wall_time": round(time.time(), 3)}
         row |= {name: _plain(value) for name, value in values.items()}
@@ -57,7 +62,9 @@ class MetricWriter:
                 stream.write(closing + line)
             self._appended = True
             return
-        if self._text is None:  # Buckets cannot append, and tear nothing: the file is written anew, from memory.
+        if (
+            self._text is None
+        ):  # Buckets cannot append, and tear nothing: the file is written anew, from memory.
             self._text = path.read_text() if path.exists() else ""
         self._text += line
         path.write_text(self._text)
@@ -69,7 +76,10 @@ class MetricWriter:
             self._events = _EventFile(self.folder)
             if self._first_step:
                 self._events.add(
-                    event_pb2.Event(step=self._first_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+                    event_pb2.Event(
+                        step=self._first_step + 1,
+                        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+                    )
                 )
         summary = summary_pb2.Summary()
         for name, value in values.items():
@@ -85,7 +95,9 @@ class MetricWriter:
 
 
 class _EventFile:
-    """A TensorBoard event file, through tensorboard's record writer; its own EventFileWriter would import TensorFlow."""
+    """A TensorBoard event file, through tensorboard's record writer; its own EventFileWriter would
+    import TensorFlow.
+    """
 
     def __init__(self, folder: epath.Path):
         from tensorboard.compat.proto import event_pb2
@@ -121,17 +133,32 @@ def _plain(value: Any) -> Any:
 
 
 def _tags(name: str, value: Any) -> list[tuple[str, float]]:
-    """TensorBoard tags of a metric; a vector is shown by its extremes, its elements are in the JSON lines."""
+    """TensorBoard tags of a metric; a vector is shown by its extremes, its elements are in the JSON
+    lines.
+    """
     array = np.asarray(value, np.float64)
     if not array.ndim:
         return [(name, float(array))]
     return [(f"{name}/min", float(array.min())), (f"{name}/max", float(array.max()))]
 
 
-def progress_line(step: int, total_steps: int, values: Scalars, *, steps_per_second: float, tokens_per_second: float) -> str:
-    """The line that the console shows, e.g. `step 1200/20000 (6%)  loss 3.412  accuracy 0.412  8.3 steps/s  52k tokens/s  38 min left`."""
+def progress_line(
+    step: int,
+    total_steps: int,
+    values: Scalars,
+    *,
+    steps_per_second: float,
+    tokens_per_second: float,
+) -> str:
+    """The line that the console shows, e.g. `step 1200/20000 (6%)  loss 3.412  accuracy 0.412  8.3
+    steps/s  52k tokens/s  38 min left`.
+    """
     parts = [f"step {step}/{total_steps} ({100 * step // max(total_steps, 1)}%)"]
-    parts += [f"{name} {float(values[name]):.4g}" for name in ("loss", "accuracy", "learning_rate") if name in values]
+    parts += [
+        f"{name} {float(values[name]):.4g}"
+        for name in ("loss", "accuracy", "learning_rate")
+        if name in values
+    ]
     if steps_per_second > 0:
         parts += [f"{steps_per_second:.3g} steps/s", f"{_short(tokens_per_second)} tokens/s"]
         if "timing/mfu" in values:

@@ -1,11 +1,14 @@
-"""Adafactor (T5X's update) and AdamW, computed by optax, with their state in the form in which T5X stores it.
+"""Adafactor (T5X's update) and AdamW, computed by optax, with their state in the form in which T5X
+stores it.
 
-The state of a parameter is a dictionary of slots (`v_row`, `mu`, ...). Slots that a parameter does not use are zeros of shape (1,), as
-in T5X: the tree held during training is the tree in the checkpoint, and T5X restores it.
+The state of a parameter is a dictionary of slots (`v_row`, `mu`, ...). Slots that a parameter does
+not use are zeros of shape (1,), as in T5X: the tree held during training is the tree in the
+checkpoint, and T5X restores it.
 
-An expert kernel is E matrices, not one tensor of rank 3. Every statistic that an optimizer takes over a whole parameter (row and
-column means, the RMS of the update, the RMS of the parameter) is therefore taken over one expert: the leading `expert` axis is a
-batch axis. T5X says so by its factor rule `expert: BATCH`; here the update of one leaf is vmapped over that axis.
+An expert kernel is E matrices, not one tensor of rank 3. Every statistic that an optimizer takes
+over a whole parameter (row and column means, the RMS of the update, the RMS of the parameter) is
+therefore taken over one expert: the leading `expert` axis is a batch axis. T5X says so by its
+factor rule `expert: BATCH`; here the update of one leaf is vmapped over that axis.
 """
 
 import abc
@@ -36,16 +39,19 @@ class OptimizerUpdate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(abc.ABC):
-    """One update rule applied to every parameter on its own; subclasses write it for a single matrix, vector or scalar.
+    """One update rule applied to every parameter on its own; subclasses write it for a single
+    matrix, vector or scalar.
 
     Attributes:
-      step_offset: the step that counts as step 0 for the second moments. After upcycling with a fresh optimizer state and a step that
-        is kept, set it to the step of the dense checkpoint (and leave it there for the rest of the run): the averages then start
-        anew, as at the beginning of training. With 0 they continue with the slow averaging of that late step (T5X's default);
-        then the first updates divide by averages that are nearly zero, and update clipping is what bounds them.
-      expert_gradient_scale: factor on the gradients of expert kernels, or None for no factor. T5X's MoeTrainer multiplies by the
-        number of expert partitions; with global-view jit sharded gradients already equal the ones of a single device, so here it is
-        only a hyper-parameter.
+      step_offset: the step that counts as step 0 for the second moments. After upcycling with a
+        fresh optimizer state and a step that is kept, set it to the step of the dense checkpoint
+        (and leave it there for the rest of the run): the averages then start anew, as at the
+        beginning of training. With 0 they continue with the slow averaging of that late step (T5X's
+        default); then the first updates divide by averages that are nearly zero, and update
+        clipping is what bounds them.
+      expert_gradient_scale: factor on the gradients of expert kernels, or None for no factor. T5X's
+        MoeTrainer multiplies by the number of expert partitions; with global-view jit sharded
+        gradients already equal the ones of a single device, so here it is only a hyper-parameter.
     """
 
     step_offset: int = 0
@@ -54,7 +60,9 @@ class Optimizer(abc.ABC):
     @property
     @abc.abstractmethod
     def operations_per_parameter(self) -> int:
-        """Elementwise operations of an update for each parameter, the norm of the gradient included; roots and powers are not counted."""
+        """Elementwise operations of an update for each parameter, the norm of the gradient
+        included; roots and powers are not counted.
+        """
 
     @property
     @abc.abstractmethod
@@ -63,13 +71,23 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def slot_specs(self, spec: LeafSpec) -> dict[str, LeafSpec]:
-        """Specs of the slots that one parameter (one expert's slice of it) uses; the others are (1,) zeros."""
+        """Specs of the slots that one parameter (one expert's slice of it) uses; the others are
+        (1,) zeros.
+        """
 
     @abc.abstractmethod
     def update(
-        self, param: jax.Array, grad: jax.Array, slots: Slots, *, step: jax.Array, learning_rate: jax.Array
+        self,
+        param: jax.Array,
+        grad: jax.Array,
+        slots: Slots,
+        *,
+        step: jax.Array,
+        learning_rate: jax.Array,
     ) -> tuple[jax.Array, Slots]:
-        """The new parameter and the new slots of one parameter (one expert's slice of it); `grad` is float32."""
+        """The new parameter and the new slots of one parameter (one expert's slice of it); `grad`
+        is float32.
+        """
 
     def state_specs(self, param_specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
         """Specs of the optimizer state, `{path/slot: spec}`, with logical axes."""
@@ -82,14 +100,21 @@ class Optimizer(abc.ABC):
                     out[f"{path}/{slot}"] = LeafSpec(UNUSED_SHAPE, np.dtype(np.float32))
                 elif lifted:
                     one = used[slot]
-                    out[f"{path}/{slot}"] = LeafSpec(spec.shape[:1] + one.shape, one.dtype, spec.axes[:1] + one.axes)
+                    out[f"{path}/{slot}"] = LeafSpec(
+                        spec.shape[:1] + one.shape, one.dtype, spec.axes[:1] + one.axes
+                    )
                 else:
                     out[f"{path}/{slot}"] = used[slot]
         return dict(sorted(out.items()))
 
     def init(self, param_specs: Mapping[str, LeafSpec]) -> PyTree:
         """A fresh state, all zeros, nested; under jit nothing but the result is allocated."""
-        return trees.unflatten({path: jnp.zeros(spec.shape, spec.dtype) for path, spec in self.state_specs(param_specs).items()})
+        return trees.unflatten(
+            {
+                path: jnp.zeros(spec.shape, spec.dtype)
+                for path, spec in self.state_specs(param_specs).items()
+            }
+        )
 
     def apply(
         self,
@@ -107,7 +132,8 @@ class Optimizer(abc.ABC):
           params: nested parameters.
           grads: nested gradients, any float dtype; the update is computed in float32.
           param_states: nested state as from `init`.
-          param_specs: flat specs of `params`; their logical axes say which parameters are expert kernels.
+          param_specs: flat specs of `params`; their logical axes say which parameters are expert
+            kernels.
           step: number of updates done before this one, int32 scalar (0 for the first).
           learning_rate: of this step.
         """
@@ -116,39 +142,61 @@ class Optimizer(abc.ABC):
         new_params, new_states = {}, {}
         for path, param in trees.flatten(params).items():
             slots = {slot: flat_states[f"{path}/{slot}"] for slot in self.slots}
-            new_params[path], new_slots = self._apply_leaf(param_specs[path], param, flat_grads[path], slots, step, learning_rate)
+            new_params[path], new_slots = self._apply_leaf(
+                param_specs[path], param, flat_grads[path], slots, step, learning_rate
+            )
             new_states.update({f"{path}/{slot}": value for slot, value in new_slots.items()})
-        return OptimizerUpdate(params=trees.unflatten(new_params), param_states=trees.unflatten(new_states))
+        return OptimizerUpdate(
+            params=trees.unflatten(new_params), param_states=trees.unflatten(new_states)
+        )
 
     def _apply_leaf(
-        self, spec: LeafSpec, param: jax.Array, grad: jax.Array, slots: Slots, step: jax.Array, learning_rate: jax.Array
+        self,
+        spec: LeafSpec,
+        param: jax.Array,
+        grad: jax.Array,
+        slots: Slots,
+        step: jax.Array,
+        learning_rate: jax.Array,
     ) -> tuple[jax.Array, Slots]:
         grad = grad.astype(jnp.float32)
         if not _is_expert(spec):
             used = self.slot_specs(spec)
-            new_param, new_used = self.update(param, grad, {s: slots[s] for s in used}, step=step, learning_rate=learning_rate)
+            new_param, new_used = self.update(
+                param, grad, {s: slots[s] for s in used}, step=step, learning_rate=learning_rate
+            )
         else:
             if self.expert_gradient_scale is not None:
                 grad = grad * self.expert_gradient_scale
             used = self.slot_specs(_slice_spec(spec))
 
-            def update_one_expert(param: jax.Array, grad: jax.Array, one_slots: Slots) -> tuple[jax.Array, Slots]:
+            def update_one_expert(
+                param: jax.Array, grad: jax.Array, one_slots: Slots
+            ) -> tuple[jax.Array, Slots]:
                 return self.update(param, grad, one_slots, step=step, learning_rate=learning_rate)
 
-            new_param, new_used = jax.vmap(update_one_expert)(param, grad, {s: slots[s] for s in used})
-        return new_param.astype(param.dtype), {**{s: jnp.zeros(UNUSED_SHAPE, jnp.float32) for s in self.slots}, **new_used}
+            new_param, new_used = jax.vmap(update_one_expert)(
+                param, grad, {s: slots[s] for s in used}
+            )
+        return new_param.astype(param.dtype), {
+            **{s: jnp.zeros(UNUSED_SHAPE, jnp.float32) for s in self.slots},
+            **new_used,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
-    """Adafactor with T5X's defaults: no momentum, factored second moments, clipped and parameter-scaled updates.
+    """Adafactor with T5X's defaults: no momentum, factored second moments, clipped and
+    parameter-scaled updates.
 
-    With t = step - step_offset + 1 the averages decay by 1 - t^-decay_rate (so the first update after `step_offset` forgets what was
-    there), the update is clipped to RMS `clipping_threshold` and multiplied by the learning rate and by max(RMS(parameter), epsilon2).
+    With t = step - step_offset + 1 the averages decay by 1 - t^-decay_rate (so the first update
+    after `step_offset` forgets what was there), the update is clipped to RMS `clipping_threshold`
+    and multiplied by the learning rate and by max(RMS(parameter), epsilon2).
 
-    A matrix is factored over its two dimensions where both have at least `min_dim_size_to_factor` elements: `v_row` is indexed by the
-    smaller dimension, `v_col` by the larger one. For expert kernels T5X names `v_row` after `embed` whatever the sizes, and factors
-    small ones too; the two agree when min_dim_size_to_factor <= d_model <= expert width, as in every T5 1.1 size.
+    A matrix is factored over its two dimensions where both have at least `min_dim_size_to_factor`
+    elements: `v_row` is indexed by the smaller dimension, `v_col` by the larger one. For expert
+    kernels T5X names `v_row` after `embed` whatever the sizes, and factors small ones too; the two
+    agree when min_dim_size_to_factor <= d_model <= expert width, as in every T5 1.1 size.
 
     Attributes:
       multiply_by_parameter_scale: make the learning rate relative to the size of each parameter.
@@ -168,11 +216,21 @@ class Adafactor(Optimizer):
 
     @property
     def operations_per_parameter(self) -> int:
-        # The square with epsilon (2), row and column means (2) or an average (3), times two factors (2) or one, the learning rate, minus.
+        # The square with epsilon (2), row and column means (2) or an average (3), times two factors
+        # (2) or one, the learning rate, minus.
         moments = 2 + 4 + 2
-        clipping = 3 if self.clipping_threshold is not None else 0  # the mean square, and a quotient
+        clipping = (
+            3 if self.clipping_threshold is not None else 0
+        )  # the mean square, and a quotient
         scale = 3 if self.multiply_by_parameter_scale else 0
-        return 2 + moments + clipping + scale + (3 if self.beta1 is not None else 0) + (1 if self.weight_decay_rate is not None else 0)
+        return (
+            2
+            + moments
+            + clipping
+            + scale
+            + (3 if self.beta1 is not None else 0)
+            + (1 if self.weight_decay_rate is not None else 0)
+        )
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -181,9 +239,14 @@ class Adafactor(Optimizer):
     def slot_specs(self, spec: LeafSpec) -> dict[str, LeafSpec]:
         float32 = np.dtype(np.float32)
         used = {"v": LeafSpec(spec.shape, float32, spec.axes)}
-        # optax's choice, restated because a spec tree must be known before any array exists; a test keeps the two together.
+        # optax's choice, restated because a spec tree must be known before any array exists; a test
+        # keeps the two together.
         order = np.argsort(spec.shape)
-        if self.factored and len(spec.shape) >= 2 and spec.shape[order[-2]] >= self.min_dim_size_to_factor:
+        if (
+            self.factored
+            and len(spec.shape) >= 2
+            and spec.shape[order[-2]] >= self.min_dim_size_to_factor
+        ):
             small, large = int(order[-2]), int(order[-1])
             used = {"v_row": _without(spec, large), "v_col": _without(spec, small)}
         if self.beta1 is not None:
@@ -191,7 +254,13 @@ class Adafactor(Optimizer):
         return used
 
     def update(
-        self, param: jax.Array, grad: jax.Array, slots: Slots, *, step: jax.Array, learning_rate: jax.Array
+        self,
+        param: jax.Array,
+        grad: jax.Array,
+        slots: Slots,
+        *,
+        step: jax.Array,
+        learning_rate: jax.Array,
     ) -> tuple[jax.Array, Slots]:
         unused = jnp.zeros(UNUSED_SHAPE, jnp.float32)
         second_moments = optax.scale_by_factored_rms(
@@ -201,15 +270,21 @@ class Adafactor(Optimizer):
             min_dim_size_to_factor=self.min_dim_size_to_factor,
             epsilon=self.epsilon1,
         )
-        state = optax.FactoredState(count=step, **{slot: slots.get(slot, unused) for slot in ("v_row", "v_col", "v")})
+        state = optax.FactoredState(
+            count=step, **{slot: slots.get(slot, unused) for slot in ("v_row", "v_col", "v")}
+        )
         param32 = param.astype(jnp.float32)
         change, state = second_moments.update(grad, state, param32)
-        new_slots: Slots = {slot: getattr(state, slot) for slot in ("v_row", "v_col", "v") if slot in slots}
+        new_slots: Slots = {
+            slot: getattr(state, slot) for slot in ("v_row", "v_col", "v") if slot in slots
+        }
         if self.clipping_threshold is not None:
             change = _stateless(optax.clip_by_block_rms(self.clipping_threshold), change, param32)
         change = change * learning_rate
         if self.multiply_by_parameter_scale:
-            change = _stateless(optax.scale_by_param_block_rms(min_scale=self.epsilon2), change, param32)
+            change = _stateless(
+                optax.scale_by_param_block_rms(min_scale=self.epsilon2), change, param32
+            )
         if self.beta1 is not None:
             average = optax.ema(self.beta1, debias=False)
             change, ema = average.update(change, optax.EmaState(count=step, ema=slots["m"]))
@@ -221,9 +296,11 @@ class Adafactor(Optimizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay: parameter -= learning_rate * (adam + weight_decay * parameter).
+    """Adam with decoupled weight decay: parameter -= learning_rate * (adam + weight_decay *
+    parameter).
 
-    Bias correction counts from `step_offset`, so a state that starts afresh at a late step needs `step_offset` at that step.
+    Bias correction counts from `step_offset`, so a state that starts afresh at a late step needs
+    `step_offset` at that step.
 
     Attributes:
       b1: decay of the gradient average (`mu`).
@@ -239,7 +316,8 @@ class AdamW(Optimizer):
 
     @property
     def operations_per_parameter(self) -> int:
-        # Two averages (3 and 4), their corrections (2), epsilon and quotient (2), decay (2), learning rate and difference (2).
+        # Two averages (3 and 4), their corrections (2), epsilon and quotient (2), decay (2),
+        # learning rate and difference (2).
         return 2 + 15
 
     @property
@@ -250,10 +328,18 @@ class AdamW(Optimizer):
         return {slot: LeafSpec(spec.shape, np.dtype(np.float32), spec.axes) for slot in self.slots}
 
     def update(
-        self, param: jax.Array, grad: jax.Array, slots: Slots, *, step: jax.Array, learning_rate: jax.Array
+        self,
+        param: jax.Array,
+        grad: jax.Array,
+        slots: Slots,
+        *,
+        step: jax.Array,
+        learning_rate: jax.Array,
     ) -> tuple[jax.Array, Slots]:
         adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
-        state = optax.ScaleByAdamState(count=step - self.step_offset, mu=slots["mu"], nu=slots["nu"])
+        state = optax.ScaleByAdamState(
+            count=step - self.step_offset, mu=slots["mu"], nu=slots["nu"]
+        )
         change, state = adam.update(grad, state)
         param32 = param.astype(jnp.float32)
         change = _stateless(optax.add_decayed_weights(self.weight_decay), change, param32)
@@ -271,8 +357,12 @@ def _slice_spec(spec: LeafSpec) -> LeafSpec:
 def _without(spec: LeafSpec, dim: int) -> LeafSpec:
     """The float32 spec without one dimension."""
     keep = [i for i in range(len(spec.shape)) if i != dim]
-    return LeafSpec(tuple(spec.shape[i] for i in keep), np.dtype(np.float32), tuple(spec.axes[i] for i in keep))
+    return LeafSpec(
+        tuple(spec.shape[i] for i in keep), np.dtype(np.float32), tuple(spec.axes[i] for i in keep)
+    )
 
 
-def _stateless(transformation: optax.GradientTransformation, change: jax.Array, param: jax.Array) -> jax.Array:
+def _stateless(
+    transformation: optax.GradientTransformation, change: jax.Array, param: jax.Array
+) -> jax.Array:
     return transformation.update(change, transformation.init(param), param)[0]

@@ -66,13 +66,16 @@ def prepare(settings: Settings) -> PreparedRun:
 
     Raises:
       FileNotFoundError: the checkpoint to start from does not exist.
-      ValueError: numbers that do not divide, a checkpoint that does not fit, a MODEL_DIR of another model; see the message.
+      ValueError: numbers that do not divide, a checkpoint that does not fit, a MODEL_DIR of another
+        model; see the message.
     """
     _check_numbers(settings)
     if settings.tracker is not None:
         settings.tracker.check()
     partitioner, trainer = settings.partitioner, settings.trainer
-    batches.check_batch_size(settings.train_dataset_cfg.batch_size, trainer.num_microbatches or 1, partitioner)
+    batches.check_batch_size(
+        settings.train_dataset_cfg.batch_size, trainer.num_microbatches or 1, partitioner
+    )
     train_layout = batches.data_layout(partitioner, settings.train_dataset_cfg.batch_size)
     eval_layout = None
     if settings.train_eval_dataset_cfg is not None:
@@ -95,34 +98,51 @@ def _check_numbers(settings: Settings) -> None:
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"train.{name} is {value!r}: give a positive number, or None")
     if not isinstance(settings.first_batch, int) or settings.first_batch < 0:
-        raise ValueError(f"train.first_batch is {settings.first_batch!r}: give the number of a batch, counted from 0")
+        raise ValueError(
+            f"train.first_batch is {settings.first_batch!r}: give the number of a batch, counted"
+            " from 0"
+        )
 
 
 def check_groups(settings: Settings) -> None:
-    """Raises a ValueError where the tokens of a training microbatch or of an evaluation batch do not divide into routing groups."""
+    """Raises a ValueError where the tokens of a training microbatch or of an evaluation batch do
+    not divide into routing groups.
+    """
     config = settings.model.config
     if not isinstance(config, T5Config) or config.moe is None:
         return
-    for cfg, parts in ((settings.train_dataset_cfg, settings.trainer.num_microbatches or 1), (settings.train_eval_dataset_cfg, 1)):
+    for cfg, parts in (
+        (settings.train_dataset_cfg, settings.trainer.num_microbatches or 1),
+        (settings.train_eval_dataset_cfg, 1),
+    ):
         if cfg is not None:
-            stacks: dict[Stack, int] = {"encoder": cfg.task_feature_lengths["inputs"], "decoder": cfg.task_feature_lengths["targets"]}
+            stacks: dict[Stack, int] = {
+                "encoder": cfg.task_feature_lengths["inputs"],
+                "decoder": cfg.task_feature_lengths["targets"],
+            }
             for stack, length in stacks.items():
                 if config.sparse_layers(stack):
-                    accounting.expert_slots(config, stack, batch_size=cfg.batch_size // parts, length=length)
+                    accounting.expert_slots(
+                        config, stack, batch_size=cfg.batch_size // parts, length=length
+                    )
 
 
 def check_steps(settings: Settings, source: Source) -> None:
-    """Raises a ValueError where the step that the run starts from does not fit TRAIN_STEPS or the optimizer's step offset."""
+    """Raises a ValueError where the step that the run starts from does not fit TRAIN_STEPS or the
+    optimizer's step offset.
+    """
     if source.step >= settings.total_steps and source.start != Start.RESUME:
         raise ValueError(
-            f"the checkpoint {source.path} is at step {source.step}, TRAIN_STEPS is {settings.total_steps}: TRAIN_STEPS counts from step 0 "
-            f"of the first run, so set it above {source.step} (for n more steps: {source.step} + n)"
+            f"the checkpoint {source.path} is at step {source.step}, TRAIN_STEPS is"
+            f" {settings.total_steps}: TRAIN_STEPS counts from step 0 of the first run, so set it"
+            f" above {source.step} (for n more steps: {source.step} + n)"
         )
     offset = settings.trainer.optimizer.step_offset
     if offset > source.step:
         raise ValueError(
-            f"the optimizer's step_offset is {offset}, but the run starts at step {source.step}: the second moments cannot restart in the "
-            f"future. Set it to {source.step} (restart now) or 0 (go on)"
+            f"the optimizer's step_offset is {offset}, but the run starts at step {source.step}:"
+            f" the second moments cannot restart in the future. Set it to {source.step} (restart"
+            " now) or 0 (go on)"
         )
 
 
@@ -131,14 +151,15 @@ def check_vocabulary(model: Any, dataset_cfg: Any) -> None:
     needed, have = dataset_cfg.vocabulary_size(), model.config.vocab_size
     if needed > have:
         raise ValueError(
-            f"the vocabulary of {dataset_cfg.mixture_or_task_name!r} has {needed} ids, the model's vocab_size is {have}: "
-            f"set T5Config.vocab_size to at least {needed} or choose another vocabulary"
+            f"the vocabulary of {dataset_cfg.mixture_or_task_name!r} has {needed} ids, the model's"
+            f" vocab_size is {have}: set T5Config.vocab_size to at least {needed} or choose another"
+            " vocabulary"
         )
 
 
 def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:
-    """Looks whether a local MODEL_DIR can be written to and has room; writes nothing. What can only be found by writing is found by
-    `make_model_dir`.
+    """Looks whether a local MODEL_DIR can be written to and has room; writes nothing. What can only
+    be found by writing is found by `make_model_dir`.
 
     Args:
       model_dir: the run's folder.
@@ -156,14 +177,21 @@ def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         why = "may not be written to" if existing.is_dir() else "is a file"
-        raise ValueError(f"MODEL_DIR {model_dir} cannot be written to ({existing} {why}): choose another folder or free it")
+        raise ValueError(
+            f"MODEL_DIR {model_dir} cannot be written to ({existing} {why}): choose another folder"
+            " or free it"
+        )
     free = shutil.disk_usage(existing).free
     if free < checkpoint_bytes:
         raise ValueError(
-            f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: "
-            "free space, keep fewer checkpoints (SaveCheckpointConfig.keep) or choose another folder"
+            f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes"
+            f" {checkpoint_bytes / 2**30:.1f} GiB: free space, keep fewer checkpoints"
+            " (SaveCheckpointConfig.keep) or choose another folder"
         )
-    return f"{model_dir} can be written to; {free / 2**30:.1f} GiB free, one checkpoint takes {checkpoint_bytes / 2**30:.1f}"
+    return (
+        f"{model_dir} can be written to; {free / 2**30:.1f} GiB free, one checkpoint takes"
+        f" {checkpoint_bytes / 2**30:.1f}"
+    )
 
 
 def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
@@ -179,4 +207,7 @@ def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:
         probe.write_text("can this folder be written to?")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"MODEL_DIR {model_dir} cannot be written to ({error}): choose another folder or free it") from error
+        raise ValueError(
+            f"MODEL_DIR {model_dir} cannot be written to ({error}): choose another folder or"
+            " free it"
+        ) from error

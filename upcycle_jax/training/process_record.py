@@ -1,4 +1,6 @@
-"""Which process writes a run, so that a reader can tell a run that goes on from one that was killed. No jax."""
+"""Which process writes a run, so that a reader can tell a run that goes on from one that was
+killed. No jax.
+"""
 
 import os
 import pathlib
@@ -14,14 +16,21 @@ def this_process() -> dict[str, Any]:
 
 
 def is_alive(record: Mapping[str, Any]) -> bool | None:
-    """Whether the recorded process still runs; None where this machine cannot tell (another host, or no /proc)."""
-    if record.get("host") != socket.gethostname() or record.get("start_ticks") is None or _start_ticks(os.getpid()) is None:
+    """Whether the recorded process still runs; None where this machine cannot tell (another host,
+    or no /proc).
+    """
+    if (
+        record.get("host") != socket.gethostname()
+        or record.get("start_ticks") is None
+        or _start_ticks(os.getpid()) is None
+    ):
         return None
     return _start_ticks(int(record["pid"])) == record["start_ticks"]
 
 
 def _start_ticks(pid: int) -> int | None:
-    """The start in clock ticks since the machine's, which tells a process from a later one of the same id; None if it cannot be seen.
+    """The start in clock ticks since the machine's, which tells a process from a later one of the
+    same id; None if it cannot be seen.
 
     A process that has ended and that its parent has not looked at yet (a zombie) counts as gone.
     """

@@ -20,7 +20,9 @@ from upcycle_jax.training.trainer import NonFinite
 _log = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
-"""How many steps the host may dispatch before their losses are looked at: enough to keep devices busy."""
+"""How many steps the host may dispatch before their losses are looked at: enough to keep devices
+busy.
+"""
 
 
 class NonFiniteLossError(ValueError):
@@ -40,13 +42,17 @@ class LossWatch:
       history: the last losses, where spikes are looked for; None where they are not.
     """
 
-    def __init__(self, model_dir: epath.Path, policy: NonFinite, history: LossHistory | None = None):
+    def __init__(
+        self, model_dir: epath.Path, policy: NonFinite, history: LossHistory | None = None
+    ):
         self._model_dir, self._policy, self.history = model_dir, policy, history
         self._pending: collections.deque[tuple[int, StepOutput, int, str]] = collections.deque()
         self.skipped = 0
 
     def add(self, step: int, output: StepOutput, *, batch: int, batch_fingerprint: str) -> None:
-        """Takes the output of the update that led to `step`, from batch number `batch`, and looks at those that are due."""
+        """Takes the output of the update that led to `step`, from batch number `batch`, and looks
+        at those that are due.
+        """
         self._pending.append((step, output, batch, batch_fingerprint))
         while len(self._pending) > STEPS_AHEAD:
             self._look()
@@ -55,7 +61,8 @@ class LossWatch:
         """Looks at all steps so far: before the state is saved, evaluated or reported.
 
         Raises:
-          NonFiniteLossError: a step's loss or gradient norm, or a router logit, is not finite and the policy is to stop.
+          NonFiniteLossError: a step's loss or gradient norm, or a router logit, is not finite and
+            the policy is to stop.
           LossSpikeError: a step's loss is a spike and the policy is to stop.
         """
         while self._pending:
@@ -63,7 +70,9 @@ class LossWatch:
 
     def _look(self) -> None:
         step, output, batch, batch_fingerprint = self._pending.popleft()
-        loss, grad_norm, bad_logits = jax.device_get((output.loss, output.grad_norm, output.bad_logits))
+        loss, grad_norm, bad_logits = jax.device_get(
+            (output.loss, output.grad_norm, output.bad_logits)
+        )
         loss, grad_norm = float(loss), float(grad_norm)
         bad = {layer: int(count) for layer, count in bad_logits.items() if count}
         limit = self.history.limit(step) if self.history else math.inf
@@ -92,11 +101,15 @@ class LossWatch:
         assert self.history is not None
         path, spikes = self._save("loss_spike", report | {"limit": limit}), self.history.spikes
         where = f"batch {report['batch']}, fingerprint in {path}"
-        what = f"step {report['step']}: the loss {report['loss']} is a spike, above {limit:.6g} ({where})"
+        what = (
+            f"step {report['step']}: the loss {report['loss']} is a spike, above {limit:.6g}"
+            f" ({where})"
+        )
         if spikes.policy == OnSpike.STOP:
             raise LossSpikeError(
-                f"{what}. The last checkpoint is from before it. Lower the learning rate, raise LossSpikes.factor ({spikes.factor:g}) "
-                "where such losses are usual, or set LossSpikes.policy = 'skip' to leave out such batches"
+                f"{what}. The last checkpoint is from before it. Lower the learning rate, raise"
+                f" LossSpikes.factor ({spikes.factor:g}) where such losses are usual, or set"
+                " LossSpikes.policy = 'skip' to leave out such batches"
             )
         self.skipped += 1
         _log.warning("%s: the update is skipped", what)
@@ -104,26 +117,29 @@ class LossWatch:
     def _not_finite(self, report: dict[str, Any]) -> None:
         path = self._save("non_finite", report)
         what = (
-            f"step {report['step']}: the loss is {report['loss']} and the gradient norm {report['grad_norm']} (batch {report['batch']}, "
-            f"fingerprint in {path})"
+            f"step {report['step']}: the loss is {report['loss']} and the gradient norm"
+            f" {report['grad_norm']} (batch {report['batch']}, fingerprint in {path})"
         )
         if bad := report.get("non_finite_router_logits"):
             first = min(bad, key=_depth)
             what += (
-                f". Router logits that are NaN or infinite: {bad[first]} in {first}, the first of {len(bad)} such MoE layers: what reaches "
-                "that router, or its kernel, is not finite (MoeConfig.router_z_loss_factor = 0.001 keeps logits small)"
+                f". Router logits that are NaN or infinite: {bad[first]} in {first}, the first of"
+                f" {len(bad)} such MoE layers: what reaches that router, or its kernel, is not"
+                " finite (MoeConfig.router_z_loss_factor = 0.001 keeps logits small)"
             )
         if self._policy == NonFinite.STOP:
             raise NonFiniteLossError(
-                f"{what}. The last checkpoint is from before it. Lower the learning rate, or set Trainer.non_finite = 'skip' to leave out "
-                "such batches"
+                f"{what}. The last checkpoint is from before it. Lower the learning rate, or set"
+                " Trainer.non_finite = 'skip' to leave out such batches"
             )
         self.skipped += 1
         _log.warning("%s: the update is skipped", what)
 
 
 def _depth(layer: str) -> tuple[bool, int]:
-    """Orders layers ('encoder/layers_1') as a forward pass meets them; what jit returns is ordered by name."""
+    """Orders layers ('encoder/layers_1') as a forward pass meets them; what jit returns is ordered
+    by name.
+    """
     stack, _, number = layer.partition("/layers_")
     return stack == "decoder", int(number) if number.isdigit() else 0
 
@@ -156,7 +172,9 @@ class Window:
         self._since = time.monotonic()
 
     def take(self) -> dict[str, Any]:
-        """Values since the last call: metrics and `timing/*`; empties the window. The clock must be paused."""
+        """Values since the last call: metrics and `timing/*`; empties the window. The clock must be
+        paused.
+        """
         assert self._total is not None, "a report needs at least one step"
         values = host_values(self._total)
         rate = self._steps / max(self._seconds, 1e-9)
@@ -173,4 +191,7 @@ class Window:
 def host_values(metrics: Metrics) -> dict[str, Any]:
     """Metrics on the host: a float, or a NumPy vector, per name."""
     values = jax.device_get(metrics_lib.compute(metrics))
-    return {name: float(value) if np.ndim(value) == 0 else np.asarray(value) for name, value in values.items()}
+    return {
+        name: float(value) if np.ndim(value) == 0 else np.asarray(value)
+        for name, value in values.items()
+    }

@@ -2,7 +2,8 @@
 
 Precedence, first that applies:
   1. resume: MODEL_DIR holds a finished checkpoint of this run. A recipe is never applied again.
-  2. upcycle: `RestoreCheckpointConfig.path` with a recipe; the surgeon builds the state while it is read.
+  2. upcycle: `RestoreCheckpointConfig.path` with a recipe; the surgeon builds the state while it is
+    read.
   3. continue: `RestoreCheckpointConfig.path` without a recipe; the trees must be equal.
   4. scratch.
 """
@@ -24,8 +25,23 @@ from upcycle_jax.checkpoints.manager import saved_process_folder
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.training import manifest
-from upcycle_jax.training.config import CheckpointConfig, DataPosition, OptimizerState, RestoreCheckpointConfig, RestoreMode, StepPolicy
-from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, from_state_dict, initial_state, model_hash
+from upcycle_jax.training.config import (
+    CheckpointConfig,
+    DataPosition,
+    OptimizerState,
+    RestoreCheckpointConfig,
+    RestoreMode,
+    StepPolicy,
+)
+from upcycle_jax.training.train_state import (
+    PARAM_STATES,
+    STEP,
+    TARGET,
+    TrainState,
+    from_state_dict,
+    initial_state,
+    model_hash,
+)
 from upcycle_jax.trees import LeafSpec
 
 _log = logging.getLogger(__name__)
@@ -70,7 +86,11 @@ class Source:
         """One line for the log and for `--dry_run`."""
         if self.start == Start.SCRATCH:
             return "from scratch, at step 0"
-        what = {Start.RESUME: "resume from", Start.UPCYCLE: "upcycle", Start.CONTINUE: "continue from"}[self.start]
+        what = {
+            Start.RESUME: "resume from",
+            Start.UPCYCLE: "upcycle",
+            Start.CONTINUE: "continue from",
+        }[self.start]
         fresh = ", with a fresh optimizer state" if self.fresh_optimizer else ""
         return f"{what} {self.path}, at step {self.step}{fresh}"
 
@@ -83,7 +103,11 @@ class Source:
 
 
 def find_source(
-    model_dir: epath.PathLike, config: CheckpointConfig, specs: Mapping[str, LeafSpec], *, passed_over: Collection[int] = ()
+    model_dir: epath.PathLike,
+    config: CheckpointConfig,
+    specs: Mapping[str, LeafSpec],
+    *,
+    passed_over: Collection[int] = (),
 ) -> Source:
     """Decides where the run starts and checks that it fits; reads no arrays and writes nothing.
 
@@ -95,12 +119,14 @@ def find_source(
 
     Raises:
       FileNotFoundError: the checkpoint to restore does not exist.
-      ValueError: MODEL_DIR belongs to another model, the checkpoint is half-written or its tree does not fit.
+      ValueError: MODEL_DIR belongs to another model, the checkpoint is half-written or its tree
+        does not fit.
     """
     model_dir = epath.Path(model_dir)
     check_owner(model_dir, specs)
     resumed = _resume(model_dir, specs, passed_over)
-    # 1. Resume from the run's own latest checkpoint; whatever `config.restore` says was done when the run began.
+    # 1. Resume from the run's own latest checkpoint; whatever `config.restore` says was done when
+    #   the run began.
     if resumed is not None:
         return resumed
     # 2. Upcycle: a path with a recipe.
@@ -119,16 +145,21 @@ def check_owner(model_dir: epath.Path, specs: Mapping[str, LeafSpec]) -> None:
     recorded = manifest.read(model_dir).get("model_hash")
     if recorded is not None and recorded != model_hash(_parameters(specs)):
         raise ValueError(
-            f"{model_dir} belongs to a run of another model (its {manifest.MANIFEST_FILE} records other parameter names or shapes): "
-            "choose another MODEL_DIR, or the model that it was started with"
+            f"{model_dir} belongs to a run of another model (its {manifest.MANIFEST_FILE} records"
+            " other parameter names or shapes): choose another MODEL_DIR, or the model that it was"
+            " started with"
         )
 
 
 def _parameters(specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
-    return {path.removeprefix(TARGET): spec for path, spec in specs.items() if path.startswith(TARGET)}
+    return {
+        path.removeprefix(TARGET): spec for path, spec in specs.items() if path.startswith(TARGET)
+    }
 
 
-def _resume(model_dir: epath.Path, specs: Mapping[str, LeafSpec], passed_over: Collection[int]) -> Source | None:
+def _resume(
+    model_dir: epath.Path, specs: Mapping[str, LeafSpec], passed_over: Collection[int]
+) -> Source | None:
     """The latest checkpoint of MODEL_DIR whose tree can be read, or None where there is none."""
     damaged = sorted(passed_over, reverse=True)
     for step in reversed([step for step in finished_steps(model_dir) if step not in damaged]):
@@ -143,28 +174,44 @@ def _resume(model_dir: epath.Path, specs: Mapping[str, LeafSpec], passed_over: C
         difference = trees.diff(specs, found)
         if difference:
             raise ValueError(
-                f"{model_dir} belongs to another model or optimizer: its checkpoint_{step} (+) and this run (-) differ:\n"
-                f"{_shortened(difference)}\nChoose another MODEL_DIR, or start this run with the model and optimizer that wrote it"
+                f"{model_dir} belongs to another model or optimizer: its checkpoint_{step} (+) and"
+                f" this run (-) differ:\n{_shortened(difference)}\nChoose another MODEL_DIR, or"
+                " start this run with the model and optimizer that wrote it"
             )
-        return Source(Start.RESUME, step=step, path=str(path), reader=reader, data_position=DataPosition.CHECKPOINT, damaged=tuple(damaged))
+        return Source(
+            Start.RESUME,
+            step=step,
+            path=str(path),
+            reader=reader,
+            data_position=DataPosition.CHECKPOINT,
+            damaged=tuple(damaged),
+        )
     if damaged:
         raise ValueError(
-            f"no checkpoint in {model_dir} can be read (steps {', '.join(map(str, damaged))}): the log says why. "
-            "Remove them to start the run again, or restore them from a copy"
+            f"no checkpoint in {model_dir} can be read (steps {', '.join(map(str, damaged))}): the"
+            " log says why. Remove them to start the run again, or restore them from a copy"
         )
     return None
 
 
 def finished_steps(model_dir: epath.Path) -> list[int]:
-    """Steps of the `checkpoint_<step>` folders in MODEL_DIR, in order; temporary folders of saves cut short do not count."""
+    """Steps of the `checkpoint_<step>` folders in MODEL_DIR, in order; temporary folders of saves
+    cut short do not count.
+    """
     if not model_dir.is_dir():
         return []
-    suffixes = (child.name.removeprefix("checkpoint_") for child in model_dir.iterdir() if child.name.startswith("checkpoint_"))
+    suffixes = (
+        child.name.removeprefix("checkpoint_")
+        for child in model_dir.iterdir()
+        if child.name.startswith("checkpoint_")
+    )
     return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
 
 
 def set_aside(model_dir: epath.PathLike, steps: Collection[int]) -> None:
-    """Renames damaged checkpoints, so that the run can save those steps again and nothing restores them."""
+    """Renames damaged checkpoints, so that the run can save those steps again and nothing restores
+    them.
+    """
     for step in steps:
         path = epath.Path(model_dir) / f"checkpoint_{step}"
         if jax.process_index() == 0 and path.exists():
@@ -182,7 +229,12 @@ def _upcycle(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) ->
     plan = surgery.make_plan(reader.specs(), specs, restore.recipe)
     step = surgery_apply.result_step(plan, reader)
     return Source(
-        Start.UPCYCLE, step=step, path=str(reader.path), reader=reader, plan=plan, data_position=DataPosition(restore.data_position)
+        Start.UPCYCLE,
+        step=step,
+        path=str(reader.path),
+        reader=reader,
+        plan=plan,
+        data_position=DataPosition(restore.data_position),
     )
 
 
@@ -193,13 +245,22 @@ def _continue(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -
     fresh = restore.optimizer_state == OptimizerState.RESET or not has_optimizer
     if not has_optimizer:
         _log.info("%s holds no optimizer state: the optimizer starts afresh", reader.path)
-    wanted = {path for path in specs if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)}
+    wanted = {
+        path
+        for path in specs
+        if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)
+    }
     expected = {path: specs[path] for path in wanted}
-    actual = {path: spec for path, spec in found.items() if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)}
+    actual = {
+        path: spec
+        for path, spec in found.items()
+        if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)
+    }
     difference = trees.diff(expected, actual)
     if difference:
         raise ValueError(
-            f"{reader.path} (+) does not fit the model of this run (-):\n{_shortened(difference)}\n{_remedy(expected, actual)}"
+            f"{reader.path} (+) does not fit the model of this run"
+            f" (-):\n{_shortened(difference)}\n{_remedy(expected, actual)}"
         )
     step = 0 if restore.step == StepPolicy.RESET else reader.step
     return Source(
@@ -215,28 +276,44 @@ def _continue(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -
 def _open(path: Any, mode: str) -> CheckpointReader:
     reader = open_checkpoint(path)
     if mode == RestoreMode.SPECIFIC and epath.Path(reader.path).name != epath.Path(path).name:
-        raise ValueError(f"{path} is a folder of checkpoints, but the restore mode is 'specific': name one, e.g. {reader.path}")
+        raise ValueError(
+            f"{path} is a folder of checkpoints, but the restore mode is 'specific': name one, e.g."
+            f" {reader.path}"
+        )
     return reader
 
 
 def _remedy(expected: Mapping[str, LeafSpec], actual: Mapping[str, LeafSpec]) -> str:
-    want_experts, have_experts = (any(EXPERT_FOLDER in path for path in side) for side in (expected, actual))
+    want_experts, have_experts = (
+        any(EXPERT_FOLDER in path for path in side) for side in (expected, actual)
+    )
     if want_experts and not have_experts:
-        return "The checkpoint is dense and the model has experts: set RestoreCheckpointConfig.recipe = @Recipe() to upcycle it"
+        return (
+            "The checkpoint is dense and the model has experts: set RestoreCheckpointConfig.recipe"
+            " = @Recipe() to upcycle it"
+        )
     if have_experts and not want_experts:
-        return "The checkpoint has experts and the model has none: choose the upcycled model file, or merge the experts with a MergeRecipe"
+        return (
+            "The checkpoint has experts and the model has none: choose the upcycled model file, or"
+            " merge the experts with a MergeRecipe"
+        )
     parameters = [{path for path in side if path.startswith(TARGET)} for side in (expected, actual)]
-    shapes_agree = parameters[0] == parameters[1] and all(expected[path].shape == actual[path].shape for path in parameters[0])
+    shapes_agree = parameters[0] == parameters[1] and all(
+        expected[path].shape == actual[path].shape for path in parameters[0]
+    )
     if shapes_agree:
         return (
-            "Only the optimizer state differs: set RestoreCheckpointConfig.optimizer_state = 'reset', or choose the optimizer that wrote it"
+            "Only the optimizer state differs: set RestoreCheckpointConfig.optimizer_state ="
+            " 'reset', or choose the optimizer that wrote it"
         )
     return "Choose the model file that belongs to the checkpoint, or the checkpoint of this model"
 
 
 def _shortened(difference: trees.TreeDiff, limit: int = 40) -> str:
     lines = str(difference).splitlines()
-    return "\n".join(lines[:limit] + ([f"... and {len(lines) - limit} more"] if len(lines) > limit else []))
+    return "\n".join(
+        lines[:limit] + ([f"... and {len(lines) - limit} more"] if len(lines) > limit else [])
+    )
 
 
 def load(
@@ -274,24 +351,37 @@ def load(
 
 
 def _load_equal(
-    source: Source, optimizer: Any, model: Any, specs: Mapping[str, LeafSpec], shardings: Mapping[str, jax.sharding.NamedSharding]
+    source: Source,
+    optimizer: Any,
+    model: Any,
+    specs: Mapping[str, LeafSpec],
+    shardings: Mapping[str, jax.sharding.NamedSharding],
 ) -> TrainState:
     assert source.reader is not None
     flat: dict[str, jax.Array] = {}
     for path, spec in specs.items():
-        if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not source.fresh_optimizer):
+        if path.startswith(TARGET) or (
+            path.startswith(PARAM_STATES) and not source.fresh_optimizer
+        ):
             leaf = source.reader.read_sharded(path, shardings[path])
             flat[path] = leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
     flat[STEP] = jax.device_put(np.int32(source.step), shardings[STEP])
     if source.fresh_optimizer:
-        slots = {path.removeprefix(PARAM_STATES): sharding for path, sharding in shardings.items() if path.startswith(PARAM_STATES)}
-        fresh = jax.jit(lambda: optimizer.init(model.param_specs()), out_shardings=trees.unflatten(slots))()
+        slots = {
+            path.removeprefix(PARAM_STATES): sharding
+            for path, sharding in shardings.items()
+            if path.startswith(PARAM_STATES)
+        }
+        fresh = jax.jit(
+            lambda: optimizer.init(model.param_specs()), out_shardings=trees.unflatten(slots)
+        )()
         flat |= {f"{PARAM_STATES}{path}": leaf for path, leaf in trees.flatten(fresh).items()}
     return from_state_dict(flat)
 
 
 def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batch: int = 0) -> None:
-    """Moves the training data to where the run starts: batch first_batch + k feeds the update from step k to k + 1.
+    """Moves the training data to where the run starts: batch first_batch + k feeds the update from
+    step k to k + 1.
 
     A checkpoint without a data position (saved elsewhere) falls back to the batch of its step.
     """
@@ -305,7 +395,9 @@ def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batc
         except FileNotFoundError as error:
             if source.start != Start.RESUME:
                 raise
-            _log.warning("%s; the data starts at batch %d instead", error, first_batch + source.step)
+            _log.warning(
+                "%s; the data starts at batch %d instead", error, first_batch + source.step
+            )
     position = first_batch + (0 if source.data_position == DataPosition.START else source.step)
     if position:
         iterator.seek(position)
@@ -316,5 +408,7 @@ def _restore_foreign_dataset(source: Source, iterator: Any) -> None:
     try:
         folder = saved_process_folder(epath.Path(source.path) / "dataset")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. Set RestoreCheckpointConfig.data_position to 'step' or 'start'") from error
+        raise FileNotFoundError(
+            f"{error}. Set RestoreCheckpointConfig.data_position to 'step' or 'start'"
+        ) from error
     iterator.restore(folder)

@@ -37,21 +37,31 @@ class Saver:
         if hasattr(self, "manager"):
             self.manager.close()
         config = self._config or SaveCheckpointConfig()
-        self.manager = CheckpointManager(self._model_dir, keep=config.keep, keep_period=config.keep_period)
+        self.manager = CheckpointManager(
+            self._model_dir, keep=config.keep, keep_period=config.keep_period
+        )
 
     def due(self, step: int) -> bool:
         """Whether the period asks for a save after `step`."""
         return self._config is not None and step % self._config.period == 0
 
-    def save(self, state: TrainState, step: int, iterator: Any, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self, state: TrainState, step: int, iterator: Any, metadata: Mapping[str, Any]
+    ) -> None:
         """Starts a save; the state may be donated when this returns."""
         if self._config is None or self.last_step == step:
             return
         dataset = iterator if self._config.save_dataset else None
         started = time.monotonic()
-        self.manager.save(step, _arrays(state, self._config.dtype), dataset=dataset, metadata=metadata)
+        self.manager.save(
+            step, _arrays(state, self._config.dtype), dataset=dataset, metadata=metadata
+        )
         self.last_step = step
-        _log.info("saving checkpoint_%d (held up the run for %s)", step, duration(time.monotonic() - started))
+        _log.info(
+            "saving checkpoint_%d (held up the run for %s)",
+            step,
+            duration(time.monotonic() - started),
+        )
 
 
 def _arrays(state: TrainState, dtype: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ DEFAULT_FACTORS = "constant * linear_warmup * rsqrt_decay"
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateSchedule:
-    """The learning rate as a function of the global step; built by `create_learning_rate_scheduler`.
+    """The learning rate as a function of the global step; built by
+    `create_learning_rate_scheduler`.
 
     Attributes are the arguments of that function.
     """
@@ -58,8 +59,12 @@ _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
     "linear_warmup": _linear_warmup,
     "linear_decay": _linear_decay,
     "rsqrt_decay": _rsqrt_decay,
-    "rsqrt_normalized_decay": lambda schedule, step: _rsqrt_decay(schedule, step) * max(schedule.warmup_steps, 1) ** 0.5,
-    "decay_every": lambda schedule, step: schedule.decay_factor ** (step // schedule.steps_per_decay),
+    "rsqrt_normalized_decay": (
+        lambda schedule, step: _rsqrt_decay(schedule, step) * max(schedule.warmup_steps, 1) ** 0.5
+    ),
+    "decay_every": (
+        lambda schedule, step: schedule.decay_factor ** (step // schedule.steps_per_decay)
+    ),
     "cosine_decay": _cosine_decay,
 }
 
@@ -80,13 +85,15 @@ def create_learning_rate_scheduler(
     With s = max(0, step - step_offset):
       constant: base_learning_rate.
       linear_warmup: min(1, s / warmup_steps).
-      linear_decay: base_learning_rate * min(s / warmup_steps, 1 + decay_factor * (warmup_steps - s)); contains the two above.
+      linear_decay: base_learning_rate * min(s / warmup_steps, 1 + decay_factor * (warmup_steps -
+        s)); contains the two above.
       rsqrt_decay: 1 / sqrt(max(s, warmup_steps)).
       rsqrt_normalized_decay: the same times sqrt(warmup_steps), so 1 until the end of the warm-up.
       decay_every: decay_factor ** (s // steps_per_decay).
       cosine_decay: half a cosine from 1 to 0 in every steps_per_cycle steps after the warm-up.
 
-    Continuing from a dense checkpoint keeps the global step, so the schedule goes on where the dense run left it.
+    Continuing from a dense checkpoint keeps the global step, so the schedule goes on where the
+    dense run left it.
 
     Args:
       factors: names joined by `*`.
@@ -94,22 +101,35 @@ def create_learning_rate_scheduler(
       warmup_steps: length of the warm-up in steps.
       decay_factor: factor of `decay_every`; slope per step of `linear_decay`.
       steps_per_decay: period of `decay_every`.
-      steps_per_cycle: period of `cosine_decay`; to end at zero, the number of steps after the warm-up.
-      step_offset: the global step that is step 0 of the schedule (the restored step when fine-tuning).
+      steps_per_cycle: period of `cosine_decay`; to end at zero, the number of steps after the
+        warm-up.
+      step_offset: the global step that is step 0 of the schedule (the restored step when
+        fine-tuning).
       min_learning_rate: lower bound.
 
     Raises:
-      ValueError: an unknown factor (the message lists the known ones), or a period that is not positive.
+      ValueError: an unknown factor (the message lists the known ones), or a period that is not
+        positive.
     """
     names = tuple(name.strip() for name in factors.split("*"))
     for name in names:
         if name not in _FACTORS:
-            raise ValueError(f"unknown learning-rate factor {name!r} in {factors!r}; known factors: {', '.join(sorted(_FACTORS))}")
+            raise ValueError(
+                f"unknown learning-rate factor {name!r} in {factors!r}; known factors:"
+                f" {', '.join(sorted(_FACTORS))}"
+            )
     if warmup_steps < 0 or steps_per_decay < 1 or steps_per_cycle < 1:
         raise ValueError(
-            f"warmup_steps={warmup_steps} must not be negative; steps_per_decay={steps_per_decay} and "
-            f"steps_per_cycle={steps_per_cycle} must be positive"
+            f"warmup_steps={warmup_steps} must not be negative; steps_per_decay={steps_per_decay}"
+            f" and steps_per_cycle={steps_per_cycle} must be positive"
         )
     return LearningRateSchedule(
-        names, base_learning_rate, warmup_steps, decay_factor, steps_per_decay, steps_per_cycle, step_offset, min_learning_rate
+        names,
+        base_learning_rate,
+        warmup_steps,
+        decay_factor,
+        steps_per_decay,
+        steps_per_cycle,
+        step_offset,
+        min_learning_rate,
     )

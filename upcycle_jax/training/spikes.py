@@ -1,4 +1,6 @@
-"""Loss spikes: steps whose loss lies far above what the last steps had, by a measure that spikes themselves hardly move."""
+"""Loss spikes: steps whose loss lies far above what the last steps had, by a measure that spikes
+themselves hardly move.
+"""
 
 import collections
 import dataclasses
@@ -10,14 +12,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 STEPS_BEHIND = 3
-"""The limit of a step is made of losses up to this many steps before it: those that the host has surely seen when it dispatches the step,
-so that the limit depends on the step alone and not on timing."""
+"""The limit of a step is made of losses up to this many steps before it: those that the host has
+surely seen when it dispatches the step, so that the limit depends on the step alone and not on
+timing.
+"""
 
 SIGMA_PER_MAD = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
 LEAST_SIGMA = 0.01
-"""Share of the median below which the spread is not believed: a window of equal losses would make any other loss a spike."""
+"""Share of the median below which the spread is not believed: a window of equal losses would make
+any other loss a spike.
+"""
 
 
 class OnSpike(enum.StrEnum):
@@ -35,17 +41,19 @@ class LossSpikes:
 
         median + factor * max(1.4826 * MAD, 0.01 * |median|)
 
-    of the losses of the `window` steps that end three steps before it; MAD is their median absolute deviation. Nothing is a spike before
-    half a window of losses is known. Spikes enter the window like other losses: up to half of it may be spikes without moving the limit
-    much, and where the loss has risen for good the limit follows after half a window.
+    of the losses of the `window` steps that end three steps before it; MAD is their median absolute
+    deviation. Nothing is a spike before half a window of losses is known. Spikes enter the window
+    like other losses: up to half of it may be spikes without moving the limit much, and where the
+    loss has risen for good the limit follows after half a window.
 
     The window is saved with each checkpoint, so that a resumed run judges as the uninterrupted one.
 
     Attributes:
-      policy: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters and optimizer state as they were and goes on
-        with the next batch.
+      policy: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters and
+        optimizer state as they were and goes on with the next batch.
       window: steps that the limit is made of.
-      factor: how many (robust) standard deviations above the median a spike lies. Batches of very different kinds want a larger one.
+      factor: how many (robust) standard deviations above the median a spike lies. Batches of very
+        different kinds want a larger one.
 
     Raises:
       ValueError: a value out of range.
@@ -57,11 +65,18 @@ class LossSpikes:
 
     def __post_init__(self) -> None:
         if self.policy not in list(OnSpike):
-            raise ValueError(f"LossSpikes.policy is {self.policy!r}: choose 'stop' or 'skip', or set Trainer.loss_spikes to None")
+            raise ValueError(
+                f"LossSpikes.policy is {self.policy!r}: choose 'stop' or 'skip', or set"
+                " Trainer.loss_spikes to None"
+            )
         if not isinstance(self.window, int) or self.window < 4:
-            raise ValueError(f"LossSpikes.window is {self.window!r}: give a number of steps, at least 4")
+            raise ValueError(
+                f"LossSpikes.window is {self.window!r}: give a number of steps, at least 4"
+            )
         if not self.factor > 0:
-            raise ValueError(f"LossSpikes.factor is {self.factor!r}: give a number above 0, e.g. 10.0")
+            raise ValueError(
+                f"LossSpikes.factor is {self.factor!r}: give a number above 0, e.g. 10.0"
+            )
 
 
 def spike_limit(losses: Sequence[float], *, factor: float) -> float:
@@ -85,7 +100,9 @@ class LossHistory:
 
     def __init__(self, spikes: LossSpikes, known: Iterable[Sequence[float]] = ()):
         self.spikes = spikes
-        self._losses: collections.deque[tuple[int, float]] = collections.deque(maxlen=spikes.window + STEPS_BEHIND)
+        self._losses: collections.deque[tuple[int, float]] = collections.deque(
+            maxlen=spikes.window + STEPS_BEHIND
+        )
         for step, loss in known:
             self.add(int(step), float(loss))
 
@@ -95,9 +112,17 @@ class LossHistory:
             self._losses.append((step, loss))
 
     def limit(self, step: int) -> float:
-        """The highest loss of the update that leads to `step` that is no spike, a float32 number; infinite while too few are known."""
-        losses = [loss for at, loss in self._losses if at <= step - STEPS_BEHIND][-self.spikes.window :]
-        return float(np.float32(spike_limit(losses, factor=self.spikes.factor))) if 2 * len(losses) >= self.spikes.window else math.inf
+        """The highest loss of the update that leads to `step` that is no spike, a float32 number;
+        infinite while too few are known.
+        """
+        losses = [loss for at, loss in self._losses if at <= step - STEPS_BEHIND][
+            -self.spikes.window :
+        ]
+        return (
+            float(np.float32(spike_limit(losses, factor=self.spikes.factor)))
+            if 2 * len(losses) >= self.spikes.window
+            else math.inf
+        )
 
     def record(self) -> list[list[float]]:
         """(step, loss) pairs for a checkpoint; JSON keeps every digit."""

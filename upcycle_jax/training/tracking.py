@@ -1,4 +1,6 @@
-"""Metrics to Weights & Biases, beside the files in MODEL_DIR. The package is imported only where a run asks for it."""
+"""Metrics to Weights & Biases, beside the files in MODEL_DIR. The package is imported only where a
+run asks for it.
+"""
 
 import dataclasses
 import importlib.util
@@ -17,15 +19,17 @@ MODES = ("online", "offline", "disabled")
 class Wandb:
     """Sends every metric that is written to MODEL_DIR to Weights & Biases too.
 
-    Only process 0 sends. The run's id is kept in `MODEL_DIR/wandb_run_id.txt`: a run that resumes goes on in the same W&B run. Metrics are
-    plotted over the training step (`step`), and where a resumed run repeats steps that were lost, the later values are there as well.
+    Only process 0 sends. The run's id is kept in `MODEL_DIR/wandb_run_id.txt`: a run that resumes
+    goes on in the same W&B run. Metrics are plotted over the training step (`step`), and where a
+    resumed run repeats steps that were lost, the later values are there as well.
 
     Attributes:
       project: W&B project.
       name: how W&B shows the run; None for the name of the MODEL_DIR.
       entity: user or team; None for W&B's default.
-      mode: 'online', 'offline' (written to `MODEL_DIR/wandb`, sent later by `wandb sync`) or 'disabled'. None leaves the choice to the
-        environment variable WANDB_MODE, and to 'online' without it.
+      mode: 'online', 'offline' (written to `MODEL_DIR/wandb`, sent later by `wandb sync`) or
+        'disabled'. None leaves the choice to the environment variable WANDB_MODE, and to 'online'
+        without it.
       tags: labels.
 
     Raises:
@@ -40,14 +44,17 @@ class Wandb:
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
-            raise ValueError(f"Wandb.mode is {self.mode!r}: choose one of {', '.join(map(repr, MODES))}, or None for WANDB_MODE's")
+            raise ValueError(
+                f"Wandb.mode is {self.mode!r}: choose one of {', '.join(map(repr, MODES))}, or None"
+                " for WANDB_MODE's"
+            )
 
     def check(self) -> None:
         """Raises a ValueError where the package is not installed."""
         if importlib.util.find_spec("wandb") is None:
             raise ValueError(
-                "TRACKER is @Wandb(), but the package wandb is not installed: pip install 'upcycle_jax[wandb]', or set TRACKER = None "
-                "(metrics are in MODEL_DIR either way)"
+                "TRACKER is @Wandb(), but the package wandb is not installed: pip install"
+                " 'upcycle_jax[wandb]', or set TRACKER = None (metrics are in MODEL_DIR either way)"
             )
 
     def start(self, model_dir: epath.Path, config: Mapping[str, Any]) -> "WandbRun":
@@ -81,7 +88,9 @@ class WandbRun:
         self._run = run
 
     def write(self, step: int, folder: str, values: Mapping[str, Any]) -> None:
-        """Sends metrics as `<folder>/<name>`; of a vector (`experts/<layer>/load`) its smallest and largest element."""
+        """Sends metrics as `<folder>/<name>`; of a vector (`experts/<layer>/load`) its smallest and
+        largest element.
+        """
         row: dict[str, Any] = {"step": int(step)}
         for name, value in values.items():
             array = np.asarray(value, np.float64)

@@ -33,13 +33,22 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The tree of a T5X checkpoint: `{'target': params, 'state': {'step', 'param_states'}}`."""
-        return {"target": self.params, "state": {"step": self.step, "param_states": self.param_states}}
+        return {
+            "target": self.params,
+            "state": {"step": self.step, "param_states": self.param_states},
+        }
 
 
 def from_state_dict(tree: Mapping[str, Any]) -> TrainState:
-    """The inverse of `TrainState.state_dict`; also takes the flat form with full paths, and shardings or specs in place of arrays."""
+    """The inverse of `TrainState.state_dict`; also takes the flat form with full paths, and
+    shardings or specs in place of arrays.
+    """
     nested = trees.unflatten(tree) if STEP in tree else tree
-    return TrainState(step=nested["state"]["step"], params=nested["target"], param_states=nested["state"]["param_states"])
+    return TrainState(
+        step=nested["state"]["step"],
+        params=nested["target"],
+        param_states=nested["state"]["param_states"],
+    )
 
 
 def state_specs(model: Any, optimizer: Optimizer) -> dict[str, LeafSpec]:
@@ -47,12 +56,17 @@ def state_specs(model: Any, optimizer: Optimizer) -> dict[str, LeafSpec]:
     param_specs = model.param_specs()
     specs = {STEP: LeafSpec((), np.dtype(np.int32))}
     specs |= {f"{TARGET}{path}": spec for path, spec in param_specs.items()}
-    specs |= {f"{PARAM_STATES}{path}": spec for path, spec in optimizer.state_specs(param_specs).items()}
+    specs |= {
+        f"{PARAM_STATES}{path}": spec for path, spec in optimizer.state_specs(param_specs).items()
+    }
     return dict(sorted(specs.items()))
 
 
-def initial_state(model: Any, optimizer: Optimizer, *, seed: int, shardings: Mapping[str, jax.sharding.Sharding]) -> TrainState:
-    """A state at step 0, each device computing only its own part; call it inside `Partitioner.activate`.
+def initial_state(
+    model: Any, optimizer: Optimizer, *, seed: int, shardings: Mapping[str, jax.sharding.Sharding]
+) -> TrainState:
+    """A state at step 0, each device computing only its own part; call it inside
+    `Partitioner.activate`.
 
     Args:
       model: has `param_specs` and `init_params`.
@@ -63,7 +77,11 @@ def initial_state(model: Any, optimizer: Optimizer, *, seed: int, shardings: Map
 
     def init() -> TrainState:
         params = model.init_params(initialisation_key(seed))
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, param_states=optimizer.init(model.param_specs()))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            param_states=optimizer.init(model.param_specs()),
+        )
 
     return jax.jit(init, out_shardings=from_state_dict(shardings))()
 
@@ -74,6 +92,8 @@ def initialisation_key(seed: int) -> jax.Array:
 
 
 def model_hash(param_specs: Mapping[str, LeafSpec]) -> str:
-    """A digest of names, shapes and dtypes of the parameters: equal for models that can share a MODEL_DIR."""
+    """A digest of names, shapes and dtypes of the parameters: equal for models that can share a
+    MODEL_DIR.
+    """
     lines = "\n".join(f"{path} {spec}" for path, spec in sorted(param_specs.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

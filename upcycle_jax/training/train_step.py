@@ -27,7 +27,8 @@ class StepOutput:
       metrics: sums to be merged over steps.
       loss: the optimised loss, float32 scalar.
       grad_norm: global norm of the gradients, float32 scalar.
-      bad_logits: by MoE layer, in order, how many router logits are NaN or infinite, float32 scalars.
+      bad_logits: by MoE layer, in order, how many router logits are NaN or infinite, float32
+        scalars.
     """
 
     metrics: Metrics
@@ -37,118 +38,175 @@ class StepOutput:
 
 
 TrainStep = Callable[..., tuple[TrainState, StepOutput]]
-"""State, batch, and (float32 scalar, may be left out) the loss above which the update is skipped."""
+"""State, batch, and (float32 scalar, may be left out) the loss above which the update is
+skipped.
+"""
 
 
 def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
     """The train step of a model; trace it inside `Partitioner.activate`.
 
-    Dropout draws from `fold_in(fold_in(key(seed), step), microbatch)`: a run that resumes at a step draws what the uninterrupted run drew.
+    Dropout draws from `fold_in(fold_in(key(seed), step), microbatch)`: a run that resumes at a step
+    draws what the uninterrupted run drew.
 
     Args:
-      model: has `param_specs`, `loss_denominator` and `loss_fn`; and `balance_rates`, if routers balance by a bias.
+      model: has `param_specs`, `loss_denominator` and `loss_fn`; and `balance_rates`, if routers
+        balance by a bias.
       trainer: optimizer, schedule, microbatches.
       seed: the run's random seed.
     """
     param_specs = model.param_specs()
     num_microbatches = trainer.num_microbatches or 1
 
-    def train_step(state: TrainState, batch: Batch, loss_limit: jax.Array | None = None) -> tuple[TrainState, StepOutput]:
+    def train_step(
+        state: TrainState, batch: Batch, loss_limit: jax.Array | None = None
+    ) -> tuple[TrainState, StepOutput]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, grads, metrics = _loss_and_grads(model, state.params, batch, key, num_microbatches, param_specs)
+        loss, grads, metrics = _loss_and_grads(
+            model, state.params, batch, key, num_microbatches, param_specs
+        )
         learning_rate = trainer.learning_rate_fn(state.step)
         update = trainer.optimizer.apply(
-            state.params, grads, state.param_states, param_specs=param_specs, step=state.step, learning_rate=learning_rate
+            state.params,
+            grads,
+            state.param_states,
+            param_specs=param_specs,
+            step=state.step,
+            learning_rate=learning_rate,
         )
         grad_norm = global_norm(grads)
         params = _balanced(model, update.params, state.params, metrics)
         new_state = TrainState(step=state.step + 1, params=params, param_states=update.param_states)
         bad_logits = {
-            name.removeprefix(NON_FINITE_LOGITS): metrics.pop(name).total for name in list(metrics) if name.startswith(NON_FINITE_LOGITS)
+            name.removeprefix(NON_FINITE_LOGITS): metrics.pop(name).total
+            for name in list(metrics)
+            if name.startswith(NON_FINITE_LOGITS)
         }
         metrics = metrics | expert_metrics.dead_experts(metrics)
         one = jnp.ones((), jnp.float32)
         metrics = metrics | {"grad_norm": Mean(grad_norm, one)}
         applies = None
         if trainer.non_finite == NonFinite.SKIP:
-            applies = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (sum(bad_logits.values(), jnp.float32(0)) == 0)
+            applies = (
+                jnp.isfinite(loss)
+                & jnp.isfinite(grad_norm)
+                & (sum(bad_logits.values(), jnp.float32(0)) == 0)
+            )
         if loss_limit is not None:
             within = ~(loss > loss_limit)  # a loss that is no number is the other policy's
             applies = within if applies is None else applies & within
         if applies is not None:
-            new_state = _where(applies, new_state, TrainState(state.step + 1, state.params, state.param_states))
+            new_state = _where(
+                applies, new_state, TrainState(state.step + 1, state.params, state.param_states)
+            )
             metrics = _where(applies, metrics, jax.tree.map(jnp.zeros_like, metrics))
         metrics = metrics | {"learning_rate": Mean(learning_rate, one)}
-        return new_state, StepOutput(metrics=metrics, loss=loss, grad_norm=grad_norm, bad_logits=bad_logits)
+        return new_state, StepOutput(
+            metrics=metrics, loss=loss, grad_norm=grad_norm, bad_logits=bad_logits
+        )
 
     return train_step
 
 
 def _balanced(model: Any, params: PyTree, before: PyTree, metrics: Metrics) -> PyTree:
-    """The parameters after the optimizer, with the biases that balance routers moved by the load of the whole batch."""
+    """The parameters after the optimizer, with the biases that balance routers moved by the load of
+    the whole batch.
+    """
     rates = getattr(model, "balance_rates", {})
     if not rates:
         return params
     chosen = expert_metrics.chosen_counts(metrics)
-    return trees.unflatten(balance.with_moved_biases(trees.flatten(params), trees.flatten(before), chosen, rates))
+    return trees.unflatten(
+        balance.with_moved_biases(trees.flatten(params), trees.flatten(before), chosen, rates)
+    )
 
 
 def jitted_train_step(
-    model: Any, trainer: Trainer, *, partitioner: Partitioner, shardings: Mapping[str, jax.sharding.NamedSharding], seed: int
+    model: Any,
+    trainer: Trainer,
+    *,
+    partitioner: Partitioner,
+    shardings: Mapping[str, jax.sharding.NamedSharding],
+    seed: int,
 ) -> Any:
-    """The train step as it runs: jitted, the state donated and laid out as `shardings` (by full path), what it reports replicated.
+    """The train step as it runs: jitted, the state donated and laid out as `shardings` (by full
+    path), what it reports replicated.
 
     Call or lower it inside `Partitioner.activate`.
     """
     step = make_train_step(model, trainer, seed=seed)
-    return jax.jit(step, donate_argnums=0, out_shardings=(from_state_dict(shardings), partitioner.replicated))
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(from_state_dict(shardings), partitioner.replicated)
+    )
 
 
 def global_norm(tree: PyTree) -> jax.Array:
     """The 2-norm of all leaves together, float32 scalar."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    )
 
 
 def split_batch(batch: Batch, num_microbatches: int) -> dict[str, jax.Array]:
-    """Features `[batch, ...]` -> `[num_microbatches, batch / num_microbatches, ...]`, every microbatch split over all data shards.
+    """Features `[batch, ...]` -> `[num_microbatches, batch / num_microbatches, ...]`, every
+    microbatch split over all data shards.
 
-    Microbatches are consecutive rows: token groups that fit into a microbatch hold the same tokens as without microbatches. Moving rows
-    between devices for that costs a few integers per token.
+    Microbatches are consecutive rows: token groups that fit into a microbatch hold the same tokens
+    as without microbatches. Moving rows between devices for that costs a few integers per token.
     """
 
     def split(feature: Array) -> jax.Array:
-        parts = jnp.reshape(feature, (num_microbatches, feature.shape[0] // num_microbatches, *feature.shape[1:]))
+        parts = jnp.reshape(
+            feature, (num_microbatches, feature.shape[0] // num_microbatches, *feature.shape[1:])
+        )
         return partitioning.constrain(parts, (None, axes.BATCH) + (None,) * (parts.ndim - 2))
 
     return {name: split(feature) for name, feature in batch.items()}
 
 
 def _loss_and_grads(
-    model: Any, params: PyTree, batch: Batch, key: jax.Array, num_microbatches: int, param_specs: Mapping[str, LeafSpec]
+    model: Any,
+    params: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    num_microbatches: int,
+    param_specs: Mapping[str, LeafSpec],
 ) -> tuple[jax.Array, PyTree, Metrics]:
     """Loss, float32 gradients and metrics of the whole batch.
 
-    The denominator of the loss is taken over the whole batch and auxiliary losses, which are means, are weighted by the share of each
-    microbatch: the sums over microbatches are then the values without them.
+    The denominator of the loss is taken over the whole batch and auxiliary losses, which are means,
+    are weighted by the share of each microbatch: the sums over microbatches are then the values
+    without them.
     """
     denominator = model.loss_denominator(batch)
     grad_fn = jax.value_and_grad(model.loss_fn, has_aux=True)
 
     def one_part(part: Batch, index: jax.Array | int) -> tuple[jax.Array, PyTree, Metrics]:
         dropout_rng = jax.random.fold_in(key, index)
-        (loss, metrics), grads = grad_fn(params, part, dropout_rng, denominator=denominator, aux_scale=1.0 / num_microbatches)
+        (loss, metrics), grads = grad_fn(
+            params, part, dropout_rng, denominator=denominator, aux_scale=1.0 / num_microbatches
+        )
         return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
 
     if num_microbatches == 1:
         return one_part(batch, 0)
 
     def constrained(grads: PyTree) -> PyTree:
-        flat = {path: partitioning.constrain(grad, param_specs[path].axes) for path, grad in trees.flatten(grads).items()}
+        flat = {
+            path: partitioning.constrain(grad, param_specs[path].axes)
+            for path, grad in trees.flatten(grads).items()
+        }
         return trees.unflatten(flat)
 
-    def add_part(total: tuple[jax.Array, PyTree, Metrics], x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    def add_part(
+        total: tuple[jax.Array, PyTree, Metrics], x: tuple[Batch, jax.Array]
+    ) -> tuple[Any, None]:
         loss, grads, metrics = one_part(*x)
-        return (total[0] + loss, constrained(jax.tree.map(jnp.add, total[1], grads)), merge(total[2], metrics)), None
+        return (
+            total[0] + loss,
+            constrained(jax.tree.map(jnp.add, total[1], grads)),
+            merge(total[2], metrics),
+        ), None
 
     parts = split_batch(batch, num_microbatches)
     shapes = jax.eval_shape(one_part, {name: part[0] for name, part in parts.items()}, 0)

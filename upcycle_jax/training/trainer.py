@@ -24,11 +24,13 @@ class Trainer:
     Attributes:
       optimizer: `Adafactor` or `AdamW`.
       learning_rate_fn: global step -> learning rate, e.g. from `create_learning_rate_scheduler`.
-      num_microbatches: split each batch into this many parts that are differentiated one after the other, for less activation memory;
-        None is 1. The loss and the gradients are those of the whole batch, up to dropout masks.
-      non_finite: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters and optimizer state as they were and
-        goes on with the next batch.
-      loss_spikes: what counts as a loss spike and what happens then, or None: finite losses are not looked at.
+      num_microbatches: split each batch into this many parts that are differentiated one after the
+        other, for less activation memory; None is 1. The loss and the gradients are those of the
+        whole batch, up to dropout masks.
+      non_finite: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters
+        and optimizer state as they were and goes on with the next batch.
+      loss_spikes: what counts as a loss spike and what happens then, or None: finite losses are not
+        looked at.
     """
 
     optimizer: Optimizer
@@ -39,6 +41,9 @@ class Trainer:
 
     def __post_init__(self):
         if self.num_microbatches is not None and self.num_microbatches < 1:
-            raise ValueError(f"Trainer.num_microbatches is {self.num_microbatches}: give a positive number, or None for 1")
+            raise ValueError(
+                f"Trainer.num_microbatches is {self.num_microbatches}: give a positive number, or"
+                " None for 1"
+            )
         if self.non_finite not in list(NonFinite):
             raise ValueError(f"Trainer.non_finite is {self.non_finite!r}: choose 'stop' or 'skip'")

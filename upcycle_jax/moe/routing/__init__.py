@@ -1,4 +1,6 @@
-"""Routers. Each states its source, what it guarantees, and where it may not be used; `base` has the interface that all share."""
+"""Routers. Each states its source, what it guarantees, and where it may not be used; `base` has the
+interface that all share.
+"""
 
 from upcycle_jax.moe.routing.base import Group, Router, Routing
 from upcycle_jax.moe.routing.experts_choose import ExpertsChoose

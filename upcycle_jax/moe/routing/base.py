@@ -1,8 +1,11 @@
-"""The interface of all routers: from what is known about ONE group of tokens to a plan of who meets which expert.
+"""The interface of all routers: from what is known about ONE group of tokens to a plan of who meets
+which expert.
 
-Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K experts per token.
+Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K
+experts per token.
 
-Ties are broken in favour of the lowest index everywhere, so that exact copies of router columns route deterministically.
+Ties are broken in favour of the lowest index everywhere, so that exact copies of router columns
+route deterministically.
 """
 
 import abc
@@ -24,8 +27,10 @@ class Group:
       routable: bool `[S]`, tokens that may take a place.
       counted: float32 `[S]`, 1 for tokens that losses and metrics count.
       count: float32 scalar, the number of tokens that means of losses run over.
-      limit: int32 scalar, the capacity where it is known only when running: slots from there on stay empty. None: all may be filled.
-      bias: float32 `[E]`, added to what experts are selected by, for routers with a `Router.balance_rate`; None: zeros.
+      limit: int32 scalar, the capacity where it is known only when running: slots from there on
+        stay empty. None: all may be filled.
+      bias: float32 `[E]`, added to what experts are selected by, for routers with a
+        `Router.balance_rate`; None: zeros.
       token_ids: int32 `[S]`, for routers that `Router.needs_token_ids`.
     """
 
@@ -47,8 +52,10 @@ class Routing:
       plan: who meets whom, and with which weight.
       probabilities: float32 `[S, E]`, what the router prefers; every row sums to 1.
       chosen: float32 `[E]`, counted tokens that each expert was wanted by, before any drop.
-      auxiliary_loss: float32 scalar, the load-balancing loss of the group (0 for routers that balance by other means).
-      offered: float32 scalar, how many placements were asked for (the router says what counts as one).
+      auxiliary_loss: float32 scalar, the load-balancing loss of the group (0 for routers that
+        balance by other means).
+      offered: float32 scalar, how many placements were asked for (the router says what counts as
+        one).
       dropped: float32 scalar, how many of those were not granted.
     """
 
@@ -64,7 +71,8 @@ class Routing:
 class Router(abc.ABC):
     """A routing algorithm. Callers use its methods and never ask which one it is.
 
-    The properties say what a router needs and promises; a subclass overrides those in which it differs from a plain one.
+    The properties say what a router needs and promises; a subclass overrides those in which it
+    differs from a plain one.
     """
 
     @property
@@ -84,12 +92,16 @@ class Router(abc.ABC):
 
     @property
     def input_jitter(self) -> float:
-        """During training the router's inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter]; 0 for none."""
+        """During training the router's inputs are multiplied by uniform noise in [1 - jitter, 1 +
+        jitter]; 0 for none.
+        """
         return 0.0
 
     @property
     def balance_rate(self) -> float | None:
-        """How far the selection bias of each expert moves after a step (see `moe.balance`); None for routers without one."""
+        """How far the selection bias of each expert moves after a step (see `moe.balance`); None
+        for routers without one.
+        """
         return None
 
     @property
@@ -114,24 +126,32 @@ class Router(abc.ABC):
 
     @property
     def per_token(self) -> bool:
-        """Whether a token's experts follow from that token alone, so that with room for every token nothing depends on its group.
+        """Whether a token's experts follow from that token alone, so that with room for every token
+        nothing depends on its group.
 
-        Such a router fills each expert's slots from the first on: what an expert leaves empty is at the end.
+        Such a router fills each expert's slots from the first on: what an expert leaves empty is at
+        the end.
         """
         return False
 
     @property
     def has_room_for_all(self) -> bool:
-        """Whether every token meets every expert that it chose, at any load: there is no capacity."""
+        """Whether every token meets every expert that it chose, at any load: there is no
+        capacity.
+        """
         return False
 
     @property
     def unit_weights(self) -> bool:
-        """Whether the combine weights of a token sum to 1 where nothing is dropped: copies of one expert then equal that expert."""
+        """Whether the combine weights of a token sum to 1 where nothing is dropped: copies of one
+        expert then equal that expert.
+        """
         return False
 
     def renormalized(self) -> "Router | None":
-        """The same router with unit weights, or None where tokens do not meet experts one by one."""
+        """The same router with unit weights, or None where tokens do not meet experts one by
+        one.
+        """
         return dataclasses.replace(self, renormalize=True)  # type: ignore[call-arg]
 
     def check(self, num_experts: int) -> None:
@@ -140,7 +160,9 @@ class Router(abc.ABC):
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
 
     def logit_columns(self, num_experts: int) -> int:
-        """Columns of the router's kernel `[d, columns]`; 0 for routers that learn nothing and have none."""
+        """Columns of the router's kernel `[d, columns]`; 0 for routers that learn nothing and have
+        none.
+        """
         return num_experts
 
     def flops_per_token(self, emb_dim: int, num_experts: int) -> int:
@@ -157,7 +179,9 @@ class Router(abc.ABC):
 
     @abc.abstractmethod
     def active_experts(self, capacity_factor: float) -> float:
-        """Experts that process a token, on average and before drops: for counting active parameters."""
+        """Experts that process a token, on average and before drops: for counting active
+        parameters.
+        """
 
     @abc.abstractmethod
     def route(self, group: Group, *, capacity: int) -> Routing:
@@ -168,6 +192,11 @@ class Router(abc.ABC):
 
 
 def check_jitter(noise: float) -> None:
-    """Raises ValueError unless `noise` can be a `Router.input_jitter`: from 1 on it would turn signs around."""
+    """Raises ValueError unless `noise` can be a `Router.input_jitter`: from 1 on it would turn
+    signs around.
+    """
     if not 0 <= noise < 1:
-        raise ValueError(f"jitter_noise (JITTER_NOISE) must be in [0, 1), got {noise}: Switch Transformer's is 0.01, 0 is none")
+        raise ValueError(
+            f"jitter_noise (JITTER_NOISE) must be in [0, 1), got {noise}: Switch Transformer's is"
+            " 0.01, 0 is none"
+        )

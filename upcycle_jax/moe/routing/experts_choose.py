@@ -14,13 +14,13 @@ class ExpertsChoose(Router):
     """Each expert takes its C tokens of highest router probability.
 
     Source: Expert Choice, arXiv 2202.09368; the encoder of Sparse Upcycling, arXiv 2212.05055.
-    Guarantees: every expert is full, so no auxiliary loss is needed and it is 0. A token may get several experts or none.
-    Not in a decoder: whether a token is processed depends on later ones. Raising the capacity factor raises the average number of experts
-    per token, which equals it.
+    Guarantees: every expert is full, so no auxiliary loss is needed and it is 0. A token may get
+    several experts or none. Not in a decoder: whether a token is processed depends on later ones.
+    Raising the capacity factor raises the average number of experts per token, which equals it.
 
     Attributes:
-      renormalize: scale each token's combine weights to sum 1. Off, a weight is the plain softmax probability over all experts.
-        The paper: on for vision, off for language.
+      renormalize: scale each token's combine weights to sum 1. Off, a weight is the plain softmax
+        probability over all experts. The paper: on for vision, off for language.
       jitter_noise: see `Router.input_jitter`.
     """
 
@@ -33,8 +33,9 @@ class ExpertsChoose(Router):
     @property
     def not_causal_because(self) -> str | None:
         return (
-            "experts choose among all tokens of a group, so whether a token is processed depends on later tokens: the decoder would "
-            "train on information that it does not have when it generates. Use TokensChoose()"
+            "experts choose among all tokens of a group, so whether a token is processed depends on"
+            " later tokens: the decoder would train on information that it does not have when it"
+            " generates. Use TokensChoose()"
         )
 
     @property
@@ -62,11 +63,15 @@ class ExpertsChoose(Router):
     def route(self, group: Group, *, capacity: int) -> Routing:
         group_size = group.logits.shape[0]
         probabilities = jax.nn.softmax(group.logits, axis=-1)
-        # Unroutable tokens rank behind every probability; an expert reaches them only when nothing else is left.
+        # Unroutable tokens rank behind every probability; an expert reaches them only when nothing
+        # else is left.
         scores = jnp.where(group.routable[:, None], probabilities, -1.0).T
         score, token_index = jax.lax.top_k(scores, capacity)
         taken = (score >= 0.0) & dispatch.below(group.limit, capacity)
-        assignment = dispatch.Assignment(token_index=jnp.where(taken, token_index, group_size), combine_weight=jnp.where(taken, score, 0.0))
+        assignment = dispatch.Assignment(
+            token_index=jnp.where(taken, token_index, group_size),
+            combine_weight=jnp.where(taken, score, 0.0),
+        )
         if self.renormalize:
             assignment = dispatch.renormalized(assignment, group_size=group_size)
         left_behind = assignment.experts_per_token(group_size) == 0

@@ -13,14 +13,16 @@ from upcycle_jax.moe.routing.token_choice import TokenChoice, Wish
 class HashTop1(TokenChoice):
     """Each token takes the expert that a fixed hash of its id names, with weight 1.
 
-    Source: Hash Layers, arXiv 2106.04426 (random hash). There is no router kernel and no router loss.
-    Guarantees: the same word meets the same expert in every layer of that seed, for ever; causal in a decoder, whose id is that of the
-    input token, at every capacity. Load follows word frequencies: a frequent word fills its expert, and what exceeds the capacity is
-    dropped, so give it room or set dropless.
-    Not for models without token ids (images): MoE layers then refuse it. Not for merging experts by router weights: there are none.
+    Source: Hash Layers, arXiv 2106.04426 (random hash). There is no router kernel and no router
+    loss. Guarantees: the same word meets the same expert in every layer of that seed, for ever;
+    causal in a decoder, whose id is that of the input token, at every capacity. Load follows word
+    frequencies: a frequent word fills its expert, and what exceeds the capacity is dropped, so give
+    it room or set dropless. Not for models without token ids (images): MoE layers then refuse it.
+    Not for merging experts by router weights: there are none.
 
     Attributes:
-      seed: of the hash. Experts are chosen per vocabulary, so continue a model with the vocabulary and the seed that it was trained with.
+      seed: of the hash. Experts are chosen per vocabulary, so continue a model with the vocabulary
+        and the seed that it was trained with.
     """
 
     seed: int = 0
@@ -28,7 +30,10 @@ class HashTop1(TokenChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.jitter_noise:
-            raise ValueError(f"jitter_noise={self.jitter_noise} has nothing to act on: a hash has no router inputs. Leave it at 0")
+            raise ValueError(
+                f"jitter_noise={self.jitter_noise} has nothing to act on: a hash has no router"
+                " inputs. Leave it at 0"
+            )
 
     @property
     def selected(self) -> int:
@@ -62,7 +67,9 @@ class HashTop1(TokenChoice):
 
 
 def hashed(ids: jax.Array, *, seed: int, buckets: int) -> jax.Array:
-    """Int32 in [0, buckets) for every int32 id: two rounds of xor-shift and multiply modulo 2^32, which mix every bit into every other."""
+    """Int32 in [0, buckets) for every int32 id: two rounds of xor-shift and multiply modulo 2^32,
+    which mix every bit into every other.
+    """
     x = ids.astype(jnp.uint32) + jnp.uint32((seed * 0x9E3779B9 + 0x9E3779B9) % 2**32)
     for _ in range(2):
         x = (x ^ (x >> 16)) * jnp.uint32(0x45D9F3B)

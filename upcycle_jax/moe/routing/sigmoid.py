@@ -14,13 +14,15 @@ from upcycle_jax.moe.routing.token_choice import TokenChoice, Wish
 class SigmoidTopK(TokenChoice):
     """Each token takes the K experts of highest affinity sigmoid(logit).
 
-    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 15, without its bias (`LossFreeTopK` has it).
-    Guarantees: as top-K, see `TokenChoice`; affinities do not compete, so one expert's logit changes no other's weight but through
-    renormalisation. Load balance is not guaranteed, hence the auxiliary loss, over affinities scaled to sum 1. Allowed everywhere.
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 15, without its bias (`LossFreeTopK` has
+    it). Guarantees: as top-K, see `TokenChoice`; affinities do not compete, so one expert's logit
+    changes no other's weight but through renormalisation. Load balance is not guaranteed, hence the
+    auxiliary loss, over affinities scaled to sum 1. Allowed everywhere.
 
     Attributes:
       num_selected_experts: K.
-      renormalize: scale the affinities of the experts that process a token to sum 1, after drops (DeepSeek-V3: on).
+      renormalize: scale the affinities of the experts that process a token to sum 1, after drops
+        (DeepSeek-V3: on).
       weight_scale: factor on the weights after that (DeepSeek-V3: 2.5, beside a shared expert).
     """
 
@@ -55,25 +57,30 @@ class SigmoidTopK(TokenChoice):
     def choose(self, group: Group) -> Wish:
         affinity = jax.nn.sigmoid(group.logits)
         gate, expert = jax.lax.top_k(affinity, self.selected)
-        return Wish(expert=expert, gate=gate * self.weight_scale, probabilities=_scaled_to_one(group.logits))
+        return Wish(
+            expert=expert, gate=gate * self.weight_scale, probabilities=_scaled_to_one(group.logits)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossFreeTopK(TokenChoice):
-    """Top-K whose load a bias balances: it is added to the scores for choosing experts, and to nothing else.
+    """Top-K whose load a bias balances: it is added to the scores for choosing experts, and to
+    nothing else.
 
-    Source: Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437.
-    After every step the bias of each expert moves by `update_rate`: up where it was chosen less often than the mean of that step's whole
-    batch (all microbatches, all devices), down where more often. It is a parameter `router/bias` that no gradient reaches; checkpoints hold
-    it, and an upcycled checkpoint starts with zeros.
-    Guarantees: as top-K, see `TokenChoice`; the auxiliary loss is 0; balance over many steps, not within one. Allowed everywhere: the bias
-    is fixed while a batch is routed, so no token feels a later one of its own batch.
+    Source: Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv
+    2412.19437. After every step the bias of each expert moves by `update_rate`: up where it was
+    chosen less often than the mean of that step's whole batch (all microbatches, all devices), down
+    where more often. It is a parameter `router/bias` that no gradient reaches; checkpoints hold it,
+    and an upcycled checkpoint starts with zeros. Guarantees: as top-K, see `TokenChoice`; the
+    auxiliary loss is 0; balance over many steps, not within one. Allowed everywhere: the bias is
+    fixed while a batch is routed, so no token feels a later one of its own batch.
 
     Attributes:
       num_selected_experts: K.
       scores: 'sigmoid' (DeepSeek-V3) or 'softmax' of the logits over all experts.
       renormalize: scale the scores of the experts that process a token to sum 1, after drops.
-      update_rate: how far a bias moves in a step (the paper: 0.001 for sigmoid gates); 0 freezes it.
+      update_rate: how far a bias moves in a step (the paper: 0.001 for sigmoid gates); 0 freezes
+        it.
     """
 
     num_selected_experts: int = 2
@@ -106,7 +113,11 @@ class LossFreeTopK(TokenChoice):
         bias = jnp.zeros(group.num_experts, jnp.float32) if group.bias is None else group.bias
         _, expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias), self.selected)
         gate = jnp.take_along_axis(score, expert, axis=-1)
-        return Wish(expert=expert, gate=gate, probabilities=score if softmax else _scaled_to_one(group.logits))
+        return Wish(
+            expert=expert,
+            gate=gate,
+            probabilities=score if softmax else _scaled_to_one(group.logits),
+        )
 
     def balance_loss(self, group: Group, wish: Wish) -> jax.Array:
         return jnp.zeros((), jnp.float32)

@@ -15,15 +15,18 @@ _MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class SoftMoe(Router):
-    """Every slot is a weighted mean of all tokens of a sequence, every token gets a weighted mean of all slots.
+    """Every slot is a weighted mean of all tokens of a sequence, every token gets a weighted mean
+    of all slots.
 
-    Source: From Sparse to Soft Mixtures of Experts, arXiv 2308.00951, equations 1 and 2 (without the l2-normalisation of its section 2.3,
-    which its large vision models need). The router's kernel has one column per slot: `[d, E * slots_per_expert]`.
-    Guarantees: nothing is dropped, every expert has the same load, everything is differentiable, so the auxiliary loss is 0. Cost follows
-    from the number of slots alone, not from a capacity factor: a sequence of S tokens costs E * slots_per_expert / S experts per token.
-    Every sequence is a group and padding has no part in it, so a result depends neither on the batch nor on padding.
-    Not in a decoder, and not with packed rows: every output depends on every token of the row. Upcycling does not keep the function:
-    the MLP of a mean is not the mean of MLPs.
+    Source: From Sparse to Soft Mixtures of Experts, arXiv 2308.00951, equations 1 and 2 (without
+    the l2-normalisation of its section 2.3, which its large vision models need). The router's
+    kernel has one column per slot: `[d, E * slots_per_expert]`. Guarantees: nothing is dropped,
+    every expert has the same load, everything is differentiable, so the auxiliary loss is 0. Cost
+    follows from the number of slots alone, not from a capacity factor: a sequence of S tokens costs
+    E * slots_per_expert / S experts per token. Every sequence is a group and padding has no part in
+    it, so a result depends neither on the batch nor on padding. Not in a decoder, and not with
+    packed rows: every output depends on every token of the row. Upcycling does not keep the
+    function: the MLP of a mean is not the mean of MLPs.
 
     Attributes:
       slots_per_expert: p, in every sequence.
@@ -38,13 +41,17 @@ class SoftMoe(Router):
     @property
     def not_causal_because(self) -> str | None:
         return (
-            "every slot is a mixture of all tokens of the sequence, so each output depends on all later tokens: the decoder would train on "
-            "information that it does not have when it generates. Use TokensChoose()"
+            "every slot is a mixture of all tokens of the sequence, so each output depends on all"
+            " later tokens: the decoder would train on information that it does not have when it"
+            " generates. Use TokensChoose()"
         )
 
     @property
     def not_packable_because(self) -> str | None:
-        return "every slot mixes all tokens of a row, so the examples that are packed into one row would see each other. Set PACK to False"
+        return (
+            "every slot mixes all tokens of a row, so the examples that are packed into one row"
+            " would see each other. Set PACK to False"
+        )
 
     @property
     def skips_padding(self) -> bool:
@@ -81,7 +88,8 @@ class SoftMoe(Router):
         over_tokens = jax.nn.softmax(jnp.where(takes_part, logits, _MASKED), axis=0)
         over_slots = jax.nn.softmax(group.logits, axis=-1).reshape(logits.shape)
         plan = dispatch.Mixture(
-            dispatch_weight=jnp.where(takes_part, over_tokens, 0.0), combine_weight=jnp.where(takes_part, over_slots, 0.0)
+            dispatch_weight=jnp.where(takes_part, over_tokens, 0.0),
+            combine_weight=jnp.where(takes_part, over_slots, 0.0),
         )
         return Routing(
             plan=plan,

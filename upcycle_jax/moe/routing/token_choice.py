@@ -29,19 +29,22 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenChoice(Router):
-    """Each token takes K experts, as long as they have room; subclasses say which, and with which weights.
+    """Each token takes K experts, as long as they have room; subclasses say which, and with which
+    weights.
 
-    Positions inside an expert are given out k-major: every token's first choice before any second choice, tokens in order. What
-    exceeds the capacity is dropped: such a token is processed by fewer experts, or by none. Raising the capacity factor drops
-    less and changes nothing else.
+    Positions inside an expert are given out k-major: every token's first choice before any second
+    choice, tokens in order. What exceeds the capacity is dropped: such a token is processed by
+    fewer experts, or by none. Raising the capacity factor drops less and changes nothing else.
 
-    In token order this is causal as far as nothing is dropped, or K = 1. With K > 1 a later token's first choice goes before an earlier
-    token's second choice, as in T5X: where capacity is short, that is the one thing an earlier token can feel of a later one.
+    In token order this is causal as far as nothing is dropped, or K = 1. With K > 1 a later token's
+    first choice goes before an earlier token's second choice, as in T5X: where capacity is short,
+    that is the one thing an earlier token can feel of a later one.
 
     Attributes:
       jitter_noise: see `Router.input_jitter`.
-      dropless: there is no capacity: every token meets all of its K experts, whatever the load (MegaBlocks, arXiv 2211.15841). Capacity
-        factors then do nothing, and `MoeConfig.dispatch` says how tokens are moved. Padding is not routed. Causal for every K.
+      dropless: there is no capacity: every token meets all of its K experts, whatever the load
+        (MegaBlocks, arXiv 2211.15841). Capacity factors then do nothing, and `MoeConfig.dispatch`
+        says how tokens are moved. Padding is not routed. Causal for every K.
     """
 
     jitter_noise: float = 0.0
@@ -67,7 +70,9 @@ class TokenChoice(Router):
 
     @property
     def normalizes_granted(self) -> bool:
-        """Whether combine weights are scaled to sum `granted_total` over the experts that do process a token, after drops."""
+        """Whether combine weights are scaled to sum `granted_total` over the experts that do
+        process a token, after drops.
+        """
         return False
 
     @property
@@ -77,7 +82,9 @@ class TokenChoice(Router):
 
     def balance_loss(self, group: Group, wish: Wish) -> jax.Array:
         """Float32 scalar, the load-balancing loss of the group."""
-        return losses.load_balancing_loss(wish.probabilities, wish.expert, counted=group.counted, count=group.count)
+        return losses.load_balancing_loss(
+            wish.probabilities, wish.expert, counted=group.counted, count=group.count
+        )
 
     @property
     def input_jitter(self) -> float:
@@ -103,15 +110,19 @@ class TokenChoice(Router):
         super().check(num_experts)
         if self.selected > num_experts:
             raise ValueError(
-                f"num_selected_experts={self.selected} is more than num_experts={num_experts}: lower NUM_SELECTED_EXPERTS to "
-                f"at most {num_experts} or raise NUM_EXPERTS"
+                f"num_selected_experts={self.selected} is more than num_experts={num_experts}:"
+                f" lower NUM_SELECTED_EXPERTS to at most {num_experts} or raise NUM_EXPERTS"
             )
 
     def slots(self, capacity: int, *, group_size: int) -> int:
         return group_size if self.dropless else min(capacity, group_size)
 
     def expert_rows(self, num_experts: int, capacity: int, *, group_size: int) -> int:
-        return self.selected * group_size if self.dropless else super().expert_rows(num_experts, capacity, group_size=group_size)
+        return (
+            self.selected * group_size
+            if self.dropless
+            else super().expert_rows(num_experts, capacity, group_size=group_size)
+        )
 
     def active_experts(self, capacity_factor: float) -> float:
         return float(self.selected)
@@ -126,12 +137,20 @@ class TokenChoice(Router):
         )
         plan: dispatch.Plan
         if self.dropless:
-            plan = dispatch.renormalized_choices(choices, total=self.granted_total) if self.normalizes_granted else choices
+            plan = (
+                dispatch.renormalized_choices(choices, total=self.granted_total)
+                if self.normalizes_granted
+                else choices
+            )
         else:
-            assignment = dispatch.place(choices, order=self.priority(group, wish), capacity=capacity, limit=group.limit)
+            assignment = dispatch.place(
+                choices, order=self.priority(group, wish), capacity=capacity, limit=group.limit
+            )
             plan = assignment
             if self.normalizes_granted:
-                plan = dispatch.renormalized(assignment, group_size=group_size, total=self.granted_total)
+                plan = dispatch.renormalized(
+                    assignment, group_size=group_size, total=self.granted_total
+                )
         granted = jnp.sum(plan.experts_per_token(group_size) * group.counted)
         offered = jnp.sum(group.counted) * self.selected
         return Routing(
@@ -148,18 +167,20 @@ class TokenChoice(Router):
 class TokensChoose(TokenChoice):
     """Each token takes its K experts of highest router probability (top-K).
 
-    Source: Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668; with batch priority V-MoE, arXiv 2106.05974.
-    Guarantees: at most K experts per token, for which see `TokenChoice`. Load balance is not guaranteed, hence the auxiliary loss.
-    Allowed everywhere, but for batch priority in a decoder.
+    Source: Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668; with batch priority
+    V-MoE, arXiv 2106.05974. Guarantees: at most K experts per token, for which see `TokenChoice`.
+    Load balance is not guaranteed, hence the auxiliary loss. Allowed everywhere, but for batch
+    priority in a decoder.
 
     Attributes:
       num_selected_experts: K.
-      batch_prioritized: give out positions by highest first-choice probability instead of in token order (Batch Prioritized Routing).
-        Not causal: a later token can push out an earlier one.
-      renormalize: scale each token's combine weights to sum 1 over the experts that do process it, after drops. With K=1 the router then
-        learns from the auxiliary loss alone.
-      softmax_order: 'before_top_k' takes the softmax over all experts, then the top K (T5X, Switch, V-MoE); 'after_top_k' takes the
-        top K logits, then the softmax over those K (Mixtral), so that weights sum to 1 before drops.
+      batch_prioritized: give out positions by highest first-choice probability instead of in token
+        order (Batch Prioritized Routing). Not causal: a later token can push out an earlier one.
+      renormalize: scale each token's combine weights to sum 1 over the experts that do process it,
+        after drops. With K=1 the router then learns from the auxiliary loss alone.
+      softmax_order: 'before_top_k' takes the softmax over all experts, then the top K (T5X, Switch,
+        V-MoE); 'after_top_k' takes the top K logits, then the softmax over those K (Mixtral), so
+        that weights sum to 1 before drops.
 
     Raises:
       ValueError: K < 1, an unknown softmax order, or a priority where nothing is dropped.
@@ -173,9 +194,14 @@ class TokensChoose(TokenChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.softmax_order not in ("before_top_k", "after_top_k"):
-            raise ValueError(f"softmax_order must be 'before_top_k' or 'after_top_k', got {self.softmax_order!r}")
+            raise ValueError(
+                f"softmax_order must be 'before_top_k' or 'after_top_k', got {self.softmax_order!r}"
+            )
         if self.batch_prioritized and self.dropless:
-            raise ValueError("batch_prioritized orders tokens for a capacity, and dropless=True has none: set one of them to False")
+            raise ValueError(
+                "batch_prioritized orders tokens for a capacity, and dropless=True has none: set"
+                " one of them to False"
+            )
 
     @property
     def selected(self) -> int:
@@ -186,8 +212,9 @@ class TokensChoose(TokenChoice):
         if not self.batch_prioritized:
             return None
         return (
-            "batch-prioritised order gives slots to the most confident tokens of a group, so a later token can push out an earlier one: "
-            "the decoder would train on information that it does not have when it generates. Set batch_prioritized=False"
+            "batch-prioritised order gives slots to the most confident tokens of a group, so a"
+            " later token can push out an earlier one: the decoder would train on information that"
+            " it does not have when it generates. Set batch_prioritized=False"
         )
 
     @property
@@ -211,8 +238,11 @@ class TokensChoose(TokenChoice):
         probabilities = jax.nn.softmax(group.logits, axis=-1)
         if self.softmax_order == "after_top_k":
             top_logits, expert = jax.lax.top_k(group.logits, self.selected)
-            return Wish(expert=expert, gate=jax.nn.softmax(top_logits, axis=-1), probabilities=probabilities)
-        # The softmax is monotonic, but near-equal logits can become equal probabilities: choose on what is compared in T5X.
+            return Wish(
+                expert=expert, gate=jax.nn.softmax(top_logits, axis=-1), probabilities=probabilities
+            )
+        # The softmax is monotonic, but near-equal logits can become equal probabilities: choose on
+        # what is compared in T5X.
         gate, expert = jax.lax.top_k(probabilities, self.selected)
         return Wish(expert=expert, gate=gate, probabilities=probabilities)
 
@@ -221,10 +251,11 @@ class TokensChoose(TokenChoice):
 class DroplessTopK(TokensChoose):
     """Top-K without a capacity: no token is ever dropped, at any load.
 
-    Source: MegaBlocks, arXiv 2211.15841; Mixtral, arXiv 2401.04088 (with softmax_order='after_top_k').
-    Guarantees: every token meets its K experts, so a result depends on nothing but the token, and its cost on the load of the fullest
-    device. Load balance is not guaranteed, hence the auxiliary loss. Allowed everywhere; with experts divided over a mesh every device sees
-    the tokens of its expert group (see `moe.dropless`).
+    Source: MegaBlocks, arXiv 2211.15841; Mixtral, arXiv 2401.04088 (with
+    softmax_order='after_top_k'). Guarantees: every token meets its K experts, so a result depends
+    on nothing but the token, and its cost on the load of the fullest device. Load balance is not
+    guaranteed, hence the auxiliary loss. Allowed everywhere; with experts divided over a mesh every
+    device sees the tokens of its expert group (see `moe.dropless`).
     """
 
     dropless: bool = dataclasses.field(default=True, kw_only=True)
@@ -232,16 +263,20 @@ class DroplessTopK(TokensChoose):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dropless:
-            raise ValueError("DroplessTopK is dropless: use TokensChoose for experts with a capacity")
+            raise ValueError(
+                "DroplessTopK is dropless: use TokensChoose for experts with a capacity"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class SwitchTop1(TokenChoice):
-    """Each token takes the one expert of highest router probability, and that probability as weight.
+    """Each token takes the one expert of highest router probability, and that probability as
+    weight.
 
-    Source: Switch Transformer, arXiv 2101.03961, whose jitter of 0.01 is the default.
-    Guarantees: at most one expert per token, in token order: causal at every capacity. Load balance is not guaranteed, hence the auxiliary
-    loss. Allowed everywhere. Weights are never renormalised: through a weight of 1 the router would learn nothing.
+    Source: Switch Transformer, arXiv 2101.03961, whose jitter of 0.01 is the default. Guarantees:
+    at most one expert per token, in token order: causal at every capacity. Load balance is not
+    guaranteed, hence the auxiliary loss. Allowed everywhere. Weights are never renormalised:
+    through a weight of 1 the router would learn nothing.
     """
 
     jitter_noise: float = dataclasses.field(default=0.01, kw_only=True)
@@ -255,7 +290,12 @@ class SwitchTop1(TokenChoice):
         return not self.dropless
 
     def renormalized(self) -> Router:
-        return TokensChoose(num_selected_experts=1, renormalize=True, jitter_noise=self.jitter_noise, dropless=self.dropless)
+        return TokensChoose(
+            num_selected_experts=1,
+            renormalize=True,
+            jitter_noise=self.jitter_noise,
+            dropless=self.dropless,
+        )
 
     def choose(self, group: Group) -> Wish:
         probabilities = jax.nn.softmax(group.logits, axis=-1)
