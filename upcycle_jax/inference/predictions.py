@@ -150,8 +150,7 @@ def infer(
 
     prepare.check_vocabulary(model, dataset_cfg)
     tasks = task_examples(dataset_cfg, few_shot)
-    data = {name: value for name, value in dataset_cfg.fingerprint().items() if name != "versions"}
-    job = dataclasses.replace(job, settings=json.loads(json.dumps({**job.settings, "data": data})))
+    job = job.with_data(dataset_cfg.fingerprint())
     for task in tasks:
         job.check(task.name)
         for example in task.examples(1) if mode == Mode.RANK else ():
@@ -281,6 +280,12 @@ class _Job:
     output_dir: epath.Path
     part: str
     settings: Mapping[str, Any]
+
+    def with_data(self, fingerprint: Mapping[str, Any]) -> "_Job":
+        """The same job, whose settings name the data too; versions of libraries do not count."""
+        data = {name: value for name, value in fingerprint.items() if name != "versions"}
+        settings = json.loads(json.dumps({**self.settings, "data": data}))
+        return dataclasses.replace(self, settings=settings)
 
     def file(self, task: str) -> epath.Path:
         """The finished file."""
