@@ -214,3 +214,34 @@ def test_a_source_whose_data_are_lost_never_becomes_a_result_that_passes(dense, 
             reader = open_checkpoint(tmp_path / "sparse")
             for name in reader.specs():
                 reader.read(name)
+
+
+def test_outputs_that_would_change_the_source_or_cannot_be(dense, tmp_path, capsys):
+    before = digest(tmp_path)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for output, said in {
+        "": "OUTPUT_CHECKPOINT_PATH is ''",
+        f"{dense}/x/checkpoint_7": f"lies inside the source {dense}",
+        f"{dense}/state/d": f"lies inside the source {dense}",
+        tmp_path / "nowhere": "is a link to",
+        tmp_path / "a\\\\b": "backslash",
+        tmp_path / ("n" * 300): "too long",
+    }.items():
+        assert said in refused(capsys, dense, output)
+        assert upcycle.main([*words(dense, output), "--dry_run"]) == 2
+        assert said in capsys.readouterr().err
+    assert digest(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "nowhere"]
+
+
+def test_a_kill_right_after_the_last_rename_leaves_nothing(dense, tmp_path, capsys):
+    output = tmp_path / "sparse" / "checkpoint_7"
+    assert upcycle.main(words(dense, output)) == 0
+    whole = sorted(output.rglob("*"))
+    for name in ("proof.json", "plan.json"):
+        (output / name).unlink()
+    (output / "resume.json").write_text("{}")
+    (output / ".lock").touch()
+    assert upcycle.main(words(dense, output)) == 0
+    assert "only the proof is missing" in capsys.readouterr().out
+    assert sorted(output.rglob("*")) == whole

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.opening import open_checkpoint
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
 from upcycle_jax.checkpoints.tiling import CopyMode, Reference, copied_layouts, copy_leaves
 from upcycle_jax.checkpoints.writer import DEFAULT_CHUNK_BYTES, create_checkpoint
@@ -72,11 +74,14 @@ def convert_to_orbax(
       The checkpoint's folder.
 
     Raises:
-      ValueError: the options contradict each other or the output's name.
+      ValueError: the options contradict each other or the output's name; the output cannot be
+        written, or lies in the source.
       FileExistsError: the output exists.
       OSError: the output cannot be written.
     """
+    checked_output(output)
     step = reader.step if step is None else step
+    place = checked_output(checkpoint_path(output, step), [reader.path])
     sources = {
         name: spec
         for name, spec in reader.specs().items()
@@ -105,8 +110,12 @@ def convert_to_orbax(
         copied_layouts(reader, raw, targets) if isinstance(reader, OrbaxReader) and raw else {}
     )
     specs = {**targets, **(fresh_state or {})}
+    if place.exists() and tidy_finished(place):
+        found = open_checkpoint(place)
+        if found.metadata() == record and found.step == step:
+            return place  # This very call was killed between its last rename and its end.
     begun = create_checkpoint(
-        checkpoint_path(output, step),
+        place,
         specs,
         step=step,
         metadata=record,

@@ -31,16 +31,24 @@ def data_files(folder: Path, context: ts.Context) -> set[str]:
     return files
 
 
-def drop_unused(folder: Path, context: ts.Context) -> None:
+def drop_unused(folder: Path, context: ts.Context, *, keep_linked: bool = False) -> None:
     """Removes the data files below `folder` that the database does not need, and the folders that
     this leaves empty.
 
     They are what interrupted writes, superseded indices and linked databases leave behind. Nobody
     may be writing to the database.
+
+    Args:
+      folder: of the database.
+      context: TensorStore's.
+      keep_linked: leave other databases in folders below it as they are: they are still to be
+        copied from.
     """
     used = {folder / file for file in data_files(folder, context)} | {folder / MANIFEST}
     # Deepest first, so that a folder is looked at after what it holds.
     for path in sorted(folder.rglob("*"), key=lambda path: len(path.parts), reverse=True):
+        if keep_linked and path.relative_to(folder).parts[0] not in (MANIFEST, *DATA_FOLDERS):
+            continue
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()

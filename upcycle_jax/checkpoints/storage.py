@@ -54,14 +54,36 @@ def absolute(path: os.PathLike | str) -> epath.Path:
     )
 
 
+def check_characters(path: str) -> None:
+    """Refuses a local path that TensorStore cannot use as it is.
+
+    Raises:
+      ValueError: a backslash (which it takes for a slash), a null byte, or a name that is too long.
+    """
+    if "\\" in path or "\0" in path:
+        raise ValueError(
+            f"{path!r}: checkpoints cannot lie at a path with a backslash or a null byte; rename the"
+            " folder"
+        )
+    # The longest names that are put beside a checkpoint end in '.partial' or a few characters more.
+    if len(os.fsencode(path)) > 3800 or any(
+        len(os.fsencode(part)) > 240 for part in path.split("/")
+    ):
+        raise ValueError(
+            f"{path[:60]}...: a path of {len(path)} characters is too long for a checkpoint; choose"
+            " a shorter one"
+        )
+
+
 def file_spec(directory: os.PathLike | str) -> Json:
     """The key-value store over the files of `directory` (local or gs://).
 
     Raises:
-      ValueError: an address other than a local path or gs://.
+      ValueError: an address other than a local path or gs://, or a path with a backslash.
     """
     text = os.fspath(directory)
     if is_local(text):
+        check_characters(text)
         return {"driver": "file", "path": os.path.abspath(text) + "/"}
     scheme, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")

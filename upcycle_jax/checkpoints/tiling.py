@@ -10,6 +10,7 @@ never written to.
 
 import dataclasses
 import enum
+import fcntl
 import itertools
 import os
 import shutil
@@ -22,11 +23,11 @@ import tensorstore as ts
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.database import DATA_FOLDERS, MANIFEST
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, REFERENCED, remove_dead_probes
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.checkpoints.writer import CheckpointWriter
 from upcycle_jax.trees import LeafSpec
 
-_FOLDER = "referenced"
 # Chunk keys are digits with dots; '.zarray' sorts before them and is not copied.
 _CHUNK_KEYS = ts.KvStore.KeyRange(b"0", b":")
 
@@ -117,7 +118,7 @@ def probe(
     """Finds out, by trying at a small scale, whether `references` can be made from `source` at
     `output`.
 
-    Nothing is left behind and the source is only read.
+    Nothing is left behind, also not by earlier calls that were killed, and the source is only read.
     """
     if not isinstance(source, OrbaxReader) or not source.uses_ocdbt or source.uses_zarr3:
         stored = (
@@ -138,8 +139,13 @@ def probe(
     while not parent.exists():
         parent = parent.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".upcycle-probe-", dir=parent) as scratch:
-            problem = _try_copy(Path(scratch))
+        remove_dead_probes(parent)
+        with (
+            tempfile.TemporaryDirectory(prefix=PROBE_PREFIX, dir=parent) as scratch,
+            open(Path(scratch) / LOCK, "w") as lock,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Tells other calls that this one lives.
+            problem = _try_copy(Path(scratch) / "databases")
             linked = _can_link(Path(source.item) / MANIFEST, Path(scratch) / "link")
     except OSError as error:
         return Probe(False, f"{parent} cannot be written to: {error.strerror}")
@@ -165,7 +171,7 @@ def _try_copy(folder: Path) -> str:
     try:
         outer = ts.KvStore.open(storage.ocdbt_spec(folder, create=True), context=context).result()
         inner = ts.KvStore.open(
-            storage.ocdbt_spec(folder / _FOLDER, create=True), context=context
+            storage.ocdbt_spec(folder / REFERENCED, create=True), context=context
         ).result()
         inner.write("a/0", value).result()
         _copy_keys(inner / "a/", outer / "b/3.").result()
@@ -240,7 +246,7 @@ def _parts(reference: Reference, spec: LeafSpec) -> Iterator[tuple[slice, ...]]:
 def _copy_by_reference(
     writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]
 ) -> None:
-    folder = writer.state / f"{_FOLDER}.{source.fingerprint().rpartition(':')[2][:12]}"
+    folder = writer.state / f"{REFERENCED}.{source.fingerprint().rpartition(':')[2][:12]}"
     with writer.explained():
         _bring_files(Path(source.item), folder)
         child = ts.KvStore.open(storage.ocdbt_spec(folder), context=writer.context).result()

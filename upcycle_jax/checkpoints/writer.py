@@ -8,7 +8,6 @@ that could disagree with it.
 
 import collections
 import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -23,7 +22,7 @@ import tensorstore as ts
 
 from upcycle_jax import axes
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.database import drop_unused
+from upcycle_jax.checkpoints.database import MANIFEST, drop_unused
 from upcycle_jax.checkpoints.finishing import (
     step_metadata,
     storage_errno,
@@ -33,11 +32,19 @@ from upcycle_jax.checkpoints.finishing import (
 )
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
+from upcycle_jax.checkpoints.output import (
+    COMMIT_MARK,
+    IDENTITY,
+    LOCK,
+    check_partial,
+    checked_output,
+    read_identity,
+    tidy_finished,
+    try_lock,
+)
 from upcycle_jax.checkpoints.reader import STEP, Index, checked_index, index_shape
 from upcycle_jax.trees import LeafSpec
 
-IDENTITY, LOCK = "resume.json", ".lock"
-COMMIT_MARK = "commit_success.txt"
 DEFAULT_CHUNK_BYTES = 64 << 20
 DEFAULT_PENDING_BYTES = 128 << 20
 
@@ -72,20 +79,18 @@ def create_checkpoint(
 
     Raises:
       FileExistsError: there is something at `path`.
-      ValueError: the partial checkpoint was started with other specs, step, metadata or chunks; or
-        `path` is not local.
+      ValueError: the partial checkpoint was started with other specs, step, metadata or chunks, is
+        damaged or holds foreign files; or `path` is one that cannot be written (`checked_output`).
       OSError: the folder cannot be written to. Nothing was changed.
     """
-    if not storage.is_local(path):
-        raise ValueError(
-            f"{path}: a checkpoint is assembled on a local file system; write it there and copy it"
-            " with gsutil or gcloud"
-        )
-    final = Path(storage.absolute(path))
+    final = checked_output(path)
     if final.exists():
         raise FileExistsError(
-            f"{final} exists already: nothing was changed. Choose another output path or remove it"
-            " first"
+            f"{final} was finished by a call that was killed right after; what that call left beside"
+            " the arrays is removed now, and there is nothing more to do"
+            if tidy_finished(final)
+            else f"{final} exists already: nothing was changed. Choose another output path or remove"
+            " it first"
         )
     specs = dict(sorted({STEP: LeafSpec((), np.dtype(np.int32)), **specs}.items()))
     _check_names(specs)
@@ -158,17 +163,23 @@ class CheckpointWriter:
         self._closed = False
         with self.explained():
             self.resumed = self._claim()
-            self.state.mkdir(exist_ok=True)
-            # A kill leaves the file that TensorStore was about to rename; it would write into it
-            # again without truncating it.
-            for scratch in self.state.rglob("*.__lock"):
-                scratch.unlink()
-            self.context = storage.new_context()
-            self.store = ts.KvStore.open(
-                storage.ocdbt_spec(self.state, create=True), context=self.context
-            ).result()
-        self.refresh()
-        self._declare()
+        try:
+            with self.explained():
+                self.state.mkdir(exist_ok=True)
+                # A kill leaves the file that TensorStore was about to rename; it would write into
+                # it again without truncating it.
+                for scratch in self.state.rglob("*.__lock"):
+                    scratch.unlink()
+                self.context = storage.new_context()
+                self._drop_superseded()
+                self.store = ts.KvStore.open(
+                    storage.ocdbt_spec(self.state, create=True), context=self.context
+                ).result()
+            self.refresh()
+            self._declare()
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def state(self) -> Path:
@@ -178,32 +189,30 @@ class CheckpointWriter:
     def _claim(self) -> bool:
         """Takes the partial folder for this process; says whether it was begun before."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_partial(self.partial)
         self.partial.mkdir(exist_ok=True)
-        self._lock = open(self.partial / LOCK, "w")  # noqa: SIM115  (held until close; the kernel drops it when the process dies)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+        self._lock = try_lock(self.partial / LOCK)  # Held until close or death.
+        if self._lock is None:
             raise ValueError(
                 f"{self.partial} is being written by another process: wait for it or stop it"
-            ) from None
-        identity = self.partial / IDENTITY
-        if identity.exists():
-            try:
-                self._check_identity(json.loads(identity.read_text()))
-            except ValueError:
-                self._lock.close()
-                raise
-            return True
-        if self.state.exists():
-            self._lock.close()
-            raise ValueError(
-                f"{self.partial} was not begun by this writer: remove it and run again"
             )
-        scratch = identity.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self._identity))
-        scratch.rename(identity)
-        return False
+        try:
+            begun = read_identity(self.partial)
+            if begun is not None:
+                self._check_identity(begun)
+                return True
+            if self.state.exists():
+                raise ValueError(
+                    f"{self.partial} was not begun by this writer: remove it and run again"
+                )
+            identity = self.partial / IDENTITY
+            scratch = identity.with_suffix(".tmp")
+            write_json(scratch, self._identity)
+            scratch.rename(identity)
+            return False
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _check_identity(self, begun: dict[str, Any]) -> None:
         differing = [part for part in self._identity if begun.get(part) != self._identity[part]]
@@ -225,6 +234,21 @@ class CheckpointWriter:
             f"{self.partial} was begun with another {' and '.join(details)}: run the command that"
             " began it to finish it, or remove it to start afresh"
         )
+
+    def _drop_superseded(self) -> None:
+        """Removes what earlier calls wrote and the database no longer needs: on a full disk every
+        try would leave more of it, until there is no room for what is left to write.
+        """
+        if not (self.state / MANIFEST).exists():
+            return
+        try:
+            drop_unused(self.state, self.context, keep_linked=True)
+        except (ValueError, KeyError) as error:
+            if storage_errno(str(error)) is not None:
+                raise
+            raise ValueError(
+                f"{self.partial} is damaged ({error}): remove it and run again"
+            ) from None
 
     def _declare(self) -> None:
         """Stores the shape, chunks and codec of every leaf in one commit, without values."""
@@ -420,8 +444,12 @@ class CheckpointWriter:
 
     # Finishing.
 
-    def finalize(self) -> Path:
+    def finalize(self, metadata: Mapping[str, Any] | None = None) -> Path:
         """Checks that every leaf is complete and moves the checkpoint to `path` in one step.
+
+        Args:
+          metadata: the record to store, where it says more than the one that the checkpoint was
+            begun with; None: that one.
 
         Raises:
           ValueError: leaves are missing or incomplete; they are named.
@@ -437,7 +465,7 @@ class CheckpointWriter:
                 f"{self.partial} lacks {len(lacking)} of {len(self.specs)} leaves:"
                 f" {shown}{' ...' if len(lacking) > 8 else ''}"
             )
-        if self.path.exists():
+        if os.path.lexists(self.path):
             raise FileExistsError(
                 f"{self.path} appeared meanwhile: the finished work is kept in {self.partial}; move"
                 " one of them away"
@@ -445,7 +473,8 @@ class CheckpointWriter:
         with self.explained():
             drop_unused(self.state, self.context)
             write_json(self.state / TREE_METADATA, tree_metadata(self.specs))
-            write_json(self.partial / STEP_METADATA, step_metadata(self._identity["metadata"]))
+            record = self._identity["metadata"] if metadata is None else metadata
+            write_json(self.partial / STEP_METADATA, step_metadata(record))
             for folder in (self.state, self.partial):
                 (folder / COMMIT_MARK).write_text(
                     f"Checkpoint commit was successful to {self.path}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.conversion import checkpoint_path
+from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.surgery import function_check
 from upcycle_jax.surgery.offline import (
@@ -23,7 +24,7 @@ from upcycle_jax.surgery.plan import is_expert, make_plan
 from upcycle_jax.surgery.proof import FILE_NAME, Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.surgery.recipe_json import from_json
-from upcycle_jax.surgery.sources import Reader, join
+from upcycle_jax.surgery.sources import Reader, join, source_paths
 from upcycle_jax.surgery.table import Plan
 from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.trees import LeafSpec
@@ -102,6 +103,7 @@ def convert(
     _require(
         check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}"
     )
+    checked_output(output_path, source_paths(source), setting="OUTPUT_CHECKPOINT_PATH")
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan.text())
     if tokens is not None and not why_no_function_check(plan, model, check, max_memory):
@@ -128,6 +130,7 @@ def convert(
             f"{output_path} was written by this very conversion, which then was interrupted: only"
             " the proof is missing"
         )
+        tidy_finished(Path(output_path))
         path = str(output_path)
     else:
         path = apply_offline(

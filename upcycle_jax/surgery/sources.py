@@ -81,3 +81,10 @@ class JoinedReader:
 def join(readers: Sequence[Reader]) -> Reader:
     """One reader as it is, several as a `JoinedReader`."""
     return readers[0] if len(readers) == 1 else JoinedReader(readers)
+
+
+def source_paths(reader: Reader) -> list[str]:
+    """The paths of the checkpoints behind a reader; empty where they lie nowhere on disk."""
+    readers = reader.readers if isinstance(reader, JoinedReader) else (reader,)
+    paths = [getattr(each, "path", None) for each in readers]
+    return [str(path) for path in paths if path is not None]
