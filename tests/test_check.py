@@ -47,6 +47,9 @@ class Fake:
     def vocabulary_size(self):
         return self.ids
 
+    def verify(self):
+        return 0
+
     def train_iterator(self, process_index=0, process_count=1):
         if not self.exists:
             raise FileNotFoundError("no data at /data/x: make them with `python -m upcycle_jax.cache_tasks`")

@@ -398,9 +398,7 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(
         ValueError,
-        match=(
-            rf"'small_sums' is damaged: .*train-.* has [\d,]+ bytes instead of [\d,]+\. .*{remedy}"
-        ),
+        match=(rf"'small_sums' is damaged: .*train-.* has [\d,]+ bytes, not [\d,]+\. .*{remedy}"),
     ):
         config().train_iterator()
     restored()
@@ -413,12 +411,30 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
         config().fingerprint()
     restored()
     task = cache_format.CachedTask.open(folder, remedy="r")
-    task.verify(remedy="r")
+    task.verify()
     file.write_bytes(b"\0" + file.read_bytes()[1:])
     with pytest.raises(ValueError, match="has other content than was written. To make it again: r"):
-        task.verify(remedy="r")
+        task.verify()
+    with pytest.raises(ValueError, match=r"'small_sums' is damaged: .*other content"):
+        config().verify()  # what `check` calls
     assert cache("small_sums", "--verify") == 2
     assert "is damaged" in capsys.readouterr().err
+    restored()
+    data = bytearray(file.read_bytes())
+    middle = [place for place in range(200, len(data)) if data[place]][len(data) // 400]
+    data[middle : middle + 4] = bytes(byte ^ 0x5A for byte in data[middle : middle + 4])
+    file.write_bytes(bytes(data))
+    with pytest.raises(
+        ValueError, match=rf"is damaged: .*small_sums, split 'train'.*To make it again: {remedy}"
+    ):
+        [next(iterator) for iterator in [config().train_iterator()] for _ in range(30)]
+    restored()
+    (index,) = folder.glob("train.ends.npy")
+    ends = np.load(index)
+    ends[5, 0] += 1  # as long as before, and wrong
+    np.save(index, ends)
+    with pytest.raises(ValueError, match=r"holds \d+ tokens of 'inputs', its index says \d+"):
+        [next(iterator) for iterator in [config().train_iterator()] for _ in range(30)]
     restored()
     assert (
         cache("small_sums", "--verify") == 0

@@ -4,6 +4,7 @@ without overlap.
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -267,3 +268,85 @@ def test_configuration_is_checked_at_once():
             DatasetConfig(
                 **{"mixture_or_task_name": "t", "task_feature_lengths": lengths, **settings}
             )
+
+
+def registered(name, rows, *, python=False, features=("inputs", "targets")):
+    """Registers a task over (input, target) rows; `python`: read through a Python generator, whose
+    state TensorFlow cannot save.
+    """
+    import seqio
+    import tensorflow as tf
+
+    def examples(split, shuffle_files, seed=None):
+        made = [{"inputs": source, "targets": target} for source, target in rows]
+        kinds = {feature: tf.TensorSpec([], tf.string) for feature in ("inputs", "targets")}
+        if python or not made:
+            return tf.data.Dataset.from_generator(lambda: iter(made), output_signature=kinds)
+        return tf.data.Dataset.from_tensor_slices(
+            {feature: [row[feature] for row in made] for feature in kinds}
+        )
+
+    if name not in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(examples, splits=("train",)),
+            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+            output_features={
+                feature: seqio.Feature(seqio.ByteVocabulary(), add_eos=True) for feature in features
+            },
+            metric_fns=[],
+        )
+    return name
+
+
+def small_config(name):
+    return DatasetConfig(name, {"inputs": 16, "targets": 12}, batch_size=4, seed=0)
+
+
+ROWS = [(f"question {n}", f"answer {n % 3}") for n in range(40)]
+
+
+def test_a_task_over_python_saves_its_position_alone_and_resumes(tmp_path, caplog):
+    config = small_config(registered("from_python", ROWS, python=True))
+    iterator = config.train_iterator()
+    take(iterator, 3)
+    iterator.save(tmp_path / "a")
+    iterator.save(tmp_path / "b")  # the warning comes once
+    assert caplog.text.count("PyFunc is stateful") == 1 and "cache_tasks" in caplog.text
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["position.json"]
+    expected = take(iterator, 4)
+    resumed = config.train_iterator()
+    resumed.restore(tmp_path / "a")
+    assert_same(take(resumed, 4), expected)
+
+
+def mixture(name, parts):
+    import seqio
+
+    if name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add(name, parts)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"rows": 1.0, "none": 1.0}, r"'none_rows' in 'mix_0' has no example in the split 'train'"),
+        ({"rows": 1.0, "more": -1.0}, r"mixing rates of 'mix_1' are \{'more_rows': -1\.0\}"),
+        ({"rows": 0.0, "more": 0.0}, r"mixing rates of 'mix_2' are .*one of them above 0"),
+        ({"rows": 1.0, "more": lambda task: None}, r"rate of 'more_rows' in 'mix_3' cannot be"),
+    ],
+)
+def test_an_unusable_part_of_a_mixture_is_named(rates, message):
+    for part, rows in (("rows", ROWS), ("more", ROWS), ("none", [])):
+        registered(f"{part}_rows", rows)
+    number = re.search(r"mix_(\d)", message).group(1)
+    name = mixture(f"mix_{number}", [(f"{part}_rows", rate) for part, rate in rates.items()])
+    with pytest.raises(ValueError, match=message):
+        next(small_config(name).train_iterator())
+
+
+def test_a_task_without_inputs_is_refused():
+    name = registered("targets_alone", ROWS, features=("targets",))
+    with pytest.raises(ValueError, match=r"'targets_alone' has no feature \['inputs'\]"):
+        small_config(name).train_iterator()

@@ -22,18 +22,20 @@ def _write_parquet(path, columns):
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), path)
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize(
+    "kind", [".jsonl", ".jsonl.gz", ".parquet", ".ndjson", ".json", "-of-01024.json.gz", ".JSON.GZ"]
+)
 def test_records_of_each_kind(tmp_path, kind):
     path = tmp_path / f"data{kind}"
     if kind == ".parquet":
         _write_parquet(path, {"text": TEXTS, "id": [0, 1, 2]})
     else:
         data = _json_lines().encode()
-        path.write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+        path.write_bytes(gzip.compress(data) if kind.lower().endswith(".gz") else data)
     assert list(text_files.read_file(path, field="text")) == TEXTS
 
 
-@pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".md"])
+@pytest.mark.parametrize("kind", [".txt", ".txt.gz", ".md", "", ".gz", ".py", ".TXT"])
 def test_plain_text_is_one_document(tmp_path, kind):
     path = tmp_path / f"data{kind}"
     data = "\n".join(TEXTS).encode()
@@ -112,6 +114,14 @@ def test_a_list_is_one_domain_and_a_dictionary_several():
             r"number\.jsonl, line 1: the field 'text' holds int, not a string",
         ),
         ("table.parquet", b"not parquet", r"table\.parquet is not a Parquet file"),
+        (
+            "pretty.json",
+            b'[\n {"text": "a"}\n]',
+            r"pretty\.json, line 1 is not JSON .*one object a line \(`jq",
+        ),
+        ("t.csv", b"a,b\n", r"t\.csv ends in '\.csv', which is not known.*\.jsonl.*\.txt.*Rename"),
+        ("a.jsonl.zst", b"x", r"a\.jsonl\.zst ends in '\.zst', which is not known"),
+        ("a.parquet.gz", b"x", r"a\.parquet\.gz ends in '\.parquet\.gz', which is not known"),
     ],
 )
 def test_each_bad_file_is_named_with_its_remedy(tmp_path, name, data, message):
@@ -162,3 +172,15 @@ def test_too_much_text_names_the_way_out(tmp_path):
         match=r"more than 100 characters, too much to hold in memory: register a SeqIO task",
     ):
         text_files.load_corpus("d", [str(tmp_path / "a.txt")], max_characters=100)
+
+
+def test_a_damaged_page_of_a_parquet_file_names_the_file(tmp_path):
+    path = tmp_path / "pages.parquet"
+    _write_parquet(path, {"text": ["aa", "bb"] * 5000})
+    data = bytearray(path.read_bytes())
+    data[40:60] = b"\xff" * 20  # inside the first page; the footer is whole
+    path.write_bytes(bytes(data))
+    with pytest.raises(
+        ValueError, match=r"pages\.parquet is a damaged Parquet file .*copy it again"
+    ):
+        list(text_files.read_file(path, field="text"))

@@ -2,6 +2,7 @@
 here.
 """
 
+import html.parser
 import json
 import re
 
@@ -175,3 +176,46 @@ def test_bad_input_is_one_clear_line(folders, tmp_path, capsys, change, message)
     assert main([*change(folders), "--upcycled=upcycled", f"--output_dir={tmp_path / 'r'}"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "[x](javascript:alert(1))",
+        "![x](data:text/html;base64,PHNjcmlwdD4=)",
+        "a|b",
+        "<div>\n\n<script>alert(1)</script>",
+        "&lt;script&gt;",
+        "[x]: javascript:alert(1)",
+        "<JAVASCRIPT:alert(1)>",
+    ],
+)
+def test_names_never_become_elements_of_the_page(folders, tmp_path, name):
+    runs = [Run.load("dense", folders["dense"]), Run.load(name, folders["upcycled"])]
+    page = compare(runs, dense="dense", upcycled=name, title=f"T {name}", scale=f"S {name}")
+    _, path = page.write(tmp_path / "page")
+    found = Elements()
+    found.feed(path.read_text())
+    assert not found.tags & {"script", "div", "iframe"}
+    assert not [key for key in found.attributes if key[0].startswith("on")]
+    for key, value in found.attributes:
+        if key in ("src", "href"):
+            assert value.startswith(("data:image/png;base64,", "http")) or ":" not in value
+    cells = len(page.summary.splitlines()[0].replace("\\|", "").split("|"))
+    assert all(
+        len(line.replace("\\|", "").split("|")) == cells for line in page.summary.splitlines()
+    )
+
+
+class Elements(html.parser.HTMLParser):
+    """Collects the elements of a page and their attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes = set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]

@@ -214,7 +214,10 @@ def _data(model: Any, config: Any) -> str:
             f"its vocabulary has {needed} ids, the model's vocab_size is {have}: set"
             f" T5Config.vocab_size to at least {needed}"
         )
+    cached = config.verify()
     next(config.train_iterator())
+    whole = f"{cached / 2**20:,.1f} MiB of cache are as written; " if cached else ""
     return (
-        f"a batch of {config.batch_size} rows can be read; {needed} token ids of the model's {have}"
+        f"{whole}a batch of {config.batch_size} rows can be read; {needed} token ids of the"
+        f" model's {have}"
     )

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -219,10 +219,17 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CachedTask:
-    """A finished cache: its folder and manifest."""
+    """A finished cache.
+
+    Attributes:
+      folder: where it lies.
+      manifest: what it holds.
+      remedy: what an error about its files tells the user to do.
+    """
 
     folder: pathlib.Path
     manifest: Manifest
+    remedy: str
 
     @classmethod
     def open(cls, folder: pathlib.Path, *, remedy: str) -> "CachedTask":
@@ -247,33 +254,44 @@ class CachedTask:
             raise ValueError(
                 f"the cached task's manifest {path} cannot be read ({error}): {remedy}"
             ) from error
-        for split in manifest.splits.values():
-            for entry in (*split.files, split.index):
-                file = folder / entry.name
-                size = file.stat().st_size if file.exists() else None
-                if size != entry.bytes:
-                    found = (
-                        "is missing"
-                        if size is None
-                        else f"has {size:,} bytes instead of {entry.bytes:,}"
-                    )
-                    raise ValueError(
-                        f"the cached task '{manifest.task}' is damaged: {file} {found}. To make it"
-                        f" again: {remedy}"
-                    )
-        return cls(folder, manifest)
+        task = cls(folder, manifest, remedy)
+        for entry in task._entries():
+            if pathlib.PurePath(entry.name).name != entry.name:
+                raise task.damaged(
+                    f"{path} names the file {entry.name!r}, which is no file beside it"
+                )
+            file = folder / entry.name
+            size = file.stat().st_size if file.exists() else None
+            if size != entry.bytes:
+                how = "is missing" if size is None else f"has {size:,} bytes, not {entry.bytes:,}"
+                raise task.damaged(f"{file} {how}")
+        return task
 
-    def verify(self, *, remedy: str) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.bytes for entry in self._entries())
+
+    def _entries(self) -> Iterator[FileEntry]:
+        for split in self.manifest.splits.values():
+            yield from (*split.files, split.index)
+
+    def verify(self) -> None:
         """Reads every file and compares its sha256.
 
         Raises:
           ValueError: a file is not what was written.
         """
-        for split in self.manifest.splits.values():
-            for entry in (*split.files, split.index):
-                if sha256_of_file(self.folder / entry.name) != entry.sha256:
-                    raise ValueError(f"the cached task '{self.manifest.task}' is damaged: {self.folder / entry.name} has other content "
-                                     f"than was written. To make it again: {remedy}")  # fmt: skip
+        for entry in self._entries():
+            if sha256_of_file(self.folder / entry.name) != entry.sha256:
+                raise self.damaged(f"{self.folder / entry.name} has other content than was written")
+
+    def damaged(self, what: str) -> ValueError:
+        """The error for damage found in a file of the cache, with the remedy."""
+        return ValueError(
+            f"the cached task '{self.manifest.task}' is damaged: {what}. To make it again:"
+            f" {self.remedy}"
+        )
 
 
 def find_folder(cache_dirs: Sequence[str], name: str, file: str) -> pathlib.Path | None:

@@ -43,6 +43,16 @@ class CachedMixture:
             raise ValueError(f"the cache of '{self.name}' has no split '{split}': it has {splits}")
         return having
 
+    def verify(self) -> int:
+        """Reads every file of every task and compares its sha256; returns the bytes read.
+
+        Raises:
+          ValueError: a file is not what was written.
+        """
+        for task, _ in self.tasks:
+            task.verify()
+        return sum(task.num_bytes for task, _ in self.tasks)
+
     @property
     def vocabulary_size(self) -> int:
         """The number of token ids."""

@@ -36,6 +36,8 @@ _PLAN = "plan.json"
 
 Report = Callable[[str], None]
 
+_REMEDY = "start again with --overwrite"
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
@@ -319,7 +321,7 @@ def _existing(folder: pathlib.Path, plan: _Plan, *, overwrite: bool) -> CachedTa
         )
     if overwrite:
         return None
-    found = CachedTask.open(folder, remedy="start again with --overwrite")
+    found = CachedTask.open(folder, remedy=_REMEDY)
     _same_identity(
         found.manifest.identity, plan, f"{folder} holds another cache of '{plan.task.name}'"
     )
@@ -367,7 +369,7 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
     existing = _existing(folder, plan, overwrite=options.overwrite)
     if existing is not None:
         if options.verify:
-            existing.verify(remedy="start again with --overwrite")
+            existing.verify()
         options.report(
             f"{task.name}: cached already at"
             f" {folder}{', every file as it was written' if options.verify else ''}"
@@ -426,7 +428,7 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
             f"{task.name}, {split}: {entry.records:,} examples, {tokens}, {size / 2**20:,.1f} MiB"
             f" in {len(entry.files)} files"
         )
-    return CachedTask(folder, manifest)
+    return CachedTask(folder, manifest, _REMEDY)
 
 
 def _describe(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> str:

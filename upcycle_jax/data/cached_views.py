@@ -66,24 +66,55 @@ class View(Protocol):
 
 
 class _Records:
-    """Random access to the records of a split."""
+    """Random access to the records of a split.
+
+    Raises:
+      ValueError: a file is damaged; with the command that makes the cache again.
+    """
 
     def __init__(self, task: CachedTask, split: str):
         entry = task.manifest.splits[split]
+        self._task = task
+        self._where = f"{task.folder}, split '{split}'"
         paths = [os.fspath(task.folder / file.name) for file in entry.files]
-        self._source = grain.sources.ArrayRecordDataSource(paths)
+        try:
+            self._source = grain.sources.ArrayRecordDataSource(paths)
+            records = len(self._source)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise task.damaged(f"{self._where} ({_first_line(error)})") from error
         self._dtypes = task.manifest.token_dtypes
-        if len(self._source) != entry.records:
-            raise ValueError(
-                f"the cached task '{task.manifest.task}' is damaged: split '{split}' has"
-                f" {len(self._source)} records instead of {entry.records}: make it again (python -m"
-                " upcycle_jax.cache_tasks --overwrite)"
-            )
-        index = np.load(task.folder / entry.index.name, mmap_mode="r")
-        self.ends = {name: index[:, column] for column, name in enumerate(sorted(self._dtypes))}
+        if records != entry.records:
+            raise task.damaged(f"{self._where} has {records} records instead of {entry.records}")
+        index_file = task.folder / entry.index.name
+        names = sorted(self._dtypes)
+        try:
+            index = np.load(index_file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise task.damaged(f"{index_file} is no array ({_first_line(error)})") from error
+        if index.shape != (records, len(names)) or index.dtype != np.int64:
+            raise task.damaged(f"{index_file} holds {index.dtype} {list(index.shape)}")
+        self.ends = {name: index[:, column] for column, name in enumerate(names)}
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return decode(self._source[number], token_dtypes=self._dtypes)
+        try:
+            example = decode(self._source[number], token_dtypes=self._dtypes)
+        except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
+            # array_record checks each chunk's checksum when it reads it.
+            raise self._task.damaged(
+                f"record {number} of {self._where} cannot be read ({_first_line(error)})"
+            ) from error
+        for name, ends in self.ends.items():
+            expected = int(ends[number]) - (int(ends[number - 1]) if number else 0)
+            if len(example.get(name, ())) != expected:
+                raise self._task.damaged(
+                    f"record {number} of {self._where} holds {len(example.get(name, ()))} tokens of"
+                    f" '{name}', its index says {expected}"
+                )
+        return example
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _finish(

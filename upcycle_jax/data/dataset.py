@@ -211,6 +211,15 @@ class DatasetConfig:
 
         return cache_lookup.find(self)
 
+    def verify(self) -> int:
+        """Reads the whole cache, where there is one, and compares checksums; returns bytes read.
+
+        Raises:
+          ValueError, FileNotFoundError: as `cache`; or a file is not what was written.
+        """
+        cache = self.cache()
+        return 0 if cache is None else cache.verify()
+
     def _through_seqio(self, module: str) -> Any:
         """A module of this room that imports TensorFlow and SeqIO."""
         try:

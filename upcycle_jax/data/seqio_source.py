@@ -98,13 +98,14 @@ class SeqioBatchIterator(stream.Stream):
     """A `BatchIterator` over tf.data.
 
     Its checkpoint is tf.data's own, which continues exactly and at once. Where that cannot serve
-    (another number of processes, an unreadable file), the stream starts anew and passes over the
-    batches already taken; with the same number of processes that gives the same continuation, only
-    slower.
+    (another number of processes, an unreadable file, a task whose steps run Python and so have no
+    state that TensorFlow can write), the stream starts again and passes over the batches already
+    taken; with the same number of processes that gives the same continuation, only slower.
     """
 
     def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
         super().__init__(config, process_index=process_index, process_count=process_count)
+        self._position_alone = False
         self._open()
 
     def _open(self) -> None:
@@ -124,13 +125,26 @@ class SeqioBatchIterator(stream.Stream):
         try:
             batch = next(self._iterator)
         except StopIteration:
-            raise ValueError(
-                f"'{self._config.mixture_or_task_name}' split '{self._config.split}' gives no"
-                f" example of the asked lengths {dict(self._config.task_feature_lengths)} to"
-                f" process {self._process_index}: give it more text or use fewer processes"
-            ) from None
+            raise ValueError(self._why_empty()) from None
         self._batches += 1
         return batch
+
+    def _why_empty(self) -> str:
+        """Says which part of a mixture gives no example: one empty part ends the whole mixture."""
+        config, parts = self._config, resolve.tasks(self._config)
+        lengths = dict(config.task_feature_lengths)
+        empty = [task.name for task in parts if not _has_examples(task, config, self._seed)]
+        if len(parts) > 1 and empty:
+            return (
+                f"{', '.join(map(repr, empty))} in '{config.mixture_or_task_name}' has no example"
+                f" in the split '{config.split}' (lengths {lengths}): take it out of the mixture, or"
+                " give it text"
+            )
+        return (
+            f"'{config.mixture_or_task_name}' split '{config.split}' gives no example of the asked"
+            f" lengths {lengths} to process {self._process_index}: give it more text or use fewer"
+            " processes"
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """See `DatasetConfig.fingerprint`."""
@@ -146,7 +160,20 @@ class SeqioBatchIterator(stream.Stream):
         each process a folder.
         """
         epath.Path(directory).mkdir(parents=True, exist_ok=True)
-        tf.train.Checkpoint(iterator=self._iterator).write(self._tf_path(directory))
+        if not self._position_alone:
+            try:
+                tf.train.Checkpoint(iterator=self._iterator).write(self._tf_path(directory))
+            except tf.errors.FailedPreconditionError as error:
+                self._position_alone = True
+                logging.warning(
+                    "TensorFlow cannot save the position in '%s', whose data come from Python"
+                    " (%s). Checkpoints hold the number of batches alone: a resumed run reads"
+                    " again what it has taken, which takes time and gives the same batches if the"
+                    " Python code gives the same examples each time. Cache the task (`python -m"
+                    " upcycle_jax.cache_tasks`) to resume at once.",
+                    self._config.mixture_or_task_name,
+                    str(error).partition("[Op:")[0].rpartition("}}")[2].strip(),
+                )
         self._write_position(directory)
 
     def restore(self, directory: epath.PathLike) -> None:
@@ -188,12 +215,62 @@ class SeqioBatchIterator(stream.Stream):
                 logging.info("Passing over batches of data: %d of %d", self._batches, num_batches)
 
 
+def _has_examples(task: seqio.Task, config: DatasetConfig, seed: int) -> bool:
+    """Whether one pass over the split gives any example of the asked lengths."""
+    if config.split not in _splits(task):
+        return True
+    examples = task.get_dataset(
+        sequence_length=dict(config.task_feature_lengths),
+        split=config.split,
+        use_cached=config.use_cached,
+        shuffle=False,
+        seed=seed,
+        num_epochs=1,
+        try_in_mem_cache=False,
+    )
+    return next(iter(examples.take(1)), None) is not None
+
+
+def _check_mixture(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> None:
+    """Raises a ValueError where a task lacks a feature of the model, or mixing rates are no rates.
+
+    SeqIO takes a negative rate, and a rate that is computed may be None: both end far from here.
+    """
+    for task in tasks:
+        missing = sorted({"inputs", "targets"} - task.output_features.keys())
+        if missing:
+            raise ValueError(
+                f"the task '{task.name}' has no feature {missing}, only"
+                f" {sorted(task.output_features)}: an encoder-decoder needs 'inputs' and 'targets'"
+            )
+    provider = resolve.task_or_mixture(config)
+    if not isinstance(provider, seqio.Mixture):
+        return
+    rates = {}
+    for task in tasks:
+        try:
+            rates[task.name] = float(provider.get_rate(task))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the mixing rate of '{task.name}' in '{config.mixture_or_task_name}' cannot be"
+                f" computed ({error}): give a number"
+            ) from error
+    wrong = {name: rate for name, rate in rates.items() if not 0 <= rate < float("inf")}
+    if wrong or not any(rates.values()):
+        raise ValueError(
+            f"the mixing rates of '{config.mixture_or_task_name}' are {wrong or rates}: give numbers"
+            " of at least 0, one of them above 0"
+        )
+
+
 def train_iterator(
     config: DatasetConfig, *, process_index: int, process_count: int
 ) -> SeqioBatchIterator:
     """See `DatasetConfig.train_iterator`."""
     _keep_off_accelerators()
-    _check_split(config, resolve.tasks(config))
+    tasks = resolve.tasks(config)
+    _check_split(config, tasks)
+    _check_mixture(config, tasks)
     return SeqioBatchIterator(config, process_index=process_index, process_count=process_count)
 
 
@@ -259,6 +336,7 @@ def eval_batches(
     )
     _keep_off_accelerators()
     tasks = _check_split(config, resolve.tasks(config))
+    _check_mixture(config, tasks)
     return {task.name: _EvalPass(task, config, num_batches, rows) for task in tasks}
 
 

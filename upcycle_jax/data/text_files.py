@@ -20,6 +20,17 @@ from upcycle_jax.data.documents import VALIDATION_FRACTION, Corpus, Document, bu
 MAX_CHARACTERS = 2 * 1024**3
 """Text files are held in memory; more than this (as read) is refused with the way out."""
 
+PLAIN = frozenset(
+    {"", ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".log"}
+    | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"}
+    | {".sh", ".rb", ".php", ".scala", ".swift", ".kt", ".lua", ".jl", ".r", ".hs", ".ml", ".sql"}
+)
+"""Endings of files that are one document each: prose and source code. Data formats are not guessed
+at: a table or an archive that is read as text trains a model on separators."""
+JSON_LINES = frozenset({".json", ".jsonl", ".ndjson"})
+"""One object a line. C4's own files are named `.json.gz` and hold that."""
+PARQUET = ".parquet"
+
 SINGLE_DOMAIN = ""
 """Name of the only domain where the user gave a plain list of files."""
 
@@ -93,7 +104,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
         raise ValueError(
             f"text_files: cannot read {path}: {error.strerror or error}; check its permissions"
         ) from error
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
@@ -152,8 +163,8 @@ def _read_json_lines(path: pathlib.Path, text: str, *, field: str) -> Iterator[s
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"text_files: {where} is not JSON ({error.msg} at column {error.colno}): a .jsonl"
-                " file has one object a line"
+                f"text_files: {where} is not JSON ({error.msg} at column {error.colno}): a .json"
+                " or .jsonl file has one object a line (`jq -c '.[]'` makes lines of an array)"
             ) from error
         yield _text_of(record, field=field, where=where)
 
@@ -176,34 +187,55 @@ def _read_parquet(path: pathlib.Path, *, field: str) -> Iterator[str]:
         names = file.schema_arrow.names
         if field not in names:
             raise ValueError(
-                f"text_files: {path} has no column '{field}' (it has {sorted(names)}): set"
-                " text_field to the one that holds the text"
+                f"text_files: {path} has no column '{field}' (it has {sorted(names)}): set text_field to"
+                " the one that holds the text"
             )
-        for batch in file.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
-                if value is not None:
-                    yield _text_of({field: value}, field=field, where=f"{path}")
+        try:
+            for batch in file.iter_batches(columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    if value is not None:
+                        yield _text_of({field: value}, field=field, where=f"{path}")
+        except (lib.ArrowException, OSError) as error:
+            raise ValueError(
+                f"text_files: {path} is a damaged Parquet file ({' '.join(str(error).split())}): copy it again"
+            ) from error
+
+
+def _kind(path: pathlib.Path) -> str:
+    """The ending that tells what a file holds, in small letters; a final `.gz` is left out.
+
+    Raises:
+      ValueError: the ending is unknown.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    kind = (suffixes[-2:-1] if zipped else suffixes[-1:]) or [""]
+    if kind[0] in PLAIN or kind[0] in JSON_LINES or (kind[0] == PARQUET and not zipped):
+        return kind[0]
+    raise ValueError(
+        f"text_files: {path} ends in {''.join(path.suffixes[-2:] if zipped else path.suffixes[-1:])!r},"
+        f" which is not known. JSON lines: {', '.join(sorted(JSON_LINES))}; Parquet: {PARQUET}; one"
+        f" plain text a file: {', '.join(sorted(PLAIN - {''}))}, or no ending; all but Parquet also"
+        " with .gz. Rename or convert the file"
+    )
 
 
 def read_file(path: pathlib.Path, *, field: str) -> Iterator[str]:
     """Texts of one file: the whole of a plain text file, or the field of each record.
 
-    The kind follows the name (`.jsonl`, `.parquet`; anything else is plain text), a final `.gz`
-    aside.
+    The kind follows the name's ending, in small or capital letters, a final `.gz` aside: see
+    `PLAIN`, `JSON_LINES` and `PARQUET`.
 
     Raises:
-      ValueError: the file is empty, not what its name says, not UTF-8, or lacks the field.
+      ValueError: the ending is unknown, or the file is empty, not what its name says, not UTF-8, or
+        lacks the field.
     """
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind == ".parquet":
+    kind = _kind(path)
+    if kind == PARQUET:
         texts = _read_parquet(path, field=field)
     else:
         text = _decode(path, _read_bytes(path))
-        texts = (
-            _read_json_lines(path, text, field=field)
-            if kind in (".jsonl", ".ndjson")
-            else iter((text,))
-        )
+        texts = _read_json_lines(path, text, field=field) if kind in JSON_LINES else iter((text,))
     empty = True
     for text in texts:
         if text.strip():

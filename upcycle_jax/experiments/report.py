@@ -7,8 +7,10 @@ import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import markdown
+import markdown.treeprocessors
 import numpy as np
 
 from upcycle_jax.experiments import plots
@@ -47,7 +49,7 @@ class Report:
         """
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        page = markdown.markdown(self.markdown, extensions=["tables"])
+        page = to_html(self.markdown)
         for name, data in self.images.items():
             (root / name).write_bytes(data)
             page = page.replace(
@@ -64,8 +66,36 @@ class Report:
         return root / "report.md", root / "report.html"
 
 
+class _NoForeignHtml(markdown.Extension):
+    """Shows HTML in the text as text, and drops addresses that would run something.
+
+    Names of runs, cells and tasks, titles and scales come from files and folders: none of them may
+    become a script of the page.
+    """
+
+    def extendMarkdown(self, md: markdown.Markdown) -> None:
+        md.preprocessors.deregister("html_block")
+        md.inlinePatterns.deregister("html")
+        md.treeprocessors.register(_PlainAddresses(md), "plain_addresses", 0)
+
+
+class _PlainAddresses(markdown.treeprocessors.Treeprocessor):
+    def run(self, root: Any) -> None:
+        for element in root.iter():
+            for name in ("href", "src"):
+                scheme, colon, _ = element.get(name, "").partition(":")
+                if colon and scheme.strip().lower() not in ("http", "https"):
+                    del element.attrib[name]
+
+
+def to_html(text: str) -> str:
+    """A page's Markdown as HTML in which only the Markdown's own marks are elements."""
+    return markdown.markdown(text, extensions=["tables", _NoForeignHtml()])
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal as well."""
+    header, *rows = [[_cell(text) for text in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -84,6 +114,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + " |"
     )
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell: no line end, and no bar that would start another."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def _number(value: float, digits: int = 4) -> str:
