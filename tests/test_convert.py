@@ -164,7 +164,7 @@ def test_small_memory_gives_the_same_result(tmp_path, orbax):
     ],
 )
 def test_refusals_write_nothing(tmp_path, orbax, capsys, arguments, message):
-    assert run(orbax, tmp_path / "out" / "checkpoint_9", *arguments) == 1
+    assert run(orbax, tmp_path / "out" / "checkpoint_9", *arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("convert: ")
     assert re.search(message, captured.err)
@@ -172,7 +172,7 @@ def test_refusals_write_nothing(tmp_path, orbax, capsys, arguments, message):
 
 
 def test_an_existing_output_is_an_error(tmp_path, orbax, capsys):
-    assert run(orbax, orbax) == 1
+    assert run(orbax, orbax) == 2
     assert "checkpoint_9 exists already: nothing was changed" in capsys.readouterr().err
 
 

@@ -85,7 +85,7 @@ def test_json(model_dir, capsys):
 
 
 def test_errors_are_one_line_and_exit_code_1(tmp_path, capsys):
-    assert command.main([str(tmp_path / "nothing")]) == 1
+    assert command.main([str(tmp_path / "nothing")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("inspect: ")

@@ -17,6 +17,8 @@ import re
 import sys
 from collections.abc import Sequence
 
+from upcycle_jax.printing import printable, printable_lines
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -99,7 +101,7 @@ def _convert(arguments: argparse.Namespace) -> str:
 
     def progress(name: str) -> None:
         if not arguments.quiet:
-            print(name, file=sys.stderr)
+            print(printable(name), file=sys.stderr)
 
     if arguments.to == "huggingface":
         if arguments.step is not None or arguments.optimizer_state == "adafactor":
@@ -150,7 +152,7 @@ def _convert(arguments: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code; 1 when nothing could be converted."""
+    """Runs the command and returns its exit code; 2 when nothing could be converted."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
@@ -158,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(f"wrote {_convert(arguments)}")
     except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 1
+        print(f"convert: {printable_lines(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

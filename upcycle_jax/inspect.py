@@ -13,8 +13,11 @@ No array is read, and nothing is written.
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+
+from upcycle_jax.printing import printable_lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,13 +35,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
-        "--match", metavar="REGEX", help="list only the leaves whose path contains a match"
+        "--match",
+        metavar="REGEX",
+        type=regular_expression,
+        help="list only the leaves whose path contains a match",
     )
     return parser
 
 
+def regular_expression(text: str) -> str:
+    """`text` itself, where it is a regular expression.
+
+    Raises:
+      argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no regular expression ({error}); write a backslash before a character"
+            " that is meant literally"
+        ) from None
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code; 1 when the path cannot be read."""
+    """Runs the command and returns its exit code; 2 when the path cannot be read."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
@@ -49,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         summary = summarize(open_checkpoint(arguments.path))
     except (ValueError, OSError) as error:
-        print(f"inspect: {error}", file=sys.stderr)
-        return 1
+        print(f"inspect: {printable_lines(error)}", file=sys.stderr)
+        return 2
     if arguments.json:
         print(json.dumps(summary.json(arguments.match), indent=1))
     else:

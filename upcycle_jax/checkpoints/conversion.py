@@ -2,22 +2,28 @@
 the model.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.casting import OverflowingCast, cast
 from upcycle_jax.checkpoints.opening import open_checkpoint
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
 from upcycle_jax.checkpoints.tiling import CopyMode, Reference, copied_layouts, copy_leaves
-from upcycle_jax.checkpoints.writer import DEFAULT_CHUNK_BYTES, create_checkpoint
+from upcycle_jax.checkpoints.writer import (
+    DEFAULT_CHUNK_BYTES,
+    CheckpointWriter,
+    create_checkpoint,
+)
 from upcycle_jax.trees import LeafSpec
 
 _STEP_NAME = re.compile(r"checkpoint_(\d+)")
@@ -75,7 +81,8 @@ def convert_to_orbax(
 
     Raises:
       ValueError: the options contradict each other or the output's name; the output cannot be
-        written, or lies in the source.
+        written, or lies in the source; a leaf of the source is missing or damaged; or `dtype`
+        cannot hold a value (`OverflowingCast`), in which case nothing is left at the output.
       FileExistsError: the output exists.
       OSError: the output cannot be written.
     """
@@ -123,7 +130,7 @@ def convert_to_orbax(
         chunk_bytes=max(1, min(DEFAULT_CHUNK_BYTES, max_memory // 8)),
         pending_bytes=max_memory // 4,
     )
-    with begun as writer:
+    with begun as writer, _discarded_on_overflow(writer):
         if isinstance(reader, OrbaxReader):
             copy_leaves(writer, reader, raw, CopyMode.ENCODED)
         for name, spec in specs.items():
@@ -135,12 +142,22 @@ def convert_to_orbax(
                     continue
                 shape = tuple(part.stop - part.start for part in index)
                 value = (
-                    reader.read(name, index).astype(spec.dtype, copy=False)
+                    cast(name, reader.read(name, index), spec.dtype)
                     if name in sources
                     else np.zeros(shape, spec.dtype)
                 )
                 writer.write(name, index, value)
         return writer.finalize()
+
+
+@contextlib.contextmanager
+def _discarded_on_overflow(writer: CheckpointWriter) -> Iterator[None]:
+    """The same call can never finish what it began: nothing of it is kept."""
+    try:
+        yield
+    except OverflowingCast:
+        writer.discard()
+        raise
 
 
 def _dtype_of(name: str, spec: LeafSpec, dtype: np.dtype | None) -> np.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, t5x_tensor
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.reader import TARGET, CheckpointReader
@@ -178,7 +179,8 @@ def write_huggingface(
       progress: called with the name of each file written.
 
     Raises:
-      ValueError: the checkpoint is sparse, or no encoder-decoder T5; nothing is written.
+      ValueError: the checkpoint is sparse, or no encoder-decoder T5; a leaf is damaged, or `dtype`
+        cannot hold a value of it. Nothing is left at `output`.
       FileExistsError: there is something at `output`.
     """
     if not storage.is_local(output):
@@ -207,7 +209,11 @@ def write_huggingface(
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(reader, places, specs, partial, dtype, shard_bytes, progress)
+    try:
+        _write_weights(reader, places, specs, partial, dtype, shard_bytes, progress)
+    except ValueError:  # damage in the source, or a value that the dtype cannot hold
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     (partial / CONFIG).write_text(
         json.dumps(huggingface_config(dimensions, stored, feed_forward=feed_forward), indent=2)
         + "\n"
@@ -236,7 +242,7 @@ def _write_weights(
         for name in names:
             tensor, transposed = places[name]
             value = reader.read(name)
-            value = value if dtype is None else value.astype(dtype)
+            value = value if dtype is None else cast(name, value, np.dtype(dtype))
             tensors[tensor] = np.ascontiguousarray(value.T if transposed else value)
             total += tensors[tensor].nbytes
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -13,13 +13,13 @@ import mmap
 import struct
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import msgpack
 import numpy as np
 from etils import epath
 
-from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints import storage, untrusted
 from upcycle_jax.checkpoints.reader import Index
+from upcycle_jax.printing import printable
 
 _CHUNKED = "__msgpack_chunked_array__"
 _NDARRAY, _NUMPY_SCALAR = 1, 3
@@ -28,6 +28,9 @@ _MAP_LENGTH, _EXT_LENGTH = {0xDE: 2, 0xDF: 4}, {0xC7: 1, 0xC8: 2, 0xC9: 4}
 _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 _BIN_LENGTH = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 _FORMATS = {1: ">B", 2: ">H", 4: ">I"}
+# Entries that are neither maps nor arrays are texts, numbers and short lists. The msgpack package
+# takes memory for as many items as a list claims, and for all bytes of a text.
+_MAX_PLAIN_BYTES, _MAX_PLAIN_ITEMS = 1 << 24, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +84,11 @@ class ChunkedArray:
 
 class _Walker:
     def __init__(self, buffer: Any, path: epath.Path):
-        self.buffer, self.path, self.at = buffer, path, 0
+        self.buffer, self.path, self.at, self.depth = buffer, path, 0, 0
 
     def damaged(self, what: str) -> ValueError:
         return ValueError(
-            f"{self.path} is no complete msgpack checkpoint: {what} at byte {self.at} of"
+            f"{printable(self.path)} is no complete msgpack checkpoint: {printable(what)} at byte {self.at} of"
             f" {len(self.buffer)}. Copy it again"
         )
 
@@ -114,18 +117,42 @@ class _Walker:
         return self.plain()
 
     def mapping(self, count: int) -> Any:
-        members = {}
+        self.depth += 1
+        if self.depth > untrusted.MAX_DEPTH:
+            raise self.damaged(f"maps nested deeper than {untrusted.MAX_DEPTH}")
+        members: dict[str, Any] = {}
         for _ in range(count):
             key = self.plain()
-            members[key.decode() if isinstance(key, bytes) else str(key)] = self.value()
+            if not isinstance(key, str | bytes | int):
+                raise self.damaged(f"a {type(key).__name__} as the key of an entry")
+            try:
+                name = key.decode() if isinstance(key, bytes) else str(key)
+            except UnicodeDecodeError:
+                raise self.damaged("a key that is no UTF-8") from None
+            if name in members:
+                raise self.damaged(f"a second entry {name!r}")
+            members[name] = self.value()
+        self.depth -= 1
         return self.joined(members) if _CHUNKED in members else members
 
     def joined(self, members: dict[str, Any]) -> ChunkedArray:
-        shape = _items(members["shape"])
-        pieces = tuple(_items(members["chunks"]))
+        shape = untrusted.dimensions(self.items(members.get("shape")), self.path)
+        pieces = self.items(members.get("chunks"))
+        if not pieces or not all(isinstance(piece, InlineArray) for piece in pieces):
+            raise self.damaged("an array in pieces that are no arrays")
+        if len({piece.dtype for piece in pieces}) > 1:
+            raise self.damaged("an array in pieces of several dtypes")
         if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
             raise self.damaged(f"the pieces of an array of shape {shape} do not add up")
-        return ChunkedArray(tuple(int(n) for n in shape), pieces[0].dtype, pieces)
+        return ChunkedArray(shape, pieces[0].dtype, tuple(pieces))
+
+    def items(self, sequence: Any) -> list[Any]:
+        """A list that flax may have stored as a dict '0', '1', ..."""
+        if isinstance(sequence, dict):
+            sequence = [sequence.get(str(i)) for i in range(len(sequence))]
+        if not isinstance(sequence, list | tuple):
+            raise self.damaged("an array in pieces that are not listed")
+        return list(sequence)
 
     def extension(self, code: int, length: int) -> InlineArray:
         end = self.at + length
@@ -133,17 +160,21 @@ class _Walker:
             raise self.damaged(f"the file ends inside an array of {length} bytes that begins")
         if code not in (_NDARRAY, _NUMPY_SCALAR):
             raise self.damaged(f"an entry of the unknown extension type {code}")
+        if self.take(1) != b"\x93":
+            raise self.damaged("an array that is not a (shape, dtype, bytes) triple")
+        shape, name, width = self.plain(), self.plain(), _BIN_LENGTH.get(self.take(1)[0])
+        if width is None:
+            raise self.damaged("an array with an unreadable header")
+        self.number(width)
+        place = f"{self.path}: the array at byte {self.at} of {len(self.buffer)}"
+        shape = untrusted.dimensions(shape, place)
         try:
-            if self.take(1) != b"\x93":
-                raise self.damaged("an array that is not a (shape, dtype, bytes) triple")
-            shape, name = self.plain(), self.plain()
-            self.number(_BIN_LENGTH[self.take(1)[0]])
-            dtype = np.dtype(name.decode() if isinstance(name, bytes) else name)
-        except (KeyError, TypeError):
+            dtype = untrusted.dtype(name.decode() if isinstance(name, bytes) else name, place)
+        except UnicodeDecodeError:
             raise self.damaged("an array with an unreadable header") from None
-        array = InlineArray(tuple(shape), dtype, self.buffer, self.at)
-        if self.at + math.prod(array.shape) * dtype.itemsize != end:
-            raise self.damaged(f"an array of shape {array.shape} whose bytes do not match")
+        array = InlineArray(shape, dtype, self.buffer, self.at)
+        if self.at + math.prod(shape) * dtype.itemsize != end:
+            raise self.damaged(f"an array of shape {shape} whose bytes do not match")
         self.at = end
         return array
 
@@ -153,27 +184,26 @@ class _Walker:
             itertools.repeat(8), lambda size, factor: size * factor, initial=256
         ):
             piece = bytes(self.buffer[self.at : self.at + window])
-            unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=0)
+            unpacker = msgpack.Unpacker(
+                raw=False,
+                strict_map_key=False,
+                max_buffer_size=0,
+                max_array_len=_MAX_PLAIN_ITEMS,
+                max_map_len=_MAX_PLAIN_ITEMS,
+            )
             unpacker.feed(piece)
             try:
                 value = unpacker.unpack()
             except msgpack.OutOfData:
                 if self.at + window >= len(self.buffer):
                     raise self.damaged("the file ends inside an entry that begins") from None
+                if window >= _MAX_PLAIN_BYTES:
+                    raise self.damaged(f"a text above {_MAX_PLAIN_BYTES} bytes") from None
                 continue
-            except (ValueError, msgpack.UnpackException) as error:
+            except (ValueError, TypeError, msgpack.UnpackException) as error:
                 raise self.damaged(f"an unreadable entry ({error})") from None
             self.at += unpacker.tell()
             return value
-
-
-def _items(sequence: Any) -> list[Any]:
-    """A list that flax may have stored as a dict '0', '1', ..."""
-    return (
-        [sequence[str(i)] for i in range(len(sequence))]
-        if isinstance(sequence, dict)
-        else list(sequence)
-    )
 
 
 def load_index(path: epath.Path) -> dict[str, Any]:
@@ -186,11 +216,16 @@ def load_index(path: epath.Path) -> dict[str, Any]:
     Raises:
       ValueError: the file is truncated, or is no flax msgpack file.
     """
-    if path.stat().length == 0:
-        raise ValueError(f"{path} is empty: copy the checkpoint again")
-    with path.open("rb") as stream:
-        local = storage.is_local(path)
-        buffer = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if local else stream.read()
+    try:
+        if path.stat().length == 0:
+            raise ValueError(f"{path} is empty: copy the checkpoint again")
+        with path.open("rb") as stream:
+            local = storage.is_local(path)
+            buffer = (
+                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if local else stream.read()
+            )
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     if buffer[0] & 0xF0 != 0x80 and buffer[0] not in _MAP_LENGTH:
         raise ValueError(
             f"{path} is no T5X checkpoint: a msgpack file begins with a map, this one with byte"
@@ -198,6 +233,8 @@ def load_index(path: epath.Path) -> dict[str, Any]:
         )
     walker = _Walker(buffer, path)
     tree = walker.value()
+    if not isinstance(tree, dict):
+        raise walker.damaged("one array and no tree")
     if walker.at != len(buffer):
         raise walker.damaged("more bytes follow the map that ends")
     return tree

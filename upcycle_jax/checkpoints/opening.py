@@ -8,6 +8,7 @@ from etils import epath
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.printing import printable
 
 SUPPORTED = (
     "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such"
@@ -16,6 +17,7 @@ SUPPORTED = (
 )
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
+_DATA_FILE = re.compile(r"[0-9a-f]{32}")  # as an OCDBT database names its files in the folder d
 STEP_FOLDER = re.compile(r"checkpoint_(\d+)")
 
 
@@ -59,10 +61,21 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
 
     Raises:
       FileNotFoundError: nothing is there; a half-written checkpoint beside it is named.
-      ValueError: it is half-written, damaged or of no supported format: the message says what was
-        found and what is supported.
+      ValueError: it is half-written, damaged, not to be trusted or of no supported format: the
+        message says what was found and what is supported.
     """
     place = storage.absolute(path)
+    try:
+        return _open(place)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{printable(error.filename or place)} cannot be read: {error.strerror or error}"
+        ) from None
+
+
+def _open(place: epath.Path) -> CheckpointReader:
     if is_unfinished(place):
         raise ValueError(
             f"{place} is a half-written checkpoint: let the command that writes it finish, or open"
@@ -90,7 +103,7 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
         return OrbaxReader(place, item)
     latest = latest_checkpoint(place)
     if latest is not None:
-        return open_checkpoint(latest)
+        return _open(latest)
     raise ValueError(_unknown(place, names))
 
 
@@ -138,8 +151,8 @@ def _unknown(place: epath.Path, names: list[str]) -> str:
     half = [
         name
         for name in names
-        if name.startswith("ocdbt.process_") or name in ("d", "array_metadatas", "manifest.ocdbt")
-    ]
+        if name.startswith("ocdbt.process_") or name in ("array_metadatas", "manifest.ocdbt")
+    ] or [child for child in (place / "d").glob("*") if _DATA_FILE.fullmatch(child.name)]
     inner = [
         name
         for name in names
@@ -157,7 +170,7 @@ def _unknown(place: epath.Path, names: list[str]) -> str:
             " finish or name another folder"
         )
     found = (
-        f"found {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+        f"found {printable(', '.join(names[:8]))}{' ...' if len(names) > 8 else ''}"
         if names
         else "the folder is empty"
     )

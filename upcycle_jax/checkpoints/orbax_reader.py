@@ -2,9 +2,8 @@
 TensorStore.
 """
 
-import ast
 import functools
-import json
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +12,20 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.reader import METADATA_KEY, STEP, Index, ReaderBase, checked_index
+from upcycle_jax.checkpoints import storage, untrusted
+from upcycle_jax.checkpoints.orbax_metadata import (
+    STEP_METADATA,
+    TREE_METADATA,
+    Zarr3Layout,
+    read_record,
+    read_tree_metadata,
+)
+from upcycle_jax.checkpoints.reader import STEP, Index, ReaderBase, checked_index, scalar_step
 from upcycle_jax.trees import LeafSpec
 
-TREE_METADATA = "_METADATA"
-STEP_METADATA = "_CHECKPOINT_METADATA"
 STATE_ITEM = "state"
+LARGE_CHUNK = 64 << 20
+"""Chunks above so many bytes are believed only after a look at a stored one."""
 
 
 def find_item(path: epath.Path) -> epath.Path | None:
@@ -55,34 +61,14 @@ class OrbaxReader(ReaderBase):
         self.item = item
         self.context = storage.new_context()
         self._arrays: dict[str, ts.TensorStore] = {}
-        try:
-            self._tree = json.loads((item / TREE_METADATA).read_text())
-            entries = self._tree["tree_metadata"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{item / TREE_METADATA} is damaged or of an unknown Orbax version ({error}): copy"
-                " the checkpoint again"
-            ) from None
-        self._keys = {}
-        for text, entry in entries.items():
-            value_type = entry["value_metadata"]["value_type"]
-            if entry["value_metadata"].get("skip_deserialize") or value_type in (
-                "None",
-                "Dict",
-                "List",
-                "Tuple",
-                "string",
-            ):
-                continue  # Empty nodes and strings: no array behind them.
-            parts = (
-                [str(part["key"]) for part in entry["key_metadata"]]
-                if "key_metadata" in entry
-                else list(ast.literal_eval(text))
-            )
-            self._keys["/".join(parts)] = ".".join(parts)
-        self.uses_ocdbt = bool(self._tree.get("use_ocdbt", (item / "manifest.ocdbt").exists()))
-        self.uses_zarr3 = bool(self._tree.get("use_zarr3", False))
-        if self.uses_ocdbt and not (item / "manifest.ocdbt").exists():
+        # First of all, so that no link out of the checkpoint is ever followed.
+        self._stored_bytes = untrusted.stored_bytes(path) if storage.is_local(path) else None
+        self._tree = read_tree_metadata(item / TREE_METADATA)
+        self._keys = self._tree.keys
+        database = (item / "manifest.ocdbt").exists()
+        self.uses_ocdbt = database if self._tree.ocdbt is None else self._tree.ocdbt
+        self.uses_zarr3 = self._tree.zarr3
+        if self.uses_ocdbt and not database:
             raise ValueError(
                 f"{item} has no manifest.ocdbt: the checkpoint is half-written or half-copied. Use"
                 " another step or copy it again"
@@ -92,7 +78,10 @@ class OrbaxReader(ReaderBase):
     def store(self) -> ts.KvStore:
         """The key-value store that holds the arrays; keys begin with the '.'-joined name."""
         spec = storage.ocdbt_spec(self.item) if self.uses_ocdbt else storage.file_spec(self.item)
-        return ts.KvStore.open(spec, context=self.context).result()
+        try:
+            return ts.KvStore.open(spec, context=self.context).result()
+        except (ValueError, RuntimeError) as error:
+            raise untrusted.damaged(self.item, storage.reason(error)) from None
 
     def key(self, name: str) -> str:
         """The '.'-joined key of a leaf.
@@ -106,20 +95,72 @@ class OrbaxReader(ReaderBase):
     @functools.cached_property
     def _documents(self) -> dict[str, bytes]:
         """The `.zarray` or `zarr.json` of every leaf."""
-        member = "zarr.json" if self.uses_zarr3 else ".zarray"
         reads = {
-            name: self.store.read(f"{key}/{member}") for name, key in sorted(self._keys.items())
+            name: self.store.read(f"{key}/{self._member}")
+            for name, key in sorted(self._keys.items())
         }
         documents = {}
         for name, future in reads.items():
-            result = future.result()
+            try:
+                result = future.result()
+            except (ValueError, RuntimeError) as error:
+                raise untrusted.damaged(
+                    f"{self.item}: leaf {name}: {self._member}", storage.reason(error)
+                ) from None
             if result.state != "value":
                 raise ValueError(
-                    f"{self.item}: leaf {name} is in the tree but its {member} is missing: the"
-                    " checkpoint is damaged"
+                    f"{self.item}: leaf {name} is in the tree but its {self._member} is missing:"
+                    " the checkpoint is damaged"
                 )
             documents[name] = result.value
         return documents
+
+    @property
+    def _member(self) -> str:
+        return "zarr.json" if self.uses_zarr3 else ".zarray"
+
+    @functools.cached_property
+    def _layouts(self) -> dict[str, storage.ZarrLayout | Zarr3Layout]:
+        parse = Zarr3Layout.from_json if self.uses_zarr3 else storage.ZarrLayout.from_json
+        layouts = {
+            name: parse(text, f"{self.item}: leaf {name}: {self._member}")
+            for name, text in self._documents.items()
+        }
+        self._check_stored(layouts)
+        return layouts
+
+    def _check_stored(self, layouts: dict[str, storage.ZarrLayout | Zarr3Layout]) -> None:
+        """Checks the claimed shapes against what is stored: every chunk must be there, so that the
+        claim is bounded by the number of chunks and the size of one.
+
+        Plain files in a bucket are not listed (it would take a request for each thousand); there,
+        reading says what is missing.
+        """
+        for name, layout in layouts.items():
+            untrusted.check_chunk(
+                layout.chunk_bytes, self._stored_bytes, f"{self.item}: leaf {name}"
+            )
+        if not self._every_chunk_is_stored or not (self.uses_ocdbt or storage.is_local(self.item)):
+            return
+        try:
+            present = {key.decode(errors="replace") for key in self.store.list().result()}
+        except (ValueError, RuntimeError) as error:
+            raise untrusted.damaged(self.item, storage.reason(error)) from None
+        for name, layout in layouts.items():
+            # At most as many steps as there are chunks: the first absent one ends it.
+            for position in itertools.product(*map(range, layout.grid)):
+                if f"{self._keys[name]}/{layout.key(position)}" not in present:
+                    raise ValueError(
+                        f"{self.item}: leaf {name} of shape {list(layout.shape)} lacks its chunk"
+                        f" {layout.key(position)}: the checkpoint is damaged. Copy it again"
+                    )
+
+    @property
+    def _every_chunk_is_stored(self) -> bool:
+        """Whether an absent chunk is lost data. T5X and Orbax store zeros too; only old zarr 3
+        trees leave chunks out that equal their fill value.
+        """
+        return self._tree.stores_zeros or not self.uses_zarr3
 
     def zarr_layout(self, name: str) -> storage.ZarrLayout:
         """Chunks and codec of one leaf.
@@ -127,21 +168,18 @@ class OrbaxReader(ReaderBase):
         Raises:
           ValueError: the checkpoint is stored as zarr 3.
         """
-        if self.uses_zarr3:
-            raise ValueError(f"{self.item} is stored as zarr 3, whose chunks are packed in shards")
         self.spec(name)
-        return storage.ZarrLayout.from_json(self._documents[name])
+        layout = self._layouts[name]
+        if isinstance(layout, Zarr3Layout):
+            raise ValueError(f"{self.item} is stored as zarr 3, whose chunks are packed in shards")
+        return layout
 
     @functools.cached_property
     def _specs(self) -> dict[str, LeafSpec]:
-        specs = {}
-        for name, text in self._documents.items():
-            members = json.loads(text)
-            specs[name] = LeafSpec(
-                tuple(members["shape"]),
-                np.dtype(members["data_type"] if self.uses_zarr3 else members["dtype"]),
-            )
-        return specs
+        return {
+            name: LeafSpec(layout.shape, layout.numpy_dtype)
+            for name, layout in self._layouts.items()
+        }
 
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)
@@ -152,7 +190,7 @@ class OrbaxReader(ReaderBase):
         0.
         """
         if STEP in self._keys:
-            return int(self.read(STEP))
+            return scalar_step(self)
         found = re.search(r"(\d+)$", self.path.name)
         return int(found.group(1)) if found else 0
 
@@ -163,12 +201,23 @@ class OrbaxReader(ReaderBase):
                 "driver": driver,
                 "kvstore": {**self.store.spec().to_json(), "path": self._path(name)},
             }
-            if self._tree.get("store_array_data_equal_to_fill_value"):
-                spec["fill_missing_data_reads"] = (
-                    False  # Zeros are stored too, so an absent chunk is a damaged checkpoint.
-                )
+            if self._every_chunk_is_stored:
+                spec["fill_missing_data_reads"] = False
+            self._check_large_chunk(name)
             self._arrays[name] = ts.open(spec, open=True, context=self.context).result()
         return self._arrays[name]
+
+    def _check_large_chunk(self, name: str) -> None:
+        """TensorStore takes memory for a whole chunk before it decodes it: the size of a large one
+        is compared with the bytes of the first that is stored.
+        """
+        layout = self._layouts[name]
+        if layout.chunk_bytes <= LARGE_CHUNK:
+            return
+        first = self.store.read(f"{self._keys[name]}/{layout.key((0,) * len(layout.shape))}")
+        untrusted.check_chunk(
+            layout.chunk_bytes, len(first.result().value), f"{self.item}: leaf {name}"
+        )
 
     def _path(self, name: str) -> str:
         prefix = "" if self.uses_ocdbt else self.store.path
@@ -190,14 +239,12 @@ class OrbaxReader(ReaderBase):
             ]
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.item}: leaf {name} cannot be read, its data is missing or damaged: {error}"
+                f"{self.item}: leaf {name} cannot be read, its data is missing or damaged:"
+                f" {storage.reason(error)}"
             ) from None
 
     def metadata(self) -> dict[str, Any]:
         for folder in (self.path, self.item.parent):
             if (folder / STEP_METADATA).exists():
-                custom = (
-                    json.loads((folder / STEP_METADATA).read_text()).get("custom_metadata") or {}
-                )
-                return dict(custom.get(METADATA_KEY, {}))
+                return read_record(folder / STEP_METADATA)
         return {}

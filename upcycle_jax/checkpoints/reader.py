@@ -83,7 +83,7 @@ class ReaderBase:
 
     @property
     def step(self) -> int:
-        return int(self.read(STEP)) if STEP in self.specs() else 0
+        return scalar_step(self) if STEP in self.specs() else 0
 
     def specs(self) -> dict[str, LeafSpec]:
         raise TypeError(f"{type(self).__name__} does not say how to list its leaves")
@@ -139,6 +139,22 @@ class ReaderBase:
 
     def metadata(self) -> dict[str, Any]:
         return {}
+
+
+def scalar_step(reader: ReaderBase) -> int:
+    """The value of `state/step`.
+
+    Raises:
+      ValueError: it is no whole number from 0 to 2^63.
+    """
+    spec = reader.spec(STEP)
+    value = reader.read(STEP).item() if spec.shape == () and spec.dtype.kind in "iuf" else None
+    if value is None or not 0 <= value < 1 << 63 or value != int(value):
+        raise ValueError(
+            f"{reader.path}: {STEP} is {spec if value is None else value} and no training step:"
+            " the checkpoint is damaged"
+        )
+    return int(value)
 
 
 def missing_leaf(name: str, specs: Mapping[str, LeafSpec], path: epath.Path) -> str:

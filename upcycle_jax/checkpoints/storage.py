@@ -3,7 +3,6 @@ that spells these specs.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,9 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 import tensorstore as ts
 from etils import epath
+
+from upcycle_jax.checkpoints import untrusted
+from upcycle_jax.printing import printable
 
 Json = dict[str, Any]
 
@@ -104,6 +106,14 @@ def ocdbt_spec(directory: os.PathLike | str, *, create: bool = False) -> Json:
     return spec
 
 
+def reason(error: Exception) -> str:
+    """What TensorStore says went wrong, without the specs and source lines that it appends."""
+    text = str(error)
+    for mark in (" [source locations=", " [tensorstore_spec=", " [transform=", " [domain="):
+        text = text.partition(mark)[0]
+    return printable(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class ZarrLayout:
     """How a zarr (version 2) array is cut into chunks and encoded: the content of its `.zarray`.
@@ -122,11 +132,37 @@ class ZarrLayout:
     codec: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, text: bytes | str) -> "ZarrLayout":
-        members = json.loads(text)
-        return cls(
-            tuple(members.pop("shape")), tuple(members.pop("chunks")), members.pop("dtype"), members
-        )
+    def from_json(cls, text: bytes | str, place: object) -> "ZarrLayout":
+        """The layout in a `.zarray`.
+
+        Raises:
+          ValueError: it is none, or not one that a checkpoint has; `place` names the file.
+        """
+        return cls.from_members(untrusted.parse_json(text, place), place)
+
+    @classmethod
+    def from_members(cls, members: Mapping[str, Any], place: object) -> "ZarrLayout":
+        """The layout that the members of a `.zarray` describe.
+
+        Raises:
+          ValueError: as for `from_json`.
+        """
+        codec = dict(members)
+        shape = untrusted.dimensions(codec.pop("shape", None), place)
+        chunks = untrusted.dimensions(codec.pop("chunks", None), place, what="chunks")
+        dtype = codec.pop("dtype", None)
+        untrusted.dtype(dtype, place)
+        # Whoever wrote the array cut it into chunks no larger than itself: a larger one is a claim
+        # that would only cost memory.
+        if len(chunks) != len(shape) or any(
+            not 1 <= chunk <= max(1, size) for chunk, size in zip(chunks, shape, strict=True)
+        ):
+            raise untrusted.damaged(
+                place, f"chunks {list(chunks)} do not cut an array of shape {list(shape)}"
+            )
+        if codec.get("dimension_separator", ".") not in (".", "/"):
+            raise untrusted.damaged(place, "a dimension_separator other than '.' and '/'")
+        return cls(shape, chunks, dtype, codec)
 
     def to_json(self) -> Json:
         return {
@@ -139,6 +175,11 @@ class ZarrLayout:
     @property
     def numpy_dtype(self) -> np.dtype:
         return np.dtype(self.dtype)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one decoded chunk."""
+        return math.prod(self.chunks) * self.numpy_dtype.itemsize
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -156,6 +197,13 @@ class ZarrLayout:
         chunk '0'.
         """
         return self.separator.join(map(str, position)) if position else "0"
+
+    def region(self, position: Sequence[int]) -> tuple[slice, ...]:
+        """The part of the array that the chunk at a grid position holds."""
+        return tuple(
+            slice(p * chunk, min(size, (p + 1) * chunk))
+            for p, chunk, size in zip(position, self.chunks, self.shape, strict=True)
+        )
 
 
 def new_layout(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
+from upcycle_jax.printing import printable
 from upcycle_jax.trees import LeafSpec
 
 _PARAM_STATES = "state/param_states/"
@@ -105,8 +106,13 @@ class Summary:
                 "record      "
                 f" {', '.join(f'{key}={value!r}' for key, value in sorted(self.metadata.items()))}"
             )
-        shown = {name: spec for name, spec in self.leaves.items() if re.search(pattern or "", name)}
+        shown = {
+            printable(name): spec
+            for name, spec in self.leaves.items()
+            if re.search(pattern or "", name)
+        }
         width = max(map(len, shown), default=0)
+        lines = [printable(line) for line in lines]
         lines += ["", *(f"{name:<{width}}  {spec}" for name, spec in shown.items())]
         if len(shown) < len(self.leaves):
             lines.append(f"({len(shown)} of {len(self.leaves)} leaves shown)")

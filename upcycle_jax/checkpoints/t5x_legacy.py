@@ -6,7 +6,8 @@ and `state`. A leaf is an array in the index itself, the TensorStore spec of an 
 folder, or `PLACEHOLDER://<folder>`.
 """
 
-import dataclasses
+import itertools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints import storage, untrusted
 from upcycle_jax.checkpoints.msgpack_index import ChunkedArray, InlineArray, load_index
 from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index
+from upcycle_jax.printing import printable
 from upcycle_jax.trees import LeafSpec
 
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -44,14 +46,16 @@ class StoredArray:
             )
         described = (folder / ".zarray").exists()
         if described:
-            layout = storage.ZarrLayout.from_json((folder / ".zarray").read_text())
+            place = folder / ".zarray"
+            layout = storage.ZarrLayout.from_json(untrusted.read_bytes(place), place)
         elif "metadata" in spec:
-            layout = _layout_of(spec)
+            layout = _layout_of(spec, folder)
         else:
             raise ValueError(
                 f"{folder} has no .zarray, and the index does not give its shape and dtype either:"
                 " the array cannot be read"
             )
+        _check_chunks(folder, layout)
         self._layout, self._assumed = layout, not described
         stored, named = layout.numpy_dtype, spec.get("dtype")
         self._bfloat16 = stored == np.uint16 and (
@@ -61,7 +65,11 @@ class StoredArray:
         self.dtype = _BFLOAT16 if self._bfloat16 else stored
 
     def read(self, index: Index) -> np.ndarray:
-        spec: storage.Json = {"driver": "zarr", "kvstore": storage.file_spec(self.folder)}
+        spec: storage.Json = {
+            "driver": "zarr",
+            "kvstore": storage.file_spec(self.folder),
+            "fill_missing_data_reads": False,  # T5X stores zeros too: what is absent was lost.
+        }
         if self._assumed:
             spec["metadata"] = self._layout.to_json()
         try:
@@ -71,22 +79,53 @@ class StoredArray:
             value = np.asarray(array[index].read().result())
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.folder} is damaged, or is stored in a way that cannot be read: {error}"
+                f"{self.folder} is damaged, or is stored in a way that cannot be read:"
+                f" {storage.reason(error)}"
             ) from None
         return value.view(_BFLOAT16) if self._bfloat16 else value
 
 
-def _layout_of(spec: Mapping[str, Any]) -> storage.ZarrLayout:
+def _layout_of(spec: Mapping[str, Any], folder: epath.Path) -> storage.ZarrLayout:
     """The layout that a spec of the index describes, for a folder without `.zarray`."""
-    members = dict(spec["metadata"])
-    dtype = np.dtype(members.pop("dtype", None) or spec["dtype"])
-    default = storage.new_layout(members["shape"], members["chunks"], dtype)
+    place = f"{folder}: its entry in the index"
+    members = dict(untrusted.member(spec, "metadata", dict, place))
+    dtype = untrusted.dtype(members.pop("dtype", None) or spec.get("dtype"), place)
+    shape = untrusted.dimensions(members.get("shape"), place)
+    default = storage.new_layout(shape, shape, dtype)
     codec = {
         **default.codec,
         "compressor": None,
         **{name: members[name] for name in default.codec if name in members},
     }
-    return dataclasses.replace(default, codec=codec)
+    stored = {"shape": shape, "chunks": members.get("chunks"), "dtype": default.dtype}
+    return storage.ZarrLayout.from_members({**codec, **stored}, place)
+
+
+def _check_chunks(folder: epath.Path, layout: storage.ZarrLayout) -> None:
+    """Checks the claimed shape against the chunks that are there: all of them must be, and none so
+    small that it could not hold what is claimed. Folders in a bucket are not listed.
+    """
+    if not storage.is_local(folder):
+        untrusted.check_chunk(layout.chunk_bytes, None, folder)
+        return
+    for position in itertools.product(*map(range, layout.grid)):  # the first absent one ends it
+        path = folder / layout.key(position)
+        try:
+            size = os.stat(path).st_size
+        except OSError:
+            raise ValueError(
+                f"{folder}, an array of shape {list(layout.shape)}, lacks its chunk"
+                f" {layout.key(position)}: the checkpoint is damaged. Copy it again"
+            ) from None
+        untrusted.check_chunk(layout.chunk_bytes, size, path)
+
+
+def _version(value: Any, index: epath.Path) -> int:
+    if isinstance(value, InlineArray) and value.shape == () and value.dtype.kind in "iu":
+        value = int(value.read(()))
+    if not isinstance(value, int):
+        raise untrusted.damaged(index, f"its version is a {type(value).__name__}")
+    return value
 
 
 class T5XLegacyReader(ReaderBase):
@@ -104,17 +143,19 @@ class T5XLegacyReader(ReaderBase):
     def __init__(self, path: epath.Path, index: epath.Path):
         self.path = path
         self.format = "t5x_legacy" if path != index else "t5x_msgpack"
-        self._folder = index.parent
+        self._index, self._folder = index, index.parent
         self._context = storage.new_context()
+        if path != index and storage.is_local(path):
+            untrusted.stored_bytes(path)  # First of all, so that no link out of it is followed.
         tree = load_index(index)
         root = next((tree[name] for name in ("optimizer", "_optimizer") if name in tree), None)
         if not isinstance(root, dict) or not {"target", "state"} & root.keys():
             raise ValueError(
                 f"{index} is msgpack but no T5X checkpoint: it has"
-                f" {', '.join(sorted(tree)) or 'nothing'}, and not optimizer/target and"
+                f" {printable(', '.join(sorted(tree)) or 'nothing')}, and not optimizer/target and"
                 " optimizer/state"
             )
-        self.version = int(tree.get("version", 0))
+        self.version = _version(tree.get("version", 0), index)
         self._nodes: dict[str, Any] = {}
         for part in ("target", "state"):
             self._collect(root.get(part), part)
@@ -127,6 +168,8 @@ class T5XLegacyReader(ReaderBase):
         if isinstance(node, dict) and not {"driver", "kvstore"} <= node.keys():
             for key, child in node.items():
                 self._collect(child, f"{name}/{key}")
+        elif name in self._nodes:
+            raise untrusted.damaged(self._index, f"leaf {name} is there twice")
         else:
             self._nodes[name] = node
 
@@ -141,16 +184,27 @@ class T5XLegacyReader(ReaderBase):
         if isinstance(node, dict):
             # Recorded paths belong to the machine that wrote them: only the array's own folder name
             # still means something.
-            recorded = node.get("path") or node["kvstore"].get("path", "")
-            return self._stored(name, recorded.rstrip("/").rpartition("/")[2], node)
+            kvstore = untrusted.member(node, "kvstore", dict, f"{self._index}: leaf {name}")
+            recorded = node.get("path") or kvstore.get("path")
+            folder = str(recorded).rstrip("/").rpartition("/")[2]
+            return self._stored(name, folder if isinstance(recorded, str) else recorded, node)
         if isinstance(node, str) and node.startswith(_PLACEHOLDER):
             return self._stored(name, node.removeprefix(_PLACEHOLDER), {})
         if isinstance(node, bool | int | float):
-            value = np.asarray(node, np.int32 if isinstance(node, int) else np.float32)
+            try:
+                value = np.asarray(node, np.int32 if isinstance(node, int) else np.float32)
+            except OverflowError:
+                raise untrusted.damaged(self._index, f"leaf {name} is {node}") from None
             return InlineArray((), value.dtype, value.tobytes(), 0)
         raise ValueError(f"{self.path}: leaf {name} is a {type(node).__name__} and no array")
 
-    def _stored(self, name: str, folder: str, spec: Mapping[str, Any]) -> StoredArray:
+    def _stored(self, name: str, folder: Any, spec: Mapping[str, Any]) -> StoredArray:
+        untrusted.check_folder_name(folder, f"{self._index}: leaf {name}")
+        if self.path == self._index:
+            raise ValueError(
+                f"{self._index} is one file, but its leaf {name} lies in a folder {folder} beside"
+                " it: open that folder, with the file in it as 'checkpoint'"
+            )
         try:
             return StoredArray(self._folder / folder, spec, self.version, self._context)
         except ValueError as error:

@@ -15,7 +15,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import tensorstore as ts
@@ -308,8 +308,11 @@ def _copy_encoded(
     writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]
 ) -> None:
     for name, reference in references.items():
-        key = source.key(reference.source)
-        for chunk in _chunk_keys(source.zarr_layout(reference.source)):
+        key, layout = source.key(reference.source), source.zarr_layout(reference.source)
+        for position in itertools.product(*map(range, layout.grid)):
+            chunk = layout.key(position)
+            # Encoded bytes say nothing of damage: the chunk is decoded as well, and that refused.
+            source.read(reference.source, layout.region(position))
             result = source.store.read(f"{key}/{chunk}").result()
             if result.state != "value":
                 raise ValueError(
@@ -325,9 +328,3 @@ def _copy_encoded(
                     {f"{expert}{separator}{chunk}": result.value for expert in reference.experts},
                 )
     writer.flush()
-
-
-def _chunk_keys(layout: storage.ZarrLayout) -> Iterable[str]:
-    return (
-        layout.key(position) for position in itertools.product(*(range(n) for n in layout.grid))
-    )

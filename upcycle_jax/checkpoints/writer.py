@@ -275,10 +275,7 @@ class CheckpointWriter:
         """
         layout = self._layouts[name]
         for position in itertools.product(*(range(n) for n in layout.grid)):
-            yield tuple(
-                slice(p * chunk, min(size, (p + 1) * chunk))
-                for p, chunk, size in zip(position, layout.chunks, layout.shape, strict=True)
-            )
+            yield layout.region(position)
 
     def is_written(self, name: str, index: Index | None = None) -> bool:
         """Whether every chunk of a leaf (or of the part that `index` selects) is on disk, from this

@@ -20,6 +20,7 @@ from typing import Any
 import upcycle_jax
 from upcycle_jax.config import flags as flags_lib
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.printing import printable_lines
 
 TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 
@@ -151,5 +152,5 @@ def run(
         if os.environ.get(TRACEBACK_VARIABLE) or not _is_ours(error):
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        print(f"upcycle_jax.{name}: error: {error}{notes}", file=sys.stderr)
+        print(f"upcycle_jax.{name}: error: {printable_lines(f'{error}{notes}')}", file=sys.stderr)
         return 2
