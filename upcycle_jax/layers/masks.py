@@ -35,6 +35,24 @@ def causal_mask(length: int) -> jax.Array:
     return (index[:, None] >= index[None, :])[None, None]
 
 
+def t5x_decoder_positions(input_tokens: jax.Array) -> jax.Array:
+    """Bool `[batch, length]`: positions whose states Flaxformer's decoder keeps; the others it
+    zeroes.
+
+    It looks at the decoder's inputs, since the id of padding is also the one that begins a
+    sequence: a position is kept where its input is above 0, or the next position's is, or it is
+    the first. In a row that is not packed that is one position more than there are targets: the
+    one whose input is the last target.
+
+    Args:
+      input_tokens: int `[batch, length]`, the decoder's inputs.
+    """
+    real = input_tokens > 0
+    next_real = jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
+    first = jnp.arange(input_tokens.shape[1]) == 0
+    return real | next_real | first
+
+
 def to_bias(mask: jax.Array) -> jax.Array:
     """Float32 additive bias of a bool mask: 0 where allowed, `MASKED` elsewhere."""
     return jnp.where(mask, 0.0, MASKED).astype(jnp.float32)

@@ -336,7 +336,8 @@ class Transformer(nn.Module):
           encoder_input_tokens: int32 `[batch, input length]`, 0 for padding.
           decoder_input_tokens: int32 `[batch, target length]`, the targets shifted right.
           decoder_target_tokens: int32 `[batch, target length]`, 0 for padding; it alone says which
-            decoder positions are real.
+            decoder positions are real (in T5X mode the inputs say which positions are routed, see
+            `masks.t5x_decoder_positions`).
           encoder_segment_ids: int32 `[batch, input length]`, which packed example a token belongs
             to.
           decoder_segment_ids: int32 `[batch, target length]`, likewise.
@@ -356,13 +357,17 @@ class Transformer(nn.Module):
             encoder_input_tokens, encoder_segment_ids=encoder_segment_ids, train=train
         )
         embedded = constrain(self.token_embedder(decoder_input_tokens), HIDDEN_AXES)
+        kept = decoder_valid
+        if self.config.moe is not None and self.config.moe.t5x_mode:
+            # What is not zeroed is routed as a token is, and takes places from others.
+            kept = masks.t5x_decoder_positions(decoder_input_tokens)
         return self._logits(
             self.decoder(
                 embedded,
                 encoded,
                 self_mask,
                 cross_mask,
-                decoder_valid,
+                kept,
                 decoder_input_tokens,
                 train=train,
             )

@@ -47,8 +47,8 @@ class MoeConfig:
         where it is one grouped product, else 'sorted'; the choice is logged.
       ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are
         routed as zero vectors.
-      t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does;
-        results then depend on the mesh.
+      t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does, and
+        keep the decoder's first padded position where it does; results then depend on the mesh.
       num_expert_replicas: devices / (expert partitions x model partitions); used in T5X mode only.
       inference_routing: how tokens are routed when predicting and scoring. 'independent': the
         result for a sequence depends neither on the rest of its batch nor on padding (see
