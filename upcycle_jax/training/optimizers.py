@@ -14,7 +14,7 @@ factor rule `expert: BATCH`; here the update of one leaf is vmapped over that ax
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ class Optimizer(abc.ABC):
       expert_gradient_scale: factor on the gradients of expert kernels, or None for no factor. T5X's
         MoeTrainer multiplies by the number of expert partitions; with global-view jit sharded
         gradients already equal the ones of a single device, so here it is only a hyper-parameter.
+        The second moments of a run hold its square: to go on with a state that T5X's MoeTrainer
+        wrote, set it to the number of expert partitions of that run (docs/t5x.md).
     """
 
     step_offset: int = 0
@@ -89,12 +91,24 @@ class Optimizer(abc.ABC):
         is float32.
         """
 
+    @property
+    def forms(self) -> "tuple[Optimizer, ...]":
+        """This optimizer with each form that the state may have: more than one where the setting
+        leaves that to the checkpoint that a run starts from; the first where there is none.
+        """
+        return (self,)
+
+    def for_expert(self, spec: LeafSpec) -> "Optimizer":
+        """The optimizer of one expert's slice of a kernel, `spec`."""
+        return self
+
     def state_specs(self, param_specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
         """Specs of the optimizer state, `{path/slot: spec}`, with logical axes."""
         out = {}
         for path, spec in param_specs.items():
-            lifted = _is_expert(spec)
-            used = self.slot_specs(_slice_spec(spec) if lifted else spec)
+            lifted = is_expert(spec)
+            one_of = _slice_spec(spec) if lifted else spec
+            used = (self.for_expert(one_of) if lifted else self).slot_specs(one_of)
             for slot in self.slots:
                 if slot not in used:
                     out[f"{path}/{slot}"] = LeafSpec(UNUSED_SHAPE, np.dtype(np.float32))
@@ -160,7 +174,7 @@ class Optimizer(abc.ABC):
         learning_rate: jax.Array,
     ) -> tuple[jax.Array, Slots]:
         grad = grad.astype(jnp.float32)
-        if not _is_expert(spec):
+        if not is_expert(spec):
             used = self.slot_specs(spec)
             new_param, new_used = self.update(
                 param, grad, {s: slots[s] for s in used}, step=step, learning_rate=learning_rate
@@ -168,12 +182,15 @@ class Optimizer(abc.ABC):
         else:
             if self.expert_gradient_scale is not None:
                 grad = grad * self.expert_gradient_scale
-            used = self.slot_specs(_slice_spec(spec))
+            optimizer = self.for_expert(_slice_spec(spec))
+            used = optimizer.slot_specs(_slice_spec(spec))
 
             def update_one_expert(
                 param: jax.Array, grad: jax.Array, one_slots: Slots
             ) -> tuple[jax.Array, Slots]:
-                return self.update(param, grad, one_slots, step=step, learning_rate=learning_rate)
+                return optimizer.update(
+                    param, grad, one_slots, step=step, learning_rate=learning_rate
+                )
 
             new_param, new_used = jax.vmap(update_one_expert)(
                 param, grad, {s: slots[s] for s in used}
@@ -194,11 +211,17 @@ class Adafactor(Optimizer):
     and multiplied by the learning rate and by max(RMS(parameter), epsilon2).
 
     A matrix is factored over its two dimensions where both have at least `min_dim_size_to_factor`
-    elements: `v_row` is indexed by the smaller dimension, `v_col` by the larger one. For expert
-    kernels T5X names `v_row` after `embed` whatever the sizes, and factors small ones too; the two
-    agree when min_dim_size_to_factor <= d_model <= expert width, as in every T5 1.1 size.
+    elements: `v_row` is indexed by the smaller dimension, `v_col` by the larger one. T5X does so
+    too, but for expert kernels, which it factors at every size and with `v_row` over `embed`. The
+    two agree when min_dim_size_to_factor <= d_model < expert width, as in every T5 1.1 size;
+    where they do not, `expert_factoring` decides. Updates of factored kernels are the same in
+    both.
 
     Attributes:
+      expert_factoring: the form of the second moments of expert kernels. 'by_size': as for any
+        matrix. 't5x': as T5X keeps them. None: as the checkpoint that a run restores has them
+        (`training.expert_slots`), else 'by_size'. Set 't5x' for a small model, or for experts
+        narrower than d_model, whose state T5X is to go on with.
       multiply_by_parameter_scale: make the learning rate relative to the size of each parameter.
       beta1: decay of an average over updates (`m`), or None for none.
       weight_decay_rate: each step multiplies parameters by one minus this, or None.
@@ -213,6 +236,32 @@ class Adafactor(Optimizer):
     min_dim_size_to_factor: int = 128
     epsilon1: float = 1e-30
     epsilon2: float = 1e-3
+    expert_factoring: Literal["by_size", "t5x"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.expert_factoring not in (None, "by_size", "t5x"):
+            raise ValueError(
+                "Adafactor.expert_factoring must be 'by_size', 't5x', or None for what the"
+                f" restored checkpoint has, got {self.expert_factoring!r}"
+            )
+
+    @property
+    def forms(self) -> tuple[Optimizer, ...]:
+        if self.expert_factoring is not None or not self.factored:
+            return (self,)
+        return tuple(
+            dataclasses.replace(self, expert_factoring=form) for form in ("by_size", "t5x")
+        )
+
+    def for_expert(self, spec: LeafSpec) -> Optimizer:
+        if self.expert_factoring != "t5x" or not self.factored or len(spec.shape) != 2:
+            return self
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rows_are_larger = spec.axes[_factored_dims(spec.shape)[1]] == axes.EMBED
+        return _FactoredAsT5x(
+            **settings | {"min_dim_size_to_factor": 0, "expert_factoring": None},
+            rows_are_larger=rows_are_larger,
+        )
 
     @property
     def operations_per_parameter(self) -> int:
@@ -241,14 +290,10 @@ class Adafactor(Optimizer):
         used = {"v": LeafSpec(spec.shape, float32, spec.axes)}
         # optax's choice, restated because a spec tree must be known before any array exists; a test
         # keeps the two together.
-        order = np.argsort(spec.shape)
-        if (
-            self.factored
-            and len(spec.shape) >= 2
-            and spec.shape[order[-2]] >= self.min_dim_size_to_factor
-        ):
-            small, large = int(order[-2]), int(order[-1])
-            used = {"v_row": _without(spec, large), "v_col": _without(spec, small)}
+        if self.factored and len(spec.shape) >= 2:
+            small, large = _factored_dims(spec.shape)
+            if spec.shape[small] >= self.min_dim_size_to_factor:
+                used = {"v_row": _without(spec, large), "v_col": _without(spec, small)}
         if self.beta1 is not None:
             used["m"] = LeafSpec(spec.shape, float32, spec.axes)
         return used
@@ -292,6 +337,41 @@ class Adafactor(Optimizer):
         if self.weight_decay_rate is not None:
             param32 = param32 * (1.0 - self.weight_decay_rate)
         return param32 - change, new_slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FactoredAsT5x(Adafactor):
+    """Adafactor of one expert's matrix as T5X keeps it: factored whatever its size, with `v_row`
+    over `embed`.
+
+    Attributes:
+      rows_are_larger: `embed` is what Adafactor calls the larger dimension, so that the two slots
+        change names.
+    """
+
+    rows_are_larger: bool
+
+    def slot_specs(self, spec: LeafSpec) -> dict[str, LeafSpec]:
+        return self._renamed(super().slot_specs(spec))
+
+    def update(
+        self,
+        param: jax.Array,
+        grad: jax.Array,
+        slots: Slots,
+        *,
+        step: jax.Array,
+        learning_rate: jax.Array,
+    ) -> tuple[jax.Array, Slots]:
+        param, new_slots = super().update(
+            param, grad, self._renamed(slots), step=step, learning_rate=learning_rate
+        )
+        return param, self._renamed(new_slots)
+
+    def _renamed(self, slots: dict[str, Any]) -> dict[str, Any]:
+        if not self.rows_are_larger:
+            return slots
+        return {**slots, "v_row": slots["v_col"], "v_col": slots["v_row"]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -346,12 +426,21 @@ class AdamW(Optimizer):
         return param32 - learning_rate * change, {"mu": state.mu, "nu": state.nu}
 
 
-def _is_expert(spec: LeafSpec) -> bool:
+def is_expert(spec: LeafSpec) -> bool:
+    """Whether a parameter is an expert kernel, `[E, ...]`."""
     return spec.axes[:1] == (axes.EXPERT,)
 
 
 def _slice_spec(spec: LeafSpec) -> LeafSpec:
     return LeafSpec(spec.shape[1:], spec.dtype, spec.axes[1:])
+
+
+def _factored_dims(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The second largest and the largest dimension; of equal ones the earlier counts as
+    smaller.
+    """
+    order = np.argsort(shape)
+    return int(order[-2]), int(order[-1])
 
 
 def _without(spec: LeafSpec, dim: int) -> LeafSpec:

@@ -13,7 +13,7 @@ from upcycle_jax.models import accounting
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training import batches, restore
+from upcycle_jax.training import batches, expert_slots, restore
 from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.restore import Source, Start
 from upcycle_jax.training.tracking import Wandb
@@ -47,7 +47,8 @@ class PreparedRun:
     """A run that can start.
 
     Attributes:
-      settings: what was asked for.
+      settings: what was asked for; an optimizer that leaves the form of its state to the
+        checkpoint has that form.
       specs: specs of the whole state by full path.
       source: what it starts from.
       train_layout: this process's rows of training batches.
@@ -80,11 +81,19 @@ def prepare(settings: Settings) -> PreparedRun:
     eval_layout = None
     if settings.train_eval_dataset_cfg is not None:
         eval_layout = batches.data_layout(partitioner, settings.train_eval_dataset_cfg.batch_size)
-    specs = state_specs(settings.model, trainer.optimizer)
     check_groups(settings)
+    param_specs = settings.model.param_specs()
+    optimizer = expert_slots.settle(
+        trainer.optimizer, param_specs, settings.model_dir, settings.checkpoint_cfg
+    )
+    settings = dataclasses.replace(
+        settings, trainer=dataclasses.replace(trainer, optimizer=optimizer)
+    )
+    specs = state_specs(settings.model, optimizer)
     partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
     source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
     check_steps(settings, source)
+    expert_slots.warn_of_scaled_gradients(source, optimizer, param_specs)
     return PreparedRun(settings, specs, source, train_layout, eval_layout)
 
 
