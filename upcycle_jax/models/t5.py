@@ -1,5 +1,9 @@
 """T5 1.1 encoder-decoder, whose MLPs in chosen layers may be MoE layers."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,6 +36,10 @@ def _zero_padding(x: jax.Array, valid: jax.Array) -> jax.Array:
     return x * valid[..., None].astype(x.dtype)
 
 
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
     return MultiHeadDotProductAttention(
         num_heads=config.num_heads,
@@ -40,6 +48,20 @@ def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
         float32_logits=config.float32_attention_logits,
         dtype=config.activation_dtype,
         name=name,
+    )
+
+
+def moe_layer(config: T5Config, stack: Stack, **bound: Any) -> MoeLayer:
+    """The MoE layer of a stack; `bound` are the keywords of `nn.Module` (`name`, `parent`)."""
+    assert config.moe is not None
+    return MoeLayer(
+        config=config.moe,
+        stack=stack,
+        hidden=config.expert_mlp_dim,
+        activations=config.mlp_activations,
+        dropout_rate=config.expert_dropout_rate,
+        dtype=config.activation_dtype,
+        **bound,
     )
 
 
@@ -58,16 +80,7 @@ def _feed_forward(
     config = layer.config
     y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_mlp_layer_norm")(x), valid)
     if layer.sparse:
-        assert config.moe is not None
-        y = MoeLayer(
-            config=config.moe,
-            stack=stack,
-            hidden=config.expert_mlp_dim,
-            activations=config.mlp_activations,
-            dropout_rate=config.expert_dropout_rate,
-            dtype=config.activation_dtype,
-            name="mlp",
-        )(y, valid, token_ids, train=train)
+        y = moe_layer(config, stack, name="mlp")(y, valid, token_ids, train=train)
     else:
         y = MlpBlock(
             hidden=config.mlp_dim,
@@ -176,6 +189,25 @@ class DecoderLayer(nn.Module):
         return _feed_forward(self, x, valid, token_ids, stack="decoder", train=train)
 
 
+class EncoderInputs(NamedTuple):
+    """What the encoder gets, see `Encoder.__call__`."""
+
+    embedded: jax.Array
+    mask: jax.Array
+    valid: jax.Array
+    token_ids: jax.Array
+
+
+class DecoderInputs(NamedTuple):
+    """What the decoder gets beside the encoder's output, see `Decoder.__call__`."""
+
+    embedded: jax.Array
+    self_mask: jax.Array
+    cross_mask: jax.Array
+    valid: jax.Array
+    token_ids: jax.Array
+
+
 class Encoder(nn.Module):
     """The encoder stack.
 
@@ -184,6 +216,28 @@ class Encoder(nn.Module):
     """
 
     config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        self.relpos_bias = RelativePositionBiases(
+            num_heads=config.num_heads, dtype=config.activation_dtype
+        )
+        self.encoder_norm = RMSNorm(dtype=config.activation_dtype)
+
+    def attention_bias(self, mask: jax.Array) -> jax.Array:
+        """Bias `[batch, heads, length, length]` of every layer's attention, for bool `[batch, 1,
+        length, length]`.
+        """
+        positions = jnp.arange(mask.shape[-1])
+        return self.relpos_bias(positions, positions, bidirectional=True) + masks.to_bias(mask)
+
+    def finish(
+        self, x: jax.Array, valid: jax.Array, dropout: Callable[[jax.Array], jax.Array] = _same
+    ) -> jax.Array:
+        """The encoder's output, of the residual stream after its last layer; both are `[batch,
+        length, d]`.
+        """
+        return _zero_padding(dropout(self.encoder_norm(x)), valid)
 
     @nn.compact
     def __call__(
@@ -206,11 +260,7 @@ class Encoder(nn.Module):
           train: dropout and training capacity.
         """
         config = self.config
-        positions = jnp.arange(embedded.shape[1])
-        relpos = RelativePositionBiases(
-            num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias"
-        )
-        bias = relpos(positions, positions, bidirectional=True) + masks.to_bias(mask)
+        bias = self.attention_bias(mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
         sparse = config.sparse_layers("encoder")
         x = stacking.run_layers(
@@ -222,10 +272,8 @@ class Encoder(nn.Module):
             scan=config.scan_layers,
             remat_policy=config.remat_policy,
         )
-        x = RMSNorm(dtype=config.activation_dtype, name="encoder_norm")(x)
-        return _zero_padding(
-            projection.dropout(config.dropout_rate)(x, deterministic=not train), valid
-        )
+        dropout = projection.dropout(config.dropout_rate)
+        return self.finish(x, valid, functools.partial(dropout, deterministic=not train))
 
 
 class Decoder(nn.Module):
@@ -237,6 +285,34 @@ class Decoder(nn.Module):
     """
 
     config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        self.relpos_bias = RelativePositionBiases(
+            num_heads=config.num_heads, dtype=config.activation_dtype
+        )
+        self.decoder_norm = RMSNorm(dtype=config.activation_dtype)
+        if not config.logits_via_embedding:
+            self.logits_dense = projection.Projection(
+                config.vocab_size, (axes.EMBED, axes.VOCAB), dtype=jnp.float32
+            )
+
+    def attention_bias(self, mask: jax.Array, step: DecodingStep | None = None) -> jax.Array:
+        """Bias `[batch, heads, length, keys]` of every layer's self-attention; arguments as in
+        `__call__`.
+        """
+        queries = jnp.arange(mask.shape[-2]) if step is None else step.index[None]
+        keys = jnp.arange(mask.shape[-1])
+        return self.relpos_bias(queries, keys, bidirectional=False) + masks.to_bias(mask)
+
+    def finish(
+        self, x: jax.Array, valid: jax.Array, dropout: Callable[[jax.Array], jax.Array] = _same
+    ) -> jax.Array:
+        """What `__call__` returns, of the residual stream `[batch, length, d]` after the last
+        layer.
+        """
+        x = _zero_padding(dropout(self.decoder_norm(x)), valid)
+        return x if self.config.logits_via_embedding else self.logits_dense(x)
 
     @nn.compact
     def __call__(
@@ -267,12 +343,7 @@ class Decoder(nn.Module):
             these have room for.
         """
         config = self.config
-        queries = jnp.arange(embedded.shape[1]) if step is None else step.index[None]
-        keys = queries if step is None else jnp.arange(step.max_length)
-        relpos = RelativePositionBiases(
-            num_heads=config.num_heads, dtype=config.activation_dtype, name="relpos_bias"
-        )
-        self_bias = relpos(queries, keys, bidirectional=False) + masks.to_bias(self_mask)
+        self_bias = self.attention_bias(self_mask, step)
         cross_bias = masks.to_bias(cross_mask)
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
         sparse = config.sparse_layers("decoder")
@@ -289,15 +360,8 @@ class Decoder(nn.Module):
             scan=config.scan_layers and step is None,
             remat_policy=config.remat_policy if step is None else "none",
         )
-        x = RMSNorm(dtype=config.activation_dtype, name="decoder_norm")(x)
-        x = _zero_padding(
-            projection.dropout(config.dropout_rate)(x, deterministic=not train), valid
-        )
-        if config.logits_via_embedding:
-            return x
-        return projection.Projection(
-            config.vocab_size, (axes.EMBED, axes.VOCAB), dtype=jnp.float32, name="logits_dense"
-        )(x)
+        dropout = projection.dropout(config.dropout_rate)
+        return self.finish(x, valid, functools.partial(dropout, deterministic=not train))
 
 
 class Transformer(nn.Module):
@@ -343,6 +407,28 @@ class Transformer(nn.Module):
           decoder_segment_ids: int32 `[batch, target length]`, likewise.
           train: dropout and training capacity.
         """
+        into_encoder, into_decoder = self.inputs(
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+        )
+        encoded = self.encoder(*into_encoder, train=train)
+        return self.logits(
+            self.decoder(into_decoder.embedded, encoded, *into_decoder[1:], train=train)
+        )
+
+    def inputs(
+        self,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        decoder_target_tokens: jax.Array,
+        *,
+        encoder_segment_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+    ) -> tuple[EncoderInputs, DecoderInputs]:
+        """What both stacks get; arguments as in `__call__`."""
         encoder_valid, decoder_valid = encoder_input_tokens > 0, decoder_target_tokens > 0
         self_mask = masks.padding_mask(decoder_valid, decoder_valid) & masks.causal_mask(
             decoder_target_tokens.shape[1]
@@ -353,25 +439,23 @@ class Transformer(nn.Module):
             cross_mask &= masks.segment_mask(decoder_segment_ids, encoder_segment_ids)
         else:
             encoder_segment_ids = None
-        encoded = self.encode(
-            encoder_input_tokens, encoder_segment_ids=encoder_segment_ids, train=train
-        )
-        embedded = constrain(self.token_embedder(decoder_input_tokens), HIDDEN_AXES)
         kept = decoder_valid
         if self.config.moe is not None and self.config.moe.t5x_mode:
             # What is not zeroed is routed as a token is, and takes places from others.
             kept = masks.t5x_decoder_positions(decoder_input_tokens)
-        return self._logits(
-            self.decoder(
-                embedded,
-                encoded,
-                self_mask,
-                cross_mask,
-                kept,
-                decoder_input_tokens,
-                train=train,
-            )
+        embedded = constrain(self.token_embedder(decoder_input_tokens), HIDDEN_AXES)
+        return (
+            self._encoder_inputs(encoder_input_tokens, encoder_segment_ids),
+            DecoderInputs(embedded, self_mask, cross_mask, kept, decoder_input_tokens),
         )
+
+    def _encoder_inputs(self, tokens: jax.Array, segment_ids: jax.Array | None) -> EncoderInputs:
+        valid = tokens > 0
+        mask = masks.padding_mask(valid, valid)
+        if segment_ids is not None:
+            mask &= masks.segment_mask(segment_ids, segment_ids)
+        embedded = constrain(self.token_embedder(tokens), HIDDEN_AXES)
+        return EncoderInputs(embedded, mask, valid, tokens)
 
     def encode(
         self,
@@ -381,12 +465,8 @@ class Transformer(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """The encoder's output `[batch, input length, d]`; arguments as in `__call__`."""
-        valid = encoder_input_tokens > 0
-        mask = masks.padding_mask(valid, valid)
-        if encoder_segment_ids is not None:
-            mask &= masks.segment_mask(encoder_segment_ids, encoder_segment_ids)
-        embedded = constrain(self.token_embedder(encoder_input_tokens), HIDDEN_AXES)
-        return self.encoder(embedded, mask, valid, encoder_input_tokens, train=train)
+        inputs = self._encoder_inputs(encoder_input_tokens, encoder_segment_ids)
+        return self.encoder(*inputs, train=train)
 
     def decode_step(
         self, encoded: jax.Array, encoder_valid: jax.Array, tokens: jax.Array, step: DecodingStep
@@ -408,7 +488,7 @@ class Transformer(nn.Module):
         self_mask = (jnp.arange(step.max_length) <= step.index)[None, None, None, :]
         cross_mask = masks.padding_mask(valid, encoder_valid)
         embedded = constrain(self.token_embedder(tokens[:, None]), HIDDEN_AXES)
-        return self._logits(
+        return self.logits(
             self.decoder(
                 embedded,
                 encoded,
@@ -421,8 +501,8 @@ class Transformer(nn.Module):
             )
         )[:, 0]
 
-    def _logits(self, decoded: jax.Array) -> jax.Array:
-        """Float32 `[batch, length, vocab]` of the decoder's result."""
+    def logits(self, decoded: jax.Array) -> jax.Array:
+        """Float32 `[batch, length, vocab]` of the decoder's result (`Decoder.__call__`)."""
         if self.config.logits_via_embedding:
             decoded = self.token_embedder.attend(decoded) * self.config.emb_dim**-0.5
         return constrain(decoded, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_VOCAB))

@@ -74,6 +74,18 @@ class Plan(abc.ABC):
         d]`.
         """
 
+    @abc.abstractmethod
+    def part(self, first: jax.Array | int, count: int) -> "Plan":
+        """What `count` experts, from `first` on, do in this plan: a plan for them alone; of one
+        group. The results of parts add up.
+        """
+
+    @abc.abstractmethod
+    def merged(self, members: jax.Array, group_size: int) -> "Plan":
+        """What the experts of bool `[E]` do in this plan, if all of them are copies of one: a plan
+        for that one; of one group.
+        """
+
     def in_slots(self, group_size: int) -> "Plan":
         """The same plan with a slot of every expert for every token, where it has no slots of its
         own; of one group.
@@ -118,6 +130,16 @@ class Assignment(Plan):
     def load(self, counted: jax.Array) -> jax.Array:
         return jnp.sum(counted.at[self.token_index].get(mode="fill", fill_value=0.0), axis=-1)
 
+    def part(self, first: jax.Array | int, count: int) -> Plan:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count), self)
+
+    def merged(self, members: jax.Array, group_size: int) -> Plan:
+        theirs = Assignment(self.token_index, self.combine_weight * members[:, None])
+        return Assignment(
+            token_index=jnp.arange(group_size, dtype=jnp.int32)[None],
+            combine_weight=theirs.weight_per_token(group_size)[None],
+        )
+
     def process(self, tokens: jax.Array, experts: Experts) -> jax.Array:
         return experts.on_assigned(tokens, self)
 
@@ -157,6 +179,21 @@ class Choices(Plan):
             .add(counted[:, None], mode="drop")
         )
 
+    def part(self, first: jax.Array | int, count: int) -> Plan:
+        local = self.expert - first
+        here = (local >= 0) & (local < count)
+        return Choices(
+            jnp.where(here, local, count), jnp.where(here, self.weight, 0.0), num_experts=count
+        )
+
+    def merged(self, members: jax.Array, group_size: int) -> Plan:
+        here = members.at[self.expert].get(mode="fill", fill_value=False)
+        return Choices(
+            expert=jnp.where(here.any(axis=-1, keepdims=True), 0, 1),
+            weight=jnp.sum(jnp.where(here, self.weight, 0.0), axis=-1, keepdims=True),
+            num_experts=1,
+        )
+
     def process(self, tokens: jax.Array, experts: Experts) -> jax.Array:
         return experts.on_choices(tokens, self)
 
@@ -188,6 +225,17 @@ class Mixture(Plan):
 
     def load(self, counted: jax.Array) -> jax.Array:
         return jnp.einsum("sec,s->e", self.dispatch_weight, counted)
+
+    def part(self, first: jax.Array | int, count: int) -> Plan:
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count, axis=1), self
+        )
+
+    def merged(self, members: jax.Array, group_size: int) -> Plan:
+        def of_one(leaf: jax.Array) -> jax.Array:
+            return (leaf * members[:, None]).reshape(leaf.shape[0], 1, -1)
+
+        return jax.tree.map(of_one, self)
 
     def process(self, tokens: jax.Array, experts: Experts) -> jax.Array:
         mixed = jnp.einsum(

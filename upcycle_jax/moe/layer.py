@@ -183,7 +183,7 @@ class MoeLayer(nn.Module):
         report = report_lib.over_groups(_without(report, spare), every_group=config.t5x_mode)
         self.sow(REPORTS, "report", report, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
-        y = self._process(tokens, routing.plan, router, train=train)
+        y = self.process(tokens, routing.plan, train=train)
         y = constrain(y.astype(self.dtype), (axes.EXPERT_GROUP, None, axes.ACTIVATION_EMBED))
         y = _without(y, spare).reshape(
             batch_size + grouping.batch_padding, length + grouping.length_padding, -1
@@ -260,14 +260,17 @@ class MoeLayer(nn.Module):
         rows = router.expert_rows(config.num_experts, computed, group_size=max(real.size, computed))
         return routing, report_lib.of_group(routing, group, z_loss, rows=rows)
 
-    def _process(self, tokens: jax.Array, plan: Plan, router: Router, *, train: bool) -> jax.Array:
+    def process(self, tokens: jax.Array, plan: Plan, *, train: bool = False) -> jax.Array:
         """Sends `[G, S, d]` through the experts and adds up what comes back: float32 `[G, S, d]`.
 
         Where every expert has a slot for every token, almost all slots are empty. As many as a
         skewed load needs are computed; all of them only in a batch whose fullest expert is beyond
         that. Tokens are never dropped.
+
+        Applied alone, a layer needs the parameters of the experts that the plan names, which may
+        be a part of its experts (`Plan.part`, `Plan.merged`).
         """
-        group_size = tokens.shape[1]
+        router, group_size = self.config.router(self.stack), tokens.shape[1]
         if self.config.dispatch == "gather" or self.is_initializing():
             plan = jax.vmap(lambda one: one.in_slots(group_size))(plan)
 
