@@ -143,9 +143,10 @@ def _comparison(reader: CheckpointReader, experts: list[str], param_specs: Specs
         stack, _, name = re.sub(r"/layers_\d+/", "/*/", path).partition("/*/")
         dense = re.compile(rf"{re.escape(stack)}/layers_\d+/{name.replace('/expert/', '/')}")
         others = [other for other in param_specs if dense.fullmatch(other)]
-        values = [_mean_square(reader, one) for one in (path, *others[:1])]
-        if len(values) == 2 and None not in values and values[1]:
-            ratio = np.divide(*values)
+        mine = _mean_square(reader, path)
+        theirs = _mean_square(reader, others[0]) if others else None
+        if mine is not None and theirs:
+            ratio = mine / theirs
             looks = "as with such a factor" if ratio > 1 else "which does not look like it"
             return (
                 f"Compared: the mean squared gradient of {path} is {ratio:.3g} times that of"

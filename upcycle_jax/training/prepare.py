@@ -1,6 +1,8 @@
 """Everything that can be wrong with a run, checked before it computes or writes anything."""
 
 import dataclasses
+import logging
+import math
 import os
 import pathlib
 import shutil
@@ -11,7 +13,9 @@ from etils import epath
 
 from upcycle_jax.models import accounting
 from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe import capacity
 from upcycle_jax.moe.config import Stack
+from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, expert_slots, restore
 from upcycle_jax.training.config import CheckpointConfig
@@ -20,6 +24,8 @@ from upcycle_jax.training.tracking import Wandb
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import LeafSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,7 @@ def _check_numbers(settings: Settings) -> None:
 
 def check_groups(settings: Settings) -> None:
     """Raises a ValueError where the tokens of a training microbatch or of an evaluation batch do
-    not divide into routing groups.
+    not divide into routing groups, or where microbatches change the groups and may not.
     """
     config = settings.model.config
     if not isinstance(config, T5Config) or config.moe is None:
@@ -125,15 +131,56 @@ def check_groups(settings: Settings) -> None:
         (settings.train_eval_dataset_cfg, 1),
     ):
         if cfg is not None:
-            stacks: dict[Stack, int] = {
-                "encoder": cfg.task_feature_lengths["inputs"],
-                "decoder": cfg.task_feature_lengths["targets"],
-            }
-            for stack, length in stacks.items():
+            for stack, length in _stack_lengths(cfg).items():
                 if config.sparse_layers(stack):
                     accounting.expert_slots(
                         config, stack, batch_size=cfg.batch_size // parts, length=length
                     )
+    _check_microbatch_groups(settings)
+
+
+def _check_microbatch_groups(settings: Settings) -> None:
+    """Microbatches are consecutive rows: their groups are those of the batch where these are as
+    large, and neither is padded along the batch.
+    """
+    config, cfg, trainer = settings.model.config, settings.train_dataset_cfg, settings.trainer
+    parts = trainer.num_microbatches or 1
+    if parts == 1:
+        return
+    rows, lengths = cfg.batch_size // parts, _stack_lengths(cfg)
+    changed = []
+    for stack, length in lengths.items():
+        router = config.moe.router(stack)
+        if config.sparse_layers(stack):
+            whole, part = (
+                layer_sizes(config.moe, router, batch, length, train=True).grouping
+                for batch in (cfg.batch_size, rows)
+            )
+            if whole != dataclasses.replace(part, num_groups=whole.num_groups, batch_padding=0):
+                changed.append(
+                    f"the {stack}'s batch is routed in groups of {whole.group_size} tokens, a"
+                    f" microbatch of {rows} rows in groups of {part.group_size}"
+                )
+    if not changed:
+        return
+    what = f"NUM_MICROBATCHES={parts} changes routing: {'; '.join(changed)}"
+    if config.moe.t5x_mode or trainer.microbatch_groups == "of_microbatch":
+        _log.warning("%s. Loss and gradients are not those of the whole batch", what)
+        return
+    common = math.gcd(*(rows * n for stack, n in lengths.items() if config.sparse_layers(stack)))
+    size = capacity.largest_divisor(common, at_most=config.moe.group_size)
+    raise ValueError(
+        f"{what}. Set GROUP_SIZE to at most the tokens of a microbatch (GROUP_SIZE={size} divides"
+        " them), use fewer microbatches, or set Trainer.microbatch_groups = 'of_microbatch' to"
+        " route each microbatch on its own"
+    )
+
+
+def _stack_lengths(cfg: Any) -> dict[Stack, int]:
+    return {
+        "encoder": cfg.task_feature_lengths["inputs"],
+        "decoder": cfg.task_feature_lengths["targets"],
+    }
 
 
 def check_steps(settings: Settings, source: Source) -> None:

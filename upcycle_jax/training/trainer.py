@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 
@@ -26,7 +27,13 @@ class Trainer:
       learning_rate_fn: global step -> learning rate, e.g. from `create_learning_rate_scheduler`.
       num_microbatches: split each batch into this many parts that are differentiated one after the
         other, for less activation memory; None is 1. The loss and the gradients are those of the
-        whole batch, up to dropout masks.
+        whole batch, up to dropout masks, as long as experts are routed in the same groups: what
+        becomes of the others, `microbatch_groups` says.
+      microbatch_groups: what happens where the routing groups of a microbatch are not those of the
+        batch, as where a microbatch has fewer tokens than GROUP_SIZE. 'of_batch': the run is
+        refused, with the GROUP_SIZE that would do. 'of_microbatch': each microbatch is routed on
+        its own, so the number of microbatches changes the loss, as in T5X; the log says so. In T5X
+        mode (`MoeConfig.t5x_mode`) it is that whatever the setting.
       non_finite: 'stop' ends the run with the batch's fingerprint saved; 'skip' leaves parameters
         and optimizer state as they were and goes on with the next batch.
       loss_spikes: what counts as a loss spike and what happens then, or None: finite losses are not
@@ -36,6 +43,7 @@ class Trainer:
     optimizer: Optimizer
     learning_rate_fn: Callable[[jax.Array], jax.Array]
     num_microbatches: int | None = None
+    microbatch_groups: Literal["of_batch", "of_microbatch"] = "of_batch"
     non_finite: str = NonFinite.STOP
     loss_spikes: LossSpikes | None = None
 
@@ -44,6 +52,11 @@ class Trainer:
             raise ValueError(
                 f"Trainer.num_microbatches is {self.num_microbatches}: give a positive number, or"
                 " None for 1"
+            )
+        if self.microbatch_groups not in ("of_batch", "of_microbatch"):
+            raise ValueError(
+                f"Trainer.microbatch_groups is {self.microbatch_groups!r}: choose 'of_batch' or"
+                " 'of_microbatch'"
             )
         if self.non_finite not in list(NonFinite):
             raise ValueError(f"Trainer.non_finite is {self.non_finite!r}: choose 'stop' or 'skip'")
