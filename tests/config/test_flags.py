@@ -42,6 +42,29 @@ def test_booleans_as_absl_writes_them(words, expected):
     assert parse(*words).dry_run is expected
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--logtostderr",),
+        ("--alsologtostderr=true", "--nologtostderr", "-showprefixforinfo"),
+        ("--stderrthreshold=info", "--log_dir=/tmp/logs", "--verbosity=1"),
+        ("--stderrthreshold", "info", "--log_dir", "/tmp/logs", "-v", "1"),
+        ("-v=-1", "--v=2", "--logger_levels=jax:INFO", "--noshowprefixforinfo", "--undefok=a,b"),
+    ],
+)
+def test_absl_s_flags_are_accepted_and_said_once(words, capsys):
+    got = parse("--gin_file=a.gin", *words, "--gin.X=1", "--dry_run")
+    assert (got.gin_file, got.gin_bindings, got.dry_run) == (("a.gin",), ("X=1",), True)
+    said = capsys.readouterr().err
+    assert said.count("a flag of absl, which changes nothing here") == 1
+    assert words[0] in said and words[-1] in said
+
+
+def test_a_flag_of_the_command_is_its_own(capsys):
+    got = parse("--log_dir=x", extra=lambda parser: parser.add_argument("--log_dir"))
+    assert got.extra.log_dir == "x" and capsys.readouterr().err == ""
+
+
 def test_an_equals_sign_in_a_value_is_kept():
     assert parse("--gin.X='a=b'").gin_bindings == ("X='a=b'",)
 
@@ -50,6 +73,8 @@ def test_an_equals_sign_in_a_value_is_kept():
     ("word", "message"),
     [
         ("--gin_fil=x", "did you mean --gin_file?"),
+        ("--jax_log_compiles=1", "jax reads the environment variable JAX_LOG_COMPILES"),
+        ("--verbosit=1", "unrecognized arguments: --verbosit=1"),
         ("--gin.X", "a binding is one word, --gin.NAME=VALUE"),
         ("--process_count=two", "invalid int value: 'two'"),
         ("--dry_run=maybe", "'maybe' is neither true nor false"),

@@ -6,14 +6,34 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NoReturn
 
 _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 BEFORE_PARSING = """\
 gin values are Python literals: strings need quotes that survive the shell, --gin.MODEL_DIR="'/data/run'".
-Later --gin_file flags override earlier ones; --gin.NAME=VALUE comes last."""
+Later --gin_file flags override earlier ones; --gin.NAME=VALUE comes last.
+absl's logging flags (--alsologtostderr, --verbosity, ...) are accepted and change nothing."""
+
+_ABSL_SWITCHES = frozenset(
+    {
+        "logtostderr",
+        "alsologtostderr",
+        "showprefixforinfo",
+        "pdb",
+        "pdb_post_mortem",
+        "run_with_pdb",
+        "run_with_profiling",
+        "use_cprofile_for_profiling",
+    }
+)
+_ABSL_VALUES = frozenset(
+    {"log_dir", "verbosity", "v", "stderrthreshold", "logger_levels", "profile_file", "undefok"}
+)
+"""Flags that every absl program has, T5X's among them: on or off (`--name`, `--noname`,
+`--name=true`), and with a value (`--name=value`, `--name value`).
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +89,10 @@ class _Parser(argparse.ArgumentParser):
                 if option.startswith("--")
             ]
             for word in message.removeprefix(prefix).split():
+                if word.startswith("--jax_"):
+                    name = word.partition("=")[0].removeprefix("--").upper()
+                    message += f"; jax reads the environment variable {name}"
+                    continue
                 near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
                 message += f"; did you mean {near[0]}?" if near else ""
         super().error(message)
@@ -176,6 +200,28 @@ def _rewrite(argv: Sequence[str]) -> list[str]:
     return out
 
 
+def _without_absl(words: Sequence[str], known: Container[str]) -> tuple[list[str], list[str]]:
+    """What is left without absl's flags, and those as they were written. A flag that the command
+    has itself, `known`, is its own.
+    """
+    rest: list[str] = []
+    absl: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, _ = word.lstrip("-").partition("=")
+        dashes = len(word) - len(word.lstrip("-"))
+        if dashes not in (1, 2) or f"--{name}" in known or f"-{name}" in known:
+            rest.append(word)
+        elif name in _ABSL_SWITCHES or name.removeprefix("no") in _ABSL_SWITCHES:
+            absl.append(word)
+        elif name in _ABSL_VALUES:
+            value = None if equals else next(remaining, None)
+            absl.append(word if value is None else f"{word} {value}")
+        else:
+            rest.append(word)
+    return rest, absl
+
+
 def _split(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(part for value in values for part in value.split(",") if part)
 
@@ -201,13 +247,21 @@ def parse(
     builder = parser(command, description)
     if extra is not None:
         extra(builder)
-    words = _rewrite(sys.argv[1:] if argv is None else argv)
+    known = {option for action in builder._actions for option in action.option_strings}
+    words, absl = _without_absl(sys.argv[1:] if argv is None else argv, known)
+    words = _rewrite(words)
     if any(word == "--gin.NAME" for word in words) or any(
         word.startswith("--gin.") for word in words
     ):
         builder.error("a binding is one word, --gin.NAME=VALUE")
     values = vars(builder.parse_args(words))
     del values["shown_only"]
+    if absl:
+        print(
+            f"upcycle_jax.{command}: {', '.join(absl)}: a flag of absl, which changes nothing here."
+            " Progress goes to standard error, results to standard output or MODEL_DIR.",
+            file=sys.stderr,
+        )
     for name in ("gin_search_paths", "seqio_additional_cache_dirs"):
         values[name] = _split(values[name])
     for name in ("gin_file", "gin_bindings"):
