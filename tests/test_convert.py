@@ -187,3 +187,51 @@ def test_sizes():
     for text in ("", "0", "two", "1T", "-1M"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
             command.parse_bytes(text)
+
+
+@pytest.mark.parametrize("memory", ["1GiB", "4K"])
+@pytest.mark.parametrize("value", [1e5, -7e4])
+def test_a_value_that_the_dtype_cannot_hold_is_refused(tmp_path, capsys, value, memory):
+    """65504 is the largest float16; what was not finite before is not the cast's doing."""
+    path = _with_values(tmp_path, value=value)
+    for dtype in ("bfloat16", "float32"):
+        assert run(path, tmp_path / dtype, "--dtype", dtype, "--max_memory", memory) == 0
+    assert run(path, tmp_path / "half", "--dtype", "float16", "--max_memory", memory) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"target/w holds {value:.6g} at \[30, 30\], which float16 cannot hold", error)
+    assert list((tmp_path / "half").iterdir()) == []
+
+
+def test_values_that_the_dtype_holds_are_rounded(tmp_path):
+    path = _with_values(tmp_path, value=65504.0)
+    assert run(path, tmp_path / "half", "--dtype", "float16") == 0
+    read = open_checkpoint(tmp_path / "half").read("target/w")
+    assert (read[30, 30], np.isnan(read[0, 0]), read[0, 1]) == (65504.0, True, np.inf)
+
+
+def _with_values(folder, *, value):
+    array = np.ones((40, 50), np.float32)
+    array[0, :2], array[30, 30] = (np.nan, np.inf), value
+    specs = {"target/w": LeafSpec(array.shape, array.dtype)}
+    path = folder / "source" / "checkpoint_3"
+    with create_checkpoint(path, specs, step=3, metadata={}, chunk_bytes=1 << 10) as writer:
+        writer.write("target/w", None, array)
+        writer.finalize()
+    return path
+
+
+@real
+def test_overflow_leaves_no_hugging_face_folder(tmp_path, capsys):
+    source = open_checkpoint(TINY)
+    specs = {n: spec for n, spec in source.specs().items() if n.startswith("target/")}
+    with create_checkpoint(tmp_path / "checkpoint_1", specs, step=1, metadata={}) as writer:
+        for name in specs:
+            value = source.read(name)
+            if name.endswith("layers_1/mlp/wo/kernel"):
+                value[2, 3] = 1e5
+            writer.write(name, None, value)
+        writer.finalize()
+    assert run(tmp_path, tmp_path / "hf", "--to", "huggingface", "--dtype", "float16") == 2
+    error = capsys.readouterr().err
+    assert "layers_1/mlp/wo/kernel holds 100000 at [2, 3], which float16 cannot hold" in error
+    assert not list(tmp_path.glob("hf*"))

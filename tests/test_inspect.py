@@ -128,3 +128,19 @@ def test_runs_as_a_module_beside_the_standard_inspect(model_dir):
     result = subprocess.run(command_line, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "300 in 2 arrays" in result.stdout
+
+
+def test_a_pattern_that_is_none_is_refused(model_dir, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(model_dir), "--match", "("])
+    assert stopped.value.code == 2
+    assert "'(' is no regular expression (missing )" in capsys.readouterr().err
+
+
+def test_a_folder_named_d_is_no_sign_of_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "d").mkdir()
+    assert command.main([str(tmp_path)]) == 2
+    assert "is no checkpoint that can be read (found d)" in capsys.readouterr().err
+    (tmp_path / "d" / ("0" * 32)).write_text("")  # as a database names its files
+    assert command.main([str(tmp_path)]) == 2
+    assert "half-written or half-copied Orbax checkpoint" in capsys.readouterr().err

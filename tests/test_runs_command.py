@@ -189,3 +189,42 @@ def test_it_answers_without_jax(tmp_path):
         ).returncode
         == 0
     )
+
+
+def test_names_and_texts_of_runs_are_escaped(tmp_path, capsys):
+    make_run(tmp_path / "\x1b[31mred\u202e", status="failed", error="\x1b]0;owned\x07 no room")
+    assert runs.main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert all(line.isprintable() for line in text.splitlines())
+    assert r"\x1b[31mred\u202e: \x1b]0;owned\x07 no room" in text
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "3",
+        "[" * 10**5,
+        "9" * 6000,
+        '{"status": [], "start_step": {}, "step": "x", "total_steps": -1, "parameters": 1e999}',
+        '{"status": "running", "start_step": 0, "starts": 3, "step": true, "total_steps": [1]}',
+        '{"status": "running", "start_step": 0, "starts": [{"process": {"pid": "x"}}]}',
+        '{"status": "running", "start_step": 0, "starts": [3], "error": {}}',
+    ],
+)
+def test_manifests_and_metrics_of_wrong_types_are_listed_or_left_out(tmp_path, manifest, capsys):
+    folder = make_run(tmp_path / "run")
+    (folder / "manifest.json").write_text(manifest)
+    rows = [
+        "[]",
+        "3",
+        "{}",
+        '{"step": "x"}',
+        '{"step": 5, "loss": "x", "wall_time": "now"}',
+        "\xff",
+    ]
+    rows += ['{"step": 6, "loss": 1' + "0" * 400 + ', "wall_time": 1e300}', '{"step": 6, "lo']
+    (folder / "train" / "metrics.jsonl").write_text("\n".join(rows), encoding="latin-1")
+    assert runs.main([str(tmp_path)]) == 0
+    assert runs.main([str(tmp_path), "--json"]) == 0
+    assert "Traceback" not in capsys.readouterr().err

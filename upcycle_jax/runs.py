@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from upcycle_jax.printing import printable, printable_lines
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the list and returns the exit status: 0, or 2 where there is no such folder."""
@@ -43,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = run_list.list_runs(arguments.folder, now=now)
     except FileNotFoundError as error:
-        print(f"upcycle_jax.runs: error: {error}", file=sys.stderr)
+        print(f"upcycle_jax.runs: error: {printable_lines(error)}", file=sys.stderr)
         return 2
     if arguments.json:
         print(json.dumps([run.as_json(now=now) for run in runs], indent=1))
     elif runs:
         sys.stdout.write(run_list.table(runs, now=now))
     else:
-        print(f"no runs below {arguments.folder}")
+        print(f"no runs below {printable(arguments.folder)}")
     return 0
 
 

@@ -142,7 +142,7 @@ def convert_to_orbax(
                     continue
                 shape = tuple(part.stop - part.start for part in index)
                 value = (
-                    cast(name, reader.read(name, index), spec.dtype)
+                    cast(name, reader.read(name, index), spec.dtype, index)
                     if name in sources
                     else np.zeros(shape, spec.dtype)
                 )

@@ -11,6 +11,7 @@ from etils import epath
 
 from upcycle_jax.checkpoints import untrusted
 from upcycle_jax.checkpoints.reader import METADATA_KEY
+from upcycle_jax.printing import printable
 
 TREE_METADATA = "_METADATA"
 STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -55,7 +56,7 @@ def read_tree_metadata(path: epath.Path) -> TreeMetadata:
         untrusted.check_parts(parts, path)
         name = "/".join(parts)
         if name in keys:
-            raise untrusted.damaged(path, f"leaf {name} is there twice")
+            raise untrusted.damaged(path, f"leaf {printable(name)} is there twice")
         keys[name] = ".".join(parts)
     if len(set(keys.values())) < len(keys):
         raise untrusted.damaged(path, "two leaves share one stored array")

@@ -3,7 +3,6 @@ TensorStore.
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from upcycle_jax.checkpoints.orbax_metadata import (
     read_tree_metadata,
 )
 from upcycle_jax.checkpoints.reader import STEP, Index, ReaderBase, checked_index, scalar_step
+from upcycle_jax.printing import printable
 from upcycle_jax.trees import LeafSpec
 
 STATE_ITEM = "state"
@@ -105,11 +105,11 @@ class OrbaxReader(ReaderBase):
                 result = future.result()
             except (ValueError, RuntimeError) as error:
                 raise untrusted.damaged(
-                    f"{self.item}: leaf {name}: {self._member}", storage.reason(error)
+                    f"{self.item}: leaf {printable(name)}: {self._member}", storage.reason(error)
                 ) from None
             if result.state != "value":
                 raise ValueError(
-                    f"{self.item}: leaf {name} is in the tree but its {self._member} is missing:"
+                    f"{self.item}: leaf {printable(name)} is in the tree but its {self._member} is missing:"
                     " the checkpoint is damaged"
                 )
             documents[name] = result.value
@@ -123,7 +123,7 @@ class OrbaxReader(ReaderBase):
     def _layouts(self) -> dict[str, storage.ZarrLayout | Zarr3Layout]:
         parse = Zarr3Layout.from_json if self.uses_zarr3 else storage.ZarrLayout.from_json
         layouts = {
-            name: parse(text, f"{self.item}: leaf {name}: {self._member}")
+            name: parse(text, f"{self.item}: leaf {printable(name)}: {self._member}")
             for name, text in self._documents.items()
         }
         self._check_stored(layouts)
@@ -138,7 +138,7 @@ class OrbaxReader(ReaderBase):
         """
         for name, layout in layouts.items():
             untrusted.check_chunk(
-                layout.chunk_bytes, self._stored_bytes, f"{self.item}: leaf {name}"
+                layout.chunk_bytes, self._stored_bytes, f"{self.item}: leaf {printable(name)}"
             )
         if not self._every_chunk_is_stored or not (self.uses_ocdbt or storage.is_local(self.item)):
             return
@@ -148,10 +148,10 @@ class OrbaxReader(ReaderBase):
             raise untrusted.damaged(self.item, storage.reason(error)) from None
         for name, layout in layouts.items():
             # At most as many steps as there are chunks: the first absent one ends it.
-            for position in itertools.product(*map(range, layout.grid)):
+            for position in storage.positions(layout.grid):
                 if f"{self._keys[name]}/{layout.key(position)}" not in present:
                     raise ValueError(
-                        f"{self.item}: leaf {name} of shape {list(layout.shape)} lacks its chunk"
+                        f"{self.item}: leaf {printable(name)} of shape {list(layout.shape)} lacks its chunk"
                         f" {layout.key(position)}: the checkpoint is damaged. Copy it again"
                     )
 
@@ -216,7 +216,7 @@ class OrbaxReader(ReaderBase):
             return
         first = self.store.read(f"{self._keys[name]}/{layout.key((0,) * len(layout.shape))}")
         untrusted.check_chunk(
-            layout.chunk_bytes, len(first.result().value), f"{self.item}: leaf {name}"
+            layout.chunk_bytes, len(first.result().value), f"{self.item}: leaf {printable(name)}"
         )
 
     def _path(self, name: str) -> str:
@@ -239,7 +239,7 @@ class OrbaxReader(ReaderBase):
             ]
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.item}: leaf {name} cannot be read, its data is missing or damaged:"
+                f"{self.item}: leaf {printable(name)} cannot be read, its data is missing or damaged:"
                 f" {storage.reason(error)}"
             ) from None
 

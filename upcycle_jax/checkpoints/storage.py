@@ -5,7 +5,7 @@ that spells these specs.
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
@@ -204,6 +204,18 @@ class ZarrLayout:
             slice(p * chunk, min(size, (p + 1) * chunk))
             for p, chunk, size in zip(position, self.chunks, self.shape, strict=True)
         )
+
+
+def positions(grid: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The positions of a grid of chunks, one by one in C order: a file may claim any number of them
+    (`itertools.product` would first take memory for every axis).
+    """
+    for number in range(math.prod(grid)):
+        position = []
+        for size in reversed(grid):
+            number, place = divmod(number, size)
+            position.append(place)
+        yield tuple(reversed(position))
 
 
 def new_layout(

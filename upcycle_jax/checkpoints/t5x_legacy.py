@@ -6,7 +6,6 @@ and `state`. A leaf is an array in the index itself, the TensorStore spec of an 
 folder, or `PLACEHOLDER://<folder>`.
 """
 
-import itertools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -108,7 +107,7 @@ def _check_chunks(folder: epath.Path, layout: storage.ZarrLayout) -> None:
     if not storage.is_local(folder):
         untrusted.check_chunk(layout.chunk_bytes, None, folder)
         return
-    for position in itertools.product(*map(range, layout.grid)):  # the first absent one ends it
+    for position in storage.positions(layout.grid):  # the first absent one ends it
         path = folder / layout.key(position)
         try:
             size = os.stat(path).st_size
@@ -169,7 +168,7 @@ class T5XLegacyReader(ReaderBase):
             for key, child in node.items():
                 self._collect(child, f"{name}/{key}")
         elif name in self._nodes:
-            raise untrusted.damaged(self._index, f"leaf {name} is there twice")
+            raise untrusted.damaged(self._index, f"leaf {printable(name)} is there twice")
         else:
             self._nodes[name] = node
 
@@ -184,7 +183,9 @@ class T5XLegacyReader(ReaderBase):
         if isinstance(node, dict):
             # Recorded paths belong to the machine that wrote them: only the array's own folder name
             # still means something.
-            kvstore = untrusted.member(node, "kvstore", dict, f"{self._index}: leaf {name}")
+            kvstore = untrusted.member(
+                node, "kvstore", dict, f"{self._index}: leaf {printable(name)}"
+            )
             recorded = node.get("path") or kvstore.get("path")
             folder = str(recorded).rstrip("/").rpartition("/")[2]
             return self._stored(name, folder if isinstance(recorded, str) else recorded, node)
@@ -192,23 +193,26 @@ class T5XLegacyReader(ReaderBase):
             return self._stored(name, node.removeprefix(_PLACEHOLDER), {})
         if isinstance(node, bool | int | float):
             try:
-                value = np.asarray(node, np.int32 if isinstance(node, int) else np.float32)
-            except OverflowError:
-                raise untrusted.damaged(self._index, f"leaf {name} is {node}") from None
+                with np.errstate(over="raise"):
+                    value = np.asarray(node, np.int32 if isinstance(node, int) else np.float32)
+            except (OverflowError, FloatingPointError):
+                raise untrusted.damaged(self._index, f"leaf {printable(name)} is {node}") from None
             return InlineArray((), value.dtype, value.tobytes(), 0)
-        raise ValueError(f"{self.path}: leaf {name} is a {type(node).__name__} and no array")
+        raise ValueError(
+            f"{self.path}: leaf {printable(name)} is a {type(node).__name__} and no array"
+        )
 
     def _stored(self, name: str, folder: Any, spec: Mapping[str, Any]) -> StoredArray:
-        untrusted.check_folder_name(folder, f"{self._index}: leaf {name}")
+        untrusted.check_folder_name(folder, f"{self._index}: leaf {printable(name)}")
         if self.path == self._index:
             raise ValueError(
-                f"{self._index} is one file, but its leaf {name} lies in a folder {folder} beside"
+                f"{self._index} is one file, but its leaf {printable(name)} lies in a folder {folder} beside"
                 " it: open that folder, with the file in it as 'checkpoint'"
             )
         try:
             return StoredArray(self._folder / folder, spec, self.version, self._context)
         except ValueError as error:
-            raise ValueError(f"leaf {name}: {error}") from None
+            raise ValueError(f"leaf {printable(name)}: {error}") from None
 
     def specs(self) -> dict[str, LeafSpec]:
         return {

@@ -11,7 +11,6 @@ never written to.
 import dataclasses
 import enum
 import fcntl
-import itertools
 import os
 import shutil
 import tempfile
@@ -309,7 +308,7 @@ def _copy_encoded(
 ) -> None:
     for name, reference in references.items():
         key, layout = source.key(reference.source), source.zarr_layout(reference.source)
-        for position in itertools.product(*map(range, layout.grid)):
+        for position in storage.positions(layout.grid):
             chunk = layout.key(position)
             # Encoded bytes say nothing of damage: the chunk is decoded as well, and that refused.
             source.read(reference.source, layout.region(position))

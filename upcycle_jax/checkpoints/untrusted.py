@@ -176,6 +176,11 @@ def literal(text: str, place: object) -> Any:
         raise damaged(place, f"the unreadable key {_short(text)}") from None
 
 
+def _is_plain(name: str) -> bool:
+    # TensorStore takes a backslash for a slash.
+    return name not in ("", ".", "..") and "\0" not in name and "\\" not in name
+
+
 def check_parts(parts: Sequence[object], place: object) -> None:
     """Checks the parts of a leaf's name, of which its stored path is made.
 
@@ -183,7 +188,7 @@ def check_parts(parts: Sequence[object], place: object) -> None:
       ValueError: one is no text, is empty, or leads somewhere else ('..').
     """
     for part in parts:
-        if not isinstance(part, str) or "\0" in part or {"", ".", ".."} & set(part.split("/")):
+        if not isinstance(part, str) or not all(map(_is_plain, part.split("/"))):
             raise ValueError(
                 f"{printable(place)}: the entry {_short(list(parts))} names no array inside the"
                 " checkpoint; it is damaged, or not to be trusted"
@@ -196,7 +201,7 @@ def check_folder_name(name: object, place: object) -> str:
     Raises:
       ValueError: it is none, or leads somewhere else.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+    if not isinstance(name, str) or "/" in name or not _is_plain(name):
         raise ValueError(
             f"{printable(place)} names {_short(name)}, which is no folder inside the checkpoint;"
             " it is damaged, or not to be trusted"

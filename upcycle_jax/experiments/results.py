@@ -180,13 +180,15 @@ def _numbers(value: Any) -> np.ndarray:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file by step. A step that a resumed run wrote again counts once, as
-    last written; a torn line is skipped.
+    last written; a torn line, or one that is no row, is skipped.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
+        except (ValueError, RecursionError):  # the run was killed while it wrote this line
             continue
-        rows[row["step"]] = {**rows.get(row["step"], {}), **row}
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     return [rows[step] for step in sorted(rows)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upcycle_jax.experiments.results import MANIFEST, METRICS, read_rows
+from upcycle_jax.printing import printable, printable_lines
 from upcycle_jax.training.process_record import is_alive
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
@@ -133,19 +134,15 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
         *(path.stat().st_mtime for path in checkpoints.values()),
     ]
     times += [
-        row["wall_time"]
+        stamp
         for found in (rows, *evaluations.values())
         for row in found[-1:]
-        if "wall_time" in row
+        if (stamp := _stamp(row)) is not None
     ]
     last_sign = max(times)
-    problem = None
-    try:
-        manifest = json.loads((model_dir / MANIFEST).read_text())
-        if "status" not in manifest or "start_step" not in manifest:
-            return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        manifest, problem = {}, f"{MANIFEST} is damaged ({error})"
+    manifest, problem = _read_manifest(model_dir / MANIFEST)
+    if not problem and ("status" not in manifest or "start_step" not in manifest):
+        return None
     state, why = (
         (State.FAILED, problem) if problem else _judge(manifest, rows, silence=now - last_sign)
     )
@@ -154,9 +151,9 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
         name=name,
         state=state,
         why=why,
-        step=max([int(manifest.get("step", 0)), *steps, *checkpoints], default=0),
-        total_steps=manifest.get("total_steps"),
-        parameters=manifest.get("parameters"),
+        step=max([_whole(manifest.get("step")) or 0, *steps, *checkpoints], default=0),
+        total_steps=_whole(manifest.get("total_steps")),
+        parameters=_whole(manifest.get("parameters")),
         training=_last_training(rows),
         evaluations={
             task: _picked(found[-1], ("cross_ent_loss", "accuracy"))
@@ -167,6 +164,36 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
         checkpoint_steps=sorted(checkpoints),
         checkpoint_bytes=_bytes_on_disk(checkpoints.values()),
     )
+
+
+def _read_manifest(path: pathlib.Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest, and what is wrong with it; empty where it is none at all."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return {}, f"{MANIFEST} is damaged ({why})"
+    return (content, None) if isinstance(content, dict) else ({}, None)
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
+def _stamp(row: Mapping[str, Any]) -> float | None:
+    """When a row was written, where it says so: in seconds since the epoch, before the year 5000."""
+    value = row.get("wall_time")
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e11 else None
+
+
+def _process(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the process that writes the run; empty where there is none."""
+    starts = manifest.get("starts")
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    record = last.get("process") if isinstance(last, dict) else None
+    if not isinstance(record, dict) or _whole(record.get("pid")) is None:
+        return {}
+    return record
 
 
 def _judge(
@@ -182,7 +209,7 @@ def _judge(
         return State.FAILED, str(manifest.get("error", "no error was recorded"))
     if status != "running":
         return State.STOPPED, status
-    process = (manifest.get("starts") or [{}])[-1].get("process") or {}
+    process = _process(manifest)
     alive = is_alive(process)
     if alive is not None:
         return (
@@ -190,7 +217,7 @@ def _judge(
             if alive
             else (State.STOPPED, f"process {process['pid']} is gone")
         )
-    stamps = [row["wall_time"] for row in rows if "wall_time" in row]
+    stamps = [stamp for row in rows if (stamp := _stamp(row)) is not None]
     gaps = [after - before for before, after in itertools.pairwise(stamps) if after > before]
     limit = max(LEAST_SILENCE, SILENT_PERIODS * statistics.median(gaps)) if gaps else LEAST_SILENCE
     if silence > limit:
@@ -206,7 +233,11 @@ def _last_training(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _picked(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    return {name: row[name] for name in names if row.get(name) is not None}
+    return {name: float(row[name]) for name in names if _is_number(row.get(name))}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
 def _bytes_on_disk(folders: Any) -> int:
@@ -234,12 +265,17 @@ def table(runs: Sequence[RunStatus], *, now: float) -> str:
     """The runs as text, one line each; what is wrong with those that do not run follows."""
     header = ("run", "state", "step", "loss", "evaluation", "steps/s", "age", "checkpoints")
     lines = [header, *(_cells(run, now) for run in runs)]
+    lines = [tuple(map(printable, line)) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    notes = [f"{run.name}: {run.why}" for run in runs if run.state in (State.STOPPED, State.FAILED)]
+    notes = [
+        f"{printable(run.name)}: {printable_lines(run.why)}"
+        for run in runs
+        if run.state in (State.STOPPED, State.FAILED)
+    ]
     return "\n".join([*text, *([""] if notes else []), *notes]) + "\n"
 
 
