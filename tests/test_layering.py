@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "upcycle_jax"
 
 ROOMS = (
-    ("printing", "types", "axes", "trees"),
+    ("printing", "types", "axes", "trees", "leases"),
     ("partitioning", "distributed"),
     ("distributed",),
     ("layers",),

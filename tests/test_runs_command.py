@@ -10,7 +10,7 @@ import pytest
 
 from upcycle_jax import runs
 from upcycle_jax.experiments import run_list
-from upcycle_jax.training import process_record
+from upcycle_jax.leases import process_record
 
 NOW = 1_800_000_000.0
 

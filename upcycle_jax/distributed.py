@@ -25,12 +25,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT_JOIN_SECONDS = 300
 DEFAULT_BARRIER_SECONDS = 600.0
@@ -427,6 +429,38 @@ def require_equal(
             f"{name} is not the same in all {count} processes; not as in process 0:"
             f" {_names(different)}. Start all with the same files, flags and code"
         )
+
+
+def first_decides(
+    name: str, action: Callable[[], T], *, timeout_seconds: float = DEFAULT_BARRIER_SECONDS
+) -> T | None:
+    """Runs `action` in process 0 and returns its value there, None in the others, when it is done.
+
+    Raises:
+      ValueError: what it raised in process 0, in all of them.
+      TimeoutError: process 0 did not get that far in time.
+    """
+    client, count = _state().client, _state().num_processes
+    if client is None or count == 1:
+        return action()
+    key = f"{_next_key('decision', name)}/outcome"
+    if _state().process_id == 0:
+        try:
+            value = action()
+        except ValueError as error:
+            client.key_value_set(key, f"no {error}")
+            raise
+        client.key_value_set(key, "yes")
+        return value
+    try:
+        outcome = client.blocking_key_value_get(key, int(timeout_seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(
+            f"{name}: process 0 said nothing within {timeout_seconds:g} s; see its log"
+        ) from error
+    if outcome != "yes":
+        raise ValueError(outcome.removeprefix("no "))
+    return None
 
 
 def _next_key(kind: str, name: str) -> str:

@@ -7,7 +7,8 @@ Examples:
         --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" --gin.MODEL_DIR="'/tmp/tiny'" \\
         --gin.TRAIN_STEPS=200 --gin.BATCH_SIZE=8
 
-Started again, the command goes on from the latest checkpoint in MODEL_DIR. SIGTERM and SIGINT save
+Started again, the command goes on from the latest checkpoint in MODEL_DIR; while another training
+is at work there it is refused, with exit code 2. SIGTERM and SIGINT save
 a checkpoint after the current step and end the run with exit code 0, or with the code in the
 environment variable UPCYCLE_JAX_INTERRUPTED_CODE, from which launchers and schedulers see that the
 run wants to be started again. --dry_run prints what the run would do and writes nothing.

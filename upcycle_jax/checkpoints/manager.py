@@ -295,6 +295,10 @@ class CheckpointManager:
         """Returns when the save under way is complete; raises what it raised."""
         self._manager.wait_until_finished()
 
+    def check(self) -> None:
+        """Raises what a save in the background has failed with, if one has; waits for nothing."""
+        self._manager.check_for_errors()
+
     def close(self) -> None:
         """Waits for the save under way and frees the background threads."""
         self._manager.close()

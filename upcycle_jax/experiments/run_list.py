@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from upcycle_jax.experiments.results import MANIFEST, METRICS, read_rows
+from upcycle_jax.leases.process_record import is_alive
 from upcycle_jax.printing import printable, printable_lines
-from upcycle_jax.training.process_record import is_alive
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 NOT_ENTERED = re.compile(

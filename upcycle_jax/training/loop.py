@@ -1,5 +1,6 @@
 """Training from the first check to the last checkpoint."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,9 +15,19 @@ from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.surgery.recipe_json import to_json
-from upcycle_jax.training import batches, description, manifest, prepare, restore
+from upcycle_jax.training import (
+    batches,
+    description,
+    full_disk,
+    holding,
+    manifest,
+    prepare,
+    restore,
+    set_aside,
+)
 from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.evaluation import Evaluator
+from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.interrupts import StopRequest
 from upcycle_jax.training.metric_writers import MetricWriter, duration, progress_line
 from upcycle_jax.training.mfu import Utilisation
@@ -105,9 +116,11 @@ def train(
 
     Raises:
       FileNotFoundError: the checkpoint to start from does not exist.
-      ValueError: the configuration cannot run; nothing was written. `NonFiniteLossError`: the loss
-        became NaN. `LossSpikeError`: it rose far above those before it, and the trainer says to
-        stop then.
+      ValueError: the configuration cannot run; nothing was written. `InUseError`: another training
+        is at work in MODEL_DIR; `LeaseLostError`: another one has taken it over. `DiskFullError`:
+        a checkpoint, metrics or the manifest did not fit; the same call goes on where there is
+        room. `NonFiniteLossError`: the loss became NaN. `LossSpikeError`: it rose far above those
+        before it, and the trainer says to stop then.
     """
     if stats_period is None:
         stats_period = min(DEFAULT_STATS_PERIOD, eval_period or DEFAULT_STATS_PERIOD)
@@ -131,17 +144,33 @@ def train(
     if dry_run:
         print(description.describe(run))
         return TrainResult(step=run.source.step, start=str(run.source.start))
-    _log.info("%s", description.describe(run, plan_rows=0))
     if run.source.step >= total_steps:
-        _log.info(
-            "%s is at step %d of %d already: nothing to do", model_dir, run.source.step, total_steps
-        )
-        return TrainResult(step=run.source.step, start=str(run.source.start))
-    with StopRequest() as stop:
-        return _run(run, files or {}, stop)
+        return _nothing_to_do(run)
+    kept = "Finished checkpoints are whole"
+    with (
+        full_disk.explained(f"MODEL_DIR {model_dir}", kept=kept),
+        holding.hold_model_dir(settings.model_dir) as hold,
+    ):
+        run = prepare.looked_at_again(run)  # Another run may have gone on until now.
+        if run.source.step >= total_steps:
+            return _nothing_to_do(run)
+        _log.info("%s", description.describe(run, plan_rows=0))
+        with StopRequest() as stop:
+            return _run(run, files or {}, stop, hold)
 
 
-def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> TrainResult:
+def _nothing_to_do(run: PreparedRun) -> TrainResult:
+    settings, step = run.settings, run.source.step
+    _log.info(
+        "%s is at step %d of %d already: nothing to do",
+        settings.model_dir,
+        step,
+        settings.total_steps,
+    )
+    return TrainResult(step=step, start=str(run.source.start))
+
+
+def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest, hold: Hold) -> TrainResult:
     """Opens data, MODEL_DIR and state, in that order: data that cannot be read leaves no trace in
     MODEL_DIR.
     """
@@ -164,30 +193,36 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest) -> Train
     prepare.make_model_dir(
         settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0
     )
-    with Saver(settings.model_dir, settings.checkpoint_cfg.save) as saver:
-        state, source = _load(run, saver)
-        restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
-        run = dataclasses.replace(run, source=source)
-        _write_start(run, cost, files, iterator.fingerprint())
-        loop = _Loop(run, state, iterator, eval_tasks, saver, cost)
-        del state  # the loop donates it
-        failed = True
-        try:
-            result = loop.run(stop)
-            failed = False
-        except BaseException as error:
-            manifest.update(
-                settings.model_dir,
-                status="failed",
-                step=loop.step,
-                error=f"{type(error).__name__}: {error}"[:2000],
+    loop: _Loop | None = None
+    try:
+        with Saver(settings.model_dir, settings.checkpoint_cfg.save, hold) as saver:
+            state, source = _load(run, saver)
+            restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
+            run = dataclasses.replace(run, source=source)
+            set_aside.set_aside(
+                settings.model_dir, step=source.step, fresh=source.start != Start.RESUME
             )
-            raise
-        finally:
-            loop.close(failed=failed)
-    status = f"interrupted by {result.interrupted}" if result.interrupted else "finished"
-    manifest.update(settings.model_dir, status=status, step=result.step)
+            _write_start(run, cost, files, iterator.fingerprint())
+            loop = _Loop(run, state, iterator, eval_tasks, saver, cost, hold)
+            del state  # the loop donates it
+            result = loop.run(stop)
+        hold.require(look=True)
+        status = f"interrupted by {result.interrupted}" if result.interrupted else "finished"
+        manifest.update(settings.model_dir, status=status, step=result.step)
+    except BaseException as error:
+        if loop is not None:
+            with contextlib.suppress(OSError):  # The disk may be full, which `error` says.
+                loop.close(failed=True)
+                if not hold.is_lost:
+                    _write_failure(settings.model_dir, loop.step, error)
+        raise
+    loop.close(failed=False)
     return result
+
+
+def _write_failure(model_dir: epath.Path, step: int, error: BaseException) -> None:
+    text = f"{type(error).__name__}: {error}"[:2000]
+    manifest.update(model_dir, status="failed", step=step, error=text)
 
 
 def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
@@ -270,7 +305,7 @@ def _write_start(
         "devices": manifest.devices(settings.partitioner.mesh),
         "config_sha256": {name: manifest.digest(text) for name, text in files.items()},
     }
-    previous = manifest.read(folder)
+    previous = manifest.read(folder) if source.start == Start.RESUME else {}
     if previous.get("data") and not _same_data(previous["data"], data_fingerprint):
         _log.warning(
             "THE TRAINING DATA IS NOT WHAT IT WAS when %s was written: the manifest has the new"
@@ -302,6 +337,7 @@ class _Loop:
         eval_tasks: Mapping[str, Any],
         saver: Saver,
         cost: description.Costs,
+        hold: Hold,
     ):
         settings = run.settings
         self._run, self._settings, self._saver, self._iterator, self._eval_tasks = (
@@ -311,6 +347,7 @@ class _Loop:
             iterator,
             eval_tasks,
         )
+        self._hold = hold
         self._state = state
         self.step = run.source.step
         self._watch = LossWatch(
@@ -357,6 +394,8 @@ class _Loop:
             )
             self._state, output = train_step(self._state, on_device, *self._loss_limit())
             self.step += 1
+            self._hold.require()
+            self._saver.check()
             self._window.add(output.metrics)
             self._watch.add(
                 self.step,
@@ -455,6 +494,7 @@ class _Loop:
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         """Metrics of one kind ('train', 'training_eval/<task>') at this step, from process 0."""
         if jax.process_index() == 0:
+            self._hold.require()
             self._writer(name).write(self.step, values)
             if self._tracker is not None:
                 self._tracker.write(self.step, name, values)

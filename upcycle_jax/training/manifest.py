@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from upcycle_jax.training.process_record import this_process
+from upcycle_jax.leases.process_record import this_process
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = (
@@ -66,14 +66,17 @@ def read(model_dir: epath.PathLike) -> dict[str, Any]:
     """The manifest of a MODEL_DIR; empty where there is none.
 
     Raises:
-      ValueError: it is no JSON.
+      ValueError: it is no JSON object.
     """
     path = epath.Path(model_dir) / MANIFEST_FILE
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is expected, not {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError too
         raise ValueError(
             f"{path} is damaged ({error}): remove it if {model_dir} belongs to this run"
         ) from None

@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run, checked before it computes or writes anything."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY
 from upcycle_jax.models import accounting
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe import capacity
@@ -101,6 +103,22 @@ def prepare(settings: Settings) -> PreparedRun:
     check_steps(settings, source)
     expert_slots.warn_of_scaled_gradients(source, optimizer, param_specs)
     return PreparedRun(settings, specs, source, train_layout, eval_layout)
+
+
+def looked_at_again(run: PreparedRun) -> PreparedRun:
+    """The run as MODEL_DIR stands now that nobody else writes to it: a training that ended in the
+    meantime may have left it to another model, or gone on.
+
+    Raises:
+      ValueError: as `prepare`.
+    """
+    settings = run.settings
+    restore.check_owner(settings.model_dir, run.specs)
+    if run.source.start != Start.RESUME and not restore.finished_steps(settings.model_dir):
+        return run
+    source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, run.specs)
+    check_steps(settings, source)
+    return dataclasses.replace(run, source=source)
 
 
 def _check_numbers(settings: Settings) -> None:
@@ -237,7 +255,7 @@ def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:
             f"MODEL_DIR {model_dir} cannot be written to ({existing} {why}): choose another folder"
             " or free it"
         )
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + _bytes_of_cut_short_saves(folder)
     if free < checkpoint_bytes:
         raise ValueError(
             f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes"
@@ -248,6 +266,19 @@ def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:
         f"{model_dir} can be written to; {free / 2**30:.1f} GiB free, one checkpoint takes"
         f" {checkpoint_bytes / 2**30:.1f}"
     )
+
+
+def _bytes_of_cut_short_saves(folder: pathlib.Path) -> int:
+    """What the next start frees by removing them: a disk that filled during a save is full of
+    one.
+    """
+    total = 0
+    for cut_short in folder.glob(f"checkpoint_*{ORBAX_TEMPORARY}*"):
+        for place, _, files in os.walk(cut_short):
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # a run that lives finishes its save
+                    total += os.lstat(os.path.join(place, file)).st_size
+    return total
 
 
 def make_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> None:

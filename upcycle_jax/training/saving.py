@@ -11,6 +11,7 @@ from etils import epath
 
 from upcycle_jax.checkpoints import CheckpointManager
 from upcycle_jax.training.config import SaveCheckpointConfig
+from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.metric_writers import duration
 from upcycle_jax.training.train_state import TrainState
 
@@ -18,10 +19,16 @@ _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves checkpoints in MODEL_DIR, or does nothing where saving is off."""
+    """Saves checkpoints in MODEL_DIR, or does nothing where saving is off.
 
-    def __init__(self, model_dir: epath.Path, config: SaveCheckpointConfig | None):
-        self._model_dir, self._config = model_dir, config
+    Args:
+      model_dir: the run's folder.
+      config: when to save and what to keep.
+      hold: the right to write there, looked at before each save.
+    """
+
+    def __init__(self, model_dir: epath.Path, config: SaveCheckpointConfig | None, hold: Hold):
+        self._model_dir, self._config, self._hold = model_dir, config, hold
         self.manager: CheckpointManager
         self.last_step: int | None = None
 
@@ -30,7 +37,17 @@ class Saver:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.manager.close()
+        try:
+            self.manager.close()
+        except Exception:
+            # What stopped the run is the error to show: a new holder may have removed the save.
+            if exception[0] is None:
+                raise
+            _log.warning("the save under way did not end well", exc_info=self._hold.is_lost)
+
+    def check(self) -> None:
+        """Raises what a save in the background has failed with."""
+        self.manager.check()
 
     def reopen(self) -> None:
         """Opens the manager, anew where checkpoints were moved behind its back."""
@@ -51,6 +68,7 @@ class Saver:
         """Starts a save; the state may be donated when this returns."""
         if self._config is None or self.last_step == step:
             return
+        self._hold.require(look=True)
         dataset = iterator if self._config.save_dataset else None
         started = time.monotonic()
         self.manager.save(
