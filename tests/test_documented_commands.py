@@ -80,7 +80,7 @@ def test_an_example_is_a_command(name, words, monkeypatch):
     def run(command_name, argv, *, description, extra=None, **_):
         parsed = flags.parse(command_name, argv, description=description, extra=extra)
         loaded = config.load(parsed.gin_file, parsed.gin_bindings, parsed.gin_search_paths)
-        if name in BUILDS:
+        if name in BUILDS and not getattr(parsed.extra, "path", None):  # `verify PATH` has it all.
             assert check.missing(loaded.bindings, Reference((), BUILDS[name], call=True)) == []
         reached.append(command_name)
         return 0

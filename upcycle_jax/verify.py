@@ -1,16 +1,21 @@
 """Checks a converted checkpoint against its source: every leaf from disk, then both models on the
 same tokens.
 
-Example:
+Examples:
 
+    python -m upcycle_jax.verify /data/sparse/checkpoint_1000000
     python -m upcycle_jax.verify --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin --gin_file=gin_configs/runs/upcycle.gin \\
         --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
 
-Takes the bindings of `upcycle`. The recipe is the one that the result records, or the configured
-one where it records none. Exit status: 0 when the proof holds, 1 when it does not, 2 when it could
-not be tried.
+A path alone is enough: the checkpoint records its source, recipe and model. Where the source is
+gone, the result is proved against the checksums that were recorded at the conversion. With gin
+files, the bindings of `upcycle` apply; the recipe is the recorded one also then, and a configured
+one that differs is named. What is not as it was is told by side: source, result or record. Exit
+status: 0 when the proof holds, 1 when it does not, 2 when it could not be tried.
 """
 
+import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -20,16 +25,20 @@ from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
+    from upcycle_jax.checkpoints import CheckpointReader
     from upcycle_jax.config import Config
+    from upcycle_jax.models.api import EncoderDecoderModel
     from upcycle_jax.surgery.proof import Proof
+    from upcycle_jax.surgery.recorded import Recorded
+    from upcycle_jax.surgery.sources import Reader
 
 PathOrPaths = str | Sequence[str]
 
 
 def verify(
     *,
-    initial_checkpoint_path: PathOrPaths,
     output_checkpoint_path: str,
+    initial_checkpoint_path: PathOrPaths | None = None,
     model: Any = None,
     moe: Any = None,
     optimizer: Any = None,
@@ -43,9 +52,10 @@ def verify(
     """Proves a result.
 
     Args:
-      initial_checkpoint_path: the source; a list for several dense parents.
       output_checkpoint_path: the result.
-      model: the target model; None: the source's T5 shape with `moe`.
+      initial_checkpoint_path: the source; a list for several dense parents; None: what the result
+        records, and its recorded checksums where that is gone.
+      model: the target model; None: the recorded one, or the source's T5 shape with `moe`.
       moe: MoE layers of an inferred model; None: the paper's.
       optimizer: whose state the result should hold; None: the state that it holds is taken as it
         is, its slots zero or carried over.
@@ -58,53 +68,140 @@ def verify(
 
     Raises:
       FileNotFoundError: a checkpoint is not there.
-      ValueError: the source does not fit the target.
+      ValueError: the source does not fit the target, or nothing is recorded that would be needed.
     """
     from upcycle_jax import surgery
     from upcycle_jax.checkpoints import open_checkpoint
-    from upcycle_jax.surgery import conversion, infer
+    from upcycle_jax.surgery import conversion, recorded
     from upcycle_jax.training.train_state import STEP, TARGET, state_specs
-    from upcycle_jax.upcycle import first_batch, inferred_model
+    from upcycle_jax.upcycle import first_batch
 
-    source, target = (
-        conversion.open_sources(initial_checkpoint_path),
-        open_checkpoint(output_checkpoint_path),
-    )
-    recipe = conversion.recorded_recipe(target) or recipe or surgery.Recipe()
-    model = model if model is not None else inferred_model(infer, source, moe)
-    found = target.specs()
-    if optimizer is not None:
+    target = open_checkpoint(output_checkpoint_path)
+    found, record = target.specs(), recorded.read_recorded(target)
+    source, unreadable = _source(initial_checkpoint_path, record, target)
+    if record.recipe is not None and recipe is not None:
+        for line in conversion.differences(recipe, record.recipe):
+            report(f"note: the configured recipe is not the recorded one, which is used: {line}")
+    model = _model(model, moe, source, record, report)
+    if model is not None and optimizer is not None:
         specs = state_specs(model, optimizer)
-    else:
+    elif model is not None:
         specs = {f"{TARGET}{path}": spec for path, spec in model.param_specs().items()}
         specs |= {path: spec for path, spec in found.items() if not path.startswith(TARGET)}
+    else:
+        specs = dict(found)
     if STEP not in specs and STEP in found:
         specs[STEP] = found[STEP]
-    plan = surgery.make_plan(source.specs(), specs, recipe)
+    from_record = initial_checkpoint_path is None and record.specs
+    plan = surgery.make_plan(
+        record.specs if from_record or source is None else source.specs(),
+        specs,
+        record.recipe or recipe or surgery.Recipe(),
+    )
+    known = model is not None and function_check != "off" and source is not None
     proof = conversion.verify(
         plan,
         source,
         target,
         model=model,
+        recorded=record,
         check=function_check,
         max_memory=max_memory,
-        tokens=first_batch(function_check_dataset if function_check != "off" else None, model),
+        tokens=first_batch(function_check_dataset if known else None, model),
+        source_damage=unreadable,
         report=report,
     )
     if proof_directory is not None:
+        for leaf in proof.leaves:  # What was recorded first stays recorded.
+            leaf.checksum = record.results.get(leaf.path, leaf.checksum)
+        proof.context["files"] = record.files or recorded.small_files(target)
         proof.write(proof_directory)
     return proof
 
 
+def _source(
+    path: "PathOrPaths | None", record: "Recorded", target: "CheckpointReader"
+) -> "tuple[Reader | None, list[str]]":
+    """The source, or None where the recorded one is gone or cannot be opened; and why it cannot."""
+    from upcycle_jax.surgery import conversion
+
+    alone = f"python -m upcycle_jax.verify {target.path}"
+    if path is not None:
+        try:
+            return conversion.open_sources(path), []
+        except FileNotFoundError as error:
+            if record.checksums:
+                error.add_note(f"without its source, the result is proved by: {alone}")
+            raise
+    problems = "".join(f"; {problem}" for problem in record.problems)
+    if not record.sources:
+        raise ValueError(
+            f"{target.path} does not record what it was made from{problems}: name the source, with"
+            " --gin_file=runs/upcycle.gin, INITIAL_CHECKPOINT_PATH and OUTPUT_CHECKPOINT_PATH"
+        )
+    try:
+        source = conversion.open_sources(record.sources)
+        source.specs()
+        return source, []
+    except FileNotFoundError as error:
+        gone: list[str] = []
+        why: Exception = error
+    except (ValueError, KeyError, OSError) as error:
+        gone, why = [f"cannot be opened: {error.args[0] if error.args else error}"], error
+    if not record.checksums:
+        raise ValueError(
+            f"{why}; and {target.path} records no checksums, so it cannot be proved without its"
+            f" source{problems}"
+        ) from None
+    return None, gone
+
+
+def _model(
+    model: Any, moe: Any, source: "Reader | None", record: "Recorded", report: Any
+) -> "EncoderDecoderModel | None":
+    """The result's model: as configured, as recorded, or as the source's leaves imply."""
+    from upcycle_jax.surgery import infer
+    from upcycle_jax.surgery.model_record import model_from_json, model_to_json
+    from upcycle_jax.upcycle import inferred_model
+
+    if model is not None:
+        if record.model is not None and record.model != json.loads(
+            json.dumps(model_to_json(model))
+        ):
+            report("note: the configured model is not the recorded one; the configured one is used")
+        return model
+    if moe is None and record.model is not None:
+        try:
+            return model_from_json(record.model)
+        except ValueError as error:
+            report(f"note: {error}")
+            return None
+    if source is None or (moe is None and record.specs):
+        return None
+    return inferred_model(infer, source, moe)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's own words."""
+    parser.add_argument(
+        "path",
+        nargs="?",
+        help="a converted checkpoint, instead of OUTPUT_CHECKPOINT_PATH: its source, recipe and"
+        " model are those that it records, unless bindings say otherwise",
+    )
+
+
 def _run(flags: Flags, loaded: "Config") -> int:
     given = {"model": loaded.macro("MODEL")} if loaded.has_macro("MODEL") else {}
+    if flags.extra.path is not None:
+        given["output_checkpoint_path"] = flags.extra.path
     return 0 if loaded.build("verify", **given)().ok else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return command.run("verify", argv, description=__doc__ or "", body=_run)
+    return command.run("verify", argv, description=__doc__ or "", body=_run, extra=add_flags)
 
 
 if __name__ == "__main__":

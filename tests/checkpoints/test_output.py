@@ -166,7 +166,7 @@ def test_tries_that_fail_do_not_pile_up_on_the_disk(tmp_path):
         writer.close()
         files = [p for p in (tmp_path / "out.partial").rglob("*") if p.is_file()]
         sizes.append(sum(path.stat().st_size for path in files))
-    assert max(sizes) < sizes[0] + 20_000
+    assert max(sizes) < 2 * sizes[0] < 6 * 3 * 64 * 64 * 4  # Of all that was ever written.
     with begin(tmp_path / "out") as writer:
         writer.write("target/w", None, np.ones((64, 64), np.float32))
         writer.write("target/v", None, np.ones((64, 64), np.float32))

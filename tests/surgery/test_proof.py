@@ -7,7 +7,7 @@ import pytest
 
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
-from upcycle_jax.surgery import proof as proof_lib
+from upcycle_jax.surgery import leaf_check
 from upcycle_jax.surgery.values import RowValues, regions_of
 from upcycle_jax.trees import LeafSpec
 
@@ -218,5 +218,5 @@ def test_a_chunk_that_is_gone_from_the_disk(small, tmp_path):
 
 def test_ulps_count_representable_numbers():
     one = np.float32([1.0, -1.0, 0.0])
-    assert proof_lib._ulps(one, np.nextafter(one, np.float32(2))) == 1
-    assert proof_lib._ulps(np.float32([1e-45]), np.float32([-1e-45])) == 2
+    assert leaf_check.ulps_between(one, np.nextafter(one, np.float32(2))) == 1
+    assert leaf_check.ulps_between(np.float32([1e-45]), np.float32([-1e-45])) == 2

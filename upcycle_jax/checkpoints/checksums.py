@@ -94,6 +94,23 @@ class Accumulator:
             self._add(slab, first + offset)
         self._elements += block.size
 
+    def merge(self, other: "Accumulator") -> None:
+        """Takes in the parts that another accumulator of the same array has, e.g. one of another
+        thread: an accumulator must not be added to by two at a time.
+
+        Raises:
+          ValueError: the other one is of another shape or dtype.
+        """
+        if (other._shape, other._dtype) != (self._shape, self._dtype):
+            raise ValueError(
+                f"{other._dtype.name}{list(other._shape)} is not {self._dtype.name}"
+                f"{list(self._shape)}"
+            )
+        self._lanes = [
+            mine + theirs for mine, theirs in zip(self._lanes, other._lanes, strict=True)
+        ]
+        self._elements += other._elements
+
     def text(self) -> str:
         """The checksum of the whole array.
 

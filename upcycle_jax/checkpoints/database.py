@@ -1,6 +1,10 @@
-"""Which files of an OCDBT database its current version needs."""
+"""Which files of an OCDBT database its current version needs, and where its values lie."""
 
+import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 
@@ -10,25 +14,75 @@ MANIFEST = "manifest.ocdbt"
 DATA_FOLDERS = ("d", "ocdbt_data", "ocdbt_meta")
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredValue:
+    """Where a database keeps one value.
+
+    Attributes:
+      file: the data file, relative to the database's folder; '' where the index itself has it.
+      offset: its first byte in the file.
+      length: number of bytes.
+      inline: the value itself, where the index has it.
+    """
+
+    file: str
+    offset: int
+    length: int
+    inline: bytes | None = None
+
+
 def data_files(folder: Path, context: ts.Context) -> set[str]:
     """Every data file that the current version of the database in `folder` refers to, relative to
     it.
     """
+    files = set()
+    for _, entry in _entries(folder, context):
+        for location in ("location", "indirect_value"):
+            if location in entry:
+                files.add(_file_of(entry[location]))
+    return files
+
+
+def stored_values(folder: Path, context: ts.Context) -> dict[str, StoredValue]:
+    """Where the current version of the database in `folder` keeps the value of every key.
+
+    Only the index is read.
+
+    Raises:
+      ValueError: the index cannot be read, or names files outside of `folder`.
+    """
+    values = {}
+    for key, entry in _entries(folder, context):
+        if "inline_value" in entry:
+            values[key] = StoredValue("", 0, len(entry["inline_value"]), entry["inline_value"])
+        elif "indirect_value" in entry:
+            file, (offset, length) = _file_of(entry["indirect_value"]), _span(entry)
+            if os.path.isabs(file) or ".." in file.split("/"):
+                raise ValueError(f"{folder}: the index names the file {file!r} outside of it")
+            values[key] = StoredValue(file, offset, length)
+    return values
+
+
+def _entries(folder: Path, context: ts.Context) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All entries of the index, with their keys: nodes (which have a `location`) before what is in
+    them.
+    """
     base = ts.KvStore.open(storage.file_spec(folder), context=context).result()
     manifest = ts.ocdbt.dump(base, context=context).result()
-    files = {_file_of(node["location"]) for node in manifest.get("version_tree_nodes", [])}
-    todo = [manifest["versions"][-1]["root"]["location"]]
+    yield from (("", node) for node in manifest.get("version_tree_nodes", []))
+    root = manifest["versions"][-1]["root"]
+    if "location" not in root:
+        return  # An empty database.
+    yield "", root
+    todo = [(root["location"], b"")]
     while todo:
-        location = todo.pop()
-        files.add(_file_of(location))
-        for entry in (
-            ts.ocdbt.dump(base, node=location, context=context).result().get("entries", [])
-        ):
+        location, prefix = todo.pop()
+        node = ts.ocdbt.dump(base, node=location, context=context).result()
+        for entry in node.get("entries", []):
+            yield (prefix + entry["key"]).decode(errors="replace"), entry
             if "location" in entry:
-                todo.append(entry["location"])
-            elif "indirect_value" in entry:
-                files.add(_file_of(entry["indirect_value"]))
-    return files
+                # The keys in a node lack what they all begin with.
+                todo.append((entry["location"], prefix + entry.get("subtree_common_prefix", b"")))
 
 
 def drop_unused(folder: Path, context: ts.Context, *, keep_linked: bool = False) -> None:
@@ -62,3 +116,9 @@ def _file_of(location: str) -> str:
     """The path in a location such as `btreenode:<folder>:<file>:<offset>:<length>`."""
     _, folder, file, _, _ = location.split(":")
     return f"{folder}{file}"
+
+
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
+    """Offset and length of an entry's value."""
+    *_, offset, length = entry["indirect_value"].split(":")
+    return int(offset), int(length)

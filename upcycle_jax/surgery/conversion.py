@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.conversion import checkpoint_path
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.surgery import function_check
+from upcycle_jax.surgery.model_record import model_to_json
 from upcycle_jax.surgery.offline import (
     DEFAULT_MAX_MEMORY,
     apply_offline,
@@ -21,9 +23,16 @@ from upcycle_jax.surgery.offline import (
     shared_chunks,
 )
 from upcycle_jax.surgery.plan import is_expert, make_plan
-from upcycle_jax.surgery.proof import FILE_NAME, Proof, prove
+from upcycle_jax.surgery.proof import Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
-from upcycle_jax.surgery.recipe_json import from_json
+from upcycle_jax.surgery.recipe_json import to_json
+from upcycle_jax.surgery.recorded import (
+    PLAN_FILE,
+    PROOF_FILE,
+    Recorded,
+    read_recorded,
+    small_files,
+)
 from upcycle_jax.surgery.sources import Reader, join, source_paths
 from upcycle_jax.surgery.table import Plan
 from upcycle_jax.surgery.tokens import Tokens
@@ -31,7 +40,6 @@ from upcycle_jax.trees import LeafSpec
 
 Report = Callable[[str], None]
 
-PLAN_FILE = "plan.json"
 FUNCTION_CHECKS = ("auto", "on", "off")
 
 
@@ -139,6 +147,7 @@ def convert(
             output_path,
             max_memory=max_memory,
             materialize=materialize,
+            metadata={"model": model_to_json(model)},
             progress=report,
         )
     proof = verify(
@@ -152,6 +161,7 @@ def convert(
         report=report,
     )
     (Path(path) / PLAN_FILE).write_text(json.dumps(plan.json(), indent=1) + "\n")
+    proof.context["files"] = small_files(open_checkpoint(path))
     proof.write(path)
     report(f"{path} is written, with {PLAN_FILE} and proof.json")
     return Conversion(plan, path, proof)
@@ -161,42 +171,60 @@ def is_unproved_result(plan: Plan, source: Reader, output_path: str | os.PathLik
     """Whether a finished result of this very conversion lies at `output_path` without its proof:
     the command was killed in between.
     """
-    if not Path(output_path).is_dir() or (Path(output_path) / FILE_NAME).exists():
+    if not Path(output_path).is_dir() or (Path(output_path) / PROOF_FILE).exists():
         return False
     try:
         found = open_checkpoint(output_path).metadata()
     except (ValueError, FileNotFoundError):
         return False
-    return found.get("surgery") == json.loads(json.dumps(record(plan, source)["surgery"]))
+    surgery = dict(found.get("surgery", {}))
+    surgery.pop("leaves", None)  # Known only when everything is written.
+    return surgery == json.loads(json.dumps(record(plan, source)["surgery"]))
 
 
 def verify(
     plan: Plan,
-    source: Reader,
+    source: Reader | None,
     target: Reader,
     *,
-    model: EncoderDecoderModel,
+    model: EncoderDecoderModel | None,
+    recorded: Recorded | None = None,
     check: str = "auto",
     max_memory: int = DEFAULT_MAX_MEMORY,
     tokens: Tokens | None = None,
+    source_damage: Sequence[str] = (),
     report: Report = print,
 ) -> Proof:
     """Proves a result from disk and, where it applies, compares the two models on tokens; reports
     the verdict.
+
+    Args:
+      plan: what should have been done.
+      source: None: it is gone, and the result is proved against the recorded checksums.
+      target: the result.
+      model: the result's model; None: it is not known, and functions are not compared.
+      recorded: what the result records about its making; None: it is read from there.
+      check: see `convert`.
+      max_memory: see `convert`.
+      tokens: see `convert`.
+      source_damage: why the source cannot be opened, where it is there.
+      report: is given every line for people.
     """
-    proof = prove(plan, source, target, progress=report)
-    recorded = target.metadata().get("surgery", {}).get("source_fingerprint")
-    if recorded is not None and recorded != source.fingerprint():
+    recorded = recorded if recorded is not None else read_recorded(target)
+    proof = prove(plan, source, target, recorded=recorded, progress=report)
+    proof.damage["source"] = [*source_damage, *proof.damage["source"]]
+    if source is not None and recorded.fingerprint not in ("", source.fingerprint()):
         report(
             f"note: the result records another source than {getattr(source, 'path', '')}, or that"
             " one has changed since"
         )
-    reason = why_no_function_check(plan, model, check, max_memory)
-    if reason:
+    if source is None:
+        report("function check: skipped, the source is gone")
+    elif model is None:
+        report("function check: skipped, the result records no model: name a model file")
+    elif reason := why_no_function_check(plan, model, check, max_memory):
         report(f"function check: skipped, {reason}")
-    elif not proof.leaves_ok and (
-        proof.missing or not all(leaf.ok or leaf.identical or leaf.drawn for leaf in proof.leaves)
-    ):
+    elif not proof.readable:
         report("function check: skipped, leaves are missing or cannot be read")
     else:
         tokens = tokens if tokens is not None else Tokens.random(model.config.vocab_size)
@@ -247,14 +275,24 @@ def why_no_function_check(
     return ""
 
 
-def recorded_recipe(target: Reader) -> Recipe | MergeRecipe | None:
-    """The recipe that a converted checkpoint records; None where it records none.
+def differences(recipe: Recipe | MergeRecipe, recorded: Recipe | MergeRecipe) -> list[str]:
+    """Where a configured recipe differs from the recorded one, a line for each setting."""
+    now, then = (json.loads(json.dumps(to_json(one))) for one in (recipe, recorded))
+    if isinstance(recipe, MergeRecipe) and not recipe.weights:
+        then.pop("weights", None)  # Measured at the conversion.
+    return [
+        f"{name} is {_short(now.get(name))}, recorded {_short(then[name])}"
+        for name in then
+        if now.get(name) != then[name]
+    ]
 
-    Raises:
-      ValueError: it was written by a version with other recipes.
-    """
-    record = target.metadata().get("surgery", {}).get("recipe")
-    return None if record is None else from_json(record)
+
+def _short(value: Any) -> str:
+    """A setting for people: a part of a recipe with its own settings."""
+    if isinstance(value, dict) and "type" in value:
+        inner = ", ".join(f"{k}={v!r}" for k, v in value.items() if k != "type")
+        return f"{value['type']}({inner})"
+    return repr(value)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -3,8 +3,7 @@
 import dataclasses
 import os
 import platform
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,15 +12,16 @@ import numpy as np
 import upcycle_jax
 from upcycle_jax.checkpoints import CheckpointWriter, create_checkpoint, tiling
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, leaf_sums
 from upcycle_jax.surgery.operations import Copy, Tile, Zeros
+from upcycle_jax.surgery.progress import Meter, Progress, threads
 from upcycle_jax.surgery.recipe_json import to_json
-from upcycle_jax.surgery.sources import Reader
-from upcycle_jax.surgery.table import STEP, Plan, Row, size
+from upcycle_jax.surgery.recorded import sealed, source_leaves
+from upcycle_jax.surgery.sources import Reader, source_paths
+from upcycle_jax.surgery.table import STEP, Plan, Row
 from upcycle_jax.surgery.values import RowValues
 
 DEFAULT_MAX_MEMORY = 2 << 30
-
-Progress = Callable[[str], None]
 
 
 def result_step(plan: Plan, reader: Reader) -> int:
@@ -47,6 +47,7 @@ def record(plan: Plan, reader: Reader) -> dict[str, Any]:
             "recipe": to_json(plan.recipe),
             "seed": plan.recipe.seed,
             "source": str(getattr(reader, "path", "")),
+            "sources": source_paths(reader),
             "source_format": str(getattr(reader, "format", "")),
             "source_step": int(reader.step),
             "source_fingerprint": reader.fingerprint(),
@@ -58,6 +59,11 @@ def record(plan: Plan, reader: Reader) -> dict[str, Any]:
             },
         }
     }
+
+
+def used_leaves(plan: Plan) -> set[str]:
+    """The distinct source leaves that go into a result."""
+    return {name for row in plan.rows for name in row.sources}
 
 
 def apply_offline(
@@ -75,7 +81,9 @@ def apply_offline(
 
     Leaves that only move bytes out of an Orbax checkpoint are not decoded: where the file system
     and the library allow it (this is tried, at a small scale), all experts refer to the one stored
-    copy of a dense chunk, and otherwise encoded chunks are copied as they are.
+    copy of a dense chunk, and otherwise encoded chunks are copied as they are. In the end every
+    source leaf that is used is read once for its checksum, which the result records: damage in
+    chunks that both share would otherwise change both sides alike.
 
     Nothing stands at `output_path` before everything is written; a call that was killed is finished
     by the same call, and what it had written already is not written again.
@@ -97,7 +105,7 @@ def apply_offline(
     Raises:
       FileExistsError: there is something at `output_path`.
       ValueError: a partial checkpoint of another plan lies there; `max_memory` is too small to work
-        with.
+        with; a source leaf cannot be read.
       OSError: the disk is full or cannot be written. What was written is kept for the next call.
     """
     if max_memory < 16 << 20:
@@ -108,11 +116,12 @@ def apply_offline(
     shared = shared_chunks(plan, reader, output_path, materialize=materialize)
     if progress is not None:
         progress(shared.reason)
+    begun = {**record(plan, reader), **(metadata or {})}
     writer = create_checkpoint(
         output_path,
         plan.specs(),
         step=result_step(plan, reader),
-        metadata={**record(plan, reader), **(metadata or {})},
+        metadata=begun,
         layouts=(
             tiling.copied_layouts(reader, shared.references, plan.specs())
             if isinstance(reader, OrbaxReader)
@@ -128,7 +137,7 @@ def apply_offline(
         made = [
             row for row in plan.rows if row.target != STEP and row.target not in shared.references
         ]  # The writer stores the step itself.
-        meter = _Meter(sum(row.bytes_written for row in made), progress)
+        meter = Meter(sum(row.bytes_written for row in made), progress)
         repeated = [
             row
             for row in made
@@ -141,8 +150,19 @@ def apply_offline(
         writer.flush()
         for row in repeated:
             _repeat_first_expert(row, writer, meter)
-        meter.finish()
-        return str(writer.finalize())
+        meter.finish("; reading the source once for its checksums")
+        sums = leaf_sums(
+            reader,
+            used_leaves(plan),
+            block_bytes=min(BLOCK_BYTES, max_memory // (4 * threads())),
+            progress=progress,
+        )
+        for name, found in sums.items():
+            if found.problem:
+                raise ValueError(f"source leaf {name} cannot be read: {found.problem}")
+        specs = reader.specs()
+        begun["surgery"]["leaves"] = source_leaves(specs, sums)
+        return str(writer.finalize(sealed(begun)))
     finally:
         writer.close()
 
@@ -199,7 +219,7 @@ def _offline_leaf(
     reader: Reader,
     seed: int,
     writer: CheckpointWriter,
-    meter: "_Meter",
+    meter: Meter,
     *,
     first_expert_only: bool,
 ) -> None:
@@ -217,7 +237,7 @@ def _offline_leaf(
         meter.add(int(np.prod(shape, dtype=np.int64)) * row.spec.dtype.itemsize, row.target)
 
 
-def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: "_Meter") -> None:
+def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: Meter) -> None:
     """Gives every other expert the encoded bytes of expert 0, which is on disk: each chunk is
     compressed once, not E times.
     """
@@ -239,29 +259,3 @@ def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: "_Meter") ->
             * row.spec.dtype.itemsize
         )
         meter.add(nbytes * (experts - 1), name)
-
-
-class _Meter:
-    """Says about every second how far the conversion is."""
-
-    def __init__(self, total: int, progress: Progress | None):
-        self.total, self.progress, self.done = max(total, 1), progress, 0
-        self.begun = self.said = time.monotonic()
-
-    def add(self, count: int, name: str) -> None:
-        self.done += count
-        now = time.monotonic()
-        if self.progress is not None and now - self.said >= 1:
-            self.said = now
-            rate = self.done / max(now - self.begun, 1e-9)
-            left = (self.total - self.done) / max(rate, 1)
-            self.progress(
-                f"{100 * self.done / self.total:5.1f}%  {size(self.done)} of {size(self.total)},"
-                f" {size(rate)}/s, {left:.0f} s left: {name}"
-            )
-
-    def finish(self) -> None:
-        if self.progress is not None:
-            self.progress(
-                f"written {size(self.done)} in {time.monotonic() - self.begun:.1f} s; finishing"
-            )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle_jax.surgery.recipe import PARTS
@@ -20,25 +20,33 @@ def to_json(recipe: Any) -> Any:
     return [to_json(item) for item in recipe] if isinstance(recipe, tuple | list) else recipe
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Any, parts: Sequence[type] = PARTS, what: str = "the recipe") -> Any:
     """The inverse of `to_json`.
 
+    Args:
+      value: plain JSON.
+      parts: the classes that it may be made of.
+      what: what it is, for messages.
+
     Raises:
-      ValueError: a class or field that this version does not know.
+      ValueError: a class or field that this version does not know, or values that one refuses.
     """
     if isinstance(value, list):
-        return tuple(from_json(item) for item in value)
+        return tuple(from_json(item, parts, what) for item in value)
     if not isinstance(value, dict):
         return value
-    fields = {name: from_json(item) for name, item in value.items() if name != "type"}
+    fields = {name: from_json(v, parts, what) for name, v in value.items() if name != "type"}
     if "type" not in value:
         return fields
-    known = {part.__name__: part for part in PARTS}
-    part = known.get(value["type"])
+    known = {part.__name__: part for part in parts}
+    part = known.get(str(value["type"]))
     unknown = set(fields) - {field.name for field in dataclasses.fields(part)} if part else ()
     if part is None or unknown:
         raise ValueError(
-            f"recipe part {value['type']!r} with fields {sorted(fields)} is not known here: it was"
+            f"{what}: part {value['type']!r} with fields {sorted(fields)} is not known here: it was"
             f" written by another version; known parts: {sorted(known)}"
         )
-    return typing.cast(Any, part)(**fields)
+    try:
+        return typing.cast(Any, part)(**fields)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from None

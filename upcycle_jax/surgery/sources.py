@@ -55,18 +55,19 @@ class JoinedReader:
             for name, spec in reader.specs().items()
         }
 
-    def _of(self, name: str) -> tuple[Reader, str]:
+    def origin(self, name: str) -> tuple[Reader, str]:
+        """The parent that has a leaf, and the leaf's name there."""
         parent, _, rest = name.partition("/")
         return self.readers[int(parent.removeprefix("parent_"))], rest
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """One leaf of one parent, or a part of it."""
-        reader, rest = self._of(name)
+        reader, rest = self.origin(name)
         return reader.read(rest, index)
 
     def read_sharded(self, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
         """One leaf of one parent as a global array."""
-        reader, rest = self._of(name)
+        reader, rest = self.origin(name)
         return reader.read_sharded(rest, sharding)
 
     def fingerprint(self) -> str:

@@ -1,0 +1,42 @@
+"""A model's configuration as JSON and back: what a converted checkpoint records, so that it can be
+proved without a model file.
+"""
+
+from typing import Any
+
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.moe import routing
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.surgery.recipe_json import from_json, to_json
+
+PARTS = (
+    T5Config,
+    MoeConfig,
+    routing.DroplessTopK,
+    routing.ExpertsChoose,
+    routing.HashTop1,
+    routing.LossFreeTopK,
+    routing.SigmoidTopK,
+    routing.SoftMoe,
+    routing.SwitchTop1,
+    routing.TokensChoose,
+)
+"""Every class that a recorded model is made of."""
+
+
+def model_to_json(model: EncoderDecoderModel) -> Any:
+    """The configuration of a model as plain JSON."""
+    return to_json(model.config)
+
+
+def model_from_json(value: Any) -> EncoderDecoderModel:
+    """The model of a recorded configuration, with the paper's loss.
+
+    Raises:
+      ValueError: it has parts or fields that this version does not know.
+    """
+    config = from_json(value, PARTS, "the recorded model")
+    if not isinstance(config, T5Config):
+        raise ValueError(f"the recorded model is {type(config).__name__}, no T5Config")
+    return EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
