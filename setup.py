@@ -105,6 +105,7 @@ setuptools.setup(
     packages=NAMES,
     package_dir=FOLDERS,
     package_data={
+        "upcycle_jax": ["py.typed"],
         "upcycle_jax.gin_configs": ["**/*.gin"],
         "upcycle_jax.experiments": ["paper_data/*.csv"],
     },
