@@ -91,6 +91,13 @@ def test_plan_before_proof_after_and_both_on_disk(dense, tmp_path, capsys):
     assert "proof: PASSED" in capsys.readouterr().out
 
 
+def verified_alone(path, capsys):
+    """What `verify PATH` says, which must be that the proof holds."""
+    capsys.readouterr()
+    assert verify.main([str(path), "--gin.verify.function_check='off'"]) == 0
+    return capsys.readouterr().out
+
+
 def test_the_function_check_on_real_text(tmp_path, capsys):
     """The first batch of the validation split of one's own text, by gin alone; bytes and sentinels
     are 359 ids.
@@ -132,6 +139,9 @@ def test_a_hugging_face_source_gives_the_same_parameters(dense, tmp_path, capsys
     assert one.specs() == other.specs()
     for name in one.specs():
         assert one.read(name).tobytes() == other.read(name).tobytes(), name
+    assert verified_alone(tmp_path / "one", capsys)
+    (tmp_path / "hf").rename(tmp_path / "gone")
+    assert "source: gone" in verified_alone(tmp_path / "one", capsys)
 
 
 def test_orbax_itself_restores_the_result_with_the_proof_beside_it(dense, tmp_path):
@@ -247,7 +257,7 @@ def test_virtual_groups_recipe(dense, tmp_path):
     np.testing.assert_array_equal(router[:, :4], np.repeat(router[:, :1], 4, axis=1))
 
 
-def test_parents_and_the_way_back(dense, tmp_path):
+def test_parents_and_the_way_back(dense, tmp_path, capsys):
     other = write_dense(tmp_path / "other")
     paths = f"--gin.INITIAL_CHECKPOINT_PATH=('{dense}', '{other}')"
     mix = ["--gin_file=recipes/branch_train_mix.gin", "--gin.PARENTS=(0, 1, 0, 1)", paths, OFF]
@@ -263,6 +273,10 @@ def test_parents_and_the_way_back(dense, tmp_path):
     np.testing.assert_array_equal(
         open_checkpoint(tmp_path / "merged").read(name), open_checkpoint(dense).read(name)
     )
+    for result in ("mixed", "merged"):
+        assert "source: as it was" in verified_alone(tmp_path / result, capsys)
+    other.rename(tmp_path / "gone")
+    assert "source: gone" in verified_alone(tmp_path / "mixed", capsys)
 
 
 def test_nexus_recipe_shared_expert_from_the_first_parent(dense, tmp_path):

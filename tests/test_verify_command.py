@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from upcycle_jax import config, upcycle, verify
-from upcycle_jax.checkpoints import create_checkpoint
+from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.surgery.model_record import PARTS, model_from_json, model_to_json
+from upcycle_jax.surgery.recorded import read_recorded, sealed
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
 
@@ -143,6 +144,34 @@ def test_the_recorded_model_is_the_model():
         model.config = dataclasses.replace(model.config, moe=moe)
         recorded = json.loads(json.dumps(model_to_json(model)))
         assert model_from_json(recorded).config == model.config
+    with pytest.raises(ValueError, match="more than the checkpoint's 3 leaves"):
+        model_from_json(recorded, max_layers=3)
     for damaged in ({**recorded, "type": "Other"}, {**recorded, "emb_dim": 0}, [], 3, {}):
         with pytest.raises(ValueError, match="recorded model|emb_dim"):
             model_from_json(damaged)
+
+
+def test_a_record_is_not_trusted(folder):
+    """Sealed as it should be, whatever it holds: no error but ours, and it is told."""
+    target = open_checkpoint(folder / "sparse")
+    right = target.metadata()
+    surgery = right["surgery"]
+    for content in (
+        {**right, "surgery": []},
+        {**right, "surgery": {**surgery, "leaves": [1]}},
+        {**right, "surgery": {**surgery, "leaves": {"target/x": {"shape": "ab", "dtype": "f4"}}}},
+        {**right, "surgery": {**surgery, "leaves": {"target/x": {"shape": [2], "dtype": "none"}}}},
+        {**right, "surgery": {**surgery, "recipe": {"type": ["Recipe"]}}},
+        {**right, "surgery": {**surgery, "recipe": {"type": "Recipe", "seed": {"a": 1}, "x": 2}}},
+        {**right, "surgery": {**surgery, "sources": 3}},
+    ):
+        content.pop("seal", None)
+
+        class Hostile:
+            path = "nowhere"
+
+            def metadata(self, content=content):
+                return sealed(content)
+
+        found = read_recorded(Hostile())
+        assert found.problems and found.recipe is None and not found.checksums

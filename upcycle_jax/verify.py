@@ -82,7 +82,7 @@ def verify(
     if record.recipe is not None and recipe is not None:
         for line in conversion.differences(recipe, record.recipe):
             report(f"note: the configured recipe is not the recorded one, which is used: {line}")
-    model = _model(model, moe, source, record, report)
+    model = _model(model, moe, source, record, len(found), report)
     if model is not None and optimizer is not None:
         specs = state_specs(model, optimizer)
     elif model is not None:
@@ -157,9 +157,12 @@ def _source(
 
 
 def _model(
-    model: Any, moe: Any, source: "Reader | None", record: "Recorded", report: Any
+    model: Any, moe: Any, source: "Reader | None", record: "Recorded", leaves: int, report: Any
 ) -> "EncoderDecoderModel | None":
-    """The result's model: as configured, as recorded, or as the source's leaves imply."""
+    """The result's model: as configured, as recorded, or as the source's leaves imply.
+
+    A recorded one is not trusted to be of any size: the result has at least a leaf for each layer.
+    """
     from upcycle_jax.surgery import infer
     from upcycle_jax.surgery.model_record import model_from_json, model_to_json
     from upcycle_jax.upcycle import inferred_model
@@ -172,7 +175,7 @@ def _model(
         return model
     if moe is None and record.model is not None:
         try:
-            return model_from_json(record.model)
+            return model_from_json(record.model, max_layers=leaves)
         except ValueError as error:
             report(f"note: {error}")
             return None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -146,13 +147,18 @@ def test_a_probe_that_was_killed_is_cleaned_and_a_living_one_is_not(tmp_path):
     for folder in (dead, living):
         (folder / "databases" / "d").mkdir(parents=True)
         (folder / LOCK).touch()
+    for age in (0, 3600):  # Killed, or about to be, before it was locked.
+        early = tmp_path / f"{PROBE_PREFIX}early{age}"
+        early.mkdir()
+        os.utime(early, (time.time() - age,) * 2)
     with try_lock(living / LOCK):
         found = tiling.probe(
             source, tmp_path / "out", {"target/w": tiling.Reference("target/w")}, SPECS
         )
         assert found.possible and found.linked
         assert not dead.exists() and living.exists()
-    assert not list(tmp_path.glob(f"{PROBE_PREFIX}*"))[1:]
+    left = {path.name.removeprefix(PROBE_PREFIX) for path in tmp_path.glob(f"{PROBE_PREFIX}*")}
+    assert left == {"living", "early0"}
 
 
 def test_tries_that_fail_do_not_pile_up_on_the_disk(tmp_path):

@@ -2,12 +2,14 @@
 done.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ COMMIT_MARK = "commit_success.txt"
 REFERENCED = "referenced"
 """Folders of linked databases begin so; see `tiling`."""
 PROBE_PREFIX = ".upcycle-probe-"
+PROBE_SECONDS = 60
+"""A probe has locked its folder long before."""
 
 _TOP = frozenset(
     {IDENTITY, "resume.tmp", LOCK, STATE_ITEM, STEP_METADATA, COMMIT_MARK}
@@ -210,12 +214,17 @@ def try_lock(path: Path) -> Any:
 
 def remove_dead_probes(parent: Path) -> None:
     """Removes the folders in which killed calls tried whether chunks can be shared. Those of
-    living processes are locked and stay.
+    living processes are locked, or not a minute old, and stay.
     """
     for folder in parent.glob(f"{PROBE_PREFIX}*"):
-        if not (folder / LOCK).is_file() or folder.is_symlink():
-            continue
-        lock = try_lock(folder / LOCK)
-        if lock is not None:
-            with lock:
-                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another call may be removing it, too.
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            if not (folder / LOCK).is_file():
+                if time.time() - folder.stat().st_mtime > PROBE_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            lock = try_lock(folder / LOCK)
+            if lock is not None:
+                with lock:
+                    shutil.rmtree(folder, ignore_errors=True)

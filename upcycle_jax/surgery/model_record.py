@@ -30,13 +30,25 @@ def model_to_json(model: EncoderDecoderModel) -> Any:
     return to_json(model.config)
 
 
-def model_from_json(value: Any) -> EncoderDecoderModel:
+def model_from_json(value: Any, *, max_layers: int | None = None) -> EncoderDecoderModel:
     """The model of a recorded configuration, with the paper's loss.
 
+    Args:
+      value: what `model_to_json` gave.
+      max_layers: refuse a deeper model; None: trust the record.
+
     Raises:
-      ValueError: it has parts or fields that this version does not know.
+      ValueError: it has parts or fields that this version does not know, or more layers.
     """
     config = from_json(value, PARTS, "the recorded model")
     if not isinstance(config, T5Config):
         raise ValueError(f"the recorded model is {type(config).__name__}, no T5Config")
+    if (
+        max_layers is not None
+        and config.num_encoder_layers + config.num_decoder_layers > max_layers
+    ):
+        raise ValueError(
+            f"the recorded model has {config.num_encoder_layers} + {config.num_decoder_layers}"
+            f" layers, more than the checkpoint's {max_layers} leaves can be"
+        )
     return EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")

@@ -48,5 +48,5 @@ def from_json(value: Any, parts: Sequence[type] = PARTS, what: str = "the recipe
         )
     try:
         return typing.cast(Any, part)(**fields)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{what}: {error}") from None

@@ -4,7 +4,8 @@ The record lies in the checkpoint's own metadata from the moment it exists: reci
 and of every source leaf its shape, dtype and (where it is used) checksum. `proof.json`, written
 once the conversion is proved, repeats it and adds the checksums of the leaves that are no plain
 copies, and the digests of the small files beside the arrays. Both carry a seal, so that damage in
-one of them is told from damage in the arrays.
+one of them is told from damage in the arrays. A seal tells damage, not forgery: whoever rewrites a
+file can seal it again.
 """
 
 import dataclasses
@@ -91,10 +92,8 @@ class Recorded:
 
 
 def read_recorded(target: Reader) -> Recorded:
-    """Reads what a checkpoint records about its making. Damage is told, not raised.
-
-    Raises:
-      ValueError: the recipe is intact, but was written by a version with other recipes.
+    """Reads what a checkpoint records about its making. Damage, and a recipe of another version, are
+    told in `problems`, not raised.
     """
     folder = _folder(target)
     problems: list[str] = []
@@ -108,12 +107,17 @@ def read_recorded(target: Reader) -> Recorded:
             problems.append(f"{STEP_METADATA} and {PROOF_FILE} record two different conversions")
     out = _parsed(record or {}, problems)
     if out.content:
-        out.results = {
-            leaf["path"]: leaf["checksum"]
-            for leaf in proof.get("leaves", ())
-            if leaf.get("checksum")
-        }
-        out.files = dict(proof.get("files") or {})
+        try:
+            out.results = {
+                str(leaf["path"]): str(leaf["checksum"])
+                for leaf in proof.get("leaves", ())
+                if leaf.get("checksum")
+            }
+            out.files = {
+                str(name): str(value) for name, value in (proof.get("files") or {}).items()
+            }
+        except (TypeError, KeyError, AttributeError) as error:
+            problems.append(f"{PROOF_FILE} is of an unknown form: {error}")
     out.problems = problems
     return out
 
@@ -152,31 +156,27 @@ def _proof_file(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _parsed(content: dict[str, Any], problems: list[str]) -> Recorded:
-    surgery = content.get("surgery", {})
     try:
-        leaves = {
-            name: LeafSpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
-            for name, leaf in surgery.get("leaves", {}).items()
-        }
-        checksums = {
-            name: leaf["checksum"]
-            for name, leaf in surgery.get("leaves", {}).items()
-            if leaf.get("checksum")
-        }
-        sources = surgery.get("sources") or [surgery["source"]] if surgery.get("source") else []
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        problems.append(f"{STEP_METADATA} has a record of an unknown form: {error}")
+        surgery = content.get("surgery", {})
+        leaves = surgery.get("leaves", {})
+        recipe, source = surgery.get("recipe"), surgery.get("source")
+        return Recorded(
+            recipe=None if recipe is None else from_json(recipe),
+            sources=tuple(map(str, surgery.get("sources") or ([source] if source else []))),
+            fingerprint=str(surgery.get("source_fingerprint", "")),
+            specs={
+                name: LeafSpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+                for name, leaf in leaves.items()
+            },
+            checksums={
+                name: str(leaf["checksum"]) for name, leaf in leaves.items() if leaf.get("checksum")
+            },
+            model=content.get("model"),
+            content=content,
+        )
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        problems.append(f"{STEP_METADATA} has a record that this version cannot read: {error}")
         return Recorded()
-    recipe = surgery.get("recipe")
-    return Recorded(
-        recipe=None if recipe is None else from_json(recipe),
-        sources=tuple(map(str, sources)),
-        fingerprint=str(surgery.get("source_fingerprint", "")),
-        specs=leaves,
-        checksums=checksums,
-        model=content.get("model"),
-        content=content,
-    )
 
 
 def _folder(target: Reader) -> Path | None:
