@@ -26,6 +26,25 @@ SHIPPED = search.shipped_files()
 MODELS = [name for name in SHIPPED if re.fullmatch(r"models/[^/]+\.gin", name)]
 RUNS = [name for name in SHIPPED if re.fullmatch(r"runs/[^/]+\.gin", name)]
 RECIPES = [name for name in SHIPPED if name.startswith("recipes/")]
+# Flaxformer's stock MoE models: how many parameters its own files make.
+FLAXFORMERS = {
+    "models/tokens_choose_tiny.gin": 2_462_976,
+    "models/tokens_choose_small.gin": 272_061_824,
+    "models/tokens_choose_base.gin": 2_031_500_544,
+    "models/tokens_choose_large.gin": 7_323_905_024,
+    "models/tokens_choose_xl.gin": 26_633_033_728,
+    "models/tokens_choose_xxl.gin": 106_265_292_800,
+    "models/switch_tiny.gin": 1_860_352,
+    "models/switch_small.gin": 316_495_232,
+    "models/switch_base.gin": 3_790_748_928,
+    "models/switch_large.gin": 26_309_291_008,
+    "models/switch_xl.gin": 18_136_684_544,
+    "models/switch_xxl.gin": 394_675_073_024,
+    "models/switch_c.gin": 1_571_327_875_360,
+    "models/st_moe_base.gin": 700_641_024,
+    "models/st_moe_xl.gin": 8_889_972_736,
+    "models/st_moe_32b.gin": 269_104_613_376,
+}
 PAPER = "papers/sparse_upcycling"
 PAPERS = [name for name in SHIPPED if re.fullmatch(rf"{PAPER}/[^/]+\.gin", name)]
 
@@ -39,6 +58,10 @@ ROWS = 8
 
 def small(name: str) -> list[str]:
     """Bindings that shrink the model of a file."""
+    if name in FLAXFORMERS:
+        # What its sizes differ in beside their shape: with these every size is one small model.
+        one_layer = ["NUM_ENCODER_SPARSE_LAYERS=1", "NUM_DECODER_SPARSE_LAYERS=1"]
+        return [*SMALL, "NUM_EXPERTS=2", "GROUP_SIZE=64", *one_layer]
     return [*SMALL, "NUM_EXPERTS=2"] if "upcycled" in name or "moe_" in name else SMALL
 
 
@@ -88,7 +111,14 @@ def test_files_open_with_what_they_need(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_models_build_and_step(name):
     model = load([name], small(name)).macro("MODEL")
-    assert (model.config.moe is not None) == ("upcycled" in name)
+    assert (model.config.moe is not None) == ("upcycled" in name or name in FLAXFORMERS)
+    if name in FLAXFORMERS and "st_moe_base" not in name:
+        # Their parts are those of stepped models: a trace is enough.
+        if "_base" in name:
+            step = functools.partial(model.loss_fn, denominator=jax.numpy.float32(1))
+            params = jax.eval_shape(model.init_params, jax.random.key(0))
+            jax.eval_shape(step, params, batch_of(model), jax.random.key(0))
+        return
     loss = one_step(
         model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor
     )
@@ -113,6 +143,71 @@ def test_upcycled_models_are_the_papers(name):
         type(full.moe.encoder_router).__name__ == "ExpertsChoose"
         and full.moe.decoder_router.num_selected_experts == 2
     )
+
+
+def parameters(config):
+    """The number of parameters of an encoder-decoder, by hand."""
+    d, width = config.emb_dim, config.num_heads * config.head_dim
+    mlp = (len(config.mlp_activations) + 1) * d  # for each hidden unit
+    total = config.vocab_size * d * (1 if config.logits_via_embedding else 2)
+    for stack, attentions in (("encoder", 1), ("decoder", 2)):
+        layers, sparse = config.num_layers(stack), len(config.sparse_layers(stack))
+        norms = attentions + 1
+        total += layers * (attentions * 4 * d * width + norms * d) + d + 32 * config.num_heads
+        total += (layers - sparse) * mlp * config.mlp_dim
+        total += sparse * config.moe.num_experts * (mlp * config.mlp_dim + d)
+        if config.moe.extra_mlp:
+            total += sparse * (mlp * config.mlp_dim + d)
+    return total
+
+
+def test_all_of_flaxformers_moe_models_are_there():
+    assert set(FLAXFORMERS) == {name for name in MODELS if "t5_1_1" not in name}
+
+
+@pytest.mark.parametrize("name", FLAXFORMERS)
+def test_flaxformers_models_have_its_totals(name):
+    model = load([name]).macro("MODEL")
+    config, count = model.config, FLAXFORMERS[name]
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    assert parameters(config) == count and f": {count} parameters" in text.partition(".\n")[0]
+    if name.endswith("_base.gin"):  # An initialisation is traced for the shapes.
+        assert sum(spec.size for spec in model.param_specs().values()) == count
+    assert config.dropout_rate == 0.0 and model.loss_normalizing_factor == "NUM_REAL_TARGET_TOKENS"
+
+
+@pytest.mark.parametrize(
+    ("kind", "selected", "prioritized", "activations", "sparse", "names"),
+    [
+        ("tokens_choose", 2, True, ("gelu", "linear"), (3, 7, 11), {"mlp/expert/wi_0/kernel"}),
+        ("switch", 1, False, ("relu",), (1, 3, 5, 7, 9, 11), {"mlp/expert/wi/kernel"}),
+        (
+            "st_moe",
+            2,
+            False,
+            ("gelu", "linear"),
+            (3, 7, 11),
+            {"mlp/expert/wo/kernel", "extra_mlp/wi_1/kernel", "pre_extra_mlp_layer_norm/scale"},
+        ),
+    ],
+)
+def test_flaxformers_models_are_its_own(kind, selected, prioritized, activations, sparse, names):
+    """Routers, layers and names as its gin files and modules have them."""
+    model = load([f"models/{kind}_base.gin"]).macro("MODEL")
+    config = model.config
+    encoder, decoder = (config.moe.router(stack) for stack in ("encoder", "decoder"))
+    assert encoder.num_selected_experts == decoder.num_selected_experts == selected
+    assert (encoder.batch_prioritized, decoder.batch_prioritized) == (prioritized, False)
+    assert config.mlp_activations == activations
+    assert config.sparse_layers("encoder") == config.sparse_layers("decoder") == sparse
+    assert config.logits_via_embedding == (kind == "switch")
+    assert not encoder.renormalize and not decoder.renormalize
+    assert (config.moe.train_expert_capacity_factor, config.moe.eval_expert_capacity_factor) == (
+        1.25,
+        2.0,
+    )
+    specs = model.param_specs()
+    assert {f"decoder/layers_{sparse[0]}/{path}" for path in names} <= set(specs)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "upcycled" in name])

@@ -92,7 +92,9 @@ def experts(p, x):
 
 
 def forward(params, batch, kept):
-    """Logits of one encoder layer and one decoder layer with experts; `kept [batch, length]`."""
+    """Logits of one encoder layer and one decoder layer with experts and a dense MLP after them;
+    `kept [batch, length]`.
+    """
     inputs, shifted, targets = (
         np.asarray(batch[f"{name}_tokens"])
         for name in ("encoder_input", "decoder_input", "decoder_target")
@@ -118,6 +120,8 @@ def forward(params, batch, kept):
     allowed = is_target[:, :, None] & real[:, None]
     x = x + attention(p["encoder_decoder_attention"], y, encoded, allowed)
     x = x + experts(p["mlp"], norm(x, p["pre_mlp_layer_norm"]) * keep)
+    extra = (p["extra_mlp"][name]["kernel"] for name in ("wi_0", "wi_1", "wo"))
+    x = x + gated_mlp(norm(x, p["pre_extra_mlp_layer_norm"]) * keep, *extra)
     return norm(x, decoder["decoder_norm"]) * keep @ decoder["logits_dense"]["kernel"]
 
 
@@ -130,6 +134,7 @@ def test_the_first_padded_position_is_routed_and_takes_a_slot(single, make_param
         decoder_router=TokensChoose(),
         eval_expert_capacity_factor=0.65,
         min_expert_capacity=1,
+        extra_mlp=True,
         t5x_mode=True,
     )
     model = EncoderDecoderModel(config)

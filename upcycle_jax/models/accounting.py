@@ -156,9 +156,7 @@ def forward_flops(
             )
             experts += sparse * slots * mlp_flops_per_token(config, config.expert_mlp_dim)
             mlp += (
-                sparse
-                * tokens[stack]
-                * mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
+                sparse * tokens[stack] * mlp_flops_per_token(config, config.mlp_dim_beside_experts)
             )
             routers += (
                 sparse

@@ -116,6 +116,15 @@ class T5Config:
         return (self.moe and self.moe.expert_mlp_dim) or self.mlp_dim
 
     @property
+    def mlp_dim_beside_experts(self) -> int:
+        """Hidden units of the dense MLPs that every token passes in an MoE layer: a shared expert,
+        and an MLP after the experts.
+        """
+        if self.moe is None:
+            return 0
+        return (self.moe.shared_expert_mlp_dim or 0) + (self.mlp_dim if self.moe.extra_mlp else 0)
+
+    @property
     def expert_dropout_rate(self) -> float:
         """Dropout rate inside experts."""
         rate = self.moe.expert_dropout_rate if self.moe else None

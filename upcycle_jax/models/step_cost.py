@@ -204,7 +204,7 @@ def _recomputed(config: T5Config, shape: StepShape) -> _Recomputed:
             dense += (
                 sparse
                 * tokens
-                * accounting.mlp_flops_per_token(config, config.moe.shared_expert_mlp_dim or 0)
+                * accounting.mlp_flops_per_token(config, config.mlp_dim_beside_experts)
             )
             routers += (
                 sparse
@@ -272,12 +272,7 @@ def _elementwise(config: T5Config, shape: StepShape) -> _Elementwise:
             assert config.moe is not None
             rows = accounting.expert_slots(config, stack, batch_size=shape.rows, length=length)
             wide += sparse * rows * config.expert_mlp_dim * (per_hidden + again * forward)
-            wide += (
-                sparse
-                * tokens
-                * (config.moe.shared_expert_mlp_dim or 0)
-                * (per_hidden + again * forward)
-            )
+            wide += sparse * tokens * config.mlp_dim_beside_experts * (per_hidden + again * forward)
             # Combine: times the weight and added up; backward: to the outputs and to the weights
             # (2), and dispatch's sum.
             narrow += sparse * rows * config.emb_dim * (2 * (1 + again) + 4)

@@ -161,8 +161,6 @@ def _layer(config: T5Config, shape: StepShape, stack: Stack, *, sparse: bool) ->
         )
     assert config.moe is not None
     rows = accounting.expert_slots(config, stack, batch_size=shape.rows, length=length)
-    hidden = per_unit * rows * config.expert_mlp_dim + per_unit * tokens * (
-        config.moe.shared_expert_mlp_dim or 0
-    )
+    hidden = per_unit * (rows * config.expert_mlp_dim + tokens * config.mlp_dim_beside_experts)
     # Slots as dispatched and as they come back.
     return _Layer(stream + 2.0 * rows * config.emb_dim, products, hidden, weights)

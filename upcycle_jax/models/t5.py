@@ -74,23 +74,35 @@ def _feed_forward(
     stack: Stack,
     train: bool,
 ) -> jax.Array:
-    """Pre-norm, MLP or MoE layer, dropout and residual; submodules belong to the compact `__call__`
-    of `layer`.
+    """Pre-norm, MLP or MoE layer, dropout and residual, and where the model has it the dense MLP
+    after an MoE layer likewise; submodules belong to the compact `__call__` of `layer`.
     """
     config = layer.config
-    y = _zero_padding(RMSNorm(dtype=config.activation_dtype, name="pre_mlp_layer_norm")(x), valid)
-    if layer.sparse:
-        y = moe_layer(config, stack, name="mlp")(y, valid, token_ids, train=train)
-    else:
-        y = MlpBlock(
+
+    def normed(x: jax.Array, name: str) -> jax.Array:
+        return _zero_padding(RMSNorm(dtype=config.activation_dtype, name=name)(x), valid)
+
+    def dense(y: jax.Array, name: str) -> jax.Array:
+        return MlpBlock(
             hidden=config.mlp_dim,
             activations=config.mlp_activations,
             dropout_rate=config.dropout_rate,
             dtype=config.activation_dtype,
-            name="mlp",
+            name=name,
         )(y, not train)
-    y = x + projection.dropout(config.dropout_rate)(y, deterministic=not train)
-    y = constrain(y, HIDDEN_AXES)
+
+    def added(x: jax.Array, y: jax.Array) -> jax.Array:
+        y = x + projection.dropout(config.dropout_rate)(y, deterministic=not train)
+        return constrain(y, HIDDEN_AXES)
+
+    y = normed(x, "pre_mlp_layer_norm")
+    if not layer.sparse:
+        y = added(x, dense(y, "mlp"))
+    else:
+        assert config.moe is not None
+        y = added(x, moe_layer(config, stack, name="mlp")(y, valid, token_ids, train=train))
+        if config.moe.extra_mlp:
+            y = added(y, dense(normed(y, "pre_extra_mlp_layer_norm"), "extra_mlp"))
     layer.sow(RESIDUALS, "output", y, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return y
 

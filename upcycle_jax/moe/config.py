@@ -30,6 +30,8 @@ class MoeConfig:
       shared_expert_mlp_dim: hidden size of a dense MLP whose output for every token is added to
         that of the routed experts (Qwen2-MoE, arXiv 2407.10671; Nexus, arXiv 2408.15901); None for
         none.
+      extra_mlp: every MoE layer is followed by a dense MLP with its own norm and residual, as wide
+        as those of dense layers (ST-MoE, arXiv 2202.08906).
       group_size: GROUP_SIZE, the most tokens that are routed together. Larger groups balance better
         and cost longer sorts; under experts choose the group is also what each expert chooses from.
       train_expert_capacity_factor: slots per expert in multiples of its even share of the tokens.
@@ -75,6 +77,7 @@ class MoeConfig:
     decoder_sparse_layout: SparseLayout = "MIXED"
     expert_mlp_dim: int | None = None
     shared_expert_mlp_dim: int | None = None
+    extra_mlp: bool = False
     group_size: int = 4096
     train_expert_capacity_factor: float = 2.0
     eval_expert_capacity_factor: float = 2.0
