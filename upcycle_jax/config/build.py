@@ -210,6 +210,9 @@ def load(
             raise FileNotFoundError(advice or str(error)) from None
     for text in bindings:
         add_flag(text, parsed)
+    if parsed.t5x_files:
+        # What else would be missed, those files would have given.
+        raise ConfigError(parsed.t5x_files)
     problems = parsed.problems + check.names(parsed)
     if problems and function is not None:
         needed = check.missing(parsed, Reference((), function, call=True))

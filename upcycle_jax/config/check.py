@@ -80,11 +80,17 @@ def _idle_flags(bindings: Bindings) -> list[str]:
     }
     candidates = (bindings.file_macros | read) - {REQUIRED.name}
     return [
-        f"{binding.place}: no gin file defines or reads a macro"
-        f" {name}.{registry.nearest(name, candidates)}"
+        f"{binding.place}: {_unknown_macro(name, candidates)}"
         for name, binding in bindings.macros.items()
         if binding.from_flag and name not in candidates
     ]
+
+
+def _unknown_macro(name: str, candidates: Iterable[str]) -> str:
+    """What to say about a macro that no gin file defines or reads."""
+    if advice := stale.explain_macro(name):
+        return f"{name} is a macro of T5X's files: {advice}"
+    return f"no gin file defines or reads a macro {name}.{registry.nearest(name, candidates)}"
 
 
 class _Missing:

@@ -87,6 +87,7 @@ class Bindings:
       file_macros: macros that some file defines.
       files: paths of all files read, in order.
       problems: what is wrong so far.
+      t5x_files: which files were left out since they are T5X's, each with its counterpart.
     """
 
     macros: dict[str, Binding] = dataclasses.field(default_factory=dict)
@@ -95,6 +96,7 @@ class Bindings:
     file_macros: set[str] = dataclasses.field(default_factory=set)
     files: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
+    t5x_files: list[str] = dataclasses.field(default_factory=list)
 
     def effective(self, name: str, scope: tuple[str, ...]) -> dict[str, Binding]:
         """Bindings of a configurable in a scope: those of the enclosing scopes, overridden from the
@@ -218,8 +220,12 @@ def add_file(
         raise ConfigError(
             [f"gin files include each other in a circle: {' -> '.join((*chain, path))}"]
         )
+    text = search.read(path)
+    if advice := stale.explain_found_file(path, text):
+        into.t5x_files.append(f"{chain[-1]}: {advice}" if chain else advice)
+        return
     into.files.append(path)
-    for statement in _statements(search.read(path), path):
+    for statement in _statements(text, path):
         place = f"{path}:{statement.location.line_num}"
         if isinstance(statement, config_parser.IncludeStatement):
             advice = stale.explain_file(statement.filename)
