@@ -12,13 +12,13 @@ Metrics are printed, one line per step and task, and written to EVAL_OUTPUT_DIR/
 --dry_run says what would be done.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.inference.json_lines import json_line
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
@@ -33,7 +33,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
                 for name, value in values.items()
                 if getattr(value, "ndim", 0) == 0
             }
-            print(json.dumps({"step": step, "task": task, **numbers}))
+            print(json_line({"step": step, "task": task, **numbers}))
     return 0
 
 

@@ -213,7 +213,7 @@ class ArithmeticDataset:
         return {"bags_a": task(10_000), "bags_b": task(20_000)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bags():
     """Namespace of the fakes: Model, Dataset, trainer(...), one_device."""
     schedule = create_learning_rate_scheduler(base_learning_rate=1.0, warmup_steps=4)

@@ -14,10 +14,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from upcycle_jax import trees
-from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints import storage, verification
 from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY, STEP_FOLDER
 from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import METADATA_KEY
+from upcycle_jax.checkpoints.verification import DamagedCheckpointError, SavedContent
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
 
@@ -36,13 +37,14 @@ class Saveable(Protocol):
 
 class DatasetHandler(ocp.CheckpointHandler):
     """Lets each process save its data iterator in a folder of its own:
-    `dataset/process_<i>-of-<n>`.
+    `dataset/process_<i>-of-<n>`, beside the digests of its files.
     """
 
     def save(self, directory: epath.Path, args: "SaveDataset") -> None:
         folder = process_folder(directory)
         folder.mkdir(parents=True, exist_ok=True)
         args.item.save(folder)
+        verification.write_digests(folder, args.metadata)
 
     def restore(self, directory: epath.Path, args: "RestoreDataset") -> None:
         args.item.restore(process_folder(directory))
@@ -51,9 +53,10 @@ class DatasetHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(DatasetHandler, for_save=True)
 @dataclasses.dataclass
 class SaveDataset(ocp.args.CheckpointArgs):
-    """The iterator to save."""
+    """The iterator to save, and the custom metadata of the checkpoint."""
 
     item: Saveable
+    metadata: Mapping[str, Any]
 
 
 @ocp.args.register_with_handler(DatasetHandler, for_restore=True)
@@ -188,6 +191,7 @@ class CheckpointManager:
         *,
         dataset: Saveable | None = None,
         metadata: Mapping[str, Any] | None = None,
+        checksums: Mapping[str, str] | None = None,
     ) -> None:
         """Starts saving; the arrays may be donated or changed as soon as it returns.
 
@@ -199,6 +203,7 @@ class CheckpointManager:
             belongs to this step.
           metadata: JSON-serialisable record, kept in `_CHECKPOINT_METADATA` and returned by
             `CheckpointReader.metadata`.
+          checksums: of every leaf of `state_dict` by full path, kept for `Verification`.
 
         Raises:
           ValueError: the step is not above the latest one in MODEL_DIR.
@@ -210,11 +215,13 @@ class CheckpointManager:
                 " another MODEL_DIR or remove later steps"
             )
         items: dict[str, Any] = {STATE_ITEM: ocp.args.PyTreeSave(state_dict)}
+        custom = verification.saved_metadata(
+            metadata or {}, checksums, has_dataset=dataset is not None
+        )
         if dataset is not None:
-            items[DATASET_ITEM] = SaveDataset(dataset)
-        custom = {METADATA_KEY: dict(metadata)} if metadata else None
+            items[DATASET_ITEM] = SaveDataset(dataset, custom)
         if not self._manager.save(
-            step, args=ocp.args.Composite(**items), custom_metadata=custom, force=True
+            step, args=ocp.args.Composite(**items), custom_metadata=custom or None, force=True
         ):
             raise ValueError(
                 f"Orbax refused to save step {step} in {self.model_dir}; its log says why"
@@ -269,21 +276,35 @@ class CheckpointManager:
         )
         return self._manager.restore(step, args=ocp.args.Composite(state=args))[STATE_ITEM]
 
-    def restore_dataset(self, step: int, dataset: Saveable) -> None:
+    def restore_dataset(self, step: int, dataset: Saveable, *, verify: bool = True) -> None:
         """Calls `dataset.restore` with the folder that this process saved (see
         `saved_process_folder`).
 
+        Args:
+          step: a finished step.
+          dataset: iterator with `restore(directory)`.
+          verify: compare its files with the digests that were saved with them.
+
         Raises:
           FileNotFoundError: no such step, or it was saved without the iterator.
+          DamagedCheckpointError: what the iterator saved is damaged or gone.
         """
-        directory = self._existing(step) / DATASET_ITEM
+        path = self._existing(step)
+        directory = path / DATASET_ITEM
         try:
             folder = saved_process_folder(directory)
         except FileNotFoundError as error:
+            saved = SavedContent.at(path) if verify else None
+            if saved is not None and saved.has_dataset:
+                raise DamagedCheckpointError(
+                    f"{directory} is damaged: it was saved, and holds no data position"
+                ) from error
             raise FileNotFoundError(
                 f"{directory}: step {step} was saved without its data iterator. Restart the data"
                 " from the beginning or from a batch number instead"
             ) from error
+        if verify:
+            verification.check_digests(folder, path)
         dataset.restore(folder)
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -319,6 +340,17 @@ class CheckpointManager:
 
     def _existing(self, step: int) -> epath.Path:
         return self.path(self._existing_step(step))
+
+
+def listing_error(path: epath.Path) -> Exception | None:
+    """Why a `CheckpointManager` cannot be opened on a MODEL_DIR that holds this checkpoint, or
+    None: Orbax looks at the metadata of every step, and fails where one is damaged.
+    """
+    try:
+        _ = ocp.path.step.Metadata(step=0, path=path).commit_timestamp
+    except Exception as error:  # of many types
+        return error
+    return None
 
 
 def host_state(state_dict: PyTree) -> dict[str, np.ndarray]:

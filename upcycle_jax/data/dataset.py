@@ -26,6 +26,10 @@ HostBatch = dict[str, np.ndarray]
 TextFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
+class DamagedPositionError(ValueError):
+    """A saved data position cannot be read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Position:
     """Where a stream of batches stands, and which stream it is.
@@ -58,7 +62,7 @@ class Position:
 
         Raises:
           FileNotFoundError: the checkpoint holds no data position.
-          ValueError: the file is damaged.
+          DamagedPositionError: the file is damaged.
         """
         path = epath.Path(directory) / POSITION_FILE
         if not path.exists():
@@ -67,12 +71,29 @@ class Position:
                 " to its step instead"
             )
         try:
-            return cls(**json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
+            position = cls(**json.loads(path.read_text()))
+            position._check_types()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DamagedPositionError(
                 f"the data position {path} is damaged ({error}): remove the file and seek to the"
                 " checkpoint's step"
             ) from error
+        return position
+
+    def _check_types(self) -> None:
+        """Raises a ValueError where a file holds something else than `write` has written."""
+        for name, least in (("batches", 0), ("seed", None), ("process_count", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or (least is not None and value < least):
+                raise ValueError(f"{name} is {value!r}")
+        if not isinstance(self.fingerprint, Mapping):
+            raise ValueError(f"fingerprint is {self.fingerprint!r}")
+        packing = self.packing
+        whole = isinstance(packing, Mapping) and {"window", "first_row"} <= packing.keys()
+        if packing is not None and not (
+            whole and all(type(value) is int and value >= 0 for value in packing.values())
+        ):
+            raise ValueError(f"packing is {packing!r}")
 
     def check(self, current: Mapping[str, Any], directory: epath.PathLike) -> None:
         """Raises a ValueError that lists the differences where the position is not of the stream

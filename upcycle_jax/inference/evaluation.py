@@ -4,7 +4,6 @@ predicts or scores.
 
 import dataclasses
 import enum
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from upcycle_jax import distributed
 from upcycle_jax.checkpoints import CheckpointReader
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
+from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.generation import DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, prepare
@@ -61,6 +61,7 @@ class _Evaluation:
     teacher_forced_batches: int | None
     write_predictions: bool
     random_seed: int
+    verify: bool
 
 
 def evaluate(
@@ -81,6 +82,7 @@ def evaluate(
     write_predictions: bool = True,
     skip_evaluated: bool = False,
     random_seed: int = 0,
+    verify: bool = True,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
@@ -117,17 +119,16 @@ def evaluate(
       skip_evaluated: leave out steps that have a line for every task: a call that was interrupted
         goes on.
       random_seed: of a decoder that draws.
+      verify: compare the parameters with the checksums that were saved with them.
       files: small text files to leave in `inference_eval` (name -> content), e.g. 'config.gin'.
       dry_run: say what would be done and return; nothing is written.
 
     Raises:
       FileNotFoundError: no checkpoint is there.
-      ValueError: settings that cannot run, or a checkpoint of another model.
+      ValueError: settings that cannot run, or a checkpoint of another model, that is damaged or
+        has NaN in its parameters.
     """
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"num_examples must be at least 1, or None for all, got {num_examples}")
-    if answering not in list(Answering):
-        raise ValueError(f"PREDICT_BY must be 'decode' or 'rank', got {answering!r}")
+    _check_choices(num_examples, answering)
     layout = batches.data_layout(partitioner, dataset_cfg.batch_size)
     readers = running.checkpoints(checkpoint_path, steps)
     for reader in readers:
@@ -158,6 +159,7 @@ def evaluate(
         teacher_forced_batches=teacher_forced_batches,
         write_predictions=write_predictions,
         random_seed=random_seed,
+        verify=verify,
     )
     found = task_examples(dataset_cfg, few_shot)
     tasks = {task.name: _Task(evaluation, task, is_one_of_many=len(found) > 1) for task in found}
@@ -184,6 +186,13 @@ def evaluate(
     return results
 
 
+def _check_choices(num_examples: int | None, answering: str) -> None:
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples must be at least 1, or None for all, got {num_examples}")
+    if answering not in list(Answering):
+        raise ValueError(f"PREDICT_BY must be 'decode' or 'rank', got {answering!r}")
+
+
 def _written(evaluation: _Evaluation, tasks: Mapping[str, "_Task"]) -> list[str]:
     """Everything that gets a line at each step: the tasks and, where several have metrics of their
     own, the mixture with their average.
@@ -200,7 +209,9 @@ def _one_checkpoint(
     given: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Metrics by task of one checkpoint, written as they come."""
-    params = running.load_params(reader, evaluation.model, evaluation.partitioner)
+    params = running.load_params(
+        reader, evaluation.model, evaluation.partitioner, verify=evaluation.verify
+    )
     results: dict[str, dict[str, float]] = {}
     own = {}
     for name, task in tasks.items():
@@ -343,7 +354,7 @@ class _Task:
                 record["options"] = dict(ranked[i].scores)
             if "score" in outputs:
                 record["score"] = float(outputs["score"][i])
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.append(json_line(record) + "\n")
         path = self._evaluation.output_dir / f"{self._task.name}-{step}.jsonl"
         partial = path.parent / f"{path.name}.partial"
         partial.write_text("".join(lines))

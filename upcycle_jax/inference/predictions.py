@@ -19,6 +19,7 @@ from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.data import fingerprints
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
+from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, prepare
@@ -71,6 +72,7 @@ def infer(
     rank_options: Any = None,
     few_shot: Any = None,
     random_seed: int = 0,
+    verify: bool = True,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,
 ) -> InferResult:
@@ -105,13 +107,14 @@ def infer(
         (`data.prompts`).
       few_shot: `FewShot`, solved examples before each input, or None.
       random_seed: of a decoder that draws.
+      verify: compare the parameters with the checksums that were saved with them.
       files: small text files to leave in output_dir (name -> content), e.g. 'config.gin'.
       dry_run: say what would be done and return; nothing is written.
 
     Raises:
       FileNotFoundError: no checkpoint is there.
-      ValueError: settings that cannot run, a checkpoint of another model, or work of other settings
-        in output_dir.
+      ValueError: settings that cannot run, a checkpoint of another model, one that is damaged or
+        has NaN in its parameters, or work of other settings in output_dir.
     """
     _check_numbers(mode, checkpoint_period, shard_id, num_shards)
     batches.data_layout(partitioner, dataset_cfg.batch_size)
@@ -151,11 +154,8 @@ def infer(
     prepare.check_vocabulary(model, dataset_cfg)
     tasks = task_examples(dataset_cfg, few_shot)
     job = job.with_data(dataset_cfg.fingerprint())
-    for task in tasks:
-        job.check(task.name)
-        for example in task.examples(1) if mode == Mode.RANK else ():
-            task.options(example, rank_options)
-    params = running.load_params(reader, model, partitioner)
+    _check_tasks(job, tasks, rank_options)
+    params = running.load_params(reader, model, partitioner, verify=verify)
     job.write_files(files or {})
     done, count = {}, 0
     for task in tasks:
@@ -188,6 +188,16 @@ def _check_numbers(mode: str, checkpoint_period: int, shard_id: int, num_shards:
         raise ValueError(
             f"shard_id must be from 0 to {num_shards - 1} (num_shards={num_shards}), got {shard_id}"
         )
+
+
+def _check_tasks(job: "_Job", tasks: Sequence["TaskExamples"], rank_options: Any) -> None:
+    """Raises a ValueError where work of other settings is in the way of a task, or its first
+    example does not say which answers it allows and they are to be ranked.
+    """
+    for task in tasks:
+        job.check(task.name)
+        for example in task.examples(1) if job.mode == Mode.RANK else ():
+            task.options(example, rank_options)
 
 
 def _infer_task(
@@ -262,7 +272,7 @@ def _records(
             record["prediction"] = task.decode(np.asarray(decoded.tokens[i, 0]))
             if mode == Mode.PREDICT_WITH_AUX:
                 record["aux"] = _all_decodes(task, decoded, i)
-    return [json.dumps(record, ensure_ascii=False) for record in records]
+    return [json_line(record) for record in records]
 
 
 def _all_decodes(task: "TaskExamples", decoded: Decoded, row: int) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def rank(
       given: answers that win over the task's own, see `data.prompts`.
 
     Raises:
-      ValueError: an example's answers are not known.
+      ValueError: an example's answers are not known, or the model's score of one is NaN.
     """
     answers = [task.options(example, given) for example in examples]
     rows = [
@@ -65,9 +65,17 @@ def rank(
     scores: list[float] = []
     for part in running.in_batches(rows, runner.batch_size):
         scores += runner.score(params, task.batch(part, runner.batch_size), len(part)).tolist()
-    ranked, first = [], 0
+    ranked: list[Ranked] = []
+    first = 0
     for texts in answers:
         own = scores[first : first + len(texts)]
+        if np.isnan(own).any():
+            text = texts[int(np.argmax(np.isnan(own)))]
+            raise ValueError(
+                f"{task.name}: the score of the answer {text!r} to example {len(ranked)} of these"
+                f" {len(examples)} is NaN: activations of the model overflow. Compute in float32"
+                " (T5Config.dtype)"
+            )
         best = task.batch([rows[first + int(np.argmax(own))]], 1)["decoder_target_tokens"][0]
         ranked.append(Ranked(scores=dict(zip(texts, own, strict=True)), tokens=best))
         first += len(texts)

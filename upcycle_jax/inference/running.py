@@ -11,8 +11,9 @@ import numpy as np
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
-from upcycle_jax.checkpoints.opening import checkpoint_steps
+from upcycle_jax.checkpoints.opening import check_name, checkpoint_steps
 from upcycle_jax.checkpoints.storage import absolute
+from upcycle_jax.checkpoints.verification import Verification
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches
@@ -25,8 +26,9 @@ def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSp
     array.
 
     Raises:
-      ValueError: the checkpoint is not one of this model.
+      ValueError: the checkpoint is not one of this model, or named for another step than its own.
     """
+    check_name(reader)
     specs = {f"{TARGET}{path}": spec for path, spec in model.param_specs().items()}
     found = {path: spec for path, spec in reader.specs().items() if path.startswith(TARGET)}
     difference = trees.diff(specs, found)
@@ -42,22 +44,35 @@ def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSp
     return specs
 
 
-def load_params(reader: CheckpointReader, model: Any, partitioner: Partitioner) -> PyTree:
+def load_params(
+    reader: CheckpointReader, model: Any, partitioner: Partitioner, *, verify: bool = True
+) -> PyTree:
     """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer
     state is not read.
 
+    Args:
+      reader: of the checkpoint.
+      model: the model.
+      partitioner: the mesh.
+      verify: compare them with the checksums that were saved with them.
+
     Raises:
+      DamagedCheckpointError: a parameter is not what was saved.
+      NonFiniteParameterError: a parameter holds NaN or infinite values.
       ValueError: the checkpoint is not one of this model, or a dimension does not divide over the
         mesh.
     """
     specs = check_params(reader, model)
     shardings = partitioner.shardings(specs)
+    verification = Verification(reader, checksums=verify)
     flat = {}
     for path, spec in specs.items():
         leaf = reader.read_sharded(path, shardings[path])
+        verification.check({path: leaf})
         flat[path.removeprefix(TARGET)] = (
             leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
         )
+    verification.finish("Choose another checkpoint")
     return trees.unflatten(flat)
 
 

@@ -46,6 +46,11 @@ def _choice(owner: str, field: str, kind: type[enum.StrEnum], value: Any) -> Any
         ) from None
 
 
+def _check_switch(owner: str, field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}.{field} is {value!r}: choose True or False")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RestoreCheckpointConfig:
     """The checkpoint that a run starts from. A run that has saved checkpoints of its own resumes
@@ -128,6 +133,9 @@ class SaveCheckpointConfig:
       save_dataset: save the data position with each checkpoint.
       dtype: of the parameters on disk, 'float32' or 'bfloat16'. A run resumes bit for bit from
         float32 only.
+      checksums: save the checksums of all leaves, by which damage is noticed when they are
+        restored; the run waits for one pass over the arrays on the devices. A state whose
+        parameters are not finite is not saved then.
     """
 
     period: int = 1000
@@ -135,6 +143,7 @@ class SaveCheckpointConfig:
     keep_period: int | None = None
     save_dataset: bool = True
     dtype: str = "float32"
+    checksums: bool = True
 
     def __post_init__(self):
         for field, unit in (("period", "steps"), ("keep", "checkpoints"), ("keep_period", "steps")):
@@ -148,11 +157,24 @@ class SaveCheckpointConfig:
             raise ValueError(
                 f"SaveCheckpointConfig.dtype is {self.dtype!r}: choose 'float32' or 'bfloat16'"
             )
+        _check_switch("SaveCheckpointConfig", "checksums", self.checksums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Restoring and saving; either may be None: start from scratch, save nothing."""
+    """Restoring and saving; either may be None: start from scratch, save nothing.
+
+    Attributes:
+      restore: what a run starts from that has no checkpoint of its own.
+      save: when checkpoints are written.
+      verify: compare restored leaves with the checksums that were saved with them, also where the
+        run resumes. False trusts a checkpoint whatever its checksums say. Parameters that are not
+        finite are refused in either case.
+    """
 
     restore: RestoreCheckpointConfig | None = None
     save: SaveCheckpointConfig | None = SaveCheckpointConfig()
+    verify: bool = True
+
+    def __post_init__(self):
+        _check_switch("CheckpointConfig", "verify", self.verify)

@@ -15,7 +15,8 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
-from upcycle_jax.training import manifest, restore
+from upcycle_jax.checkpoints.opening import step_folders
+from upcycle_jax.training import manifest
 from upcycle_jax.training.config import CheckpointConfig, OptimizerState
 from upcycle_jax.training.optimizers import Adafactor, Optimizer, is_expert
 from upcycle_jax.training.restore import Source, Start
@@ -85,8 +86,7 @@ def _restored(model_dir: epath.Path, config: CheckpointConfig) -> CheckpointRead
     """A checkpoint of MODEL_DIR, of which all have one form, or else the one to be continued; None
     where no optimizer state is restored. What cannot be read is reported by `restore.find_source`.
     """
-    steps = restore.finished_steps(model_dir)
-    places: list[str] = [str(model_dir / f"checkpoint_{step}") for step in reversed(steps)]
+    places: list[str] = [str(path) for path in reversed(step_folders(model_dir).values())]
     source = config.restore
     if not places and source is not None and source.recipe is None:
         places = [] if source.optimizer_state == OptimizerState.RESET else [str(source.paths[0])]

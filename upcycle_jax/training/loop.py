@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import apply as surgery_apply
@@ -33,7 +34,7 @@ from upcycle_jax.training.metric_writers import MetricWriter, duration, progress
 from upcycle_jax.training.mfu import Utilisation
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.progress import LossWatch, Window
-from upcycle_jax.training.restore import Source, Start
+from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start
 from upcycle_jax.training.saving import Saver
 from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.tracking import Wandb, WandbRun
@@ -44,8 +45,6 @@ from upcycle_jax.training.trainer import NonFinite, Trainer
 _log = logging.getLogger(__name__)
 
 DEFAULT_STATS_PERIOD = 100
-RECENT_LOSSES = "recent_losses"
-"""Entry of a checkpoint's record: the losses that the next ones are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +192,13 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest, hold: Ho
     prepare.make_model_dir(
         settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0
     )
+    # Here every process has decided where it starts. Orbax opens no folder with damaged metadata.
+    if restore.any_process(bool(run.source.damaged)):
+        restore.set_aside(settings.model_dir, run.source.damaged)
     loop: _Loop | None = None
     try:
         with Saver(settings.model_dir, settings.checkpoint_cfg.save, hold) as saver:
-            state, source = _load(run, saver)
-            restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
+            state, source = _load(run, saver, iterator)
             run = dataclasses.replace(run, source=source)
             set_aside.set_aside(
                 settings.model_dir, step=source.step, fresh=source.start != Start.RESUME
@@ -225,13 +226,14 @@ def _write_failure(model_dir: epath.Path, step: int, error: BaseException) -> No
     manifest.update(model_dir, status="failed", step=step, error=text)
 
 
-def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
-    """The first state; a checkpoint of MODEL_DIR that turns out to be damaged is passed over for
-    the one before it.
+def _load(run: PreparedRun, saver: Saver, iterator: Any) -> tuple[TrainState, Source]:
+    """The first state, and the data placed where it belongs; a checkpoint of MODEL_DIR that turns
+    out to be damaged is passed over for the one before it.
     """
-    settings, source, damaged = run.settings, run.source, list(run.source.damaged)
-    first_error: Exception | None = None
+    settings, source = run.settings, run.source
+    damaged: list[int] = []
     while True:
+        error, state = None, None
         try:
             state = restore.load(
                 source,
@@ -242,18 +244,19 @@ def _load(run: PreparedRun, saver: Saver) -> tuple[TrainState, Source]:
                 partitioner=settings.partitioner,
                 manager=saver.manager,
             )
-            break
-        except Exception as error:
+            restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
+        except DamagedCheckpointError as found:
             if source.start != Start.RESUME:
                 raise
-            first_error = first_error or error
-            _log.warning("CHECKPOINT %s IS DAMAGED and is passed over: %s", source.path, error)
-            damaged.append(source.step)
-            source = restore.find_source(
-                settings.model_dir, settings.checkpoint_cfg, run.specs, passed_over=damaged
-            )
-            if source.start != Start.RESUME:
-                raise first_error from None
+            error, state = found, None
+        if source.start != Start.RESUME or not restore.any_process(error is not None):
+            break
+        restore.warn_of_damage(source.path, error or "another process found it damaged")
+        damaged.append(source.step)
+        source = restore.find_source(
+            settings.model_dir, settings.checkpoint_cfg, run.specs, passed_over=damaged
+        )
+    assert state is not None
     if damaged and source.start == Start.RESUME:
         restore.set_aside(settings.model_dir, damaged)
         saver.reopen()

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY
+from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.models import accounting
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe import capacity
@@ -114,7 +114,7 @@ def looked_at_again(run: PreparedRun) -> PreparedRun:
     """
     settings = run.settings
     restore.check_owner(settings.model_dir, run.specs)
-    if run.source.start != Start.RESUME and not restore.finished_steps(settings.model_dir):
+    if run.source.start != Start.RESUME and not step_folders(settings.model_dir):
         return run
     source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, run.specs)
     check_steps(settings, source)

@@ -10,6 +10,8 @@ Precedence, first that applies:
 
 import dataclasses
 import enum
+import errno
+import json
 import logging
 import time
 from collections.abc import Collection, Mapping
@@ -21,7 +23,17 @@ from etils import epath
 
 from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
-from upcycle_jax.checkpoints.manager import saved_process_folder
+from upcycle_jax.checkpoints.checksums import checksum
+from upcycle_jax.checkpoints.manager import listing_error, saved_process_folder
+from upcycle_jax.checkpoints.opening import check_name, step_folders
+from upcycle_jax.checkpoints.verification import (
+    DamagedCheckpointError,
+    SavedContent,
+    Verification,
+    VerifiedReader,
+    check_digests,
+)
+from upcycle_jax.data.dataset import DamagedPositionError
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.training import manifest
@@ -47,6 +59,8 @@ from upcycle_jax.trees import LeafSpec
 _log = logging.getLogger(__name__)
 
 EXPERT_FOLDER = "mlp/expert/"
+RECENT_LOSSES = "recent_losses"
+"""Entry of a checkpoint's record: the losses that the next ones are compared with."""
 
 
 class Start(enum.StrEnum):
@@ -71,6 +85,7 @@ class Source:
       plan: of the conversion, for UPCYCLE.
       fresh_optimizer: CONTINUE with a new optimizer state.
       damaged: checkpoints of MODEL_DIR that cannot be read and are passed over, latest first.
+      verify: compare with the checksums that were saved.
     """
 
     start: Start
@@ -81,6 +96,7 @@ class Source:
     plan: surgery.Plan | None = None
     fresh_optimizer: bool = False
     damaged: tuple[int, ...] = ()
+    verify: bool = True
 
     def describe(self) -> str:
         """One line for the log and for `--dry_run`."""
@@ -124,17 +140,17 @@ def find_source(
     """
     model_dir = epath.Path(model_dir)
     check_owner(model_dir, specs)
-    resumed = _resume(model_dir, specs, passed_over)
+    resumed = _resume(model_dir, specs, passed_over, verify=config.verify)
     # 1. Resume from the run's own latest checkpoint; whatever `config.restore` says was done when
     #   the run began.
     if resumed is not None:
         return resumed
     # 2. Upcycle: a path with a recipe.
     elif config.restore is not None and config.restore.recipe is not None:
-        return _upcycle(config.restore, specs)
+        return _upcycle(config.restore, specs, verify=config.verify)
     # 3. Continue: a path without a recipe.
     elif config.restore is not None:
-        return _continue(config.restore, specs)
+        return _continue(config.restore, specs, verify=config.verify)
     # 4. Scratch.
     else:
         return Source(Start.SCRATCH)
@@ -158,19 +174,38 @@ def _parameters(specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
 
 
 def _resume(
-    model_dir: epath.Path, specs: Mapping[str, LeafSpec], passed_over: Collection[int]
+    model_dir: epath.Path,
+    specs: Mapping[str, LeafSpec],
+    passed_over: Collection[int],
+    *,
+    verify: bool,
 ) -> Source | None:
     """The latest checkpoint of MODEL_DIR whose tree can be read, or None where there is none."""
     damaged = sorted(passed_over, reverse=True)
-    for step in reversed([step for step in finished_steps(model_dir) if step not in damaged]):
-        path = model_dir / f"checkpoint_{step}"
+    folders = step_folders(model_dir)
+    for step, path in folders.items():
+        if path.name != f"checkpoint_{step}":
+            raise ValueError(
+                f"{path}: a run's own checkpoints are named without leading zeros. Rename it to"
+                f" checkpoint_{step} to resume from it, or choose another MODEL_DIR"
+            )
+    for step, path in reversed(folders.items()):
+        if step not in damaged and (problem := listing_error(path)) is not None:
+            warn_of_damage(path, problem)
+            damaged.append(step)
+    for step in reversed([step for step in folders if step not in damaged]):
+        path = folders[step]
         try:
             reader = open_checkpoint(path)
             found = reader.specs()
-        except (ValueError, OSError) as error:
-            _log.warning("CHECKPOINT %s IS DAMAGED and is passed over: %s", path, error)
+            _check_records(reader, verify=verify)
+        except Exception as error:
+            if _is_no_damage(error):
+                raise
+            warn_of_damage(path, error)
             damaged.append(step)
             continue
+        check_name(reader)
         difference = trees.diff(specs, found)
         if difference:
             raise ValueError(
@@ -185,6 +220,7 @@ def _resume(
             reader=reader,
             data_position=DataPosition.CHECKPOINT,
             damaged=tuple(damaged),
+            verify=verify,
         )
     if damaged:
         raise ValueError(
@@ -194,18 +230,46 @@ def _resume(
     return None
 
 
-def finished_steps(model_dir: epath.Path) -> list[int]:
-    """Steps of the `checkpoint_<step>` folders in MODEL_DIR, in order; temporary folders of saves
-    cut short do not count.
+def _check_records(reader: CheckpointReader, *, verify: bool) -> None:
+    """Reads what a checkpoint says of itself, and the step in it.
+
+    Raises:
+      Exception: of any kind, where one of them is damaged.
     """
-    if not model_dir.is_dir():
-        return []
-    suffixes = (
-        child.name.removeprefix("checkpoint_")
-        for child in model_dir.iterdir()
-        if child.name.startswith("checkpoint_")
+    losses = reader.metadata().get(RECENT_LOSSES, [])
+    if not all(isinstance(step, int) and isinstance(loss, float) for step, loss in losses):
+        raise DamagedCheckpointError(f"{reader.path} has a damaged record: {RECENT_LOSSES}")
+    saved = SavedContent.read(reader) if verify else None
+    if STEP in reader.specs():
+        step = reader.read(STEP)
+        if saved is not None and saved.leaves.get(STEP) != checksum(step):
+            raise DamagedCheckpointError(
+                f"{reader.path}: the step in it, {step}, is not what was saved"
+            )
+
+
+def any_process(damaged: bool) -> bool:
+    """Whether any process of the run has found damage: each reads other parts of a checkpoint."""
+    if jax.process_count() == 1:
+        return damaged
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(damaged))))
+
+
+def warn_of_damage(path: epath.PathLike | None, error: Exception | str) -> None:
+    """Says that a checkpoint of the run is passed over."""
+    _log.warning("CHECKPOINT %s IS DAMAGED and is passed over: %s", path, error)
+
+
+def _is_no_damage(error: Exception) -> bool:
+    """Whether this machine lacks something, so that an earlier checkpoint would fail alike."""
+    lacking = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in lacking)
+        or "RESOURCE_EXHAUSTED" in str(error)
     )
-    return sorted(int(suffix) for suffix in suffixes if suffix.isdigit())
 
 
 def set_aside(model_dir: epath.PathLike, steps: Collection[int]) -> None:
@@ -223,8 +287,12 @@ def set_aside(model_dir: epath.PathLike, steps: Collection[int]) -> None:
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
 
 
-def _upcycle(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -> Source:
-    readers = [_open(path, restore.mode) for path in restore.paths]
+def _upcycle(
+    restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec], *, verify: bool
+) -> Source:
+    readers: list[Any] = [
+        VerifiedReader(_open(path, restore.mode), checksums=verify) for path in restore.paths
+    ]
     reader: Any = surgery.join(readers)
     plan = surgery.make_plan(reader.specs(), specs, restore.recipe)
     step = surgery_apply.result_step(plan, reader)
@@ -235,10 +303,13 @@ def _upcycle(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) ->
         reader=reader,
         plan=plan,
         data_position=DataPosition(restore.data_position),
+        verify=verify,
     )
 
 
-def _continue(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -> Source:
+def _continue(
+    restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec], *, verify: bool
+) -> Source:
     reader = _open(restore.paths[0], restore.mode)
     found = reader.specs()
     has_optimizer = any(path.startswith(PARAM_STATES) for path in found)
@@ -270,6 +341,7 @@ def _continue(restore: RestoreCheckpointConfig, specs: Mapping[str, LeafSpec]) -
         reader=reader,
         data_position=DataPosition(restore.data_position),
         fresh_optimizer=fresh,
+        verify=verify,
     )
 
 
@@ -280,6 +352,7 @@ def _open(path: Any, mode: str) -> CheckpointReader:
             f"{path} is a folder of checkpoints, but the restore mode is 'specific': name one, e.g."
             f" {reader.path}"
         )
+    check_name(reader)
     return reader
 
 
@@ -336,18 +409,68 @@ def load(
       specs: specs of the whole state.
       partitioner: the mesh.
       manager: the `CheckpointManager` of MODEL_DIR, for RESUME.
+
+    Raises:
+      DamagedCheckpointError: leaves are not what was saved; for RESUME, whatever else keeps the
+        checkpoint from being read, too.
+      NonFiniteParameterError: parameters hold NaN or infinite values.
     """
     shardings = partitioner.shardings(specs)
     with partitioner.activate():
         if source.start == Start.SCRATCH:
             return initial_state(model, optimizer, seed=seed, shardings=shardings)
         if source.start == Start.RESUME:
-            return from_state_dict(manager.restore(source.step, specs, shardings))
+            return _load_own(source, manager, specs, shardings)
         assert source.reader is not None
         if source.start == Start.UPCYCLE:
-            assert source.plan is not None
-            return from_state_dict(surgery.apply_online(source.plan, source.reader, shardings))
+            return _load_upcycled(source, shardings)
         return _load_equal(source, optimizer, model, specs, shardings)
+
+
+def _load_own(
+    source: Source,
+    manager: Any,
+    specs: Mapping[str, LeafSpec],
+    shardings: Mapping[str, jax.sharding.NamedSharding],
+) -> TrainState:
+    assert source.reader is not None
+    stored = {
+        path: dataclasses.replace(specs[path], dtype=spec.dtype)
+        for path, spec in source.reader.specs().items()
+    }
+    flat, failure = {}, None
+    try:
+        verification = Verification(source.reader, checksums=source.verify)
+        flat = trees.flatten(manager.restore(source.step, stored, shardings))
+    except Exception as error:  # Orbax and TensorStore raise many types
+        if _is_no_damage(error):
+            raise
+        failure = error
+    # Before any computation: it would wait for the process that could not read its part.
+    if any_process(failure is not None):
+        raise DamagedCheckpointError(
+            f"{source.path} cannot be read: {failure or 'another process found it damaged'}"
+        ) from failure
+    verification.check(flat)
+    verification.finish(
+        f"The run spoilt it before it was saved: move {source.path} away to go on from the"
+        " checkpoint before it, with a lower learning rate"
+    )
+    for path, spec in specs.items():
+        if flat[path].dtype != spec.dtype:
+            flat[path] = flat[path].astype(spec.dtype)
+    return from_state_dict(flat)
+
+
+def _load_upcycled(
+    source: Source, shardings: Mapping[str, jax.sharding.NamedSharding]
+) -> TrainState:
+    assert source.reader is not None and source.plan is not None
+    flat = surgery.apply_online(source.plan, source.reader, shardings)
+    reader: Any = source.reader
+    for parent in getattr(reader, "readers", (reader,)):
+        parent.verification.finish("Upcycle another checkpoint")
+    return from_state_dict(flat)
 
 
 def _load_equal(
@@ -358,13 +481,16 @@ def _load_equal(
     shardings: Mapping[str, jax.sharding.NamedSharding],
 ) -> TrainState:
     assert source.reader is not None
+    verification = Verification(source.reader, checksums=source.verify)
     flat: dict[str, jax.Array] = {}
     for path, spec in specs.items():
         if path.startswith(TARGET) or (
             path.startswith(PARAM_STATES) and not source.fresh_optimizer
         ):
             leaf = source.reader.read_sharded(path, shardings[path])
+            verification.check({path: leaf})
             flat[path] = leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
+    verification.finish("Continue from another checkpoint")
     flat[STEP] = jax.device_put(np.int32(source.step), shardings[STEP])
     if source.fresh_optimizer:
         slots = {
@@ -384,11 +510,15 @@ def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batc
     step k to k + 1.
 
     A checkpoint without a data position (saved elsewhere) falls back to the batch of its step.
+
+    Raises:
+      DamagedCheckpointError: the position was saved and is damaged.
+      ValueError: it belongs to other data.
     """
     if source.data_position == DataPosition.CHECKPOINT:
         try:
             if source.start == Start.RESUME:
-                manager.restore_dataset(source.step, iterator)
+                _restore_own_dataset(source, iterator, manager)
             else:
                 _restore_foreign_dataset(source, iterator)
             return
@@ -403,6 +533,15 @@ def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batc
         iterator.seek(position)
 
 
+def _restore_own_dataset(source: Source, iterator: Any, manager: Any) -> None:
+    try:
+        manager.restore_dataset(source.step, iterator, verify=source.verify)
+    except (DamagedCheckpointError, FileNotFoundError):
+        raise
+    except (DamagedPositionError, json.JSONDecodeError, TypeError, LookupError) as error:
+        raise DamagedCheckpointError(f"{source.path}: the data position: {error}") from error
+
+
 def _restore_foreign_dataset(source: Source, iterator: Any) -> None:
     assert source.path is not None
     try:
@@ -411,4 +550,6 @@ def _restore_foreign_dataset(source: Source, iterator: Any) -> None:
         raise FileNotFoundError(
             f"{error}. Set RestoreCheckpointConfig.data_position to 'step' or 'start'"
         ) from error
+    if source.verify:
+        check_digests(folder, epath.Path(source.path))
     iterator.restore(folder)

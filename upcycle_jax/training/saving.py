@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointManager
+from upcycle_jax.checkpoints.checksums import device_summaries
+from upcycle_jax.checkpoints.verification import NonFiniteParameterError, not_finite
 from upcycle_jax.training.config import SaveCheckpointConfig
 from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.metric_writers import duration
-from upcycle_jax.training.train_state import TrainState
+from upcycle_jax.training.train_state import TARGET, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -65,21 +68,49 @@ class Saver:
     def save(
         self, state: TrainState, step: int, iterator: Any, metadata: Mapping[str, Any]
     ) -> None:
-        """Starts a save; the state may be donated when this returns."""
+        """Starts a save; the state may be donated when this returns.
+
+        Raises:
+          NonFiniteParameterError: parameters hold NaN or infinite values, which a save would keep
+            in the place of a good checkpoint.
+        """
         if self._config is None or self.last_step == step:
             return
         self._hold.require(look=True)
         dataset = iterator if self._config.save_dataset else None
         started = time.monotonic()
-        self.manager.save(
-            step, _arrays(state, self._config.dtype), dataset=dataset, metadata=metadata
-        )
+        arrays = _arrays(state, self._config.dtype)
+        checksums, summed = None, ""
+        if self._config.checksums:
+            checksums = _checksums(arrays, step)
+            summed = f", {time.monotonic() - started:.2f} s of it for {len(checksums)} checksums"
+        self.manager.save(step, arrays, dataset=dataset, metadata=metadata, checksums=checksums)
         self.last_step = step
         _log.info(
-            "saving checkpoint_%d (held up the run for %s)",
+            "saving checkpoint_%d (held up the run for %s%s)",
             step,
             duration(time.monotonic() - started),
+            summed,
         )
+
+
+def _checksums(arrays: dict[str, Any], step: int) -> dict[str, str]:
+    """The checksums of all leaves of the tree to save, by full path.
+
+    Raises:
+      NonFiniteParameterError: parameters hold NaN or infinite values.
+    """
+    flat, summaries = trees.flatten(arrays), device_summaries(arrays)
+    for path, summary in summaries.items():
+        if summary.nonfinite:
+            what = not_finite(path, flat[path], summary.nonfinite)
+            if path.startswith(TARGET):
+                raise NonFiniteParameterError(
+                    f"step {step}: {what}, so the step is not saved; the last checkpoint is from"
+                    " before it. Lower the learning rate"
+                )
+            _log.warning("step %d: %s", step, what)
+    return {path: summary.checksum for path, summary in summaries.items()}
 
 
 def _arrays(state: TrainState, dtype: str) -> dict[str, Any]:
