@@ -321,9 +321,7 @@ def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_pa
     merged, sparse = open_checkpoint(tmp_path / "merged"), open_checkpoint(tmp_path / "sparse")
     model = config.load([MODEL_FILE], TINY).macro("MODEL")
     tokens = random_tokens(64)
-    weights = function_check.router_weights(
-        model, function_check.load_params(sparse, model.param_specs()), tokens
-    )
+    weights = function_check.router_weights(model, sparse, tokens)
     assert max(weights["encoder/layers_1"]) > 0.26  # Not the plain mean.
     recorded = merged.metadata()["surgery"]["recipe"]
     assert recorded["how"] == "weighted" and recorded["weights"].keys() == weights.keys()

@@ -128,9 +128,8 @@ def _with_measured_weights(
             " to measure them with"
         )
     tokens = tokens if tokens is not None else Tokens.random(source_model.config.vocab_size)
-    params = checking.load_params(source, source_model.param_specs())
     return dataclasses.replace(
-        recipe, weights=checking.router_weights(source_model, params, tokens.batch)
+        recipe, weights=checking.router_weights(source_model, source, tokens.batch)
     )
 
 

@@ -60,7 +60,7 @@ def verify(
       optimizer: whose state the result should hold; None: the state that it holds is taken as it
         is, its slots zero or carried over.
       recipe: used where the result records none; None: the paper's for language.
-      max_memory: limit for `function_check='auto'`, in bytes.
+      max_memory: bytes of arrays that the function check holds at a time.
       function_check: 'auto', 'on' or 'off'.
       function_check_dataset: a `DatasetConfig` whose first batch is used; None: random tokens.
       proof_directory: where to write `proof.json`; None: nowhere, the checkpoints are only read.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from upcycle_jax import axes, surgery, trees
+from upcycle_jax import axes, surgery
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
@@ -193,14 +193,8 @@ def compared(small, dense, width, damage=None):
     if damage:
         damage(arrays)
     tokens = Tokens(random_tokens(VOCAB, length=8), "random")
-    dense_params = trees.unflatten(
-        {path.removeprefix("target/"): leaf for path, leaf in dense.items()}
-    )
-    sparse_params = trees.unflatten(
-        {path.removeprefix("target/"): leaf for path, leaf in arrays.items()}
-    )
     return types.SimpleNamespace(
-        outcome=check.check_function(plan, model, dense_params, sparse_params, tokens),
+        outcome=check.check_function(plan, model, source, small.Reader(arrays), tokens),
         arrays=arrays,
     )
 

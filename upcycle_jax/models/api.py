@@ -19,7 +19,7 @@ microbatches add up to the batch):
   bias balances the router.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -28,10 +28,11 @@ import jax.numpy as jnp
 
 from upcycle_jax import trees
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
-from upcycle_jax.models import expert_metrics, losses
+from upcycle_jax.models import expert_metrics, losses, t5_layers
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.expert_metrics import STACKS, scaled_mean
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
+from upcycle_jax.models.layerwise import Step
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.models.t5 import RESIDUALS, Transformer
 from upcycle_jax.moe.report import REPORTS, MoeReport
@@ -383,6 +384,28 @@ class EncoderDecoderModel:
             for i in range(self.config.num_layers(stack))
         }
 
+    def check_batch(self, batch: Batch) -> None:
+        """Raises ValueError if the model cannot be run on such a batch: packed rows may not pass
+        every router.
+        """
+        for stack in STACKS:
+            if (
+                f"{stack}_segment_ids" in batch
+                and self.config.moe is not None
+                and self.config.sparse_layers(stack)
+            ):
+                router = self.config.moe.router(stack)
+                if reason := router.not_packable_because:
+                    raise ValueError(f"{type(router).__name__} cannot route packed rows: {reason}.")
+
+    def layer_steps(self) -> Sequence[Step]:
+        """See `layerwise.LayerwiseModel`."""
+        return t5_layers.steps(self.config)
+
+    def row_bytes(self, batch: Batch) -> int:
+        """See `layerwise.LayerwiseModel`."""
+        return t5_layers.row_bytes(self.config, batch)
+
     def _apply(
         self,
         params: PyTree,
@@ -393,15 +416,7 @@ class EncoderDecoderModel:
         mutable: list[str],
     ) -> tuple[Any, Any]:
         module, rngs = self.module, None
-        for stack in STACKS:
-            if (
-                f"{stack}_segment_ids" in batch
-                and self.config.moe is not None
-                and self.config.sparse_layers(stack)
-            ):
-                router = self.config.moe.router(stack)
-                if reason := router.not_packable_because:
-                    raise ValueError(f"{type(router).__name__} cannot route packed rows: {reason}.")
+        self.check_batch(batch)
         if train and dropout_rng is not None:
             dropout_key, jitter_key = jax.random.split(dropout_rng)
             rngs = {"dropout": dropout_key, "jitter": jitter_key}

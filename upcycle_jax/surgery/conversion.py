@@ -98,7 +98,8 @@ def convert(
       model: the target model, for the function check.
       max_memory: see `apply_offline`.
       materialize: see `apply_offline`.
-      check: the function check: 'on', 'off', or 'auto' for where both models fit into `max_memory`.
+      check: the function check: 'off', or 'on' or 'auto', which are the same: wherever there is one
+        dense parent to compare with.
       tokens: what the function check compares the models on; None: random tokens.
       dry_run: stop after the plan.
       report: is given every line for people.
@@ -114,7 +115,7 @@ def convert(
     checked_output(output_path, source_paths(source), setting="OUTPUT_CHECKPOINT_PATH")
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan.text())
-    if tokens is not None and not why_no_function_check(plan, model, check, max_memory):
+    if tokens is not None and not why_no_function_check(plan, check):
         function_check.predict(
             plan, model, tokens.batch
         )  # Refuses a batch that does not divide into routing groups.
@@ -222,28 +223,21 @@ def verify(
         report("function check: skipped, the source is gone")
     elif model is None:
         report("function check: skipped, the result records no model: name a model file")
-    elif reason := why_no_function_check(plan, model, check, max_memory):
+    elif reason := why_no_function_check(plan, check):
         report(f"function check: skipped, {reason}")
     elif not proof.readable:
         report("function check: skipped, leaves are missing or cannot be read")
     else:
         tokens = tokens if tokens is not None else Tokens.random(model.config.vocab_size)
-        dense = function_check.dense_counterpart(model)
         outcome = function_check.check_function(
-            plan,
-            model,
-            function_check.load_params(source, dense.param_specs()),
-            function_check.load_params(target, model.param_specs()),
-            tokens,
+            plan, model, source, target, tokens, max_memory=max_memory, progress=report
         )
         proof.function = outcome.json()
     report(proof.text())
     return proof
 
 
-def why_no_function_check(
-    plan: Plan, model: EncoderDecoderModel, check: str, max_memory: int
-) -> str:
+def why_no_function_check(plan: Plan, check: str) -> str:
     """Why the function check does not run; '' where it does."""
     if check == "off":
         return "as asked"
@@ -255,23 +249,6 @@ def why_no_function_check(
         return "the source has another depth"
     if not any(is_expert(row.target) for row in plan.rows):
         return "the target has no experts"
-    # Both models in float32, and as much again for the forward passes.
-    need = (
-        2
-        * 4
-        * sum(
-            spec.size
-            for spec in (
-                *model.param_specs().values(),
-                *function_check.dense_counterpart(model).param_specs().values(),
-            )
-        )
-    )
-    if check == "auto" and need > max_memory:
-        return (
-            f"both models take about {need / 2**30:.1f} GiB in float32, more than max_memory; set"
-            " upcycle.function_check = 'on' to run it"
-        )
     return ""
 
 

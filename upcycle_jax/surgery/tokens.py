@@ -14,10 +14,12 @@ class Tokens:
     Attributes:
       batch: model features.
       origin: where it comes from, for the proof: 'random', or a task's name and split.
+      rows_left_out: rows that the batch had beyond those here.
     """
 
     batch: Batch
     origin: str
+    rows_left_out: int = 0
 
     @classmethod
     def random(cls, vocab_size: int) -> "Tokens":
@@ -25,13 +27,25 @@ class Tokens:
         return cls(random_tokens(vocab_size), "random")
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        return int(np.shape(self.batch["decoder_target_tokens"])[0])
+
+    def first_rows(self, count: int) -> "Tokens":
+        """The first rows alone."""
+        batch = {name: values[:count] for name, values in self.batch.items()}
+        return Tokens(batch, self.origin, self.rows_left_out + max(0, self.num_rows - count))
+
+    @property
     def description(self) -> str:
         """The origin with the shape, e.g. 'random: 2 x 32 inputs, 2 x 32 targets'."""
         inputs, targets = (
             np.shape(self.batch[f"{name}_tokens"]) for name in ("encoder_input", "decoder_target")
         )
+        left_out = f", {self.rows_left_out} more rows left out" if self.rows_left_out else ""
         return (
-            f"{self.origin}: {inputs[0]} x {inputs[1]} inputs, {targets[0]} x {targets[1]} targets"
+            f"{self.origin}: {inputs[0]} x {inputs[1]} inputs, {targets[0]} x {targets[1]}"
+            f" targets{left_out}"
         )
 
 

@@ -1,0 +1,195 @@
+"""A model's forward pass in steps, each with parameters of its own: how a model is run that is
+larger than memory.
+
+Whoever runs the steps reads the parameters of one at a time and carries the state from one to the
+next. The experts of an MoE layer are left out of its step: the step says which tokens meet which
+experts (`MoeCall.plan`), the caller puts them through the experts, a few at a time
+(`experts_outputs`), and runs the step again with what came back.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax.moe.dispatch import Plan
+from upcycle_jax.moe.layer import MoeLayer, RouterLogits
+from upcycle_jax.moe.sizes import layer_sizes
+from upcycle_jax.types import Batch, PyTree
+
+State = dict[str, Any]
+"""What goes from step to step. Before the first it is the batch; after it, it holds the residual
+stream `x [batch, length, d]` and `valid`, bool `[batch, length]`, of the stack that is being run,
+and what else the model's own steps need.
+"""
+
+Out = TypeVar("Out")
+
+
+@flax.struct.dataclass
+class MoeCall:
+    """What went through one MoE layer.
+
+    Attributes:
+      x: its input `[batch, length, d]`.
+      valid: bool `[batch, length]`, real tokens.
+      y: its output `[batch, length, d]`.
+      gates: float32 `[batch, length]`, each token's combine weights, summed.
+      router_logits: float32 `[G, S, columns]`.
+      tokens: the input in groups, `[G, S, d]`.
+      plan: of every group, with a leading G.
+    """
+
+    x: jax.Array
+    valid: jax.Array
+    y: jax.Array
+    gates: jax.Array
+    router_logits: jax.Array
+    tokens: jax.Array
+    plan: Plan
+
+
+class Program(Protocol):
+    """The computation of a step. Hashable: equal programs are compiled once."""
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, MoeCall | None]:
+        """The state after the step, and what went through its MoE layer if it has one.
+
+        Args:
+          params: those that `Step.params` names, float32, nested; experts are left out.
+          state: before the step.
+          expert_outputs: what the experts of its MoE layer give, float32 `[G, S, d]`; None: zeros.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a forward pass.
+
+    Attributes:
+      name: of a layer its path, e.g. 'encoder/layers_1'.
+      is_layer: it adds to the residual stream, which can be compared with another model's.
+      params: subtrees of the model's parameters that it needs, by path -> their place in what
+        `program` takes.
+      program: see `Program`.
+      experts: path of the subtree of its experts' parameters; '' without experts.
+      moe: the MoE layer, unbound.
+    """
+
+    name: str
+    is_layer: bool
+    params: Mapping[str, str]
+    program: Program
+    experts: str = ""
+    moe: MoeLayer | None = None
+
+
+class LayerwiseModel(Protocol):
+    """A model that says how to run it layer by layer, in evaluation mode."""
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raises ValueError if the model cannot be run on such a batch."""
+
+    def layer_steps(self) -> Sequence[Step]:
+        """The steps in order. The last one puts `logits` into the state, and may be given `x` and
+        `valid` of a few rows alone.
+        """
+
+    def row_bytes(self, batch: Batch) -> int:
+        """Bytes of activations, about, that one row of such a batch takes while steps run."""
+
+    def param_specs(self) -> Mapping[str, Any]:
+        """`trees.LeafSpec` of every parameter, by path."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(
+    program: Program, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+) -> tuple[State, MoeCall | None]:
+    """Runs a step."""
+    return program(params, state, expert_outputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def route(program: Program, params: PyTree, state: State) -> tuple[jax.Array, Plan]:
+    """Tokens and plan of a step's MoE layer (see `MoeCall`), without going through experts."""
+    _, call = program(params, state)
+    assert call is not None
+    return call.tokens, call.plan
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def expert_outputs(
+    layer: MoeLayer, kernels: PyTree, tokens: jax.Array, plan: Plan, expert: jax.Array | int
+) -> jax.Array:
+    """What one expert adds: float32 `[G, S, d]`.
+
+    Args:
+      layer: the MoE layer.
+      kernels: parameters of the expert, with a leading axis of 1.
+      tokens: see `route`.
+      plan: see `route`.
+      expert: int32 scalar, which one it is.
+    """
+    part = jax.vmap(lambda one: one.part(expert, 1))(plan)
+    return _process(layer, kernels, tokens, part)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def copies_outputs(
+    layer: MoeLayer, kernels: PyTree, tokens: jax.Array, plan: Plan, members: jax.Array
+) -> jax.Array:
+    """What several experts that are copies of one add, as `expert_outputs`; `members` is bool
+    `[E]`.
+    """
+    merged = jax.vmap(lambda one: one.merged(members, tokens.shape[1]))(plan)
+    return _process(layer, kernels, tokens, merged)
+
+
+def _process(layer: MoeLayer, kernels: PyTree, tokens: jax.Array, plan: Plan) -> jax.Array:
+    variables = {"params": {"expert": kernels}}
+    return layer.apply(variables, tokens, plan, method="process")  # type: ignore[return-value]
+
+
+def without_experts(
+    call_layer: Callable[[], Out], outputs: jax.Array | None
+) -> tuple[Out, MoeCall | None]:
+    """Calls a layer whose experts are not there: `outputs` (zeros, if None) stand for what they
+    give. Returns also what went through the MoE layer, None where there is none.
+    """
+    seen: dict[str, Any] = {}
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module, method = context.module, context.method_name
+        if isinstance(module, MoeLayer) and method == "process":
+            tokens, plan = args
+            seen.update(tokens=tokens, plan=plan)
+            return jnp.zeros(tokens.shape, jnp.float32) if outputs is None else outputs
+        out = call(*args, **kwargs)
+        if isinstance(module, RouterLogits) and method == "__call__":
+            seen["router_logits"] = out
+        elif isinstance(module, MoeLayer) and method == "__call__":
+            x, valid, *_ = args
+            seen.update(x=x, valid=valid, y=out, gates=_gates(module, seen["plan"], x))
+        return out
+
+    with nn.intercept_methods(intercept):
+        out = call_layer()
+    return out, MoeCall(**seen) if seen else None
+
+
+def _gates(layer: MoeLayer, plan: Plan, x: jax.Array) -> jax.Array:
+    """Summed combine weights `[batch, length]` of the plans of all groups."""
+    rows, columns, _ = x.shape
+    router = layer.config.router(layer.stack)
+    grouping = layer_sizes(layer.config, router, rows, columns, train=False).grouping
+    sums = jax.vmap(lambda one: one.weight_per_token(grouping.group_size))(plan)
+    padded = (rows + grouping.batch_padding, columns + grouping.length_padding)
+    return sums.reshape(padded)[:rows, :columns]

@@ -1,0 +1,158 @@
+"""T5's forward pass in steps (see `layerwise`): what is before the layers, every layer of the
+encoder, the encoder's end, every layer of the decoder, the logits. All run the modules of `t5`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from upcycle_jax.layers import masks
+from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.layerwise import MoeCall, State, Step, without_experts
+from upcycle_jax.models.t5 import DecoderLayer, Encoder, EncoderLayer, Transformer, moe_layer
+from upcycle_jax.moe.config import Stack
+from upcycle_jax.types import Batch, PyTree
+
+
+def steps(config: T5Config) -> list[Step]:
+    """The steps of a model with these settings."""
+    config = dataclasses.replace(config.unrolled, dropout_rate=0.0)
+    table = "token_embedder"
+    before = (table, "encoder/relpos_bias", "decoder/relpos_bias")
+    after = ("decoder/decoder_norm", table if config.logits_via_embedding else _LOGITS)
+    return [
+        Step("inputs", False, _in_place(before), _Inputs(config)),
+        *(_layer(config, "encoder", i) for i in range(config.num_encoder_layers)),
+        Step("encoded", False, _in_place(["encoder/encoder_norm"]), _Encoded(config)),
+        *(_layer(config, "decoder", i) for i in range(config.num_decoder_layers)),
+        Step("logits", False, _in_place(after), _Logits(config)),
+    ]
+
+
+def row_bytes(config: T5Config, batch: Batch) -> int:
+    """Bytes of float32 activations of one row: what is kept between layers, and the most that one
+    layer adds.
+    """
+    inputs, targets = (
+        np.shape(batch[f"{name}_tokens"])[1] for name in ("encoder_input", "decoder_target")
+    )
+    longest, length = max(inputs, targets), inputs + targets
+    kept = 3 * config.emb_dim * length
+    kept += config.num_heads * (inputs**2 + targets**2) + inputs * targets
+    attention = 3 * config.num_heads * longest**2 + 4 * config.num_heads * config.head_dim * longest
+    mlp = 4 * max(config.mlp_dim, config.emb_dim) * longest
+    return 4 * (kept + attention + mlp)
+
+
+_LOGITS = "decoder/logits_dense"
+
+
+def _in_place(paths: tuple[str, ...] | list[str]) -> dict[str, str]:
+    return {path: path for path in paths}
+
+
+def _layer(config: T5Config, stack: Stack, number: int) -> Step:
+    name, sparse = f"{stack}/layers_{number}", number in config.sparse_layers(stack)
+    program = _EncoderLayer if stack == "encoder" else _DecoderLayer
+    return Step(
+        name,
+        True,
+        {name: "layer"},
+        program(config, sparse),
+        experts=f"{name}/mlp/expert" if sparse else "",
+        moe=moe_layer(config, stack, parent=None) if sparse else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    config: T5Config
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, None]:
+        def inputs(module: Transformer, batch: State) -> State:
+            encoder, decoder = module.inputs(
+                batch["encoder_input_tokens"],
+                batch["decoder_input_tokens"],
+                batch["decoder_target_tokens"],
+                encoder_segment_ids=batch.get("encoder_segment_ids"),
+                decoder_segment_ids=batch.get("decoder_segment_ids"),
+            )
+            later = {
+                "x": decoder.embedded,
+                "valid": decoder.valid,
+                "token_ids": decoder.token_ids,
+                "bias": module.decoder.attention_bias(decoder.self_mask),
+                "cross_bias": masks.to_bias(decoder.cross_mask),
+            }
+            return {
+                "x": encoder.embedded,
+                "valid": encoder.valid,
+                "token_ids": encoder.token_ids,
+                "bias": module.encoder.attention_bias(encoder.mask),
+                "decoder": later,
+            }
+
+        return nn.apply(inputs, Transformer(self.config))({"params": params}, state), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncoderLayer:
+    config: T5Config
+    sparse: bool
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, MoeCall | None]:
+        layer = EncoderLayer(self.config, self.sparse)
+        given = (state[name] for name in ("x", "bias", "valid", "token_ids"))
+        x, call = without_experts(
+            lambda: layer.apply({"params": params["layer"]}, *given, train=False), expert_outputs
+        )
+        return {**state, "x": x}, call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    config: T5Config
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, None]:
+        variables = {"params": params["encoder"]}
+        encoded = Encoder(self.config).apply(variables, state["x"], state["valid"], method="finish")
+        return {**state["decoder"], "encoded": encoded}, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _DecoderLayer:
+    config: T5Config
+    sparse: bool
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, MoeCall | None]:
+        layer = DecoderLayer(self.config, self.sparse)
+        names = ("x", "encoded", "bias", "cross_bias", "valid", "token_ids")
+        given = (state[name] for name in names)
+        x, call = without_experts(
+            lambda: layer.apply({"params": params["layer"]}, *given, train=False), expert_outputs
+        )
+        return {**state, "x": x}, call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    config: T5Config
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, None]:
+        def logits(module: Transformer, x: jax.Array, valid: jax.Array) -> jax.Array:
+            return module.logits(module.decoder.finish(x, valid))
+
+        applied = nn.apply(logits, Transformer(self.config))
+        return {"logits": applied({"params": params}, state["x"], state["valid"])}, None

@@ -1,0 +1,189 @@
+"""What is promised about a sparse model's function, and what was found: the words of the function
+check.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.moe.config import Stack
+from upcycle_jax.moe.sizes import layer_sizes
+from upcycle_jax.surgery.recipe import MergeRecipe
+from upcycle_jax.surgery.table import Plan
+from upcycle_jax.types import Batch
+
+LAYER_TOLERANCE = 1e-5
+"""Of the largest value compared: float32 through one MoE layer."""
+
+
+class Verdict(enum.StrEnum):
+    """What the sparse model's function is to the dense one's."""
+
+    EXACT = "exact"
+    SCALED = "scaled by the gate sum"
+    NOT_PRESERVED = "not preserved"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the recipe and the routers promise, and why."""
+
+    verdict: Verdict
+    reason: str
+
+
+@dataclasses.dataclass
+class LayerScaling:
+    """One MoE layer against the dense MLP times the summed combine weights.
+
+    Attributes:
+      layer: 'encoder/layers_1'.
+      difference: largest difference, in units of the largest dense output.
+      gate_sum_mean: mean over real tokens of the summed combine weights.
+      untouched: share of real tokens that no expert took.
+    """
+
+    layer: str
+    difference: float
+    gate_sum_mean: float
+    untouched: float
+
+    @property
+    def ok(self) -> bool:
+        """Equal within float32 rounding."""
+        return self.difference <= LAYER_TOLERANCE
+
+
+@dataclasses.dataclass
+class FunctionCheck:
+    """Prediction and measurement.
+
+    Attributes:
+      prediction: what was expected.
+      tokens: what was compared on (`Tokens.description`).
+      logit_difference: largest difference between sparse and dense logits, as the model is
+        configured.
+      logit_scale: largest dense logit.
+      dense_loss: cross entropy per target token of the dense model on the tokens.
+      sparse_loss: the same of the sparse model as configured.
+      twin_difference: as `logit_difference`, of the twin with renormalised weights and room for
+        every token; None where nothing is claimed.
+      first_divergence: first layer whose residual stream differs when it should not.
+      shared_expert: MoE layers have one.
+      layers: the layer-by-layer comparison, where the verdict is 'scaled'.
+      ok: the prediction holds.
+    """
+
+    prediction: Prediction
+    tokens: str
+    logit_difference: float
+    logit_scale: float
+    dense_loss: float
+    sparse_loss: float
+    twin_difference: float | None
+    first_divergence: str | None
+    shared_expert: bool
+    layers: list[LayerScaling]
+    ok: bool
+
+    def text(self) -> str:
+        """For people."""
+        lines = [
+            (
+                f"function check: {'PASSED' if self.ok else 'FAILED'}; predicted:"
+                f" {self.prediction.verdict} ({self.prediction.reason})"
+            ),
+            f"  tokens: {self.tokens}",
+            (
+                f"  as configured: logits differ by at most {self.logit_difference:.3g} (largest"
+                f" dense logit {self.logit_scale:.3g}); loss per token {self.dense_loss:.4f} dense,"
+                f" {self.sparse_loss:.4f} sparse"
+            ),
+        ]
+        if self.twin_difference is not None:
+            lines.append(
+                "  with renormalised weights and room for every token: logits differ by at most"
+                f" {self.twin_difference:.3g}"
+            )
+        for layer in self.layers:
+            lines.append(
+                f"  {layer.layer}: output = dense MLP x gate"
+                f" sum{' + shared expert' if self.shared_expert else ''} within"
+                f" {layer.difference:.1e}; gate sum {layer.gate_sum_mean:.3f} on average,"
+                f" {100 * layer.untouched:.1f}% of tokens without an"
+                f" expert{'' if layer.ok else '  <-- DIFFERS'}"
+            )
+        if self.first_divergence is not None:
+            lines.append(f"  first layer that diverges: {self.first_divergence}")
+        return "\n".join(lines)
+
+    def json(self) -> dict[str, Any]:
+        """Plain JSON; the text included."""
+        out = dataclasses.asdict(self)
+        out["prediction"] = {
+            "verdict": str(self.prediction.verdict),
+            "reason": self.prediction.reason,
+        }
+        return {**out, "text": self.text()}
+
+
+def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction:
+    """What the sparse model's function should be to the dense one's on such a batch."""
+    recipe = plan.recipe
+    if isinstance(recipe, MergeRecipe):
+        return Prediction(Verdict.NOT_PRESERVED, "experts are merged")
+    if recipe.depth is not None:
+        return Prediction(Verdict.NOT_PRESERVED, "the depth changes")
+    if not recipe.expert_init.preserves_function:
+        return Prediction(
+            Verdict.NOT_PRESERVED, f"{type(recipe.expert_init).__name__} changes the experts"
+        )
+    if not all(
+        row.moves_values for row in plan.rows if row.target.startswith("target/") and row.sources
+    ):
+        shuffled = all(
+            row.moves_values or "shuffled" in row.operation.name for row in plan.rows if row.sources
+        )
+        if not shuffled:
+            return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
+    assert sparse.config.moe is not None
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    for router in (
+        sparse.config.moe.router(stack) for stack in stacks if sparse.config.sparse_layers(stack)
+    ):
+        if router.renormalized() is None:
+            return Prediction(
+                Verdict.NOT_PRESERVED, f"{type(router).__name__} gives experts mixtures of tokens"
+            )
+    reasons = (
+        ["a shared expert is added"] if sparse.config.moe.shared_expert_mlp_dim is not None else []
+    )
+    features: dict[Stack, str] = {
+        "encoder": "encoder_input_tokens",
+        "decoder": "decoder_target_tokens",
+    }
+    for stack, feature in features.items():
+        if sparse.config.sparse_layers(stack):
+            reasons += _why_not_exact(sparse, stack, np.shape(batch[feature]))
+    if reasons:
+        return Prediction(Verdict.SCALED, "; ".join(reasons))
+    return Prediction(
+        Verdict.EXACT, "experts are copies, combine weights sum to 1 and every token has room"
+    )
+
+
+def _why_not_exact(sparse: EncoderDecoderModel, stack: Stack, shape: Sequence[int]) -> list[str]:
+    moe = sparse.config.moe
+    assert moe is not None
+    router, reasons = moe.router(stack), []
+    if not router.unit_weights:
+        reasons.append(f"combine weights are not renormalised in the {stack}")
+    sizes = layer_sizes(moe, router, shape[0], shape[1], train=False)
+    grouping, slots = sizes.grouping, sizes.slots
+    if slots < grouping.group_size:
+        reasons.append(f"{stack} experts have {slots} slots for {grouping.group_size} tokens")
+    return reasons
