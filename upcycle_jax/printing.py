@@ -1,5 +1,7 @@
 """How names and texts out of files reach a terminal or a log."""
 
+import logging
+
 
 def printable(text: object) -> str:
     r"""`text` with every character that is not printed as itself written as its Python escape:
@@ -18,3 +20,15 @@ def printable(text: object) -> str:
 def printable_lines(text: object) -> str:
     """A message of several lines, each of them `printable`; the line breaks stay."""
     return "\n".join(printable(line) for line in str(text).split("\n"))
+
+
+def show(text: object) -> None:
+    """Prints lines of text, `printable`."""
+    print(printable_lines(text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats records of the log as `printable_lines`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.printing import PrintableFormatter
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
@@ -81,7 +82,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     log = logging.getLogger("upcycle_jax")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)
 

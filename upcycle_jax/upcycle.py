@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.printing import show
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
@@ -41,7 +42,7 @@ def upcycle(
     function_check: str = "auto",
     function_check_dataset: Any = None,
     dry_run: bool = False,
-    report: Any = print,
+    report: Any = show,
 ) -> "Conversion":
     """Converts a checkpoint on disk; see `surgery.conversion.convert`.
 

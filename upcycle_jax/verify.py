@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.printing import show
 
 if TYPE_CHECKING:
     from upcycle_jax.checkpoints import CheckpointReader
@@ -47,7 +48,7 @@ def verify(
     function_check: str = "auto",
     function_check_dataset: Any = None,
     proof_directory: str | None = None,
-    report: Any = print,
+    report: Any = show,
 ) -> "Proof":
     """Proves a result.
 

@@ -167,10 +167,11 @@ class T5XLegacyReader(ReaderBase):
         if isinstance(node, dict) and not {"driver", "kvstore"} <= node.keys():
             for key, child in node.items():
                 self._collect(child, f"{name}/{key}")
-        elif name in self._nodes:
+            return
+        untrusted.check_parts(name.split("/"), self._index)
+        if name in self._nodes:
             raise untrusted.damaged(self._index, f"leaf {printable(name)} is there twice")
-        else:
-            self._nodes[name] = node
+        self._nodes[name] = node
 
     def _leaf(self, name: str) -> InlineArray | ChunkedArray | StoredArray:
         if name not in self._leaves:

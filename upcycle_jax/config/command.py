@@ -20,7 +20,7 @@ from typing import Any
 import upcycle_jax
 from upcycle_jax.config import flags as flags_lib
 from upcycle_jax.config.flags import Flags
-from upcycle_jax.printing import printable_lines
+from upcycle_jax.printing import PrintableFormatter, printable_lines
 
 TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 
@@ -78,7 +78,7 @@ def is_first() -> bool:
 def log_to_console() -> None:
     """Progress goes to standard error, one line each; of other libraries only warnings do."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log = logging.getLogger("upcycle_jax")
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.INFO)

@@ -13,6 +13,7 @@ from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.conversion import checkpoint_path
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.printing import show
 from upcycle_jax.surgery import function_check
 from upcycle_jax.surgery.model_record import model_to_json
 from upcycle_jax.surgery.offline import (
@@ -86,7 +87,7 @@ def convert(
     check: str = "auto",
     tokens: Tokens | None = None,
     dry_run: bool = False,
-    report: Report = print,
+    report: Report = show,
 ) -> Conversion:
     """Plans, applies and proves.
 
@@ -194,7 +195,7 @@ def verify(
     max_memory: int = DEFAULT_MAX_MEMORY,
     tokens: Tokens | None = None,
     source_damage: Sequence[str] = (),
-    report: Report = print,
+    report: Report = show,
 ) -> Proof:
     """Proves a result from disk and, where it applies, compares the two models on tokens; reports
     the verdict.
