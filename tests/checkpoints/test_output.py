@@ -9,7 +9,8 @@ import pytest
 
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint, tiling
 from upcycle_jax.checkpoints.conversion import convert_to_orbax
-from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, try_lock
+from upcycle_jax.checkpoints.huggingface_writer import HUGGINGFACE_FILES, write_huggingface
+from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, check_unfinished, try_lock
 from upcycle_jax.trees import LeafSpec
 
 SPECS = {
@@ -188,3 +189,26 @@ def test_the_record_may_say_more_at_the_end(tmp_path):
     assert open_checkpoint(tmp_path / "out").metadata() == {"of": "test", "more": [1]}
     text = (tmp_path / "out" / "_CHECKPOINT_METADATA").read_text()
     assert json.loads(text)["custom_metadata"]["upcycle_jax"]["more"] == [1]
+
+
+def test_a_hugging_face_folder_is_written_to_such_places_only(tmp_path):
+    """Before anything of the model is looked at."""
+    source = finished(tmp_path / "source" / "checkpoint_3")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for output, said in {
+        "": "name a folder",
+        source.path / "hf": "lies inside the source",
+        tmp_path / "nowhere": "is a link to",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            write_huggingface(source, output)
+    # What an Orbax conversion of the same name left is no older try of this one.
+    begin(tmp_path / "out").close()
+    with pytest.raises(ValueError, match="holds .lock, resume.json, state, which"):
+        check_unfinished(tmp_path / "out.partial", HUGGINGFACE_FILES)
+    assert (tmp_path / "out.partial" / "resume.json").exists()
+    folder = tmp_path / "hf.partial"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors"):
+        (folder / name).touch()
+    check_unfinished(folder, HUGGINGFACE_FILES)

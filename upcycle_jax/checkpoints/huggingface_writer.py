@@ -15,10 +15,13 @@ from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, t5x_tensor
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
+from upcycle_jax.checkpoints.output import check_unfinished, checked_output
 from upcycle_jax.checkpoints.reader import TARGET, CheckpointReader
 from upcycle_jax.trees import LeafSpec
 
 DEFAULT_SHARD_BYTES = 1 << 30
+HUGGINGFACE_FILES = r"config\.json|model.*\.(safetensors|json)"
+"""Names of the files that are written, as a pattern."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,8 @@ def write_huggingface(
 
     Raises:
       ValueError: the checkpoint is sparse, or no encoder-decoder T5; a leaf is damaged, or `dtype`
-        cannot hold a value of it. Nothing is left at `output`.
+        cannot hold a value of it; `output` cannot be written to or lies in the source. Nothing is
+        left at `output`.
       FileExistsError: there is something at `output`.
     """
     if not storage.is_local(output):
@@ -188,7 +192,7 @@ def write_huggingface(
             f"{output}: a Hugging Face folder is written to a local disk; write it there and"
             " upload it"
         )
-    final = Path(storage.absolute(output))
+    final = checked_output(output, [reader.path])
     if final.exists():
         raise FileExistsError(
             f"{final} exists already: nothing was changed. Choose another output path or remove it"
@@ -207,6 +211,7 @@ def write_huggingface(
         )
     stored = np.dtype(dtype or specs[f"{TARGET}token_embedder/embedding"].dtype)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
+    check_unfinished(partial, HUGGINGFACE_FILES)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -92,12 +92,43 @@ def check_partial(partial: Path) -> None:
     Raises:
       ValueError: links or foreign files, which are named.
     """
+    _refuse_no_folder(partial)
+    _refuse_foreign(partial, _foreign(partial))
+
+
+def check_unfinished(partial: Path, own: str) -> None:
+    """Refuses to replace a folder of an interrupted call that holds other files than such a call
+    writes.
+
+    Args:
+      partial: the folder; it may be missing.
+      own: pattern of the names of those files.
+
+    Raises:
+      ValueError: links, folders or foreign files, which are named.
+    """
+    _refuse_no_folder(partial)
+    names = re.compile(own)
+    _refuse_foreign(
+        partial,
+        (
+            path
+            for path in _children(partial)
+            if not names.fullmatch(path.name) or not _is_plain(path, folder=False)
+        ),
+    )
+
+
+def _refuse_no_folder(partial: Path) -> None:
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise ValueError(
             f"{partial} is {'a link' if partial.is_symlink() else 'a file'}, no folder of an"
             " interrupted call: remove it and run again; nothing was changed"
         )
-    foreign = sorted(str(path.relative_to(partial)) for path in _foreign(partial))
+
+
+def _refuse_foreign(partial: Path, paths: Iterable[Path]) -> None:
+    foreign = sorted(str(path.relative_to(partial)) for path in paths)
     if foreign:
         raise ValueError(
             f"{partial} holds {', '.join(foreign[:5])}{', ...' if len(foreign) > 5 else ''}, which"
