@@ -110,10 +110,15 @@ def upcycle(
 
 
 def inferred_model(infer: Any, source: Any, moe: Any) -> Any:
+    from upcycle_jax.checkpoints import model_settings
+    from upcycle_jax.checkpoints.reader import LeafSpecs
     from upcycle_jax.moe.config import MoeConfig
 
     specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
-    return infer.infer_sparse_model(specs, moe if moe is not None else MoeConfig())
+    return infer.infer_sparse_model(
+        LeafSpecs(specs, lambda: model_settings.stated_by(source)),
+        moe if moe is not None else MoeConfig(),
+    )
 
 
 def _with_measured_weights(
@@ -121,6 +126,7 @@ def _with_measured_weights(
 ) -> Any:
     import dataclasses
 
+    from upcycle_jax.checkpoints.model_settings import check_model
     from upcycle_jax.surgery.tokens import Tokens
 
     if source_model is None:
@@ -128,6 +134,7 @@ def _with_measured_weights(
             "MergeRecipe(how='weighted') needs weights, or upcycle.source_model (the sparse model)"
             " to measure them with"
         )
+    check_model(source, source_model.config)
     tokens = tokens if tokens is not None else Tokens.random(source_model.config.vocab_size)
     return dataclasses.replace(
         recipe, weights=checking.router_weights(source_model, source, tokens.batch)

@@ -7,26 +7,13 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
-from upcycle_jax.checkpoints.huggingface import t5x_tensor
-from upcycle_jax.checkpoints.huggingface_writer import (
-    t5_dimensions,
-    tensor_names,
-    write_huggingface,
-)
+from upcycle_jax.checkpoints.conversion import convert_to_orbax
+from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
 from upcycle_jax.trees import LeafSpec
 
-SIZES = {
-    "vocab_size": 40,
-    "d_model": 12,
-    "d_kv": 4,
-    "d_ff": 20,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
-    "num_heads": 2,
-}
 EMBEDDING, LOGITS = "target/token_embedder/embedding", "target/decoder/logits_dense/kernel"
 
 
@@ -37,7 +24,18 @@ def transformers_model(**config):
         "transformers", reason="transformers is needed as the oracle"
     )
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SIZES, **config))
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=40,
+            d_model=12,
+            d_kv=4,
+            d_ff=20,
+            num_layers=2,
+            num_decoder_layers=3,
+            num_heads=2,
+            **config,
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3)
@@ -62,90 +60,8 @@ def load(folder):
     return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
 
 
-def fake_folder(path, *, dtype=np.float32, tied=False, gated=True, config=None, seed=0):
-    """A T5 folder written without transformers: every tensor that the architecture has, at
-    random.
-    """
-    specs = {
-        EMBEDDING: LeafSpec((40, 12), np.dtype(dtype)),
-        "target/encoder/relpos_bias/rel_embedding": LeafSpec((2, 32), np.dtype(dtype)),
-    }
-    specs |= {"target/encoder/layers_0/attention/query/kernel": LeafSpec((12, 8), np.dtype(dtype))}
-    specs |= {
-        f"target/encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel": LeafSpec(
-            (12, 20), np.dtype(dtype)
-        )
-    }
-    for stack, layers in (("encoder", 2), ("decoder", 3)):
-        specs |= {
-            f"target/{stack}/layers_{i}/pre_mlp_layer_norm/scale": LeafSpec((12,), np.dtype(dtype))
-            for i in range(layers)
-        }
-    if not tied:
-        specs[LOGITS] = LeafSpec((12, 40), np.dtype(dtype))
-    rng = np.random.default_rng(seed)
-    tensors = {
-        name: rng.normal(size=_hf_shape(name)).astype(dtype)
-        for name, _ in tensor_names(t5_dimensions(specs)).values()
-    }
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(
-        json.dumps(
-            {"model_type": "t5", "d_model": 12, "tie_word_embeddings": tied} | (config or {})
-        )
-    )
-    return tensors
-
-
-def _hf_shape(name):
-    if name in ("shared.weight", "lm_head.weight"):
-        return (40, 12)
-    if "norm" in name:
-        return (12,)
-    if "relative" in name:
-        return (32, 2)
-    return {"o": (12, 8), "wo": (12, 20), "wi": (20, 12), "wi_0": (20, 12), "wi_1": (20, 12)}.get(
-        name.split(".")[-2], (8, 12)
-    )
-
-
-@pytest.mark.parametrize(
-    ("tensor", "parameter"),
-    [
-        (
-            "encoder.block.1.layer.0.SelfAttention.q.weight",
-            "encoder/layers_1/attention/query/kernel",
-        ),
-        (
-            "decoder.block.0.layer.0.SelfAttention.o.weight",
-            "decoder/layers_0/self_attention/out/kernel",
-        ),
-        ("decoder.block.2.layer.2.DenseReluDense.wi_1.weight", "decoder/layers_2/mlp/wi_1/kernel"),
-        (
-            "decoder.block.2.layer.1.layer_norm.weight",
-            "decoder/layers_2/pre_cross_attention_layer_norm/scale",
-        ),
-        ("encoder.block.0.layer.1.layer_norm.weight", "encoder/layers_0/pre_mlp_layer_norm/scale"),
-        (
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-            "encoder/relpos_bias/rel_embedding",
-        ),
-        ("encoder.final_layer_norm.weight", "encoder/encoder_norm/scale"),
-        ("lm_head.weight", "decoder/logits_dense/kernel"),
-    ],
-)
-def test_names(tensor, parameter):
-    assert t5x_tensor(tensor).name == parameter
-
-
-def test_names_that_t5_does_not_have():
-    assert t5x_tensor("encoder.block.0.layer.0.SelfAttention.q.bias") is None
-    assert t5x_tensor("classification_head.dense.weight") is None
-
-
-def test_reads_transposed_and_in_parts(tmp_path):
-    tensors = fake_folder(tmp_path / "hf")
+def test_reads_transposed_and_in_parts(tmp_path, t5_folder):
+    tensors = t5_folder(tmp_path / "hf")
     reader = open_checkpoint(tmp_path / "hf")
     assert reader.format == "huggingface"
     assert reader.step == 0
@@ -164,8 +80,8 @@ def test_reads_transposed_and_in_parts(tmp_path):
     assert len(reader.specs()) == 2 * 9 + 3 * 14 + 6
 
 
-def test_bfloat16_keeps_its_bits(tmp_path):
-    tensors = fake_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16)
+def test_bfloat16_keeps_its_bits(tmp_path, t5_folder):
+    tensors = t5_folder(tmp_path / "hf", dtype=ml_dtypes.bfloat16)
     reader = open_checkpoint(tmp_path / "hf")
     value = reader.read(LOGITS, (slice(0, 6), slice(0, 3)))
     assert value.dtype == ml_dtypes.bfloat16
@@ -175,7 +91,7 @@ def test_bfloat16_keeps_its_bits(tmp_path):
     )
 
 
-def test_logits_for_each_combination_of_tying_and_scaling(tmp_path):
+def test_logits_for_each_combination_of_tying_and_scaling(tmp_path, t5_folder):
     """T5X's logits are x @ kernel, or x @ embedding.T * d**-0.5 without a kernel; each folder must
     come out with equal ones.
     """
@@ -186,7 +102,7 @@ def test_logits_for_each_combination_of_tying_and_scaling(tmp_path):
         "untied, scaled": (False, True),
     }
     for name, (tied, scaled) in cases.items():
-        tensors = fake_folder(tmp_path / name, tied=tied, config={"scale_decoder_outputs": scaled})
+        tensors = t5_folder(tmp_path / name, tied=tied, config={"scale_decoder_outputs": scaled})
         reader = open_checkpoint(tmp_path / name)
         x = np.random.default_rng(1).normal(size=(5, 12)).astype(np.float32)
         theirs = (x * 12**-0.5 if scaled else x) @ tensors[
@@ -201,17 +117,115 @@ def test_logits_for_each_combination_of_tying_and_scaling(tmp_path):
         assert (LOGITS in reader.specs()) == (not (tied and scaled))
 
 
-def test_shards(tmp_path):
-    tensors = fake_folder(tmp_path / "whole")
+def test_a_scaled_head_keeps_its_bits(tmp_path, t5_folder):
+    """bfloat16 cannot hold the product with 12^-0.5: the leaf is float32."""
+    tensors = t5_folder(
+        tmp_path / "hf", dtype=ml_dtypes.bfloat16, config={"scale_decoder_outputs": True}
+    )
+    value = open_checkpoint(tmp_path / "hf").read(LOGITS)
+    want = tensors["lm_head.weight"].T.astype(np.float64) * 12**-0.5
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("names", [["decoder"], ["encoder"], ["encoder", "decoder"]])
+def test_an_embedding_under_its_other_names(tmp_path, t5_folder, names):
+    """As MADLAD-400 is published: no shared.weight."""
+
+    def rename(tensors):
+        shared = tensors.pop("shared.weight")
+        return tensors | {f"{name}.embed_tokens.weight": shared for name in names}
+
+    tensors = t5_folder(tmp_path / "hf", edit=rename)
+    reader = open_checkpoint(tmp_path / "hf")
+    embedding = tensors[f"{names[0]}.embed_tokens.weight"]
+    np.testing.assert_array_equal(reader.read(EMBEDDING), embedding)
+    assert len(reader.specs()) == 2 * 9 + 3 * 14 + 6
+
+
+def test_copies_of_the_embedding_and_a_tied_head_add_no_leaf(tmp_path, t5_folder):
+    def copies(tensors):
+        shared = tensors["shared.weight"]
+        return tensors | {
+            "encoder.embed_tokens.weight": shared,
+            "decoder.embed_tokens.weight": shared.astype(np.float64),
+            "lm_head.weight": shared,
+        }
+
+    t5_folder(tmp_path / "copies", tied=True, edit=copies)
+    t5_folder(tmp_path / "plain", tied=True)
+    copied, plain = (open_checkpoint(tmp_path / name) for name in ("copies", "plain"))
+    assert copied.specs() == plain.specs()
+    assert copied.fingerprint() != plain.fingerprint()
+
+
+def test_a_head_of_its_own_counts_where_transformers_5_wrote_the_folder(tmp_path, t5_folder):
+    """That version writes tie_word_embeddings true whatever the model is."""
+    keys = {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    t5_folder(tmp_path / "new", config=keys)
+    assert LOGITS in open_checkpoint(tmp_path / "new").specs()
+
+
+def test_the_bias_that_no_t5_uses_is_left_out(tmp_path, t5_folder):
+    """Published T5 1.0 folders have it; its last part is that of the decoder's position table."""
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    tensors = t5_folder(tmp_path / "hf", edit=lambda t: t | {unused: np.ones((32, 2), np.float32)})
+    np.testing.assert_array_equal(
+        open_checkpoint(tmp_path / "hf").read("target/decoder/relpos_bias/rel_embedding"),
+        tensors["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].T,
+    )
+
+
+def test_an_encoder_alone_is_read(tmp_path, t5_folder):
+    t5_folder(
+        tmp_path / "hf",
+        tied=True,
+        config={"architectures": ["T5EncoderModel"]},
+        edit=lambda t: {name: v for name, v in t.items() if not name.startswith("decoder")},
+    )
+    specs = open_checkpoint(tmp_path / "hf").specs()
+    assert len(specs) == 2 * 9 + 3
+    assert not any(name.startswith("target/decoder") for name in specs)
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_read(tmp_path, t5_folder):
+    """Its files are links to the blobs beside the snapshots."""
+    tensors = t5_folder(tmp_path / "plain")
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(("config.json", "model.safetensors")):
+        (tmp_path / "plain" / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    np.testing.assert_array_equal(
+        open_checkpoint(snapshot).read(EMBEDDING), tensors["shared.weight"]
+    )
+
+
+def test_settings_of_each_type_of_model(tmp_path, t5_folder):
+    settings = {}
+    for name, config in {
+        "t5": {"feed_forward_proj": "swish", "layer_norm_epsilon": 1e-5},
+        "mt5": {"model_type": "mt5", "feed_forward_proj": None},
+        "named by dense_act_fn": {
+            "feed_forward_proj": None, "dense_act_fn": "gelu", "is_gated_act": True,
+        },
+    }.items():  # fmt: skip
+        t5_folder(tmp_path / name, gated=name != "t5", config=config)
+        settings[name] = open_checkpoint(tmp_path / name).model_settings()
+    assert settings["t5"] == {
+        "mlp_activations": ("silu",),
+        "layer_norm_epsilon": 1e-5,
+        "relative_attention_max_distance": 128,
+    }
+    assert settings["mt5"]["mlp_activations"] == ("gelu", "linear")
+    assert settings["named by dense_act_fn"]["mlp_activations"] == ("gelu_exact", "linear")
+
+
+def test_shards(tmp_path, t5_folder):
+    names = sorted(t5_folder(tmp_path / "whole"))
     folder = tmp_path / "shards"
-    folder.mkdir()
-    names = sorted(tensors)
-    files = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
-    for file, part in files.items():
-        save_file({name: tensors[name] for name in part}, folder / file)
-    (folder / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
-    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    t5_folder(folder, shards={"a.safetensors": names[:20], "b.safetensors": names[20:]})
     whole, shards = open_checkpoint(tmp_path / "whole"), open_checkpoint(folder)
     assert whole.specs() == shards.specs()
     for name in whole.specs():
@@ -221,34 +235,9 @@ def test_shards(tmp_path):
         open_checkpoint(folder)
 
 
-def test_refusals(tmp_path):
-    fake_folder(tmp_path / "hf", config={"model_type": "umt5"})
-    with pytest.raises(ValueError, match="type 'umt5'; only T5 models"):
-        open_checkpoint(tmp_path / "hf")
-    fake_folder(tmp_path / "pickled")
-    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError,
-        match=r"only pytorch_model\.bin: pickled weights are not read.*safe_serialization=True",
-    ):
-        open_checkpoint(tmp_path / "pickled")
-    tensors = fake_folder(tmp_path / "extra")
-    save_file(
-        {**tensors, "classifier.weight": np.zeros((2, 2), np.float32)},
-        tmp_path / "extra" / "model.safetensors",
-    )
-    with pytest.raises(ValueError, match=r"1 tensors have no place in T5: classifier\.weight"):
-        open_checkpoint(tmp_path / "extra")
-    fake_folder(tmp_path / "short")
-    data = (tmp_path / "short" / "model.safetensors").read_bytes()
-    (tmp_path / "short" / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="damaged or truncated"):
-        open_checkpoint(tmp_path / "short")
-
-
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 6000])
-def test_writing_gives_back_the_same_tensors(tmp_path, shard_bytes):
-    tensors = fake_folder(tmp_path / "hf")
+def test_writing_gives_back_the_same_tensors(tmp_path, shard_bytes, t5_folder):
+    tensors = t5_folder(tmp_path / "hf")
     write_huggingface(open_checkpoint(tmp_path / "hf"), tmp_path / "out", shard_bytes=shard_bytes)
     written = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -257,8 +246,8 @@ def test_writing_gives_back_the_same_tensors(tmp_path, shard_bytes):
     for name in tensors:
         np.testing.assert_array_equal(written[name], tensors[name])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {key: config[key] for key in SIZES} == SIZES
-    assert config["feed_forward_proj"] == "gated-gelu"
+    read = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {key: config[key] for key in read} == read
     with pytest.raises(FileExistsError, match="exists already: nothing was changed"):
         write_huggingface(open_checkpoint(tmp_path / "hf"), tmp_path / "out")
 
@@ -282,27 +271,49 @@ def test_a_sparse_checkpoint_is_refused(tmp_path):
     [
         {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
         {"feed_forward_proj": "relu"},
+        {
+            "feed_forward_proj": "gated-silu",
+            "layer_norm_epsilon": 1e-3,
+            "relative_attention_max_distance": 20,
+            "relative_attention_num_buckets": 8,
+        },
+        {"feed_forward_proj": "gelu"},
     ],
 )
-def test_transformers_loads_what_is_written_with_equal_logits(tmp_path, config):
+def test_orbax_carries_what_config_json_says_back_to_transformers(tmp_path, config):
     model = transformers_model(**config)
     model.save_pretrained(tmp_path / "hf")
-    source = open_checkpoint(tmp_path / "hf")
-    specs = source.specs()
-    with create_checkpoint(tmp_path / "checkpoint_1", specs, step=1, metadata={}) as writer:
-        for name in specs:
-            writer.write(name, None, source.read(name))
-        writer.finalize()
-    write_huggingface(open_checkpoint(tmp_path / "checkpoint_1"), tmp_path / "back")
+    written = convert_to_orbax(open_checkpoint(tmp_path / "hf"), tmp_path / "orbax")
+    again = convert_to_orbax(open_checkpoint(written), tmp_path / "again")
+    write_huggingface(open_checkpoint(again), tmp_path / "back")
+    first, last = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back")
+    )
+    for key in (
+        "feed_forward_proj",
+        "layer_norm_epsilon",
+        "relative_attention_max_distance",
+        "relative_attention_num_buckets",
+    ):
+        assert last[key] == first[key]
     np.testing.assert_allclose(logits_of(load(tmp_path / "back")), logits_of(model), atol=1e-5)
 
 
-def test_untied_logits_survive_transformers(tmp_path):
+def test_gated_erf_gelu_has_a_name_that_transformers_knows(tmp_path, t5_folder):
+    """'gated-gelu' is the tanh form there."""
+    t5_folder(tmp_path / "hf", config={"feed_forward_proj": "gated-gelu_python"})
+    reader = open_checkpoint(tmp_path / "hf")
+    assert reader.model_settings()["mlp_activations"] == ("gelu_exact", "linear")
+    write_huggingface(reader, tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").model_settings() == reader.model_settings()
+
+
+def test_untied_logits_survive_transformers(tmp_path, t5_folder):
     """An lm_head that differs from the embedding, as in T5 1.1, must not be tied again when
     transformers loads it.
     """
     torch = pytest.importorskip("torch", reason="torch is needed as the oracle")
-    tensors = fake_folder(tmp_path / "hf")
+    tensors = t5_folder(tmp_path / "hf")
     write_huggingface(open_checkpoint(tmp_path / "hf"), tmp_path / "out")
     model = load(tmp_path / "out")
     np.testing.assert_array_equal(model.lm_head.weight.detach().numpy(), tensors["lm_head.weight"])

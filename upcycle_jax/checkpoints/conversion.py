@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints import model_settings, storage
 from upcycle_jax.checkpoints.casting import OverflowingCast, cast
 from upcycle_jax.checkpoints.opening import open_checkpoint
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
@@ -110,6 +110,7 @@ def convert_to_orbax(
             "format": reader.format,
             "fingerprint": reader.fingerprint(),
         },
+        **model_settings.record(reader.model_settings()),
         **(metadata or {}),
     }
     raw = _copied_as_stored(reader, sources, targets)

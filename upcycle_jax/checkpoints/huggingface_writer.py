@@ -1,10 +1,9 @@
 """Writes dense T5 parameters as a Hugging Face folder that transformers loads."""
 
-import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,16 @@ from safetensors.numpy import save_file
 
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.casting import cast
-from upcycle_jax.checkpoints.huggingface import CONFIG, WEIGHTS, WEIGHTS_INDEX, t5x_tensor
+from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from upcycle_jax.checkpoints.huggingface.tensors import STACKS, T5Dimensions, places
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.output import check_unfinished, checked_output
 from upcycle_jax.checkpoints.reader import TARGET, CheckpointReader
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, diff
 
 DEFAULT_SHARD_BYTES = 1 << 30
 HUGGINGFACE_FILES = r"config\.json|model.*\.(safetensors|json)"
 """Names of the files that are written, as a pattern."""
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Dimensions:
-    """What a dense T5's parameter shapes say about its architecture."""
-
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
-    num_buckets: int
-    gated: bool
-    tied: bool
 
 
 def t5_dimensions(specs: dict[str, LeafSpec]) -> T5Dimensions:
@@ -52,13 +36,16 @@ def t5_dimensions(specs: dict[str, LeafSpec]) -> T5Dimensions:
             " first"
         )
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str) -> tuple[int, int]:
         if TARGET + name not in specs:
             raise ValueError(
                 f"the checkpoint has no {TARGET}{name}: it is no encoder-decoder T5, or its layers"
                 " are stored stacked"
             )
-        return specs[TARGET + name].shape
+        found = specs[TARGET + name].shape
+        if len(found) != 2 or 0 in found:
+            raise ValueError(f"{TARGET}{name} has the shape {list(found)}: it is no matrix")
+        return found[0], found[1]
 
     layers = {
         stack: sum(
@@ -66,7 +53,7 @@ def t5_dimensions(specs: dict[str, LeafSpec]) -> T5Dimensions:
             for name in specs
             if f"{TARGET}{stack}/" in name
         )
-        for stack in _STACKS
+        for stack in STACKS
     }
     vocab_size, d_model = shape("token_embedder/embedding")
     num_heads, num_buckets = shape("encoder/relpos_bias/rel_embedding")
@@ -85,20 +72,29 @@ def t5_dimensions(specs: dict[str, LeafSpec]) -> T5Dimensions:
     )
 
 
-_STACKS = ("encoder", "decoder")
-
-
 def huggingface_config(
-    dimensions: T5Dimensions, dtype: np.dtype, *, feed_forward: str | None = None
+    dimensions: T5Dimensions, dtype: np.dtype, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config.json of a T5 of these dimensions.
 
     Args:
       dimensions: see `t5_dimensions`.
       dtype: dtype of the weights.
-      feed_forward: Hugging Face's name of the activation; by default 'gated-gelu' (T5 1.1) or
-        'relu' (T5).
+      settings: what the checkpoint states of its forward pass (`CheckpointReader.model_settings`);
+        what it does not state is T5 1.1's where the MLP is gated, and T5 1.0's where it is not.
+
+    Raises:
+      ValueError: transformers has no name for these activations, or they are not those of such an
+        MLP.
     """
+    default = ("gelu", "linear") if dimensions.gated else ("relu",)
+    activations = tuple(settings.get("mlp_activations", default))
+    if (len(activations) == 2) != dimensions.gated or activations not in FEED_FORWARD:
+        raise ValueError(
+            f"the checkpoint states mlp_activations {activations!r}, its MLP is"
+            f" {'gated' if dimensions.gated else 'plain'}: transformers has"
+            f" {', '.join(map(str, FEED_FORWARD))}"
+        )
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -110,11 +106,9 @@ def huggingface_config(
         "num_layers": dimensions.num_layers,
         "num_decoder_layers": dimensions.num_decoder_layers,
         "relative_attention_num_buckets": dimensions.num_buckets,
-        "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6,
-        "dropout_rate": 0.1,
-        "initializer_factor": 1.0,
-        "feed_forward_proj": feed_forward or ("gated-gelu" if dimensions.gated else "relu"),
+        "relative_attention_max_distance": settings.get("relative_attention_max_distance", 128),
+        "layer_norm_epsilon": settings.get("layer_norm_epsilon", 1e-6),
+        "feed_forward_proj": FEED_FORWARD[activations],
         "is_encoder_decoder": True,
         # T5 scales the decoder's output where it shares the embedding; T5 1.1 does neither.
         "tie_word_embeddings": dimensions.tied,
@@ -128,35 +122,35 @@ def huggingface_config(
     }
 
 
+FEED_FORWARD = {
+    ("gelu", "linear"): "gated-gelu",
+    ("gelu_exact", "linear"): "gated-gelu_python",  # 'gated-gelu' is the tanh form there.
+    ("relu", "linear"): "gated-relu",
+    ("silu", "linear"): "gated-silu",
+    ("gelu",): "gelu_new",
+    ("gelu_exact",): "gelu",
+    ("relu",): "relu",
+    ("silu",): "silu",
+}
+"""Activations -> `feed_forward_proj`."""
+
+
 def tensor_names(dimensions: T5Dimensions) -> dict[str, tuple[str, bool]]:
     """T5X path (with `target/`) -> (Hugging Face name, whether it is transposed), for every tensor
     of a T5.
     """
-    names = ["shared.weight", *(f"{stack}.final_layer_norm.weight" for stack in _STACKS)]
-    names += [] if dimensions.tied else ["lm_head.weight"]
-    wi = ("wi_0", "wi_1") if dimensions.gated else ("wi",)
-    for stack, layers in (
-        ("encoder", dimensions.num_layers),
-        ("decoder", dimensions.num_decoder_layers),
-    ):
-        modules = (
-            [("SelfAttention", "qkvo")]
-            + [("EncDecAttention", "qkvo")] * (stack == "decoder")
-            + [("DenseReluDense", (*wi, "wo"))]
-        )
-        names.append(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-        for block in range(layers):
-            for position, (module, parts) in enumerate(modules):
-                layer = f"{stack}.block.{block}.layer.{position}"
-                names += [
-                    f"{layer}.layer_norm.weight",
-                    *(f"{layer}.{module}.{part}.weight" for part in parts),
-                ]
-    places = {name: t5x_tensor(name) for name in names}
     return {
-        TARGET + place.name: (name, place.transposed)
-        for name, place in places.items()
-        if place is not None
+        TARGET + place.name: (name, place.transposed) for name, place in places(dimensions).items()
+    }
+
+
+def _expected(dimensions: T5Dimensions) -> dict[str, LeafSpec]:
+    """Every leaf of a T5, with the shape that it has here."""
+    return {
+        TARGET + place.name: LeafSpec(
+            place.shape[::-1] if place.transposed else place.shape, np.dtype(np.float32)
+        )
+        for place in places(dimensions).values()
     }
 
 
@@ -165,7 +159,6 @@ def write_huggingface(
     output: os.PathLike | str,
     *,
     dtype: np.dtype | None = None,
-    feed_forward: str | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -177,7 +170,6 @@ def write_huggingface(
       output: a folder that does not exist; it appears when complete. The tokenizer is the user's to
         copy.
       dtype: dtype to write; None keeps each parameter's own.
-      feed_forward: see `huggingface_config`.
       shard_bytes: at most so many bytes are held in memory and written to one file.
       progress: called with the name of each file written.
 
@@ -200,43 +192,39 @@ def write_huggingface(
         )
     specs = {name: spec for name, spec in reader.specs().items() if name.startswith(TARGET)}
     dimensions = t5_dimensions(specs)
-    places = tensor_names(dimensions)
-    if places.keys() != specs.keys():
-        lines = [f"- {name} (expected)" for name in places.keys() - specs.keys()] + [
-            f"+ {name}" for name in specs.keys() - places.keys()
-        ]
+    names = tensor_names(dimensions)
+    difference = diff(_expected(dimensions), specs)
+    if difference:
         raise ValueError(
             "the parameters are not those of a T5 that transformers knows:\n"
-            + "\n".join(sorted(lines)[:20])
+            + "\n".join(str(difference).splitlines()[:20])
         )
     stored = np.dtype(dtype or specs[f"{TARGET}token_embedder/embedding"].dtype)
+    config = huggingface_config(dimensions, stored, reader.model_settings())
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     check_unfinished(partial, HUGGINGFACE_FILES)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_weights(reader, places, specs, partial, dtype, shard_bytes, progress)
+        _write_weights(reader, names, specs, partial, dtype, shard_bytes, progress)
     except ValueError:  # damage in the source, or a value that the dtype cannot hold
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    (partial / CONFIG).write_text(
-        json.dumps(huggingface_config(dimensions, stored, feed_forward=feed_forward), indent=2)
-        + "\n"
-    )
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     os.rename(partial, final)
     return final
 
 
 def _write_weights(
     reader: CheckpointReader,
-    places: dict[str, tuple[str, bool]],
+    tensors_of: dict[str, tuple[str, bool]],
     specs: dict[str, LeafSpec],
     folder: Path,
     dtype: np.dtype | None,
     shard_bytes: int,
     progress: Callable[[str], None] | None,
 ) -> None:
-    shards = list(_shards(places, specs, dtype, shard_bytes))
+    shards = list(_shards(tensors_of, specs, dtype, shard_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
@@ -245,7 +233,7 @@ def _write_weights(
         )
         tensors = {}
         for name in names:
-            tensor, transposed = places[name]
+            tensor, transposed = tensors_of[name]
             value = reader.read(name)
             value = value if dtype is None else cast(name, value, np.dtype(dtype))
             tensors[tensor] = np.ascontiguousarray(value.T if transposed else value)
@@ -262,14 +250,14 @@ def _write_weights(
 
 
 def _shards(
-    places: dict[str, tuple[str, bool]],
+    tensors_of: dict[str, tuple[str, bool]],
     specs: dict[str, LeafSpec],
     dtype: np.dtype | None,
     shard_bytes: int,
 ) -> Iterator[list[str]]:
     names: list[str] = []
     held = 0
-    for name in places:
+    for name in tensors_of:
         nbytes = specs[name].size * np.dtype(dtype or specs[name].dtype).itemsize
         if names and held + nbytes > shard_bytes:
             yield names

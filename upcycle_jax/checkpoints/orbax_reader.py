@@ -19,7 +19,14 @@ from upcycle_jax.checkpoints.orbax_metadata import (
     read_record,
     read_tree_metadata,
 )
-from upcycle_jax.checkpoints.reader import STEP, Index, ReaderBase, checked_index, scalar_step
+from upcycle_jax.checkpoints.reader import (
+    STEP,
+    Index,
+    LeafSpecs,
+    ReaderBase,
+    checked_index,
+    scalar_step,
+)
 from upcycle_jax.printing import printable
 from upcycle_jax.trees import LeafSpec
 
@@ -182,7 +189,7 @@ class OrbaxReader(ReaderBase):
         }
 
     def specs(self) -> dict[str, LeafSpec]:
-        return dict(self._specs)
+        return LeafSpecs(self._specs, self.model_settings)
 
     @property
     def step(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
+from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.opening import check_name, checkpoint_steps
 from upcycle_jax.checkpoints.storage import absolute
 from upcycle_jax.checkpoints.verification import Verification
@@ -41,6 +42,7 @@ def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSp
             f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model"
             " file that the checkpoint was trained with"
         )
+    check_model(reader, model.config)
     return specs
 
 

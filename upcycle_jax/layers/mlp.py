@@ -16,10 +16,12 @@ from upcycle_jax.partitioning import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "linear": lambda x: x,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+"""By name. 'gelu' is the tanh form, as in T5 1.1 and T5X; 'gelu_exact' the one with erf."""
 
 
 def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:

@@ -23,8 +23,6 @@ from upcycle_jax.partitioning import Partitioner
 TRAIN_FORWARDS = 3
 """Forward passes that a training step costs."""
 
-RELPOS_BUCKETS = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
@@ -147,7 +145,9 @@ def forward_flops(
     for stack in stacks:
         layers, sparse = config.num_layers(stack), len(config.sparse_layers(stack))
         attention += layers * tokens[stack] * (4 * projection + 4 * width * lengths[stack])
-        position_bias += 2 * config.num_heads * RELPOS_BUCKETS * lengths[stack] ** 2
+        position_bias += (
+            2 * config.num_heads * config.relative_attention_num_buckets * lengths[stack] ** 2
+        )
         mlp += (layers - sparse) * tokens[stack] * mlp_flops_per_token(config, config.mlp_dim)
         if sparse:
             assert config.moe is not None

@@ -1,7 +1,7 @@
 """Settings of a T5 1.1 encoder-decoder."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -23,7 +23,8 @@ class T5Config:
       num_decoder_layers: decoder depth.
       head_dim: size of a head; heads * head_dim need not equal emb_dim.
       mlp_dim: hidden size of the dense MLP.
-      mlp_activations: ('gelu', 'linear') is T5 1.1's gated MLP; ('relu',) is T5 1.0's.
+      mlp_activations: ('gelu', 'linear') is T5 1.1's gated MLP; ('relu',) is T5 1.0's;
+        see `layers.mlp.ACTIVATIONS`.
       dropout_rate: dropout everywhere but in experts (`MoeConfig.expert_dropout_rate`). 0.0 for
         pre-training, 0.1 for fine-tuning.
       dtype: dtype of activations; parameters, logits and routing are float32.
@@ -37,10 +38,14 @@ class T5Config:
         what that costs). Checkpoints are the same either way. docs/benchmarks.md has what was
         measured.
       moe: the MoE layers, or None for a dense model.
+      layer_norm_epsilon: added to the mean square in every layer norm.
+      relative_attention_num_buckets: buckets of relative positions; columns of the tables of
+        position biases.
+      relative_attention_max_distance: distance from which on all positions share the last bucket.
 
     Raises:
-      ValueError: a size below 1, an unknown activation, dtype or remat policy, or MoE layers that
-        do not fit the stacks.
+      ValueError: a size below 1, an unknown activation, dtype or remat policy, an epsilon outside
+        (0, 1), buckets that their distance leaves empty, or MoE layers that do not fit the stacks.
     """
 
     vocab_size: int
@@ -58,6 +63,9 @@ class T5Config:
     remat_policy: RematPolicy = "none"
     scan_layers: bool = False
     moe: MoeConfig | None = None
+    layer_norm_epsilon: float = 1e-6
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
 
     def __post_init__(self) -> None:
         sizes = (
@@ -91,8 +99,30 @@ class T5Config:
             )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        self._check_norms_and_positions()
         self.sparse_layers("encoder")
         self.sparse_layers("decoder")
+
+    def _check_norms_and_positions(self) -> None:
+        epsilon = self.layer_norm_epsilon
+        if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
+            raise ValueError(f"layer_norm_epsilon must be in (0, 1), got {epsilon!r}")
+        object.__setattr__(self, "layer_norm_epsilon", float(epsilon))
+        buckets, distance = (
+            self.relative_attention_num_buckets,
+            self.relative_attention_max_distance,
+        )
+        for name, value in (("num_buckets", buckets), ("max_distance", distance)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"relative_attention_{name} must be an integer, got {value!r}")
+        # Half of the decoder's buckets, and a quarter of all in the encoder, hold one distance
+        # each.
+        if buckets < 4 or distance <= buckets // 2:
+            raise ValueError(
+                "relative_attention_num_buckets must be at least 4 and"
+                " relative_attention_max_distance above half of it, got"
+                f" {buckets} and {distance}"
+            )
 
     def num_layers(self, stack: Stack) -> int:
         """Depth of the encoder or the decoder."""
@@ -134,6 +164,17 @@ class T5Config:
     def activation_dtype(self) -> jnp.dtype:
         """`dtype` as a dtype."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def forward_settings(self) -> dict[str, Any]:
+        """The settings that decide what a dense model computes and that the names and shapes of
+        its parameters do not show.
+        """
+        return {
+            "mlp_activations": self.mlp_activations,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "relative_attention_max_distance": self.relative_attention_max_distance,
+        }
 
     @property
     def dense(self) -> "T5Config":

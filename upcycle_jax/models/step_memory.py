@@ -17,7 +17,7 @@ from upcycle_jax.models.step_cost import StepShape
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.partitioning import MODEL, Partitioner
 
-ACTIVATION_RESIDUALS = {"gelu": 6, "linear": 1, "relu": 2, "silu": 3}
+ACTIVATION_RESIDUALS = {"gelu": 6, "gelu_exact": 3, "linear": 1, "relu": 2, "silu": 3}
 """Arrays of the hidden size that each gate of an MLP leaves for the backward pass; the product of
 the gates is one more.
 """
@@ -114,7 +114,10 @@ def activation_bytes(config: T5Config, shape: StepShape, *, partitioner: Partiti
                 )
         total += 4 * dtype * tokens * config.emb_dim  # the embedding and the final norm
         total += (
-            4 * accounting.RELPOS_BUCKETS * shape.length(stack) ** 2 * partitioner.num_data_shards
+            4
+            * config.relative_attention_num_buckets
+            * shape.length(stack) ** 2
+            * partitioner.num_data_shards
         )  # one-hot rows, on every device
     if config.remat_policy != "none":
         total += largest

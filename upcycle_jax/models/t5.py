@@ -40,6 +40,19 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
+def _norm(config: T5Config, name: str | None = None) -> RMSNorm:
+    return RMSNorm(epsilon=config.layer_norm_epsilon, dtype=config.activation_dtype, name=name)
+
+
+def _relative_positions(config: T5Config) -> RelativePositionBiases:
+    return RelativePositionBiases(
+        num_heads=config.num_heads,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        dtype=config.activation_dtype,
+    )
+
+
 def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
     return MultiHeadDotProductAttention(
         num_heads=config.num_heads,
@@ -80,7 +93,7 @@ def _feed_forward(
     config = layer.config
 
     def normed(x: jax.Array, name: str) -> jax.Array:
-        return _zero_padding(RMSNorm(dtype=config.activation_dtype, name=name)(x), valid)
+        return _zero_padding(_norm(config, name)(x), valid)
 
     def dense(y: jax.Array, name: str) -> jax.Array:
         return MlpBlock(
@@ -133,9 +146,7 @@ class EncoderLayer(nn.Module):
           train: dropout and training capacity.
         """
         config = self.config
-        y = _zero_padding(
-            RMSNorm(dtype=config.activation_dtype, name="pre_attention_layer_norm")(x), valid
-        )
+        y = _zero_padding(_norm(config, "pre_attention_layer_norm")(x), valid)
         y = _attention(config, "attention")(y, y, bias, deterministic=not train)
         x = constrain(
             x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES
@@ -181,18 +192,14 @@ class DecoderLayer(nn.Module):
           step: decode this one position, with caches.
         """
         config = self.config
-        y = _zero_padding(
-            RMSNorm(dtype=config.activation_dtype, name="pre_self_attention_layer_norm")(x), valid
-        )
+        y = _zero_padding(_norm(config, "pre_self_attention_layer_norm")(x), valid)
         y = _attention(config, "self_attention")(
             y, y, self_bias, deterministic=not train, cached=Cached.GROWING, step=step
         )
         x = constrain(
             x + projection.dropout(config.dropout_rate)(y, deterministic=not train), HIDDEN_AXES
         )
-        y = _zero_padding(
-            RMSNorm(dtype=config.activation_dtype, name="pre_cross_attention_layer_norm")(x), valid
-        )
+        y = _zero_padding(_norm(config, "pre_cross_attention_layer_norm")(x), valid)
         attend = _attention(config, "encoder_decoder_attention")
         y = attend(y, encoded, cross_bias, deterministic=not train, cached=Cached.FIXED, step=step)
         x = constrain(
@@ -231,10 +238,8 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.relpos_bias = RelativePositionBiases(
-            num_heads=config.num_heads, dtype=config.activation_dtype
-        )
-        self.encoder_norm = RMSNorm(dtype=config.activation_dtype)
+        self.relpos_bias = _relative_positions(config)
+        self.encoder_norm = _norm(config)
 
     def attention_bias(self, mask: jax.Array) -> jax.Array:
         """Bias `[batch, heads, length, length]` of every layer's attention, for bool `[batch, 1,
@@ -300,10 +305,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.relpos_bias = RelativePositionBiases(
-            num_heads=config.num_heads, dtype=config.activation_dtype
-        )
-        self.decoder_norm = RMSNorm(dtype=config.activation_dtype)
+        self.relpos_bias = _relative_positions(config)
+        self.decoder_norm = _norm(config)
         if not config.logits_via_embedding:
             self.logits_dense = projection.Projection(
                 config.vocab_size, (axes.EMBED, axes.VOCAB), dtype=jnp.float32

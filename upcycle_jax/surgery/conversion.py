@@ -11,6 +11,7 @@ from typing import Any
 
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.conversion import checkpoint_path
+from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.printing import show
@@ -114,6 +115,7 @@ def convert(
         check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}"
     )
     checked_output(output_path, source_paths(source), setting="OUTPUT_CHECKPOINT_PATH")
+    check_model(source, model.config)
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan.text())
     if tokens is not None and not why_no_function_check(plan, check):
@@ -211,7 +213,13 @@ def verify(
       tokens: see `convert`.
       source_damage: why the source cannot be opened, where it is there.
       report: is given every line for people.
+
+    Raises:
+      ValueError: the model contradicts what source or result states of it.
     """
+    for reader in (source, target):
+        if reader is not None and model is not None:
+            check_model(reader, model.config)
     recorded = recorded if recorded is not None else read_recorded(target)
     proof = prove(plan, source, target, recorded=recorded, progress=report)
     proof.damage["source"] = [*source_damage, *proof.damage["source"]]

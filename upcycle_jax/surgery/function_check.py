@@ -24,6 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from upcycle_jax import trees
 from upcycle_jax.models.api import EncoderDecoderModel
@@ -317,6 +318,7 @@ def dense_mlp(
     """
     functions = {
         "gelu": lambda v: 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))),
+        "gelu_exact": lambda v: 0.5 * v * (1 + scipy.special.erf(v / np.sqrt(2))),
         "linear": lambda v: v,
         "relu": lambda v: np.maximum(v, 0),
         "silu": lambda v: v / (1 + np.exp(-v)),

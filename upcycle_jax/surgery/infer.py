@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from upcycle_jax.checkpoints.reader import LeafSpecs
+from upcycle_jax.layers.mlp import input_kernel_names
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
@@ -10,12 +12,18 @@ from upcycle_jax.trees import LeafSpec
 
 
 def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
-    """The dense configuration of a T5 checkpoint, read off its shapes; numerics (dtype, dropout)
-    are the defaults.
+    """The dense configuration of a T5 checkpoint, read off its shapes and what it states of its
+    forward pass; dtype and dropout are the defaults.
+
+    Args:
+      specs: of every leaf; a reader's own `specs()`, which know what the checkpoint states. Where
+        it states nothing (T5X), a gated MLP is taken for T5 1.1's and a plain one for T5 1.0's.
 
     Raises:
-      ValueError: the leaves are not those of a dense T5 1.0 or 1.1 encoder-decoder.
+      ValueError: the leaves are not those of a dense T5 1.0 or 1.1 encoder-decoder, or not of what
+        the checkpoint states.
     """
+    stated = dict(specs.model_settings()) if isinstance(specs, LeafSpecs) else {}
     embedding = specs.get("target/token_embedder/embedding")
     table = specs.get("target/encoder/relpos_bias/rel_embedding")
     query = specs.get("target/encoder/layers_0/attention/query/kernel")
@@ -48,6 +56,14 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
             "the source's leaves are not those of a dense T5 encoder-decoder, so its model cannot"
             " be inferred: name a model file, --gin_file=models/t5_1_1_<size>_upcycled.gin"
         )
+    activations = stated.pop(
+        "mlp_activations", ("gelu", "linear") if gated is not None else ("relu",)
+    )
+    if len(input_kernel_names(activations)) != 1 + (gated is not None):
+        raise ValueError(
+            f"the source states mlp_activations {activations!r}, but has"
+            f" {'a gated' if gated else 'a plain'} MLP: its record is of another model"
+        )
     heads = table.shape[0]
     return T5Config(
         vocab_size=embedding.shape[0],
@@ -57,8 +73,10 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
         num_decoder_layers=layers["decoder"],
         head_dim=query.shape[1] // heads,
         mlp_dim=inner.shape[1],
-        mlp_activations=("gelu", "linear") if gated is not None else ("relu",),
+        mlp_activations=activations,
         logits_via_embedding="target/decoder/logits_dense/kernel" not in specs,
+        relative_attention_num_buckets=table.shape[1],
+        **stated,
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import upcycle_jax
-from upcycle_jax.checkpoints import CheckpointWriter, create_checkpoint, tiling
+from upcycle_jax.checkpoints import CheckpointWriter, create_checkpoint, model_settings, tiling
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, leaf_sums
 from upcycle_jax.surgery.operations import Copy, Tile, Zeros
@@ -57,7 +57,8 @@ def record(plan: Plan, reader: Reader) -> dict[str, Any]:
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
-        }
+        },
+        **model_settings.record(model_settings.stated_by(reader)),
     }
 
 

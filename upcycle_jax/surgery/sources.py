@@ -2,12 +2,13 @@
 path>`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.trees import LeafSpec
 
 
@@ -77,6 +78,14 @@ class JoinedReader:
     def metadata(self) -> dict[str, Any]:
         """Empty: several sources have no one record."""
         return {}
+
+    def model_settings(self) -> Mapping[str, Any]:
+        """What the parents state together.
+
+        Raises:
+          ValueError: two of them contradict each other.
+        """
+        return model_settings.common(self.readers)
 
 
 def join(readers: Sequence[Reader]) -> Reader:

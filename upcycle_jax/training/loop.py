@@ -11,7 +11,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
+from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import apply as surgery_apply
@@ -558,10 +560,14 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
     """
     source = run.source
     if source.plan is not None and source.reader is not None:
-        return surgery_apply.record(source.plan, source.reader)
-    record = dict(source.reader.metadata()) if source.reader is not None else {}
+        record = surgery_apply.record(source.plan, source.reader)
+    else:
+        record = dict(source.reader.metadata()) if source.reader is not None else {}
     record.pop(RECENT_LOSSES, None)
-    return record
+    config = run.settings.model.config
+    return record | (
+        model_settings.record(config.forward_settings) if isinstance(config, T5Config) else {}
+    )
 
 
 def _loss_history(run: PreparedRun) -> LossHistory | None:

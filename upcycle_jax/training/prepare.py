@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.models import accounting
 from upcycle_jax.models.config import T5Config
@@ -100,6 +101,8 @@ def prepare(settings: Settings) -> PreparedRun:
     specs = state_specs(settings.model, optimizer)
     partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
     source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
+    if source.reader is not None:
+        check_model(source.reader, settings.model.config)
     check_steps(settings, source)
     expert_slots.warn_of_scaled_gradients(source, optimizer, param_specs)
     return PreparedRun(settings, specs, source, train_layout, eval_layout)
