@@ -8,6 +8,7 @@ import pytest
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.surgery import leaf_check
+from upcycle_jax.surgery import proof as proof_lib
 from upcycle_jax.surgery.values import RowValues, regions_of
 from upcycle_jax.trees import LeafSpec
 
@@ -220,3 +221,14 @@ def test_ulps_count_representable_numbers():
     one = np.float32([1.0, -1.0, 0.0])
     assert leaf_check.ulps_between(one, np.nextafter(one, np.float32(2))) == 1
     assert leaf_check.ulps_between(np.float32([1e-45]), np.float32([-1e-45])) == 2
+
+
+def test_little_memory_means_fewer_threads_and_smaller_regions(small, tmp_path, monkeypatch):
+    plan, source, arrays = build(small, surgery.DropUpcycling(0.5))
+    monkeypatch.setattr(proof_lib, "threads", lambda: 4)
+    rows = list(plan.rows)
+    largest = max(row.bytes_read + row.spec.nbytes // 4 for row in rows if "/expert/" in row.target)
+    assert [proof_lib._workers(rows, largest * n) for n in (0, 4, 11, 1000)] == [1, 1, 2, 4]
+    result = on_disk(tmp_path / "out", arrays)
+    proofs = [surgery.prove(plan, source, result, max_memory=n) for n in (1, 1 << 30)]
+    assert proofs[0].ok and proofs[0].json() == proofs[1].json()

@@ -221,7 +221,7 @@ def verify(
         if reader is not None and model is not None:
             check_model(reader, model.config)
     recorded = recorded if recorded is not None else read_recorded(target)
-    proof = prove(plan, source, target, recorded=recorded, progress=report)
+    proof = prove(plan, source, target, recorded=recorded, max_memory=max_memory, progress=report)
     proof.damage["source"] = [*source_damage, *proof.damage["source"]]
     if source is not None and recorded.fingerprint not in ("", source.fingerprint()):
         report(

@@ -12,14 +12,14 @@ from upcycle_jax.checkpoints.stored_chunks import StoredChunks
 from upcycle_jax.surgery.leaf_check import LeafVerdict, Moments, check_region, twin_of
 from upcycle_jax.surgery.leaf_sums import LeafSum, accumulator, blocks, rows_of_chunk
 from upcycle_jax.surgery.operations import Copy, Region, Tile
-from upcycle_jax.surgery.progress import Meter, threads
+from upcycle_jax.surgery.progress import Meter
 from upcycle_jax.surgery.recorded import Recorded
 from upcycle_jax.surgery.sources import JoinedReader, Reader
 from upcycle_jax.surgery.table import Plan, Row
 from upcycle_jax.surgery.values import RowValues, regions_of
 
 REGION_BYTES = 64 << 20
-"""Of all threads together; each takes its share of it at a time."""
+"""Read and compared at a time, of all threads together."""
 MAX_PROBLEMS = 4
 """More of one leaf are not looked for."""
 
@@ -42,6 +42,7 @@ class LeafProver:
         recorded: Recorded,
         sums: Mapping[str, LeafSum],
         meter: Meter,
+        region_bytes: int,
     ):
         self.plan, self.source, self.target, self.recorded = plan, source, target, recorded
         self.sums, self.meter = sums, meter
@@ -49,7 +50,7 @@ class LeafProver:
         self.stored = StoredChunks(target)
         readers = source.readers if isinstance(source, JoinedReader) else (source,)
         self._origins = {id(reader): StoredChunks(reader) for reader in readers}
-        self.region_bytes = max(1 << 20, REGION_BYTES // threads())
+        self.region_bytes = max(1 << 20, region_bytes)
 
     def origin(self, name: str) -> tuple[StoredChunks, str]:
         """The chunks of the checkpoint that has a source leaf, and the leaf's name there."""

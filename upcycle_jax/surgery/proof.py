@@ -19,8 +19,9 @@ from typing import Any
 
 from upcycle_jax import trees
 from upcycle_jax.surgery.leaf_check import LeafVerdict
-from upcycle_jax.surgery.leaf_proof import LeafProver
-from upcycle_jax.surgery.leaf_sums import LeafSum, leaf_sums
+from upcycle_jax.surgery.leaf_proof import REGION_BYTES, LeafProver
+from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, LeafSum, leaf_sums
+from upcycle_jax.surgery.operations import Reach
 from upcycle_jax.surgery.progress import Meter, threads
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import (
@@ -34,6 +35,7 @@ from upcycle_jax.surgery.recorded import (
 from upcycle_jax.surgery.sources import Reader
 from upcycle_jax.surgery.table import Plan, Row, size
 
+MAX_MEMORY = 2 << 30
 MAX_SHOWN = 8
 """Changed files and leaves of each side that are shown to people; proof.json has all."""
 
@@ -187,6 +189,7 @@ def prove(
     target: Reader,
     *,
     recorded: Recorded | None = None,
+    max_memory: int = MAX_MEMORY,
     progress: Callable[[str], None] | None = None,
 ) -> Proof:
     """Checks a result against the plan, the source and the record.
@@ -197,17 +200,21 @@ def prove(
         recorded checksums.
       target: reader of the result.
       recorded: what the result records about its making; None: it is read from there.
+      max_memory: bytes of arrays to hold at a time, of all threads. The floor is one thread and a
+        few times the largest leaf (or expert) that can only be made whole.
       progress: called with a line of text about every second.
     """
     recorded = recorded if recorded is not None else read_recorded(target)
     specs = target.specs()
     difference = trees.diff(plan.specs(), specs)
     rows = [row for row in plan.rows if row.target in specs]
-    sums = _source_sums(rows, source, progress) if source is not None else {}
+    sums = _source_sums(rows, source, max_memory, progress) if source is not None else {}
+    workers = _workers(rows, max_memory)
     meter = Meter(sum(row.spec.nbytes for row in rows), progress, "proved")
-    prover = LeafProver(plan, source, target, recorded, sums, meter)
+    region_bytes = min(REGION_BYTES, max_memory // 8) // workers
+    prover = LeafProver(plan, source, target, recorded, sums, meter, region_bytes)
     found: dict[str, LeafVerdict] = {}
-    with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             large_first = sorted(rows, key=lambda row: -row.spec.nbytes)
             for verdict in pool.map(prover.prove, large_first):
@@ -246,7 +253,7 @@ def prove(
 
 
 def _source_sums(
-    rows: list[Row], source: Reader, progress: Callable[[str], None] | None
+    rows: list[Row], source: Reader, max_memory: int, progress: Callable[[str], None] | None
 ) -> dict[str, LeafSum]:
     """Reads every source leaf that is used once; one that is not what was planned with is a
     problem of its own.
@@ -261,7 +268,21 @@ def _source_sums(
             problems[name] = LeafSum("", problem="it is not there any more")
         elif (now.shape, now.dtype) != (spec.shape, spec.dtype):
             problems[name] = LeafSum("", problem=f"it is {now}, planned with {spec}")
-    return leaf_sums(source, set(planned) - set(problems), progress=progress) | problems
+    block_bytes = min(BLOCK_BYTES, max_memory // (4 * threads()))
+    there = set(planned) - set(problems)
+    return leaf_sums(source, there, block_bytes=block_bytes, progress=progress) | problems
+
+
+def _workers(rows: list[Row], max_memory: int) -> int:
+    """How many leaves may be looked at at a time: sources, a slab of them made again and its
+    statistics are held of those that can only be made whole.
+    """
+    whole = [
+        row.bytes_read + row.spec.nbytes // (row.spec.shape[0] if row.operation.stacked else 1)
+        for row in rows
+        if row.operation.reach is Reach.WHOLE
+    ]
+    return max(1, min(threads(), max_memory // (4 * max(whole, default=1))))
 
 
 def _source_damage(prover: LeafProver, sums: dict[str, LeafSum]) -> list[str]:
