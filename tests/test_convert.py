@@ -2,7 +2,6 @@
 refusals.
 """
 
-import argparse
 import json
 import pathlib
 import re
@@ -174,19 +173,6 @@ def test_refusals_write_nothing(tmp_path, orbax, capsys, arguments, message):
 def test_an_existing_output_is_an_error(tmp_path, orbax, capsys):
     assert run(orbax, orbax) == 2
     assert "checkpoint_9 exists already: nothing was changed" in capsys.readouterr().err
-
-
-def test_sizes():
-    assert [command.parse_bytes(text) for text in ("1024", "1K", "1.5KiB", "2GiB", "3MB")] == [
-        1024,
-        1024,
-        1536,
-        2 << 30,
-        3 << 20,
-    ]
-    for text in ("", "0", "two", "1T", "-1M"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
-            command.parse_bytes(text)
 
 
 @pytest.mark.parametrize("memory", ["1GiB", "4K"])

@@ -13,28 +13,11 @@ finished by running it again.
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 
+from upcycle_jax import byte_sizes
 from upcycle_jax.printing import printable, printable_lines
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes such as '2GiB', '512M' or '1000000'.
-
-    >>> parse_bytes("2GiB") == parse_bytes("2048M")
-    True
-
-    Raises:
-      argparse.ArgumentTypeError: it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match.group(1)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 512MiB or 2GiB")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max_memory",
-        type=parse_bytes,
+        type=byte_sizes.flag,
         default="1GiB",
         help="about how much to hold at a time (default: %(default)s)",
     )

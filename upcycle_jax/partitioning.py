@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from upcycle_jax import axes, trees
+from upcycle_jax import axes, checks, trees
 
 DATA, EXPERT, MODEL = "data", "expert", "model"
 MESH_AXES = (DATA, EXPERT, MODEL)
@@ -68,11 +68,14 @@ class Partitioner:
       devices: devices to use, or None for all.
     """
 
-    num_expert_partitions: int = 1
-    num_model_partitions: int = 1
+    num_expert_partitions: checks.Size = 1
+    num_model_partitions: checks.Size = 1
     fsdp: bool = False
     rules: Rules = STANDARD_RULES
     devices: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self)
 
     def mesh_shape(self, num_devices: int) -> tuple[int, int, int]:
         """Sizes of the mesh's axes over so many devices.

@@ -15,8 +15,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from upcycle_jax import byte_sizes, checks
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
 from upcycle_jax.printing import show
@@ -25,22 +26,22 @@ if TYPE_CHECKING:
     from upcycle_jax.config import Config
     from upcycle_jax.surgery.conversion import Conversion
 
-PathOrPaths = str | Sequence[str]
+PathOrPaths = checks.PathText | Sequence[checks.PathText]
 
 
 def upcycle(
     *,
     initial_checkpoint_path: PathOrPaths,
-    output_checkpoint_path: str,
-    model: Any = None,
-    moe: Any = None,
-    optimizer: Any = None,
-    recipe: Any = None,
-    source_model: Any = None,
-    max_memory: int = 2 << 30,
+    output_checkpoint_path: checks.PathText,
+    model: checks.Model | None = None,
+    moe: checks.Moe | None = None,
+    optimizer: checks.Optimizer | None = None,
+    recipe: checks.Recipe | None = None,
+    source_model: checks.Model | None = None,
+    max_memory: checks.Bytes = 2 << 30,
     materialize: bool = False,
-    function_check: str = "auto",
-    function_check_dataset: Any = None,
+    function_check: Literal["auto", "on", "off"] = "auto",
+    function_check_dataset: checks.Dataset | None = None,
     dry_run: bool = False,
     report: Any = show,
 ) -> "Conversion":
@@ -55,7 +56,7 @@ def upcycle(
       recipe: None: the paper's for language.
       source_model: the sparse source's model, needed to measure the weights of
         `MergeRecipe(how='weighted')` where none are given.
-      max_memory: bytes of arrays to hold at a time.
+      max_memory: bytes of arrays to hold at a time, or a size such as '2GiB'.
       materialize: write every byte, sharing no file with the source.
       function_check: 'auto', 'on' or 'off'.
       function_check_dataset: a `DatasetConfig` whose first batch the function check uses (and the
@@ -100,7 +101,7 @@ def upcycle(
         output_checkpoint_path,
         recipe,
         model=model,
-        max_memory=max_memory,
+        max_memory=byte_sizes.parse_bytes(max_memory),
         materialize=materialize,
         check=function_check,
         tokens=tokens,
@@ -172,9 +173,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max_memory",
-        type=int,
-        metavar="BYTES",
-        help="bytes of arrays to hold at a time (default 2 GiB)",
+        type=byte_sizes.flag,
+        metavar="SIZE",
+        help="how much of the arrays to hold at a time: 2GiB (the default), 512MiB, 1000000",
     )
 
 

@@ -19,8 +19,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from upcycle_jax import byte_sizes, checks
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
 from upcycle_jax.printing import show
@@ -33,21 +34,21 @@ if TYPE_CHECKING:
     from upcycle_jax.surgery.recorded import Recorded
     from upcycle_jax.surgery.sources import Reader
 
-PathOrPaths = str | Sequence[str]
+PathOrPaths = checks.PathText | Sequence[checks.PathText]
 
 
 def verify(
     *,
-    output_checkpoint_path: str,
+    output_checkpoint_path: checks.PathText,
     initial_checkpoint_path: PathOrPaths | None = None,
-    model: Any = None,
-    moe: Any = None,
-    optimizer: Any = None,
-    recipe: Any = None,
-    max_memory: int = 2 << 30,
-    function_check: str = "auto",
-    function_check_dataset: Any = None,
-    proof_directory: str | None = None,
+    model: checks.Model | None = None,
+    moe: checks.Moe | None = None,
+    optimizer: checks.Optimizer | None = None,
+    recipe: checks.Recipe | None = None,
+    max_memory: checks.Bytes = 2 << 30,
+    function_check: Literal["auto", "on", "off"] = "auto",
+    function_check_dataset: checks.Dataset | None = None,
+    proof_directory: checks.PathText | None = None,
     report: Any = show,
 ) -> "Proof":
     """Proves a result.
@@ -61,7 +62,7 @@ def verify(
       optimizer: whose state the result should hold; None: the state that it holds is taken as it
         is, its slots zero or carried over.
       recipe: used where the result records none; None: the paper's for language.
-      max_memory: bytes of arrays that the function check holds at a time.
+      max_memory: bytes of arrays that the function check holds at a time, or a size such as '2GiB'.
       function_check: 'auto', 'on' or 'off'.
       function_check_dataset: a `DatasetConfig` whose first batch is used; None: random tokens.
       proof_directory: where to write `proof.json`; None: nowhere, the checkpoints are only read.
@@ -107,7 +108,7 @@ def verify(
         model=model,
         recorded=record,
         check=function_check,
-        max_memory=max_memory,
+        max_memory=byte_sizes.parse_bytes(max_memory),
         tokens=first_batch(function_check_dataset if known else None, model),
         source_damage=unreadable,
         report=report,

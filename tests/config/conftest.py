@@ -28,7 +28,7 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Data:
     name: str
-    lengths: dict[str, int] = dataclasses.field(default_factory=dict)
+    lengths: dict[str, Any] = dataclasses.field(default_factory=dict)
     batch: int = 8
 
 

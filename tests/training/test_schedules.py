@@ -60,4 +60,6 @@ def test_unknown_factor_names_the_known_ones():
 
 
 def test_no_warmup():
-    assert create_learning_rate_scheduler("linear_warmup * rsqrt_decay", warmup_steps=0)(0) == 1.0
+    assert create_learning_rate_scheduler("constant * cosine_decay", warmup_steps=0)(0) == 0.5
+    with pytest.raises(ValueError, match="by which linear_warmup and rsqrt_decay would divide"):
+        create_learning_rate_scheduler("linear_warmup * rsqrt_decay", warmup_steps=0)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upcycle_jax.config import check, operative, registry, stale
+from upcycle_jax.config import check, operative, registry, stale, values
 from upcycle_jax.config.parse import (
     REQUIRED,
     Bindings,
@@ -41,12 +41,16 @@ class Config:
         """Whether the macro is defined with a value."""
         return name in self._bindings.macros and self._bindings.macros[name].value != REQUIRED
 
-    def macro(self, name: str) -> Any:
+    def macro(self, name: str, kind: Any = Any) -> Any:
         """The value of macro NAME, references evaluated.
+
+        Args:
+          name: the macro's.
+          kind: an annotation that the value must fit (see `checks`).
 
         Raises:
           ConfigError: the macro is not defined, or something that its value needs is missing; all
-            of it is listed.
+            of it is listed. Or its value is of another kind.
         """
         if name not in self._bindings.macros:
             raise ConfigError(
@@ -58,7 +62,11 @@ class Config:
         problems = check.missing(self._bindings, Macro(name))
         if problems:
             raise ConfigError(problems)
-        return self._resolve(Macro(name), ())
+        value = self._resolve(Macro(name), ())
+        problems = values.macro_problems(name, value, kind, self._bindings)
+        if problems:
+            raise ConfigError(problems)
+        return value
 
     def build(self, name: str, **given: Any) -> functools.partial[Any]:
         """The function or class `name` with every parameter that the configuration binds, as
@@ -114,7 +122,14 @@ class Config:
             bound,
             frozenset(given),
         )
-        return {key: self._resolve(binding.value, scope) for key, binding in bound.items()}
+        arguments = {key: self._resolve(binding.value, scope) for key, binding in bound.items()}
+        prefix = "/".join(
+            (*self._bindings.shortest_scope(configurable.name, scope), configurable.name)
+        )
+        problems = values.problems(configurable, prefix, bound, arguments, self._bindings)
+        if problems:
+            raise ConfigError(problems)
+        return arguments
 
     def _resolve(self, value: Any, scope: Scope) -> Any:
         """A value with every macro and reference replaced. Containers are copied, so that no two

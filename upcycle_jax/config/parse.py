@@ -245,6 +245,11 @@ def _explain_flag(text: str) -> str:
     name, value = name.strip(), value.strip()
     if not equals or not name:
         return f"binding {text!r} is not NAME=VALUE"
+    constant = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(value.lower())
+    if constant:
+        return f"--gin.{name}={value}: write --gin.{name}={constant}"
+    if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return f"--gin.{name}={value}: no setting takes {value}: write a finite number"
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
     return (
         f"--gin.{name}={value}: {value!r} is not a gin value. A string needs quotes that reach gin:"

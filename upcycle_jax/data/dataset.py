@@ -6,11 +6,12 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
+from upcycle_jax import checks
 from upcycle_jax.data import documents, fingerprints, text_files
 
 if TYPE_CHECKING:
@@ -178,11 +179,13 @@ class DatasetConfig:
     """
 
     mixture_or_task_name: str
-    task_feature_lengths: Mapping[str, int]
+    task_feature_lengths: Annotated[
+        Mapping[str, checks.Size], checks.Hint("{'inputs': 512, 'targets': 114}")
+    ]
     split: str = documents.TRAIN
-    batch_size: int = 32
+    batch_size: checks.Size = 32
     shuffle: bool = True
-    seed: int | None = None
+    seed: checks.Seed | None = None
     use_cached: bool = False
     pack: bool = False
     module: str | Sequence[str] | None = None
@@ -191,16 +194,15 @@ class DatasetConfig:
     text_field: str = "text"
     validation_fraction: float = documents.VALIDATION_FRACTION
     vocabulary: str | None = None
-    extra_ids: int = 100
+    extra_ids: checks.CountOrZero = 100
 
     def __post_init__(self):
+        checks.check_fields(self)
         if not self.mixture_or_task_name or not isinstance(self.mixture_or_task_name, str):
             raise ValueError(
                 f"mixture_or_task_name is {self.mixture_or_task_name!r}: give the name of a SeqIO"
                 " task or mixture"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: give at least 1")
         for feature in ("inputs", "targets"):
             length = self.task_feature_lengths.get(feature)
             if not isinstance(length, int) or length < 1:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from upcycle_jax import checks
+
 if TYPE_CHECKING:
     import seqio
 
@@ -51,15 +53,16 @@ class FewShot:
       ValueError: a number out of range, or a template without its texts.
     """
 
-    num_shots: int = 4
+    num_shots: checks.Size = 4
     split: str = "train"
-    seed: int = 0
-    pool: int = 1000
+    seed: checks.Seed = 0
+    pool: checks.Count = 1000
     template: str = "{inputs} {targets}"
     separator: str = "\n\n"
     query: str = "{inputs}"
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if not isinstance(self.num_shots, int) or self.num_shots < 1:
             raise ValueError(
                 f"FewShot.num_shots is {self.num_shots!r}: give at least 1, or set FEW_SHOT to None"

@@ -16,6 +16,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upcycle_jax import checks
+
 SEED_AXIS = "seed"
 STEPS_KEY = "steps"
 COMMANDS = ("train", "upcycle")
@@ -49,13 +51,14 @@ class Stage:
     gin_files: Sequence[str]
     bindings: Bindings = dataclasses.field(default_factory=dict)
     axes: Sequence[str] = ()
-    steps: int | None = None
+    steps: checks.CountOrZero | None = None
     start_from: str | None = None
     batches_after: str | None = None
     command: str = "train"
     label: str | None = None
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         _check_name("Stage.name", self.name)
         if self.command not in COMMANDS:
             raise ValueError(
@@ -146,12 +149,12 @@ class Sweep:
     """
 
     name: str
-    sweep_dir: str
+    sweep_dir: checks.PathText
     stages: Sequence[Stage]
     axes: Mapping[str, Sequence[Any] | Mapping[str, Bindings]] = dataclasses.field(
         default_factory=dict
     )
-    seeds: Sequence[int] = (0,)
+    seeds: Sequence[checks.Seed] = (0,)
     points: Sequence[Mapping[str, Any]] | None = None
     bindings: Bindings = dataclasses.field(default_factory=dict)
     cached_tasks: Sequence[str] = ()
@@ -160,6 +163,7 @@ class Sweep:
     scale: str = ""
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         _check_name("Sweep.name", self.name)
         if not str(self.sweep_dir):
             raise ValueError("Sweep.sweep_dir is empty: name the folder of the study (SWEEP_DIR)")

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, DecodingStart
 
 IMPOSSIBLE = -1.0e7
@@ -41,10 +42,11 @@ class BeamSearch(DecodingAlgorithm):
       ValueError: a value out of range.
     """
 
-    num_decodes: int = 4
-    alpha: float = 0.6
+    num_decodes: checks.Size = 4
+    alpha: checks.NotNegative = 0.6
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if self.num_decodes < 1:
             raise ValueError(f"num_decodes must be at least 1, got {self.num_decodes}")
         if self.alpha < 0:

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, DecodingStart
 
 NEGATIVE = -1e10
@@ -34,12 +35,13 @@ class Sampling(DecodingAlgorithm):
       ValueError: a value out of range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_decodes: int = 1
+    temperature: checks.NotNegative = 1.0
+    top_k: checks.CountOrZero = 0
+    top_p: checks.Share = 1.0
+    num_decodes: checks.Size = 1
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         if self.top_k < 0:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from upcycle_jax import distributed
+from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
@@ -66,22 +66,22 @@ class _Evaluation:
 
 def evaluate(
     *,
-    model: Any,
-    dataset_cfg: Any,
-    checkpoint_path: os.PathLike | str,
-    output_dir: os.PathLike | str,
-    steps: str | int | Sequence[int] = "latest",
+    model: checks.Model,
+    dataset_cfg: checks.Dataset,
+    checkpoint_path: checks.PathText | os.PathLike,
+    output_dir: checks.PathText | os.PathLike,
+    steps: str | checks.CountOrZero | Sequence[checks.CountOrZero] = "latest",
     partitioner: Partitioner = Partitioner(),
     decoder: DecodingAlgorithm = Greedy(),
     answering: str = Answering.DECODE,
     rank_options: Any = None,
-    few_shot: Any = None,
-    num_examples: int | None = None,
+    few_shot: checks.Examples | None = None,
+    num_examples: checks.Count | None = None,
     teacher_forced: bool = True,
-    teacher_forced_batches: int | None = None,
+    teacher_forced_batches: checks.Count | None = None,
     write_predictions: bool = True,
     skip_evaluated: bool = False,
-    random_seed: int = 0,
+    random_seed: checks.Seed = 0,
     verify: bool = True,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from upcycle_jax import distributed
+from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.data import fingerprints
 from upcycle_jax.inference import ranking, running
@@ -58,20 +58,20 @@ class InferResult:
 def infer(
     *,
     mode: str = Mode.PREDICT,
-    model: Any,
-    dataset_cfg: Any,
-    checkpoint_path: os.PathLike | str,
-    output_dir: os.PathLike | str,
+    model: checks.Model,
+    dataset_cfg: checks.Dataset,
+    checkpoint_path: checks.PathText | os.PathLike,
+    output_dir: checks.PathText | os.PathLike,
     partitioner: Partitioner = Partitioner(),
     decoder: DecodingAlgorithm = Greedy(),
-    checkpoint_period: int = 100,
-    shard_id: int = 0,
-    num_shards: int = 1,
-    num_examples: int | None = None,
+    checkpoint_period: checks.Count = 100,
+    shard_id: checks.CountOrZero = 0,
+    num_shards: checks.Count = 1,
+    num_examples: checks.Count | None = None,
     include_all_inputs: bool = False,
     rank_options: Any = None,
-    few_shot: Any = None,
-    random_seed: int = 0,
+    few_shot: checks.Examples | None = None,
+    random_seed: checks.Seed = 0,
     verify: bool = True,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,

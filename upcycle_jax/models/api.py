@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle_jax import trees
+from upcycle_jax import checks, trees
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import expert_metrics, losses, t5_layers
 from upcycle_jax.models.config import T5Config
@@ -68,8 +68,8 @@ class EncoderDecoderModel:
         self,
         config: T5Config,
         *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 1e-4,
+        label_smoothing: checks.BelowOne = 0.0,
+        z_loss: checks.NotNegative = 1e-4,
         loss_normalizing_factor: LossNormalizer = None,
     ):
         if (

@@ -1,13 +1,15 @@
 """Settings of a T5 1.1 encoder-decoder."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
+from upcycle_jax import checks
+from upcycle_jax.checks import Range
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.models import layout
-from upcycle_jax.models.stacking import REMAT_POLICIES, RematPolicy
+from upcycle_jax.models.stacking import RematPolicy
 from upcycle_jax.moe.config import MoeConfig, Stack
 
 
@@ -48,15 +50,15 @@ class T5Config:
         (0, 1), buckets that their distance leaves empty, or MoE layers that do not fit the stacks.
     """
 
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    head_dim: int
-    mlp_dim: int
+    vocab_size: Annotated[int, Range(at_least=1, at_most=2**24)]
+    emb_dim: checks.Size
+    num_heads: checks.Size
+    num_encoder_layers: checks.Layers
+    num_decoder_layers: checks.Layers
+    head_dim: checks.Size
+    mlp_dim: checks.Size
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
-    dropout_rate: float = 0.1
+    dropout_rate: checks.BelowOne = 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"
     logits_via_embedding: bool = False
     float32_attention_logits: bool = True
@@ -64,41 +66,17 @@ class T5Config:
     scan_layers: bool = False
     moe: MoeConfig | None = None
     layer_norm_epsilon: float = 1e-6
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
+    relative_attention_num_buckets: checks.Size = 32
+    relative_attention_max_distance: checks.Count = 128
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "emb_dim",
-            "num_heads",
-            "num_encoder_layers",
-            "num_decoder_layers",
-            "head_dim",
-            "mlp_dim",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        checks.check_fields(self)
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
         if unknown or not self.mlp_activations:
             raise ValueError(
                 f"unknown MLP activations {self.mlp_activations}; known: {sorted(ACTIVATIONS)}"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
-        if self.remat_policy not in ("none", *REMAT_POLICIES):
-            raise ValueError(
-                "remat_policy (REMAT_POLICY) must be 'none', 'minimal' or 'full', got"
-                f" {self.remat_policy!r}"
-            )
-        if not isinstance(self.scan_layers, bool):
-            raise ValueError(
-                f"scan_layers (SCAN_LAYERS) must be True or False, got {self.scan_layers!r}"
-            )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
         self._check_norms_and_positions()
         self.sparse_layers("encoder")
         self.sparse_layers("decoder")

@@ -1,14 +1,24 @@
 """Settings of the MoE layers of a model."""
 
 import dataclasses
-import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from upcycle_jax import checks
+from upcycle_jax.checks import Range
 from upcycle_jax.moe.dropless import DISPATCHES, Dispatch
 from upcycle_jax.moe.routing import ExpertsChoose, Router, TokensChoose
 
 Stack = Literal["encoder", "decoder"]
 SparseLayout = str | tuple[int, ...]
+CapacityFactor = Annotated[
+    float,
+    Range(
+        above=0,
+        at_most=2**20,
+        hint="1.0 is room for an even share of the tokens; for room without a bound use"
+        " DroplessTopK()",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,77 +78,33 @@ class MoeConfig:
       ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
     """
 
-    num_experts: int = 32
+    num_experts: checks.Size = 32
     encoder_router: Router = dataclasses.field(default_factory=ExpertsChoose)
     decoder_router: Router = dataclasses.field(default_factory=TokensChoose)
-    num_encoder_sparse_layers: int | None = None
-    num_decoder_sparse_layers: int | None = None
+    num_encoder_sparse_layers: checks.CountOrZero | None = None
+    num_decoder_sparse_layers: checks.CountOrZero | None = None
     encoder_sparse_layout: SparseLayout = "MIXED"
     decoder_sparse_layout: SparseLayout = "MIXED"
-    expert_mlp_dim: int | None = None
-    shared_expert_mlp_dim: int | None = None
+    expert_mlp_dim: checks.Size | None = None
+    shared_expert_mlp_dim: checks.Size | None = None
     extra_mlp: bool = False
-    group_size: int = 4096
-    train_expert_capacity_factor: float = 2.0
-    eval_expert_capacity_factor: float = 2.0
-    min_expert_capacity: int = 4
-    aux_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
-    expert_dropout_rate: float | None = None
+    group_size: checks.Count = 4096
+    train_expert_capacity_factor: CapacityFactor = 2.0
+    eval_expert_capacity_factor: CapacityFactor = 2.0
+    min_expert_capacity: checks.Size = 4
+    aux_loss_factor: checks.NotNegative = 0.01
+    router_z_loss_factor: checks.NotNegative = 0.0
+    expert_dropout_rate: checks.BelowOne | None = None
     dispatch: Dispatch = "auto"
     ignore_padding_tokens: bool = False
     t5x_mode: bool = False
-    num_expert_replicas: int = 1
+    num_expert_replicas: checks.Size = 1
     inference_routing: Literal["independent", "grouped"] = "independent"
-    min_inference_capacity: int = 1
+    min_inference_capacity: checks.Size = 1
     independent: bool = False
 
     def __post_init__(self) -> None:
-        if self.inference_routing not in ("independent", "grouped"):
-            raise ValueError(
-                "inference_routing must be 'independent' or 'grouped', got"
-                f" {self.inference_routing!r}"
-            )
-        for name in (
-            "group_size",
-            "min_expert_capacity",
-            "num_expert_replicas",
-            "min_inference_capacity",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.expert_mlp_dim is not None and self.expert_mlp_dim < 1:
-            raise ValueError(
-                "expert_mlp_dim must be at least 1, or None for the dense MLP's size, got"
-                f" {self.expert_mlp_dim}"
-            )
-        if self.shared_expert_mlp_dim is not None and self.shared_expert_mlp_dim < 1:
-            raise ValueError(
-                "shared_expert_mlp_dim must be at least 1, or None for no shared expert, got"
-                f" {self.shared_expert_mlp_dim}"
-            )
-        for name in ("train_expert_capacity_factor", "eval_expert_capacity_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be above 0 and finite (1.0 is room for an even share of the"
-                    f" tokens), got {getattr(self, name)}: for room without a bound use"
-                    " DroplessTopK()"
-                )
-        for name in ("aux_loss_factor", "router_z_loss_factor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be at least 0 (0 is none) and finite, got {getattr(self, name)}"
-                )
-        if self.expert_dropout_rate is not None and not 0 <= self.expert_dropout_rate < 1:
-            raise ValueError(
-                "expert_dropout_rate must be in [0, 1), or None for the dense rate, got"
-                f" {self.expert_dropout_rate}"
-            )
-        for stack, router in (("encoder", self.encoder_router), ("decoder", self.decoder_router)):
-            if not isinstance(router, Router):
-                raise ValueError(
-                    f"{stack}_router must be a router such as TokensChoose(), got {router!r}"
-                )
+        checks.check_fields(self)
         for name in ("encoder_sparse_layout", "decoder_sparse_layout"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

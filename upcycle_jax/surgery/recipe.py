@@ -9,8 +9,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
+from upcycle_jax import checks
+from upcycle_jax.checks import Hint
 from upcycle_jax.surgery import hidden_units, operations
 from upcycle_jax.surgery.combine import FromParents
 from upcycle_jax.surgery.operations import Operation
@@ -30,6 +32,7 @@ def _check_std(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}: a standard deviation is 0 or more")
 
 
+@runtime_checkable
 class ExpertInit(Protocol):
     """Chooses the operation for a matrix of an expert.
 
@@ -45,6 +48,7 @@ class ExpertInit(Protocol):
         """The operation for target leaf `path`, `[E, ...]`."""
 
 
+@runtime_checkable
 class RouterInit(Protocol):
     """Chooses the operation for a router kernel."""
 
@@ -82,6 +86,7 @@ class NoisyCopies:
     preserves_function = False
 
     def __post_init__(self):
+        checks.check_fields(self)
         _check_std("NoisyCopies.std", self.std)
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
@@ -109,11 +114,12 @@ class PartialCopies:
       copied: experts to copy: a count (the first ones) or explicit indices.
     """
 
-    copied: int | tuple[int, ...] = 1
+    copied: checks.CountOrZero | tuple[checks.CountOrZero, ...] = 1
     keeps_shape = True
     preserves_function = False
 
     def __post_init__(self):
+        checks.check_fields(self)
         if isinstance(self.copied, int):
             if self.copied < 0:
                 raise ValueError(
@@ -153,6 +159,7 @@ class DropUpcycling:
     keeps_shape = True
 
     def __post_init__(self):
+        checks.check_fields(self)
         _check_share("DropUpcycling.ratio", self.ratio)
         if self.noise_std is not None:
             _check_std("DropUpcycling.noise_std", self.noise_std)
@@ -191,8 +198,8 @@ class VirtualGroups:
       gated: the MLP has two input matrices (T5 1.1: yes).
     """
 
-    granularity: int = 8
-    top_k: int = 8
+    granularity: checks.Size = 8
+    top_k: checks.Size = 8
     softmax_order: str = "before_top_k"
     scale_weights: bool = True
     gated: bool = True
@@ -200,6 +207,7 @@ class VirtualGroups:
     preserves_function = False
 
     def __post_init__(self):
+        checks.check_fields(self)
         if self.granularity < 1 or self.top_k < 1:
             raise ValueError(
                 f"VirtualGroups needs granularity and top_k of at least 1, got {self.granularity}"
@@ -253,6 +261,7 @@ class QwenExperts:
     preserves_function = False
 
     def __post_init__(self):
+        checks.check_fields(self)
         _check_share("QwenExperts.redraw", self.redraw)
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
@@ -274,13 +283,14 @@ class ParentExperts:
         branched from.
     """
 
-    parents: tuple[int, ...]
-    rest: str | int = "mean"
-    shared: int | None = None
+    parents: tuple[checks.CountOrZero, ...]
+    rest: Literal["mean"] | checks.CountOrZero = "mean"
+    shared: checks.CountOrZero | None = None
     keeps_shape = True
     preserves_function = False
 
     def __post_init__(self):
+        checks.check_fields(self)
         object.__setattr__(self, "parents", tuple(self.parents))
         if self.rest != "mean" and not isinstance(self.rest, int):
             raise ValueError(
@@ -301,9 +311,10 @@ class NormalRouter:
     """
 
     std: float = 0.02
-    repeat: int = 1
+    repeat: checks.Size = 1
 
     def __post_init__(self):
+        checks.check_fields(self)
         _check_std("NormalRouter.std", self.std)
         if self.repeat < 1:
             raise ValueError(
@@ -323,6 +334,7 @@ class UniformRouter:
     std: float = 0.02
 
     def __post_init__(self):
+        checks.check_fields(self)
         _check_std("UniformRouter.std", self.std)
 
     def operation(self, path: str) -> Operation:
@@ -345,7 +357,10 @@ class GivenRouter:
     ('target/encoder/layers_1/mlp/router/...').
     """
 
-    file: str
+    file: checks.PathText
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self)
 
     def operation(self, path: str) -> Operation:
         return operations.Given(self.file, path)
@@ -366,6 +381,7 @@ class DepthTile:
     layers: tuple[int, ...] = ()
 
     def __post_init__(self):
+        checks.check_fields(self)
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.order not in ("repeat", "cycle"):
             raise ValueError(f"DepthTile.order is {self.order!r}: choose 'repeat' or 'cycle'")
@@ -414,15 +430,23 @@ class Recipe:
         is); they are listed in the plan.
     """
 
-    expert_init: Any = CopyExperts()
-    router_init: Any = NormalRouter()
+    expert_init: Annotated[
+        ExpertInit, Hint("@CopyExperts() or another initialisation of experts")
+    ] = CopyExperts()
+    router_init: Annotated[RouterInit, Hint("@NormalRouter() or another router's")] = NormalRouter()
     optimizer_state: str = "reset"
-    step: str | int = "keep"
-    seed: int = 0
+    step: str | checks.CountOrZero = "keep"
+    seed: checks.Seed = 0
     depth: DepthTile | None = None
-    drop: tuple[str, ...] = ()
+    drop: str | tuple[str, ...] = ()
 
     def __post_init__(self):
+        checks.check_fields(self)
+        if isinstance(self.router_init, ExpertInit):
+            raise ValueError(
+                f"Recipe.router_init is {self.router_init!r}, which initialises experts: write"
+                " @NormalRouter() or another router's, and Recipe.expert_init for this"
+            )
         object.__setattr__(
             self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop)
         )
@@ -465,12 +489,13 @@ class MergeRecipe:
 
     how: str = "mean"
     weights: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    expert: int = 0
+    expert: checks.CountOrZero = 0
     optimizer_state: str = "reset"
     step: str = "keep"
-    seed: int = 0
+    seed: checks.Seed = 0
 
     def __post_init__(self):
+        checks.check_fields(self)
         if self.how not in ("mean", "weighted", "expert"):
             raise ValueError(
                 f"MergeRecipe.how is {self.how!r}: choose 'mean', 'weighted' or 'expert'"

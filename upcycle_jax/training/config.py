@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from upcycle_jax import checks
+
 
 class RestoreMode(enum.StrEnum):
     """How `RestoreCheckpointConfig.path` is read."""
@@ -36,6 +38,9 @@ class StepPolicy(enum.StrEnum):
     RESET = "reset"
 
 
+PathOrPaths = checks.PathText | os.PathLike | Sequence[checks.PathText | os.PathLike]
+
+
 def _choice(owner: str, field: str, kind: type[enum.StrEnum], value: Any) -> Any:
     try:
         return kind(value)
@@ -44,11 +49,6 @@ def _choice(owner: str, field: str, kind: type[enum.StrEnum], value: Any) -> Any
             f"{owner}.{field} is {value!r}: choose one of"
             f" {', '.join(repr(str(choice)) for choice in kind)}"
         ) from None
-
-
-def _check_switch(owner: str, field: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{owner}.{field} is {value!r}: choose True or False")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class RestoreCheckpointConfig:
       restore_dataset: T5X's name for data_position='checkpoint'.
     """
 
-    path: str | Sequence[str]
-    recipe: Any = None
+    path: PathOrPaths
+    recipe: checks.Recipe | None = None
     mode: str = RestoreMode.LATEST
     step: str = StepPolicy.KEEP
     optimizer_state: str = OptimizerState.KEEP
@@ -82,6 +82,7 @@ class RestoreCheckpointConfig:
     restore_dataset: bool = False
 
     def __post_init__(self):
+        checks.check_fields(self)
         owner = "RestoreCheckpointConfig"
         if not self.paths or not all(
             isinstance(path, str | os.PathLike) and str(path) for path in self.paths
@@ -138,26 +139,19 @@ class SaveCheckpointConfig:
         parameters are not finite is not saved then.
     """
 
-    period: int = 1000
-    keep: int | None = None
-    keep_period: int | None = None
+    period: checks.Count = 1000
+    keep: checks.Count | None = None
+    keep_period: checks.Count | None = None
     save_dataset: bool = True
     dtype: str = "float32"
     checksums: bool = True
 
     def __post_init__(self):
-        for field, unit in (("period", "steps"), ("keep", "checkpoints"), ("keep_period", "steps")):
-            value = getattr(self, field)
-            is_absent = value is None and field != "period"
-            if not is_absent and (not isinstance(value, int) or value < 1):
-                raise ValueError(
-                    f"SaveCheckpointConfig.{field} is {value!r}: give a positive number of {unit}"
-                )
+        checks.check_fields(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"SaveCheckpointConfig.dtype is {self.dtype!r}: choose 'float32' or 'bfloat16'"
             )
-        _check_switch("SaveCheckpointConfig", "checksums", self.checksums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,5 +170,5 @@ class CheckpointConfig:
     save: SaveCheckpointConfig | None = SaveCheckpointConfig()
     verify: bool = True
 
-    def __post_init__(self):
-        _check_switch("CheckpointConfig", "verify", self.verify)
+    def __post_init__(self) -> None:
+        checks.check_fields(self)

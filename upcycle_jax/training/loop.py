@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from upcycle_jax import checks
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.models.config import T5Config
@@ -68,19 +69,19 @@ class TrainResult:
 
 def train(
     *,
-    model: Any,
-    model_dir: os.PathLike | str,
-    train_dataset_cfg: Any,
+    model: checks.Model,
+    model_dir: checks.PathText | os.PathLike,
+    train_dataset_cfg: checks.Dataset,
     trainer: Trainer,
-    total_steps: int,
-    train_eval_dataset_cfg: Any = None,
+    total_steps: checks.CountOrZero,
+    train_eval_dataset_cfg: checks.Dataset | None = None,
     checkpoint_cfg: CheckpointConfig = CheckpointConfig(),
     partitioner: Partitioner = Partitioner(),
-    eval_steps: int | None = None,
-    eval_period: int | None = None,
-    stats_period: int | None = None,
-    random_seed: int = 0,
-    first_batch: int = 0,
+    eval_steps: checks.Count | None = None,
+    eval_period: checks.Count | None = None,
+    stats_period: checks.Count | None = None,
+    random_seed: checks.Seed = 0,
+    first_batch: checks.CountOrZero = 0,
     tracker: Wandb | None = None,
     files: Mapping[str, str] | None = None,
     dry_run: bool = False,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from upcycle_jax import axes, trees
+from upcycle_jax import axes, checks, trees
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
 
@@ -56,8 +56,11 @@ class Optimizer(abc.ABC):
         wrote, set it to the number of expert partitions of that run (docs/t5x.md).
     """
 
-    step_offset: int = 0
-    expert_gradient_scale: float | None = None
+    step_offset: checks.CountOrZero = 0
+    expert_gradient_scale: checks.NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self)
 
     @property
     @abc.abstractmethod
@@ -229,21 +232,14 @@ class Adafactor(Optimizer):
 
     factored: bool = True
     multiply_by_parameter_scale: bool = True
-    beta1: float | None = None
-    decay_rate: float = 0.8
-    clipping_threshold: float | None = 1.0
-    weight_decay_rate: float | None = None
+    beta1: checks.BelowOne | None = None
+    decay_rate: checks.Share = 0.8
+    clipping_threshold: checks.Positive | None = 1.0
+    weight_decay_rate: checks.NotNegative | None = None
     min_dim_size_to_factor: int = 128
-    epsilon1: float = 1e-30
-    epsilon2: float = 1e-3
+    epsilon1: checks.NotNegative = 1e-30
+    epsilon2: checks.NotNegative = 1e-3
     expert_factoring: Literal["by_size", "t5x"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.expert_factoring not in (None, "by_size", "t5x"):
-            raise ValueError(
-                "Adafactor.expert_factoring must be 'by_size', 't5x', or None for what the"
-                f" restored checkpoint has, got {self.expert_factoring!r}"
-            )
 
     @property
     def forms(self) -> tuple[Optimizer, ...]:
@@ -389,10 +385,10 @@ class AdamW(Optimizer):
       weight_decay: per unit of learning rate.
     """
 
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    b1: checks.BelowOne = 0.9
+    b2: checks.BelowOne = 0.999
+    eps: checks.NotNegative = 1e-8
+    weight_decay: checks.NotNegative = 0.0
 
     @property
     def operations_per_parameter(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
+
 DEFAULT_FACTORS = "constant * linear_warmup * rsqrt_decay"
 
 
@@ -18,13 +20,16 @@ class LearningRateSchedule:
     """
 
     factors: tuple[str, ...]
-    base_learning_rate: float
-    warmup_steps: int
-    decay_factor: float
-    steps_per_decay: int
-    steps_per_cycle: int
-    step_offset: int
-    min_learning_rate: float
+    base_learning_rate: checks.NotNegative
+    warmup_steps: checks.CountOrZero
+    decay_factor: checks.NotNegative
+    steps_per_decay: checks.Count
+    steps_per_cycle: checks.Count
+    step_offset: checks.CountOrZero
+    min_learning_rate: checks.NotNegative
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self)
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The learning rate of the update that follows `step` updates, float32 scalar."""
@@ -36,17 +41,17 @@ class LearningRateSchedule:
 
 
 def _linear_warmup(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
-    return jnp.minimum(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else jnp.ones(())
+    return jnp.minimum(1.0, step / schedule.warmup_steps)
 
 
 def _linear_decay(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
     past_warmup = 1.0 + schedule.decay_factor * (schedule.warmup_steps - step)
-    warmup = step / schedule.warmup_steps if schedule.warmup_steps else jnp.ones(())
+    warmup = step / schedule.warmup_steps
     return schedule.base_learning_rate * jnp.minimum(warmup, past_warmup)
 
 
 def _rsqrt_decay(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
-    return 1.0 / jnp.sqrt(jnp.maximum(step, max(schedule.warmup_steps, 1)))
+    return 1.0 / jnp.sqrt(jnp.maximum(step, schedule.warmup_steps))
 
 
 def _cosine_decay(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
@@ -60,7 +65,7 @@ _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
     "linear_decay": _linear_decay,
     "rsqrt_decay": _rsqrt_decay,
     "rsqrt_normalized_decay": (
-        lambda schedule, step: _rsqrt_decay(schedule, step) * max(schedule.warmup_steps, 1) ** 0.5
+        lambda schedule, step: _rsqrt_decay(schedule, step) * schedule.warmup_steps**0.5
     ),
     "decay_every": (
         lambda schedule, step: schedule.decay_factor ** (step // schedule.steps_per_decay)
@@ -69,16 +74,24 @@ _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
 }
 
 
+_DIVIDE_BY_WARMUP = (
+    "linear_warmup",
+    "linear_decay",
+    "rsqrt_decay",
+    "rsqrt_normalized_decay",
+)
+
+
 def create_learning_rate_scheduler(
     factors: str = DEFAULT_FACTORS,
     *,
-    base_learning_rate: float = 0.5,
-    warmup_steps: int = 1000,
-    decay_factor: float = 0.5,
-    steps_per_decay: int = 20000,
-    steps_per_cycle: int = 100000,
-    step_offset: int = 0,
-    min_learning_rate: float = 1e-8,
+    base_learning_rate: checks.NotNegative = 0.5,
+    warmup_steps: checks.CountOrZero = 1000,
+    decay_factor: checks.NotNegative = 0.5,
+    steps_per_decay: checks.Count = 20000,
+    steps_per_cycle: checks.Count = 100000,
+    step_offset: checks.CountOrZero = 0,
+    min_learning_rate: checks.NotNegative = 1e-8,
 ) -> LearningRateSchedule:
     """A schedule from factors joined by `*` (T5X's names and formulas).
 
@@ -108,8 +121,8 @@ def create_learning_rate_scheduler(
       min_learning_rate: lower bound.
 
     Raises:
-      ValueError: an unknown factor (the message lists the known ones), or a period that is not
-        positive.
+      ValueError: an unknown factor (the message lists the known ones), a value out of range, or no
+        warm-up where a factor divides by it.
     """
     names = tuple(name.strip() for name in factors.split("*"))
     for name in names:
@@ -118,10 +131,11 @@ def create_learning_rate_scheduler(
                 f"unknown learning-rate factor {name!r} in {factors!r}; known factors:"
                 f" {', '.join(sorted(_FACTORS))}"
             )
-    if warmup_steps < 0 or steps_per_decay < 1 or steps_per_cycle < 1:
+    divided = [name for name in names if name in _DIVIDE_BY_WARMUP]
+    if warmup_steps < 1 and divided:
         raise ValueError(
-            f"warmup_steps={warmup_steps} must not be negative; steps_per_decay={steps_per_decay}"
-            f" and steps_per_cycle={steps_per_cycle} must be positive"
+            f"warmup_steps (WARMUP_STEPS) is {warmup_steps}, by which {' and '.join(divided)} would"
+            " divide: give at least 1, or leave those factors out"
         )
     return LearningRateSchedule(
         names,

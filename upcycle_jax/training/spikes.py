@@ -8,8 +8,11 @@ import enum
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import numpy as np
+
+from upcycle_jax import checks
 
 STEPS_BEHIND = 3
 """The limit of a step is made of losses up to this many steps before it: those that the host has
@@ -60,22 +63,15 @@ class LossSpikes:
     """
 
     policy: str = OnSpike.STOP
-    window: int = 128
-    factor: float = 10.0
+    window: Annotated[int, checks.Range(at_least=4, at_most=2**20)] = 128
+    factor: checks.Positive = 10.0
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if self.policy not in list(OnSpike):
             raise ValueError(
                 f"LossSpikes.policy is {self.policy!r}: choose 'stop' or 'skip', or set"
                 " Trainer.loss_spikes to None"
-            )
-        if not isinstance(self.window, int) or self.window < 4:
-            raise ValueError(
-                f"LossSpikes.window is {self.window!r}: give a number of steps, at least 4"
-            )
-        if not self.factor > 0:
-            raise ValueError(
-                f"LossSpikes.factor is {self.factor!r}: give a number above 0, e.g. 10.0"
             )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from upcycle_jax import checks
+
 RUN_ID_FILE = "wandb_run_id.txt"
 MODES = ("online", "offline", "disabled")
 
@@ -43,6 +45,7 @@ class Wandb:
     tags: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(
                 f"Wandb.mode is {self.mode!r}: choose one of {', '.join(map(repr, MODES))}, or None"

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from upcycle_jax import checks
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.training.spikes import LossSpikes
 
@@ -42,12 +43,13 @@ class Trainer:
 
     optimizer: Optimizer
     learning_rate_fn: Callable[[jax.Array], jax.Array]
-    num_microbatches: int | None = None
+    num_microbatches: checks.Size | None = None
     microbatch_groups: Literal["of_batch", "of_microbatch"] = "of_batch"
     non_finite: str = NonFinite.STOP
     loss_spikes: LossSpikes | None = None
 
     def __post_init__(self):
+        checks.check_fields(self)
         if self.num_microbatches is not None and self.num_microbatches < 1:
             raise ValueError(
                 f"Trainer.num_microbatches is {self.num_microbatches}: give a positive number, or"

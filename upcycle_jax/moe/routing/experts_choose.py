@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.moe import dispatch
 from upcycle_jax.moe.routing.base import Group, Router, Routing, check_jitter
 
@@ -28,6 +29,7 @@ class ExpertsChoose(Router):
     jitter_noise: float = 0.0
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         check_jitter(self.jitter_noise)
 
     @property

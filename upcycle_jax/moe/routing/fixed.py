@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.moe.routing.base import Group, Router
 from upcycle_jax.moe.routing.token_choice import TokenChoice, Wish
 
@@ -25,7 +26,7 @@ class HashTop1(TokenChoice):
         and the seed that it was trained with.
     """
 
-    seed: int = 0
+    seed: checks.Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

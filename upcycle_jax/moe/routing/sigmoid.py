@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.moe.routing.base import Group
 from upcycle_jax.moe.routing.token_choice import TokenChoice, Wish
 
@@ -26,9 +27,9 @@ class SigmoidTopK(TokenChoice):
       weight_scale: factor on the weights after that (DeepSeek-V3: 2.5, beside a shared expert).
     """
 
-    num_selected_experts: int = 2
+    num_selected_experts: checks.Size = 2
     renormalize: bool = True
-    weight_scale: float = 1.0
+    weight_scale: checks.Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,10 +84,10 @@ class LossFreeTopK(TokenChoice):
         it.
     """
 
-    num_selected_experts: int = 2
+    num_selected_experts: checks.Size = 2
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalize: bool = True
-    update_rate: float = 0.001
+    update_rate: checks.NotNegative = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()

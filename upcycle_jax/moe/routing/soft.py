@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.moe import dispatch
 from upcycle_jax.moe.routing.base import Group, Router, Routing
 
@@ -32,9 +33,10 @@ class SoftMoe(Router):
       slots_per_expert: p, in every sequence.
     """
 
-    slots_per_expert: int = 1
+    slots_per_expert: checks.Size = 1
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if self.slots_per_expert < 1:
             raise ValueError(f"slots_per_expert must be at least 1, got {self.slots_per_expert}")
 

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax import checks
 from upcycle_jax.moe import dispatch, losses
 from upcycle_jax.moe.routing.base import Group, Router, Routing, check_jitter
 
@@ -47,10 +48,11 @@ class TokenChoice(Router):
         says how tokens are moved. Padding is not routed. Causal for every K.
     """
 
-    jitter_noise: float = 0.0
+    jitter_noise: checks.NotNegative = 0.0
     dropless: bool = False
 
     def __post_init__(self) -> None:
+        checks.check_fields(self)
         if self.selected < 1:
             raise ValueError(f"num_selected_experts must be at least 1, got {self.selected}")
         check_jitter(self.jitter_noise)
@@ -186,7 +188,7 @@ class TokensChoose(TokenChoice):
       ValueError: K < 1, an unknown softmax order, or a priority where nothing is dropped.
     """
 
-    num_selected_experts: int = 2
+    num_selected_experts: checks.Size = 2
     batch_prioritized: bool = False
     renormalize: bool = False
     softmax_order: Literal["before_top_k", "after_top_k"] = "before_top_k"
