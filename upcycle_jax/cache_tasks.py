@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from upcycle_jax.config import command
+from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
         raise ValueError("no task is named: give --tasks, or a gin file with MIXTURE_OR_TASK_NAME")
     chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]
     configs = [loaded.build("DatasetConfig", **given, **name)() for name in chosen]
+    command.say_unused(loaded, name="cache_tasks", other_functions=registry.FUNCTIONS)
     from upcycle_jax.data import cache_writing
 
     options = cache_writing.CacheOptions(

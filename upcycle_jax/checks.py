@@ -39,7 +39,7 @@ class Problem:
     Attributes:
       text: goes on where the name of the setting ends: "must be a whole number, got '32': ...".
       accepts: whether instances of a class would be right, where the value is of a wrong class.
-      is_range: the type is right, the value is not.
+      is_range: the type is right, the value (or an entry of it) is not.
     """
 
     text: str
@@ -221,6 +221,9 @@ def problem(value: Any, annotation: Any) -> Problem | None:
         hint = next((part.text for part in constraints if isinstance(part, Hint)), "")
         if found and hint and ": write" not in found.text:
             found = dataclasses.replace(found, text=f"{found.text}: write {hint}", accepts=None)
+        bound_hint = next((part.hint for part in constraints if isinstance(part, Range)), "")
+        if found and found.is_range and bound_hint and bound_hint not in found.text:
+            found = dataclasses.replace(found, text=f"{found.text}: {bound_hint}")
         return found
     if origin in (typing.Union, types.UnionType):
         return _union_problem(value, args)
@@ -309,7 +312,7 @@ def _container_problem(
             for item, want in ((key, args[0]), (part, args[1])):
                 if found := problem(item, want):
                     place = f"has an entry {shown(key)} that"
-                    return dataclasses.replace(found, text=f"{place} {found.text}")
+                    return dataclasses.replace(found, text=f"{place} {found.text}", is_range=True)
         return None
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return _wrong(value, annotation)
@@ -322,7 +325,8 @@ def _container_problem(
         return Problem(f"must hold {len(wanted)} values, got {shown(value)}")
     for index, (part, want) in enumerate(zip(value, wanted, strict=True)):
         if found := problem(part, want):
-            return dataclasses.replace(found, text=f"has an entry {index} that {found.text}")
+            text = f"has an entry {index} that {found.text}"
+            return dataclasses.replace(found, text=text, is_range=True)
     return None
 
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from upcycle_jax.config import command
+from upcycle_jax import checks
+from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
@@ -23,21 +24,24 @@ if TYPE_CHECKING:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
+    from upcycle_jax.data import DatasetConfig
     from upcycle_jax.models import info
     from upcycle_jax.models.config import T5Config
 
-    model = loaded.macro("MODEL")
+    model = loaded.macro("MODEL", checks.Model)
     specs = model.param_specs()
     lines = [info.model_info(specs, partitioner=loaded.build("Partitioner")())]
     if isinstance(model.config, T5Config):
+        lengths_kind = checks.annotations_of(DatasetConfig)["task_feature_lengths"]
         batch_size, lengths = (
-            loaded.macro(name) if loaded.has_macro(name) else None
-            for name in ("BATCH_SIZE", "TASK_FEATURE_LENGTHS")
+            loaded.macro(name, kind) if loaded.has_macro(name) else None
+            for name, kind in (("BATCH_SIZE", checks.Size), ("TASK_FEATURE_LENGTHS", lengths_kind))
         )
         lines += [
             f"{line}\n"
             for line in info.cost_lines(model.config, specs, batch_size=batch_size, lengths=lengths)
         ]
+    command.say_unused(loaded, name="model_info", other_functions=registry.FUNCTIONS)
     sys.stdout.write("".join(lines))
     return 0
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from upcycle_jax.config import command
+from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
@@ -100,9 +100,11 @@ def _run(flags: Flags, loaded: "Config") -> int:
         (*flags.gin_bindings, *precompile.placeholders(loaded)),
         flags.gin_search_paths,
     )
+    work = precompile.workload(opened)
+    command.say_unused(opened, name="plan", other_functions=registry.FUNCTIONS)
     plan = planner.make_plan(
         pathlib.PurePath((flags.gin_file or ("flags",))[0]).stem,
-        precompile.workload(opened),
+        work,
         hardware,
         extra_steps=extra_steps,
         dense_steps=dense_steps,

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from upcycle_jax.config import command
+from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
         raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
     topology = topologies.topology(name)
     run = workload(loaded)
+    command.say_unused(loaded, name="precompile", other_functions=registry.FUNCTIONS)
     work = dataclasses.replace(
         run, partitioner=dataclasses.replace(run.partitioner, devices=topology.devices)
     )

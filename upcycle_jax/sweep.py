@@ -87,6 +87,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     log.setLevel(logging.INFO)
 
     sweep: Sweep = loaded.build("Sweep")()
+    command.say_unused(loaded, name="sweep")
     cells = _chosen(sweep.cells(), flags.extra.cells)
     if not flags.extra.skip_check:
         _check(cells, flags)

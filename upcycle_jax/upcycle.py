@@ -187,12 +187,13 @@ def given_by_flags(flags: Flags, loaded: "Config") -> dict[str, Any]:
     if getattr(flags.extra, "max_memory", None) is not None:
         given["max_memory"] = flags.extra.max_memory
     if loaded.has_macro("MODEL"):
-        given["model"] = loaded.macro("MODEL")
+        given["model"] = loaded.macro("MODEL", checks.Model)
     return given
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
     run = loaded.build("upcycle", **given_by_flags(flags, loaded), dry_run=flags.dry_run)
+    command.say_unused(loaded, name="upcycle", other_functions=("verify",))
     try:
         return 0 if run().ok else 1
     except FileNotFoundError:

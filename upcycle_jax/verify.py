@@ -194,13 +194,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a converted checkpoint, instead of OUTPUT_CHECKPOINT_PATH: its source, recipe and"
         " model are those that it records, unless bindings say otherwise",
     )
+    parser.add_argument(
+        "--max_memory",
+        type=byte_sizes.flag,
+        metavar="SIZE",
+        help="how much of both models the function check may hold: 2GiB (the default), 512MiB",
+    )
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    given = {"model": loaded.macro("MODEL")} if loaded.has_macro("MODEL") else {}
+    given = {"model": loaded.macro("MODEL", checks.Model)} if loaded.has_macro("MODEL") else {}
     if flags.extra.path is not None:
         given["output_checkpoint_path"] = flags.extra.path
-    return 0 if loaded.build("verify", **given)().ok else 1
+    if flags.extra.max_memory is not None:
+        given["max_memory"] = flags.extra.max_memory
+    run = loaded.build("verify", **given)
+    command.say_unused(loaded, name="verify", other_functions=("upcycle",))
+    return 0 if run().ok else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,7 +127,7 @@ def test_data_are_cached_once_for_all(tmp_path):
         "--gin.VOCABULARY='bytes'",
         "--tasks=mine",
     )
-    with pytest.raises(ValueError, match="give a list of tasks"):
+    with pytest.raises(ValueError, match="cached_tasks must be a list"):
         Sweep(name="s", sweep_dir="d", stages=[Stage(**STAGE)], cached_tasks="a")
 
 
@@ -140,7 +140,7 @@ def test_values_become_gin_text():
     ("change", "message"),
     [
         (lambda: Stage(**STAGE | {"name": "a/b"}), "Stage.name is 'a/b': use letters"),
-        (lambda: Stage(**STAGE | {"gin_files": "a.gin"}), "give a list of gin files"),
+        (lambda: Stage(**STAGE | {"gin_files": "a.gin"}), "gin_files must be a list"),
         (lambda: Stage(**STAGE | {"command": "eval"}), "'eval': choose one of 'train', 'upcycle'"),
         (lambda: Stage(name="c", gin_files=["a"], command="upcycle"), "it needs start_from"),
         (lambda: Sweep(name="s", sweep_dir="", stages=[Stage(**STAGE)]), "sweep_dir is empty"),
@@ -163,7 +163,7 @@ def test_values_become_gin_text():
         ),
         (
             lambda: Sweep(name="s", sweep_dir="d", stages=[Stage(**STAGE)], axes={"X": {"a": 3}}),
-            "not a dictionary of bindings",
+            "has an entry 'a' that must be a dictionary, got 3",
         ),
         (
             lambda: Sweep(

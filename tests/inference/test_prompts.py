@@ -141,7 +141,7 @@ def test_inputs_without_room_lose_whole_shots():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_shots": 0}, r"num_shots is 0: give at least 1"),
+        ({"num_shots": 0}, r"num_shots must be at least 1, got 0"),
         ({"num_shots": 5, "pool": 4}, r"pool is 4, below num_shots 5"),
         ({"template": "{inputs}"}, r"the template needs \{inputs\} and \{targets\}"),
     ],

@@ -16,26 +16,41 @@ ROUTER = "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
         # floor(-0.1 x 12) = -2 units would have been "all but two".
         (
             lambda: surgery.QwenExperts(redraw=-0.1),
-            r"QwenExperts.redraw is -0.1: choose a share from 0 to 1",
+            r"QwenExperts.redraw must be at least 0 and at most 1, got -0.1",
         ),
-        (lambda: surgery.QwenExperts(redraw=1.5), r"QwenExperts.redraw is 1.5"),
-        (lambda: surgery.DropUpcycling(ratio=2), r"DropUpcycling.ratio is 2: choose a share"),
+        (
+            lambda: surgery.QwenExperts(redraw=1.5),
+            r"QwenExperts.redraw must be at least 0 and at most 1, got 1.5",
+        ),
+        (
+            lambda: surgery.DropUpcycling(ratio=2),
+            r"DropUpcycling.ratio must be at least 0 and at most 1, got 2",
+        ),
         (
             lambda: surgery.DropUpcycling(noise_std=-0.02),
-            r"DropUpcycling.noise_std is -0.02: a standard deviation is 0 or more",
+            r"DropUpcycling.noise_std must be at least 0, got -0.02",
         ),
-        (lambda: surgery.NoisyCopies(std=-1.0), r"NoisyCopies.std is -1.0: a standard deviation"),
-        (lambda: surgery.NoisyCopies(std=float("nan")), r"NoisyCopies.std is nan"),
-        (lambda: surgery.NormalRouter(std=float("inf")), r"NormalRouter.std is inf"),
+        (lambda: surgery.NoisyCopies(std=-1.0), r"NoisyCopies.std must be at least 0, got -1.0"),
+        (
+            lambda: surgery.NoisyCopies(std=float("nan")),
+            r"NoisyCopies.std must be a finite number, got nan",
+        ),
+        (
+            lambda: surgery.NormalRouter(std=float("inf")),
+            r"NormalRouter.std must be a finite number, got inf",
+        ),
         (
             lambda: surgery.NormalRouter(repeat=0),
-            r"NormalRouter.repeat is 0: a column stands there at least once",
+            r"NormalRouter.repeat must be at least 1, got 0",
         ),
-        (lambda: surgery.UniformRouter(std=-0.1), r"UniformRouter.std is -0.1"),
+        (
+            lambda: surgery.UniformRouter(std=-0.1),
+            r"UniformRouter.std must be at least 0, got -0.1",
+        ),
         # range(-1) is empty: every expert would have been random.
         (
             lambda: surgery.PartialCopies(copied=-1),
-            r"PartialCopies.copied is -1: give the number of experts",
+            r"PartialCopies.copied must be at least 0, got -1",
         ),
         (
             lambda: surgery.PartialCopies(copied=(0, 0)),

@@ -181,7 +181,7 @@ def test_both_switches_leave_the_comparison_out(hurt, bags, tmp_path, caplog):
         run(bags, hurt, steps=7)  # as from a checkpoint of an older version
     assert "checkpoint_6: 16 leaves" in caplog.text and "no checksums were saved" in caplog.text
     for kind, field in ((SaveCheckpointConfig, "checksums"), (CheckpointConfig, "verify")):
-        with pytest.raises(ValueError, match=f"{field} is 'no': choose True or False"):
+        with pytest.raises(ValueError, match=f"{field} must be True or False, got 'no'"):
             kind(**{field: "no"})
 
 

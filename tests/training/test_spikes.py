@@ -68,8 +68,8 @@ def test_a_loss_that_is_no_number_is_left_out():
             {"policy": "ignore"},
             r"policy is 'ignore': choose 'stop' or 'skip', or set Trainer.loss_spikes to None",
         ),
-        ({"window": 3}, r"window is 3: give a number of steps, at least 4"),
-        ({"factor": 0}, r"factor is 0: give a number above 0"),
+        ({"window": 3}, r"window must be at least 4, got 3"),
+        ({"factor": 0}, r"factor must be above 0, got 0"),
     ],
 )
 def test_bad_settings(arguments, message):

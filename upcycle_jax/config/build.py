@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upcycle_jax.config import check, operative, registry, stale, values
+from upcycle_jax.config import check, operative, outside, registry, stale, values
 from upcycle_jax.config.parse import (
     REQUIRED,
     Bindings,
@@ -15,6 +15,7 @@ from upcycle_jax.config.parse import (
     Reference,
     add_file,
     add_flag,
+    import_modules,
 )
 
 Scope = tuple[str, ...]
@@ -89,9 +90,14 @@ class Config:
             configurable.target, **self._arguments(configurable, (), given), **given
         )
 
-    def unused(self) -> list[str]:
-        """Bindings that nothing built so far has used, as 'place: name'."""
-        return self._record.unused(self._bindings)
+    def unused(self, *, other_functions: Sequence[str] = ()) -> list[str]:
+        """Bindings that nothing built so far has used, as 'place: name'.
+
+        Args:
+          other_functions: names of the registry for which bindings may stand here too.
+        """
+        known = check.reached(self._bindings, other_functions)
+        return self._record.unused(self._bindings, known)
 
     def operative_text(self) -> str:
         """gin text of everything that was used: parsing it builds the same objects."""
@@ -195,6 +201,7 @@ def load(
     search_paths: Sequence[str] = (),
     *,
     function: str | None = None,
+    before_imports: Callable[[list[str]], None] | None = None,
 ) -> Config:
     """Reads gin files in order, then bindings; later ones override earlier ones.
 
@@ -207,6 +214,8 @@ def load(
       search_paths: folders to look for files in.
       function: what will be built: where names are wrong, the error also lists the values that it
         still needs.
+      before_imports: is told the modules outside the project that the files import, with their
+        places, before they are imported; not called where there are none.
 
     Returns:
       The configuration, with all names checked and nothing built yet.
@@ -228,6 +237,9 @@ def load(
     if parsed.t5x_files:
         # What else would be missed, those files would have given.
         raise ConfigError(parsed.t5x_files)
+    if before_imports is not None and (foreign := outside.modules(parsed)):
+        before_imports(foreign)
+    import_modules(parsed)
     problems = parsed.problems + check.names(parsed)
     if problems and function is not None:
         needed = check.missing(parsed, Reference((), function, call=True))

@@ -99,6 +99,7 @@ class _Missing:
     def __init__(self, bindings: Bindings):
         self.bindings = bindings
         self.problems: dict[str, None] = {}
+        self.reached: set[Binding] = set()
         self._seen: set[tuple[Any, Scope]] = set()
 
     def value(self, value: Any, scope: Scope, place: str, path: tuple[str, ...]) -> None:
@@ -124,6 +125,7 @@ class _Missing:
                 f"no macro {macro.name}.{registry.nearest(macro.name, self.bindings.macros)}"
             ] = None
         else:
+            self.reached.add(binding)
             missing = (
                 f"{macro.name}{MUST_BE_SET}--gin.{macro.name}=... (declared in {binding.place})"
             )
@@ -146,6 +148,7 @@ class _Missing:
             return
         written = "/".join((*self.bindings.shortest_scope(reference.name, scope), reference.name))
         bound = self.bindings.effective(reference.name, scope)
+        self.reached.update(bound.values())
         for parameter, binding in bound.items():
             if parameter not in given:
                 missing = (
@@ -178,3 +181,12 @@ def missing(
     else:
         walk.reference(root, root.scopes, (), given)
     return list(walk.problems)
+
+
+def reached(bindings: Bindings, names: Iterable[str]) -> set[Binding]:
+    """All bindings that objects of these names would use, given ones included."""
+    walk = _Missing(bindings)
+    for name in names:
+        if bindings.effective(name, ()):  # else it uses nothing, and need not be imported
+            walk.reference(Reference((), name, call=True), (), ())
+    return walk.reached

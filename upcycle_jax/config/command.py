@@ -9,6 +9,7 @@ def _run(flags: Flags, loaded: Config) -> int:
 """
 
 import argparse
+import errno
 import logging
 import os
 import pathlib
@@ -28,6 +29,30 @@ TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 # Commands that compute on all devices of a pod. The others run on one machine of it, unless flags
 # say otherwise.
 LOOK_FOR_CLUSTER = frozenset({"train", "eval", "infer"})
+
+
+USERS_TO_MEND = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What the operating system refuses because of the path given, its rights, or a full disk."""
+
+
+def _os_error(error: OSError) -> str:
+    """An error of the operating system in one line, its path shortened."""
+    path = str(error.filename) if error.filename is not None else ""
+    if len(path) > 200:
+        path = f"{path[:200]}... ({len(path)} characters)"
+    return f"{path}: {error.strerror}" if path and error.strerror else str(error)
 
 
 def join_processes(name: str, flags: Flags) -> None:
@@ -84,6 +109,18 @@ def log_to_console() -> None:
     log.setLevel(logging.INFO)
 
 
+def say_unused(loaded: Any, *, name: str, other_functions: Sequence[str] = ()) -> None:
+    """Says on standard error which bindings nothing has used. To be called once all is built.
+
+    Args:
+      loaded: the `Config`.
+      name: the command's name.
+      other_functions: names of the registry for which bindings may stand in the files too.
+    """
+    for binding in loaded.unused(other_functions=other_functions) if is_first() else ():
+        print(f"upcycle_jax.{name}: warning: nothing uses {binding}", file=sys.stderr)
+
+
 def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
     """Builds a function of the registry, says which bindings nothing uses, and calls it.
 
@@ -98,9 +135,12 @@ def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
     """
     log_to_console()
     built = loaded.build(function, dry_run=flags.dry_run)
-    for binding in loaded.unused():
-        print(f"upcycle_jax.{name}: warning: nothing uses {binding}", file=sys.stderr)
+    say_unused(loaded, name=name)
     return built(files={"config.gin": loaded.operative_text()})
+
+
+def _say_outside(modules: list[str]) -> None:
+    print(f"imports from outside the project: {', '.join(modules)}", flush=True)
 
 
 def run(
@@ -114,8 +154,9 @@ def run(
 ) -> int:
     """Runs a command: `body(flags, loaded_configuration)`.
 
-    A bad configuration, a missing file and any other value that the library refuses are one message
-    on standard error and exit code 2; the environment variable UPCYCLE_JAX_TRACEBACK=1 shows the
+    A bad configuration, a missing file, any other value that the library refuses, and what the
+    operating system refuses for reasons that the user can mend (`USERS_TO_MEND`) are one message on
+    standard error and exit code 2; the environment variable UPCYCLE_JAX_TRACEBACK=1 shows the
     traceback instead. Other errors always show it.
 
     Args:
@@ -146,6 +187,7 @@ def run(
             flags.gin_bindings,
             flags.gin_search_paths,
             function=function(flags) if function is not None else None,
+            before_imports=_say_outside if name == "check" or flags.dry_run else None,
         )
         return body(flags, loaded) or 0
     except (ValueError, FileNotFoundError, TimeoutError) as error:
@@ -153,4 +195,9 @@ def run(
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"upcycle_jax.{name}: error: {printable_lines(f'{error}{notes}')}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or error.errno not in USERS_TO_MEND:
+            raise
+        print(f"upcycle_jax.{name}: error: {_os_error(error)}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import math
+from collections.abc import Container
 from typing import Any
 
 from upcycle_jax.config.parse import Binding, Bindings, Macro, Reference
@@ -114,18 +115,18 @@ class Record:
             ]
         return "\n".join(out) + "\n"
 
-    def unused(self, bindings: Bindings) -> list[str]:
-        """Bindings that nothing used, as 'place: name'."""
+    def unused(self, bindings: Bindings, known: Container[Binding] = ()) -> list[str]:
+        """Bindings that nothing used and that are not `known` otherwise, as 'place: name'."""
         idle = [
             f"{binding.place}: {name}"
             for name, binding in bindings.macros.items()
-            if name not in self.macros
+            if name not in self.macros and binding not in known
         ]
         for (scope, name), table in bindings.parameters.items():
             prefix = f"{scope}/{name}" if scope else name
             idle += [
                 f"{binding.place}: {prefix}.{key}"
                 for key, binding in table.items()
-                if binding not in self._used
+                if binding not in self._used and binding not in known
             ]
         return idle

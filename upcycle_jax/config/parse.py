@@ -84,6 +84,7 @@ class Bindings:
       macros: name (with its scopes) -> binding.
       parameters: (scope, configurable name) -> parameter -> binding.
       imports: name that an `import` line binds -> the module.
+      import_lines: `import` statements of the files and their places; see `import_modules`.
       file_macros: macros that some file defines.
       files: paths of all files read, in order.
       problems: what is wrong so far.
@@ -93,6 +94,7 @@ class Bindings:
     macros: dict[str, Binding] = dataclasses.field(default_factory=dict)
     parameters: dict[tuple[str, str], dict[str, Binding]] = dataclasses.field(default_factory=dict)
     imports: dict[str, Any] = dataclasses.field(default_factory=dict)
+    import_lines: list[tuple[Any, str]] = dataclasses.field(default_factory=list)
     file_macros: set[str] = dataclasses.field(default_factory=set)
     files: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -170,20 +172,28 @@ def _statements(text: str, filename: str) -> list[Any]:
         ) from None
 
 
+def import_modules(into: Bindings) -> None:
+    """Runs the `import` lines of all files read: gin's way to code of one's own. What does not
+    import becomes a problem.
+    """
+    for statement, place in into.import_lines:
+        try:
+            module = importlib.import_module(statement.module)
+        except ImportError as error:
+            into.problems.append(f"{place}: `{statement.format()}`: {error}")
+            continue
+        bound = statement.bound_name()
+        into.imports[bound] = (
+            module if statement.alias or statement.is_from else importlib.import_module(bound)
+        )
+
+
 def _add_import(statement: Any, place: str, into: Bindings) -> None:
     advice = stale.explain_import(statement.module)
     if advice:
         into.problems.append(f"{place}: `{statement.format()}`: {advice}")
-        return
-    try:
-        module = importlib.import_module(statement.module)
-    except ImportError as error:
-        into.problems.append(f"{place}: `{statement.format()}`: {error}")
-        return
-    bound = statement.bound_name()
-    into.imports[bound] = (
-        module if statement.alias or statement.is_from else importlib.import_module(bound)
-    )
+    else:
+        into.import_lines.append((statement, place))
 
 
 def _add_binding(statement: Any, place: str, from_flag: bool, into: Bindings) -> None:

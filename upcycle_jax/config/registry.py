@@ -72,6 +72,9 @@ PATHS: dict[str, str] = {
 }
 """Name -> module (below `upcycle_jax`) and attribute."""
 
+FUNCTIONS = ("train", "evaluate", "infer", "upcycle", "verify")
+"""What commands call. Files of one are often given to a command that reads a part of it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Configurable:

@@ -3,6 +3,9 @@ project ships.
 """
 
 import difflib
+import errno
+import io
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -64,16 +67,36 @@ def exists(path: str) -> bool:
         from etils import epath
 
         return epath.Path(path).is_file()
-    return pathlib.Path(path).is_file()
+    try:
+        return pathlib.Path(path).is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def read(path: str) -> str:
-    """The text of a local or remote file."""
+    """The text of a local or remote file, without the byte order mark that some editors put first.
+
+    Raises:
+      ValueError: it is not UTF-8.
+    """
     if _is_remote(path):
         from etils import epath
 
-        return epath.Path(path).read_text()
-    return pathlib.Path(path).read_text(encoding="utf-8")
+        data = epath.Path(path).read_bytes()
+    else:
+        data = pathlib.Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}): save it"
+            " as UTF-8, or give a gin file"
+        ) from None
+    if "\0" in text:
+        raise ValueError(f"{path} holds null bytes: it is no gin file")
+    return io.StringIO(text, newline=None).read()
 
 
 def find(name: str, search_paths: Sequence[str] = (), *, beside: str | None = None) -> str:
@@ -90,11 +113,17 @@ def find(name: str, search_paths: Sequence[str] = (), *, beside: str | None = No
 
     Raises:
       FileNotFoundError: nowhere; the message names the places and the nearest shipped file.
+      ValueError: it is a folder.
     """
     tried = list(dict.fromkeys(_candidates(str(name), search_paths, beside)))
     for path in tried:
         if exists(path):
             return path
+    if not _is_remote(str(name)) and os.path.isdir(name):
+        raise ValueError(
+            f"gin file {str(name)!r} is a folder: name a file in it, or give the folder to"
+            " --gin_search_paths"
+        )
     shipped = shipped_files()
     near = [
         file

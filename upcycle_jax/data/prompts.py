@@ -63,10 +63,6 @@ class FewShot:
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
-        if not isinstance(self.num_shots, int) or self.num_shots < 1:
-            raise ValueError(
-                f"FewShot.num_shots is {self.num_shots!r}: give at least 1, or set FEW_SHOT to None"
-            )
         if self.pool < self.num_shots:
             raise ValueError(
                 f"FewShot.pool is {self.pool}, below num_shots {self.num_shots}: raise it"

@@ -65,7 +65,7 @@ class Stage:
                 f"Stage.command of {self.name!r} is {self.command!r}: choose one of"
                 f" {', '.join(map(repr, COMMANDS))}"
             )
-        if not self.gin_files or isinstance(self.gin_files, str):
+        if not self.gin_files:
             raise ValueError(
                 f"Stage.gin_files of {self.name!r} is {self.gin_files!r}: give a list of gin files"
             )
@@ -168,8 +168,6 @@ class Sweep:
         if not str(self.sweep_dir):
             raise ValueError("Sweep.sweep_dir is empty: name the folder of the study (SWEEP_DIR)")
         names = [stage.name for stage in self.stages]
-        if isinstance(self.cached_tasks, str):
-            raise ValueError(f"Sweep.cached_tasks is {self.cached_tasks!r}: give a list of tasks")
         if not names or len(set(names)) < len(names) or CACHE in names:
             raise ValueError(
                 f"Sweep.stages must be stages with different names, none of them {CACHE!r}, got"
