@@ -110,15 +110,21 @@ def log_to_console() -> None:
 
 
 def say_unused(loaded: Any, *, name: str, other_functions: Sequence[str] = ()) -> None:
-    """Says on standard error which bindings nothing has used. To be called once all is built.
+    """Says on standard error which bindings nothing has used, but for those of shipped files: they
+    are defaults, not the user's mistake. To be called once all is built.
 
     Args:
       loaded: the `Config`.
       name: the command's name.
       other_functions: names of the registry for which bindings may stand in the files too.
     """
+    from upcycle_jax.config import search
+
+    shipped = f"{search.shipped_folder()}/"
     for binding in loaded.unused(other_functions=other_functions) if is_first() else ():
-        print(f"upcycle_jax.{name}: warning: nothing uses {binding}", file=sys.stderr)
+        if binding.startswith(shipped):
+            continue
+        print(f"upcycle_jax.{name}: warning: {binding} is not used by {name}", file=sys.stderr)
 
 
 def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
