@@ -188,7 +188,7 @@ def test_batches_are_those_of_seqio():
         ),
         ("EVAL_SPLIT='test'", "has no split 'test'"),
         ("VOCAB_SIZE=256", "expected [256,32], found [384,32]"),
-        ("NUM_EXAMPLES=0", "num_examples must be at least 1"),
+        ("NUM_EXAMPLES=0", "num_examples) must be at least 1"),
         ("PREDICT_BY='guess'", "PREDICT_BY must be 'decode' or 'rank', got 'guess'"),
         ("PREDICT_BY='rank'", "does not say which answers it allows"),
         ("BATCH_SIZE=12", "does not split over the 8 data shards"),

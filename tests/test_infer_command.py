@@ -199,7 +199,7 @@ def test_unfinished_work_of_other_settings_is_named(checkpoint, tmp_path, capsys
         ),
         ("MODE='rank'", "does not say which answers it allows"),
         ("SHARD_ID=2", "shard_id must be from 0 to 0 (num_shards=1), got 2"),
-        ("CHECKPOINT_PERIOD=0", "checkpoint_period must be at least 1"),
+        ("CHECKPOINT_PERIOD=0", "checkpoint_period) must be at least 1"),
         ("CHECKPOINT_PATH='nowhere'", "does not exist"),
         ("T5Config.mlp_dim=128", "is not a checkpoint of this model"),
         ("Sampling.top_p=2.0", "top_p must be above 0"),

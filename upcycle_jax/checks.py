@@ -262,8 +262,7 @@ def _union_problem(value: Any, members: Sequence[Any]) -> Problem | None:
     classes = [part for part in told if part.accepts is not None]
     if len(classes) == 1 and len(told) <= 2:  # one class, or None
         return classes[0]
-    wants = [_describe(member) for member in members]
-    return _wrong(value, *members, want=" or ".join(dict.fromkeys(wants)))
+    return _wrong(value, *members, want=_described(members))
 
 
 _SCALARS: dict[type, str] = {
@@ -360,9 +359,9 @@ def _describe(annotation: Any) -> str:
     if origin is Annotated:
         return "a path" if any(isinstance(a, PathName) for a in args[1:]) else _describe(args[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(part) for part in args))
+        return _described(args)
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, args)) if len(args) > 1 else repr(args[0])
+        return _joined([repr(choice) for choice in args])
     if origin in (dict, collections.abc.Mapping):
         return "a dictionary"
     if origin in _CONTAINERS:
@@ -376,6 +375,20 @@ def _describe(annotation: Any) -> str:
     if (origin or annotation) is collections.abc.Callable:
         return "a function"
     return _with_article(getattr(annotation, "__name__", str(annotation)))
+
+
+def _described(members: Sequence[Any]) -> str:
+    """What a union asks for."""
+    words: list[str] = []
+    for member in members:
+        choices = typing.get_args(member) if typing.get_origin(member) is Literal else ()
+        words += map(repr, choices) if choices else [_describe(member)]
+    return _joined(words)
+
+
+def _joined(words: Sequence[str]) -> str:
+    *first, last = dict.fromkeys(words)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _with_article(name: str) -> str:

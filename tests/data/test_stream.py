@@ -259,7 +259,7 @@ def test_configuration_is_checked_at_once():
     lengths = {"inputs": 64, "targets": 16}
     for settings, message in (
         ({"mixture_or_task_name": ""}, "mixture_or_task_name is ''"),
-        ({"batch_size": 0}, "batch_size is 0: give at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"task_feature_lengths": {"inputs": 64}}, "it needs a length of at least 1 for 'targets'"),
         ({"text_files": []}, "text_files names no file"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),

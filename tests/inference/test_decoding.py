@@ -231,8 +231,8 @@ def test_brevity_penalty_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sampling(temperature=-1.0), "temperature must be 0 .* or above, got -1.0"),
-        (lambda: Sampling(top_k=-1), "top_k must be 0"),
+        (lambda: Sampling(temperature=-1.0), "temperature must be at least 0, got -1.0"),
+        (lambda: Sampling(top_k=-1), "top_k must be at least 0"),
         (lambda: Sampling(top_p=0.0), "top_p must be above 0"),
         (lambda: Sampling(num_decodes=0), "num_decodes must be at least 1"),
         (
@@ -240,7 +240,7 @@ def test_brevity_penalty_by_hand():
             "temperature 0 gives num_decodes=2 equal sequences",
         ),
         (lambda: BeamSearch(num_decodes=0), "num_decodes must be at least 1"),
-        (lambda: BeamSearch(alpha=-0.1), "alpha must be 0"),
+        (lambda: BeamSearch(alpha=-0.1), "alpha must be at least 0"),
         (
             lambda: Table(1, 5).decode(BeamSearch(num_decodes=3)),
             "num_decodes=3 needs a vocabulary of at least 6 tokens, got 5",

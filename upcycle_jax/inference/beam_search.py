@@ -47,12 +47,6 @@ class BeamSearch(DecodingAlgorithm):
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
-        if self.num_decodes < 1:
-            raise ValueError(f"num_decodes must be at least 1, got {self.num_decodes}")
-        if self.alpha < 0:
-            raise ValueError(
-                f"alpha must be 0 (no length normalisation) or above, got {self.alpha}"
-            )
 
     def search(self, start: DecodingStart) -> Decoded:
         """Scores are log-probabilities divided by the brevity penalty.

@@ -4,6 +4,7 @@ Axis legend: B inputs, N sequences per input, V vocabulary, L length.
 """
 
 import dataclasses
+from typing import Annotated
 
 import flax.struct
 import jax
@@ -37,21 +38,11 @@ class Sampling(DecodingAlgorithm):
 
     temperature: checks.NotNegative = 1.0
     top_k: checks.CountOrZero = 0
-    top_p: checks.Share = 1.0
+    top_p: Annotated[float, checks.Range(above=0, at_most=1)] = 1.0
     num_decodes: checks.Size = 1
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or above, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_p must be above 0 and at most 1.0 (all tokens), got {self.top_p}"
-            )
-        if self.num_decodes < 1:
-            raise ValueError(f"num_decodes must be at least 1, got {self.num_decodes}")
         if self.temperature == 0 and self.num_decodes > 1:
             raise ValueError(
                 f"temperature 0 gives num_decodes={self.num_decodes} equal sequences: raise it, or"

@@ -48,7 +48,7 @@ class TokenChoice(Router):
         says how tokens are moved. Padding is not routed. Causal for every K.
     """
 
-    jitter_noise: checks.NotNegative = 0.0
+    jitter_noise: float = 0.0
     dropless: bool = False
 
     def __post_init__(self) -> None:
