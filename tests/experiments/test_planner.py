@@ -320,6 +320,11 @@ def test_what_does_not_divide_is_said(bindings, given, message):
         make(workload(*bindings), 8, **given)
 
 
+def test_microbatches_smaller_than_a_group_are_no_plan():
+    with pytest.raises(ValueError, match="NUM_MICROBATCHES=4 changes routing.*GROUP_SIZE=8"):
+        make(workload("NUM_MICROBATCHES=4"))
+
+
 def test_a_dense_model_is_no_plan():
     files = ["models/t5_1_1_base.gin", "runs/pretrain.gin"]
     dense = precompile.workload(config.load(files, precompile.placeholders(config.load(files))))

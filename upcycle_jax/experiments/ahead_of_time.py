@@ -23,7 +23,7 @@ from upcycle_jax.models.step_cost import StepFlops, StepShape
 from upcycle_jax.models.step_memory import StepMemory
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import online
-from upcycle_jax.training import batches
+from upcycle_jax.training import batches, prepare
 from upcycle_jax.training.train_state import PARAM_STATES, TARGET, from_state_dict, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
@@ -173,10 +173,17 @@ def compile_train_step(workload: Workload) -> Compiled:
     """Compiles the train step.
 
     Raises:
-      ValueError: the batch or an array does not divide over the mesh.
+      ValueError: the batch or an array does not divide over the mesh, or microbatches change what
+        is routed together.
     """
     partitioner, trainer = workload.partitioner, workload.trainer
     batches.check_batch_size(workload.batch_size, trainer.num_microbatches or 1, partitioner)
+    prepare.check_microbatch_groups(
+        workload.model.config,
+        trainer,
+        batch_size=workload.batch_size,
+        task_feature_lengths=workload.task_feature_lengths,
+    )
     specs = state_specs(workload.model, trainer.optimizer)
     shardings = partitioner.shardings(specs)
     state = from_state_dict(

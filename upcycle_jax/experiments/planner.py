@@ -21,7 +21,7 @@ from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.hardware import Accelerator
 from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, Partitioner
-from upcycle_jax.training import batches
+from upcycle_jax.training import batches, prepare
 
 SECONDS_PER_DAY = 86_400
 ASSUMED_EXTRA_STEPS = 100_000
@@ -331,6 +331,12 @@ def make_plan(
     )
     sparse = dataclasses.replace(workload, partitioner=partitioner)
     batches.check_batch_size(sparse.batch_size, sparse.trainer.num_microbatches or 1, partitioner)
+    prepare.check_microbatch_groups(
+        config,
+        sparse.trainer,
+        batch_size=sparse.batch_size,
+        task_feature_lengths=sparse.task_feature_lengths,
+    )
     dense = dataclasses.replace(sparse, model=EncoderDecoderModel(config.dense))
     moe_mfu = (mfu[0] * MOE_SLOWDOWN[0], mfu[1] * MOE_SLOWDOWN[1])
     upcycled = cost_of(Kind.UPCYCLED, sparse, hardware, mfu=moe_mfu)

@@ -152,30 +152,38 @@ def check_groups(settings: Settings) -> None:
         (settings.train_eval_dataset_cfg, 1),
     ):
         if cfg is not None:
-            for stack, length in _stack_lengths(cfg).items():
+            for stack, length in _stack_lengths(cfg.task_feature_lengths).items():
                 if config.sparse_layers(stack):
                     accounting.expert_slots(
                         config, stack, batch_size=cfg.batch_size // parts, length=length
                     )
-    _check_microbatch_groups(settings)
+    check_microbatch_groups(
+        config,
+        settings.trainer,
+        batch_size=settings.train_dataset_cfg.batch_size,
+        task_feature_lengths=settings.train_dataset_cfg.task_feature_lengths,
+    )
 
 
-def _check_microbatch_groups(settings: Settings) -> None:
-    """Microbatches are consecutive rows: their groups are those of the batch where these are as
-    large, and neither is padded along the batch.
+def check_microbatch_groups(
+    config: Any, trainer: Trainer, *, batch_size: int, task_feature_lengths: Mapping[str, int]
+) -> None:
+    """Raises a ValueError where microbatches change the routing groups of a batch and may not.
+
+    Microbatches are consecutive rows: their groups are those of the batch where these are as large,
+    and neither is padded along the batch.
     """
-    config, cfg, trainer = settings.model.config, settings.train_dataset_cfg, settings.trainer
     parts = trainer.num_microbatches or 1
-    if parts == 1:
+    if config.moe is None or parts == 1:
         return
-    rows, lengths = cfg.batch_size // parts, _stack_lengths(cfg)
+    rows, lengths = batch_size // parts, _stack_lengths(task_feature_lengths)
     changed = []
     for stack, length in lengths.items():
         router = config.moe.router(stack)
         if config.sparse_layers(stack):
             whole, part = (
                 layer_sizes(config.moe, router, batch, length, train=True).grouping
-                for batch in (cfg.batch_size, rows)
+                for batch in (batch_size, rows)
             )
             if whole != dataclasses.replace(part, num_groups=whole.num_groups, batch_padding=0):
                 changed.append(
@@ -197,11 +205,8 @@ def _check_microbatch_groups(settings: Settings) -> None:
     )
 
 
-def _stack_lengths(cfg: Any) -> dict[Stack, int]:
-    return {
-        "encoder": cfg.task_feature_lengths["inputs"],
-        "decoder": cfg.task_feature_lengths["targets"],
-    }
+def _stack_lengths(task_feature_lengths: Mapping[str, int]) -> dict[Stack, int]:
+    return {"encoder": task_feature_lengths["inputs"], "decoder": task_feature_lengths["targets"]}
 
 
 def check_steps(settings: Settings, source: Source) -> None:
