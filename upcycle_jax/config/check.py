@@ -55,7 +55,9 @@ def names(bindings: Bindings) -> list[str]:
         for parameter, binding in table.items():
             advice = [unknown] if unknown else []
             if configurable is not None and not configurable.accepts(parameter):
-                advice.append(_unknown_parameter(configurable, parameter))
+                wrong = _unknown_parameter(configurable, parameter)
+                # The new name of what owns it is of no use to a line that goes away.
+                advice = [wrong] if wrong.startswith(stale.REMOVE) else [*advice, wrong]
             if advice:
                 problems.append(f"{binding.place}: {prefix}{name}.{parameter}: {'; '.join(advice)}")
     for written, binding in _all_bindings(bindings):

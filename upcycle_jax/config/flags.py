@@ -258,8 +258,8 @@ def parse(
     del values["shown_only"]
     if absl:
         print(
-            f"upcycle_jax.{command}: {', '.join(absl)}: a flag of absl, which changes nothing here."
-            " Progress goes to standard error, results to standard output or MODEL_DIR.",
+            f"upcycle_jax.{command}: {', '.join(absl)}: flags of absl change nothing here. Progress"
+            " goes to standard error, results to standard output or MODEL_DIR.",
             file=sys.stderr,
         )
     for name in ("gin_search_paths", "seqio_additional_cache_dirs"):

@@ -65,6 +65,9 @@ _RENAMED = {
 }
 """Name there -> name here, where they differ."""
 
+REMOVE = "remove it"
+"""How advice begins that leaves nothing of a line."""
+
 _PARAMETERS = {
     (
         "Partitioner",
