@@ -221,3 +221,10 @@ def test_overflow_leaves_no_hugging_face_folder(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "layers_1/mlp/wo/kernel holds 100000 at [2, 3], which float16 cannot hold" in error
     assert not list(tmp_path.glob("hf*"))
+
+
+@pytest.mark.parametrize("step", [-1, 1 << 31, 1 << 70])
+def test_a_step_that_cannot_be_stored_is_refused(tmp_path, orbax, capsys, step):
+    assert run(orbax, tmp_path / "out", f"--step={step}") == 2
+    assert f"step {step} is none that int32[] holds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -93,6 +93,12 @@ def create_checkpoint(
             " it first"
         )
     specs = dict(sorted({STEP: LeafSpec((), np.dtype(np.int32)), **specs}.items()))
+    kind = specs[STEP].dtype
+    if kind.kind not in "iu" or not 0 <= step <= np.iinfo(kind).max:
+        raise ValueError(
+            f"step {step} is none that {specs[STEP]} holds: give the step to record, a whole number"
+            " from 0 on"
+        )
     _check_names(specs)
     plan = {}
     for name, spec in specs.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Run:
 
         Raises:
           FileNotFoundError: the folder holds no manifest or no evaluation.
+          ValueError: the manifest is damaged.
         """
         root = Path(model_dir)
         if not (root / MANIFEST).is_file():
@@ -81,7 +83,7 @@ class Run:
             )
         return cls(
             name,
-            json.loads((root / MANIFEST).read_text()),
+            read_manifest(root / MANIFEST),
             read_rows(root / "train" / METRICS),
             evaluations,
         )
@@ -176,6 +178,43 @@ def _numbers(value: Any) -> np.ndarray:
     null.
     """
     return np.array(value, np.float64)
+
+
+_MANIFEST_TYPES: dict[str, type | types.UnionType] = {
+    "status": str,
+    "start_step": int,
+    "step": int,
+    "total_steps": int,
+    "parameters": int,
+    "active_parameters": int,
+    "train_flops_per_step": int | float,
+    "starts": list,
+    "model": dict,
+    "restored_from": dict,
+}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+      ValueError: it is no JSON object, or a member has another type than training writes.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is damaged ({why}): leave the run out") from None
+    wrong = ["it is no object"] if not isinstance(content, dict) else []
+    for name, kind in _MANIFEST_TYPES.items() if not wrong else ():
+        value = content.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            wrong.append(f"{name} is {value!r:.40}")
+    if not wrong and not all(isinstance(start, dict) for start in content.get("starts") or ()):
+        wrong.append("starts is no list of objects")
+    if wrong:
+        raise ValueError(f"{path} is damaged ({'; '.join(wrong)}): leave the run out")
+    return content
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
