@@ -19,6 +19,7 @@ from upcycle_jax.checkpoints.output import check_unfinished, checked_output
 from upcycle_jax.checkpoints.reader import TARGET, CheckpointReader
 from upcycle_jax.trees import LeafSpec, diff
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_SHARD_BYTES = 1 << 30
 HUGGINGFACE_FILES = r"config\.json|model.*\.(safetensors|json)"
 """Names of the files that are written, as a pattern."""
@@ -199,6 +200,12 @@ def write_huggingface(
             "the parameters are not those of a T5 that transformers knows:\n"
             + "\n".join(str(difference).splitlines()[:20])
         )
+    for name, spec in specs.items():
+        if dtype is None and spec.dtype.name not in _DTYPES:
+            raise ValueError(
+                f"{name} is stored as {spec}: Hugging Face's T5 has {', '.join(_DTYPES)}; choose one"
+                " with --dtype"
+            )
     stored = np.dtype(dtype or specs[f"{TARGET}token_embedder/embedding"].dtype)
     config = huggingface_config(dimensions, stored, reader.model_settings())
     partial = final.with_name(final.name + PARTIAL_SUFFIX)

@@ -1,6 +1,5 @@
 """The T5 shape that a checkpoint implies, for conversions where no model file is given."""
 
-import re
 from collections.abc import Mapping
 
 from upcycle_jax.checkpoints.reader import LeafSpecs
@@ -31,20 +30,7 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
         specs.get(f"target/encoder/layers_0/mlp/{name}/kernel") for name in ("wi_0", "wi")
     )
     inner = gated or plain
-    layers = {
-        stack: (
-            1
-            + max(
-                (
-                    int(m.group(1))
-                    for name in specs
-                    if (m := re.match(rf"target/{stack}/layers_(\d+)/", name))
-                ),
-                default=-1,
-            )
-        )
-        for stack in ("encoder", "decoder")
-    }
+    layers = {stack: _layers(specs, stack) for stack in ("encoder", "decoder")}
     if (
         embedding is None
         or table is None
@@ -64,6 +50,11 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
             f"the source states mlp_activations {activations!r}, but has"
             f" {'a gated' if gated else 'a plain'} MLP: its record is of another model"
         )
+    if not all(len(s.shape) == 2 and s.size for s in (embedding, table, query, inner)):
+        raise ValueError(
+            f"the source's leaves have the shapes of no T5: its embedding is {embedding}, its"
+            f" position table {table}, its first query {query}, its first MLP kernel {inner}"
+        )
     heads = table.shape[0]
     return T5Config(
         vocab_size=embedding.shape[0],
@@ -78,6 +69,23 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
         relative_attention_num_buckets=table.shape[1],
         **stated,
     )
+
+
+def _layers(specs: Mapping[str, LeafSpec], stack: str) -> int:
+    """How many layers a stack has.
+
+    Raises:
+      ValueError: they are not numbered one by one from 0.
+    """
+    start = f"target/{stack}/layers_"
+    found = {name[len(start) :].partition("/")[0] for name in specs if name.startswith(start)}
+    odd = sorted(found - {str(number) for number in range(len(found))})
+    if odd:
+        raise ValueError(
+            f"the source has {len(found)} layers below target/{stack}, one of them layers_{odd[0]}:"
+            " they are not numbered one by one from 0, so it is no T5 that can be inferred"
+        )
+    return len(found)
 
 
 def infer_sparse_model(specs: Mapping[str, LeafSpec], moe: MoeConfig) -> EncoderDecoderModel:
