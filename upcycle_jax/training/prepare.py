@@ -100,10 +100,7 @@ def prepare(settings: Settings) -> PreparedRun:
     )
     specs = state_specs(settings.model, optimizer)
     partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
-    source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
-    if source.reader is not None:
-        check_model(source.reader, settings.model.config)
-    check_steps(settings, source)
+    source = _find_source(settings, specs)
     expert_slots.warn_of_scaled_gradients(source, optimizer, param_specs)
     return PreparedRun(settings, specs, source, train_layout, eval_layout)
 
@@ -119,9 +116,15 @@ def looked_at_again(run: PreparedRun) -> PreparedRun:
     restore.check_owner(settings.model_dir, run.specs)
     if run.source.start != Start.RESUME and not step_folders(settings.model_dir):
         return run
-    source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, run.specs)
+    return dataclasses.replace(run, source=_find_source(settings, run.specs))
+
+
+def _find_source(settings: Settings, specs: Mapping[str, LeafSpec]) -> Source:
+    source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
+    if source.reader is not None:
+        check_model(source.reader, settings.model.config)
     check_steps(settings, source)
-    return dataclasses.replace(run, source=source)
+    return source
 
 
 def _check_numbers(settings: Settings) -> None:
