@@ -10,6 +10,7 @@ it cannot.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
+
+
+MAX_DEVICES = 1 << 16
+"""Each is a virtual CPU device here."""
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +49,18 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--skip_data", action="store_true", help="do not read a batch of the data")
 
 
+def _check_flags(flags: Flags) -> None:
+    devices, memory = flags.extra.devices, flags.extra.device_memory
+    if devices is not None and not 1 <= devices <= MAX_DEVICES:
+        raise ValueError(
+            f"--devices is {devices}: give a number of devices from 1 to {MAX_DEVICES}"
+        )
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--device_memory is {memory}: give the GiB of one device, e.g. 32")
+
+
 def _run(flags: Flags, loaded: "Config") -> int:
+    _check_flags(flags)
     if flags.extra.devices:
         import jax
 
