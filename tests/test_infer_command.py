@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 
 from upcycle_jax import infer as infer_command
 from upcycle_jax import trees
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.checkpoints.checksums import device_checksums
 from upcycle_jax.checkpoints.manager import CheckpointManager
 from upcycle_jax.config import load
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import as_json, task_examples
-from upcycle_jax.inference import predictions, running
+from upcycle_jax.inference import predictions, ranking, running
+from upcycle_jax.inference.json_lines import json_line
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
@@ -222,6 +226,51 @@ def test_dry_run_writes_nothing(checkpoint, tmp_path, capsys):
         "BeamSearch(num_decodes=4, alpha=0.6)" in capsys.readouterr().out
         and not (tmp_path / "out").exists()
     )
+
+
+def test_a_damaged_checkpoint_or_one_with_nan_is_named_and_nothing_is_written(
+    checkpoint, tmp_path, capsys
+):
+    leaf = "target/decoder/decoder_norm/scale"
+    for name, value, checksums, message in (
+        ("nan", np.nan, False, f"the parameter {leaf} has 1 NaN or infinite values of"),
+        ("changed", 3.0, True, f"checkpoint_7: the leaf {leaf} of step 7 is not what was saved"),
+    ):
+        state = {"target": checkpoint[2], "state": {"step": jax.numpy.int32(7)}}
+        with CheckpointManager(tmp_path / name) as manager:
+            manager.save(7, state, checksums=device_checksums(state) if checksums else None)
+        array = open_checkpoint(tmp_path / name)._array(leaf)
+        array[2].write(value).result()
+        code, files = infer((tmp_path / name, *checkpoint[1:]), tmp_path / f"{name}_out")
+        error = capsys.readouterr().err
+        assert (code, files) == (2, {})
+        assert message in error and "Traceback" not in error
+        assert not (tmp_path / f"{name}_out").exists()
+    renamed = tmp_path / "changed" / "checkpoint_70"
+    (tmp_path / "changed" / "checkpoint_7").rename(renamed)
+    assert infer((renamed, *checkpoint[1:]), tmp_path / "out") == (2, {})
+    assert "is named for step 70, but it holds step 7" in capsys.readouterr().err
+
+
+def test_numbers_that_json_does_not_know_become_null():
+    record = {"a": [1.5, float("nan"), {"b": (-float("inf"), True, None)}], "c": "NaN"}
+    line = json_line(record)
+    assert line == '{"a": [1.5, null, {"b": [null, true, null]}], "c": "NaN"}'
+
+
+def test_an_answer_of_score_nan_is_not_ranked():
+    task = types.SimpleNamespace(
+        name="t",
+        options=lambda example, given: ["yes", "no"],
+        answered=lambda example, text: (example, text),
+        batch=lambda rows, size: {"decoder_target_tokens": np.zeros((size, 2), np.int32)},
+    )
+    scores = iter([np.array([-1.0, -2.0]), np.array([-1.0, np.nan])])
+    runner = types.SimpleNamespace(batch_size=2, score=lambda *_: next(scores))
+    with pytest.raises(
+        ValueError, match=r"t: the score of the answer 'no' to example 1 of these 2"
+    ):
+        ranking.rank(task, runner, {}, [{}, {}], None)
 
 
 def test_features_become_json():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.data import BatchIterator, DatasetConfig, Position
+from upcycle_jax.data.dataset import DamagedPositionError
 
 pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
@@ -144,9 +145,23 @@ def test_position_of_another_stream_is_refused(saved, iterator, tmp_path):
 def test_missing_and_damaged_positions(iterator, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data position at .*position\.json.*seek"):
         iterator.restore(tmp_path)
-    (tmp_path / "position.json").write_text("{")
-    with pytest.raises(ValueError, match=r"position\.json is damaged"):
-        iterator.restore(tmp_path)
+    iterator.save(tmp_path)
+    good = json.loads((tmp_path / "position.json").read_text())
+    changes = (
+        {"batches": -1},
+        {"batches": "3"},
+        {"batches": 1.5},
+        {"seed": None},
+        {"process_count": 0},
+        {"fingerprint": [1]},
+        {"packing": {"window": "x", "first_row": 0}},
+        {"packing": {"window": 0}},
+        {"other": 1},
+    )
+    for text in ("{", "", "3", "null", "[" * 10**5, *(json.dumps(good | c) for c in changes)):
+        (tmp_path / "position.json").write_text(text)
+        with pytest.raises(DamagedPositionError, match=r"position\.json is damaged"):
+            iterator.restore(tmp_path)
 
 
 def test_drawn_seed_is_restored(make_config, tmp_path):
