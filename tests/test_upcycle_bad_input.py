@@ -220,7 +220,7 @@ def test_outputs_that_would_change_the_source_or_cannot_be(dense, tmp_path, caps
     before = digest(tmp_path)
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for output, said in {
-        "": "OUTPUT_CHECKPOINT_PATH is ''",
+        "": "OUTPUT_CHECKPOINT_PATH",
         f"{dense}/x/checkpoint_7": f"lies inside the source {dense}",
         f"{dense}/state/d": f"lies inside the source {dense}",
         tmp_path / "nowhere": "is a link to",

@@ -62,7 +62,7 @@ def verify(
       optimizer: whose state the result should hold; None: the state that it holds is taken as it
         is, its slots zero or carried over.
       recipe: used where the result records none; None: the paper's for language.
-      max_memory: bytes of arrays that the function check holds at a time, or a size such as '2GiB'.
+      max_memory: bytes of arrays to hold at a time, or a size such as '2GiB'.
       function_check: 'auto', 'on' or 'off'.
       function_check_dataset: a `DatasetConfig` whose first batch is used; None: random tokens.
       proof_directory: where to write `proof.json`; None: nowhere, the checkpoints are only read.
@@ -198,7 +198,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max_memory",
         type=byte_sizes.flag,
         metavar="SIZE",
-        help="how much of both models the function check may hold: 2GiB (the default), 512MiB",
+        help="how much of the arrays to hold at a time: 2GiB (the default), 512MiB, 1000000",
     )
 
 

@@ -61,7 +61,7 @@ def upcycle(lab: Lab, subjects: Subjects, trials: int) -> Iterator[Outcome]:
         done = lab.run("upcycle", *words)
         problem = ""
         if done.code == 2 and "exists already" in done.text and (output / "proof.json").exists():
-            done = lab.run("verify", *words)  # The last kill came too late.
+            done = lab.run("verify", str(output))  # The last kill came too late.
         if done.code:
             problem = f"exit {done.code}: {done.last_line}"
         elif reference(lab, output) != expected:

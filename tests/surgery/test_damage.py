@@ -34,13 +34,13 @@ def save(path, arrays):
 class Pair:
     """A dense checkpoint and what became of it, on disk."""
 
-    def __init__(self, small, folder, init=None, **options):
+    def __init__(self, small, folder, init=None, optimizer_state="tiled", **options):
         self.source = folder / "dense"
         self.target = folder / "sparse"
         source = save(self.source, small.filled(small.tree(**SIZES)))
         self.specs = small.tree(sparse=(1,), **SIZES)
         recipe = surgery.Recipe(
-            expert_init=init or surgery.CopyExperts(), optimizer_state="tiled", seed=4
+            expert_init=init or surgery.CopyExperts(), optimizer_state=optimizer_state, seed=4
         )
         self.plan = surgery.make_plan(source.specs(), self.specs, recipe)
         surgery.apply_offline(self.plan, source, self.target, **options)
@@ -143,6 +143,18 @@ def test_a_source_that_changed_later_and_a_result_that_did_not(small, tmp_path):
     assert [line.split()[0] for line in proof.damage["source"]] == [DENSE]
     assert not proof.damage["result"] and not proof.damage["record"]
     assert pair.prove(gone=True).ok
+
+
+def test_a_source_leaf_that_was_dropped_is_watched_too(small, tmp_path):
+    pair = Pair(small, tmp_path, optimizer_state="reset")
+    (slot,) = [
+        d.source for d in pair.plan.dropped if d.source.endswith("layers_1/mlp/wo/kernel/v_row")
+    ]
+    reader = open_checkpoint(pair.source)
+    reader._array(slot).write(reader.read(slot) + 1).result()
+    proof = pair.prove()
+    assert not proof.ok and proof.leaves_ok and not proof.damage["result"]
+    assert [line.split()[0] for line in proof.damage["source"]] == [slot]
 
 
 def test_one_expert_of_the_result_is_damaged(small, tmp_path):

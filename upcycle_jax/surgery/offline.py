@@ -83,8 +83,8 @@ def apply_offline(
     Leaves that only move bytes out of an Orbax checkpoint are not decoded: where the file system
     and the library allow it (this is tried, at a small scale), all experts refer to the one stored
     copy of a dense chunk, and otherwise encoded chunks are copied as they are. In the end every
-    source leaf that is used is read once for its checksum, which the result records: damage in
-    chunks that both share would otherwise change both sides alike.
+    source leaf is read once for its checksum, which the result records: damage in chunks that both
+    share would otherwise change both sides alike.
 
     Nothing stands at `output_path` before everything is written; a call that was killed is finished
     by the same call, and what it had written already is not written again.
@@ -154,13 +154,13 @@ def apply_offline(
         meter.finish("; reading the source once for its checksums")
         sums = leaf_sums(
             reader,
-            used_leaves(plan),
+            reader.specs(),
             block_bytes=min(BLOCK_BYTES, max_memory // (4 * threads())),
             progress=progress,
         )
-        for name, found in sums.items():
-            if found.problem:
-                raise ValueError(f"source leaf {name} cannot be read: {found.problem}")
+        for name in used_leaves(plan):
+            if sums[name].problem:
+                raise ValueError(f"source leaf {name} cannot be read: {sums[name].problem}")
         specs = reader.specs()
         begun["surgery"]["leaves"] = source_leaves(specs, sums)
         return str(writer.finalize(sealed(begun)))

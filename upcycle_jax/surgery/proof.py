@@ -208,7 +208,8 @@ def prove(
     specs = target.specs()
     difference = trees.diff(plan.specs(), specs)
     rows = [row for row in plan.rows if row.target in specs]
-    sums = _source_sums(rows, source, max_memory, progress) if source is not None else {}
+    dropped = {item.source for item in plan.dropped} & set(recorded.checksums)
+    sums = _source_sums(rows, dropped, source, max_memory, progress) if source is not None else {}
     workers = _workers(rows, max_memory)
     meter = Meter(sum(row.spec.nbytes for row in rows), progress, "proved")
     region_bytes = min(REGION_BYTES, max_memory // 8) // workers
@@ -253,10 +254,14 @@ def prove(
 
 
 def _source_sums(
-    rows: list[Row], source: Reader, max_memory: int, progress: Callable[[str], None] | None
+    rows: list[Row],
+    dropped: set[str],
+    source: Reader,
+    max_memory: int,
+    progress: Callable[[str], None] | None,
 ) -> dict[str, LeafSum]:
-    """Reads every source leaf that is used once; one that is not what was planned with is a
-    problem of its own.
+    """Reads every source leaf once: those that are used, of which one that is not what was planned
+    with is a problem of its own; and those that were dropped, where they still are.
     """
     planned = {
         name: spec for row in rows for name, spec in zip(row.sources, row.source_specs, strict=True)
@@ -270,6 +275,7 @@ def _source_sums(
             problems[name] = LeafSum("", problem=f"it is {now}, planned with {spec}")
     block_bytes = min(BLOCK_BYTES, max_memory // (4 * threads()))
     there = set(planned) - set(problems)
+    there |= dropped & set(found)
     return leaf_sums(source, there, block_bytes=block_bytes, progress=progress) | problems
 
 

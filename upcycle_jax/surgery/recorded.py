@@ -1,7 +1,7 @@
 """What a converted checkpoint says about its making, and whether that is as it was written.
 
 The record lies in the checkpoint's own metadata from the moment it exists: recipe, sources, model,
-and of every source leaf its shape, dtype and (where it is used) checksum. `proof.json`, written
+and of every source leaf its shape, dtype and checksum. `proof.json`, written
 once the conversion is proved, repeats it and adds the checksums of the leaves that are no plain
 copies, and the digests of the small files beside the arrays. Both carry a seal, so that damage in
 one of them is told from damage in the arrays. A seal tells damage, not forgery: whoever rewrites a
@@ -51,12 +51,14 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def source_leaves(specs: Mapping[str, LeafSpec], sums: Mapping[str, LeafSum]) -> dict[str, Any]:
-    """What is recorded of the source's leaves: shape and dtype of all, checksums of those read."""
+    """What is recorded of the source's leaves: shape, dtype, and the checksum of those that can be
+    read.
+    """
     return {
         name: {
             "shape": list(spec.shape),
             "dtype": spec.dtype.name,
-            **({"checksum": sums[name].checksum} if name in sums else {}),
+            **({"checksum": sums[name].checksum} if sums[name].checksum else {}),
         }
         for name, spec in specs.items()
     }
@@ -71,7 +73,7 @@ class Recorded:
       sources: paths of the checkpoints it was made from.
       fingerprint: of the source; '' where none is recorded.
       specs: shape and dtype of every source leaf; empty where none are recorded.
-      checksums: of the source leaves that were used.
+      checksums: of the source leaves, used or dropped.
       results: checksums of the leaves of the result that are no plain copies, by path.
       files: sha256 of the small files of the result, by name relative to it.
       model: the configuration of the result's model, as JSON; None where none is recorded.
