@@ -3,6 +3,9 @@ computes experts that are one and the same once.
 """
 
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +190,8 @@ def test_parts_of_a_plan_add_up_and_copies_merge(plan):
     np.testing.assert_allclose(merged, want, rtol=1e-6)
 
 
-def converted(model, recipe=None, seed=0):
-    source = CountingReader(random_params(CONFIG, seed))
+def converted(model, recipe=None, source=None):
+    source = source or CountingReader(random_params(CONFIG))
     target = {f"target/{path}": spec for path, spec in model.param_specs().items()}
     plan = surgery.make_plan(source.specs(), target, recipe)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -214,11 +217,22 @@ def test_no_read_is_larger_than_a_leaf_or_an_expert_and_every_value_is_read_once
         assert seen == whole
 
 
+@pytest.mark.slow
+def test_thirty_two_experts_of_the_small_model_by_reference(tmp_path):
+    """A checkpoint of real size: `scripts/prove_large.py` with every stage in its own process."""
+    script = pathlib.Path(__file__).resolve().parents[2] / "scripts" / "prove_large.py"
+    command = [sys.executable, script, "--size=small", f"--folder={tmp_path}", "--limit=1.5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok   small x 32 experts") == 4
+    assert "function check: PASSED" in done.stdout and "proof: PASSED" in done.stdout
+
+
 def test_a_batch_that_does_not_fit_is_cut_to_its_first_rows():
     model = EncoderDecoderModel(moe_config())
     plan, source, target = converted(model)
     tokens = Tokens(random_tokens(VOCAB, batch_size=6, length=8), "random")
-    room = 2 * 3 * 2 * model.row_bytes(tokens.batch)
+    room = 2 * 4 * 2 * model.row_bytes(tokens.batch)
     outcome = check.check_function(plan, model, source, target, tokens, max_memory=room)
     assert outcome.tokens == "random: 2 x 8 inputs, 2 x 8 targets, 4 more rows left out"
     assert outcome.ok, outcome.text()
@@ -260,3 +274,37 @@ def test_layers_of_a_kind_share_one_program():
     programs = [s.program for s in EncoderDecoderModel(deeper).layer_steps() if s.is_layer]
     assert len(set(programs[:6])) == 2
     assert isinstance(EncoderDecoderModel(CONFIG).layer_steps()[0], layerwise.Step)
+
+
+def test_rounding_that_deep_layers_amplify_is_no_difference():
+    """Attention is not scaled, so that with large keys softmax picks single tokens: rounding in
+    the first layers grows from layer to layer, and logits from end to end tell nothing.
+    """
+    config = dataclasses.replace(CONFIG, num_encoder_layers=4, num_decoder_layers=4)
+    arrays = random_params(config)
+    for name, array in arrays.items():
+        if "attention" in name and name.endswith(("query/kernel", "key/kernel")):
+            array *= 4
+    source = CountingReader(arrays)
+    model = EncoderDecoderModel(dataclasses.replace(config, moe=MoeConfig(num_experts=4)))
+    plan, _, target = converted(model, source=source)
+    outcome = check.check_function(plan, model, source, target, Tokens(PADDED, "random"))
+    assert outcome.ok, outcome.text()
+    assert outcome.step_difference < 1e-6 < outcome.twin_difference / 10
+
+
+@pytest.mark.parametrize(
+    ("leaf", "named"),
+    [
+        ("token_embedder/embedding", "embedding and position biases"),
+        ("decoder/relpos_bias/rel_embedding", "embedding and position biases"),
+        ("encoder/encoder_norm/scale", "encoder_norm"),
+        ("decoder/logits_dense/kernel", "after the last layer"),
+    ],
+)
+def test_what_is_between_the_layers_is_compared_too(leaf, named):
+    model = EncoderDecoderModel(moe_config())
+    plan, source, target = converted(model)
+    target.arrays[f"target/{leaf}"][...] += 0.5
+    outcome = check.check_function(plan, model, source, target, Tokens(PADDED, "random"))
+    assert not outcome.ok and outcome.first_divergence == named

@@ -74,7 +74,7 @@ class Step:
     """One step of a forward pass.
 
     Attributes:
-      name: of a layer its path, e.g. 'encoder/layers_1'.
+      name: of a layer its path, e.g. 'encoder/layers_1'; else what it does, in words.
       is_layer: it adds to the residual stream, which can be compared with another model's.
       params: subtrees of the model's parameters that it needs, by path -> their place in what
         `program` takes.

@@ -23,9 +23,9 @@ def steps(config: T5Config) -> list[Step]:
     before = (table, "encoder/relpos_bias", "decoder/relpos_bias")
     after = ("decoder/decoder_norm", table if config.logits_via_embedding else _LOGITS)
     return [
-        Step("inputs", False, _in_place(before), _Inputs(config)),
+        Step("embedding and position biases", False, _in_place(before), _Inputs(config)),
         *(_layer(config, "encoder", i) for i in range(config.num_encoder_layers)),
-        Step("encoded", False, _in_place(["encoder/encoder_norm"]), _Encoded(config)),
+        Step("encoder_norm", False, _in_place(["encoder/encoder_norm"]), _Encoded(config)),
         *(_layer(config, "decoder", i) for i in range(config.num_decoder_layers)),
         Step("logits", False, _in_place(after), _Logits(config)),
     ]

@@ -10,10 +10,15 @@ The recipe and the routers predict one of three verdicts:
     the dense MLP's output times that sum. This is checked layer by layer, on the inputs that the
     layers get in the sparse model's own forward pass, against an MLP written in NumPy with the
     dense checkpoint's weights; and a twin of the sparse model with renormalised weights and room
-    for every token must give the dense logits, which covers everything between the MoE layers. A
+    for every token must be the dense model, which covers everything between the MoE layers. A
     shared expert adds the dense MLP (or its first hidden units) once more: it is part of the
     comparison by layers, and the twin goes without it.
   not preserved: the recipe changes experts; the difference is measured and nothing is claimed.
+
+Whether a model is the dense one is decided step by step too: every step is given what the dense
+model's own step gets, and must give the same. Steps that are equal make equal models; compared from
+end to end alone, deep models would amplify the rounding of their first layers. The difference of
+logits from end to end is measured and shown.
 
 Positions without a real token are not compared.
 """
@@ -22,13 +27,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
 from upcycle_jax import trees
 from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.layerwise import MoeCall
+from upcycle_jax.models.layerwise import MoeCall, State, Step
 from upcycle_jax.surgery.lanes import Lane, advance, logits, moe_calls, row_blocks
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
@@ -143,33 +149,45 @@ def check_function(
         for reader, model in ((dense_reader, dense), (sparse_reader, configured))
     )
     dense_lane, lanes = Lane(dense, tokens.batch), [Lane(configured, tokens.batch)]
-    if prediction.verdict is Verdict.SCALED:
-        lanes.append(Lane(_in_float32(sparse, renormalised=True), tokens.batch))
+    claims = prediction.verdict is not Verdict.NOT_PRESERVED
+    if claims:
+        # The twin from end to end (where the configured model is not it), and step by step.
+        renormalised = prediction.verdict is Verdict.SCALED
+        twin = _in_float32(sparse, renormalised=renormalised)
+        lanes += [Lane(twin, tokens.batch) for _ in range(1 + renormalised)]
     meter.total = sum(dense_weights.bytes_of(step) for step in dense_lane.steps)
     meter.total += sum(sparse_weights.bytes_of(step) for step in lanes[0].steps)
 
     diverging: list[str] = []
+    step_difference = 0.0
     layers: list[LayerScaling] = []
     for number, step in enumerate(dense_lane.steps[:-1]):
+        if claims:
+            lanes[-1].state = dense_lane.state
         params = dense_weights.of(step)
         advance([dense_lane], number, params, dense_weights)
         calls = advance(lanes, number, sparse_weights.of(lanes[0].steps[number]), sparse_weights)
-        if step.is_layer and _differ(dense_lane, lanes[-1]):
-            diverging.append(step.name)
+        if claims:
+            difference = _difference(step, dense_lane.state, lanes[-1].state)
+            step_difference = float(np.maximum(step_difference, difference))
+            if not difference <= LAYER_TOLERANCE:
+                diverging.append(step.name)
         if prediction.verdict is Verdict.SCALED and calls[0] is not None:
             layers.append(check_layer(configured, step.name, params["layer"]["mlp"], calls[0]))
     row_parts = row_blocks(tokens.batch, sparse.config.vocab_size)
+    if claims:
+        lanes[-1].state = dense_lane.state
     found = _compare_logits(
         dense_lane, lanes, tokens.batch, row_parts, dense_weights, sparse_weights
     )
     meter.finish()
 
     ok, first = found.finite, None
-    twin_difference: float | None = None
-    if prediction.verdict is not Verdict.NOT_PRESERVED:
-        twin_difference = found.differences[-1]
-        if not twin_difference <= TOLERANCE * max(1.0, found.scale):
-            ok, first = False, (diverging or ["after the last layer"])[0]
+    if claims:
+        if not found.differences[-1] <= TOLERANCE * max(1.0, found.scale):
+            diverging.append("after the last layer")
+        if diverging:
+            ok, first = False, diverging[0]
     wrong = [layer.layer for layer in layers if not layer.ok]
     if wrong:
         ok, first = False, first or wrong[0]
@@ -180,7 +198,8 @@ def check_function(
         logit_scale=found.scale,
         dense_loss=found.losses[0],
         sparse_loss=found.losses[1],
-        twin_difference=twin_difference,
+        twin_difference=found.differences[-2] if claims else None,
+        step_difference=step_difference if claims else None,
         first_divergence=first,
         shared_expert=_shared_units(configured) is not None,
         layers=layers,
@@ -191,10 +210,10 @@ def check_function(
 def _rows_that_fit(
     plan: Plan, sparse: EncoderDecoderModel, tokens: Tokens, max_bytes: int
 ) -> Tokens:
-    """The first rows of a batch, as many as three models' activations have room for and routing
-    groups allow.
+    """The first rows of a batch, as many as the activations of the four runs have room for and
+    routing groups allow.
     """
-    at_most = max(1, max_bytes // (3 * sparse.row_bytes(tokens.batch)))
+    at_most = max(1, max_bytes // (4 * sparse.row_bytes(tokens.batch)))
     if at_most >= tokens.num_rows:
         return tokens
     for count in range(at_most, 1, -1):
@@ -206,12 +225,21 @@ def _rows_that_fit(
     return tokens.first_rows(1)
 
 
-def _differ(dense: Lane, sparse: Lane) -> bool:
-    """Whether the residual streams differ where there are real tokens."""
-    valid = np.asarray(dense.state["valid"])
-    a, b = (np.asarray(lane.state["x"])[valid] for lane in (dense, sparse))
-    scale = float(np.abs(a).max(initial=0))
-    return not np.abs(a - b).max(initial=0) <= TOLERANCE * max(1.0, scale)
+def _difference(step: Step, dense: State, sparse: State) -> float:
+    """How far the states of two models after a step lie apart: of a layer the residual streams
+    where there are real tokens, in units of the largest value; else everything, each value in
+    units of itself or 1.
+    """
+    if step.is_layer:
+        valid = np.asarray(dense["valid"])
+        a, b = (np.asarray(state["x"])[valid] for state in (dense, sparse))
+        return _largest(0.0, a - b) / max(_largest(0.0, a), 1e-20)
+    out = 0.0
+    pairs = zip(jax.tree.leaves(dense), jax.tree.leaves(sparse), strict=True)
+    for a, b in ((np.asarray(a), np.asarray(b)) for a, b in pairs):
+        if a.dtype.kind == "f":
+            out = _largest(out, (a - b) / np.maximum(1.0, np.abs(a)))
+    return out
 
 
 @dataclasses.dataclass

@@ -72,7 +72,10 @@ class FunctionCheck:
       sparse_loss: the same of the sparse model as configured.
       twin_difference: as `logit_difference`, of the twin with renormalised weights and room for
         every token; None where nothing is claimed.
-      first_divergence: first layer whose residual stream differs when it should not.
+      step_difference: the largest difference of a step of that twin, given what the dense model's
+        step gets, to the dense model's, in units of the largest value; None likewise.
+      first_divergence: first layer (or what is between layers) that gives something else than the
+        dense model's when it should not.
       shared_expert: MoE layers have one.
       layers: the layer-by-layer comparison, where the verdict is 'scaled'.
       ok: the prediction holds.
@@ -85,6 +88,7 @@ class FunctionCheck:
     dense_loss: float
     sparse_loss: float
     twin_difference: float | None
+    step_difference: float | None
     first_divergence: str | None
     shared_expert: bool
     layers: list[LayerScaling]
@@ -107,7 +111,8 @@ class FunctionCheck:
         if self.twin_difference is not None:
             lines.append(
                 "  with renormalised weights and room for every token: logits differ by at most"
-                f" {self.twin_difference:.3g}"
+                f" {self.twin_difference:.3g}; every layer, given the dense model's stream, by at"
+                f" most {self.step_difference:.1e} of its largest value"
             )
         for layer in self.layers:
             lines.append(
