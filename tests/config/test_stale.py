@@ -77,7 +77,10 @@ def real_names(objects, monkeypatch):
         ),
         (
             "moe_trainer.MoeTrainer.num_expert_partitions = 8",
-            "moe_trainer.MoeTrainer.num_expert_partitions: remove it: experts are divided by .* Adafactor.expert_gradient_scale",
+            (
+                "moe_trainer.MoeTrainer.num_expert_partitions: remove it: experts are divided by .*"
+                " Adafactor.expert_gradient_scale"
+            ),
         ),
         ("utils.RestoreCheckpointConfig.assignment_map = ()", "RestoreCheckpointConfig.recipe ="),
         ("RestoreCheckpointConfig.fallback_to_scratch = True", "To start from scratch use"),

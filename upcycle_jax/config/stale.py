@@ -9,8 +9,8 @@ _SIZES = "tiny|small|base|large|xl|xxl"
 _FILES = (
     (
         rf".*experts_choose_({_SIZES})\.gin",
-        r"models/t5_1_1_\1_upcycled.gin', with the paper's 32 experts and capacity factor 2 (its own:"
-        r" --gin.NUM_EXPERTS=64 --gin.TRAIN_EXPERT_CAPACITY_FACTOR=1.0"
+        r"models/t5_1_1_\1_upcycled.gin', with the paper's 32 experts and capacity factor 2 (its"
+        r" own: --gin.NUM_EXPERTS=64 --gin.TRAIN_EXPERT_CAPACITY_FACTOR=1.0"
         r" --gin.EVAL_EXPERT_CAPACITY_FACTOR=1.0; small 32 experts, tiny 8)",
     ),
     (rf".*(tokens_choose_({_SIZES})|st_moe_(base|xl|32b))\.gin", r"models/\1.gin'"),
@@ -29,14 +29,15 @@ to be said of it.
 
 _TREES = re.compile(r"(.*/)?(t5x/(configs|examples|contrib)|flaxformer/t5x/configs)/")
 _T5X_LINES = re.compile(
-    r"""^\s*((from|import)\s+(__gin__|__main__|t5x|flaxformer)\b|include\s+['"](t5x|flaxformer)/)""",
+    r"""^\s*((from|import)\s+(__gin__|__main__|t5x|flaxformer)\b"""
+    r"""|include\s+['"](t5x|flaxformer)/)""",
     re.MULTILINE,
 )
 
 _MACROS = {
     "MODEL_PARALLEL_SUBMESH": (
-        "set NUM_MODEL_PARTITIONS, and NUM_EXPERT_PARTITIONS for experts: where the parts of a model"
-        " lie follows from the devices"
+        "set NUM_MODEL_PARTITIONS, and NUM_EXPERT_PARTITIONS for experts: where the parts of a"
+        " model lie follows from the devices"
     ),
     "NUM_EMBEDDINGS": "it is VOCAB_SIZE",
     "EMBED_DIM": "it is T5Config.emb_dim",
@@ -123,8 +124,9 @@ _PARAMETERS = {
         "remove it: trees must be equal, or a recipe says what differs"
     ),
     ("train", "infer_eval_dataset_cfg"): (
-        "remove it: training evaluates with teacher forcing (train_eval_dataset_cfg); the tasks' own"
-        " metrics over predictions are what `python -m upcycle_jax.eval` computes, with runs/eval.gin"
+        "remove it: training evaluates with teacher forcing (train_eval_dataset_cfg); the tasks'"
+        " own metrics over predictions are what `python -m upcycle_jax.eval` computes, with"
+        " runs/eval.gin"
     ),
     ("train", "trainer_cls"): "bind train.trainer = @Trainer()",
 }

@@ -1,9 +1,9 @@
 """The second moments of experts in checkpoints of other programs: how they are factored, and what
 their gradients were multiplied by.
 
-T5X factors expert kernels at every size and lays `v_row` over `embed` (`Adafactor.expert_factoring`),
-and its MoeTrainer multiplies their gradients by the number of expert partitions, whose square is
-then in their second moments (`Optimizer.expert_gradient_scale`).
+T5X factors expert kernels at every size and lays `v_row` over `embed`
+(`Adafactor.expert_factoring`), and its MoeTrainer multiplies their gradients by the number of
+expert partitions, whose square is then in their second moments (`Optimizer.expert_gradient_scale`).
 """
 
 import dataclasses
