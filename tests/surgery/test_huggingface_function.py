@@ -150,6 +150,18 @@ def test_a_conversion_and_a_copy_hand_the_settings_on(silu, tmp_path):
     )
     assert done.ok, done.proof.text()
     assert open_checkpoint(output).model_settings() == config.forward_settings
+    # Where the source states nothing, as T5X's do, the result states its model's.
+    source.model_settings = dict
+    conversion.convert(
+        source,
+        specs,
+        tmp_path / "other",
+        surgery.Recipe(),
+        model=model,
+        check="off",
+        report=lambda _: None,
+    )
+    assert open_checkpoint(tmp_path / "other").model_settings() == config.forward_settings
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.checkpoints import model_settings, open_checkpoint
 from upcycle_jax.checkpoints.conversion import checkpoint_path
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
@@ -151,7 +151,10 @@ def convert(
             output_path,
             max_memory=max_memory,
             materialize=materialize,
-            metadata={"model": model_to_json(model)},
+            metadata={
+                "model": model_to_json(model),
+                **model_settings.record(model.config.forward_settings),
+            },
             progress=report,
         )
     proof = verify(

@@ -236,6 +236,7 @@ def _check_records(reader: CheckpointReader, *, verify: bool) -> None:
     Raises:
       Exception: of any kind, where one of them is damaged.
     """
+    reader.model_settings()
     losses = reader.metadata().get(RECENT_LOSSES, [])
     if not all(isinstance(step, int) and isinstance(loss, float) for step, loss in losses):
         raise DamagedCheckpointError(f"{reader.path} has a damaged record: {RECENT_LOSSES}")
