@@ -66,7 +66,7 @@ class Lab:
         self.folder = folder
         self.random = random.Random(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("upcycle", "verify", "train", "convert", "check", "inspect"):
+        for name in ("upcycle", "verify", "train", "eval", "infer", "convert", "check", "inspect"):
             importlib.import_module(f"upcycle_jax.{name}")
         # What the commands import late, so that children find it imported.
         for name in (
@@ -78,13 +78,16 @@ class Lab:
         ):
             importlib.import_module(name)
 
-    def start(self, command: str, argv: Sequence[str], log: pathlib.Path) -> int:
-        """Forks a child that runs `upcycle_jax.<command>`; returns its process id."""
+    def start(
+        self, command: str, argv: Sequence[str], log: pathlib.Path, cwd: pathlib.Path | None = None
+    ) -> int:
+        """Forks a child that runs `upcycle_jax.<command>` in a folder; returns its process id."""
         process = os.fork()
         if process:
             return process
         try:
             os.setsid()
+            os.chdir(cwd or self.folder)
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
@@ -98,12 +101,17 @@ class Lab:
         os._exit(code)
 
     def run(
-        self, command: str, *argv: str, kill_after: float | None = None, name: str = "log"
+        self,
+        command: str,
+        *argv: str,
+        kill_after: float | None = None,
+        name: str = "log",
+        cwd: pathlib.Path | None = None,
     ) -> Done:
         """Runs a command to its end, or kills it (SIGKILL) after so many seconds."""
         log = self.folder / f"{name}.txt"
         started = time.monotonic()
-        process = self.start(command, argv, log)
+        process = self.start(command, argv, log, cwd)
         deadline = started + (LIMIT_SECONDS if kill_after is None else kill_after)
         while True:
             ended, status = os.waitpid(process, os.WNOHANG)

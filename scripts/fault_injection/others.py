@@ -7,11 +7,12 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 from kills import losses
-from lab import CLEAN, Lab, Outcome, files_below
+from lab import CLEAN, Lab, Outcome
 from subjects import STEPS, Subjects, reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -109,22 +110,27 @@ def _on_small_disks(
 
 
 def bad_inputs(lab: Lab, subjects: Subjects, trials: int) -> Iterator[Outcome]:
-    """Every row of tests/config/bad_inputs.py: one line, no traceback, nothing written."""
+    """Rows drawn from tests/config/bad_inputs.py, run as commands: exit 2, one line that names the
+    setting, nothing written.
+    """
     spec = importlib.util.spec_from_file_location(
         "bad_inputs", ROOT / "tests" / "config" / "bad_inputs.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["bad_inputs"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    rows = list(module.command_lines(str(lab.folder / "bad" / "run")))
-    for command, argv in rows[:trials]:
+    rows = list(module.rows())
+    for row in lab.random.sample(rows, min(trials, len(rows))):
         root = lab.fresh("bad")
-        done = lab.run(command, *argv)
+        done = lab.run(row.command, *row.flags, cwd=root)
         problem = ""
         if done.has_traceback:
             problem = f"a traceback: {done.last_line}"
-        elif done.code not in ((1, 2) if command == "check" else (2,)):
+        elif done.code != 2:
             problem = f"exit {done.code}: {done.last_line}"
-        elif files_below(root):
-            problem = f"wrote {[str(path) for path in files_below(root)[:3]]}"
-        yield Outcome(f"{command} {' '.join(argv[-1:])}", problem, note=done.last_line)
+        elif row.fragment.lower() not in done.text.lower():
+            problem = f"{row.fragment} is not named: {done.last_line}"
+        elif list(root.iterdir()):
+            problem = f"wrote {[path.name for path in root.iterdir()]}"
+        yield Outcome(f"{row.command} {row.bindings[-1][:80]}", problem, note=done.last_line)
