@@ -76,5 +76,5 @@ def test_other_groups_are_taken_where_asked_for_and_said(asked, settings, caplog
 
 
 def test_a_setting_that_does_not_exist_is_refused(bags):
-    with pytest.raises(ValueError, match="choose 'of_batch' or 'of_microbatch'"):
+    with pytest.raises(ValueError, match="must be 'of_batch' or 'of_microbatch'"):
         bags.trainer(microbatch_groups="none")
