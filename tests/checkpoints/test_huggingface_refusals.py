@@ -49,6 +49,7 @@ def assert_refused(folder, match, *, error=ValueError):
         ({"layer_norm_epsilon": -1e-6}, "layer_norm_epsilon is -1e-06"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
         ({"relative_attention_max_distance": 1.5}, "max_distance is 1.5: an integer belongs there"),
+        ({"relative_attention_max_distance": 16}, "32 buckets .* distance 16"),
         ({"relative_attention_num_buckets": 16}, r"has the shape \[32, 2\], \[16, 2\] belongs"),
         ({"num_layers": 1}, "encoder blocks 0, 1 .2 in all., but num_layers in config.json is 1"),
         ({"num_layers": 3}, "num_layers in config.json is 3"),

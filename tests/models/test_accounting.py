@@ -5,10 +5,19 @@ import dataclasses
 import jax
 import pytest
 
-from upcycle_jax.models import accounting
+from upcycle_jax.layers.mlp import ACTIVATIONS
+from upcycle_jax.models import accounting, step_cost, step_memory
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.moe.routing import DroplessTopK
 from upcycle_jax.partitioning import Partitioner
+
+
+def test_every_activation_has_its_costs():
+    assert (
+        set(ACTIVATIONS)
+        == set(step_cost.ACTIVATION_OPERATIONS)
+        == set(step_memory.ACTIVATION_RESIDUALS)
+    )
 
 
 def test_flops_by_hand(tiny):

@@ -147,6 +147,11 @@ def test_bad_layouts(count, where, message):
     [
         ({"emb_dim": 0}, "emb_dim must be at least 1, got 0"),
         ({"mlp_activations": ("swish",)}, "unknown MLP activations .*swish"),
+        ({"layer_norm_epsilon": 0.0}, r"layer_norm_epsilon must be .*0\.0"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon must be .*'1e-6'"),
+        ({"relative_attention_num_buckets": 3}, "num_buckets must be at least 4"),
+        ({"relative_attention_max_distance": 16}, "above half of it, got 32 and 16"),
+        ({"relative_attention_max_distance": 64.0}, "max_distance must be .* 64.0"),
         ({"dtype": "float16"}, "'float32' or 'bfloat16', got 'float16'"),
         ({"dropout_rate": 1.5}, r"dropout_rate must be at least 0 and below 1, got 1.5"),
     ],

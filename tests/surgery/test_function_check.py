@@ -194,7 +194,8 @@ def test_virtual_groups_select_whole_mlps_and_need_no_noise_to_break_ties(dense)
 def test_numpy_mlp_is_the_models_mlp():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 8)).astype(np.float32)
-    for activations, names in ((("gelu", "linear"), ("wi_0", "wi_1")), (("relu",), ("wi",))):
+    cases = [(("gelu", "linear"), ("wi_0", "wi_1")), (("silu", "linear"), ("wi_0", "wi_1"))]
+    for activations, names in (*cases, (("relu",), ("wi",)), (("gelu_exact",), ("wi",))):
         kernels = {name: rng.normal(size=(8, 12)).astype(np.float32) for name in names} | {
             "wo": rng.normal(size=(12, 8)).astype(np.float32)
         }

@@ -90,9 +90,6 @@ class T5Config:
             self.relative_attention_num_buckets,
             self.relative_attention_max_distance,
         )
-        for name, value in (("num_buckets", buckets), ("max_distance", distance)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"relative_attention_{name} must be an integer, got {value!r}")
         # Half of the decoder's buckets, and a quarter of all in the encoder, hold one distance
         # each.
         if buckets < 4 or distance <= buckets // 2:

@@ -151,6 +151,12 @@ class HuggingFaceReader(ReaderBase):
         self._check_gating()
         vocab_size, d_model = self._matrix(self._embedding)
         buckets, heads = self._matrix(table_name("encoder"))
+        if buckets < 4 or stated.max_distance <= buckets // 2:
+            raise ValueError(
+                f"{self.path}: {buckets} buckets of relative positions cannot reach to the distance"
+                f" {stated.max_distance} (relative_attention_max_distance in {CONFIG}): at least 4"
+                " buckets, and a distance above half their number, are needed"
+            )
         heads = sizes.get("num_heads", heads)
         query = self._matrix("encoder.block.0.layer.0.SelfAttention.q.weight")[0]
         inner = self._matrix(input_kernels("encoder", stated.gated)[0])[0]
