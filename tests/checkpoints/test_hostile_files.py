@@ -162,7 +162,9 @@ def test_names_of_legacy_folders_stay_inside(laboratory, form, value):
         refused(laboratory, path, "is a link that leads out of the checkpoint")
 
 
-@pytest.mark.parametrize("key", ["..", "../outside/secret", "/etc", "..\\outside\\secret", ""])
+@pytest.mark.parametrize(
+    "key", ["..", "../outside/secret", "/etc", "..\\outside\\secret", "", "\ud800"]
+)
 @pytest.mark.parametrize("kind", JSON_KINDS)
 def test_names_of_orbax_leaves_stay_inside(laboratory, kind, key):
     path = laboratory.copy(kind)

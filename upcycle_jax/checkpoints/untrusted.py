@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -177,8 +178,8 @@ def literal(text: str, place: object) -> Any:
 
 
 def _is_plain(name: str) -> bool:
-    # TensorStore takes a backslash for a slash.
-    return name not in ("", ".", "..") and "\0" not in name and "\\" not in name
+    # TensorStore takes a backslash for a slash; half a character (JSON can hold one) is no UTF-8.
+    return name not in ("", ".", "..") and not re.search(r"[\0\\\ud800-\udfff]", name)
 
 
 def check_parts(parts: Sequence[object], place: object) -> None:
