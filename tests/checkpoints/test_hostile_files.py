@@ -221,6 +221,23 @@ def test_a_checkpoint_may_itself_be_a_link_and_hold_links_inside(laboratory):
     assert open_checkpoint(path.parent / "checkpoint_8").step == 7
 
 
+@pytest.mark.parametrize("kind", ["orbax", "folders", "legacy"])
+def test_a_snapshot_of_the_hub_keeps_its_files_in_blobs(laboratory, kind):
+    path = laboratory.copy(kind)
+    repository = path.parent / "models--x"
+    snapshot = repository / "snapshots" / "0123" / "checkpoint_7"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(f for f in path.rglob("*") if f.is_file())):
+        blob = repository / "blobs" / str(number)
+        file.rename(blob)
+        place = snapshot / file.relative_to(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(os.path.relpath(blob, place.parent), place)
+    assert hostile.exercise(snapshot) is None
+    os.symlink(laboratory.root / "outside", snapshot / "more")
+    refused(laboratory, snapshot, "is a link that leads out of the checkpoint")
+
+
 CLAIMS = {
     "4 TiB in chunks": ({"shape": [1 << 20, 1 << 20]}, "lacks its chunk"),
     "4 TiB in one chunk": ({"shape": [1 << 20, 1 << 20], "chunks": [1 << 20, 1 << 20]}, "claimed"),

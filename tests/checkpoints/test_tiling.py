@@ -322,3 +322,20 @@ def test_references_that_do_not_fit(tmp_path, source):
         ),
     ):
         tiling.copy_leaves(writer, source, {SPARSE: Reference(DENSE, (0,))}, CopyMode.REFERENCE)
+
+
+def test_of_a_linked_file_the_file_itself_is_shared(tmp_path, source):
+    """A source may hold links within its folder; a result that held them would point out of its
+    own.
+    """
+    state = tmp_path / "dense" / "checkpoint_11" / "state"
+    (state / "elsewhere").mkdir()
+    for file in [f for f in state.rglob("*") if f.is_file() and f.parent.name == "d"]:
+        moved = file.rename(state / "elsewhere" / file.name)
+        file.symlink_to(moved)
+    source = open_checkpoint(tmp_path / "dense")
+    result = make(source, tmp_path / "sparse", CopyMode.REFERENCE)
+    assert not [path for path in (tmp_path / "sparse").rglob("*") if path.is_symlink()]
+    wanted = source.read(DENSE)
+    shutil.rmtree(tmp_path / "dense")
+    np.testing.assert_array_equal(result.read(SPARSE)[EXPERTS - 1], wanted)

@@ -185,7 +185,7 @@ def _try_copy(folder: Path) -> str:
 
 def _can_link(existing: Path, link: Path) -> bool:
     try:
-        os.link(existing, link)
+        os.link(os.path.realpath(existing), link)  # Of a link, the file: the result holds no links.
     except OSError:
         return False
     return True

@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import os
+import pathlib
 import re
 import stat
 from collections.abc import Mapping, Sequence
@@ -95,8 +96,10 @@ def parse_json(text: bytes | str, place: object) -> dict[str, Any]:
         content = json.loads(
             text.decode() if isinstance(text, bytes) else text, object_pairs_hook=_members
         )
-    except (ValueError, RecursionError) as error:  # also bad UTF-8 and numbers of endless digits
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    except RecursionError:
+        raise damaged(place, "nested too deeply") from None
+    except ValueError as error:  # also bad UTF-8 and numbers of endless digits
+        why = str(error).partition("; use sys.")[0]
         raise damaged(place, why if text else "empty") from None
     if not isinstance(content, dict):
         raise damaged(place, f"a {type(content).__name__} where an object is expected")
@@ -213,12 +216,14 @@ def check_folder_name(name: object, place: object) -> str:
 def stored_bytes(root: epath.Path) -> int:
     """The bytes of all files below a local folder, after a check that no link leads out of it.
 
-    `root` itself may be a link: whoever named it meant it.
+    `root` itself may be a link: whoever named it meant it. Below a snapshot in the cache of the
+    Hugging Face hub, links may lead to its folder `blobs`, where that cache keeps the files.
 
     Raises:
       ValueError: a link below `root` leads out of it, or to nothing.
     """
     top = os.path.realpath(root)
+    blobs = _hub_blobs(top)
     total, todo = 0, [top]
     while todo:
         folder = todo.pop()
@@ -226,7 +231,7 @@ def stored_bytes(root: epath.Path) -> int:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        _check_link(entry.path, top)
+                        total += _check_link(entry.path, top, blobs)
                     elif entry.is_dir(follow_symlinks=False):
                         todo.append(entry.path)
                     else:
@@ -240,15 +245,27 @@ def stored_bytes(root: epath.Path) -> int:
     return total
 
 
-def _check_link(path: str, top: str) -> None:
+def _hub_blobs(top: str) -> str | None:
+    """`<repository>/blobs`, where `top` is at or below `<repository>/snapshots/<revision>`."""
+    for folder in (top, *map(str, pathlib.PurePath(top).parents)):
+        around = os.path.dirname(folder)
+        if os.path.basename(around) == "snapshots":
+            return os.path.join(os.path.dirname(around), "blobs")
+    return None
+
+
+def _check_link(path: str, top: str, blobs: str | None) -> int:
+    """The bytes outside of `top` that a link adds."""
     target = os.path.realpath(path)
     inside = target.startswith(os.path.join(top, ""))
-    if not inside or not os.path.exists(target):
-        reason = "leads out of the checkpoint" if not inside else "leads nowhere"
+    cached = blobs is not None and os.path.dirname(target) == blobs
+    if not (inside or cached) or not os.path.exists(target):
+        reason = "leads nowhere" if inside or cached else "leads out of the checkpoint"
         raise ValueError(
             f"{printable(path)} is a link that {reason} (to {printable(os.readlink(path))}):"
             " put the file itself in its place"
         )
+    return os.stat(target).st_size if cached else 0
 
 
 def check_chunk(nbytes: int, stored: int | None, place: object) -> None:
