@@ -17,7 +17,7 @@ from upcycle_jax.checkpoints.verification import (
     DamagedCheckpointError,
     NonFiniteParameterError,
 )
-from upcycle_jax.surgery.recipe import Recipe
+from upcycle_jax.surgery.recipe import NoisyCopies, Recipe
 from upcycle_jax.training.config import (
     CheckpointConfig,
     RestoreCheckpointConfig,
@@ -221,10 +221,16 @@ def test_nan_in_a_parameter_is_named_and_is_no_damage(hurt, bags, tmp_path):
     save_with_nan(hurt, 6)
     with pytest.raises(NonFiniteParameterError, match=rf"checkpoint_6: {NAN}. .*move .* away"):
         run(bags, hurt, steps=7)
-    for number, recipe in enumerate((None, Recipe())):
+    for number, (recipe, what) in enumerate(
+        (
+            (None, NAN),
+            (Recipe(), NAN),
+            (Recipe(expert_init=NoisyCopies()), r"upcycled from .*mlp/expert/wo/kernel has [1-9]"),
+        )
+    ):
         config = CheckpointConfig(restore=RestoreCheckpointConfig(path=str(hurt), recipe=recipe))
         model = bags.Model(num_experts=2 if recipe else 0)
-        with pytest.raises(NonFiniteParameterError, match=NAN):
+        with pytest.raises(NonFiniteParameterError, match=what):
             run(bags, tmp_path / f"{number}", steps=7, checkpoint_cfg=config, model=model)
     assert (hurt / "checkpoint_6").exists() and not list(hurt.glob("damaged_*"))
     shutil.move(hurt / "checkpoint_6", tmp_path / "away")

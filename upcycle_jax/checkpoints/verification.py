@@ -39,6 +39,7 @@ MARK = "checksums"
 
 DIGESTS_FILE = "digests.json"
 _ALGORITHM = PREFIX.rstrip(":")
+_REMEDY = "Copy it again, or use another step"
 
 
 class DamagedCheckpointError(ValueError):
@@ -191,7 +192,7 @@ class Verification:
                     raise DamagedCheckpointError(
                         f"{self._path}: the leaf {path} of step {self._step} is not what was saved:"
                         f" its checksum is {summary.checksum}, {STEP_METADATA} says"
-                        f" {saved or 'nothing of it'}"
+                        f" {saved or 'nothing of it'}. {_REMEDY}"
                     )
             if summary.nonfinite:
                 self._not_finite[path] = not_finite(path, leaves[path], summary.nonfinite)
@@ -241,6 +242,16 @@ class VerifiedReader:
         return leaf
 
 
+def check_finite(parameters: Mapping[str, jax.Array], *, where: str, remedy: str) -> None:
+    """Raises a NonFiniteParameterError where parameters, by full path, hold NaN or infinite values:
+    `where` says what they are of, `remedy` what to do.
+    """
+    for path, summary in device_summaries(parameters).items():
+        if summary.nonfinite:
+            text = not_finite(path, parameters[path], summary.nonfinite)
+            raise NonFiniteParameterError(f"{where}: {text}. {remedy}")
+
+
 def not_finite(path: str, leaf: jax.Array, count: int) -> str:
     """Says how many values of a leaf are not finite, and where the first is."""
     first = tuple(int(at) for at in jax.device_get(_first_not_finite(leaf)))
@@ -271,7 +282,7 @@ def _json_object(path: epath.Path) -> dict[str, Any]:
 
 
 def _damaged(path: epath.Path, why: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"{path} is damaged: {why}")
+    return DamagedCheckpointError(f"{path} is damaged: {why}. {_REMEDY}")
 
 
 def _custom_metadata(folder: epath.Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from upcycle_jax.checkpoints.verification import (
     Verification,
     VerifiedReader,
     check_digests,
+    check_finite,
 )
 from upcycle_jax.data.dataset import DamagedPositionError
 from upcycle_jax.partitioning import Partitioner
@@ -471,6 +472,12 @@ def _load_upcycled(
     reader: Any = source.reader
     for parent in getattr(reader, "readers", (reader,)):
         parent.verification.finish("Upcycle another checkpoint")
+    # Parts of a source that were read onto the host are in the result only.
+    check_finite(
+        {path: leaf for path, leaf in flat.items() if path.startswith(TARGET)},
+        where=f"upcycled from {source.path}",
+        remedy="Upcycle another checkpoint, or with less noise",
+    )
     return from_state_dict(flat)
 
 
