@@ -32,7 +32,7 @@ def test_one_device():
     assert partitioner.mesh.size == 1
 
 
-@pytest.mark.parametrize(("experts", "model"), [(3, 1), (4, 4), (0, 1)])
+@pytest.mark.parametrize(("experts", "model"), [(3, 1), (4, 4)])
 def test_a_mesh_that_does_not_fit(experts, model):
     with pytest.raises(
         ValueError,
@@ -42,6 +42,11 @@ def test_a_mesh_that_does_not_fit(experts, model):
         ),
     ):
         Partitioner(num_expert_partitions=experts, num_model_partitions=model).mesh
+
+
+def test_no_partition_is_refused_at_once():
+    with pytest.raises(ValueError, match="num_expert_partitions must be at least 1, got 0"):
+        Partitioner(num_expert_partitions=0)
 
 
 def test_specs_of_parameters():

@@ -28,6 +28,7 @@ import numpy as np
 from upcycle_jax import byte_sizes
 
 _NUMBERS = (int, float, np.integer, np.floating)
+_LARGEST = float(np.finfo(np.float32).max)
 _SHOWN = 80
 """Characters of a value that a message shows."""
 
@@ -180,7 +181,9 @@ class InstanceOf:
 
 Size = Annotated[int, Range(at_least=1, at_most=2**20)]
 """A dimension of an array."""
-Layers = Annotated[int, Range(at_least=1, at_most=2048)]
+Experts = Annotated[int, Range(at_least=1, at_most=2**15)]
+"""Losses multiply by its square, an int32."""
+Layers = Annotated[int, Range(at_least=1, at_most=1024)]
 Count = Annotated[int, Range(at_least=1, at_most=2**31 - 1)]
 """How many of something, or a period in steps: at least one. Steps are int32."""
 CountOrZero = Annotated[int, Range(at_least=0, at_most=2**31 - 1)]
@@ -193,6 +196,7 @@ BelowOne = Annotated[float, Range(at_least=0, below=1)]
 PathText = Annotated[str, PathName()]
 Bytes = Annotated[int | str, ByteSize()]
 
+Device = Annotated[Any, InstanceOf("Device")]
 Model = Annotated[Any, InstanceOf("EncoderDecoderModel")]
 Moe = Annotated[Any, InstanceOf("MoeConfig")]
 Optimizer = Annotated[Any, InstanceOf("Optimizer")]
@@ -292,8 +296,8 @@ def _scalar_problem(value: Any, kind: type) -> Problem | None:
         fits = isinstance(value, str)
     if not fits:
         return _wrong(value, kind)
-    if kind is float and not _is_finite(value):
-        return Problem(f"must be a finite number, got {shown(value)}", is_range=True)
+    if kind is float and not (_is_finite(value) and abs(value) <= _LARGEST):
+        return Problem(f"must be a finite number in float32, got {shown(value)}", is_range=True)
     return None
 
 

@@ -72,7 +72,7 @@ class Partitioner:
     num_model_partitions: checks.Size = 1
     fsdp: bool = False
     rules: Rules = STANDARD_RULES
-    devices: tuple[Any, ...] | None = None
+    devices: tuple[checks.Device, ...] | None = None
 
     def __post_init__(self) -> None:
         checks.check_fields(self)

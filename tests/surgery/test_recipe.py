@@ -33,11 +33,11 @@ ROUTER = "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
         (lambda: surgery.NoisyCopies(std=-1.0), r"NoisyCopies.std must be at least 0, got -1.0"),
         (
             lambda: surgery.NoisyCopies(std=float("nan")),
-            r"NoisyCopies.std must be a finite number, got nan",
+            r"NoisyCopies.std must be a finite number in float32, got nan",
         ),
         (
             lambda: surgery.NormalRouter(std=float("inf")),
-            r"NormalRouter.std must be a finite number, got inf",
+            r"NormalRouter.std must be a finite number in float32, got inf",
         ),
         (
             lambda: surgery.NormalRouter(repeat=0),

@@ -47,8 +47,26 @@ USERS_TO_MEND = frozenset(
 """What the operating system refuses because of the path given, its rights, or a full disk."""
 
 
-def _os_error(error: OSError) -> str:
-    """An error of the operating system in one line, its path shortened."""
+_REMOTE = frozenset(
+    {
+        "FailedPreconditionError",
+        "PermissionDeniedError",
+        "UnauthenticatedError",
+        "UnavailableError",
+        "UnimplementedError",
+    }
+)
+"""TensorFlow's errors, by name, where storage such as gs:// is not reached."""
+
+
+def _refusal_of_storage(error: Exception) -> str | None:
+    """An error of the operating system or of remote storage that the user can mend, in one line,
+    its path shortened; None for every other error.
+    """
+    if type(error).__module__.startswith("tensorflow.") and type(error).__name__ in _REMOTE:
+        return f"storage cannot be reached: {' '.join(str(error).split())[:400]}"
+    if not isinstance(error, OSError) or error.errno not in USERS_TO_MEND:
+        return None
     path = str(error.filename) if error.filename is not None else ""
     if len(path) > 200:
         path = f"{path[:200]}... ({len(path)} characters)"
@@ -202,8 +220,9 @@ def run(
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"upcycle_jax.{name}: error: {printable_lines(f'{error}{notes}')}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if os.environ.get(TRACEBACK_VARIABLE) or error.errno not in USERS_TO_MEND:
+    except Exception as error:
+        text = _refusal_of_storage(error)
+        if os.environ.get(TRACEBACK_VARIABLE) or text is None:
             raise
-        print(f"upcycle_jax.{name}: error: {_os_error(error)}", file=sys.stderr)
+        print(f"upcycle_jax.{name}: error: {text}", file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ class MoeConfig:
       ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
     """
 
-    num_experts: checks.Size = 32
+    num_experts: checks.Experts = 32
     encoder_router: Router = dataclasses.field(default_factory=ExpertsChoose)
     decoder_router: Router = dataclasses.field(default_factory=TokensChoose)
     num_encoder_sparse_layers: checks.CountOrZero | None = None
