@@ -97,6 +97,18 @@ def test_a_t5x_file_on_the_command_line_is_explained(real_names):
         match="'t5x/examples/t5/t5_1_1/xl.gin' is T5X's file; here it is 'models/t5_1_1_xl.gin'",
     ):
         load(["t5x/examples/t5/t5_1_1/xl.gin"])
+    # Each of several.
+    files = ["t5x/examples/t5/t5_1_1/xl.gin", "t5x/configs/runs/eval.gin"]
+    with pytest.raises(FileNotFoundError, match="'models/t5_1_1_xl.gin'; .*'runs/eval.gin'"):
+        load(files)
+
+
+def test_what_an_absent_file_of_t5x_would_give_is_not_missed(real_names, write):
+    own = write("own.gin", "include 't5x/configs/runs/eval.gin'\nDEPTH = %UNKNOWN\nimport t5x")
+    with pytest.raises(ConfigError) as caught:
+        load([own], ["OTHER=1"])
+    first, second = caught.value.problems
+    assert "here it is 'runs/eval.gin'" in first and "a T5X line: remove it" in second
 
 
 @pytest.mark.parametrize(
@@ -151,6 +163,7 @@ def test_an_included_file_of_t5x_names_the_file_that_includes_it(real_names, t5x
 
 
 def test_a_file_of_ones_own_in_a_folder_named_t5x_is_read(real_names, write):
+    assert stale.explain_file("/home/me/t5x/own.gin") is None
     assert load([write("t5x/configs/own.gin", "DEPTH = 3")]).macro("DEPTH") == 3
 
 

@@ -226,17 +226,22 @@ def load(
         T5X lines with their new form.
     """
     parsed = Bindings()
+    absent: list[str] = []
     for name in gin_files:
         try:
             add_file(name, search_paths, parsed)
         except FileNotFoundError as error:
             advice = stale.explain_file(name)
-            raise FileNotFoundError(advice or str(error)) from None
+            if advice is None:
+                raise FileNotFoundError(str(error)) from None
+            absent.append(advice)
+    if absent:
+        raise FileNotFoundError("; ".join(dict.fromkeys([*parsed.t5x_files, *absent])))
     for text in bindings:
         add_flag(text, parsed)
     if parsed.t5x_files:
         # What else would be missed, those files would have given.
-        raise ConfigError(parsed.t5x_files)
+        raise ConfigError(parsed.t5x_files + parsed.problems)
     if before_imports is not None and (foreign := outside.modules(parsed)):
         before_imports(foreign)
     import_modules(parsed)

@@ -242,7 +242,8 @@ def add_file(
             try:
                 add_file(statement.filename, search_paths, into, beside=path, chain=(*chain, path))
             except FileNotFoundError as error:
-                into.problems.append(f"{place}: {advice or error}")
+                said = into.problems if advice is None else into.t5x_files
+                said.append(f"{place}: {advice or error}")
         elif isinstance(statement, config_parser.ImportStatement):
             _add_import(statement, place, into)
         elif isinstance(statement, config_parser.BindingStatement):

@@ -155,8 +155,8 @@ def explain_import(module: str) -> str | None:
 
 def explain_file(name: str) -> str | None:
     """The shipped file that stands for a T5X or Flaxformer one; None where there is none."""
-    if not re.match(r"(.*/)?(t5x|flaxformer)/", name):
-        return None
+    if not re.match(r"(t5x|flaxformer)/", name) and not _TREES.match(name):
+        return None  # A file of one's own may lie below a folder of that name.
     for pattern, replacement in _FILES:
         match = re.fullmatch(pattern, name)
         if match:

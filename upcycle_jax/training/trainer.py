@@ -55,10 +55,5 @@ class Trainer:
                 f"Trainer.num_microbatches is {self.num_microbatches}: give a positive number, or"
                 " None for 1"
             )
-        if self.microbatch_groups not in ("of_batch", "of_microbatch"):
-            raise ValueError(
-                f"Trainer.microbatch_groups is {self.microbatch_groups!r}: choose 'of_batch' or"
-                " 'of_microbatch'"
-            )
         if self.non_finite not in list(NonFinite):
             raise ValueError(f"Trainer.non_finite is {self.non_finite!r}: choose 'stop' or 'skip'")
