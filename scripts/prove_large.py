@@ -19,6 +19,8 @@ import time
 
 import numpy as np
 
+from upcycle_jax import byte_sizes
+
 SIZES = ("tiny", "small", "base", "large", "xl", "xxl")
 STAGES = ("make", "upcycle", "prove", "function")
 
@@ -147,7 +149,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="xl")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
-    parser.add_argument("--max_memory", type=int, default=2 << 30, help="bytes of arrays to hold")
+    parser.add_argument("--max_memory", type=byte_sizes.flag, default=2 << 30, help="of arrays")
     parser.add_argument(
         "--limit", type=float, default=8.0, help="GiB of memory that a stage may use"
     )

@@ -17,17 +17,27 @@ from upcycle_jax.types import Batch, PyTree
 
 
 def steps(config: T5Config) -> list[Step]:
-    """The steps of a model with these settings."""
+    """The steps of a model with these settings.
+
+    What knows of no experts has the dense model's settings, so that a sparse model and the dense
+    one that it is made of share those programs.
+    """
     config = dataclasses.replace(config.unrolled, dropout_rate=0.0)
+    dense, t5x_mode = config.dense, config.moe is not None and config.moe.t5x_mode
     table = "token_embedder"
     before = (table, "encoder/relpos_bias", "decoder/relpos_bias")
     after = ("decoder/decoder_norm", table if config.logits_via_embedding else _LOGITS)
     return [
-        Step("embedding and position biases", False, _in_place(before), _Inputs(config)),
+        Step(
+            "embedding and position biases",
+            False,
+            _in_place(before),
+            _Inputs(config if t5x_mode else dense),
+        ),
         *(_layer(config, "encoder", i) for i in range(config.num_encoder_layers)),
-        Step("encoder_norm", False, _in_place(["encoder/encoder_norm"]), _Encoded(config)),
+        Step("encoder_norm", False, _in_place(["encoder/encoder_norm"]), _Encoded(dense)),
         *(_layer(config, "decoder", i) for i in range(config.num_decoder_layers)),
-        Step("logits", False, _in_place(after), _Logits(config)),
+        Step("logits", False, _in_place(after), _Logits(dense)),
     ]
 
 
@@ -60,7 +70,7 @@ def _layer(config: T5Config, stack: Stack, number: int) -> Step:
         name,
         True,
         {name: "layer"},
-        program(config, sparse),
+        program(config if sparse else config.dense, sparse),
         experts=f"{name}/mlp/expert" if sparse else "",
         moe=moe_layer(config, stack, parent=None) if sparse else None,
     )
