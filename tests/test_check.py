@@ -1,5 +1,6 @@
 """The check finds what would stop a run, all of it at once, and writes nothing."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -7,7 +8,7 @@ import types
 
 import pytest
 
-from upcycle_jax import check
+from upcycle_jax import check, leases
 from upcycle_jax.config import load
 from upcycle_jax.config import run_check as check_module
 
@@ -121,6 +122,21 @@ def test_what_would_stop_the_run_is_a_problem(run_check, bindings, message):
     code, out = run_check(*bindings)
     assert code == 1
     assert any(re.search(message, line) for line in out.splitlines()), out
+
+
+def test_a_training_that_is_at_work_is_a_problem_and_one_long_silent_a_fact(run_check, tmp_path):
+    file = tmp_path / "taken" / leases.TRAINING_LEASE
+    taken = f"MODEL_DIR='{tmp_path / 'taken'}'"
+    with leases.hold(file, what="it", remedy="wait"):
+        code, out = run_check(taken)
+        assert code == 1
+        assert re.search(r"PROBLEM  MODEL_DIR: MODEL_DIR .*taken is in use: process \d+ on", out)
+    file.parent.mkdir()
+    file.write_text('{"host": "node7", "pid": 4711, "since": "yesterday"}')
+    os.utime(file, (1e9, 1e9))
+    code, out = run_check(taken)
+    assert code == 0 and "the lease of process 4711 on host node7, since yesterday" in out
+    assert sorted(file.parent.iterdir()) == [file]
 
 
 def test_problems_of_different_kinds_are_found_together(run_check):

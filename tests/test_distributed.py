@@ -178,6 +178,13 @@ try:
     d.require_equal("configuration", f"differs {index}")
 except ValueError as error:
     print(error)
+print("decided", d.first_decides("lease", lambda: f"by {index}"))
+def refuse():
+    raise ValueError(f"process {index} says no")
+try:
+    d.first_decides("lease", refuse)
+except ValueError as error:
+    print(error)
 if index == 0:
     try:
         d.barrier("a/b", timeout_seconds=1)
@@ -200,6 +207,8 @@ def test_two_processes_compute_together_agree_and_name_who_is_missing():
             "configuration is not the same in all 2 processes; not as in process 0: process 1"
             in output
         )
+        assert f"decided {'by 0' if index == 0 else None}" in output
+        assert "process 0 says no" in output
     assert "barrier 'a/b': process 1 did not come within 1 s (1 of 2 there)" in results[0][1]
 
 

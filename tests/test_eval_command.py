@@ -19,6 +19,7 @@ from upcycle_jax.config import load
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import task_examples
 from upcycle_jax.inference.decoding import Greedy
+from upcycle_jax.training import holding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
@@ -303,3 +304,14 @@ def test_shots_are_before_the_inputs_of_the_own_metrics(run, tmp_path, capsys):
     assert average["average"] == pytest.approx((own + again["exact_match"]) / 2, rel=1e-4)
     line = rows_of(tmp_path / "inference_eval" / "small_parity-5.jsonl")[3]
     assert line["input"]["inputs_pretokenized"].count("small_parity") == 3
+
+
+def test_an_evaluation_beside_another_of_the_same_mixture_is_refused(run, tmp_path, capsys):
+    given = [f"CHECKPOINT_PATH='{run[0]}'", f"EVAL_OUTPUT_DIR='{tmp_path}'"]
+    folder = tmp_path / "inference_eval"
+    with holding.hold_results(folder, "small_parities", setting="EVAL_OUTPUT_DIR"):
+        before = sorted(tmp_path.rglob("*"))
+        words = flags("eval", *given, "MIXTURE_OR_TASK_NAME='small_parities'")
+        assert eval_command.main(words) == 2
+        assert f"small_parities in {folder} is in use: process" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before

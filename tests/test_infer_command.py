@@ -19,6 +19,7 @@ from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import as_json, task_examples
 from upcycle_jax.inference import predictions, ranking, running
 from upcycle_jax.inference.json_lines import json_line
+from upcycle_jax.training import holding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
@@ -276,3 +277,14 @@ def test_an_answer_of_score_nan_is_not_ranked():
 def test_features_become_json():
     value = {"a": b"caf\xc3\xa9", "b": np.int64(3), "c": np.array([[1.5]]), "d": (True, None)}
     assert as_json(value) == {"a": "café", "b": 3, "c": [[1.5]], "d": [True, None]}
+
+
+def test_a_call_beside_another_is_refused_for_its_part_alone(checkpoint, tmp_path, capsys):
+    name = f"{NAME}-score-00000-of-00002"
+    with holding.hold_results(tmp_path, name, setting="INFER_OUTPUT_DIR"):
+        before = sorted(tmp_path.iterdir())
+        shard = ["MODE='score'", "NUM_SHARDS=2", "NUM_EXAMPLES=3"]
+        assert infer(checkpoint, tmp_path, *shard, "SHARD_ID=0")[0] == 2
+        assert f"{name} in {tmp_path} is in use: process" in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
+        assert infer(checkpoint, tmp_path, *shard, "SHARD_ID=1")[0] == 0

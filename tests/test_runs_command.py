@@ -228,3 +228,15 @@ def test_manifests_and_metrics_of_wrong_types_are_listed_or_left_out(tmp_path, m
     assert runs.main([str(tmp_path)]) == 0
     assert runs.main([str(tmp_path), "--json"]) == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds_ago", "state"), [(290, "running"), (310, "stopped")])
+def test_a_run_of_another_machine_is_judged_by_its_heartbeat(tmp_path, seconds_ago, state):
+    """Its last report is long ago: it may be evaluating."""
+    elsewhere = {"host": "elsewhere", "pid": 1, "start_ticks": 1}
+    folder = make_run(tmp_path / "run", process=elsewhere, seconds_ago=7200, gap=3600)
+    lease = folder / ".training_lease.json"
+    lease.write_text(json.dumps(elsewhere))
+    os.utime(lease, (NOW - seconds_ago, NOW - seconds_ago))
+    status = status_of(folder)
+    assert status.state == state and status.last_sign == NOW - seconds_ago

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from upcycle_jax import leases
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.conversion import convert_to_orbax
 from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
@@ -325,3 +326,13 @@ def test_untied_logits_survive_transformers(tmp_path, t5_folder):
         hidden.numpy() @ tensors["lm_head.weight"].T,
         atol=1e-5,
     )
+
+
+def test_a_second_writer_of_a_folder_is_refused(tmp_path, t5_folder):
+    t5_folder(tmp_path / "hf")
+    with (
+        leases.hold(tmp_path / ".out.lease.json", what="it", remedy="wait"),
+        pytest.raises(leases.InUseError, match="out is in use: process"),
+    ):
+        write_huggingface(open_checkpoint(tmp_path / "hf"), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

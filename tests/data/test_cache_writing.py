@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from upcycle_jax import cache_tasks, check
+from upcycle_jax import cache_tasks, check, leases
 from upcycle_jax.data import DatasetConfig, cache_format, configure
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
@@ -266,7 +266,7 @@ def test_unfinished_work_of_something_else_is_told(cache, tmp_path, capsys):
         ),
         (
             ["--tasks=small_sums", "--output_cache_dir=/dev/null/cache"],
-            r"cannot be written below /dev/null/cache .*: free space or choose",
+            r"in /dev/null/cache cannot be written to .*: choose another --output_cache_dir",
         ),
     ],
 )
@@ -535,3 +535,18 @@ def test_seqios_own_cache_is_read_and_left_alone(cache, tasks, tmp_path, capsys)
         in capsys.readouterr().err
     )
     assert (folder / "COMPLETED").exists()
+
+
+def test_a_call_beside_another_is_refused_and_a_finished_cache_needs_no_lease(
+    cache, tmp_path, capsys
+):
+    folder = tmp_path / "cache"
+    lease = {"what": "it", "remedy": "wait"}
+    with leases.hold(folder / ".small_sums.lease.json", **lease):
+        before = sorted(folder.iterdir())
+        assert cache("small_sums") == 2
+        assert "the cache of 'small_sums' in" in capsys.readouterr().err
+        assert sorted(folder.iterdir()) == before
+    assert cache("small_sums") == 0
+    with leases.hold(folder / ".small_sums.lease.json", **lease):
+        assert cache("small_sums") == 0

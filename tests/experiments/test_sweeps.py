@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from upcycle_jax import leases
 from upcycle_jax.config import load, search
 from upcycle_jax.experiments import sweeps_jobs, sweeps_run, sweeps_state
 from upcycle_jax.experiments.sweeps import Stage, Sweep, gin_text
@@ -559,3 +560,15 @@ def test_the_study_in_the_documentation_can_be_built(tmp_path):
         100,
         400,
     }
+
+
+def test_a_cell_that_trains_elsewhere_is_waited_for(tmp_path):
+    """On another machine, whose lock is not seen here; a lease that ended long ago is none."""
+    dense, *_ = fake_sweep.study(tmp_path).cells()
+    lease = pathlib.Path(dense.folder) / leases.TRAINING_LEASE
+    assert not sweeps_run._trains_elsewhere(dense)
+    lease.parent.mkdir(parents=True)
+    lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start_ticks": 1}))
+    assert sweeps_run._trains_elsewhere(dense)
+    os.utime(lease, (time.time() - 90, time.time() - 90))
+    assert not sweeps_run._trains_elsewhere(dense)

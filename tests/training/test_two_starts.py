@@ -1,8 +1,10 @@
 """Two starts in one MODEL_DIR, a start after another run's, and a disk that fills."""
 
+import contextlib
 import errno
 import json
 import os
+import subprocess
 import time
 
 import pytest
@@ -91,7 +93,7 @@ def test_a_run_whose_lease_is_stolen_writes_nothing_more(start, tmp_path, bags):
         def batch(self, k):
             if k == 3:
                 thief = {"host": "thief", "pid": 7, "since": "now", "token": "x"}
-                (folder / holding.LEASE_FILE).write_text(json.dumps(thief))
+                (folder / leases.TRAINING_LEASE).write_text(json.dumps(thief))
                 time.sleep(0.2)  # for the save of step 2
                 seen.append(content(folder))
             return super().batch(k)
@@ -101,7 +103,7 @@ def test_a_run_whose_lease_is_stolen_writes_nothing_more(start, tmp_path, bags):
     after = content(folder)
     assert {path for path in after if "checkpoint_4" in str(path)} == set()
     assert after[folder / "manifest.json"] == seen[0][folder / "manifest.json"]  # not 'failed'
-    assert json.loads((folder / holding.LEASE_FILE).read_text())["host"] == "thief"
+    assert json.loads((folder / leases.TRAINING_LEASE).read_text())["host"] == "thief"
 
 
 # A start after another run's.
@@ -226,3 +228,40 @@ def test_a_save_that_was_cut_short_counts_as_room(tmp_path, monkeypatch):
     prepare.check_model_dir(epath.Path(tmp_path), checkpoint_bytes=1000)
     with pytest.raises(ValueError, match="free space"):
         prepare.check_model_dir(epath.Path(tmp_path), checkpoint_bytes=1200)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may mount a small disk"
+)
+def test_a_real_disk_that_fills_during_a_save(start, tmp_path, capfd, bags):
+    """A file system of 2 MiB, which other data fill between two saves."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+
+        class Filling(bags.Dataset):
+            def batch(self, k):
+                if k == 3:
+                    time.sleep(0.5)  # for the save of step 2
+                    room = os.statvfs(disk)
+                    with contextlib.suppress(OSError):
+                        (disk / "ballast").write_bytes(bytes(room.f_bavail * room.f_frsize))
+                return super().batch(k)
+
+        arguments = {"model_dir": disk / "run", "steps": 8, "train_dataset_cfg": Filling()}
+        with pytest.raises(DiskFullError, match="No space left on device"):
+            start(**arguments)
+        assert "Traceback" not in capfd.readouterr().err
+        assert (disk / "run" / "checkpoint_2").exists()
+        with pytest.raises(ValueError, match="free space"):
+            start(**arguments)
+        (disk / "ballast").unlink()
+        assert start(**arguments | {"train_dataset_cfg": bags.Dataset()}).start == "resume"
+        assert steps_of(disk / "run" / "train" / "metrics.jsonl") == list(range(1, 9))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from upcycle_jax import leases
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
@@ -209,16 +210,21 @@ def write_huggingface(
     stored = np.dtype(dtype or specs[f"{TARGET}token_embedder/embedding"].dtype)
     config = huggingface_config(dimensions, stored, reader.model_settings())
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
-    check_unfinished(partial, HUGGINGFACE_FILES)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write_weights(reader, names, specs, partial, dtype, shard_bytes, progress)
-    except ValueError:  # damage in the source, or a value that the dtype cannot hold
+    with leases.hold(
+        final.with_name(f".{final.name}.lease.json"),
+        what=str(final),
+        remedy="choose another output path",
+    ):
+        check_unfinished(partial, HUGGINGFACE_FILES)
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    os.rename(partial, final)
+        partial.mkdir(parents=True)
+        try:
+            _write_weights(reader, names, specs, partial, dtype, shard_bytes, progress)
+        except ValueError:  # damage in the source, or a value that the dtype cannot hold
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        os.rename(partial, final)
     return final
 
 

@@ -3,6 +3,7 @@ module that imports orbax.
 """
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +26,16 @@ from upcycle_jax.types import PyTree
 DATASET_ITEM = "dataset"
 COMMIT_MARK = "commit_success.txt"
 _TEMPORARY = re.compile(rf"checkpoint_\d+{re.escape(ORBAX_TEMPORARY)}.*")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not so for the traceback that Orbax logs when a save in the background fails: the error is
+    raised again by the next call of the manager, and one place reports it.
+    """
+    return "_SignalingThread.run() raised" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class Saveable(Protocol):

@@ -14,7 +14,7 @@ from etils import epath
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
 from upcycle_jax.models import accounting
-from upcycle_jax.training import prepare
+from upcycle_jax.training import holding, prepare
 from upcycle_jax.training.train_state import PARAM_STATES, TARGET, state_specs
 
 GIB = 2**30
@@ -153,7 +153,10 @@ def _model_dir(arguments: dict[str, Any]) -> str:
         if arguments["checkpoint_cfg"].save is not None
         else 0
     )
-    return prepare.check_model_dir(epath.Path(arguments["model_dir"]), checkpoint_bytes=size)
+    model_dir = epath.Path(arguments["model_dir"])
+    found = prepare.check_model_dir(model_dir, checkpoint_bytes=size)
+    earlier = holding.training_in(model_dir)
+    return f"{found}; {earlier}" if earlier else found
 
 
 def _divides(model: Any, partitioner: Any, trainer: Any) -> str:

@@ -20,6 +20,7 @@ import seqio
 import tensorflow as tf
 from array_record.python import array_record_module
 
+from upcycle_jax import leases
 from upcycle_jax.data import cache_format, cached_steps, fingerprints, resolve, seqio_source
 from upcycle_jax.data.cache_format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
 from upcycle_jax.data.cached_views import DENOISE
@@ -361,20 +362,35 @@ def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -
     is left as it is.
 
     Raises:
-      ValueError: the task has no such split or cannot be cached, or the folder holds something
-        else, cannot be written to or is full.
+      ValueError: the task has no such split or cannot be cached, the folder holds something else,
+        cannot be written to or is full, or another call is writing the same cache.
     """
     plan = _plan(task, config, options)
     folder = options.folder / cache_format.folder_name(task.name)
     existing = _existing(folder, plan, overwrite=options.overwrite)
-    if existing is not None:
-        if options.verify:
-            existing.verify()
-        options.report(
-            f"{task.name}: cached already at"
-            f" {folder}{', every file as it was written' if options.verify else ''}"
-        )
-        return existing
+    if existing is None:
+        with leases.hold(
+            folder.with_name(f".{folder.name}.lease.json"),
+            what=f"the cache of {task.name!r} in {options.folder}",
+            remedy="choose another --output_cache_dir",
+        ):
+            # Another call may have written it until now.
+            existing = _existing(folder, plan, overwrite=options.overwrite)
+            if existing is None:
+                return _write_task(plan, folder, config, options)
+    if options.verify:
+        existing.verify()
+    options.report(
+        f"{task.name}: cached already at"
+        f" {folder}{', every file as it was written' if options.verify else ''}"
+    )
+    return existing
+
+
+def _write_task(
+    plan: _Plan, folder: pathlib.Path, config: DatasetConfig, options: CacheOptions
+) -> CachedTask:
+    task = plan.task
     if plan.division.frozen:
         options.report(
             f"{task.name}: these steps run once and are the same in every epoch:"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from upcycle_jax import leases
 from upcycle_jax.experiments.results import MANIFEST, METRICS, read_rows
 from upcycle_jax.leases.process_record import is_alive
 from upcycle_jax.printing import printable, printable_lines
@@ -23,9 +24,13 @@ NOT_ENTERED = re.compile(
 )
 """Folders in which no MODEL_DIR lies."""
 
+LEASE_SILENCE = 300.0
+"""A run on another machine that holds a lease counts as stopped after five minutes without a
+heartbeat: those come every 15 s, and the clocks of machines differ.
+"""
 LEAST_SILENCE = 600.0
 SILENT_PERIODS = 10
-"""A run on another machine counts as stopped after ten reporting periods, and at least ten minutes,
+"""One that holds none (of an older version) counts as stopped after ten reporting periods, and at least ten minutes,
 without a sign of life.
 """
 
@@ -139,12 +144,15 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
         for row in found[-1:]
         if (stamp := _stamp(row)) is not None
     ]
-    last_sign = max(times)
+    holder = leases.look(model_dir / leases.TRAINING_LEASE)
+    last_sign = max(times if holder is None else [*times, holder.renewed])
     manifest, problem = _read_manifest(model_dir / MANIFEST)
     if not problem and ("status" not in manifest or "start_step" not in manifest):
         return None
     state, why = (
-        (State.FAILED, problem) if problem else _judge(manifest, rows, silence=now - last_sign)
+        (State.FAILED, problem)
+        if problem
+        else _judge(manifest, rows, silence=now - last_sign, has_lease=holder is not None)
     )
     steps = [row["step"] for found in (rows, *evaluations.values()) for row in found[-1:]]
     return RunStatus(
@@ -197,7 +205,11 @@ def _process(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _judge(
-    manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, silence: float
+    manifest: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    silence: float,
+    has_lease: bool = False,
 ) -> tuple[State, str]:
     """What the manifest says, believed only as far as it can be: a run that was killed left it at
     'running'.
@@ -220,6 +232,7 @@ def _judge(
     stamps = [stamp for row in rows if (stamp := _stamp(row)) is not None]
     gaps = [after - before for before, after in itertools.pairwise(stamps) if after > before]
     limit = max(LEAST_SILENCE, SILENT_PERIODS * statistics.median(gaps)) if gaps else LEAST_SILENCE
+    limit = LEASE_SILENCE if has_lease else limit
     if silence > limit:
         return State.STOPPED, f"no sign of life for {in_words(silence)}"
     return State.RUNNING, f"last sign of life {in_words(silence)} ago"

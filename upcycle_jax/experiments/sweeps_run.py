@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from upcycle_jax import leases
 from upcycle_jax.experiments import sweeps_state
 from upcycle_jax.experiments.sweeps import Cell, Sweep
 
@@ -97,6 +98,14 @@ def try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _trains_elsewhere(cell: Cell) -> bool:
+    """Whether a training in the cell's folder seems to live: of a sweep on another machine, whose
+    locks may not be seen here, or started by hand. A second one would be refused.
+    """
+    holder = leases.look(Path(cell.folder) / leases.TRAINING_LEASE)
+    return cell.command == "train" and holder is not None and holder.seems_alive(time.time())
 
 
 class Runner:
@@ -220,6 +229,9 @@ class Runner:
             if any(name in self._cells and name not in self._finished for name in cell.needs):
                 continue
             lock = try_lock(self._root / "locks" / cell.name)
+            if lock is not None and _trains_elsewhere(cell):
+                os.close(lock)
+                lock = None
             if lock is None:
                 continue  # another sweep, or what an earlier one left, runs it: look again later
             if sweeps_state.is_finished(cell):

@@ -20,7 +20,7 @@ from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.generation import DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training import batches, prepare
+from upcycle_jax.training import batches, full_disk, holding, prepare
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.metric_writers import MetricWriter
 from upcycle_jax.types import PyTree
@@ -125,8 +125,8 @@ def evaluate(
 
     Raises:
       FileNotFoundError: no checkpoint is there.
-      ValueError: settings that cannot run, or a checkpoint of another model, that is damaged or
-        has NaN in its parameters.
+      ValueError: settings that cannot run, a checkpoint of another model, a damaged one or one with
+        NaN, a full disk, or another evaluation of the mixture that is at work in output_dir.
     """
     _check_choices(num_examples, answering)
     layout = batches.data_layout(partitioner, dataset_cfg.batch_size)
@@ -163,27 +163,38 @@ def evaluate(
     )
     found = task_examples(dataset_cfg, few_shot)
     tasks = {task.name: _Task(evaluation, task, is_one_of_many=len(found) > 1) for task in found}
+    name = dataset_cfg.mixture_or_task_name
+    with (
+        full_disk.explained(f"{output_dir}/{FOLDER}", kept="Finished steps are kept"),
+        holding.hold_results(evaluation.output_dir, name, setting="EVAL_OUTPUT_DIR"),
+    ):
+        _write_files(evaluation, files or {})
+        given = {}
+        if teacher_forced:
+            given = dataset_cfg.eval_batches(
+                num_batches=teacher_forced_batches,
+                process_index=layout.shard,
+                process_count=layout.num_shards,
+            )
+        evaluator = Evaluator(model, partitioner, num_shards=layout.num_shards)
+        results = {}
+        for reader in readers:
+            if skip_evaluated and _is_evaluated(evaluation, tasks, reader.step):
+                _log.info("step %d has been evaluated", reader.step)
+                continue
+            results[reader.step] = _one_checkpoint(evaluation, reader, tasks, evaluator, given)
+    return results
+
+
+def _is_evaluated(evaluation: _Evaluation, tasks: Mapping[str, "_Task"], step: int) -> bool:
+    return all(_writer(evaluation, name).has_step(step) for name in _written(evaluation, tasks))
+
+
+def _write_files(evaluation: _Evaluation, files: Mapping[str, str]) -> None:
     if distributed.is_first():
         evaluation.output_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in (files or {}).items():
+        for name, text in files.items():
             (evaluation.output_dir / name).write_text(text)
-    given = {}
-    if teacher_forced:
-        given = dataset_cfg.eval_batches(
-            num_batches=teacher_forced_batches,
-            process_index=layout.shard,
-            process_count=layout.num_shards,
-        )
-    evaluator = Evaluator(model, partitioner, num_shards=layout.num_shards)
-    results = {}
-    for reader in readers:
-        if skip_evaluated and all(
-            _writer(evaluation, name).has_step(reader.step) for name in _written(evaluation, tasks)
-        ):
-            _log.info("step %d has been evaluated", reader.step)
-            continue
-        results[reader.step] = _one_checkpoint(evaluation, reader, tasks, evaluator, given)
-    return results
 
 
 def _check_choices(num_examples: int | None, answering: str) -> None:

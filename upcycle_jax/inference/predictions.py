@@ -2,6 +2,7 @@
 survive an interruption.
 """
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -22,7 +23,7 @@ from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training import batches, prepare
+from upcycle_jax.training import batches, full_disk, holding, prepare
 
 if TYPE_CHECKING:
     from upcycle_jax.data.examples import TaskExamples
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
+KEPT = "Finished batches are kept"
 
 
 class Mode(enum.StrEnum):
@@ -114,7 +116,8 @@ def infer(
     Raises:
       FileNotFoundError: no checkpoint is there.
       ValueError: settings that cannot run, a checkpoint of another model, one that is damaged or
-        has NaN in its parameters, or work of other settings in output_dir.
+        has NaN in its parameters, a full disk, or work of other settings or of a call that is under
+        way in output_dir.
     """
     _check_numbers(mode, checkpoint_period, shard_id, num_shards)
     batches.data_layout(partitioner, dataset_cfg.batch_size)
@@ -191,11 +194,12 @@ def _check_numbers(mode: str, checkpoint_period: int, shard_id: int, num_shards:
 
 
 def _check_tasks(job: "_Job", tasks: Sequence["TaskExamples"], rank_options: Any) -> None:
-    """Raises a ValueError where work of other settings is in the way of a task, or its first
-    example does not say which answers it allows and they are to be ranked.
+    """Raises a ValueError where work of other settings or of another call that lives is in the way
+    of a task, or its first example does not say which answers it allows and they are to be ranked.
     """
     for task in tasks:
         job.check(task.name)
+        job.refuse_if_held(task.name)
         for example in task.examples(1) if job.mode == Mode.RANK else ():
             task.options(example, rank_options)
 
@@ -213,10 +217,28 @@ def _infer_task(
     """Writes the chunks of one task that are not there yet, then the file; returns the number of
     examples computed.
     """
-    if job.file(task.name).exists():
-        _log.info("%s is there already", job.file(task.name))
-        job.remove_chunks(task.name)
-        return 0
+    if not job.file(task.name).exists():
+        with full_disk.explained(str(job.output_dir), kept=KEPT), job.hold(task.name):
+            job.check(task.name)  # Another call may have worked on it until now.
+            if not job.file(task.name).exists():
+                return _infer_chunks(
+                    job, task, runner, params, examples, batches_per_chunk, whole, rank_options
+                )
+    _log.info("%s is there already", job.file(task.name))
+    job.remove_chunks(task.name)
+    return 0
+
+
+def _infer_chunks(
+    job: "_Job",
+    task: "TaskExamples",
+    runner: running.Runner,
+    params: Any,
+    examples: Any,
+    batches_per_chunk: int,
+    whole: bool,
+    rank_options: Any,
+) -> int:
     started, count = time.monotonic(), 0
     finished = job.begin(task.name)
     if finished:
@@ -337,12 +359,26 @@ class _Job:
                 + ", or choose another INFER_OUTPUT_DIR"
             )
 
+    def _lease(self, task: str) -> str:
+        return f"{task}-{self.mode}-{self.part}"
+
+    def hold(self, task: str) -> contextlib.AbstractContextManager[holding.Hold]:
+        """The lease of one task's part: other parts and tasks are other calls' to write."""
+        return holding.hold_results(self.output_dir, self._lease(task), setting="INFER_OUTPUT_DIR")
+
+    def refuse_if_held(self, task: str) -> None:
+        """Raises a ValueError where another call that lives works on the task."""
+        holding.refuse_if_results_held(
+            self.output_dir, self._lease(task), setting="INFER_OUTPUT_DIR"
+        )
+
     def write_files(self, files: Mapping[str, str]) -> None:
         """Leaves small files in the output folder."""
         if distributed.is_first():
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                (self.output_dir / name).write_text(text)
+            with full_disk.explained(str(self.output_dir), kept=KEPT):
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                for name, text in files.items():
+                    (self.output_dir / name).write_text(text)
 
     def begin(self, task: str) -> int:
         """Makes the folder of chunks; returns how many of them are finished."""

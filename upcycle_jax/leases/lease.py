@@ -43,6 +43,9 @@ from upcycle_jax.leases.process_record import is_alive, this_process
 
 _log = logging.getLogger(__name__)
 
+TRAINING_LEASE = ".training_lease.json"
+"""The lease's file in MODEL_DIR, while a training runs."""
+
 HEARTBEAT_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 """A lease without a heartbeat for this long has ended: four were missed."""
@@ -103,6 +106,11 @@ class Holder:
     def silence(self, now: float) -> float:
         """Seconds since the last heartbeat, by two clocks where it runs on another machine."""
         return max(0.0, now - self.renewed)
+
+    def seems_alive(self, now: float) -> bool:
+        """Whether its process runs or, where that cannot be seen, there was a heartbeat lately."""
+        alive = self.is_alive()
+        return abs(now - self.renewed) < LEASE_SECONDS if alive is None else alive
 
     def describe(self, now: float) -> str:
         """`process 4711 on host node7, since 2026-01-31T12:00:00+00:00, last heartbeat 4 s ago`."""
@@ -410,7 +418,7 @@ def refuse_if_held(file: os.PathLike | str, *, what: str, remedy: str) -> str | 
     if found is None or found.is_alive() is False:
         return None
     who = found.describe(time.time())
-    if found.is_alive() or found.silence(time.time()) < LEASE_SECONDS:
+    if found.seems_alive(time.time()):
         raise InUseError(f"{what} is in use: {who}. Wait until it ends, stop it, or {remedy}")
     return (
         f"the lease of {who} has ended: a start watches it for {LEASE_SECONDS:.0f} s and takes over"

@@ -8,9 +8,6 @@ from etils import epath
 
 from upcycle_jax import distributed, leases
 
-LEASE_FILE = ".training_lease.json"
-"""In MODEL_DIR, while a training runs."""
-
 
 class Hold:
     """The right to write, as one process of a run has it: only process 0 can find it lost; where it
@@ -49,7 +46,7 @@ def hold(file: os.PathLike | str, *, what: str, remedy: str) -> Iterator[Hold]:
 def hold_model_dir(model_dir: os.PathLike | str) -> contextlib.AbstractContextManager[Hold]:
     """The lease of a training in MODEL_DIR."""
     return hold(
-        epath.Path(model_dir) / LEASE_FILE,
+        epath.Path(model_dir) / leases.TRAINING_LEASE,
         what=f"MODEL_DIR {model_dir}",
         remedy="choose another folder",
     )
@@ -65,7 +62,38 @@ def training_in(model_dir: os.PathLike | str) -> str | None:
       ValueError: a training that lives holds it (`leases.InUseError`).
     """
     return leases.refuse_if_held(
-        epath.Path(model_dir) / LEASE_FILE,
+        epath.Path(model_dir) / leases.TRAINING_LEASE,
         what=f"MODEL_DIR {model_dir}",
         remedy="choose another folder",
     )
+
+
+def hold_results(
+    folder: os.PathLike | str, name: str, *, setting: str
+) -> contextlib.AbstractContextManager[Hold]:
+    """The lease of what a call writes under a name in a folder that others write to as well.
+
+    Args:
+      folder: where.
+      name: of the results, e.g. '<task>-<mode>-<part>'.
+      setting: the setting that names the folder, for messages.
+    """
+    return hold(_results_file(folder, name), **_results(folder, name, setting))
+
+
+def refuse_if_results_held(folder: os.PathLike | str, name: str, *, setting: str) -> None:
+    """Raises a ValueError, in every process, where `hold_results` would find a holder that
+    lives; writes nothing.
+    """
+    file, words = _results_file(folder, name), _results(folder, name, setting)
+    distributed.first_decides(
+        f"look at the lease of {name}", lambda: leases.refuse_if_held(file, **words)
+    )
+
+
+def _results_file(folder: os.PathLike | str, name: str) -> epath.Path:
+    return epath.Path(folder) / f".{name.replace('/', '_')}.lease.json"
+
+
+def _results(folder: os.PathLike | str, name: str, setting: str) -> dict[str, str]:
+    return {"what": f"{name} in {folder}", "remedy": f"choose another {setting}"}

@@ -2,6 +2,7 @@
 reports and for refusing strangers.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -100,8 +101,13 @@ def write_text(path: epath.Path, text: str) -> None:
     """
     if jax.process_index() == 0:
         temporary = path.parent / f".{path.name}.writing"
-        temporary.write_text(text)
-        temporary.replace(path)
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def update(model_dir: epath.PathLike, **entries: Any) -> None:
