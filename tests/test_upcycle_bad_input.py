@@ -225,7 +225,7 @@ def test_outputs_that_would_change_the_source_or_cannot_be(dense, tmp_path, caps
         f"{dense}/state/d": f"lies inside the source {dense}",
         tmp_path / "nowhere": "is a link to",
         tmp_path / "a\\\\b": "backslash",
-        tmp_path / ("n" * 300): "too long",
+        tmp_path / ("n" * 245): "too long",
     }.items():
         assert said in refused(capsys, dense, output)
         assert upcycle.main([*words(dense, output), "--dry_run"]) == 2

@@ -57,6 +57,8 @@ def upcycle(lab: Lab, subjects: Subjects, trials: int) -> Iterator[Outcome]:
             killed += 1
             if done.code not in (-9, 0):
                 yield Outcome(f"upcycle, {mode}", f"exit {done.code}: {done.last_line}")
+            if (output / "proof.json").exists():
+                break  # This kill came too late.
         label = f"upcycle, {mode}, killed after {', '.join(f'{m:.2f}' for m in moments)} s"
         done = lab.run("upcycle", *words)
         problem = ""
