@@ -2,8 +2,9 @@
 layers, expert by expert.
 """
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from upcycle_jax import trees
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
 from upcycle_jax.models.layerwise import Step
-from upcycle_jax.surgery.progress import Meter
+from upcycle_jax.surgery.progress import Meter, threads
 from upcycle_jax.surgery.sources import Reader
 from upcycle_jax.types import PyTree
 
@@ -72,10 +73,11 @@ class LayerWeights:
         Raises:
           KeyError, ValueError: a leaf is missing or cannot be read.
         """
-        arrays = {}
-        for path, place in self._paths(step).items():
-            arrays[place] = jnp.asarray(self._read(path), jnp.float32)
-        return trees.unflatten(arrays)
+        places = self._paths(step)
+        arrays = self._read(list(places))
+        return trees.unflatten(
+            {place: jnp.asarray(arrays.pop(path), jnp.float32) for path, place in places.items()}
+        )
 
     def experts(self, step: Step) -> Iterator[Expert]:
         """The experts of a step's MoE layer, each once: of those that share their stored bytes,
@@ -88,7 +90,7 @@ class LayerWeights:
         groups = {group[0]: group for group in self._groups(step)}
         for block in _runs(sorted(groups), at_a_time):
             index = (slice(block.start, block.stop),)
-            arrays = {path: self._read(path, index) for path in leaves}
+            arrays = self._read(list(leaves), index)
             for number in block:
                 members = np.zeros(total, bool)
                 members[groups[number]] = True
@@ -140,11 +142,19 @@ class LayerWeights:
     def _nbytes(self, path: str) -> int:
         return self._stored[f"target/{path}"].nbytes
 
-    def _read(self, path: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        array = self.reader.read(f"target/{path}", index)
-        if self.meter is not None:
-            self.meter.add(array.nbytes, path)
-        return array
+    def _read(
+        self, paths: Sequence[str], index: tuple[slice, ...] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Several leaves, or a part of each, on all cores."""
+
+        def read(path: str) -> np.ndarray:
+            array = self.reader.read(f"target/{path}", index)
+            if self.meter is not None:
+                self.meter.add(array.nbytes, path)
+            return array
+
+        with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
+            return dict(zip(paths, pool.map(read, paths), strict=True))
 
 
 def _runs(numbers: list[int], at_most: int) -> Iterator[range]:
