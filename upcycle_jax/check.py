@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.printing import printable_lines
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
@@ -77,7 +78,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
         read_data=not flags.extra.skip_data,
         elsewhere=bool(flags.extra.devices),
     )
-    sys.stdout.write(found.text())
+    sys.stdout.write(printable_lines(found.text()))
     return 1 if found.problems else 0
 
 

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from upcycle_jax.printing import printable_lines, show
+
 if TYPE_CHECKING:
     from upcycle_jax.models.config import T5Config
 
@@ -104,12 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for one in chosen
         ]
     except (ValueError, FileNotFoundError) as error:
-        print(f"upcycle_jax.paper: error: {error}", file=sys.stderr)
+        print(f"upcycle_jax.paper: error: {printable_lines(error)}", file=sys.stderr)
         return 2
     if style == Format.JSON:
         print(json_text([as_json(one) for one in found] if len(found) > 1 else as_json(found[0])))
     else:
-        print("\n\n".join(render(one, style).rstrip() for one in found))
+        show("\n\n".join(render(one, style).rstrip() for one in found))
     return 1 if any(row.equal is False for one in found for row in one.sizes) else 0
 
 

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from upcycle_jax.printing import printable_lines, show
+
 if TYPE_CHECKING:
     from upcycle_jax.experiments.report import Report
 
@@ -111,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = _of_study(arguments) if arguments.sweep else _of_runs(arguments)
     except (FileNotFoundError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {printable_lines(error)}", file=sys.stderr)
         return 1
     pages = report.write(arguments.output_dir)
-    print(report.summary)
-    print("\n".join(["", *(f"wrote {path}" for path in pages)]))
+    show(report.summary)
+    show("\n".join(["", *(f"wrote {path}" for path in pages)]))
     return 0
 
 

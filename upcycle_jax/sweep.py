@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
-from upcycle_jax.printing import PrintableFormatter
+from upcycle_jax.printing import PrintableFormatter, printable_lines
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
@@ -206,7 +206,7 @@ def _run_here(
     outcome = runner.run()
     print(sweeps_state.save_table(sweep, sweep.cells()))
     for failure in outcome.failures:
-        print(f"\n{failure.text()}", file=sys.stderr)
+        print(f"\n{printable_lines(failure.text())}", file=sys.stderr)
     return outcome.exit_code
 
 

@@ -17,6 +17,7 @@ from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.printing import show
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.training import (
@@ -144,7 +145,7 @@ def train(
     )
     run = prepare.prepare(settings)
     if dry_run:
-        print(description.describe(run))
+        show(description.describe(run))
         return TrainResult(step=run.source.step, start=str(run.source.start))
     if run.source.step >= total_steps:
         return _nothing_to_do(run)
