@@ -142,10 +142,9 @@ def check_function(
     tokens = _rows_that_fit(plan, sparse, tokens, max_memory // 2)
     prediction = predict(plan, sparse, tokens.batch)
     dense, configured = dense_counterpart(sparse), _in_float32(sparse)
-    meter = Meter(1, progress, "function check: read")
     block_bytes = max_memory // 8
     dense_weights, sparse_weights = (
-        LayerWeights(reader, model.param_specs(), block_bytes=block_bytes, meter=meter)
+        LayerWeights(reader, model.param_specs(), block_bytes=block_bytes)
         for reader, model in ((dense_reader, dense), (sparse_reader, configured))
     )
     dense_lane, lanes = Lane(dense, tokens.batch), [Lane(configured, tokens.batch)]
@@ -155,8 +154,10 @@ def check_function(
         renormalised = prediction.verdict is Verdict.SCALED
         twin = _in_float32(sparse, renormalised=renormalised)
         lanes += [Lane(twin, tokens.batch) for _ in range(1 + renormalised)]
-    meter.total = sum(dense_weights.bytes_of(step) for step in dense_lane.steps)
-    meter.total += sum(sparse_weights.bytes_of(step) for step in lanes[0].steps)
+    total = sum(dense_weights.bytes_of(step) for step in dense_lane.steps)
+    total += sum(sparse_weights.bytes_of(step) for step in lanes[0].steps)
+    meter = Meter(total, progress, "function check: read")
+    dense_weights.meter = sparse_weights.meter = meter
 
     diverging: list[str] = []
     step_difference = 0.0

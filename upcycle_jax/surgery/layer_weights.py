@@ -46,23 +46,18 @@ class Expert:
 
 
 class LayerWeights:
-    """The parameters of one model in one checkpoint. Nothing is kept."""
+    """The parameters of one model in one checkpoint. Nothing is kept.
 
-    def __init__(
-        self,
-        reader: Reader,
-        specs: Mapping[str, trees.LeafSpec],
-        *,
-        block_bytes: int,
-        meter: Meter | None = None,
-    ):
-        """Args:
-        reader: the checkpoint.
-        specs: of the model's parameters (`LayerwiseModel.param_specs`).
-        block_bytes: bytes of experts to read at a time; one expert at least.
-        meter: is told what was read.
-        """
-        self.reader, self.specs, self.block_bytes, self.meter = reader, specs, block_bytes, meter
+    Attributes:
+      reader: the checkpoint.
+      specs: of the model's parameters (`LayerwiseModel.param_specs`).
+      block_bytes: bytes of experts to read at a time; one expert at least.
+      meter: is told what was read, if there is one.
+    """
+
+    def __init__(self, reader: Reader, specs: Mapping[str, trees.LeafSpec], *, block_bytes: int):
+        self.reader, self.specs, self.block_bytes = reader, specs, block_bytes
+        self.meter: Meter | None = None
         self._stored = reader.specs()
         self._chunks = StoredChunks(reader)
         self._copies: dict[str, list[list[int]]] = {}
