@@ -131,9 +131,8 @@ def find_runs(folder: str | Path) -> list[Found]:
 def identify(folder: Path, run: Run) -> Found:
     """Says what a run is, from its manifest."""
     manifest = run.manifest
-    model: Mapping[str, Any] = (
-        manifest.get("model") if isinstance(manifest.get("model"), Mapping) else {}
-    )  # type: ignore[assignment]
+    recorded = manifest.get("model")
+    model: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     moe = model.get("moe") or {}
     num_experts = int(moe.get("num_experts", 0))
     widths = tuple(
