@@ -205,7 +205,10 @@ def test_adafactor_slots_do_not_become_adam_slots(small):
             lambda: surgery.Recipe(expert_init=surgery.QwenExperts(), optimizer_state="tiled"),
             "QwenExperts does not give",
         ),
-        (lambda: surgery.DropUpcycling(ratio=1.5), r"ratio must be at least 0 and at most 1, got 1"),
+        (
+            lambda: surgery.DropUpcycling(ratio=1.5),
+            r"ratio must be at least 0 and at most 1, got 1",
+        ),
         (lambda: surgery.VirtualGroups(softmax_order="both"), "'both'"),
         (lambda: surgery.DepthTile(order="random"), "'random'"),
         (lambda: surgery.MergeRecipe(how="median"), "'median'"),

@@ -5,7 +5,9 @@ module that imports orbax.
 import dataclasses
 import logging
 import os
+import pathlib
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -28,14 +30,31 @@ COMMIT_MARK = "commit_success.txt"
 _TEMPORARY = re.compile(rf"checkpoint_\d+{re.escape(ORBAX_TEMPORARY)}.*")
 
 
+_ORBAX = pathlib.PurePath(ocp.__file__).parent
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not so for the traceback that Orbax logs when a save in the background fails: the error is
-    raised again by the next call of the manager, and one place reports it.
+    """Not so for the errors that Orbax logs, some with one traceback a thread, when a save in the
+    background fails: the next call of the manager raises them again, and one place reports them.
     """
-    return "_SignalingThread.run() raised" not in record.getMessage()
+    return not (record.exc_info and _ORBAX in pathlib.PurePath(record.pathname).parents)
+
+
+def _passing_over_closed_loops(previous: Any) -> Any:
+    """A hook that is silent about writes of TensorStore that end after Orbax has closed their event
+    loop: where one write of a save fails, as many tracebacks follow as there are others.
+    """
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    return hook
 
 
 logging.getLogger("absl").addFilter(_is_news)
+sys.unraisablehook = _passing_over_closed_loops(sys.unraisablehook)
 
 
 class Saveable(Protocol):
