@@ -40,21 +40,25 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and _ORBAX in pathlib.PurePath(record.pathname).parents)
 
 
-def _passing_over_closed_loops(previous: Any) -> Any:
-    """A hook that is silent about writes of TensorStore that end after Orbax has closed their event
-    loop: where one write of a save fails, as many tracebacks follow as there are others.
+def _without_abandoned_work(previous: Any) -> Any:
+    """A hook that is silent about what Orbax leaves behind where one of its many reads or writes
+    has failed: coroutines that nobody awaits any more, and writes of TensorStore that end after
+    their event loop was closed. The first failure is raised and reported; these would be hundreds
+    of tracebacks behind it.
     """
 
     def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        error, code = unraisable.exc_value, getattr(unraisable.object, "cr_code", None)
+        loop_closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        of_orbax = code is not None and _ORBAX in pathlib.PurePath(code.co_filename).parents
+        if not loop_closed and not of_orbax:
             previous(unraisable)
 
     return hook
 
 
 logging.getLogger("absl").addFilter(_is_news)
-sys.unraisablehook = _passing_over_closed_loops(sys.unraisablehook)
+sys.unraisablehook = _without_abandoned_work(sys.unraisablehook)
 
 
 class Saveable(Protocol):
