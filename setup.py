@@ -37,6 +37,7 @@ REQUIREMENTS = [
     "orbax-checkpoint>=0.12,<0.13",
     "safetensors>=0.5,<0.9",
     "sentencepiece>=0.2,<0.3",
+    "scipy>=1.11,<2",
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.19,<3",
     "tensorstore>=0.1.84,<0.2",

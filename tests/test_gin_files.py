@@ -500,7 +500,7 @@ def test_the_objective_of_text_files_is_a_macro(name, objective):
 def test_recipes_build(name):
     paths = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
     parents = (
-        ["PARENTS=['c', 'd']"]
+        ["PARENTS=(0, 1)"]
         if "PARENTS = %gin.REQUIRED" in (FOLDER / name).read_text(encoding="utf-8")
         else []
     )

@@ -329,7 +329,7 @@ def test_train_tells_launchers_that_it_was_stopped_early(interrupted, variable, 
         def has_macro(self, name):
             return False
 
-        def unused(self):
+        def unused(self, other_functions=()):
             return []
 
         def operative_text(self):

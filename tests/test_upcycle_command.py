@@ -378,7 +378,9 @@ def test_errors_name_the_value_and_the_remedy(dense, tmp_path, capsys):
     assert "named for step 9, but the step to record is 7" in refused(
         dense, tmp_path / "checkpoint_9"
     )
-    assert "choose one of" in refused(dense, tmp_path / "sparse", "--gin.FUNCTION_CHECK='maybe'")
+    assert "must be 'auto', 'on' or 'off'" in refused(
+        dense, tmp_path / "sparse", "--gin.FUNCTION_CHECK='maybe'"
+    )
     assert upcycle.main(words(dense, tmp_path / "sparse", OFF)) == 0
     capsys.readouterr()
     assert "upcycling happens once" in refused(tmp_path / "sparse", tmp_path / "again")

@@ -261,5 +261,5 @@ def test_cached_decoding_of_a_scanned_model(tiny, make_batch, make_params):
 
 @pytest.mark.parametrize("change", [{"remat_policy": "some"}, {"scan_layers": "yes"}])
 def test_settings_that_do_not_exist_are_refused(change, tiny):
-    with pytest.raises(ValueError, match="REMAT_POLICY|SCAN_LAYERS"):
+    with pytest.raises(ValueError, match=f"T5Config.{next(iter(change))} must be"):
         tiny(model=change)

@@ -337,7 +337,7 @@ def test_costs_by_hand(router, expert_rows, router_flops, active):
         ),
         (
             {"dispatch": "einsum"},
-            "dispatch must be one of 'auto', 'sorted', 'ragged_dot', 'gather', got 'einsum'",
+            "dispatch must be 'auto', 'sorted', 'ragged_dot' or 'gather', got 'einsum'",
         ),
         (
             {"dispatch": "sorted"},

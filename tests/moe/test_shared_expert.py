@@ -93,6 +93,6 @@ def test_costs_by_hand():
 def test_a_width_below_one_is_refused():
     with pytest.raises(
         ValueError,
-        match="shared_expert_mlp_dim must be at least 1, or None for no shared expert, got 0",
+        match="shared_expert_mlp_dim must be at least 1, got 0",
     ):
         MoeConfig(shared_expert_mlp_dim=0)
