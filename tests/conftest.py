@@ -1,8 +1,11 @@
-"""Every test sees eight CPU devices. This must run before jax is imported, hence at import time and
-not in a fixture.
+"""Every test sees eight CPU devices, and what one test has compiled others need not compile again.
+This must run before jax is imported, hence at import time and not in a fixture.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +13,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers and the processes that tests start inherit it; it lives as long as this session.
+    _compiled = tempfile.mkdtemp(prefix="upcycle_jax_compiled_")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import logging  # noqa: E402
 
