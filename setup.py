@@ -49,7 +49,8 @@ EXTRAS = {
     "test": [
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
-        "pytest>=8,<10",
+        "pytest>=9,<10",
+        "pytest-timeout>=2.3,<3",
         "pytest-xdist>=3.6,<4",
         "ruff>=0.12,<0.18",
         "torch==2.13.0",

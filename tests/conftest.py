@@ -7,10 +7,17 @@ import os
 import shutil
 import tempfile
 
-_DEVICES = "--xla_force_host_platform_device_count=8"
+# XLA ends a process whose eight devices do not meet in a collective within 40 s, which threads that
+# are starved on a busy machine may miss.
+_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds": 60,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 300,
+}
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+for _name, _value in _FLAGS.items():
+    if _name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_name}={_value}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
