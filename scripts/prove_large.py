@@ -37,7 +37,7 @@ def models(size: str, experts: int):
 
 def target_specs(model):
     """Leaves of a checkpoint without optimizer state."""
-    from upcycle_jax.checkpoints.reader import STEP
+    from upcycle_jax.state_tree import STEP
     from upcycle_jax.trees import LeafSpec
 
     params = {f"target/{path}": spec for path, spec in model.param_specs().items()}

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "upcycle_jax"
 
 ROOMS = (
-    ("printing", "types", "axes", "trees", "byte_sizes", "checks", "leases"),
+    ("printing", "types", "axes", "trees", "state_tree", "byte_sizes", "checks", "leases"),
     ("partitioning", "distributed"),
     ("distributed",),
     ("layers",),

@@ -77,7 +77,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     from upcycle_jax.checkpoints.conversion import convert_to_orbax
     from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
     from upcycle_jax.checkpoints.opening import open_checkpoint
-    from upcycle_jax.checkpoints.reader import TARGET
+    from upcycle_jax.state_tree import TARGET
 
     reader = open_checkpoint(arguments.source)
     dtype = np.dtype(arguments.dtype) if arguments.dtype else None

@@ -3,6 +3,7 @@ paths.
 """
 
 import dataclasses
+import enum
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,20 +17,36 @@ from upcycle_jax.types import PyTree
 SEPARATOR = "/"
 
 
+class Role(enum.StrEnum):
+    """What a parameter is to an MoE model."""
+
+    DENSE = "dense"
+    EXPERT = "expert"
+    SHARED_EXPERT = "shared_expert"
+    ROUTER = "router"
+    ROUTER_BIAS = "router_bias"
+
+
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
-    """Shape, dtype and logical axes of one array, without its values.
+    """Shape, dtype, logical axes and role of one array, without its values.
 
     Attributes:
       shape: dimensions.
       dtype: NumPy dtype (ml_dtypes' bfloat16 included).
       axes: logical axis name per dimension (see `axes`), or None per dimension where unknown. Empty
         stands for "all unknown".
+      role: what the parameter is, or for an optimizer slot what its parameter is.
+      twin: path of the leaf of the dense model that this leaf comes from (its own path, for a dense
+        leaf); '' where there is none or nothing is known. Specs that differ in role or twin alone
+        are equal.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: tuple[str | None, ...] = ()
+    role: Role = dataclasses.field(default=Role.DENSE, compare=False)
+    twin: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))

@@ -72,9 +72,10 @@ def upcycle(
     import numpy as np
 
     from upcycle_jax import surgery
+    from upcycle_jax.state_tree import STEP, TARGET
     from upcycle_jax.surgery import conversion, infer
     from upcycle_jax.surgery import function_check as checking
-    from upcycle_jax.training.train_state import STEP, TARGET, state_specs
+    from upcycle_jax.training.train_state import state_specs
     from upcycle_jax.trees import LeafSpec
 
     recipe = recipe if recipe is not None else surgery.Recipe()

@@ -74,8 +74,9 @@ def verify(
     """
     from upcycle_jax import surgery
     from upcycle_jax.checkpoints import open_checkpoint
+    from upcycle_jax.state_tree import STEP, TARGET
     from upcycle_jax.surgery import conversion, recorded
-    from upcycle_jax.training.train_state import STEP, TARGET, state_specs
+    from upcycle_jax.training.train_state import state_specs
     from upcycle_jax.upcycle import first_batch
 
     target = open_checkpoint(output_checkpoint_path)

@@ -17,13 +17,14 @@ from upcycle_jax.checkpoints.casting import OverflowingCast, cast
 from upcycle_jax.checkpoints.opening import open_checkpoint
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
-from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
+from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.checkpoints.tiling import CopyMode, Reference, copied_layouts, copy_leaves
 from upcycle_jax.checkpoints.writer import (
     DEFAULT_CHUNK_BYTES,
     CheckpointWriter,
     create_checkpoint,
 )
+from upcycle_jax.state_tree import STATE, STEP, TARGET
 from upcycle_jax.trees import LeafSpec
 
 _STEP_NAME = re.compile(r"checkpoint_(\d+)")

@@ -17,7 +17,8 @@ from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_I
 from upcycle_jax.checkpoints.huggingface.tensors import STACKS, T5Dimensions, places
 from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.output import check_unfinished, checked_output
-from upcycle_jax.checkpoints.reader import TARGET, CheckpointReader
+from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec, diff
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

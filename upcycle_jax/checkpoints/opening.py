@@ -8,8 +8,9 @@ from etils import epath
 
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
-from upcycle_jax.checkpoints.reader import STEP, CheckpointReader
+from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.printing import printable
+from upcycle_jax.state_tree import STEP
 
 _log = logging.getLogger(__name__)
 

@@ -19,15 +19,9 @@ from upcycle_jax.checkpoints.orbax_metadata import (
     read_record,
     read_tree_metadata,
 )
-from upcycle_jax.checkpoints.reader import (
-    STEP,
-    Index,
-    LeafSpecs,
-    ReaderBase,
-    checked_index,
-    scalar_step,
-)
+from upcycle_jax.checkpoints.reader import Index, LeafSpecs, ReaderBase, checked_index, scalar_step
 from upcycle_jax.printing import printable
+from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
 
 STATE_ITEM = "state"

@@ -10,12 +10,10 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.checkpoints import model_settings
+from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
 
 Index = tuple[slice, ...]
-
-TARGET, STATE = "target/", "state/"
-STEP = "state/step"
 
 METADATA_KEY = "upcycle_jax"
 """Where this library's own record lies in the custom metadata of an Orbax checkpoint."""

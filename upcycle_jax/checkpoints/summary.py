@@ -5,11 +5,11 @@ import dataclasses
 import re
 from typing import Any
 
-from upcycle_jax.checkpoints.reader import STATE, STEP, TARGET, CheckpointReader
+from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.printing import printable
+from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
 from upcycle_jax.trees import LeafSpec
 
-_PARAM_STATES = "state/param_states/"
 _KNOWN_OPTIMIZERS = {
     frozenset({"m", "v", "v_row", "v_col"}): "Adafactor",
     frozenset({"mu", "nu"}): "AdamW",
@@ -133,7 +133,7 @@ def summarize(reader: CheckpointReader) -> Summary:
     specs = reader.specs()
     slots: dict[str, list[LeafSpec]] = collections.defaultdict(list)
     for name, spec in specs.items():
-        if name.startswith(_PARAM_STATES):
+        if name.startswith(PARAM_STATES):
             slots[name.rpartition("/")[2]].append(spec)
     targets = {name: spec for name, spec in specs.items() if name.startswith(TARGET)}
     return Summary(

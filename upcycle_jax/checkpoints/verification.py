@@ -22,12 +22,8 @@ from etils import epath
 
 from upcycle_jax.checkpoints.checksums import PREFIX, device_summaries
 from upcycle_jax.checkpoints.orbax_reader import STEP_METADATA
-from upcycle_jax.checkpoints.reader import (
-    METADATA_KEY,
-    TARGET,
-    CheckpointReader,
-    files_below,
-)
+from upcycle_jax.checkpoints.reader import METADATA_KEY, CheckpointReader, files_below
+from upcycle_jax.state_tree import TARGET
 
 _log = logging.getLogger(__name__)
 

@@ -42,7 +42,8 @@ from upcycle_jax.checkpoints.output import (
     tidy_finished,
     try_lock,
 )
-from upcycle_jax.checkpoints.reader import STEP, Index, checked_index, index_shape
+from upcycle_jax.checkpoints.reader import Index, checked_index, index_shape
+from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
 
 DEFAULT_CHUNK_BYTES = 64 << 20

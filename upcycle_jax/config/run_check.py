@@ -14,8 +14,9 @@ from etils import epath
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
 from upcycle_jax.models import accounting
+from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.training import holding, prepare
-from upcycle_jax.training.train_state import PARAM_STATES, TARGET, state_specs
+from upcycle_jax.training.train_state import state_specs
 
 GIB = 2**30
 

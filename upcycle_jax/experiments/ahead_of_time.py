@@ -22,9 +22,10 @@ from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.step_cost import StepFlops, StepShape
 from upcycle_jax.models.step_memory import StepMemory
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery import online
 from upcycle_jax.training import batches, prepare
-from upcycle_jax.training.train_state import PARAM_STATES, TARGET, from_state_dict, state_specs
+from upcycle_jax.training.train_state import from_state_dict, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import LeafSpec

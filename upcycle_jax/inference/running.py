@@ -17,8 +17,8 @@ from upcycle_jax.checkpoints.storage import absolute
 from upcycle_jax.checkpoints.verification import Verification
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.training import batches
-from upcycle_jax.training.train_state import TARGET
 from upcycle_jax.types import Batch, PyTree
 
 

@@ -29,12 +29,14 @@ import jax.numpy as jnp
 from upcycle_jax import checks, trees
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import expert_metrics, losses, t5_layers
+from upcycle_jax.models.base import Stack
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.expert_metrics import STACKS, scaled_mean
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.layerwise import Step
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.models.t5 import RESIDUALS, Transformer
+from upcycle_jax.moe import roles
 from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.types import Batch, PyTree
 
@@ -87,8 +89,8 @@ class EncoderDecoderModel:
         self.loss_normalizing_factor = loss_normalizing_factor
 
     def param_specs(self) -> dict[str, trees.LeafSpec]:
-        """Shape, dtype and logical axes of every parameter, by path without `target/`. Allocates
-        nothing.
+        """Shape, dtype, logical axes, role and dense twin of every parameter, by path without
+        `target/`. Allocates nothing.
         """
         boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
         specs = {}
@@ -99,7 +101,30 @@ class EncoderDecoderModel:
                 else (leaf, ())
             )
             specs[path] = trees.LeafSpec(value.shape, value.dtype, names)
-        return specs
+        layers = (layer for stack in self.stacks.values() for layer in stack.moe_layers)
+        return roles.marked(specs, (f"{layer}/mlp" for layer in layers))
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The encoder and the decoder."""
+        config, moe = self.config, self.config.moe
+        return {
+            name: Stack(
+                name=name,
+                num_layers=config.num_layers(name),
+                sparse_layers=config.sparse_layers(name),
+                router=moe.router(name) if moe and config.sparse_layers(name) else None,
+                causal=name == "decoder",
+                moe=moe if config.sparse_layers(name) else None,
+                tokens=f"{name}_input_tokens",
+            )
+            for name in STACKS
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: ids are below it."""
+        return self.config.vocab_size
 
     @property
     def balance_rates(self) -> dict[str, float]:
@@ -309,19 +334,18 @@ class EncoderDecoderModel:
         return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * _loss_weights(batch), axis=-1)
 
     def start_decoding(
-        self, params: PyTree, encoder_input_tokens: jax.Array, *, max_length: int
+        self, params: PyTree, inputs: jax.Array, *, max_length: int
     ) -> tuple[jax.Array, DecodingCache]:
         """Encodes inputs `[batch, input length]` and decodes the first position.
 
         Args:
           params: parameters, nested.
-          encoder_input_tokens: int32, 0 for padding.
+          inputs: int32, 0 for padding.
           max_length: positions that the caches hold.
 
         Returns:
           Float32 logits `[batch, vocab]` of the first token, and the caches.
         """
-        inputs = encoder_input_tokens
         encoded: Any = self._inference_module.apply({"params": params}, inputs, method="encode")
         return self._step(
             {"params": params},

@@ -12,13 +12,14 @@ import numpy as np
 import upcycle_jax
 from upcycle_jax.checkpoints import CheckpointWriter, create_checkpoint, model_settings, tiling
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.state_tree import STEP
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, leaf_sums
 from upcycle_jax.surgery.operations import Copy, Tile, Zeros
 from upcycle_jax.surgery.progress import Meter, Progress, threads
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import sealed, source_leaves
 from upcycle_jax.surgery.sources import Reader, source_paths
-from upcycle_jax.surgery.table import STEP, Plan, Row
+from upcycle_jax.surgery.table import Plan, Row
 from upcycle_jax.surgery.values import RowValues
 
 DEFAULT_MAX_MEMORY = 2 << 30

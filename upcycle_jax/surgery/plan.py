@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upcycle_jax.state_tree import STEP
 from upcycle_jax.surgery.combine import Mean, MergeExperts, PickExpert
 from upcycle_jax.surgery.hidden_units import shape_of_mlp_axis
 from upcycle_jax.surgery.operations import Constant, Copy, FirstUnits, Operation, Tile, Zeros
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
-from upcycle_jax.surgery.table import STEP, Dropped, Plan, Row
+from upcycle_jax.surgery.table import Dropped, Plan, Row
 from upcycle_jax.trees import LeafSpec
 
 EXPERT, ROUTER, SHARED = "mlp/expert/", "mlp/router/", "mlp/shared_expert/"

@@ -15,8 +15,6 @@ from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.trees import LeafSpec
 
-STEP = "state/step"
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:

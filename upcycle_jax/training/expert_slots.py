@@ -16,11 +16,11 @@ from etils import epath
 
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.opening import step_folders
+from upcycle_jax.state_tree import PARAM_STATES
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import CheckpointConfig, OptimizerState
 from upcycle_jax.training.optimizers import Adafactor, Optimizer, is_expert
 from upcycle_jax.training.restore import Source, Start
-from upcycle_jax.training.train_state import PARAM_STATES
 from upcycle_jax.trees import LeafSpec
 
 _log = logging.getLogger(__name__)

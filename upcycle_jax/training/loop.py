@@ -18,6 +18,7 @@ from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.printing import show
+from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.training import (
@@ -42,7 +43,7 @@ from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start
 from upcycle_jax.training.saving import Saver
 from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.tracking import Wandb, WandbRun
-from upcycle_jax.training.train_state import PARAM_STATES, STEP, TARGET, TrainState, model_hash
+from upcycle_jax.training.train_state import TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite, Trainer
 

@@ -36,6 +36,7 @@ from upcycle_jax.checkpoints.verification import (
 )
 from upcycle_jax.data.dataset import DamagedPositionError
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import (
@@ -46,15 +47,7 @@ from upcycle_jax.training.config import (
     RestoreMode,
     StepPolicy,
 )
-from upcycle_jax.training.train_state import (
-    PARAM_STATES,
-    STEP,
-    TARGET,
-    TrainState,
-    from_state_dict,
-    initial_state,
-    model_hash,
-)
+from upcycle_jax.training.train_state import TrainState, from_state_dict, initial_state, model_hash
 from upcycle_jax.trees import LeafSpec
 
 _log = logging.getLogger(__name__)

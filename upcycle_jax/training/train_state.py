@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax import trees
+from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
-
-TARGET, STEP, PARAM_STATES = "target/", "state/step", "state/param_states/"
 
 
 @flax.struct.dataclass

@@ -42,7 +42,8 @@ from upcycle_jax.checkpoints.huggingface.tensors import (
     places,
     table_name,
 )
-from upcycle_jax.checkpoints.reader import TARGET, Index, LeafSpecs, ReaderBase, checked_index
+from upcycle_jax.checkpoints.reader import Index, LeafSpecs, ReaderBase, checked_index
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec
 
 _BLOCK = re.compile(r"(encoder|decoder)\.block\.(0|[1-9]\d{0,8})\..*", re.DOTALL)

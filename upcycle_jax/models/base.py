@@ -1,0 +1,230 @@
+"""The model interface: what training, evaluation, surgery, costs and inference see of a model.
+
+A family of models implements `Model`; it implements `Generative` if it produces sequences, and
+`Probed` if single layers can be compared with another model's. No base class is needed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
+from upcycle_jax.models.metrics import Metrics
+from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.routing import Router
+from upcycle_jax.trees import LeafSpec
+from upcycle_jax.types import Batch, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A stack of layers of a model.
+
+    Attributes:
+      name: first part of the paths of its parameters, e.g. 'encoder'.
+      num_layers: depth.
+      sparse_layers: indices of its MoE layers, ascending.
+      router: of its MoE layers; None without any.
+      causal: whether a position sees only those before it.
+      moe: settings of its MoE layers; None without any.
+      tokens: the model feature whose length is the length of the stack, e.g.
+        'encoder_input_tokens'.
+    """
+
+    name: str
+    num_layers: int
+    sparse_layers: tuple[int, ...]
+    router: Router | None
+    causal: bool
+    moe: MoeConfig | None
+    tokens: str
+
+    def layer(self, index: int) -> str:
+        """Path of a layer, e.g. 'encoder/layers_1'."""
+        return f"{self.name}/layers_{index}"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of all layers, in order."""
+        return tuple(self.layer(i) for i in range(self.num_layers))
+
+    @property
+    def moe_layers(self) -> tuple[str, ...]:
+        """Paths of the layers with experts, in order."""
+        return tuple(self.layer(i) for i in self.sparse_layers)
+
+
+class ModelConfig(Protocol):
+    """Shape and numerics of a model; a frozen dataclass."""
+
+    @property
+    def moe(self) -> MoeConfig | None:
+        """The MoE layers, or None for a dense model."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of activations; parameters are float32."""
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        """`dtype` as a dtype."""
+
+    @property
+    def dense(self) -> Self:
+        """The same model without MoE layers: what it is upcycled from."""
+
+    @property
+    def for_inference(self) -> Self:
+        """The same model as it predicts and scores."""
+
+    @property
+    def without_dropout(self) -> Self:
+        """The same model with every dropout rate 0."""
+
+    @property
+    def unrolled(self) -> Self:
+        """The same model run layer by layer, nothing computed twice."""
+
+    @property
+    def forward_settings(self) -> dict[str, Any]:
+        """The settings that decide what a dense model computes and that the names and shapes of
+        its parameters do not show.
+        """
+
+
+class Model(Protocol):
+    """A model and its loss. Parameters are nested dicts of float32 arrays, batches are flat dicts
+    of model features.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape and numerics."""
+
+    @property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The stacks of layers by name, in the order in which a batch passes them."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids that the model has parameters for; None without tokens."""
+
+    @property
+    def balance_rates(self) -> Mapping[str, float]:
+        """How far the selection bias of each MoE layer that has one moves after a step, by layer
+        ('encoder/layers_1').
+        """
+
+    def param_specs(self) -> dict[str, LeafSpec]:
+        """Shape, dtype, logical axes, role and dense twin of every parameter, by path. Allocates
+        nothing.
+        """
+
+    def init_params(self, rng: jax.Array) -> PyTree:
+        """Fresh parameters; a pure function that may be jitted with output shardings."""
+
+    def input_specs(
+        self, batch_size: int, task_feature_lengths: Mapping[str, int], *, packed: bool = False
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch.
+
+        Args:
+          batch_size: rows.
+          task_feature_lengths: by task feature.
+          packed: several examples per row.
+        """
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raises ValueError if the model cannot be run on such a batch."""
+
+    def loss_denominator(self, batch: Batch) -> jax.Array:
+        """What losses are divided by, a float32 scalar of the whole batch: splitting it into
+        microbatches then does not change the loss.
+        """
+
+    def loss_fn(
+        self,
+        params: PyTree,
+        batch: Batch,
+        dropout_rng: jax.Array | None,
+        *,
+        denominator: jax.Array,
+        aux_scale: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, Metrics]:
+        """Training loss and metrics of a batch or of one microbatch of it.
+
+        Args:
+          params: parameters.
+          batch: model features.
+          dropout_rng: key of dropout and router jitter; None for neither.
+          denominator: `loss_denominator` of the whole batch.
+          aux_scale: the microbatch's share of the batch.
+        """
+
+    def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
+        """Metrics of a batch without dropout, with evaluation capacity."""
+
+
+class Generative(Model, Protocol):
+    """A model that produces sequences and scores them."""
+
+    def predict_batch(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        decoder: DecodingAlgorithm,
+        keys: jax.Array | None = None,
+        eos_id: int = 1,
+    ) -> jax.Array:
+        """The best sequence of each input, int32 `[batch, length]`: EOS is its last token, 0
+        follows.
+        """
+
+    def predict_batch_with_aux(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        decoder: DecodingAlgorithm,
+        keys: jax.Array | None = None,
+        eos_id: int = 1,
+    ) -> Decoded:
+        """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
+
+    def score_batch(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Float32 `[batch]`: the log-probability of each target, summed over its tokens."""
+
+    def start_decoding(
+        self, params: PyTree, inputs: jax.Array, *, max_length: int
+    ) -> tuple[jax.Array, DecodingCache]:
+        """Float32 logits `[batch, vocab]` of the first token after int32 `[batch, input length]`,
+        and caches with room for `max_length` positions.
+        """
+
+    def decode_step(
+        self, params: PyTree, tokens: jax.Array, index: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
+        """Decodes one more position; see `generation.NextLogits`."""
+
+
+class Probed(Model, Protocol):
+    """A model that shows what its layers compute."""
+
+    def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """The residual stream `[batch, length, d]` after every layer, by path in order, in
+        evaluation mode.
+        """
+
+    def logits(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        train: bool = False,
+        dropout_rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Float32 logits of a batch with teacher forcing."""
