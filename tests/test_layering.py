@@ -19,6 +19,7 @@ ROOMS = (
     ("distributed",),
     ("layers",),
     ("moe",),
+    ("features",),
     ("models",),
     ("checkpoints",),
     ("surgery",),
@@ -36,7 +37,7 @@ EXCLUSIVE = {
     "gin": {"config"},
     "orbax": {"checkpoints"},
     "tensorflow": {"data", "tasks"},
-    "seqio": {"data", "tasks"},
+    "seqio": {"data", "features", "tasks"},
 }
 """Package -> the rooms that may import it."""
 FORBIDDEN = {"pickle", "cloudpickle", "dill"}

@@ -1,0 +1,107 @@
+"""What makes the batches of a model family out of the examples of its tasks.
+
+Everything above `models/` that reads data asks the model's converter which features its tasks need
+and what a batch of them is, so that another family brings one converter and changes nothing there.
+
+Axis legend: B rows of a batch, N examples, F task features, R sequences of a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+    import seqio
+
+Example = Mapping[str, Any]
+"""One example of a task by task feature: token ids `[length]`, and whatever else the task keeps."""
+
+Lengths = Mapping[str, int]
+"""Tokens of each task feature: `DatasetConfig.task_feature_lengths`."""
+
+HostBatch = dict[str, np.ndarray]
+"""Model features by SeqIO name, e.g. `encoder_input_tokens` int32 `[B, length]`."""
+
+
+class FeatureConverter(Protocol):
+    """Makes a family's batches: padded, packed, random, and through SeqIO."""
+
+    @property
+    def task_features(self) -> tuple[str, ...]:
+        """Features that every example has, and that `TASK_FEATURE_LENGTHS` names: ('inputs',
+        'targets').
+        """
+        ...
+
+    @property
+    def targets(self) -> str:
+        """The model feature that holds what the model predicts; 0 is padding."""
+        ...
+
+    def specs(
+        self, batch_size: int, lengths: Lengths, *, packed: bool = False
+    ) -> dict[str, "jax.ShapeDtypeStruct"]:
+        """Shapes and dtypes of a batch.
+
+        Raises:
+          ValueError: a length is missing.
+        """
+        ...
+
+    def pad(self, examples: Sequence[Example], lengths: Lengths, rows: int) -> HostBatch:
+        """One example a row, zeros after it. Longer sequences are cut; missing rows are zeros."""
+        ...
+
+    def pack(self, rows: Sequence[Sequence[Example]], lengths: Lengths) -> HostBatch:
+        """Several examples a row, told apart by segment ids and positions.
+
+        Raises:
+          ValueError: the family has no packed batches.
+        """
+        ...
+
+    def row_capacity(self, lengths: Lengths) -> tuple[int, ...]:
+        """Tokens that a packed row has room for, of each of its R sequences."""
+        ...
+
+    def row_usage(self, sizes: np.ndarray) -> np.ndarray:
+        """Tokens of a row that packed examples take, int64 `[N, R]`, of which `sizes` `[N, F]` are
+        the tokens by task feature.
+        """
+        ...
+
+    def random(
+        self, vocab_size: int | None, *, batch_size: int = 2, length: int = 32, seed: int = 0
+    ) -> HostBatch:
+        """A batch of random values with some padding, for where no data are at hand.
+
+        Raises:
+          ValueError: the family's inputs are tokens and there is no `vocab_size`.
+        """
+        ...
+
+    def describe(self, batch: Mapping[str, Any]) -> str:
+        """The size of a batch in words: '2 x 32 inputs, 2 x 32 targets'."""
+        ...
+
+    def seqio_converter(self, *, pack: bool) -> "seqio.FeatureConverter":
+        """SeqIO's own converter, which makes the same features."""
+        ...
+
+
+def check_lengths(features: FeatureConverter, lengths: Lengths) -> None:
+    """Raises a ValueError where a feature that the model needs has no length."""
+    for name in features.task_features:
+        length = lengths.get(name)
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(
+                f"task_feature_lengths is {dict(lengths)}: it needs a length of at least 1 for"
+                f" '{name}', for example {dict.fromkeys(features.task_features, 512)}"
+            )
+
+
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Rows of a batch."""
+    return int(np.shape(next(iter(batch.values())))[0])
