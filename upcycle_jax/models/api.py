@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import checks, trees
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import expert_metrics, losses, t5_layers
 from upcycle_jax.models.base import Stack
@@ -59,12 +60,15 @@ class EncoderDecoderModel:
     Attributes:
       config: shape and numerics.
       module: the linen module, a `Transformer`.
+      features: what its batches hold.
       label_smoothing: see `losses.token_losses`.
       z_loss: factor of log(Z)^2 of the output logits.
       loss_normalizing_factor: what the summed token losses are divided by: a number,
         'NUM_REAL_TARGET_TOKENS' (the weights of the target tokens in the whole batch), or None for
         the plain sum, T5X's setting for dense T5 1.1.
     """
+
+    features = EncoderDecoderFeatures()
 
     def __init__(
         self,
@@ -161,26 +165,7 @@ class EncoderDecoderModel:
           task_feature_lengths: lengths of 'inputs' and 'targets'.
           packed: several examples per row, with segment ids and positions.
         """
-        lengths = {
-            "encoder": task_feature_lengths["inputs"],
-            "decoder": task_feature_lengths["targets"],
-        }
-        features = {
-            "encoder_input_tokens": (lengths["encoder"], jnp.int32),
-            "decoder_input_tokens": (lengths["decoder"], jnp.int32),
-            "decoder_target_tokens": (lengths["decoder"], jnp.int32),
-            "decoder_loss_weights": (lengths["decoder"], jnp.int32),
-        }
-        if packed:
-            for stack, length in lengths.items():
-                features[f"{stack}_segment_ids"] = features[f"{stack}_positions"] = (
-                    length,
-                    jnp.int32,
-                )
-        return {
-            name: jax.ShapeDtypeStruct((batch_size, length), dtype)
-            for name, (length, dtype) in features.items()
-        }
+        return self.features.specs(batch_size, task_feature_lengths, packed=packed)
 
     def loss_denominator(self, batch: Batch) -> jax.Array:
         """What token losses are divided by: a float32 scalar.

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax.features import FeatureConverter
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.moe.config import MoeConfig
@@ -103,6 +104,10 @@ class Model(Protocol):
     @property
     def config(self) -> ModelConfig:
         """Shape and numerics."""
+
+    @property
+    def features(self) -> FeatureConverter:
+        """Makes its batches out of the examples of tasks."""
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
