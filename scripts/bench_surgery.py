@@ -73,7 +73,7 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
     import jax
 
     from upcycle_jax import surgery
-    from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint, tiling
+    from upcycle_jax.checkpoints import chunk_copy, create_checkpoint, open_checkpoint
     from upcycle_jax.surgery import offline
 
     _, specs = trees(megabytes, experts)
@@ -86,7 +86,7 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
     if way in ("reference", "encoded", "noise"):
         surgery.apply_offline(plan, source, output, materialize=way != "reference")
     elif way == "streaming":
-        nothing = offline.SharedChunks({}, tiling.CopyMode.ENCODED, "decoded")
+        nothing = offline.SharedChunks({}, chunk_copy.CopyMode.ENCODED, "decoded")
         offline.shared_chunks = lambda *_, **__: nothing
         surgery.apply_offline(plan, source, output)
     elif way == "online":

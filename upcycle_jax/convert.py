@@ -74,9 +74,9 @@ def _convert(arguments: argparse.Namespace) -> str:
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
     import numpy as np
 
-    from upcycle_jax.checkpoints.conversion import convert_to_orbax
+    from upcycle_jax.checkpoints.formats import open_checkpoint
     from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
-    from upcycle_jax.checkpoints.opening import open_checkpoint
+    from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
     from upcycle_jax.state_tree import TARGET
 
     reader = open_checkpoint(arguments.source)

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
     )  # Only files are read: do not take hold of an accelerator.
-    from upcycle_jax.checkpoints.opening import open_checkpoint
+    from upcycle_jax.checkpoints.formats import open_checkpoint
     from upcycle_jax.checkpoints.summary import summarize
 
     try:

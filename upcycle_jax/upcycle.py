@@ -24,7 +24,7 @@ from upcycle_jax.printing import show
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
-    from upcycle_jax.surgery.conversion import Conversion
+    from upcycle_jax.surgery.convert_and_prove import Conversion
 
 PathOrPaths = checks.PathText | Sequence[checks.PathText]
 
@@ -45,7 +45,7 @@ def upcycle(
     dry_run: bool = False,
     report: Any = show,
 ) -> "Conversion":
-    """Converts a checkpoint on disk; see `surgery.conversion.convert`.
+    """Converts a checkpoint on disk; see `surgery.convert_and_prove.convert`.
 
     Args:
       initial_checkpoint_path: the source, in any readable format; a list for several dense parents.
@@ -73,13 +73,13 @@ def upcycle(
 
     from upcycle_jax import surgery
     from upcycle_jax.state_tree import STEP, TARGET
-    from upcycle_jax.surgery import conversion, infer
+    from upcycle_jax.surgery import convert_and_prove, infer
     from upcycle_jax.surgery import function_check as checking
     from upcycle_jax.training.train_state import state_specs
     from upcycle_jax.trees import LeafSpec
 
     recipe = recipe if recipe is not None else surgery.Recipe()
-    source = conversion.open_sources(initial_checkpoint_path)
+    source = convert_and_prove.open_sources(initial_checkpoint_path)
     model = model if model is not None else inferred_model(infer, source, moe)
     measures = (
         isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights
@@ -96,7 +96,7 @@ def upcycle(
             STEP: LeafSpec((), np.dtype(np.int32)),
             **{f"{TARGET}{path}": spec for path, spec in model.param_specs().items()},
         }
-    return conversion.convert(
+    return convert_and_prove.convert(
         source,
         specs,
         output_checkpoint_path,

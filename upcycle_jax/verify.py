@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from upcycle_jax.checkpoints import CheckpointReader
     from upcycle_jax.config import Config
     from upcycle_jax.models.api import EncoderDecoderModel
+    from upcycle_jax.surgery.parents import Reader
     from upcycle_jax.surgery.proof import Proof
     from upcycle_jax.surgery.recorded import Recorded
-    from upcycle_jax.surgery.sources import Reader
 
 PathOrPaths = checks.PathText | Sequence[checks.PathText]
 
@@ -75,7 +75,7 @@ def verify(
     from upcycle_jax import surgery
     from upcycle_jax.checkpoints import open_checkpoint
     from upcycle_jax.state_tree import STEP, TARGET
-    from upcycle_jax.surgery import conversion, recorded
+    from upcycle_jax.surgery import convert_and_prove, recorded
     from upcycle_jax.training.train_state import state_specs
     from upcycle_jax.upcycle import first_batch
 
@@ -83,7 +83,7 @@ def verify(
     found, record = target.specs(), recorded.read_recorded(target)
     source, unreadable = _source(initial_checkpoint_path, record, target)
     if record.recipe is not None and recipe is not None:
-        for line in conversion.differences(recipe, record.recipe):
+        for line in convert_and_prove.differences(recipe, record.recipe):
             report(f"note: the configured recipe is not the recorded one, which is used: {line}")
     model = _model(model, moe, source, record, len(found), report)
     if model is not None and optimizer is not None:
@@ -102,7 +102,7 @@ def verify(
         record.recipe or recipe or surgery.Recipe(),
     )
     known = model is not None and function_check != "off" and source is not None
-    proof = conversion.verify(
+    proof = convert_and_prove.verify(
         plan,
         source,
         target,
@@ -126,12 +126,12 @@ def _source(
     path: "PathOrPaths | None", record: "Recorded", target: "CheckpointReader"
 ) -> "tuple[Reader | None, list[str]]":
     """The source, or None where the recorded one is gone or cannot be opened; and why it cannot."""
-    from upcycle_jax.surgery import conversion
+    from upcycle_jax.surgery import convert_and_prove
 
     alone = f"python -m upcycle_jax.verify {target.path}"
     if path is not None:
         try:
-            return conversion.open_sources(path), []
+            return convert_and_prove.open_sources(path), []
         except FileNotFoundError as error:
             if record.checksums:
                 error.add_note(f"without its source, the result is proved by: {alone}")
@@ -143,7 +143,7 @@ def _source(
             " --gin_file=runs/upcycle.gin, INITIAL_CHECKPOINT_PATH and OUTPUT_CHECKPOINT_PATH"
         )
     try:
-        source = conversion.open_sources(record.sources)
+        source = convert_and_prove.open_sources(record.sources)
         source.specs()
         return source, []
     except FileNotFoundError as error:

@@ -71,7 +71,7 @@ class Lab:
         # What the commands import late, so that children find it imported.
         for name in (
             "upcycle_jax.config",
-            "upcycle_jax.surgery.conversion",
+            "upcycle_jax.surgery.convert_and_prove",
             "upcycle_jax.training.loop",
             "upcycle_jax.data.cached_source",
             "upcycle_jax.checkpoints.huggingface_writer",

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from upcycle_jax import leases
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
-from upcycle_jax.checkpoints.conversion import convert_to_orbax
 from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.trees import LeafSpec
 
 EMBEDDING, LOGITS = "target/token_embedder/embedding", "target/decoder/logits_dense/kernel"

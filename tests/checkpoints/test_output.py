@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint, tiling
-from upcycle_jax.checkpoints.conversion import convert_to_orbax
+from upcycle_jax.checkpoints import chunk_copy, create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.huggingface_writer import HUGGINGFACE_FILES, write_huggingface
 from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, check_unfinished, try_lock
+from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.trees import LeafSpec
 
 SPECS = {
@@ -153,8 +153,8 @@ def test_a_probe_that_was_killed_is_cleaned_and_a_living_one_is_not(tmp_path):
         early.mkdir()
         os.utime(early, (time.time() - age,) * 2)
     with try_lock(living / LOCK):
-        found = tiling.probe(
-            source, tmp_path / "out", {"target/w": tiling.Reference("target/w")}, SPECS
+        found = chunk_copy.probe(
+            source, tmp_path / "out", {"target/w": chunk_copy.Reference("target/w")}, SPECS
         )
         assert found.possible and found.linked
         assert not dead.exists() and living.exists()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint, storage, tiling
-from upcycle_jax.checkpoints.database import stored_values
+from upcycle_jax.checkpoints import chunk_copy, create_checkpoint, open_checkpoint, storage
+from upcycle_jax.checkpoints.ocdbt import stored_values
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
 from upcycle_jax.trees import LeafSpec
 
@@ -23,9 +23,9 @@ SPARSE = {
     "target/expert/b": LeafSpec((3, 4), np.dtype(np.float32)),
 }
 REFERENCES = {
-    "target/expert/w": tiling.Reference("target/w", (0, 1, 2)),
-    "target/v": tiling.Reference("target/v"),
-    "target/expert/b": tiling.Reference("target/b", (0, 1, 2)),
+    "target/expert/w": chunk_copy.Reference("target/w", (0, 1, 2)),
+    "target/v": chunk_copy.Reference("target/v"),
+    "target/expert/b": chunk_copy.Reference("target/b", (0, 1, 2)),
 }
 
 
@@ -41,11 +41,11 @@ def pair(tmp_path):
     source = open_checkpoint(tmp_path / "dense")
 
     def made(name, mode):
-        layouts = tiling.copied_layouts(source, REFERENCES, SPARSE)
+        layouts = chunk_copy.copied_layouts(source, REFERENCES, SPARSE)
         with create_checkpoint(
             tmp_path / name, SPARSE, step=1, metadata={}, layouts=layouts
         ) as writer:
-            tiling.copy_leaves(writer, source, REFERENCES, mode)
+            chunk_copy.copy_leaves(writer, source, REFERENCES, mode)
             writer.finalize()
         return open_checkpoint(tmp_path / name)
 
@@ -54,7 +54,7 @@ def pair(tmp_path):
 
 def test_every_slab_that_refers_to_the_source_says_so(pair):
     source, made = pair
-    target = made("sparse", tiling.CopyMode.REFERENCE)
+    target = made("sparse", chunk_copy.CopyMode.REFERENCE)
     ours, theirs = StoredChunks(source), StoredChunks(target)
     for leaf, reference in REFERENCES.items():
         whole = ours.slab(reference.source)
@@ -76,7 +76,7 @@ def test_every_slab_that_refers_to_the_source_says_so(pair):
 
 def test_encoded_copies_share_nothing(pair):
     source, made = pair
-    theirs = StoredChunks(made("sparse", tiling.CopyMode.ENCODED))
+    theirs = StoredChunks(made("sparse", chunk_copy.CopyMode.ENCODED))
     slabs = [theirs.slab("target/expert/w", expert) for expert in range(3)]
     assert None not in slabs and len(set(slabs)) == 3
     assert StoredChunks(source).slab("target/w") not in slabs

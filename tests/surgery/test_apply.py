@@ -21,7 +21,7 @@ from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import online, recipe_json
-from upcycle_jax.surgery.values import RowValues, regions_of
+from upcycle_jax.surgery.leaf_values import RowValues, regions_of
 from upcycle_jax.trees import LeafSpec
 
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}

@@ -10,7 +10,7 @@ import pytest
 
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
-from upcycle_jax.checkpoints.database import stored_values
+from upcycle_jax.checkpoints.ocdbt import stored_values
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
 from upcycle_jax.surgery.recorded import PLAN_FILE, PROOF_FILE, read_recorded, small_files
 from upcycle_jax.trees import LeafSpec

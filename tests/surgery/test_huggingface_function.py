@@ -10,14 +10,14 @@ import pytest
 
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, model_settings, open_checkpoint
-from upcycle_jax.checkpoints.conversion import convert_to_orbax
 from upcycle_jax.checkpoints.reader import LeafSpecs
+from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.inference import running
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
-from upcycle_jax.surgery import conversion, function_check, infer
-from upcycle_jax.surgery.sources import join
+from upcycle_jax.surgery import convert_and_prove, function_check, infer
+from upcycle_jax.surgery.parents import join
 from upcycle_jax.trees import LeafSpec
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch")
@@ -145,14 +145,14 @@ def test_a_conversion_and_a_copy_hand_the_settings_on(silu, tmp_path):
     specs = {f"target/{name}": spec for name, spec in model.param_specs().items()}
     specs["state/step"] = LeafSpec((), np.dtype(np.int32))
     output = tmp_path / "sparse" / "checkpoint_3"
-    done = conversion.convert(
+    done = convert_and_prove.convert(
         source, specs, output, surgery.Recipe(), model=model, check="off", report=lambda _: None
     )
     assert done.ok, done.proof.text()
     assert open_checkpoint(output).model_settings() == config.forward_settings
     # Where the source states nothing, as T5X's do, the result states its model's.
     source.model_settings = dict
-    conversion.convert(
+    convert_and_prove.convert(
         source,
         specs,
         tmp_path / "other",
@@ -181,11 +181,11 @@ def test_a_model_that_contradicts_the_checkpoint_is_refused(silu, tmp_path, chan
         running.check_params(reader, other)
     specs = {f"target/{name}": spec for name, spec in sparse.param_specs().items()}
     with pytest.raises(ValueError, match=match):
-        conversion.convert(reader, specs, tmp_path / "out", surgery.Recipe(), model=sparse)
+        convert_and_prove.convert(reader, specs, tmp_path / "out", surgery.Recipe(), model=sparse)
     assert not list(tmp_path.iterdir())
     plan = surgery.make_plan(reader.specs(), specs, surgery.Recipe())
     with pytest.raises(ValueError, match=match):
-        conversion.verify(plan, reader, reader, model=sparse)
+        convert_and_prove.verify(plan, reader, reader, model=sparse)
     running.check_params(reader, EncoderDecoderModel(config))
 
 

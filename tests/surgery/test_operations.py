@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax.surgery import combine, hidden_units, keys, operations
+from upcycle_jax.surgery import keys, operations
+from upcycle_jax.surgery.operations import hidden_units
 
 PATH, LAYER = "target/encoder/layers_1/mlp/expert/wi_0/kernel", "target/encoder/layers_1/mlp"
 SEED = 5
@@ -39,7 +40,7 @@ def test_tile_is_the_dense_leaf_for_every_expert_in_numpy_and_on_devices(dense):
         make(operations.Tile(), [dense], (3, 6, 10)), np.repeat(dense[None], 3, axis=0)
     )
     np.testing.assert_array_equal(
-        operations.Tile().move([jnp.asarray(dense)], {}, (3, 6, 10)),
+        operations.Tile().move([jnp.asarray(dense)], (3, 6, 10)),
         np.repeat(dense[None], 3, axis=0),
     )
 
@@ -96,36 +97,38 @@ def test_partial_copies_copy_only_whom_they_name(dense):
 
 def test_parents_take_turns_and_the_rest_is_averaged(dense):
     others = [dense, dense + 1, dense * 2]
-    made = make(combine.FromParents((2, 0, 1, 2)), others, (4, 6, 10))
+    made = make(operations.FromParents((2, 0, 1, 2)), others, (4, 6, 10))
     np.testing.assert_array_equal(made, np.stack([others[2], others[0], others[1], others[2]]))
-    moved = combine.FromParents((2, 0, 1, 2)).move([jnp.asarray(o) for o in others], {}, (4, 6, 10))
+    moved = operations.FromParents((2, 0, 1, 2)).move([jnp.asarray(o) for o in others], (4, 6, 10))
     np.testing.assert_array_equal(moved, made)
     np.testing.assert_allclose(
-        make(combine.Mean(), others, (6, 10)), np.mean(others, axis=0), rtol=1e-6
+        make(operations.Mean(), others, (6, 10)), np.mean(others, axis=0), rtol=1e-6
     )
     with pytest.raises(ValueError, match="4 experts are assigned to parents, the model has 5"):
-        combine.FromParents((2, 0, 1, 2)).result_shape([(6, 10)] * 3, (5, 6, 10))
+        operations.FromParents((2, 0, 1, 2)).result_shape([(6, 10)] * 3, (5, 6, 10))
 
 
 def test_merging_equal_experts_gives_them_back_to_the_bit(dense):
     for experts in (2, 3, 5, 7):
         stack = np.repeat(dense[None], experts, axis=0)
-        np.testing.assert_array_equal(make(combine.MergeExperts(), [stack], (6, 10)), dense)
+        np.testing.assert_array_equal(make(operations.MergeExperts(), [stack], (6, 10)), dense)
         weights = tuple(np.random.default_rng(experts).dirichlet(np.ones(experts)))
-        np.testing.assert_array_equal(make(combine.MergeExperts(weights), [stack], (6, 10)), dense)
         np.testing.assert_array_equal(
-            make(combine.PickExpert(experts - 1), [stack[experts - 1 :]], (6, 10)), dense
+            make(operations.MergeExperts(weights), [stack], (6, 10)), dense
+        )
+        np.testing.assert_array_equal(
+            make(operations.PickExpert(experts - 1), [stack[experts - 1 :]], (6, 10)), dense
         )
 
 
 def test_weighted_merge_is_the_weighted_mean(dense):
     stack = np.stack([dense, dense * 2, dense - 5])
-    made = make(combine.MergeExperts((0.2, 0.5, 0.3)), [stack], (6, 10))
+    made = make(operations.MergeExperts((0.2, 0.5, 0.3)), [stack], (6, 10))
     np.testing.assert_allclose(
         made, 0.2 * dense + 0.5 * 2 * dense + 0.3 * (dense - 5), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(ValueError, match="2 weights for 3 experts"):
-        combine.MergeExperts((0.5, 0.5)).result_shape([(3, 6, 10)], (6, 10))
+        operations.MergeExperts((0.5, 0.5)).result_shape([(3, 6, 10)], (6, 10))
 
 
 def hand_permutation(path, number, size):
@@ -138,7 +141,7 @@ def hand_permutation(path, number, size):
 @pytest.mark.parametrize("per_matrix", [False, True])
 def test_drop_upcycling_redraws_the_chosen_units_from_what_they_replace(axis, shape, per_matrix):
     dense = np.random.default_rng(1).normal(2.0, 3.0, shape).astype(np.float32)
-    operation = hidden_units.HiddenUnits(axis, redraw=0.5, per_matrix=per_matrix)
+    operation = operations.HiddenUnits(axis, redraw=0.5, per_matrix=per_matrix)
     made = make(operation, [dense], (3, *shape))
     for expert in range(3):
         chosen = hand_permutation(PATH if per_matrix else LAYER, 2**31 + expert, 10)[
@@ -156,7 +159,7 @@ def test_drop_upcycling_redraws_the_chosen_units_from_what_they_replace(axis, sh
 
 def test_the_matrices_of_an_mlp_share_their_index_sets_unless_told_otherwise():
     for per_matrix in (False, True):
-        operation = hidden_units.HiddenUnits(1, redraw=0.5, per_matrix=per_matrix)
+        operation = operations.HiddenUnits(1, redraw=0.5, per_matrix=per_matrix)
         one, other = (
             operation.prepare(
                 [np.ones((4, 32), np.float32)],
@@ -172,7 +175,7 @@ def test_the_matrices_of_an_mlp_share_their_index_sets_unless_told_otherwise():
 
 def test_noise_variant_of_drop_upcycling_keeps_the_values_below():
     dense = np.random.default_rng(1).normal(size=(40, 50)).astype(np.float32)
-    made = make(hidden_units.HiddenUnits(1, redraw=0.5, noise_std=0.02), [dense], (2, 40, 50))
+    made = make(operations.HiddenUnits(1, redraw=0.5, noise_std=0.02), [dense], (2, 40, 50))
     changed = (made[0] != dense).all(axis=0)
     assert changed.sum() == 25
     assert np.std(made[0] - dense, where=changed) == pytest.approx(0.02, rel=0.1)
@@ -196,7 +199,7 @@ def test_shuffled_units_leave_the_mlp_as_it_is():
     x = np.random.default_rng(4).normal(size=(5, 6))
     one = [
         make(
-            hidden_units.HiddenUnits(axis, shuffle=True),
+            operations.HiddenUnits(axis, shuffle=True),
             [m],
             (3, *m.shape),
             path=f"{LAYER}/expert/{name}/kernel",
@@ -214,7 +217,7 @@ def test_the_shards_of_a_virtual_group_add_up_to_the_mlp():
     wi_0, wi_1, wo = matrices()
     x = np.random.default_rng(4).normal(size=(5, 6))
     shards = [
-        make(hidden_units.HiddenUnits(axis, groups=3), [m], (6, *shape))
+        make(operations.HiddenUnits(axis, groups=3), [m], (6, *shape))
         for axis, m, shape in ((1, wi_0, (6, 4)), (1, wi_1, (6, 4)), (0, wo, (4, 6)))
     ]
     for group in (0, 3):  # Experts 0-2 are one copy's shards in order, 3-5 the other's.
@@ -225,7 +228,7 @@ def test_the_shards_of_a_virtual_group_add_up_to_the_mlp():
         ValueError,
         match=r"granularity 3 cuts.*12 hidden units.*4, the model's experts have 5.*EXPERT_MLP_DIM",
     ):
-        hidden_units.HiddenUnits(1, groups=3).result_shape([(6, 12)], (6, 6, 5))
+        operations.HiddenUnits(1, groups=3).result_shape([(6, 12)], (6, 6, 5))
 
 
 @pytest.mark.parametrize(
@@ -253,11 +256,11 @@ def test_qwen_experts_are_slices_of_shuffled_repetitions():
     dense = np.arange(12, dtype=np.float32)[None].repeat(
         3, axis=0
     )  # Every value is its hidden unit.
-    made = make(hidden_units.HiddenUnits(1, shuffle=True), [dense], (4, 3, 5))
+    made = make(operations.HiddenUnits(1, shuffle=True), [dense], (4, 3, 5))
     # Four experts of five units need ceil(20 / 12) = 2 repetitions; four units are discarded.
     row = np.concatenate([hand_permutation(LAYER, 0, 12), hand_permutation(LAYER, 1, 12)])
     np.testing.assert_array_equal(made[:, 0], row[:20].reshape(4, 5))
-    redrawn = make(hidden_units.HiddenUnits(1, shuffle=True, redraw=0.5), [dense], (4, 3, 5))
+    redrawn = make(operations.HiddenUnits(1, shuffle=True, redraw=0.5), [dense], (4, 3, 5))
     assert (
         (redrawn != made).any(axis=1).sum(axis=1) == 2
     ).all()  # floor(0.5 * 5) units of every expert.

@@ -9,7 +9,7 @@ from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.surgery import leaf_check
 from upcycle_jax.surgery import proof as proof_lib
-from upcycle_jax.surgery.values import RowValues, regions_of
+from upcycle_jax.surgery.leaf_values import RowValues, regions_of
 from upcycle_jax.trees import LeafSpec
 
 EXPERT = "target/encoder/layers_1/mlp/expert"

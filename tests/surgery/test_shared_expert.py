@@ -15,9 +15,8 @@ from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import function_check as check
-from upcycle_jax.surgery.combine import Mean
-from upcycle_jax.surgery.operations import Copy, FirstUnits, Zeros
-from upcycle_jax.surgery.sources import join
+from upcycle_jax.surgery.operations import Copy, FirstUnits, Mean, Zeros
+from upcycle_jax.surgery.parents import join
 from upcycle_jax.surgery.tokens import Tokens, random_tokens
 from upcycle_jax.trees import LeafSpec
 

@@ -8,7 +8,7 @@ with. Only `manager` imports orbax; it is loaded on first use.
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle_jax.checkpoints.opening import latest_checkpoint, open_checkpoint
+from upcycle_jax.checkpoints.formats import latest_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.checkpoints.writer import CheckpointWriter, create_checkpoint
 

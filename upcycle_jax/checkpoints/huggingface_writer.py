@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from upcycle_jax import leases
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.casting import cast
+from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from upcycle_jax.checkpoints.huggingface.tensors import STACKS, T5Dimensions, places
-from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.output import check_unfinished, checked_output
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.state_tree import TARGET

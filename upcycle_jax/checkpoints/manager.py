@@ -18,8 +18,9 @@ from etils import epath
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import storage, verification
-from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY, STEP_FOLDER
-from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, OrbaxReader, find_item
+from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, STEP_FOLDER
+from upcycle_jax.checkpoints.orbax_metadata import STATE_ITEM
+from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import METADATA_KEY
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError, SavedContent
 from upcycle_jax.trees import LeafSpec

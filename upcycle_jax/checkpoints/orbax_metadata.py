@@ -1,9 +1,11 @@
-"""Parses the small files of an Orbax checkpoint: `_METADATA` of a tree, `_CHECKPOINT_METADATA` of a
-step, and `zarr.json` of an array. (`.zarray` is `storage.ZarrLayout`.)
+"""The small files of an Orbax checkpoint: `_METADATA` of a tree and `_CHECKPOINT_METADATA` of a
+step, parsed and made, and `zarr.json` of an array, parsed. (`.zarray` is `storage.ZarrLayout`.)
 """
 
 import dataclasses
 import math
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,16 @@ from etils import epath
 from upcycle_jax.checkpoints import untrusted
 from upcycle_jax.checkpoints.reader import METADATA_KEY
 from upcycle_jax.printing import printable
+from upcycle_jax.trees import LeafSpec
 
+STATE_ITEM = "state"
+"""The folder of the array tree."""
 TREE_METADATA = "_METADATA"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 _NO_ARRAY = ("None", "Dict", "List", "Tuple", "string")
 """Types of values that have no array behind them."""
+_PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+_DICT_KEY = 2  # Orbax's number for "this path element is a dictionary key".
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,43 @@ def read_record(path: epath.Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise untrusted.damaged(path, "custom_metadata is no record")
     return dict(record)
+
+
+def tree_metadata(specs: Mapping[str, LeafSpec]) -> dict[str, Any]:
+    """The content of `_METADATA`: every leaf as an array of a nested dictionary, in OCDBT and zarr
+    2.
+    """
+    tree = {}
+    for name, spec in specs.items():
+        parts = name.split("/")
+        tree[str(tuple(parts))] = {
+            "key_metadata": [{"key": part, "key_type": _DICT_KEY} for part in parts],
+            "value_metadata": {
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": list(spec.shape),
+            },
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def step_metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `_CHECKPOINT_METADATA`, with this library's record in it."""
+    now = time.time_ns()
+    return {
+        "item_handlers": {STATE_ITEM: _PYTREE_HANDLER},
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": now,
+        "commit_timestamp_nsecs": now,
+        "custom_metadata": {METADATA_KEY: dict(record)},
+    }
 
 
 @dataclasses.dataclass(frozen=True)

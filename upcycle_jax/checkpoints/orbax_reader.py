@@ -13,6 +13,7 @@ from etils import epath
 
 from upcycle_jax.checkpoints import storage, untrusted
 from upcycle_jax.checkpoints.orbax_metadata import (
+    STATE_ITEM,
     STEP_METADATA,
     TREE_METADATA,
     Zarr3Layout,
@@ -24,7 +25,6 @@ from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
 
-STATE_ITEM = "state"
 LARGE_CHUNK = 64 << 20
 """Chunks above so many bytes are believed only after a look at a stored one."""
 

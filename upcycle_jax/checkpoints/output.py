@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.database import DATA_FOLDERS, MANIFEST
-from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
-from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
+from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
+from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS, MANIFEST
+from upcycle_jax.checkpoints.orbax_metadata import STATE_ITEM, STEP_METADATA, TREE_METADATA
 
 IDENTITY, LOCK = "resume.json", ".lock"
 COMMIT_MARK = "commit_success.txt"
 REFERENCED = "referenced"
-"""Folders of linked databases begin so; see `tiling`."""
+"""Folders of linked databases begin so; see `chunk_copy`."""
 PROBE_PREFIX = ".upcycle-probe-"
 PROBE_SECONDS = 60
 """A probe has locked its folder long before."""

@@ -3,9 +3,13 @@ that spells these specs.
 """
 
 import dataclasses
+import errno
+import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
@@ -29,6 +33,15 @@ agree.
 """
 
 DATA_FILE_BYTES = 2**31
+
+_STORAGE_ERRORS = {
+    "No space left": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "File too large": errno.EFBIG,
+    "Permission denied": errno.EACCES,
+    "Read-only": errno.EROFS,
+    "Input/output error": errno.EIO,
+}
 
 
 def new_context() -> ts.Context:
@@ -252,3 +265,25 @@ def choose_chunks(
         longest = leading + int(np.argmax(chunks[leading:]))
         chunks[longest] = math.ceil(chunks[longest] / 2)
     return tuple(chunks)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file and waits until it is on the disk."""
+    with open(path, "w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until renames in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def storage_errno(text: str) -> int | None:
+    """The errno behind a TensorStore error message, or None where it is no storage error."""
+    return next((code for words, code in _STORAGE_ERRORS.items() if re.search(words, text)), None)

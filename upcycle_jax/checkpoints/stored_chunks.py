@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.database import StoredValue, stored_values
+from upcycle_jax.checkpoints.ocdbt import StoredValue, stored_values
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 
 

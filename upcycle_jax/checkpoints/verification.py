@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from upcycle_jax.checkpoints.checksums import PREFIX, device_summaries
-from upcycle_jax.checkpoints.orbax_reader import STEP_METADATA
+from upcycle_jax.checkpoints.orbax_metadata import STEP_METADATA
 from upcycle_jax.checkpoints.reader import METADATA_KEY, CheckpointReader, files_below
 from upcycle_jax.state_tree import TARGET
 

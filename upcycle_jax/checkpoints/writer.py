@@ -22,16 +22,15 @@ import tensorstore as ts
 
 from upcycle_jax import axes
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.database import MANIFEST, drop_unused
-from upcycle_jax.checkpoints.finishing import (
+from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
+from upcycle_jax.checkpoints.ocdbt import MANIFEST, drop_unused
+from upcycle_jax.checkpoints.orbax_metadata import (
+    STATE_ITEM,
+    STEP_METADATA,
+    TREE_METADATA,
     step_metadata,
-    storage_errno,
-    sync_folder,
     tree_metadata,
-    write_json,
 )
-from upcycle_jax.checkpoints.opening import PARTIAL_SUFFIX
-from upcycle_jax.checkpoints.orbax_reader import STATE_ITEM, STEP_METADATA, TREE_METADATA
 from upcycle_jax.checkpoints.output import (
     COMMIT_MARK,
     IDENTITY,
@@ -214,7 +213,7 @@ class CheckpointWriter:
                 )
             identity = self.partial / IDENTITY
             scratch = identity.with_suffix(".tmp")
-            write_json(scratch, self._identity)
+            storage.write_json(scratch, self._identity)
             scratch.rename(identity)
             return False
         except BaseException:
@@ -251,7 +250,7 @@ class CheckpointWriter:
         try:
             drop_unused(self.state, self.context, keep_linked=True)
         except (ValueError, KeyError) as error:
-            if storage_errno(str(error)) is not None:
+            if storage.storage_errno(str(error)) is not None:
                 raise
             raise ValueError(
                 f"{self.partial} is damaged ({error}): remove it and run again"
@@ -432,7 +431,7 @@ class CheckpointWriter:
                 error.errno, f"cannot write {self.partial}: {error.strerror}. {self._kept()}"
             ) from None
         except (ValueError, RuntimeError) as error:
-            code = storage_errno(str(error))
+            code = storage.storage_errno(str(error))
             if code is None:
                 raise
             raise OSError(
@@ -476,9 +475,9 @@ class CheckpointWriter:
             )
         with self.explained():
             drop_unused(self.state, self.context)
-            write_json(self.state / TREE_METADATA, tree_metadata(self.specs))
+            storage.write_json(self.state / TREE_METADATA, tree_metadata(self.specs))
             record = self._identity["metadata"] if metadata is None else metadata
-            write_json(self.partial / STEP_METADATA, step_metadata(record))
+            storage.write_json(self.partial / STEP_METADATA, step_metadata(record))
             for folder in (self.state, self.partial):
                 (folder / COMMIT_MARK).write_text(
                     f"Checkpoint commit was successful to {self.path}"
@@ -489,7 +488,7 @@ class CheckpointWriter:
                 LOCK,
             ):  # After the rename: a kill before it must still find them.
                 (self.path / leftover).unlink(missing_ok=True)
-            sync_folder(self.path.parent)
+            storage.sync_folder(self.path.parent)
         self.close()
         return self.path
 

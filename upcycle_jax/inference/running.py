@@ -11,8 +11,8 @@ import numpy as np
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
+from upcycle_jax.checkpoints.formats import check_name, checkpoint_steps
 from upcycle_jax.checkpoints.model_settings import check_model
-from upcycle_jax.checkpoints.opening import check_name, checkpoint_steps
 from upcycle_jax.checkpoints.storage import absolute
 from upcycle_jax.checkpoints.verification import Verification
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm

@@ -5,8 +5,11 @@ recipe (choices) -> make_plan (every target leaf, its origin) -> apply_online / 
 same bits) -> prove (proof.json).
 """
 
-from upcycle_jax.surgery.apply import apply_offline, apply_online
-from upcycle_jax.surgery.plan import make_plan
+from upcycle_jax.surgery.matching import make_plan
+from upcycle_jax.surgery.offline import apply_offline, record, result_step
+from upcycle_jax.surgery.online import apply_online
+from upcycle_jax.surgery.parents import join
+from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.proof import Proof, prove
 from upcycle_jax.surgery.recipe import (
     CopyExperts,
@@ -25,8 +28,6 @@ from upcycle_jax.surgery.recipe import (
     VirtualGroups,
     ZeroRouter,
 )
-from upcycle_jax.surgery.sources import join
-from upcycle_jax.surgery.table import Plan, Row
 
 __all__ = [
     "CopyExperts",
@@ -52,4 +53,6 @@ __all__ = [
     "join",
     "make_plan",
     "prove",
+    "record",
+    "result_step",
 ]

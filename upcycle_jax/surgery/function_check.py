@@ -38,9 +38,9 @@ from upcycle_jax.models.layerwise import MoeCall, State, Step
 from upcycle_jax.surgery.lanes import Lane, advance, logits, moe_calls, row_blocks
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
+from upcycle_jax.surgery.parents import Reader
+from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.progress import Meter, Progress
-from upcycle_jax.surgery.sources import Reader
-from upcycle_jax.surgery.table import Plan
 from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.surgery.verdict import (
     LAYER_TOLERANCE,

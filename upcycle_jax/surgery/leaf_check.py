@@ -8,10 +8,10 @@ import math
 import numpy as np
 
 from upcycle_jax.checkpoints.checksums import nonfinite_count
+from upcycle_jax.surgery.leaf_values import RowValues
 from upcycle_jax.surgery.operations import Expectation, Region
-from upcycle_jax.surgery.sources import Reader
-from upcycle_jax.surgery.table import Row
-from upcycle_jax.surgery.values import RowValues
+from upcycle_jax.surgery.parents import Reader
+from upcycle_jax.surgery.plan import Row
 
 SIGMAS = 6.0
 """Sample means and deviations may lie so many standard errors off: about one false alarm in 10^9

@@ -10,8 +10,8 @@ import numpy as np
 from upcycle_jax.checkpoints.checksums import Accumulator, nonfinite_count
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.surgery.operations import Region
+from upcycle_jax.surgery.parents import JoinedReader, Reader
 from upcycle_jax.surgery.progress import Meter, Progress, threads
-from upcycle_jax.surgery.sources import JoinedReader, Reader
 from upcycle_jax.trees import LeafSpec
 
 BLOCK_BYTES = 32 << 20

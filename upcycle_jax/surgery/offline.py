@@ -10,17 +10,17 @@ import jax
 import numpy as np
 
 import upcycle_jax
-from upcycle_jax.checkpoints import CheckpointWriter, create_checkpoint, model_settings, tiling
+from upcycle_jax.checkpoints import CheckpointWriter, chunk_copy, create_checkpoint, model_settings
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, leaf_sums
+from upcycle_jax.surgery.leaf_values import RowValues
 from upcycle_jax.surgery.operations import Copy, Tile, Zeros
+from upcycle_jax.surgery.parents import Reader, source_paths
+from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.progress import Meter, Progress, threads
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import sealed, source_leaves
-from upcycle_jax.surgery.sources import Reader, source_paths
-from upcycle_jax.surgery.table import Plan, Row
-from upcycle_jax.surgery.values import RowValues
 
 DEFAULT_MAX_MEMORY = 2 << 30
 
@@ -125,7 +125,7 @@ def apply_offline(
         step=result_step(plan, reader),
         metadata=begun,
         layouts=(
-            tiling.copied_layouts(reader, shared.references, plan.specs())
+            chunk_copy.copied_layouts(reader, shared.references, plan.specs())
             if isinstance(reader, OrbaxReader)
             else None
         ),
@@ -135,7 +135,7 @@ def apply_offline(
     )
     try:
         if shared.references and isinstance(reader, OrbaxReader):
-            tiling.copy_leaves(writer, reader, shared.references, shared.mode)
+            chunk_copy.copy_leaves(writer, reader, shared.references, shared.mode)
         made = [
             row for row in plan.rows if row.target != STEP and row.target not in shared.references
         ]  # The writer stores the step itself.
@@ -179,8 +179,8 @@ class SharedChunks:
       reason: one line about it for people.
     """
 
-    references: dict[str, tiling.Reference]
-    mode: tiling.CopyMode
+    references: dict[str, chunk_copy.Reference]
+    mode: chunk_copy.CopyMode
     reason: str
 
 
@@ -192,13 +192,13 @@ def shared_chunks(
     for row in plan.rows:
         if row.moves_bits and isinstance(row.operation, Copy | Tile) and row.target != STEP:
             experts = tuple(range(row.spec.shape[0])) if row.operation.stacked else None
-            references[row.target] = tiling.Reference(row.sources[0], experts)
-    encoded = tiling.CopyMode.ENCODED
+            references[row.target] = chunk_copy.Reference(row.sources[0], experts)
+    encoded = chunk_copy.CopyMode.ENCODED
     if not isinstance(reader, OrbaxReader) or not references:
         return SharedChunks({}, encoded, "every leaf is read and written")
     if materialize:
         try:
-            tiling.copied_layouts(reader, references, plan.specs())
+            chunk_copy.copied_layouts(reader, references, plan.specs())
         except (ValueError, KeyError) as error:
             return SharedChunks({}, encoded, f"every leaf is read and written: {error.args[0]}")
         return SharedChunks(
@@ -206,11 +206,11 @@ def shared_chunks(
             encoded,
             f"{len(references)} leaves are written as the source's encoded chunks, sharing no file",
         )
-    found = tiling.probe(reader, output_path, references, plan.specs())
+    found = chunk_copy.probe(reader, output_path, references, plan.specs())
     if found.possible:
         return SharedChunks(
             references,
-            tiling.CopyMode.REFERENCE,
+            chunk_copy.CopyMode.REFERENCE,
             f"{len(references)} leaves refer to stored chunks: {found.reason}",
         )
     return SharedChunks({}, encoded, f"every leaf is read and written: {found.reason}")

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from upcycle_jax.surgery.operations import Copy, Operation, Shape
-from upcycle_jax.surgery.sources import Reader
-from upcycle_jax.surgery.table import Plan, Row
-from upcycle_jax.surgery.values import RowValues
+from upcycle_jax.surgery.leaf_values import RowValues
+from upcycle_jax.surgery.operations import Copy, Movement, Shape
+from upcycle_jax.surgery.parents import Reader
+from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.trees import LeafSpec
 
 
@@ -52,7 +52,7 @@ def apply_online(
 def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax.Array:
     if isinstance(row.operation, Copy) and not row.casts:
         return reader.read_sharded(row.sources[0], sharding)
-    if row.moves_values:
+    if isinstance(row.operation, Movement) and row.moves_values:
         sources = [
             reader.read_sharded(name, source_sharding(row, spec, sharding))
             for name, spec in zip(row.sources, row.source_specs, strict=True)
@@ -63,11 +63,11 @@ def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax
 
 @functools.lru_cache(maxsize=256)
 def movement(
-    operation: Operation, shape: Shape, dtype: np.dtype, sharding: Sharding
+    operation: Movement, shape: Shape, dtype: np.dtype, sharding: Sharding
 ) -> Callable[..., jax.Array]:
     """The compiled program that moves source values to where the target's sharding wants them."""
     return jax.jit(
-        lambda sources: operation.move(sources, {}, shape).astype(dtype), out_shardings=sharding
+        lambda sources: operation.move(sources, shape).astype(dtype), out_shardings=sharding
     )
 
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from upcycle_jax.surgery.table import size
+from upcycle_jax.surgery.plan import size
 
 Progress = Callable[[str], None]
 

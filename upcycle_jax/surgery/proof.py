@@ -22,6 +22,8 @@ from upcycle_jax.surgery.leaf_check import LeafVerdict
 from upcycle_jax.surgery.leaf_proof import REGION_BYTES, LeafProver
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, LeafSum, leaf_sums
 from upcycle_jax.surgery.operations import Reach
+from upcycle_jax.surgery.parents import Reader
+from upcycle_jax.surgery.plan import Plan, Row, size
 from upcycle_jax.surgery.progress import Meter, threads
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import (
@@ -32,8 +34,6 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     sealed,
 )
-from upcycle_jax.surgery.sources import Reader
-from upcycle_jax.surgery.table import Plan, Row, size
 
 MAX_MEMORY = 2 << 30
 MAX_SHOWN = 8

@@ -12,9 +12,8 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Hint
-from upcycle_jax.surgery import hidden_units, operations
-from upcycle_jax.surgery.combine import FromParents
-from upcycle_jax.surgery.operations import Operation
+from upcycle_jax.surgery import operations
+from upcycle_jax.surgery.operations import Operation, hidden_units
 from upcycle_jax.trees import LeafSpec
 
 OPTIMIZER_STATES = ("reset", "dense_only", "tiled")
@@ -152,7 +151,7 @@ class DropUpcycling:
         if self.ratio == 0 and not self.shuffle:
             return operations.Tile()
         axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
-        return hidden_units.HiddenUnits(
+        return operations.HiddenUnits(
             axis,
             self.ratio,
             shuffle=self.shuffle,
@@ -212,7 +211,7 @@ class VirtualGroups:
                 softmax_first=self.softmax_order == "before_top_k",
                 gated=self.gated,
             )
-        return hidden_units.HiddenUnits(axis, scale=scale, groups=self.granularity)
+        return operations.HiddenUnits(axis, scale=scale, groups=self.granularity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +238,7 @@ class QwenExperts:
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
         axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
-        return hidden_units.HiddenUnits(axis, self.redraw, shuffle=self.shuffle)
+        return operations.HiddenUnits(axis, self.redraw, shuffle=self.shuffle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +266,7 @@ class ParentExperts:
         object.__setattr__(self, "parents", tuple(self.parents))
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
-        return FromParents(self.parents)
+        return operations.FromParents(self.parents)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.database import DATA_FOLDERS
-from upcycle_jax.checkpoints.orbax_reader import STEP_METADATA
+from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS
+from upcycle_jax.checkpoints.orbax_metadata import STEP_METADATA
 from upcycle_jax.surgery.leaf_sums import LeafSum
+from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recipe_json import from_json
-from upcycle_jax.surgery.sources import Reader
 from upcycle_jax.trees import LeafSpec
 
 PROOF_FILE, PLAN_FILE = "proof.json", "plan.json"

@@ -12,8 +12,8 @@ import numpy as np
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.sizes import layer_sizes
+from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.recipe import MergeRecipe
-from upcycle_jax.surgery.table import Plan
 from upcycle_jax.types import Batch
 
 LAYER_TOLERANCE = 1e-5

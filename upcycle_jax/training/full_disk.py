@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from upcycle_jax.checkpoints.finishing import storage_errno
+from upcycle_jax.checkpoints.storage import storage_errno
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

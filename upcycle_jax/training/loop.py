@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from upcycle_jax import checks
+from upcycle_jax import checks, surgery
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.models.config import T5Config
@@ -19,7 +19,6 @@ from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.printing import show
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
-from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.training import (
     batches,
@@ -563,7 +562,7 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
     """
     source = run.source
     if source.plan is not None and source.reader is not None:
-        record = surgery_apply.record(source.plan, source.reader)
+        record = surgery.record(source.plan, source.reader)
     else:
         record = dict(source.reader.metadata()) if source.reader is not None else {}
     record.pop(RECENT_LOSSES, None)

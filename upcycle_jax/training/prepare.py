@@ -12,8 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.checkpoints.model_settings import check_model
-from upcycle_jax.checkpoints.opening import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.models import accounting
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe import capacity

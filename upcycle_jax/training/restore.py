@@ -24,8 +24,8 @@ from etils import epath
 from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.checksums import checksum
+from upcycle_jax.checkpoints.formats import check_name, step_folders
 from upcycle_jax.checkpoints.manager import listing_error, saved_process_folder
-from upcycle_jax.checkpoints.opening import check_name, step_folders
 from upcycle_jax.checkpoints.verification import (
     DamagedCheckpointError,
     SavedContent,
@@ -37,7 +37,6 @@ from upcycle_jax.checkpoints.verification import (
 from upcycle_jax.data.dataset import DamagedPositionError
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
-from upcycle_jax.surgery import apply as surgery_apply
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import (
     CheckpointConfig,
@@ -290,7 +289,7 @@ def _upcycle(
     ]
     reader: Any = surgery.join(readers)
     plan = surgery.make_plan(reader.specs(), specs, restore.recipe)
-    step = surgery_apply.result_step(plan, reader)
+    step = surgery.result_step(plan, reader)
     return Source(
         Start.UPCYCLE,
         step=step,

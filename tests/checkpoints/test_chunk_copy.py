@@ -14,8 +14,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from upcycle_jax import trees
-from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint, tiling
-from upcycle_jax.checkpoints.tiling import CopyMode, Reference
+from upcycle_jax.checkpoints import (
+    CheckpointManager,
+    chunk_copy,
+    create_checkpoint,
+    open_checkpoint,
+)
+from upcycle_jax.checkpoints.chunk_copy import CopyMode, Reference
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 
@@ -75,14 +80,18 @@ def job(source):
 
 def begin(source, path, specs, references):
     return create_checkpoint(
-        path, specs, step=11, metadata={}, layouts=tiling.copied_layouts(source, references, specs)
+        path,
+        specs,
+        step=11,
+        metadata={},
+        layouts=chunk_copy.copied_layouts(source, references, specs),
     )
 
 
 def make(source, path, mode):
     specs, references = job(source)
     with begin(source, path, specs, references) as writer:
-        tiling.copy_leaves(writer, source, references, mode)
+        chunk_copy.copy_leaves(writer, source, references, mode)
         writer.write(
             "target/layer/mlp/router/kernel", None, np.full((64, EXPERTS), 0.5, np.float32)
         )
@@ -167,7 +176,7 @@ def test_some_experts_copied_and_some_written(tmp_path, source):
     references = {SPARSE: Reference(DENSE, (1, 4, 5))}
     fresh = np.random.default_rng(3).random((EXPERTS, 64, 96), np.float32)
     with begin(source, tmp_path / "checkpoint_11", specs, references) as writer:
-        tiling.copy_leaves(writer, source, references, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(writer, source, references, CopyMode.REFERENCE)
         assert [writer.is_written(SPARSE, (slice(e, e + 1),)) for e in range(EXPERTS)] == [
             e in (1, 4, 5) for e in range(EXPERTS)
         ]
@@ -197,11 +206,11 @@ def test_several_parents(tmp_path, source):
             begin(source, tmp_path / "checkpoint_11", specs, first) as writer,
             pytest.raises(ValueError, match="chunks or a codec other"),
         ):
-            tiling.copy_leaves(writer, other, second, CopyMode.REFERENCE)
+            chunk_copy.copy_leaves(writer, other, second, CopyMode.REFERENCE)
         return
     with begin(source, tmp_path / "checkpoint_11", specs, first) as writer:
-        tiling.copy_leaves(writer, source, first, CopyMode.REFERENCE)
-        tiling.copy_leaves(writer, other, second, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(writer, source, first, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(writer, other, second, CopyMode.REFERENCE)
         writer.finalize()
     value = open_checkpoint(tmp_path / "checkpoint_11").read(SPARSE)
     np.testing.assert_array_equal(value, np.stack([source.read(DENSE), other.read(DENSE)]))
@@ -211,12 +220,12 @@ def test_an_interrupted_copy_is_resumed(tmp_path, source):
     specs, references = job(source)
     path = tmp_path / "sparse" / "checkpoint_11"
     with begin(source, path, specs, references) as writer:
-        tiling.copy_leaves(writer, source, {SPARSE: references[SPARSE]}, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(writer, source, {SPARSE: references[SPARSE]}, CopyMode.REFERENCE)
     with begin(source, path, specs, references) as writer:
         assert writer.resumed
         assert writer.is_written(SPARSE)
-        tiling.copy_leaves(writer, source, references, CopyMode.REFERENCE)
-        tiling.copy_leaves(
+        chunk_copy.copy_leaves(writer, source, references, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(
             writer, source, references, CopyMode.ENCODED
         )  # Everything is there: nothing is written again.
         writer.write("target/layer/mlp/router/kernel", None, np.zeros((64, EXPERTS), np.float32))
@@ -230,7 +239,7 @@ def test_a_tiled_checkpoint_can_be_a_source_again(tmp_path, source):
     with begin(
         first, tmp_path / "again" / "checkpoint_11", specs, {SPARSE: Reference(SPARSE)}
     ) as writer:
-        tiling.copy_leaves(writer, first, {SPARSE: Reference(SPARSE)}, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(writer, first, {SPARSE: Reference(SPARSE)}, CopyMode.REFERENCE)
         writer.finalize()
     shutil.rmtree(tmp_path / "sparse")
     np.testing.assert_array_equal(
@@ -258,13 +267,15 @@ def test_training_on_a_tiled_checkpoint_leaves_the_source_alone(tmp_path, source
 def test_probe_says_what_is_possible(tmp_path, source):
     specs, references = job(source)
     output = tmp_path / "new" / "deeper" / "checkpoint_11"
-    found = tiling.probe(source, output, references, specs)
+    found = chunk_copy.probe(source, output, references, specs)
     assert (found.possible, found.linked) == (True, True)
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".upcycle-probe*"))
-    assert "bucket" in tiling.probe(source, "gs://bucket/checkpoint_1", references, specs).reason
+    assert (
+        "bucket" in chunk_copy.probe(source, "gs://bucket/checkpoint_1", references, specs).reason
+    )
     wrong = {**specs, SPARSE: LeafSpec((EXPERTS, 64, 96), np.dtype(ml_dtypes.bfloat16))}
-    found = tiling.probe(source, output, references, wrong)
+    found = chunk_copy.probe(source, output, references, wrong)
     assert not found.possible
     assert f"{SPARSE}: bfloat16[8,64,96] cannot be copied from float32[64,96]" in found.reason
 
@@ -276,7 +287,7 @@ def test_probe_on_formats_without_shareable_chunks(tmp_path):
         checkpointer.save(tmp_path / "folders", state)
     specs = {"target/w": LeafSpec((2, 8, 8), np.dtype(np.float32))}
     for name in ("zarr3", "folders"):
-        found = tiling.probe(
+        found = chunk_copy.probe(
             open_checkpoint(tmp_path / name),
             tmp_path / "out",
             {"target/w": Reference("target/w", (0, 1))},
@@ -292,7 +303,7 @@ def test_without_links_the_files_are_copied_once(tmp_path, source, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     specs, references = job(source)
-    found = tiling.probe(source, tmp_path / "sparse" / "checkpoint_11", references, specs)
+    found = chunk_copy.probe(source, tmp_path / "sparse" / "checkpoint_11", references, specs)
     assert (found.possible, found.linked) == (True, False)
     assert "copied once" in found.reason
     reader = make(source, tmp_path / "sparse" / "checkpoint_11", CopyMode.REFERENCE)
@@ -304,9 +315,9 @@ def test_references_that_do_not_fit(tmp_path, source):
     with pytest.raises(
         ValueError, match=r"experts \(0, 4\) do not exist in a leaf of shape \(4, 64, 96\)"
     ):
-        tiling.copied_layouts(source, {SPARSE: Reference(DENSE, (0, 4))}, specs)
+        chunk_copy.copied_layouts(source, {SPARSE: Reference(DENSE, (0, 4))}, specs)
     with pytest.raises(ValueError, match="the scalar state/step has no stored chunk"):
-        tiling.copied_layouts(
+        chunk_copy.copied_layouts(
             source,
             {"target/x": Reference("state/step", (0,))},
             {"target/x": LeafSpec((1,), np.dtype(np.int32))},
@@ -321,7 +332,7 @@ def test_references_that_do_not_fit(tmp_path, source):
             match="begun with chunks or a codec other than the source's; pass `copied_layouts`",
         ),
     ):
-        tiling.copy_leaves(writer, source, {SPARSE: Reference(DENSE, (0,))}, CopyMode.REFERENCE)
+        chunk_copy.copy_leaves(writer, source, {SPARSE: Reference(DENSE, (0,))}, CopyMode.REFERENCE)
 
 
 def test_of_a_linked_file_the_file_itself_is_shared(tmp_path, source):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from upcycle_jax.surgery.operations import Expectation, Reach, Region
-from upcycle_jax.surgery.sources import Reader
-from upcycle_jax.surgery.table import Row
+from upcycle_jax.surgery.parents import Reader
+from upcycle_jax.surgery.plan import Row
 
 
 class RowValues:

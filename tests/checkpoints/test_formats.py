@@ -22,7 +22,7 @@ from upcycle_jax.checkpoints import (
     open_checkpoint,
     storage,
 )
-from upcycle_jax.checkpoints.opening import check_name, checkpoint_steps, step_folders
+from upcycle_jax.checkpoints.formats import check_name, checkpoint_steps, step_folders
 from upcycle_jax.checkpoints.reader import checked_index
 from upcycle_jax.partitioning import Partitioner
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from upcycle_jax.checkpoints import model_settings, storage
 from upcycle_jax.checkpoints.casting import OverflowingCast, cast
-from upcycle_jax.checkpoints.opening import open_checkpoint
+from upcycle_jax.checkpoints.chunk_copy import CopyMode, Reference, copied_layouts, copy_leaves
+from upcycle_jax.checkpoints.formats import open_checkpoint
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.reader import CheckpointReader
-from upcycle_jax.checkpoints.tiling import CopyMode, Reference, copied_layouts, copy_leaves
 from upcycle_jax.checkpoints.writer import (
     DEFAULT_CHUNK_BYTES,
     CheckpointWriter,

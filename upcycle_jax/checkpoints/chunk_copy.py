@@ -20,7 +20,7 @@ from pathlib import Path
 import tensorstore as ts
 
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.database import DATA_FOLDERS, MANIFEST
+from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS, MANIFEST
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, REFERENCED, remove_dead_probes
 from upcycle_jax.checkpoints.reader import CheckpointReader

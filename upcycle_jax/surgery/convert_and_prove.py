@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax.checkpoints import model_settings, open_checkpoint
-from upcycle_jax.checkpoints.conversion import checkpoint_path
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
+from upcycle_jax.checkpoints.to_orbax import checkpoint_path
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.printing import show
 from upcycle_jax.surgery import function_check
+from upcycle_jax.surgery.matching import is_expert, make_plan
 from upcycle_jax.surgery.model_record import model_to_json
 from upcycle_jax.surgery.offline import (
     DEFAULT_MAX_MEMORY,
@@ -24,7 +25,8 @@ from upcycle_jax.surgery.offline import (
     result_step,
     shared_chunks,
 )
-from upcycle_jax.surgery.plan import is_expert, make_plan
+from upcycle_jax.surgery.parents import Reader, join, source_paths
+from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.proof import Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
@@ -35,8 +37,6 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     small_files,
 )
-from upcycle_jax.surgery.sources import Reader, join, source_paths
-from upcycle_jax.surgery.table import Plan
 from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.trees import LeafSpec
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from upcycle_jax.surgery.keys import KeySource, draw, permutation
-from upcycle_jax.surgery.operations import Expectation, Operation, Reach, Shape
+from upcycle_jax.surgery.operations.base import Expectation, Operation, Reach, Shape
 
 FIRST_REDRAW = 2**31
 """Permutations from this number on choose redrawn units; those below shuffle the copies of the

@@ -1,0 +1,49 @@
+"""What can happen to one leaf (`base`), and every operation that a recipe can ask for."""
+
+from upcycle_jax.surgery.operations.base import (
+    Aux,
+    Expectation,
+    Movement,
+    Operation,
+    Reach,
+    Region,
+    Shape,
+)
+from upcycle_jax.surgery.operations.experts import AddNoise, RandomExperts
+from upcycle_jax.surgery.operations.hidden_units import HiddenUnits
+from upcycle_jax.surgery.operations.means import Mean, MergeExperts
+from upcycle_jax.surgery.operations.movements import (
+    Constant,
+    Copy,
+    FirstUnits,
+    FromParents,
+    PickExpert,
+    Tile,
+    Zeros,
+)
+from upcycle_jax.surgery.operations.routers import Given, RouterNormal, RouterUniform
+
+__all__ = [
+    "AddNoise",
+    "Aux",
+    "Constant",
+    "Copy",
+    "Expectation",
+    "FirstUnits",
+    "FromParents",
+    "Given",
+    "HiddenUnits",
+    "Mean",
+    "MergeExperts",
+    "Movement",
+    "Operation",
+    "PickExpert",
+    "RandomExperts",
+    "Reach",
+    "Region",
+    "RouterNormal",
+    "RouterUniform",
+    "Shape",
+    "Tile",
+    "Zeros",
+]

@@ -1,0 +1,78 @@
+"""Means of several sources, or of the experts of a layer.
+
+They are running means, `m + (x - m) / n`, so that the mean of equal arrays is that array to the
+bit.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from upcycle_jax.surgery.operations.base import Expectation, Operation
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean(Operation):
+    """The mean of a leaf over several dense checkpoints, in float32 (Branch-Train-MiX averages
+    everything but the MLPs).
+    """
+
+    @property
+    def name(self) -> str:
+        return "mean of parents"
+
+    def make(self, sources, aux, keys, expert, shape):
+        mean = sources[0].astype(np.float32)
+        for number, source in enumerate(sources[1:], start=2):
+            mean = mean + (source.astype(np.float32) - mean) / np.float32(number)
+        return mean
+
+    def expectation(self, sources, aux, expert, shape):
+        mean = np.mean([np.asarray(s, np.float64) for s in sources], axis=0)
+        return Expectation(values=mean, kept=False, std=0.0, additive=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeExperts(Operation):
+    """One dense matrix from the experts of a layer: `[E, *D] -> [*D]`, weighted mean in float32.
+
+    Attributes:
+      weights: weight of each expert, summing to 1; empty: all equal.
+    """
+
+    weights: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "weighted mean of experts" if self.weights else "mean of experts"
+
+    def result_shape(self, sources, target):
+        if self.weights and len(self.weights) != sources[0][0]:
+            raise ValueError(
+                f"{len(self.weights)} weights for {sources[0][0]} experts: give one per expert"
+            )
+        return tuple(sources[0][1:])
+
+    def source_region(self, region, source):
+        return (slice(None), *region)
+
+    def make(self, sources, aux, keys, expert, shape):
+        stack = sources[0]
+        mean, total = stack[0].astype(np.float32), self.weights[0] if self.weights else 1.0
+        for number in range(1, len(stack)):
+            weight = self.weights[number] if self.weights else 1.0
+            total += weight
+            mean = mean + (stack[number].astype(np.float32) - mean) * np.float32(
+                weight / total if total else 0.0
+            )
+        return mean
+
+    def expectation(self, sources, aux, expert, shape):
+        stack = np.asarray(sources[0], np.float64)
+        weights = np.asarray(self.weights or (1 / len(stack),) * len(stack))
+        return Expectation(
+            values=np.tensordot(weights / weights.sum(), stack, 1),
+            kept=False,
+            std=0.0,
+            additive=True,
+        )
