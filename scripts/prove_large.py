@@ -119,7 +119,7 @@ def function(options) -> bool:
     """The function check."""
     from upcycle_jax.checkpoints import open_checkpoint
     from upcycle_jax.surgery.function_check import check_function
-    from upcycle_jax.surgery.tokens import Tokens
+    from upcycle_jax.surgery.probe_batch import ProbeBatch
 
     plan, source, sparse = planned(options)
     outcome = check_function(
@@ -127,7 +127,7 @@ def function(options) -> bool:
         sparse,
         source,
         open_checkpoint(result_path(options.folder)),
-        Tokens.random(sparse.config.vocab_size),
+        ProbeBatch.random(sparse),
         max_memory=options.max_memory,
         progress=print,
     )

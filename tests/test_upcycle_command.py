@@ -10,8 +10,8 @@ import pytest
 from upcycle_jax import config, trees, upcycle, verify
 from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.surgery import function_check
-from upcycle_jax.surgery.tokens import random_tokens
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
 
@@ -320,7 +320,7 @@ def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_pa
     assert "weighted mean of experts" in capsys.readouterr().out
     merged, sparse = open_checkpoint(tmp_path / "merged"), open_checkpoint(tmp_path / "sparse")
     model = config.load([MODEL_FILE], TINY).macro("MODEL")
-    tokens = random_tokens(64)
+    tokens = EncoderDecoderFeatures().random(64)
     weights = function_check.router_weights(model, sparse, tokens)
     assert max(weights["encoder/layers_1"]) > 0.26  # Not the plain mean.
     recorded = merged.metadata()["surgery"]["recipe"]

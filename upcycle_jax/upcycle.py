@@ -129,7 +129,7 @@ def _with_measured_weights(
     import dataclasses
 
     from upcycle_jax.checkpoints.model_settings import check_model
-    from upcycle_jax.surgery.tokens import Tokens
+    from upcycle_jax.surgery.probe_batch import ProbeBatch
 
     if source_model is None:
         raise ValueError(
@@ -137,20 +137,19 @@ def _with_measured_weights(
             " to measure them with"
         )
     check_model(source, source_model.config)
-    tokens = tokens if tokens is not None else Tokens.random(source_model.config.vocab_size)
+    tokens = tokens if tokens is not None else ProbeBatch.random(source_model)
     return dataclasses.replace(
         recipe, weights=checking.router_weights(source_model, source, tokens.batch)
     )
 
 
 def first_batch(dataset: Any, model: Any) -> Any:
-    """The first batch of a `DatasetConfig`, as `surgery.tokens.Tokens` for a model; None without a
-    data set.
+    """The first batch of a `DatasetConfig`, as a `ProbeBatch` for a model; None without a data set.
 
     Raises:
       ValueError: the model's vocabulary is too small for it.
     """
-    from upcycle_jax.surgery.tokens import Tokens
+    from upcycle_jax.surgery.probe_batch import ProbeBatch
 
     if dataset is None:
         return None
@@ -162,7 +161,8 @@ def first_batch(dataset: Any, model: Any) -> Any:
             f" model's vocab_size is {vocab_size}: choose a data set of the model's vocabulary, or"
             " None for random tokens"
         )
-    return Tokens(batch, f"first batch of {dataset.mixture_or_task_name}, split {dataset.split}")
+    origin = f"first batch of {dataset.mixture_or_task_name}, split {dataset.split}"
+    return ProbeBatch(batch, model.features, origin)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import surgery, trees
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
@@ -17,8 +18,9 @@ from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery import infer, lanes
 from upcycle_jax.surgery.layer_weights import LayerWeights
-from upcycle_jax.surgery.tokens import Tokens, random_tokens
+from upcycle_jax.surgery.probe_batch import ProbeBatch
 
+FEATURES = EncoderDecoderFeatures()
 VOCAB = 64
 CONFIG = T5Config(
     VOCAB,
@@ -30,7 +32,7 @@ CONFIG = T5Config(
     mlp_dim=32,
     dropout_rate=0.0,
 )
-TOKENS = Tokens(random_tokens(VOCAB, length=8), "random")
+TOKENS = ProbeBatch(FEATURES.random(VOCAB, length=8), FEATURES, "random")
 
 
 def sparse_model(*, renormalize=False, capacity=2.0, order="before_top_k"):

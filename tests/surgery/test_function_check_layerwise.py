@@ -14,6 +14,7 @@ import pytest
 
 from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models import layerwise
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
@@ -23,8 +24,9 @@ from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, SoftMoe, Tokens
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery import lanes
 from upcycle_jax.surgery.layer_weights import LayerWeights
-from upcycle_jax.surgery.tokens import Tokens, random_tokens
+from upcycle_jax.surgery.probe_batch import ProbeBatch
 
+FEATURES = EncoderDecoderFeatures()
 VOCAB = 64
 CONFIG = T5Config(
     VOCAB,
@@ -36,7 +38,7 @@ CONFIG = T5Config(
     mlp_dim=32,
     dropout_rate=0.1,
 )
-PADDED = random_tokens(VOCAB, length=8)
+PADDED = FEATURES.random(VOCAB, length=8)
 SEGMENTS = np.array([[1] * 5 + [2] * 3, [1] * 2 + [2] * 4 + [0] * 2], np.int32)
 PACKED = {**PADDED, "encoder_segment_ids": SEGMENTS, "decoder_segment_ids": SEGMENTS}
 
@@ -205,7 +207,7 @@ def test_no_read_is_larger_than_a_leaf_or_an_expert_and_every_value_is_read_once
     model = EncoderDecoderModel(moe_config())
     plan, source, target = converted(model, surgery.Recipe(expert_init=init))
     outcome = check.check_function(
-        plan, model, source, target, Tokens(PADDED, "random"), max_memory=1 << 14
+        plan, model, source, target, ProbeBatch(PADDED, FEATURES, "random"), max_memory=1 << 14
     )
     assert outcome.ok, outcome.text()
     for reader in (source, target):
@@ -231,7 +233,7 @@ def test_thirty_two_experts_of_the_small_model_by_reference(tmp_path):
 def test_a_batch_that_does_not_fit_is_cut_to_its_first_rows():
     model = EncoderDecoderModel(moe_config())
     plan, source, target = converted(model)
-    tokens = Tokens(random_tokens(VOCAB, batch_size=6, length=8), "random")
+    tokens = ProbeBatch(FEATURES.random(VOCAB, batch_size=6, length=8), FEATURES, "random")
     room = 2 * 4 * 2 * model.row_bytes(tokens.batch)
     outcome = check.check_function(plan, model, source, target, tokens, max_memory=room)
     assert outcome.tokens == "random: 2 x 8 inputs, 2 x 8 targets, 4 more rows left out"
@@ -260,7 +262,7 @@ def test_experts_that_share_their_bytes_are_read_once(tmp_path):
     assert weights.bytes_of(step) == dense + router
     said = []
     outcome = check.check_function(
-        plan, model, source, target, Tokens(PADDED, "random"), progress=said.append
+        plan, model, source, target, ProbeBatch(PADDED, FEATURES, "random"), progress=said.append
     )
     assert outcome.ok, outcome.text()
     assert any("function check: read" in line for line in said)
@@ -288,7 +290,9 @@ def test_rounding_that_deep_layers_amplify_is_no_difference():
     source = CountingReader(arrays)
     model = EncoderDecoderModel(dataclasses.replace(config, moe=MoeConfig(num_experts=4)))
     plan, _, target = converted(model, source=source)
-    outcome = check.check_function(plan, model, source, target, Tokens(PADDED, "random"))
+    outcome = check.check_function(
+        plan, model, source, target, ProbeBatch(PADDED, FEATURES, "random")
+    )
     assert outcome.ok, outcome.text()
     assert outcome.step_difference < 1e-6 < outcome.twin_difference / 10
 
@@ -306,5 +310,7 @@ def test_what_is_between_the_layers_is_compared_too(leaf, named):
     model = EncoderDecoderModel(moe_config())
     plan, source, target = converted(model)
     target.arrays[f"target/{leaf}"][...] += 0.5
-    outcome = check.check_function(plan, model, source, target, Tokens(PADDED, "random"))
+    outcome = check.check_function(
+        plan, model, source, target, ProbeBatch(PADDED, FEATURES, "random")
+    )
     assert not outcome.ok and outcome.first_divergence == named

@@ -10,6 +10,7 @@ import pytest
 
 from upcycle_jax import axes, surgery
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.config import T5Config
 from upcycle_jax.moe.config import MoeConfig
@@ -17,9 +18,10 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery.operations import Copy, FirstUnits, Mean, Zeros
 from upcycle_jax.surgery.parents import join
-from upcycle_jax.surgery.tokens import Tokens, random_tokens
+from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.trees import LeafSpec
 
+FEATURES = EncoderDecoderFeatures()
 VOCAB = 64
 LAYER = "target/encoder/layers_1/mlp"
 NAMES = ("wi_0", "wi_1", "wo")
@@ -191,7 +193,7 @@ def compared(small, dense, width, damage=None):
     }
     if damage:
         damage(arrays)
-    tokens = Tokens(random_tokens(VOCAB, length=8), "random")
+    tokens = ProbeBatch(FEATURES.random(VOCAB, length=8), FEATURES, "random")
     return types.SimpleNamespace(
         outcome=check.check_function(plan, model, source, small.Reader(arrays), tokens),
         arrays=arrays,

@@ -27,6 +27,7 @@ from upcycle_jax.surgery.offline import (
 )
 from upcycle_jax.surgery.parents import Reader, join, source_paths
 from upcycle_jax.surgery.plan import Plan
+from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.proof import Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
@@ -37,7 +38,6 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     small_files,
 )
-from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.trees import LeafSpec
 
 Report = Callable[[str], None]
@@ -86,7 +86,7 @@ def convert(
     max_memory: int = DEFAULT_MAX_MEMORY,
     materialize: bool = False,
     check: str = "auto",
-    tokens: Tokens | None = None,
+    tokens: ProbeBatch | None = None,
     dry_run: bool = False,
     report: Report = show,
 ) -> Conversion:
@@ -198,7 +198,7 @@ def verify(
     recorded: Recorded | None = None,
     check: str = "auto",
     max_memory: int = DEFAULT_MAX_MEMORY,
-    tokens: Tokens | None = None,
+    tokens: ProbeBatch | None = None,
     source_damage: Sequence[str] = (),
     report: Report = show,
 ) -> Proof:
@@ -240,7 +240,7 @@ def verify(
     elif not proof.readable:
         report("function check: skipped, leaves are missing or cannot be read")
     else:
-        tokens = tokens if tokens is not None else Tokens.random(model.config.vocab_size)
+        tokens = tokens if tokens is not None else ProbeBatch.random(model)
         outcome = function_check.check_function(
             plan, model, source, target, tokens, max_memory=max_memory, progress=report
         )

@@ -40,8 +40,8 @@ from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.plan import Plan
+from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.progress import Meter, Progress
-from upcycle_jax.surgery.tokens import Tokens
 from upcycle_jax.surgery.verdict import (
     LAYER_TOLERANCE,
     FunctionCheck,
@@ -115,7 +115,7 @@ def check_function(
     sparse: EncoderDecoderModel,
     dense_reader: Reader,
     sparse_reader: Reader,
-    tokens: Tokens,
+    tokens: ProbeBatch,
     *,
     max_memory: int = DEFAULT_MAX_MEMORY,
     progress: Progress | None = None,
@@ -209,8 +209,8 @@ def check_function(
 
 
 def _rows_that_fit(
-    plan: Plan, sparse: EncoderDecoderModel, tokens: Tokens, max_bytes: int
-) -> Tokens:
+    plan: Plan, sparse: EncoderDecoderModel, tokens: ProbeBatch, max_bytes: int
+) -> ProbeBatch:
     """The first rows of a batch, as many as the activations of the four runs have room for and
     routing groups allow.
     """

@@ -64,7 +64,7 @@ class FunctionCheck:
 
     Attributes:
       prediction: what was expected.
-      tokens: what was compared on (`Tokens.description`).
+      tokens: what was compared on (`ProbeBatch.description`).
       logit_difference: largest difference between sparse and dense logits, as the model is
         configured.
       logit_scale: largest dense logit.
