@@ -39,7 +39,7 @@ def inputs(
     task: str, lengths: dict[str, int], batch_size: int, *, seconds: float
 ) -> dict[str, float]:
     """Examples a second of each way to read the task."""
-    from upcycle_jax.data.cache_writing import CacheOptions, write_caches
+    from upcycle_jax.data.cache.writer import CacheOptions, write_caches
 
     on_the_fly = DatasetConfig(task, lengths, batch_size=batch_size, seed=0)
     with tempfile.TemporaryDirectory() as folder:

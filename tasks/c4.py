@@ -12,7 +12,8 @@ import importlib.util
 
 import seqio
 
-from upcycle_jax.data import objectives, sources
+from upcycle_jax.data import sources
+from upcycle_jax.data.objectives import preprocessors
 
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 
@@ -23,7 +24,7 @@ seqio.TaskRegistry.add(
         functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
         sources.tokenize,
         seqio.CacheDatasetPlaceholder(),
-        objectives.span_corruption,
+        preprocessors.span_corruption,
         seqio.preprocessors.append_eos_after_trim,
     ],
     output_features=sources.output_features(seqio.SentencePieceVocabulary(T5_VOCABULARY)),

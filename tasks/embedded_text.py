@@ -11,7 +11,8 @@ Registers, for each objective (span_corruption, prefix_lm, ul2): `python_source_
 
 import seqio
 
-from upcycle_jax.data import objectives, sources
+from upcycle_jax.data import sources
+from upcycle_jax.data.objectives import preprocessors
 from upcycle_jax.tasks import python_environment
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
@@ -21,7 +22,7 @@ SOURCES = {
     "documentation_prose": sources.CorpusSource(python_environment.documentation_prose),
 }
 
-for _objective in objectives.OBJECTIVES:
+for _objective in preprocessors.OBJECTIVES:
     for _domain, _source in SOURCES.items():
         _name = f"{_domain}_{_objective}"
         seqio.TaskRegistry.add_provider(

@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
-from upcycle_jax.data.documents import Corpus, Document, build_corpus
+from upcycle_jax.data.text.documents import Corpus, Document, build_corpus
 
 _NOT_SOURCE = frozenset(
     {

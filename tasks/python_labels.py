@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from upcycle_jax.data.documents import TRAIN, VALIDATION, Document, is_held_out
+from upcycle_jax.data.text.documents import TRAIN, VALIDATION, Document, is_held_out
 from upcycle_jax.tasks import python_environment
 
 _EXTRACTION = 1

@@ -94,9 +94,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
     chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]
     configs = [loaded.build("DatasetConfig", **given, **name)() for name in chosen]
     command.say_unused(loaded, name="cache_tasks", other_functions=registry.FUNCTIONS)
-    from upcycle_jax.data import cache_writing
+    from upcycle_jax.data.cache import writer
 
-    options = cache_writing.CacheOptions(
+    options = writer.CacheOptions(
         output_cache_dir=asked.output_cache_dir,
         splits=asked.splits,
         num_shards=asked.num_shards,
@@ -106,7 +106,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
         verify=asked.verify,
     )
     for config in configs:
-        cache_writing.write_caches(config, options, dry_run=flags.dry_run)
+        writer.write_caches(config, options, dry_run=flags.dry_run)
     print(
         "train with --gin.USE_CACHED_TASKS=True"
         f" --seqio_additional_cache_dirs={asked.output_cache_dir}"

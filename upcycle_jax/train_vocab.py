@@ -66,7 +66,7 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
 
         corpora = (python_environment.python_source(), python_environment.documentation_prose())
         return [passage.decode() for corpus in corpora for passage in corpus.splits["train"]]
-    from upcycle_jax.data import vocabulary_training
+    from upcycle_jax.data.text import vocabulary_training
 
     return vocabulary_training.read_texts(arguments.text_files, field=arguments.text_field)
 
@@ -74,7 +74,7 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the model, prints what to set, and returns the exit code."""
     arguments = _parser().parse_args(argv)
-    from upcycle_jax.data import vocabulary_training
+    from upcycle_jax.data.text import vocabulary_training
 
     try:
         trained = vocabulary_training.train_vocabulary(

@@ -73,7 +73,7 @@ class Lab:
             "upcycle_jax.config",
             "upcycle_jax.surgery.convert_and_prove",
             "upcycle_jax.training.loop",
-            "upcycle_jax.data.cached_source",
+            "upcycle_jax.data.cache.batches",
             "upcycle_jax.checkpoints.huggingface_writer",
         ):
             importlib.import_module(name)

@@ -12,10 +12,12 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax import checks
-from upcycle_jax.data import documents, fingerprints, text_files
+from upcycle_jax.data import fingerprints
+from upcycle_jax.data.text import documents
+from upcycle_jax.data.text import files as text_files
 
 if TYPE_CHECKING:
-    from upcycle_jax.data.cache_lookup import CachedMixture
+    from upcycle_jax.data.cache.lookup import CachedMixture
 
 POSITION_FILE = "position.json"
 
@@ -230,9 +232,9 @@ class DatasetConfig:
         """
         if not self.use_cached:
             return None
-        from upcycle_jax.data import cache_lookup
+        from upcycle_jax.data.cache import lookup
 
-        return cache_lookup.find(self)
+        return lookup.find(self)
 
     def verify(self) -> int:
         """Reads the whole cache, where there is one, and compares checksums; returns bytes read.
@@ -250,12 +252,12 @@ class DatasetConfig:
         except ModuleNotFoundError as error:
             if error.name not in ("tensorflow", "seqio", "tensorflow_datasets"):
                 raise
-            from upcycle_jax.data import cache_lookup
+            from upcycle_jax.data.cache import lookup
 
             raise ValueError(
                 f"'{self.mixture_or_task_name}' is read through SeqIO, which is not installed"
                 f" ({error}): pip install seqio, or cache the task where it is installed"
-                f" (`{cache_lookup.command(self)}`) and set USE_CACHED_TASKS"
+                f" (`{lookup.command(self)}`) and set USE_CACHED_TASKS"
             ) from error
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> BatchIterator:
@@ -270,9 +272,9 @@ class DatasetConfig:
         """
         cache = self.cache()
         if cache is not None:
-            from upcycle_jax.data import cached_source
+            from upcycle_jax.data.cache import batches
 
-            return cached_source.train_iterator(
+            return batches.train_iterator(
                 self, cache, process_index=process_index, process_count=process_count
             )
         return self._through_seqio("seqio_source").train_iterator(
@@ -294,9 +296,9 @@ class DatasetConfig:
         """
         cache = self.cache()
         if cache is not None:
-            from upcycle_jax.data import cached_source
+            from upcycle_jax.data.cache import batches
 
-            return cached_source.eval_batches(
+            return batches.eval_batches(
                 self, cache, num_batches=num_batches, process_index=process_index, process_count=process_count
             )  # fmt: skip
         return self._through_seqio("seqio_source").eval_batches(
@@ -332,9 +334,9 @@ class DatasetConfig:
         """
         cache = self.cache()
         if cache is not None:
-            from upcycle_jax.data import cached_source
+            from upcycle_jax.data.cache import batches
 
-            return cached_source.fingerprint(self, cache)
+            return batches.fingerprint(self, cache)
         return self._through_seqio("seqio_source").fingerprint(self)
 
     def local_batch_size(self, process_count: int) -> int:

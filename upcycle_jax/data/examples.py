@@ -12,7 +12,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from upcycle_jax.data import prompts, resolve, seqio_source
-from upcycle_jax.data.cache_format import CachedTask
+from upcycle_jax.data.cache.format import CachedTask
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
 Example = dict[str, Any]
@@ -87,9 +87,9 @@ class TaskExamples:
 
     def _read(self) -> Iterator[Example]:
         if self._cached is not None:
-            from upcycle_jax.data import cached_source
+            from upcycle_jax.data.cache import batches
 
-            return cached_source.whole_examples(self._config, self._cached)
+            return batches.whole_examples(self._config, self._cached)
         dataset = self._task.get_dataset(
             sequence_length=dict(self._config.task_feature_lengths),
             split=self._config.split,

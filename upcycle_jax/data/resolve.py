@@ -11,8 +11,9 @@ from typing import Any
 
 import seqio
 
-from upcycle_jax.data import settings, sources, text_files
+from upcycle_jax.data import settings, sources
 from upcycle_jax.data.dataset import DatasetConfig
+from upcycle_jax.data.text import files as text_files
 
 SHIPPED_TASKS = "upcycle_jax.tasks"
 

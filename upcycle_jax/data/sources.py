@@ -9,8 +9,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from upcycle_jax.data import objectives
-from upcycle_jax.data.documents import SPLITS, TRAIN, Corpus
+from upcycle_jax.data.objectives import preprocessors
+from upcycle_jax.data.text.documents import SPLITS, TRAIN, Corpus
 
 SHUFFLE_BUFFER = 1000  # segments; documents are shuffled over the whole split before
 
@@ -173,7 +173,7 @@ def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
     }
 
 
-def tokenize(dataset: tf.data.Dataset, output_features: objectives.Features) -> tf.data.Dataset:
+def tokenize(dataset: tf.data.Dataset, output_features: preprocessors.Features) -> tf.data.Dataset:
     """Tokens of `targets`, without EOS and without a copy of the text."""
     return seqio.preprocessors.tokenize(
         dataset, output_features, copy_pretokenized=False, with_eos=False
@@ -187,7 +187,7 @@ def language_model_task(
     *,
     objective: str = "span_corruption",
 ) -> seqio.Task:
-    """A task, not registered, that trains by an objective of `objectives.OBJECTIVES` on the texts
+    """A task, not registered, that trains by an objective of `preprocessors.OBJECTIVES` on the texts
     of `source`.
     """
     return seqio.Task(
@@ -196,7 +196,7 @@ def language_model_task(
         preprocessors=[
             tokenize,
             seqio.CacheDatasetPlaceholder(),
-            objectives.OBJECTIVES[objective],
+            preprocessors.OBJECTIVES[objective],
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=output_features(vocabulary),

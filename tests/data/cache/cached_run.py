@@ -26,15 +26,15 @@ def main(seconds: str, *flags: str) -> int:
             None
         )
     from upcycle_jax import train
-    from upcycle_jax.data import cached_source
+    from upcycle_jax.data.cache import batches
 
-    read = cached_source.CachedBatchIterator.__next__
+    read = batches.CachedBatchIterator.__next__
 
     def slowly(self):
         time.sleep(float(seconds))
         return read(self)
 
-    cached_source.CachedBatchIterator.__next__ = slowly
+    batches.CachedBatchIterator.__next__ = slowly
     code = train.main(flags)
     found = [
         name

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from upcycle_jax.data import draws, numpy_denoising
-from upcycle_jax.data.cache_format import CachedTask, decode
+from upcycle_jax.data import draws
+from upcycle_jax.data.cache.format import CachedTask, decode
+from upcycle_jax.data.objectives import numpy as numpy_objectives
 
 INPUTS, TARGETS = "inputs", "targets"
 
@@ -192,7 +193,7 @@ class TextView:
         self._features, self._lengths = task.manifest.features, dict(sequence_length)
         denoise, *self._steps = task.manifest.steps
         self._denoisers = [
-            numpy_denoising.from_json(described) for described in denoise["denoisers"]
+            numpy_objectives.from_json(described) for described in denoise["denoisers"]
         ]
         vocabulary = self._features[TARGETS]["vocabulary"]
         self._first_sentinel = int(vocabulary["size"]) - 1
@@ -200,7 +201,7 @@ class TextView:
             denoiser.raw_length(self._lengths, int(vocabulary["extra_ids"]))
             for denoiser in self._denoisers
         ]
-        self._turns = numpy_denoising.pattern(self._denoisers)
+        self._turns = numpy_objectives.pattern(self._denoisers)
         self._edges = [0, *itertools.accumulate(raw[turn] for turn in self._turns)]
         self._ends = self._records.ends[TARGETS]
         self._total = int(self._ends[-1]) if len(self._ends) else 0

@@ -45,7 +45,7 @@ def assert_same(stream, expected):
 @pytest.fixture(scope="module")
 def write():
     """Caches a configuration's tasks into a folder, in several files each."""
-    from upcycle_jax.data.cache_writing import CacheOptions, write_caches
+    from upcycle_jax.data.cache.writer import CacheOptions, write_caches
 
     def write(config, folder, **options):
         lines = []
@@ -236,10 +236,10 @@ def test_every_epoch_has_each_example_once_in_another_order():
 
 
 def test_a_record_is_read_once_for_an_example():
-    from upcycle_jax.data import cache_lookup, cached_views
+    from upcycle_jax.data.cache import lookup, views
 
-    ((task, _),) = cache_lookup.find(sums()).tasks
-    view = cached_views.open_view(task, "train", sums().task_feature_lengths)
+    ((task, _),) = lookup.find(sums()).tasks
+    view = views.open_view(task, "train", sums().task_feature_lengths)
     records, read = view._records, []
 
     class Counting:
@@ -248,7 +248,7 @@ def test_a_record_is_read_once_for_an_example():
             return records[number]
 
     view._records = Counting()
-    examples = view.examples([cached_views.Draw(place, 0, place) for place in (7, 3)], key=0)
+    examples = view.examples([views.Draw(place, 0, place) for place in (7, 3)], key=0)
     assert [decode(example["inputs"]) for example in examples] == ["7 + 0", "3 + 3"] and read == [
         7,
         3,
@@ -257,12 +257,12 @@ def test_a_record_is_read_once_for_an_example():
 
 def test_shuffling_is_global(config):
     """The first batch of a long text comes from all over it."""
-    from upcycle_jax.data import cache_lookup, cached_views
+    from upcycle_jax.data.cache import lookup, views
 
-    task = {task.manifest.task: task for task, _ in cache_lookup.find(config).tasks}[
+    task = {task.manifest.task: task for task, _ in lookup.find(config).tasks}[
         "cached_span_corruption_code"
     ]
-    count = len(cached_views.open_view(task, "train", config.task_feature_lengths))
+    count = len(views.open_view(task, "train", config.task_feature_lengths))
     places = [grain.MapDataset.range(count).shuffle(seed=0)[n] for n in range(64)]
     assert len(set(places)) == 64 and min(places) < count / 8 and max(places) > count * 7 / 8
 

@@ -152,7 +152,7 @@ class Manifest:
         equal identities hold equal examples.
       features: for each model feature its vocabulary's description, `eos_id`, `add_eos` and the
         dtype in which tokens are kept.
-      steps: what is left to do when an example is read, as `cached_steps` knows it.
+      steps: what is left to do when an example is read, as `steps` knows it.
       feature_lengths: lengths for which the examples were made, where steps that need them ran
         before they were written; else None.
       splits: by name.

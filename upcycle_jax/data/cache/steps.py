@@ -9,15 +9,14 @@ from typing import Any
 
 import seqio
 
-from upcycle_jax.data import fingerprints, numpy_denoising, objectives
-from upcycle_jax.data.cached_views import APPEND_EOS, APPEND_EOS_AFTER_TRIM, DENOISE
+from upcycle_jax.data import fingerprints
+from upcycle_jax.data.cache.views import APPEND_EOS, APPEND_EOS_AFTER_TRIM, DENOISE
+from upcycle_jax.data.objectives import numpy as numpy_objectives
+from upcycle_jax.data.objectives import preprocessors
 
-# T5's own function does what ours does (tests/data/test_denoising.py), but for documents above
-# 65,536 tokens, which it cuts.
-_SPAN_CORRUPTION = (
-    "upcycle_jax.data.objectives.span_corruption",
-    "t5.data.preprocessors.span_corruption",
-)
+# Does what ours does (tests/data/objectives/test_tf_spans.py), but for documents above 65,536
+# tokens, which it cuts. By name, as t5 need not be installed.
+_T5_SPAN_CORRUPTION = "t5.data.preprocessors.span_corruption"
 _IGNORED_KEYWORDS = frozenset({"documents_per_group", "merge_examples_to_reduce_padding"})
 
 
@@ -26,7 +25,7 @@ class Division:
     """How a task's steps divide.
 
     Attributes:
-      steps: what is left to do when an example is read, as `cached_views` knows it.
+      steps: what is left to do when an example is read, as `views` knows it.
       frozen: steps after the place for caching that can only run in SeqIO: they run once, and their
         random choices are the same in every epoch. Empty where all are known. With any, no step is
         left.
@@ -54,27 +53,27 @@ def _ids(text: str, vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
 
 
 def _denoise(
-    denoisers: Sequence[objectives.Denoiser], vocabulary: seqio.Vocabulary
+    denoisers: Sequence[preprocessors.Denoiser], vocabulary: seqio.Vocabulary
 ) -> dict[str, Any] | None:
     described = []
     for denoiser in denoisers:
-        if isinstance(denoiser, objectives.SpanDenoiser):
-            noise: numpy_denoising.Noise = numpy_denoising.SpanNoise(
+        if isinstance(denoiser, preprocessors.SpanDenoiser):
+            noise: numpy_objectives.Noise = numpy_objectives.SpanNoise(
                 noise_density=denoiser.noise_density,
                 mean_noise_span_length=denoiser.mean_noise_span_length,
                 prefix=denoiser.prefix,
                 prefix_ids=_ids(denoiser.prefix, vocabulary),
                 weight=denoiser.weight,
             )
-        elif isinstance(denoiser, objectives.PrefixDenoiser):
-            noise = numpy_denoising.PrefixSplit(
+        elif isinstance(denoiser, preprocessors.PrefixDenoiser):
+            noise = numpy_objectives.PrefixSplit(
                 prefix=denoiser.prefix,
                 prefix_ids=_ids(denoiser.prefix, vocabulary),
                 weight=denoiser.weight,
             )
         else:
             return None
-        described.append(numpy_denoising.to_json(noise))
+        described.append(numpy_objectives.to_json(noise))
     return {"step": DENOISE, "denoisers": described}
 
 
@@ -93,16 +92,14 @@ def _known(step: Any, features: Mapping[str, seqio.Feature]) -> dict[str, Any] |
     if function is seqio.preprocessors.append_eos_after_trim and not keywords:
         return {"step": APPEND_EOS_AFTER_TRIM}
     vocabulary = features["targets"].vocabulary
-    if _place(function) in _SPAN_CORRUPTION and keywords.keys() <= {
-        "noise_density",
-        "mean_noise_span_length",
-    }:
-        return _denoise((objectives.SpanDenoiser(**keywords),), vocabulary)
-    if function is objectives.prefix_lm and not keywords:
-        return _denoise((objectives.PrefixDenoiser(),), vocabulary)
-    if function is objectives.ul2 and not keywords:
-        return _denoise(objectives.UL2_DENOISERS, vocabulary)
-    if function is objectives.denoise and keywords.keys() == {"denoisers"}:
+    corrupts = function is preprocessors.span_corruption or _place(function) == _T5_SPAN_CORRUPTION
+    if corrupts and keywords.keys() <= {"noise_density", "mean_noise_span_length"}:
+        return _denoise((preprocessors.SpanDenoiser(**keywords),), vocabulary)
+    if function is preprocessors.prefix_lm and not keywords:
+        return _denoise((preprocessors.PrefixDenoiser(),), vocabulary)
+    if function is preprocessors.ul2 and not keywords:
+        return _denoise(preprocessors.UL2_DENOISERS, vocabulary)
+    if function is preprocessors.denoise and keywords.keys() == {"denoisers"}:
         return _denoise(keywords["denoisers"], vocabulary)
     return None
 

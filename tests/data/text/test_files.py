@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from upcycle_jax.data import text_files
+from upcycle_jax.data.text import files as text_files
 
 TEXTS = ["First document, with ünïcode.", 'Second one,\nof "two" lines.', "Third."]
 

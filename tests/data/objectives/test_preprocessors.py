@@ -7,11 +7,11 @@ import collections
 import numpy as np
 import pytest
 
-from upcycle_jax.data import noise
+from upcycle_jax.data.objectives import arithmetic
 
 tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
-objectives = pytest.importorskip("upcycle_jax.data.objectives")
+preprocessors = pytest.importorskip("upcycle_jax.data.objectives.preprocessors")
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 FEATURES = {name: seqio.Feature(VOCABULARY) for name in ("inputs", "targets")}
@@ -30,7 +30,7 @@ def _segments(objective, lengths, *, documents=60, size=700, **settings):
 
 
 def test_prefix_lm_splits_each_segment_in_two():
-    texts, segments = _segments(objectives.prefix_lm, {"inputs": 64, "targets": 64})
+    texts, segments = _segments(preprocessors.prefix_lm, {"inputs": 64, "targets": 64})
     joined = np.concatenate(
         [np.concatenate([segment["inputs"], segment["targets"]]) for segment in segments]
     )
@@ -41,19 +41,19 @@ def test_prefix_lm_splits_each_segment_in_two():
 
 
 def test_prefix_lm_with_short_targets():
-    _, segments = _segments(objectives.prefix_lm, {"inputs": 64, "targets": 8})
+    _, segments = _segments(preprocessors.prefix_lm, {"inputs": 64, "targets": 8})
     assert {len(segment["targets"]) for segment in segments} == set(range(1, 8))
     with pytest.raises(
         ValueError, match="leave a prefix language model no text: give 2 tokens or more"
     ):
-        objectives.prefix_lm(
+        preprocessors.prefix_lm(
             tf.data.Dataset.from_tensors({"targets": [5]}), {"inputs": 64, "targets": 1}, FEATURES
         )
 
 
 def test_ul2_tells_the_mode_and_keeps_the_shares():
     lengths = {"inputs": 128, "targets": 128}
-    _, segments = _segments(objectives.ul2, lengths, documents=1600)
+    _, segments = _segments(preprocessors.ul2, lengths, documents=1600)
     modes = collections.Counter(
         VOCABULARY.decode(segment["inputs"][:6].tolist()) for segment in segments
     )
@@ -80,15 +80,15 @@ def test_ul2_at_t5_lengths_says_how_many_sentinels_it_needs():
             r" extra_ids=12\d or more"
         ),
     ):
-        objectives.ul2(dataset, {"inputs": 512, "targets": 512}, FEATURES)
+        preprocessors.ul2(dataset, {"inputs": 512, "targets": 512}, FEATURES)
     with pytest.raises(ValueError, match=r"density 0\.5.*set it to \d+ or more"):
-        objectives.ul2(dataset, {"inputs": 128, "targets": 32}, FEATURES)
+        preprocessors.ul2(dataset, {"inputs": 128, "targets": 32}, FEATURES)
 
 
-@pytest.mark.parametrize("size", [1, 5, noise.span_lengths(64).raw])
+@pytest.mark.parametrize("size", [1, 5, arithmetic.span_lengths(64).raw])
 def test_tiny_and_exact_groups(size):
     texts, segments = _segments(
-        objectives.span_corruption, {"inputs": 64, "targets": 16}, documents=1, size=size
+        preprocessors.span_corruption, {"inputs": 64, "targets": 16}, documents=1, size=size
     )
     tokens = np.concatenate(
         [np.concatenate([segment["inputs"], segment["targets"]]) for segment in segments]
@@ -100,7 +100,7 @@ def test_tiny_and_exact_groups(size):
 def test_objective_names_agree():
     from upcycle_jax.data import dataset
 
-    assert tuple(objectives.OBJECTIVES) == dataset.OBJECTIVE_NAMES
+    assert tuple(preprocessors.OBJECTIVES) == dataset.OBJECTIVE_NAMES
 
 
 def test_text_files_with_another_objective(make_config):

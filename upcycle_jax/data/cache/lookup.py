@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle_jax.data import settings
-from upcycle_jax.data.cache_format import (
+from upcycle_jax.data.cache.format import (
     MANIFEST,
     MIXTURE,
     SEQIO_COMPLETED,

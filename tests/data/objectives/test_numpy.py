@@ -5,8 +5,10 @@ distribution.
 import numpy as np
 import pytest
 
-from upcycle_jax.data import draws, noise, numpy_denoising
-from upcycle_jax.data.numpy_denoising import PrefixSplit, SpanNoise
+from upcycle_jax.data import draws
+from upcycle_jax.data.objectives import arithmetic
+from upcycle_jax.data.objectives import numpy as numpy_objectives
+from upcycle_jax.data.objectives.numpy import PrefixSplit, SpanNoise
 
 TOP = 358
 LENGTHS = {"inputs": 64, "targets": 64}
@@ -45,10 +47,10 @@ def test_hand_worked_replacement():
     # count down from 358.
     tokens = np.array([[10, 11, 12, 13, 14, 15]], np.int32)
     hidden = np.array([[False, False, True, True, False, True]])
-    assert numpy_denoising.replace_spans(tokens, hidden, first_sentinel=TOP).tolist() == [
+    assert numpy_objectives.replace_spans(tokens, hidden, first_sentinel=TOP).tolist() == [
         [10, 11, 358, 14, 357]
     ]
-    assert numpy_denoising.replace_spans(tokens, ~hidden, first_sentinel=TOP).tolist() == [
+    assert numpy_objectives.replace_spans(tokens, ~hidden, first_sentinel=TOP).tolist() == [
         [358, 12, 13, 357, 15]
     ]
 
@@ -56,17 +58,17 @@ def test_hand_worked_replacement():
 def test_every_partition_is_equally_likely():
     # 5 items in 3 parts: 4 choose 2 = 6 partitions. 6,000 draws: 1,000 each, standard deviation 29;
     #   5 deviations allowed.
-    drawn = numpy_denoising.random_partition(keys(6000), 5, 3)
+    drawn = numpy_objectives.random_partition(keys(6000), 5, 3)
     partitions, counts = np.unique(drawn, axis=0, return_counts=True)
     assert len(partitions) == 6 and (partitions.sum(axis=1) == 5).all() and (partitions >= 1).all()
     assert np.abs(counts - 1000).max() < 145
-    assert numpy_denoising.random_partition(keys(2), 5, 1).tolist() == [[5], [5]]
+    assert numpy_objectives.random_partition(keys(2), 5, 1).tolist() == [[5], [5]]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 20, 141, 568])
 def test_masks_have_the_counted_noise_and_spans(length):
-    counts = noise.span_counts(length)
-    for row in numpy_denoising.noise_mask(
+    counts = arithmetic.span_counts(length)
+    for row in numpy_objectives.noise_mask(
         keys(16), length, noise_density=0.15, mean_noise_span_length=3.0
     ):
         assert not row[0]  # text first
@@ -77,12 +79,12 @@ def test_masks_have_the_counted_noise_and_spans(length):
 @pytest.mark.parametrize(("density", "mean"), [(0.15, 3.0), (0.5, 3.0), (0.15, 8.0)])
 def test_masks_are_distributed_as_tensorflows(density, mean):
     tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
-    denoising = pytest.importorskip("upcycle_jax.data.denoising")
+    tf_spans = pytest.importorskip("upcycle_jax.data.objectives.tf_spans")
     rows, length = 4000, 60
-    ours = numpy_denoising.noise_mask(
+    ours = numpy_objectives.noise_mask(
         keys(rows), length, noise_density=density, mean_noise_span_length=mean
     )
-    theirs = denoising.noise_mask(
+    theirs = tf_spans.noise_mask(
         tf.constant(rows),
         tf.constant(length),
         noise_density=density,
@@ -106,16 +108,16 @@ def test_masks_are_distributed_as_tensorflows(density, mean):
 @pytest.mark.parametrize("length", [1, 2, 5, 37, 141])
 def test_equal_masks_give_tensorflows_examples(length):
     tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
-    denoising = pytest.importorskip("upcycle_jax.data.denoising")
+    tf_spans = pytest.importorskip("upcycle_jax.data.objectives.tf_spans")
     tokens = np.random.default_rng(length).integers(3, 259, size=(4, length)).astype(np.int32)
-    mask = numpy_denoising.noise_mask(
+    mask = numpy_objectives.noise_mask(
         keys(4), length, noise_density=0.15, mean_noise_span_length=3.0
     )
     inputs, targets = SpanNoise(prefix="x", prefix_ids=(9, 8)).corrupt(
         tokens, keys(4), sequence_length=LENGTHS, first_sentinel=TOP
     )
     for ours, hidden, prefix in ((inputs, mask, [9, 8]), (targets, ~mask, [])):
-        theirs = denoising.replace_spans(
+        theirs = tf_spans.replace_spans(
             tf.constant(tokens), tf.constant(hidden), first_sentinel=TOP
         ).numpy()
         assert [row.tolist() for row in ours] == [prefix + row.tolist() for row in theirs]
@@ -152,8 +154,8 @@ def test_lengths_are_refused_as_on_the_fly():
 
 
 def test_patterns_follow_the_weights():
-    assert numpy_denoising.pattern([SpanNoise(), SpanNoise(), PrefixSplit()]) == (0, 1, 2)
-    assert numpy_denoising.pattern([SpanNoise(weight=1.5), SpanNoise(weight=1.0)]) == (
+    assert numpy_objectives.pattern([SpanNoise(), SpanNoise(), PrefixSplit()]) == (0, 1, 2)
+    assert numpy_objectives.pattern([SpanNoise(weight=1.5), SpanNoise(weight=1.0)]) == (
         0,
         0,
         0,
@@ -161,6 +163,6 @@ def test_patterns_follow_the_weights():
         1,
     )
     with pytest.raises(ValueError, match="unknown kind of noise 'blank'"):
-        numpy_denoising.from_json({"kind": "blank"})
+        numpy_objectives.from_json({"kind": "blank"})
     span = SpanNoise(0.5, 8.0, "[NLG] ", (5, 6), 2.0)
-    assert numpy_denoising.from_json(numpy_denoising.to_json(span)) == span
+    assert numpy_objectives.from_json(numpy_objectives.to_json(span)) == span

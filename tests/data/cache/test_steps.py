@@ -9,8 +9,9 @@ import pytest
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
 
-from upcycle_jax.data import objectives, sources  # noqa: E402
-from upcycle_jax.data.cached_steps import divide  # noqa: E402
+from upcycle_jax.data import sources  # noqa: E402
+from upcycle_jax.data.cache.steps import divide  # noqa: E402
+from upcycle_jax.data.objectives import preprocessors  # noqa: E402
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 
@@ -39,22 +40,29 @@ def kinds(division):
 
 
 def test_objectives_are_known():
-    assert kinds(divide(task(sources.tokenize, CACHE, objectives.span_corruption, EOS))) == [
+    assert kinds(divide(task(sources.tokenize, CACHE, preprocessors.span_corruption, EOS))) == [
         ["span"],
         "append_eos_after_trim",
     ]
-    assert kinds(divide(task(sources.tokenize, CACHE, objectives.prefix_lm, EOS)))[0] == ["prefix"]
-    ul2 = divide(task(sources.tokenize, CACHE, objectives.ul2, EOS)).steps[0]["denoisers"]
+    assert kinds(divide(task(sources.tokenize, CACHE, preprocessors.prefix_lm, EOS)))[0] == [
+        "prefix"
+    ]
+    ul2 = divide(task(sources.tokenize, CACHE, preprocessors.ul2, EOS)).steps[0]["denoisers"]
     assert [denoiser["kind"] for denoiser in ul2] == ["span"] * 6 + ["prefix"]
     assert (
         ul2[2]["prefix_ids"] == [byte + 3 for byte in b"[NLG] "] and ul2[2]["noise_density"] == 0.5
     )
-    dense = functools.partial(objectives.span_corruption, noise_density=0.3, documents_per_group=4)
+    dense = functools.partial(
+        preprocessors.span_corruption, noise_density=0.3, documents_per_group=4
+    )
     (denoiser,) = divide(task(sources.tokenize, CACHE, dense, EOS)).steps[0]["denoisers"]
     assert (denoiser["noise_density"], denoiser["mean_noise_span_length"]) == (0.3, 3.0)
     own = functools.partial(
-        objectives.denoise,
-        denoisers=(objectives.SpanDenoiser(0.2, 5.0, weight=2.0), objectives.PrefixDenoiser()),
+        preprocessors.denoise,
+        denoisers=(
+            preprocessors.SpanDenoiser(0.2, 5.0, weight=2.0),
+            preprocessors.PrefixDenoiser(),
+        ),
     )
     assert [
         denoiser["weight"] for denoiser in divide(task(CACHE, own, EOS)).steps[0]["denoisers"]
@@ -69,7 +77,7 @@ def test_others_are_frozen_and_named():
     division = divide(task(sources.tokenize, CACHE, mine, EOS))
     assert (division.steps, division.frozen) == ((), ("mine", "append_eos_after_trim"))
     assert divide(task(sources.tokenize, EOS)).frozen == ("tokenize", "append_eos_after_trim")
-    assert divide(task(CACHE, EOS, objectives.span_corruption)).frozen == (
+    assert divide(task(CACHE, EOS, preprocessors.span_corruption)).frozen == (
         "append_eos_after_trim",
         "span_corruption",
     )  # noise after EOS

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax import cache_tasks, check, leases
-from upcycle_jax.data import DatasetConfig, cache_format, configure
+from upcycle_jax.data import DatasetConfig, configure
+from upcycle_jax.data.cache import format as cache_format
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
 
@@ -184,21 +185,22 @@ def test_a_dry_run_writes_nothing(cache, tmp_path, capsys):
 
 KILLED = """
 import pathlib, sys, time
-from upcycle_jax.data import DatasetConfig, cache_writing
+from upcycle_jax.data import DatasetConfig
+from upcycle_jax.data.cache import writer
 text, folder, seconds = sys.argv[1:]
-encode = cache_writing.cache_format.encode
+encode = writer.cache_format.encode
 def slowly(*args, **kwargs):
     time.sleep(float(seconds))
     return encode(*args, **kwargs)
-cache_writing.cache_format.encode = slowly
+writer.cache_format.encode = slowly
 config = DatasetConfig("killed_text", {"inputs": 64, "targets": 16}, text_files=[text])
-cache_writing.write_caches(config, cache_writing.CacheOptions(output_cache_dir=pathlib.Path(folder), num_shards=4))
+writer.write_caches(config, writer.CacheOptions(output_cache_dir=pathlib.Path(folder), num_shards=4))
 """
 
 
 def test_killed_and_started_again_it_ends_with_the_same_files(tmp_path, text_folder):
     def run(folder, seconds):
-        environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2])}
+        environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[3])}
         command = [
             sys.executable,
             "-c",

@@ -1,8 +1,8 @@
-"""The objectives of `objectives.py` in numpy, on many segments of one length at a time: what a
+"""The objectives of `preprocessors` in numpy, on many segments of one length at a time: what a
 cached task needs when it is read.
 
-Counts, divisions into spans and sentinels are those of `denoising.py`; the random numbers are other
-ones (`draws.py`), from the same distributions.
+Counts, divisions into spans and sentinels are those of `tf_spans`; the random numbers are other
+ones (`data.draws`), from the same distributions.
 
 Axis legend: N segments, L tokens of a segment, P spans.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_jax.data import draws, noise
+from upcycle_jax.data import draws
+from upcycle_jax.data.objectives import arithmetic
 
 Rows = tuple[list[np.ndarray], list[np.ndarray]]
 """Inputs and targets of each segment, int32, without EOS."""
@@ -49,7 +50,7 @@ def noise_mask(
     """Which tokens are noise: bool `[N, length]`. Every row starts with text and ends with
     noise.
     """
-    counts = noise.span_counts(
+    counts = arithmetic.span_counts(
         length, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length
     )
     counted, rows = max(length, 2), len(keys)
@@ -82,7 +83,7 @@ def replace_spans(tokens: np.ndarray, hidden: np.ndarray, *, first_sentinel: int
 
 @dataclasses.dataclass(frozen=True)
 class SpanNoise:
-    """`objectives.SpanDenoiser`, with what it needs of the vocabulary.
+    """`preprocessors.SpanDenoiser`, with what it needs of the vocabulary.
 
     Attributes:
       noise_density: fraction of tokens that leave.
@@ -92,19 +93,19 @@ class SpanNoise:
       weight: relative number of examples in a mixture.
     """
 
-    noise_density: float = noise.NOISE_DENSITY
-    mean_noise_span_length: float = noise.MEAN_NOISE_SPAN_LENGTH
+    noise_density: float = arithmetic.NOISE_DENSITY
+    mean_noise_span_length: float = arithmetic.MEAN_NOISE_SPAN_LENGTH
     prefix: str = ""
     prefix_ids: tuple[int, ...] = ()
     weight: float = 1.0
 
-    def lengths(self, sequence_length: Mapping[str, int], extra_ids: int) -> noise.SpanLengths:
+    def lengths(self, sequence_length: Mapping[str, int], extra_ids: int) -> arithmetic.SpanLengths:
         """Lengths of a full segment.
 
         Raises:
           ValueError: the lengths or the sentinels do not suffice.
         """
-        return noise.fitting_span_lengths(
+        return arithmetic.fitting_span_lengths(
             sequence_length,
             prefix_tokens=len(self.prefix_ids),
             extra_ids=extra_ids,
@@ -120,7 +121,7 @@ class SpanNoise:
         """The most tokens of inputs and targets, EOS included, that `length` tokens of text
         become.
         """
-        counts = noise.span_counts(
+        counts = arithmetic.span_counts(
             length,
             noise_density=self.noise_density,
             mean_noise_span_length=self.mean_noise_span_length,
@@ -146,7 +147,7 @@ class SpanNoise:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSplit:
-    """`objectives.PrefixDenoiser`, with what it needs of the vocabulary. Attributes as
+    """`preprocessors.PrefixDenoiser`, with what it needs of the vocabulary. Attributes as
     `SpanNoise`.
     """
 
@@ -160,7 +161,7 @@ class PrefixSplit:
         Raises:
           ValueError: lengths below 2.
         """
-        return noise.fitting_prefix_length(sequence_length, prefix_tokens=len(self.prefix_ids))
+        return arithmetic.fitting_prefix_length(sequence_length, prefix_tokens=len(self.prefix_ids))
 
     def result_lengths(self, length: int, sequence_length: Mapping[str, int]) -> tuple[int, int]:
         """The most tokens of inputs and targets, EOS included; both at once do not occur."""

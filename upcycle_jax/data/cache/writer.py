@@ -1,5 +1,5 @@
 """Writes a task's tokenised examples as ArrayRecord files that are read without TensorFlow
-(`cache_format` has the layout).
+(`format` has the layout).
 
 Work is done in parts, one file each, in a folder beside the final one; a killed run goes on after
 the last whole part.
@@ -21,9 +21,11 @@ import tensorflow as tf
 from array_record.python import array_record_module
 
 from upcycle_jax import leases
-from upcycle_jax.data import cache_format, cached_steps, fingerprints, resolve, seqio_source
-from upcycle_jax.data.cache_format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
-from upcycle_jax.data.cached_views import DENOISE
+from upcycle_jax.data import fingerprints, resolve, seqio_source
+from upcycle_jax.data.cache import format as cache_format
+from upcycle_jax.data.cache import steps
+from upcycle_jax.data.cache.format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
+from upcycle_jax.data.cache.views import DENOISE
 from upcycle_jax.data.dataset import DatasetConfig
 
 EXAMPLES_PER_PART = 50_000
@@ -86,7 +88,7 @@ class _Plan:
     """What is written for one task."""
 
     task: seqio.Task
-    division: cached_steps.Division
+    division: steps.Division
     parts: Mapping[str, int]
     identity: Mapping[str, Any]
     features: Mapping[str, Mapping[str, Any]]
@@ -112,7 +114,7 @@ def _parts(task: seqio.Task, split: str, num_shards: int | None) -> int:
 
 
 def _feature(feature: seqio.Feature) -> dict[str, Any]:
-    described = cached_steps.vocabulary(feature.vocabulary)
+    described = steps.vocabulary(feature.vocabulary)
     path = described.get("path")
     if path is not None and os.path.isfile(path):
         described["file_sha256"] = cache_format.sha256_of_file(pathlib.Path(path))
@@ -129,7 +131,7 @@ def _plan(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> _Pl
     unknown = sorted(set(options.splits or ()) - set(have))
     if unknown:
         raise ValueError(f"'{task.name}' has no split {unknown}: it has {sorted(have)}")
-    division = cached_steps.divide(task)
+    division = steps.divide(task)
     if division.frozen and options.sequence_length is None:
         raise ValueError(
             f"the task '{task.name}' cannot be cached before these steps:"

@@ -17,9 +17,9 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.data import draws, packing, stream
-from upcycle_jax.data.cache_format import CachedTask
-from upcycle_jax.data.cache_lookup import CachedMixture
-from upcycle_jax.data.cached_views import INPUTS, TARGETS, Draw, ExampleView, Tokens, open_view
+from upcycle_jax.data.cache.format import CachedTask
+from upcycle_jax.data.cache.lookup import CachedMixture
+from upcycle_jax.data.cache.views import INPUTS, TARGETS, Draw, ExampleView, Tokens, open_view
 from upcycle_jax.data.dataset import DatasetConfig, HostBatch
 
 _READ = grain.ReadOptions(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import train_vocab
-from upcycle_jax.data import vocabulary_training
+from upcycle_jax.data.text import vocabulary_training
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="comes with seqio")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upcycle_jax.data.documents import Document, build_corpus, split_passages
+from upcycle_jax.data.text.documents import Document, build_corpus, split_passages
 
 
 @given(st.text(alphabet="ab .\n", max_size=300), st.integers(2, 40))

@@ -38,7 +38,7 @@ def noise_mask(
     """Which tokens are noise: bool `[rows, length]`. Every row starts with text and ends with
     noise.
     """
-    counted = tf.maximum(length, 2)  # as noise.span_counts, on tensors
+    counted = tf.maximum(length, 2)  # as arithmetic.span_counts, on tensors
     noise_tokens = tf.cast(tf.round(tf.cast(counted, tf.float32) * noise_density), tf.int32)
     noise_tokens = tf.clip_by_value(noise_tokens, 1, counted - 1)
     spans = tf.cast(tf.round(tf.cast(noise_tokens, tf.float32) / mean_noise_span_length), tf.int32)

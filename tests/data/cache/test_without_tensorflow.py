@@ -50,7 +50,7 @@ def folder(tmp_path_factory, text_folder):
 
 def start(model_dir, folder, seconds=0.0, devices=1):
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [
@@ -134,7 +134,7 @@ def test_what_is_missing_is_told(folder, tmp_path, cached, message):
         f"--seqio_additional_cache_dirs={folder}",
     ]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")])
     }
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=300

@@ -10,7 +10,7 @@ import io
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from upcycle_jax.data import text_files
+from upcycle_jax.data.text import files as text_files
 
 _SPECIAL_PIECES = 3 + 256 + 2  # pad, EOS, unknown; the bytes; line end and tab
 _LONGEST_SENTENCE = 16384

@@ -17,7 +17,7 @@ from typing import Protocol
 import seqio
 import tensorflow as tf
 
-from upcycle_jax.data import denoising, noise
+from upcycle_jax.data.objectives import arithmetic, tf_spans
 
 DOCUMENTS_PER_GROUP = 128
 _MIXED_DOCUMENTS_PER_GROUP = 8  # a group has one objective, so small groups mix objectives well
@@ -80,14 +80,14 @@ class SpanDenoiser:
       weight: relative number of examples in a mixture.
     """
 
-    noise_density: float = noise.NOISE_DENSITY
-    mean_noise_span_length: float = noise.MEAN_NOISE_SPAN_LENGTH
+    noise_density: float = arithmetic.NOISE_DENSITY
+    mean_noise_span_length: float = arithmetic.MEAN_NOISE_SPAN_LENGTH
     prefix: str = ""
     weight: float = 1.0
     pads = False
 
     def raw_length(self, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> int:
-        lengths = noise.fitting_span_lengths(
+        lengths = arithmetic.fitting_span_lengths(
             sequence_length,
             prefix_tokens=len(vocabulary.encode(self.prefix)),
             extra_ids=vocabulary.extra_ids,
@@ -105,7 +105,7 @@ class SpanDenoiser:
         vocabulary: seqio.Vocabulary,
     ) -> Rows:
         shape = tf.shape(tokens)
-        mask = denoising.noise_mask(
+        mask = tf_spans.noise_mask(
             shape[0],
             shape[1],
             noise_density=self.noise_density,
@@ -113,8 +113,8 @@ class SpanDenoiser:
             seed=seed,
         )
         first_sentinel = vocabulary.vocab_size - 1
-        inputs = denoising.replace_spans(tokens, mask, first_sentinel=first_sentinel)
-        targets = denoising.replace_spans(tokens, ~mask, first_sentinel=first_sentinel)
+        inputs = tf_spans.replace_spans(tokens, mask, first_sentinel=first_sentinel)
+        targets = tf_spans.replace_spans(tokens, ~mask, first_sentinel=first_sentinel)
         return {"inputs": _prepend(inputs, self.prefix, vocabulary), "targets": targets}
 
 
@@ -136,7 +136,7 @@ class PrefixDenoiser:
     pads = True
 
     def raw_length(self, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> int:
-        return noise.fitting_prefix_length(
+        return arithmetic.fitting_prefix_length(
             sequence_length, prefix_tokens=len(vocabulary.encode(self.prefix))
         )
 
@@ -267,8 +267,8 @@ def span_corruption(
     sequence_length: Lengths,
     output_features: Features,
     *,
-    noise_density: float = noise.NOISE_DENSITY,
-    mean_noise_span_length: float = noise.MEAN_NOISE_SPAN_LENGTH,
+    noise_density: float = arithmetic.NOISE_DENSITY,
+    mean_noise_span_length: float = arithmetic.MEAN_NOISE_SPAN_LENGTH,
     documents_per_group: int = DOCUMENTS_PER_GROUP,
 ) -> tf.data.Dataset:
     """T5's pre-training objective.

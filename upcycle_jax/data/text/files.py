@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from upcycle_jax.data.documents import VALIDATION_FRACTION, Corpus, Document, build_corpus
+from upcycle_jax.data.text.documents import VALIDATION_FRACTION, Corpus, Document, build_corpus
 
 MAX_CHARACTERS = 2 * 1024**3
 """Text files are held in memory; more than this (as read) is refused with the way out."""

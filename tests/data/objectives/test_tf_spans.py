@@ -5,12 +5,12 @@ those are installed.
 import numpy as np
 import pytest
 
-from upcycle_jax.data import noise
+from upcycle_jax.data.objectives import arithmetic
 
 tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
-denoising = pytest.importorskip("upcycle_jax.data.denoising")
-objectives = pytest.importorskip("upcycle_jax.data.objectives")
+tf_spans = pytest.importorskip("upcycle_jax.data.objectives.tf_spans")
+preprocessors = pytest.importorskip("upcycle_jax.data.objectives.preprocessors")
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 TOP = VOCABULARY.vocab_size - 1  # the first sentinel
@@ -18,7 +18,7 @@ FEATURES = {name: seqio.Feature(VOCABULARY) for name in ("inputs", "targets")}
 
 
 def _mask(rows, length, seed=(1, 2), density=0.15, mean=3.0):
-    mask = denoising.noise_mask(
+    mask = tf_spans.noise_mask(
         tf.constant(rows),
         tf.constant(length),
         noise_density=density,
@@ -57,10 +57,10 @@ def test_hand_worked_replacement():
     # count down from 358.
     tokens = tf.constant([[10, 11, 12, 13, 14, 15]])
     hidden = tf.constant([[False, False, True, True, False, True]])
-    assert denoising.replace_spans(tokens, hidden, first_sentinel=358).numpy().tolist() == [
+    assert tf_spans.replace_spans(tokens, hidden, first_sentinel=358).numpy().tolist() == [
         [10, 11, 358, 14, 357]
     ]
-    assert denoising.replace_spans(tokens, ~hidden, first_sentinel=358).numpy().tolist() == [
+    assert tf_spans.replace_spans(tokens, ~hidden, first_sentinel=358).numpy().tolist() == [
         [358, 12, 13, 357, 15]
     ]
     assert reassemble([10, 11, 358, 14, 357], [358, 12, 13, 357, 15]) == [10, 11, 12, 13, 14, 15]
@@ -68,7 +68,7 @@ def test_hand_worked_replacement():
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 20, 141, 568])
 def test_masks_have_the_counted_noise_and_spans(length):
-    counts = noise.span_counts(length)
+    counts = arithmetic.span_counts(length)
     for row in _mask(16, length):
         assert not row[0]  # text first
         if length > 1:
@@ -77,7 +77,7 @@ def test_masks_have_the_counted_noise_and_spans(length):
 
 def test_no_rows_give_no_rows():
     assert (
-        denoising.replace_spans(
+        tf_spans.replace_spans(
             tf.zeros([0, 20], tf.int32), tf.zeros([0, 20], tf.bool), first_sentinel=TOP
         ).shape[0]
         == 0
@@ -87,7 +87,7 @@ def test_no_rows_give_no_rows():
 def test_every_partition_is_equally_likely():
     # 5 items in 3 parts: 4 choose 2 = 6 partitions. 6,000 draws: 1,000 each, standard deviation 29;
     #   5 deviations allowed.
-    drawn = denoising.random_partition(
+    drawn = tf_spans.random_partition(
         tf.constant(6000), tf.constant(5), tf.constant(3), seed=tf.constant([3, 4])
     ).numpy()
     partitions, counts = np.unique(drawn, axis=0, return_counts=True)
@@ -107,7 +107,7 @@ def corrupted():
         output_signature={"targets": tf.TensorSpec([None], tf.int32)},
     )
     with seqio.utils.map_seed_manager(5):
-        segments = objectives.span_corruption(
+        segments = preprocessors.span_corruption(
             dataset, {"inputs": 64, "targets": 16}, FEATURES, documents_per_group=16
         )
     return documents, list(segments.as_numpy_iterator())
@@ -125,7 +125,7 @@ def test_inputs_and_targets_together_hold_the_whole_text(corrupted):
 
 def test_segments_fill_the_inputs_but_for_the_rest_of_each_group(corrupted):
     documents, segments = corrupted
-    lengths = noise.span_lengths(64)
+    lengths = arithmetic.span_lengths(64)
     short = [segment for segment in segments if len(segment["inputs"]) + 1 != lengths.inputs]
     groups = [np.concatenate(documents[start : start + 16]) for start in (0, 16, 32)]
     assert len(short) == sum(len(group) % lengths.raw > 0 for group in groups)
@@ -143,13 +143,13 @@ def test_too_short_targets_and_too_few_sentinels_are_refused():
     with pytest.raises(
         ValueError, match=r"gives targets of 114 tokens, but .* is 100: set it to 114 or more"
     ):
-        objectives.span_corruption(dataset, {"inputs": 512, "targets": 100}, FEATURES)
+        preprocessors.span_corruption(dataset, {"inputs": 512, "targets": 100}, FEATURES)
     few = {name: seqio.Feature(seqio.ByteVocabulary(extra_ids=10)) for name in FEATURES}
     with pytest.raises(
         ValueError,
         match=r"needs 28 sentinels, but the vocabulary has 10 extra ids.*extra_ids=28 or more",
     ):
-        objectives.span_corruption(dataset, {"inputs": 512, "targets": 114}, few)
+        preprocessors.span_corruption(dataset, {"inputs": 512, "targets": 114}, few)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_lengths_equal_t5s(t5_preprocessors):
     # the same.
     for inputs_length in (64, 100, 256, 512, 1024):
         for density, mean in ((0.15, 3.0), (0.5, 3.0), (0.15, 8.0), (0.5, 32.0)):
-            ours = noise.span_lengths(
+            ours = arithmetic.span_lengths(
                 inputs_length, noise_density=density, mean_noise_span_length=mean
             )
             theirs = t5_preprocessors.random_spans_helper(
@@ -199,5 +199,5 @@ def test_replacement_equals_t5s(t5_preprocessors):
         (mask, t5_preprocessors.noise_span_to_unique_sentinel),
         (~mask, t5_preprocessors.nonnoise_span_to_unique_sentinel),
     ):
-        ours = denoising.replace_spans(tokens[tf.newaxis], ours_hidden, first_sentinel=TOP)[0]
+        ours = tf_spans.replace_spans(tokens[tf.newaxis], ours_hidden, first_sentinel=TOP)[0]
         np.testing.assert_array_equal(ours, theirs(tokens, mask[0], VOCABULARY, None))
