@@ -109,7 +109,7 @@ setuptools.setup(
     package_data={
         "upcycle_jax": ["py.typed"],
         "upcycle_jax.gin_configs": ["**/*.gin"],
-        "upcycle_jax.experiments": ["paper_data/*.csv"],
+        "upcycle_jax.papers": ["data/*.csv"],
     },
     include_package_data=False,
     install_requires=REQUIREMENTS,

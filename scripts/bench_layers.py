@@ -15,9 +15,10 @@ import argparse
 import jax
 
 from upcycle_jax import config
-from upcycle_jax.experiments import ahead_of_time, benchmarks
-from upcycle_jax.experiments.ahead_of_time import Workload
+from upcycle_jax.experiments import benchmarks
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.planning import compilation
+from upcycle_jax.planning.compilation import Workload
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
@@ -74,12 +75,12 @@ def main() -> None:
             batch_size=args.batch_size,
             task_feature_lengths={"inputs": args.inputs, "targets": args.targets},
         )
-        compiled = ahead_of_time.compile_train_step(work)
+        compiled = compilation.compile_train_step(work)
         peak, estimate = (
             value / 2**20
-            for value in (compiled.temporary_bytes, ahead_of_time.memory(work).temporaries)
+            for value in (compiled.temporary_bytes, compilation.memory(work).temporaries)
         )
-        flops = ahead_of_time.all_flops(work).hardware
+        flops = compilation.all_flops(work).hardware
         print(
             f"| {form} | {compiled.seconds:.0f} | {peak:,.0f} | {estimate:,.0f} | {flops:.3g} |",
             flush=True,

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "upcycle_jax"
 
 ROOMS = (
-    ("printing", "types", "axes", "trees", "state_tree", "byte_sizes", "checks", "leases"),
+    ("printing", "types", "axes", "trees", "state_tree", "byte_sizes", "checks", "text", "leases"),
     ("partitioning", "distributed"),
     ("distributed",),
     ("layers",),
@@ -25,8 +25,10 @@ ROOMS = (
     ("surgery",),
     ("data", "tasks"),
     ("training",),
+    ("planning", "experiments"),
     ("inference",),
-    ("experiments",),
+    ("studies",),
+    ("papers",),
     ("config",),
 )
 """Lowest first. Modules of the package that are in no room are commands: the top layer."""

@@ -16,10 +16,10 @@ import pytest
 
 from upcycle_jax import config, precompile
 from upcycle_jax.config.search import shipped_files, shipped_folder
-from upcycle_jax.experiments import ahead_of_time, collectives, pod_report, topologies
-from upcycle_jax.experiments.collectives import Collective, Traffic
-from upcycle_jax.experiments.topologies import Chip, Topology
 from upcycle_jax.models.hardware import GIB
+from upcycle_jax.planning import collectives, compilation, pod_report, topologies
+from upcycle_jax.planning.collectives import Collective, Traffic
+from upcycle_jax.planning.topologies import Chip, Topology
 
 PODS = [name for name in shipped_files() if "/pods/" in name and not name.endswith("common.gin")]
 TINY = [
@@ -265,7 +265,7 @@ def test_a_program_that_jax_cannot_read_is_reported_as_such(compiled):
                 " sees 3"
             )
 
-    assert ahead_of_time._traffic(Unreadable()) is None
+    assert compilation._traffic(Unreadable()) is None
     report = dataclasses.replace(
         compiled[0], step=dataclasses.replace(compiled[0].step, traffic=None)
     )
@@ -281,7 +281,7 @@ def test_what_the_compiler_says_it_lacks_is_read():
                 "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
             )
 
-    compiled = ahead_of_time._compiled("train step", Lowered)
+    compiled = compilation._compiled("train step", Lowered)
     assert not compiled.fits and compiled.needed_bytes == int(20.5 * GIB)
 
 

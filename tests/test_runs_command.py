@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from upcycle_jax import runs
-from upcycle_jax.experiments import run_list
 from upcycle_jax.leases import process_record
+from upcycle_jax.studies import run_list
 
 NOW = 1_800_000_000.0
 

@@ -76,28 +76,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # only shapes are computed: do not take hold of an accelerator
     arguments = _parser().parse_args(argv)
 
-    from upcycle_jax.experiments import paper_exhibits
-    from upcycle_jax.experiments.paper_commands import Places
-    from upcycle_jax.experiments.paper_compare import compare
-    from upcycle_jax.experiments.paper_render import as_json, render
-    from upcycle_jax.experiments.text_tables import Format, Table, json_text
+    from upcycle_jax.papers import exhibits
+    from upcycle_jax.papers.commands import Places
+    from upcycle_jax.papers.compare import compare
+    from upcycle_jax.papers.render import as_json, render
+    from upcycle_jax.text import Format, Table, json_text
 
     style = Format(arguments.format)
     try:
         if arguments.exhibit == ["list"]:
-            rows = paper_exhibits.listing(list(paper_exhibits.exhibits().values()))
+            rows = exhibits.listing(list(exhibits.exhibits().values()))
             header = ("name", "shows", "numbers known")
             listed = [dict(zip(header, row, strict=True)) for row in rows]
             print(
                 json_text(listed)
                 if style == Format.JSON
-                else Table(paper_exhibits.PAPER, header, rows).render(style)
+                else Table(exhibits.PAPER, header, rows).render(style)
             )
             return 0
-        names = (
-            list(paper_exhibits.exhibits()) if arguments.exhibit == ["all"] else arguments.exhibit
-        )
-        chosen = [paper_exhibits.exhibit(name) for name in names]
+        names = list(exhibits.exhibits()) if arguments.exhibit == ["all"] else arguments.exhibit
+        chosen = [exhibits.exhibit(name) for name in names]
         places = Places(
             arguments.runs_dir or arguments.results or Places.results, arguments.dense_checkpoints
         )

@@ -90,10 +90,11 @@ def _mfu(text: str | None, default: tuple[float, float]) -> tuple[float, float]:
 
 def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax import config, precompile
-    from upcycle_jax.experiments import planner, planner_text
-    from upcycle_jax.experiments.text_tables import Format
+    from upcycle_jax.planning import estimate
+    from upcycle_jax.planning.render import render
+    from upcycle_jax.text import Format
 
-    hardware = planner.Hardware.parse(flags.extra.hardware)
+    hardware = estimate.Hardware.parse(flags.extra.hardware)
     extra_steps, dense_steps = _steps(flags, loaded)
     opened = config.load(
         flags.gin_file,
@@ -102,16 +103,16 @@ def _run(flags: Flags, loaded: "Config") -> int:
     )
     work = precompile.workload(opened)
     command.say_unused(opened, name="plan", other_functions=registry.FUNCTIONS)
-    plan = planner.make_plan(
+    plan = estimate.make_plan(
         pathlib.PurePath((flags.gin_file or ("flags",))[0]).stem,
         work,
         hardware,
         extra_steps=extra_steps,
         dense_steps=dense_steps,
-        mfu=_mfu(flags.extra.mfu, planner.DEFAULT_MFU),
+        mfu=_mfu(flags.extra.mfu, estimate.DEFAULT_MFU),
     )
-    sys.stdout.write(planner_text.render(plan, Format(flags.extra.format)))
-    return 1 if plan.costs[planner.Kind.UPCYCLED].memory.verdict == "DOES NOT FIT" else 0
+    sys.stdout.write(render(plan, Format(flags.extra.format)))
+    return 1 if plan.costs[estimate.Kind.UPCYCLED].memory.verdict == "DOES NOT FIT" else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

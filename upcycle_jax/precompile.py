@@ -25,7 +25,7 @@ from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
-    from upcycle_jax.experiments.ahead_of_time import Workload
+    from upcycle_jax.planning.compilation import Workload
 
 
 # Needed to build a run, of no consequence for its programs.
@@ -50,7 +50,7 @@ def _extra(parser: argparse.ArgumentParser) -> None:
 
 def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax import config
-    from upcycle_jax.experiments import pod_report, topologies
+    from upcycle_jax.planning import pod_report, topologies
 
     loaded = config.load(
         flags.gin_file, (*flags.gin_bindings, *placeholders(loaded)), flags.gin_search_paths
@@ -86,8 +86,8 @@ def workload(loaded: "Config") -> "Workload":
     """The parts of the configured training run that decide its programs; its partitioner still has
     this machine's devices.
     """
-    from upcycle_jax.experiments.ahead_of_time import Workload
     from upcycle_jax.partitioning import Partitioner
+    from upcycle_jax.planning.compilation import Workload
 
     run = loaded.build("train", train_eval_dataset_cfg=None).keywords
     dataset, restore = run["train_dataset_cfg"], getattr(run.get("checkpoint_cfg"), "restore", None)
@@ -104,7 +104,7 @@ def workload(loaded: "Config") -> "Workload":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    from upcycle_jax.experiments import topologies
+    from upcycle_jax.planning import topologies
 
     topologies.prepare_environment()
     return command.run("precompile", argv, description=__doc__ or "", body=_run, extra=_extra)

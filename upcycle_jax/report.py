@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from upcycle_jax.printing import printable_lines, show
 
 if TYPE_CHECKING:
-    from upcycle_jax.experiments.report import Report
+    from upcycle_jax.studies.page import Report
 
 
 def _named_dir(text: str) -> tuple[str, str]:
@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _of_runs(arguments: argparse.Namespace) -> "Report":
-    from upcycle_jax.experiments.report import compare
-    from upcycle_jax.experiments.results import Run
+    from upcycle_jax.studies.page import compare
+    from upcycle_jax.studies.run_results import Run
 
     runs = [Run.load(name, path) for name, path in arguments.run]
     return compare(
@@ -87,14 +87,14 @@ def _of_runs(arguments: argparse.Namespace) -> "Report":
 
 
 def _of_study(arguments: argparse.Namespace) -> "Report":
-    from upcycle_jax.experiments import report_study, results_study
+    from upcycle_jax.studies import study_page, study_results
 
     folder = (
-        results_study.store(arguments.sweep, arguments.store)
+        study_results.store(arguments.sweep, arguments.store)
         if arguments.store
         else arguments.sweep
     )
-    return report_study.report(results_study.Study.load(folder))
+    return study_page.report(study_results.Study.load(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

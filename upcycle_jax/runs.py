@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
 
-    from upcycle_jax.experiments import run_list
+    from upcycle_jax.studies import run_list
 
     now = time.time()
     try:

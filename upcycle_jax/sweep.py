@@ -27,7 +27,7 @@ from upcycle_jax.printing import PrintableFormatter, printable_lines
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
-    from upcycle_jax.experiments.sweeps import Cell, Sweep
+    from upcycle_jax.studies.sweep import Cell, Sweep
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +94,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
     if flags.dry_run:
         return _show(cells)
     if flags.extra.write_jobs:
-        from upcycle_jax.experiments import sweeps_jobs
+        from upcycle_jax.studies import jobs
 
-        paths = sweeps_jobs.write(
+        paths = jobs.write(
             sweep,
             cells,
             kind=flags.extra.write_jobs,
@@ -136,7 +136,7 @@ def _check(cells: "Sequence[Cell]", flags: Flags) -> None:
 
     from upcycle_jax import config
     from upcycle_jax.config.parse import ConfigError
-    from upcycle_jax.experiments.sweeps import COMMANDS
+    from upcycle_jax.studies.sweep import COMMANDS
 
     if flags.extra.devices:
         jax.config.update("jax_num_cpu_devices", flags.extra.devices)
@@ -156,16 +156,16 @@ def _check(cells: "Sequence[Cell]", flags: Flags) -> None:
 
 
 def _show(cells: "Sequence[Cell]") -> int:
-    from upcycle_jax.experiments import sweeps_state
+    from upcycle_jax.studies import state
 
     for cell in cells:
-        state = (
+        reached = (
             "finished"
-            if sweeps_state.is_finished(cell)
-            else f"at step {sweeps_state.step_reached(cell)} of {cell.end_step}"
+            if state.is_finished(cell)
+            else f"at step {state.step_reached(cell)} of {cell.end_step}"
         )
         print(
-            f"{cell.name}  ({state}{', needs ' + ', '.join(cell.needs) if cell.needs else ''})\n   "
+            f"{cell.name}  ({reached}{', needs ' + ', '.join(cell.needs) if cell.needs else ''})\n   "
             f" {cell.command_line()}"
         )
     print(f"{len(cells)} cells, {sum(cell.end_step - cell.start_step for cell in cells)} steps")
@@ -184,14 +184,15 @@ def _further_flags(flags: Flags) -> list[str]:
 def _run_here(
     sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment: Mapping[str, str], text: str
 ) -> int:
-    from upcycle_jax.experiments import sweeps_run, sweeps_state
+    from upcycle_jax.studies import state
+    from upcycle_jax.studies.runner import Runner
 
     if "://" in sweep.root:
         raise ValueError(
             f"SWEEP_DIR is {sweep.root}: cells run on this machine in a local folder only;"
             " --write_jobs serves buckets"
         )
-    runner = sweeps_run.Runner(
+    runner = Runner(
         sweep,
         cells,
         num_parallel=flags.extra.num_parallel,
@@ -199,12 +200,10 @@ def _run_here(
         environment=environment,
         further_flags=_further_flags(flags),
     )
-    sweeps_state.save_plan(sweep, sweep.cells())
-    sweeps_state.write_whole(
-        Path(sweep.root) / "config.gin", sweeps_state.portable(text, sweep.root)
-    )
+    state.save_plan(sweep, sweep.cells())
+    state.write_whole(Path(sweep.root) / "config.gin", state.portable(text, sweep.root))
     outcome = runner.run()
-    print(sweeps_state.save_table(sweep, sweep.cells()))
+    print(state.save_table(sweep, sweep.cells()))
     for failure in outcome.failures:
         print(f"\n{printable_lines(failure.text())}", file=sys.stderr)
     return outcome.exit_code

@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from upcycle_jax import config, trees
-from upcycle_jax.experiments import ahead_of_time, planner_memory
-from upcycle_jax.experiments.ahead_of_time import Workload
 from upcycle_jax.models import accounting
 from upcycle_jax.moe import slots
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.planning import compilation, traced_memory
+from upcycle_jax.planning.compilation import Workload
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.train_state import from_state_dict, state_specs
@@ -107,9 +107,7 @@ def test_flops_are_those_of_the_traced_matrix_products(name, settings):
     )
     batch = work.model.input_specs(work.batch_size, work.task_feature_lengths)
     traced = jax.make_jaxpr(make_train_step(work.model, work.trainer, seed=0))(state, batch)
-    assert ahead_of_time.all_flops(work).hardware == pytest.approx(
-        dot_flops(traced.jaxpr), rel=1e-3
-    )
+    assert compilation.all_flops(work).hardware == pytest.approx(dot_flops(traced.jaxpr), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -126,15 +124,15 @@ def test_flops_and_bytes_against_the_compiled_step(name):
     `StepFlops.device`.
     """
     work = workload(name)
-    compiled, state = ahead_of_time.compile_train_step(work), ahead_of_time.state_bytes(work)
-    assert ahead_of_time.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
+    compiled, state = compilation.compile_train_step(work), compilation.state_bytes(work)
+    assert compilation.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
     # Arguments are the state and a few kilobytes of tokens.
     assert state.parameters + state.optimizer == pytest.approx(compiled.argument_bytes, rel=0.01)
     # Float32 gradients of everything live at once, among other temporaries.
     assert compiled.temporary_bytes > 0.9 * state.parameters
     assert compiled.traffic is not None
     exchanged = sum(item.nbytes for item in compiled.traffic if item.kind == "all-to-all")
-    assert ahead_of_time.exchange_bytes(work) == exchanged and (exchanged > 0) == name.endswith(
+    assert compilation.exchange_bytes(work) == exchanged and (exchanged > 0) == name.endswith(
         "_upcycled"
     )
 
@@ -153,11 +151,11 @@ def test_exchange_against_the_compiled_step(dropless, remat):
     work = workload("tiny_upcycled", remat=remat, bindings=routers)
     sent = [
         item
-        for item in ahead_of_time.compile_train_step(work).traffic or ()
+        for item in compilation.compile_train_step(work).traffic or ()
         if item.kind == "all-to-all"
     ]
     assert [item.open_ended for item in sent] == [dropless]
-    assert ahead_of_time.exchange_bytes(work) == sent[0].nbytes * (2 if dropless else 1)
+    assert compilation.exchange_bytes(work) == sent[0].nbytes * (2 if dropless else 1)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +172,9 @@ def test_memory_and_flops_on_one_device(name):
     partitioner adds no copies.
     """
     work = dataclasses.replace(workload(name), partitioner=Partitioner(devices=(jax.devices()[0],)))
-    compiled = ahead_of_time.compile_train_step(work)
-    assert ahead_of_time.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
-    assert ahead_of_time.memory(work).needed == pytest.approx(
+    compiled = compilation.compile_train_step(work)
+    assert compilation.all_flops(work).device == pytest.approx(compiled.flops, rel=0.1)
+    assert compilation.memory(work).needed == pytest.approx(
         compiled.argument_bytes + compiled.temporary_bytes, rel=0.1
     )
 
@@ -187,8 +185,8 @@ def test_what_a_plan_counts_is_the_part_that_matrix_products_leave(name):
     elementwise results (TPU).
     """
     work = dataclasses.replace(workload(name), partitioner=Partitioner(devices=(jax.devices()[0],)))
-    everything = ahead_of_time.memory(work).activations
-    assert everything / 3 < planner_memory.activation_bytes(work) < everything
+    everything = compilation.memory(work).activations
+    assert everything / 3 < traced_memory.activation_bytes(work) < everything
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_upcycled", "small", "small_upcycled"])

@@ -12,7 +12,7 @@ from etils import epath
 
 from upcycle_jax import leases
 from upcycle_jax.checkpoints import manager as manager_lib
-from upcycle_jax.experiments import run_list
+from upcycle_jax.studies import run_list
 from upcycle_jax.training import holding, manifest, metric_writers, prepare, set_aside
 from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig
 from upcycle_jax.training.full_disk import DiskFullError, reason_of

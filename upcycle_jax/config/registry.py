@@ -64,8 +64,8 @@ PATHS: dict[str, str] = {
     "evaluate": "inference.evaluation:evaluate",
     "infer": "inference.predictions:infer",
     # Studies.
-    "Sweep": "experiments.sweeps:Sweep",
-    "Stage": "experiments.sweeps:Stage",
+    "Sweep": "studies.sweep:Sweep",
+    "Stage": "studies.sweep:Stage",
     # Commands on checkpoints.
     "upcycle": "upcycle:upcycle",
     "verify": "verify:verify",

@@ -1,1 +1,1 @@
-"""Reading the results of runs, and the tables, plots and pages made from them."""
+"""Timing of single layers and steps, for the benchmark scripts."""

@@ -4,7 +4,7 @@ activations kept for the backward pass.
 Activations are the arrays that differentiation keeps between the forward and the backward pass,
 counted per layer as jax keeps them. What a compiler frees early, keeps twice or computes again by
 its own choice is its own; tests compare the sum with XLA's `memory_analysis` on CPUs. Programs for
-TPUs compute cheap elementwise results again: `experiments.planner_memory` has what is left there.
+TPUs compute cheap elementwise results again: `planning.traced_memory` has what is left there.
 """
 
 import dataclasses

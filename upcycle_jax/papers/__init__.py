@@ -1,0 +1,1 @@
+"""Published numbers as data, and this project's results beside them."""

@@ -1,0 +1,1 @@
+"""What a conversion would cost, before it is run: estimated, traced and compiled."""
