@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.config import load, search
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import recipe as surgery_recipe
 from upcycle_jax.training.optimizers import Adafactor

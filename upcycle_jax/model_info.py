@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax.data import DatasetConfig
     from upcycle_jax.models import info
-    from upcycle_jax.models.config import T5Config
+    from upcycle_jax.models.t5.config import T5Config
 
     model = loaded.macro("MODEL", checks.Model)
     specs = model.param_specs()

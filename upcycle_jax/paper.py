@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from upcycle_jax.printing import printable_lines, show
 
 if TYPE_CHECKING:
-    from upcycle_jax.models.config import T5Config
+    from upcycle_jax.models.t5.config import T5Config
 
 
 def _parser() -> argparse.ArgumentParser:

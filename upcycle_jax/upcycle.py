@@ -114,7 +114,7 @@ def upcycle(
 def inferred_model(infer: Any, source: Any, moe: Any) -> Any:
     from upcycle_jax.checkpoints import model_settings
     from upcycle_jax.checkpoints.reader import LeafSpecs
-    from upcycle_jax.moe.config import MoeConfig
+    from upcycle_jax.models.t5.config import MoeConfig
 
     specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
     return infer.infer_sparse_model(

@@ -29,7 +29,7 @@ from upcycle_jax.printing import show
 if TYPE_CHECKING:
     from upcycle_jax.checkpoints import CheckpointReader
     from upcycle_jax.config import Config
-    from upcycle_jax.models.api import EncoderDecoderModel
+    from upcycle_jax.models.t5.model import EncoderDecoderModel
     from upcycle_jax.surgery.parents import Reader
     from upcycle_jax.surgery.proof import Proof
     from upcycle_jax.surgery.recorded import Recorded

@@ -9,13 +9,14 @@ from upcycle_jax.experiments import benchmarks
 from upcycle_jax.experiments.benchmarks import LayerShape, Measurement, StepComparison
 from upcycle_jax.moe import dispatch
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
 SHAPE = LayerShape(d=16, ff=32, num_experts=4, tokens=32)
 
 
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_one_hot_dispatch_computes_what_gather_and_scatter_compute(stack):
-    layer = MoeLayer(benchmarks._moe_config(SHAPE), stack, hidden=SHAPE.ff)
+@pytest.mark.parametrize("router", [ExpertsChoose(), TokensChoose()], ids=type)
+def test_one_hot_dispatch_computes_what_gather_and_scatter_compute(router):
+    layer = MoeLayer(benchmarks._moe_settings(SHAPE), router, hidden=SHAPE.ff)
     x = jax.random.normal(jax.random.key(0), (1, SHAPE.tokens, SHAPE.d))
     params = nn.meta.unbox(layer.init(jax.random.key(1), x)["params"])
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax import trees
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 
 VOCAB = 48
 CONFIG = T5Config(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.generation import DecodingCache
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import trees
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
 TINY = T5Config(

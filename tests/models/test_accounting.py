@@ -7,7 +7,7 @@ import pytest
 
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.models import accounting, step_cost, step_memory
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import DroplessTopK
 from upcycle_jax.partitioning import Partitioner
 

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.base import Stack
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, TokensChoose
 from upcycle_jax.trees import Role
 

@@ -6,8 +6,8 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.models import expert_similarity
-from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.expert_similarity import mean_pairwise_cosine
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import collectives
 

@@ -8,9 +8,10 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.layers.mlp import MlpBlock
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import MoeLayer
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
 
 def test_upcycled_logits_equal_dense_logits(
@@ -54,17 +55,17 @@ def test_layer_outputs_name_the_layers_in_order(tiny, make_batch, make_params, c
     assert difference["decoder/layers_1"] > 1e-2
 
 
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@pytest.mark.parametrize("router", [ExpertsChoose(), TokensChoose()], ids=["experts", "tokens"])
 @pytest.mark.parametrize("capacity_factor", [0.5, 4.0])
-def test_without_renormalisation_a_layer_scales_by_the_summed_weights(stack, capacity_factor, key):
-    config = MoeConfig(
+def test_without_renormalisation_a_layer_scales_by_the_summed_weights(router, capacity_factor, key):
+    config = MoeSettings(
         num_experts=4,
         train_expert_capacity_factor=1.0,
         eval_expert_capacity_factor=capacity_factor,
         min_expert_capacity=1,
         group_size=16,
     )
-    layer = MoeLayer(config=config, stack=stack, hidden=32)
+    layer = MoeLayer(config=config, router=router, hidden=32)
     x = jax.random.normal(key, (4, 8, 16))
     params = nn.meta.unbox(jax.jit(layer.init)(key, x))["params"]
     params["router"]["router_weights"]["w"]["kernel"] *= 50
@@ -81,7 +82,7 @@ def test_without_renormalisation_a_layer_scales_by_the_summed_weights(stack, cap
     summed = np.zeros((2, 16), np.float32)
     for group, probabilities in enumerate(np.asarray(p)):
         for expert in range(4):
-            if stack == "encoder":
+            if router == ExpertsChoose():
                 took = np.argsort(-probabilities[:, expert], kind="stable")[:capacity]
             else:
                 choices = np.argsort(-probabilities, axis=1, kind="stable")[:, :2]

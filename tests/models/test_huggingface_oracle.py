@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import trees
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch")
 transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")

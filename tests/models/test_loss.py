@@ -9,7 +9,7 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.models import losses, metrics
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import TokensChoose
 
 # Groups of 12 tokens: one row of encoder tokens each; so a group never spans microbatches.

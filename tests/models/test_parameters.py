@@ -7,9 +7,8 @@ import jax
 import pytest
 
 from upcycle_jax.models import accounting, layout
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

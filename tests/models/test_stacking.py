@@ -13,8 +13,8 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.models import metrics, stacking
-from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.stacking import Segment
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 
 MOE = {

@@ -11,7 +11,7 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.models import metrics
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import (
     DroplessTopK,
     ExpertsChoose,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.layers import masks
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import TokensChoose
 
 HEADS, E, CAPACITY, GROUPS = 2, 2, 5, 2

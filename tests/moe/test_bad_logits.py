@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import SigmoidTopK
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import AdamW

@@ -2,7 +2,7 @@
 
 import pytest
 
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
 

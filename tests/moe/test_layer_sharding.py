@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import trees
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
 from upcycle_jax.moe.routing import (
     DroplessTopK,
@@ -77,9 +77,8 @@ def elements(shapes):
 
 
 def make_layer(router, **settings):
-    stack = "encoder" if router.not_causal_because else "decoder"
-    config = MoeConfig(**{"num_experts": E, "group_size": 64, f"{stack}_router": router} | settings)
-    return MoeLayer(config=config, stack=stack, hidden=HIDDEN)
+    config = MoeSettings(**{"num_experts": E, "group_size": 64} | settings)
+    return MoeLayer(config=config, router=router, hidden=HIDDEN)
 
 
 def collectives(router, *, gradient, reports=False, **settings):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.moe import balance
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
 from upcycle_jax.moe.routing import (
     DroplessTopK,
@@ -277,9 +277,7 @@ def test_padding_has_no_part_in_soft_slots():
 
 
 def test_jitter_acts_in_training_alone():
-    layer = MoeLayer(
-        MoeConfig(num_experts=4, decoder_router=SwitchTop1(jitter_noise=0.9)), "decoder", hidden=8
-    )
+    layer = MoeLayer(MoeSettings(num_experts=4), SwitchTop1(jitter_noise=0.9), hidden=8)
     x = jax.random.normal(jax.random.key(0), (1, 16, 8))
     params = {
         "params": jax.tree.map(lambda leaf: 30 * leaf, layer.init(jax.random.key(1), x)["params"])

@@ -12,9 +12,9 @@ import pytest
 
 from upcycle_jax import surgery, trees
 from upcycle_jax.models import accounting, info, metrics
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import (
     DroplessTopK,
     ExpertsChoose,
@@ -367,7 +367,7 @@ def test_packed_rows_and_missing_ids_are_refused():
         jax.eval_shape(model.logits, model_params_shapes(model), batch)
     from upcycle_jax.moe.layer import MoeLayer
 
-    layer = MoeLayer(MoeConfig(encoder_router=HashTop1(), num_experts=4), "encoder", hidden=8)
+    layer = MoeLayer(MoeSettings(num_experts=4), HashTop1(), hidden=8)
     with pytest.raises(
         ValueError, match="HashTop1 routes by token ids, and this model has none.*TokensChoose"
     ):
@@ -404,10 +404,9 @@ def test_dropout_in_dropless_experts_drops_hidden_units_of_an_expert():
     # twice its value, the same for all tokens.
     from upcycle_jax.moe.layer import MoeLayer
 
-    config = MoeConfig(
-        num_experts=2, decoder_router=DroplessTopK(num_selected_experts=1, renormalize=True)
-    )
-    layer = MoeLayer(config, "decoder", hidden=2, activations=("relu",), dropout_rate=0.5)
+    router = DroplessTopK(num_selected_experts=1, renormalize=True)
+    settings = MoeSettings(num_experts=2)
+    layer = MoeLayer(settings, router, hidden=2, activations=("relu",), dropout_rate=0.5)
     params = {
         "router": {"router_weights": {"w": {"kernel": jnp.array([[9.0, -9.0], [-9.0, 9.0]])}}},
         "expert": {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from upcycle_jax.models import accounting
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.moe.routing import TokensChoose
 
@@ -29,9 +29,8 @@ def test_a_token_without_room_still_passes_the_shared_expert():
     # A router of zeros: both tokens choose expert 0 with weight 1/2, and one slot (1.0 * 2 / 2) is
     # there: the second token is dropped. Experts are relu(x) times the identity; the shared expert
     # has one hidden unit x_0 + x_1 and gives 10 and -1 times it.
-    config = MoeConfig(
+    config = MoeSettings(
         num_experts=2,
-        decoder_router=TokensChoose(num_selected_experts=1),
         train_expert_capacity_factor=1.0,
         min_expert_capacity=1,
         shared_expert_mlp_dim=1,
@@ -47,7 +46,9 @@ def test_a_token_without_room_still_passes_the_shared_expert():
             "wo": {"kernel": jnp.array([[10.0, -1.0]])},
         },
     }
-    layer = MoeLayer(config=config, stack="decoder", hidden=2, activations=("relu",))
+    layer = MoeLayer(
+        config=config, router=TokensChoose(num_selected_experts=1), hidden=2, activations=("relu",)
+    )
     x = jnp.array([[[1.0, 2.0], [3.0, -1.0]]])
     y = layer.apply({"params": params}, x, train=True)
     # First: (1, 2) / 2 + 3 * (10, -1). Second: 2 * (10, -1), nothing else.

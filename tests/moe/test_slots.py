@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 
 from upcycle_jax.moe import slots
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 
-CONFIG = MoeConfig(num_experts=4, group_size=16)
+SETTINGS = MoeSettings(num_experts=4, group_size=16)
+BOTH_WAYS = pytest.mark.parametrize(
+    "router", [ExpertsChoose(), TokensChoose()], ids=["experts", "tokens"]
+)
 
 
-def outputs_and_gradients(stack: str, dropout_rate: float = 0.0, dtype=jnp.float32):
-    layer = MoeLayer(CONFIG, stack, hidden=12, dropout_rate=dropout_rate, dtype=dtype)
+def outputs_and_gradients(router, dropout_rate: float = 0.0, dtype=jnp.float32):
+    layer = MoeLayer(SETTINGS, router, hidden=12, dropout_rate=dropout_rate, dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (4, 16, 8))
     variables = nn.meta.unbox(layer.init(jax.random.key(1), x))
 
@@ -35,12 +39,12 @@ def outputs_and_gradients(stack: str, dropout_rate: float = 0.0, dtype=jnp.float
     return y, gradients
 
 
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@BOTH_WAYS
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
-def test_one_by_one_equals_all_at_once(monkeypatch, stack, dropout_rate):
-    at_once = outputs_and_gradients(stack, dropout_rate)
+def test_one_by_one_equals_all_at_once(monkeypatch, router, dropout_rate):
+    at_once = outputs_and_gradients(router, dropout_rate)
     monkeypatch.setattr(slots, "LARGE", 0)
-    looped = outputs_and_gradients(stack, dropout_rate)
+    looped = outputs_and_gradients(router, dropout_rate)
     assert jax.tree.structure(looped) == jax.tree.structure(at_once)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, at_once
@@ -48,9 +52,9 @@ def test_one_by_one_equals_all_at_once(monkeypatch, stack, dropout_rate):
 
 
 def test_bfloat16_experts_have_float32_gradients_either_way(monkeypatch):
-    at_once = outputs_and_gradients("encoder", dtype=jnp.bfloat16)
+    at_once = outputs_and_gradients(ExpertsChoose(), dtype=jnp.bfloat16)
     monkeypatch.setattr(slots, "LARGE", 0)
-    looped = outputs_and_gradients("encoder", dtype=jnp.bfloat16)
+    looped = outputs_and_gradients(ExpertsChoose(), dtype=jnp.bfloat16)
     assert jax.tree.map(jnp.dtype, looped) == jax.tree.map(jnp.dtype, at_once)
     # bfloat16 has 8 bits: the forms round products and their sums at different places.
     jax.tree.map(
@@ -62,14 +66,14 @@ def test_bfloat16_experts_have_float32_gradients_either_way(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_a_loop_over_experts_with_groups_on_several_devices(monkeypatch, stack):
+@BOTH_WAYS
+def test_a_loop_over_experts_with_groups_on_several_devices(monkeypatch, router):
     # Four rows of 16 tokens are four groups, one per device.
-    at_once = outputs_and_gradients(stack)
+    at_once = outputs_and_gradients(router)
     monkeypatch.setattr(slots, "LARGE", 0)
     with Partitioner(devices=tuple(jax.devices()[:4])).activate():
         assert slots.loops(1)
-        looped = outputs_and_gradients(stack)
+        looped = outputs_and_gradients(router)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, at_once
     )

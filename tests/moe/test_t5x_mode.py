@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
@@ -111,15 +111,14 @@ ROUTERS = [
     ],
 )
 def test_layer_follows_the_rules(router, shape, replicas, padding, num_groups, capacity):
-    config = MoeConfig(
+    config = MoeSettings(
         num_experts=E,
-        encoder_router=router,
         t5x_mode=True,
         num_expert_replicas=replicas,
         eval_expert_capacity_factor=1.25,
         min_expert_capacity=2,
     )
-    layer = MoeLayer(config=config, stack="encoder", hidden=HIDDEN)
+    layer = MoeLayer(config=config, router=router, hidden=HIDDEN)
     x = np.array(jax.random.normal(jax.random.key(1), (*shape, D)))
     # Padding inside the batch: zero vectors, which T5X routes and counts like any token.
     valid = np.arange(shape[1]) < np.linspace(2, shape[1], shape[0]).astype(int)[:, None]
@@ -156,13 +155,12 @@ def test_default_losses_leave_padding_out_and_t5x_mode_does_not():
     x = x * valid[..., None]
     losses = {}
     for t5x_mode in (False, True):
-        config = MoeConfig(
+        config = MoeSettings(
             num_experts=E,
-            encoder_router=TokensChoose(),
             t5x_mode=t5x_mode,
             eval_expert_capacity_factor=4.0,
         )
-        layer = MoeLayer(config=config, stack="encoder", hidden=HIDDEN)
+        layer = MoeLayer(config=config, router=TokensChoose(), hidden=HIDDEN)
         params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
         params["router"]["router_weights"]["w"]["kernel"] *= 50
         _, variables = jax.jit(

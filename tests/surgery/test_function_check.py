@@ -11,9 +11,8 @@ import pytest
 from upcycle_jax import surgery, trees
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.mlp import MlpBlock
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery import infer, lanes

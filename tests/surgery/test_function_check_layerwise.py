@@ -16,9 +16,8 @@ from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models import layerwise
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.dispatch import Assignment, Choices, Mixture
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, SoftMoe, TokensChoose
 from upcycle_jax.surgery import function_check as check

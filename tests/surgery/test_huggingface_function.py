@@ -13,9 +13,8 @@ from upcycle_jax.checkpoints import create_checkpoint, model_settings, open_chec
 from upcycle_jax.checkpoints.reader import LeafSpecs
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.inference import running
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.surgery import convert_and_prove, function_check, infer
 from upcycle_jax.surgery.parents import join
 from upcycle_jax.trees import LeafSpec

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.surgery.infer import infer_config
 from upcycle_jax.trees import LeafSpec
 

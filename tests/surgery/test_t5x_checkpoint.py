@@ -9,7 +9,7 @@ import pytest
 
 from upcycle_jax import trees, upcycle
 from upcycle_jax.checkpoints import open_checkpoint
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.surgery.infer import infer_config
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs

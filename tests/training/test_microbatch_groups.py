@@ -2,9 +2,8 @@
 
 import pytest
 
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.prepare import Settings, check_groups
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax.checkpoints import create_checkpoint, model_settings
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.training import loop
 from upcycle_jax.training.config import (
     CheckpointConfig,

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax.checkpoints import open_checkpoint
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import LossFreeTopK
 from upcycle_jax.training.config import (
     CheckpointConfig,

@@ -1,6 +1,6 @@
 """The settings of a model's forward pass that its arrays do not show, as checkpoints record them.
 
-Known are those of `models.config.T5Config.forward_settings`. A Hugging Face folder states them in
+Known are those of `models.t5.config.T5Config.forward_settings`. A Hugging Face folder states them in
 its config.json; conversions and training runs hand them on in the record of an Orbax checkpoint. A
 checkpoint of T5X states none.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from upcycle_jax.layers.mlp import ACTIVATIONS
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import T5Config
 from upcycle_jax.printing import printable
 
 RECORD_KEY = "model_settings"

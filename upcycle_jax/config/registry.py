@@ -14,8 +14,8 @@ _LIBRARY = "upcycle_jax"
 
 PATHS: dict[str, str] = {
     # Models.
-    "T5Config": "models.config:T5Config",
-    "MoeConfig": "moe.config:MoeConfig",
+    "T5Config": "models.t5.config:T5Config",
+    "MoeConfig": "models.t5.config:MoeConfig",
     "ExpertsChoose": "moe.routing:ExpertsChoose",
     "TokensChoose": "moe.routing:TokensChoose",
     "SwitchTop1": "moe.routing:SwitchTop1",
@@ -24,7 +24,7 @@ PATHS: dict[str, str] = {
     "LossFreeTopK": "moe.routing:LossFreeTopK",
     "HashTop1": "moe.routing:HashTop1",
     "SoftMoe": "moe.routing:SoftMoe",
-    "EncoderDecoderModel": "models.api:EncoderDecoderModel",
+    "EncoderDecoderModel": "models.t5.model:EncoderDecoderModel",
     # Partitioning.
     "Partitioner": "partitioning:Partitioner",
     # Surgery.

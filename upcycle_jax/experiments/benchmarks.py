@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.models import accounting
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe import dispatch, dropless
 from upcycle_jax.moe import layer as moe_layer
-from upcycle_jax.moe.config import MoeConfig, Stack
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import REPORTS, MoeLayer
-from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, TokensChoose
+from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, Router, TokensChoose
 from upcycle_jax.moe.slots import apply_experts, loops, one_by_one
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import initial_state, state_specs
@@ -157,20 +157,20 @@ def layer(
         "dense MLP": _layer_program(dense, x, backward),
         "experts alone, slots full": _experts_program(shape, backward),
     }
-    stacks: tuple[tuple[str, Stack], ...] = (
-        ("experts choose", "encoder"),
-        (f"tokens choose top-{shape.capacity_factor}", "decoder"),
-    )
-    for name, stack in stacks:
-        moe = MoeLayer(_moe_config(shape), stack, hidden=shape.ff, dtype=jnp.dtype(shape.dtype))
+    settings, dtype = _moe_settings(shape), jnp.dtype(shape.dtype)
+    top_k = TokensChoose(num_selected_experts=shape.capacity_factor)
+    routers: dict[str, Router] = {
+        "experts choose": ExpertsChoose(),
+        f"tokens choose top-{shape.capacity_factor}": top_k,
+    }
+    for name, router in routers.items():
+        moe = MoeLayer(settings, router, hidden=shape.ff, dtype=dtype)
         programs[name] = _layer_program(moe, x, backward)
         if one_hot:
             with one_hot_dispatch():
                 programs[f"{name}, one-hot einsum"] = _layer_program(moe, x, backward)
-    config = dataclasses.replace(
-        _moe_config(shape), decoder_router=DroplessTopK(num_selected_experts=shape.capacity_factor)
-    )
-    moe = MoeLayer(config, "decoder", hidden=shape.ff, dtype=jnp.dtype(shape.dtype))
+    dropless_top_k = DroplessTopK(num_selected_experts=shape.capacity_factor)
+    moe = MoeLayer(settings, dropless_top_k, hidden=shape.ff, dtype=dtype)
     programs[f"dropless top-{shape.capacity_factor}, {dropless.resolve('auto')}"] = _layer_program(
         moe, x, backward
     )
@@ -179,11 +179,9 @@ def layer(
     )
 
 
-def _moe_config(shape: LayerShape) -> MoeConfig:
-    return MoeConfig(
+def _moe_settings(shape: LayerShape) -> MoeSettings:
+    return MoeSettings(
         num_experts=shape.num_experts,
-        encoder_router=ExpertsChoose(),
-        decoder_router=TokensChoose(num_selected_experts=shape.capacity_factor),
         group_size=shape.tokens,
         train_expert_capacity_factor=float(shape.capacity_factor),
     )

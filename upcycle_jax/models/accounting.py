@@ -14,9 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from upcycle_jax import axes, trees
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.moe import exchange
-from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.partitioning import Partitioner
 
@@ -65,7 +64,7 @@ def count_parameters(
     inactive = 0.0
     for path, leaf in experts.items():
         assert config.moe is not None
-        stack: Stack = "encoder" if path.startswith("encoder/") else "decoder"
+        stack: StackName = "encoder" if path.startswith("encoder/") else "decoder"
         active = config.moe.router(stack).active_experts(config.moe.capacity_factor(train=train))
         inactive += leaf.size * (1.0 - min(active / config.moe.num_experts, 1.0))
     return ParameterCounts(
@@ -141,7 +140,7 @@ def forward_flops(
     width = config.num_heads * config.head_dim
     projection = 2 * config.emb_dim * width
     attention = position_bias = mlp = experts = routers = 0
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    stacks: tuple[StackName, ...] = ("encoder", "decoder")
     for stack in stacks:
         layers, sparse = config.num_layers(stack), len(config.sparse_layers(stack))
         attention += layers * tokens[stack] * (4 * projection + 4 * width * lengths[stack])
@@ -185,7 +184,7 @@ def mlp_flops_per_token(config: T5Config, hidden: int) -> int:
 
 
 def expert_slots(
-    config: T5Config, stack: Stack, *, batch_size: int, length: int, train: bool = True
+    config: T5Config, stack: StackName, *, batch_size: int, length: int, train: bool = True
 ) -> int:
     """Vectors that the experts of one MoE layer compute for a batch: slots, G * E * C, or the
     choices of a dropless router.
@@ -228,7 +227,7 @@ def exchange_bytes(
     vector = config.emb_dim * itemsize
     forwards = 1 if config.remat_policy == "none" else 2
     nbytes = 0
-    lengths: tuple[tuple[Stack, int], ...] = (
+    lengths: tuple[tuple[StackName, int], ...] = (
         ("encoder", inputs_length),
         ("decoder", targets_length),
     )
@@ -256,7 +255,7 @@ def exchange_follows_load(config: T5Config) -> bool:
     that of an even load.
     """
     moe = config.moe
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    stacks: tuple[StackName, ...] = ("encoder", "decoder")
     return moe is not None and any(
         config.sparse_layers(stack) and moe.router(stack).has_room_for_all for stack in stacks
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from upcycle_jax.features import FeatureConverter
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Metrics
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import Router
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Batch, PyTree
@@ -40,7 +40,7 @@ class Stack:
     sparse_layers: tuple[int, ...]
     router: Router | None
     causal: bool
-    moe: MoeConfig | None
+    moe: MoeSettings | None
     tokens: str
 
     def layer(self, index: int) -> str:
@@ -57,12 +57,27 @@ class Stack:
         """Paths of the layers with experts, in order."""
         return tuple(self.layer(i) for i in self.sparse_layers)
 
+    @property
+    def balance_rate(self) -> float | None:
+        """How far selection biases move after a step; None where there are none."""
+        return None if self.router is None else self.router.balance_rate
+
+    @property
+    def fills_every_slot(self) -> bool:
+        """Whether every slot of every expert counts as used, as T5X counts it."""
+        return (
+            self.moe is not None
+            and self.moe.t5x_mode
+            and self.router is not None
+            and self.router.fills_capacity
+        )
+
 
 class ModelConfig(Protocol):
     """Shape and numerics of a model; a frozen dataclass."""
 
     @property
-    def moe(self) -> MoeConfig | None:
+    def moe(self) -> MoeSettings | None:
         """The MoE layers, or None for a dense model."""
 
     @property

@@ -1,4 +1,4 @@
-"""What MoE layers report, as metrics (`models.api` has their names and meanings)."""
+"""What MoE layers report, as metrics (`models.t5.model` has their names and meanings)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.base import Stack
 from upcycle_jax.models.metrics import Mean, Metrics
-from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.report import MoeReport
-
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 
 
 def layer_mean(values: Any) -> jax.Array:
@@ -25,22 +22,20 @@ def scaled_mean(value: jax.Array, weight: jax.Array | float) -> Mean:
 
 
 def of_reports(
-    config: T5Config, reports: Mapping[str, MoeReport], aux_scale: jax.Array | float
+    stacks: Mapping[str, Stack], reports: Mapping[str, MoeReport], aux_scale: jax.Array | float
 ) -> Metrics:
-    """Metrics of a batch or a microbatch, from the reports of its MoE layers by layer
-    ('encoder/layers_1').
+    """Metrics of a batch or a microbatch.
+
+    Args:
+      stacks: of the model.
+      reports: of its MoE layers, by layer ('encoder/layers_1').
+      aux_scale: the microbatch's share of the batch.
     """
     if not reports:
         return {}
-    moe = config.moe
-    assert moe is not None
-    routers = {
-        f"{stack}/layers_{i}": moe.router(stack)
-        for stack in STACKS
-        for i in config.sparse_layers(stack)
-    }
+    owners = {layer: stack for stack in stacks.values() for layer in stack.moe_layers}
     # In T5X mode the usage of routers that fill every slot is 1 by definition.
-    full = {layer for layer, router in routers.items() if router.fills_capacity and moe.t5x_mode}
+    full = {layer for layer, stack in owners.items() if stack.fills_every_slot}
     usage = [
         jnp.float32(1.0) if layer in full else jnp.sum(r.load) / r.capacity
         for layer, r in reports.items()
@@ -61,7 +56,7 @@ def of_reports(
         )
         metrics[f"experts/{layer}/entropy"] = Mean(total=report.entropy, weight=report.tokens)
         metrics[f"experts/{layer}/dropped"] = Mean(total=report.dropped, weight=report.offered)
-        if routers[layer].balance_rate is not None:
+        if owners[layer].balance_rate is not None:
             metrics[f"experts/{layer}/chosen"] = Mean(
                 total=report.chosen, weight=jnp.sum(report.chosen)
             )

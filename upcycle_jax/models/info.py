@@ -5,8 +5,8 @@
 from collections.abc import Mapping
 
 from upcycle_jax.models import accounting, step_cost
-from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.step_cost import StepShape
+from upcycle_jax.models.t5.config import T5Config
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 

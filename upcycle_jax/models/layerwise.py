@@ -188,8 +188,7 @@ def without_experts(
 def _gates(layer: MoeLayer, plan: Plan, x: jax.Array) -> jax.Array:
     """Summed combine weights `[batch, length]` of the plans of all groups."""
     rows, columns, _ = x.shape
-    router = layer.config.router(layer.stack)
-    grouping = layer_sizes(layer.config, router, rows, columns, train=False).grouping
+    grouping = layer_sizes(layer.config, layer.router, rows, columns, train=False).grouping
     sums = jax.vmap(lambda one: one.weight_per_token(grouping.group_size))(plan)
     padded = (rows + grouping.batch_padding, columns + grouping.length_padding)
     return sums.reshape(padded)[:rows, :columns]

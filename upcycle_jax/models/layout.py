@@ -1,6 +1,7 @@
 """Which layers of a stack are MoE layers."""
 
-from upcycle_jax.moe.config import SparseLayout
+SparseLayout = str | tuple[int, ...]
+"""One of `LAYOUTS`, or indices of layers."""
 
 LAYOUTS = ("MIXED", "BOTTOM", "MIDDLE", "TOP")
 

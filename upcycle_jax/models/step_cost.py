@@ -14,8 +14,7 @@ from collections.abc import Mapping
 
 from upcycle_jax import trees
 from upcycle_jax.models import accounting
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import Stack
+from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.partitioning import MODEL, Partitioner
 
 ACTIVATION_OPERATIONS: dict[str, tuple[int, int]] = {
@@ -52,11 +51,11 @@ class StepShape:
         """Rows of a microbatch."""
         return self.batch_size // self.num_microbatches
 
-    def length(self, stack: Stack) -> int:
+    def length(self, stack: StackName) -> int:
         """Length of the encoder's or the decoder's rows."""
         return self.inputs_length if stack == "encoder" else self.targets_length
 
-    def tokens(self, stack: Stack) -> int:
+    def tokens(self, stack: StackName) -> int:
         """Tokens of a microbatch in the encoder or the decoder, padding included."""
         return self.rows * self.length(stack)
 
@@ -187,7 +186,7 @@ def _recomputed(config: T5Config, shape: StepShape) -> _Recomputed:
     width = config.num_heads * config.head_dim
     projection = 2 * config.emb_dim * width
     products = projections = experts = dense = routers = 0
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    stacks: tuple[StackName, ...] = ("encoder", "decoder")
     for stack in stacks:
         tokens, layers, sparse = (
             shape.tokens(stack),
@@ -262,7 +261,7 @@ def _elementwise(config: T5Config, shape: StepShape) -> _Elementwise:
     wide = narrow = replicated = 0
     again = 0 if config.remat_policy == "none" else 1
     softmax = _SOFTMAX[0] * (1 + again) + _SOFTMAX[1]
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    stacks: tuple[StackName, ...] = ("encoder", "decoder")
     for stack in stacks:
         tokens, length, layers = shape.tokens(stack), shape.length(stack), config.num_layers(stack)
         sparse, sublayers = len(config.sparse_layers(stack)), 2 if stack == "encoder" else 3

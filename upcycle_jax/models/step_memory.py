@@ -12,9 +12,8 @@ from collections.abc import Mapping
 
 from upcycle_jax import trees
 from upcycle_jax.models import accounting
-from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.step_cost import StepShape
-from upcycle_jax.moe.config import Stack
+from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.partitioning import MODEL, Partitioner
 
 ACTIVATION_RESIDUALS = {"gelu": 6, "gelu_exact": 3, "linear": 1, "relu": 2, "silu": 3}
@@ -95,7 +94,7 @@ def activation_bytes(config: T5Config, shape: StepShape, *, partitioner: Partiti
     dtype = {"float32": 4, "bfloat16": 2}[config.dtype]
     model_shards = partitioner.mesh.shape[MODEL]
     total = largest = 0.0
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    stacks: tuple[StackName, ...] = ("encoder", "decoder")
     for stack in stacks:
         tokens, sparse = shape.tokens(stack), config.sparse_layers(stack)
         for i in range(config.num_layers(stack)):
@@ -143,7 +142,7 @@ class _Layer:
     weights: float
 
 
-def _layer(config: T5Config, shape: StepShape, stack: Stack, *, sparse: bool) -> _Layer:
+def _layer(config: T5Config, shape: StepShape, stack: StackName, *, sparse: bool) -> _Layer:
     tokens, length = shape.tokens(stack), shape.length(stack)
     width, heads = config.num_heads * config.head_dim, config.num_heads
     gates = config.mlp_activations

@@ -1,15 +1,14 @@
-"""Settings of the MoE layers of a model."""
+"""Settings of MoE layers, whatever the model."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
 from upcycle_jax.moe.dropless import DISPATCHES, Dispatch
-from upcycle_jax.moe.routing import ExpertsChoose, Router, TokensChoose
+from upcycle_jax.moe.routing import Router
 
-Stack = Literal["encoder", "decoder"]
-SparseLayout = str | tuple[int, ...]
 CapacityFactor = Annotated[
     float,
     Range(
@@ -22,20 +21,13 @@ CapacityFactor = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeConfig:
-    """Which layers are MoE layers, and how those route. The defaults are the paper's language
-    model.
+class MoeSettings:
+    """What the MoE layers of a model have in common. Which layers they are and how these route, a
+    family of models adds.
 
     Attributes:
       num_experts: E, in every MoE layer. More experts mean more parameters and memory at the same
         FLOPs per token.
-      encoder_router: routing in the encoder.
-      decoder_router: routing in the decoder; it must be causal.
-      num_encoder_sparse_layers: MoE layers in the encoder; None for half of its layers.
-      num_decoder_sparse_layers: MoE layers in the decoder; None for half of its layers.
-      encoder_sparse_layout: where they are: 'MIXED' (every so many layers, never the first),
-        'BOTTOM', 'MIDDLE', 'TOP', or a tuple of layer indices, which decides alone.
-      decoder_sparse_layout: likewise.
       expert_mlp_dim: hidden size of one expert; None for the dense MLP's.
       shared_expert_mlp_dim: hidden size of a dense MLP whose output for every token is added to
         that of the routed experts (Qwen2-MoE, arXiv 2407.10671; Nexus, arXiv 2408.15901); None for
@@ -69,22 +61,16 @@ class MoeConfig:
       min_inference_capacity: stands in for `min_expert_capacity` where one sequence is a group. A
         group of 4096 tokens rarely meets that bound, a sequence of 20 would: 32 experts of 4 slots
         each are 6 experts per token instead of 2.
-      independent: route as 'independent' says, at all times. Set by `T5Config.for_inference`;
+      independent: route as 'independent' says, at all times. Set by a model's `for_inference`;
         training so would never balance experts over more than one sequence. Routers that choose per
         token have room for every token. For routers that choose per group a sequence is a group:
         padding takes no slots, and the capacity is that of the sequence's own length.
 
     Raises:
-      ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
+      ValueError: a number out of range, or an unknown dispatch.
     """
 
     num_experts: checks.Experts = 32
-    encoder_router: Router = dataclasses.field(default_factory=ExpertsChoose)
-    decoder_router: Router = dataclasses.field(default_factory=TokensChoose)
-    num_encoder_sparse_layers: checks.CountOrZero | None = None
-    num_decoder_sparse_layers: checks.CountOrZero | None = None
-    encoder_sparse_layout: SparseLayout = "MIXED"
-    decoder_sparse_layout: SparseLayout = "MIXED"
     expert_mlp_dim: checks.Size | None = None
     shared_expert_mlp_dim: checks.Size | None = None
     extra_mlp: bool = False
@@ -105,39 +91,23 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
-        for name in ("encoder_sparse_layout", "decoder_sparse_layout"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        self.encoder_router.check(self.num_experts)
-        self._check_routers()
-        if self.num_decoder_sparse_layers != 0:
-            self.decoder_router.check(self.num_experts)
-            if reason := self.decoder_router.not_causal_because:
-                raise ValueError(
-                    f"{type(self.decoder_router).__name__} cannot be the decoder's router:"
-                    f" {reason}."
-                )
-
-    def _check_routers(self) -> None:
-        """What settings and the routers in use ask of each other."""
-        counts = (self.num_encoder_sparse_layers, self.num_decoder_sparse_layers)
-        routers = [
-            router
-            for router, count in zip(
-                (self.encoder_router, self.decoder_router), counts, strict=True
-            )
-            if count != 0
-        ]
         if self.dispatch not in DISPATCHES:
             raise ValueError(
                 f"dispatch must be one of {', '.join(map(repr, DISPATCHES))}, got {self.dispatch!r}"
             )
-        if self.dispatch not in ("auto", "gather") and not any(
-            router.has_room_for_all for router in routers
-        ):
+
+    def check_routers(self, routers: Sequence[Router]) -> None:
+        """Checks the routers of a model's MoE layers against these settings.
+
+        Raises:
+          ValueError: they do not fit each other.
+        """
+        dropless = any(router.has_room_for_all for router in routers)
+        if self.dispatch not in ("auto", "gather") and not dropless:
+            who = "the router has" if len(routers) == 1 else "both routers have"
             raise ValueError(
-                f"dispatch={self.dispatch!r} moves the tokens of dropless routers, and both routers"
-                " have a capacity: leave dispatch at 'auto', or use DroplessTopK()"
+                f"dispatch={self.dispatch!r} moves the tokens of dropless routers, and {who}"
+                " a capacity: leave dispatch at 'auto', or use DroplessTopK()"
             )
         for router in routers:
             if self.t5x_mode and not router.in_flaxformer:
@@ -145,10 +115,7 @@ class MoeConfig:
                     f"t5x_mode follows Flaxformer, which has no {router}: use ExpertsChoose,"
                     " TokensChoose or SwitchTop1 with a capacity, or set t5x_mode=False"
                 )
-
-    def router(self, stack: Stack) -> Router:
-        """The router of the encoder or the decoder."""
-        return self.encoder_router if stack == "encoder" else self.decoder_router
+            router.check(self.num_experts)
 
     def capacity_factor(self, *, train: bool) -> float:
         """The capacity factor of training or of evaluation."""

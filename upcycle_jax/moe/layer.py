@@ -22,7 +22,7 @@ from upcycle_jax.layers.projection import Projection
 from upcycle_jax.moe import capacity as capacity_lib
 from upcycle_jax.moe import dispatch, dropless, losses
 from upcycle_jax.moe import report as report_lib
-from upcycle_jax.moe.config import MoeConfig, Stack
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.dispatch import Assignment, Choices, Plan
 from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.moe.routing import Group, Router, Routing
@@ -92,15 +92,15 @@ class MoeLayer(nn.Module):
 
     Attributes:
       config: the model's MoE settings.
-      stack: 'encoder' or 'decoder', which decides the router.
+      router: decides which tokens meet which experts.
       hidden: size of an expert's hidden axis.
       activations: of the experts, as in `MlpBlock`.
       dropout_rate: dropout inside experts.
       dtype: dtype of the experts' computation; routing and combining are float32.
     """
 
-    config: MoeConfig
-    stack: Stack
+    config: MoeSettings
+    router: Router
     hidden: int
     activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.0
@@ -129,7 +129,7 @@ class MoeLayer(nn.Module):
             there are none.
         """
         config = self.config
-        router = config.router(self.stack)
+        router = self.router
         if router.needs_token_ids and token_ids is None:
             raise ValueError(
                 f"{type(router).__name__} routes by token ids, and this model has none for its MoE"
@@ -270,7 +270,7 @@ class MoeLayer(nn.Module):
         Applied alone, a layer needs the parameters of the experts that the plan names, which may
         be a part of its experts (`Plan.part`, `Plan.merged`).
         """
-        router, group_size = self.config.router(self.stack), tokens.shape[1]
+        router, group_size = self.router, tokens.shape[1]
         if self.config.dispatch == "gather" or self.is_initializing():
             plan = jax.vmap(lambda one: one.in_slots(group_size))(plan)
 

@@ -5,7 +5,7 @@ conversions all start from.
 import dataclasses
 
 from upcycle_jax.moe import capacity as capacity_lib
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import Router
 
 
@@ -27,7 +27,7 @@ class LayerSizes:
 
 
 def layer_sizes(
-    config: MoeConfig,
+    config: MoeSettings,
     router: Router,
     batch_size: int,
     length: int,
@@ -81,7 +81,7 @@ def layer_sizes(
     )
 
 
-def sequence_capacity(config: MoeConfig, length: int, *, train: bool) -> int:
+def sequence_capacity(config: MoeSettings, length: int, *, train: bool) -> int:
     """Capacity of an expert where one sequence of so many real tokens is a group."""
     return capacity_lib.expert_capacity(
         length,

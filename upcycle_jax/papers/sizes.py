@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.papers.exhibits import Method, Point, exhibit
 
 

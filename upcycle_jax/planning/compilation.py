@@ -16,9 +16,9 @@ import numpy as np
 
 from upcycle_jax import surgery
 from upcycle_jax.models import accounting, step_cost, step_memory
-from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.step_cost import StepFlops, StepShape
 from upcycle_jax.models.step_memory import StepMemory
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import collectives
 from upcycle_jax.planning.collectives import Traffic

@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh
 
 from upcycle_jax import axes
 from upcycle_jax.models import accounting, hardware
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.hardware import Accelerator
+from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, Partitioner
 from upcycle_jax.planning import compilation, traced_memory
 from upcycle_jax.planning.compilation import State, Workload

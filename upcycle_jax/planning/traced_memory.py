@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend import core
 
 from upcycle_jax import trees
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.planning.compilation import Workload
 
 

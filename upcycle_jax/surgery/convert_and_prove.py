@@ -13,7 +13,7 @@ from upcycle_jax.checkpoints import model_settings, open_checkpoint
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.to_orbax import checkpoint_path
-from upcycle_jax.models.api import EncoderDecoderModel
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.printing import show
 from upcycle_jax.surgery import function_check
 from upcycle_jax.surgery.matching import is_expert, make_plan

@@ -33,8 +33,8 @@ import numpy as np
 import scipy.special
 
 from upcycle_jax import trees
-from upcycle_jax.models.api import EncoderDecoderModel
 from upcycle_jax.models.layerwise import MoeCall, State, Step
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.surgery.lanes import Lane, advance, logits, moe_calls, row_blocks
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY

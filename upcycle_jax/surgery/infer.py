@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from upcycle_jax.checkpoints.reader import LeafSpecs
 from upcycle_jax.layers.mlp import input_kernel_names
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import MoeConfig
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.trees import LeafSpec
 
 

@@ -4,10 +4,9 @@ proved without a model file.
 
 from typing import Any
 
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe import routing
-from upcycle_jax.moe.config import MoeConfig
 from upcycle_jax.surgery.recipe_json import from_json, to_json
 
 PARTS = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_jax.models.api import EncoderDecoderModel
-from upcycle_jax.moe.config import Stack
+from upcycle_jax.models.t5.config import StackName
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.recipe import MergeRecipe
@@ -156,7 +156,7 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
         if not shuffled:
             return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
     assert sparse.config.moe is not None
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    stacks: tuple[StackName, ...] = ("encoder", "decoder")
     for router in (
         sparse.config.moe.router(stack) for stack in stacks if sparse.config.sparse_layers(stack)
     ):
@@ -167,7 +167,7 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
     reasons = (
         ["a shared expert is added"] if sparse.config.moe.shared_expert_mlp_dim is not None else []
     )
-    features: dict[Stack, str] = {
+    features: dict[StackName, str] = {
         "encoder": "encoder_input_tokens",
         "decoder": "decoder_target_tokens",
     }
@@ -181,7 +181,9 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
     )
 
 
-def _why_not_exact(sparse: EncoderDecoderModel, stack: Stack, shape: Sequence[int]) -> list[str]:
+def _why_not_exact(
+    sparse: EncoderDecoderModel, stack: StackName, shape: Sequence[int]
+) -> list[str]:
     moe = sparse.config.moe
     assert moe is not None
     router, reasons = moe.router(stack), []

@@ -3,7 +3,7 @@
 import dataclasses
 
 from upcycle_jax.models import accounting, step_cost, step_memory
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import T5Config
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.restore import Start

@@ -14,8 +14,8 @@ from etils import epath
 from upcycle_jax import checks, surgery
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
-from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.info import model_info
+from upcycle_jax.models.t5.config import T5Config
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.printing import show
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET

@@ -15,9 +15,8 @@ from etils import epath
 from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.models import accounting
-from upcycle_jax.models.config import T5Config
+from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.moe import capacity
-from upcycle_jax.moe.config import Stack
 from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, expert_slots, restore
@@ -208,7 +207,7 @@ def check_microbatch_groups(
     )
 
 
-def _stack_lengths(task_feature_lengths: Mapping[str, int]) -> dict[Stack, int]:
+def _stack_lengths(task_feature_lengths: Mapping[str, int]) -> dict[StackName, int]:
     return {"encoder": task_feature_lengths["inputs"], "decoder": task_feature_lengths["targets"]}
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from upcycle_jax import axes, partitioning, trees
 from upcycle_jax.models import expert_metrics
-from upcycle_jax.models.api import NON_FINITE_LOGITS
 from upcycle_jax.models.metrics import Mean, Metrics, merge
+from upcycle_jax.models.t5.model import NON_FINITE_LOGITS
 from upcycle_jax.moe import balance
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import TrainState, from_state_dict

@@ -69,7 +69,7 @@ class Stated:
     """What config.json states.
 
     Attributes:
-      activations: of the MLP, see `models.config.T5Config.mlp_activations`.
+      activations: of the MLP, see `models.t5.config.T5Config.mlp_activations`.
       feed_forward: `feed_forward_proj`, for messages.
       epsilon: of the layer norms.
       max_distance: from which on all positions share a bucket.

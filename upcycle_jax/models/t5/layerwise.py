@@ -1,5 +1,5 @@
 """T5's forward pass in steps (see `layerwise`): what is before the layers, every layer of the
-encoder, the encoder's end, every layer of the decoder, the logits. All run the modules of `t5`.
+encoder, the encoder's end, every layer of the decoder, the logits. All run the modules of `network`.
 """
 
 import dataclasses
@@ -9,10 +9,15 @@ import jax
 import numpy as np
 
 from upcycle_jax.layers import masks
-from upcycle_jax.models.config import T5Config
 from upcycle_jax.models.layerwise import MoeCall, State, Step, without_experts
-from upcycle_jax.models.t5 import DecoderLayer, Encoder, EncoderLayer, Transformer, moe_layer
-from upcycle_jax.moe.config import Stack
+from upcycle_jax.models.t5.config import StackName, T5Config
+from upcycle_jax.models.t5.network import (
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    Transformer,
+    moe_layer,
+)
 from upcycle_jax.types import Batch, PyTree
 
 
@@ -63,7 +68,7 @@ def _in_place(paths: tuple[str, ...] | list[str]) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def _layer(config: T5Config, stack: Stack, number: int) -> Step:
+def _layer(config: T5Config, stack: StackName, number: int) -> Step:
     name, sparse = f"{stack}/layers_{number}", number in config.sparse_layers(stack)
     program = _EncoderLayer if stack == "encoder" else _DecoderLayer
     return Step(

@@ -16,8 +16,7 @@ from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.norm import RMSNorm
 from upcycle_jax.layers.relative_position import RelativePositionBiases
 from upcycle_jax.models import stacking
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.moe.config import Stack
+from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.partitioning import constrain
 
@@ -64,12 +63,12 @@ def _attention(config: T5Config, name: str) -> MultiHeadDotProductAttention:
     )
 
 
-def moe_layer(config: T5Config, stack: Stack, **bound: Any) -> MoeLayer:
+def moe_layer(config: T5Config, stack: StackName, **bound: Any) -> MoeLayer:
     """The MoE layer of a stack; `bound` are the keywords of `nn.Module` (`name`, `parent`)."""
     assert config.moe is not None
     return MoeLayer(
         config=config.moe,
-        stack=stack,
+        router=config.moe.router(stack),
         hidden=config.expert_mlp_dim,
         activations=config.mlp_activations,
         dropout_rate=config.expert_dropout_rate,
@@ -84,7 +83,7 @@ def _feed_forward(
     valid: jax.Array,
     token_ids: jax.Array,
     *,
-    stack: Stack,
+    stack: StackName,
     train: bool,
 ) -> jax.Array:
     """Pre-norm, MLP or MoE layer, dropout and residual, and where the model has it the dense MLP

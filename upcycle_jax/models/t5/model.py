@@ -29,14 +29,15 @@ import jax.numpy as jnp
 from upcycle_jax import checks, trees
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
-from upcycle_jax.models import expert_metrics, losses, t5_layers
+from upcycle_jax.models import expert_metrics, losses
 from upcycle_jax.models.base import Stack
-from upcycle_jax.models.config import T5Config
-from upcycle_jax.models.expert_metrics import STACKS, scaled_mean
+from upcycle_jax.models.expert_metrics import scaled_mean
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.layerwise import Step
 from upcycle_jax.models.metrics import Mean, Metrics
-from upcycle_jax.models.t5 import RESIDUALS, Transformer
+from upcycle_jax.models.t5 import layerwise
+from upcycle_jax.models.t5.config import STACKS, T5Config
+from upcycle_jax.models.t5.network import RESIDUALS, Transformer
 from upcycle_jax.moe import roles
 from upcycle_jax.moe.report import REPORTS, MoeReport
 from upcycle_jax.types import Batch, PyTree
@@ -135,15 +136,12 @@ class EncoderDecoderModel:
         """How far the selection bias of each MoE layer that has one moves after a step, by layer
         ('encoder/layers_1').
         """
-        moe = self.config.moe
-        if moe is None:
-            return {}
-        rates = {
-            f"{stack}/layers_{i}": moe.router(stack).balance_rate
-            for stack in STACKS
-            for i in self.config.sparse_layers(stack)
+        return {
+            layer: stack.balance_rate
+            for stack in self.stacks.values()
+            for layer in stack.moe_layers
+            if stack.balance_rate is not None
         }
-        return {layer: rate for layer, rate in rates.items() if rate is not None}
 
     def init_params(self, rng: jax.Array) -> PyTree:
         """Fresh parameters as nested dicts; a pure function that may be jitted with output
@@ -216,7 +214,7 @@ class EncoderDecoderModel:
             f"{NON_FINITE_LOGITS}{layer}": Mean(report.non_finite, jnp.float32(aux_scale))
             for layer, report in reports.items()
         }
-        return loss, metrics | expert_metrics.of_reports(self.config, reports, aux_scale)
+        return loss, metrics | expert_metrics.of_reports(self.stacks, reports, aux_scale)
 
     def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
         """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token,
@@ -232,7 +230,7 @@ class EncoderDecoderModel:
             total=summed + sum(auxiliary.values()) * num_tokens, weight=num_tokens
         )
         metrics |= {name: scaled_mean(value, 1.0) for name, value in auxiliary.items()}
-        metrics |= expert_metrics.of_reports(self.config, reports, 1.0)
+        metrics |= expert_metrics.of_reports(self.stacks, reports, 1.0)
         return metrics | expert_metrics.dead_experts(metrics)
 
     def logits(
@@ -409,11 +407,11 @@ class EncoderDecoderModel:
 
     def layer_steps(self) -> Sequence[Step]:
         """See `layerwise.LayerwiseModel`."""
-        return t5_layers.steps(self.config)
+        return layerwise.steps(self.config)
 
     def row_bytes(self, batch: Batch) -> int:
         """See `layerwise.LayerwiseModel`."""
-        return t5_layers.row_bytes(self.config, batch)
+        return layerwise.row_bytes(self.config, batch)
 
     def _apply(
         self,

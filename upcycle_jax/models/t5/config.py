@@ -1,4 +1,4 @@
-"""Settings of a T5 1.1 encoder-decoder."""
+"""Settings of a T5 1.1 encoder-decoder and of its MoE layers."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -9,8 +9,60 @@ from upcycle_jax import checks
 from upcycle_jax.checks import Range
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.models import layout
+from upcycle_jax.models.layout import SparseLayout
 from upcycle_jax.models.stacking import RematPolicy
-from upcycle_jax.moe.config import MoeConfig, Stack
+from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.moe.routing import ExpertsChoose, Router, TokensChoose
+
+StackName = Literal["encoder", "decoder"]
+STACKS: tuple[StackName, ...] = ("encoder", "decoder")
+"""In the order in which a batch passes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig(MoeSettings):
+    """Which layers are MoE layers, and how those route. The defaults are the paper's language
+    model. What both stacks have in common is `MoeSettings`.
+
+    Attributes:
+      encoder_router: routing in the encoder.
+      decoder_router: routing in the decoder; it must be causal.
+      num_encoder_sparse_layers: MoE layers in the encoder; None for half of its layers.
+      num_decoder_sparse_layers: MoE layers in the decoder; None for half of its layers.
+      encoder_sparse_layout: where they are: 'MIXED' (every so many layers, never the first),
+        'BOTTOM', 'MIDDLE', 'TOP', or a tuple of layer indices, which decides alone.
+      decoder_sparse_layout: likewise.
+
+    Raises:
+      ValueError: a number out of range, K > E, or a router that is not causal in the decoder.
+    """
+
+    encoder_router: Router = dataclasses.field(default_factory=ExpertsChoose)
+    decoder_router: Router = dataclasses.field(default_factory=TokensChoose)
+    num_encoder_sparse_layers: checks.CountOrZero | None = None
+    num_decoder_sparse_layers: checks.CountOrZero | None = None
+    encoder_sparse_layout: SparseLayout = "MIXED"
+    decoder_sparse_layout: SparseLayout = "MIXED"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("encoder_sparse_layout", "decoder_sparse_layout"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.encoder_router.check(self.num_experts)
+        counts = (self.num_encoder_sparse_layers, self.num_decoder_sparse_layers)
+        routers = (self.encoder_router, self.decoder_router)
+        self.check_routers([r for r, count in zip(routers, counts, strict=True) if count != 0])
+        if self.num_decoder_sparse_layers != 0 and (
+            reason := self.decoder_router.not_causal_because
+        ):
+            raise ValueError(
+                f"{type(self.decoder_router).__name__} cannot be the decoder's router: {reason}."
+            )
+
+    def router(self, stack: StackName) -> Router:
+        """The router of the encoder or the decoder."""
+        return self.encoder_router if stack == "encoder" else self.decoder_router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +151,11 @@ class T5Config:
                 f" {buckets} and {distance}"
             )
 
-    def num_layers(self, stack: Stack) -> int:
+    def num_layers(self, stack: StackName) -> int:
         """Depth of the encoder or the decoder."""
         return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
 
-    def sparse_layers(self, stack: Stack) -> tuple[int, ...]:
+    def sparse_layers(self, stack: StackName) -> tuple[int, ...]:
         """Indices of the MoE layers of the encoder or the decoder, ascending; empty for a dense
         model.
         """
