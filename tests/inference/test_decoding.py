@@ -54,7 +54,6 @@ class Table:
         cache = DecodingCache(
             growing={"number": jnp.zeros(inputs, jnp.int32)},
             fixed={"input": jnp.arange(inputs)},
-            encoder_valid=jnp.ones((inputs, 1), bool),
         )
 
         def run(keys):

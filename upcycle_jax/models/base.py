@@ -58,11 +58,6 @@ class Stack:
         return tuple(self.layer(i) for i in self.sparse_layers)
 
     @property
-    def balance_rate(self) -> float | None:
-        """How far selection biases move after a step; None where there are none."""
-        return None if self.router is None else self.router.balance_rate
-
-    @property
     def fills_every_slot(self) -> bool:
         """Whether every slot of every expert counts as used, as T5X counts it."""
         return (
@@ -71,6 +66,18 @@ class Stack:
             and self.router is not None
             and self.router.fills_capacity
         )
+
+
+def balance_rates(stacks: Mapping[str, Stack]) -> dict[str, float]:
+    """How far the selection bias of each MoE layer that has one moves after a step, by layer
+    ('encoder/layers_1').
+    """
+    return {
+        layer: stack.router.balance_rate
+        for stack in stacks.values()
+        for layer in stack.moe_layers
+        if stack.router is not None and stack.router.balance_rate is not None
+    }
 
 
 class ModelConfig(Protocol):
@@ -131,12 +138,6 @@ class Model(Protocol):
     @property
     def vocab_size(self) -> int | None:
         """Number of token ids that the model has parameters for; None without tokens."""
-
-    @property
-    def balance_rates(self) -> Mapping[str, float]:
-        """How far the selection bias of each MoE layer that has one moves after a step, by layer
-        ('encoder/layers_1').
-        """
 
     def param_specs(self) -> dict[str, LeafSpec]:
         """Shape, dtype, logical axes, role and dense twin of every parameter, by path. Allocates

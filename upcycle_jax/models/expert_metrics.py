@@ -1,4 +1,16 @@
-"""What MoE layers report, as metrics (`models.t5.model` has their names and meanings)."""
+"""What MoE layers report, as metrics; `M` stands for the weight `aux_scale`, see `shared`.
+
+experts/fraction_tokens_left_behind, experts/expert_usage, experts/router_confidence: averaged
+  over MoE layers (M), as T5X does.
+experts/<layer>/load: `[E]`, share of the processed tokens that each expert took.
+experts/<layer>/router_probability: `[E]`, mean router probability of each expert over tokens.
+experts/<layer>/entropy: of the router probabilities, in nats, per token.
+experts/<layer>/dropped: share of the placements asked for that were not granted: token choices
+  beyond capacity under tokens choose, tokens without any expert under experts choose.
+experts/<layer>/dead: share of the experts that received no real token of the batch. Of train
+  steps and evaluation batches.
+experts/<layer>/chosen: `[E]`, as load, but before any drop. Where a bias balances the router.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from upcycle_jax.models.base import Stack
+from upcycle_jax.models.base import Stack, balance_rates
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.moe.report import MoeReport
 
@@ -34,6 +46,7 @@ def of_reports(
     if not reports:
         return {}
     owners = {layer: stack for stack in stacks.values() for layer in stack.moe_layers}
+    balanced = balance_rates(stacks)
     # In T5X mode the usage of routers that fill every slot is 1 by definition.
     full = {layer for layer, stack in owners.items() if stack.fills_every_slot}
     usage = [
@@ -56,7 +69,7 @@ def of_reports(
         )
         metrics[f"experts/{layer}/entropy"] = Mean(total=report.entropy, weight=report.tokens)
         metrics[f"experts/{layer}/dropped"] = Mean(total=report.dropped, weight=report.offered)
-        if owners[layer].balance_rate is not None:
+        if layer in balanced:
             metrics[f"experts/{layer}/chosen"] = Mean(
                 total=report.chosen, weight=jnp.sum(report.chosen)
             )

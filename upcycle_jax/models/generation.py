@@ -14,17 +14,15 @@ from upcycle_jax.types import PyTree
 @flax.struct.dataclass
 class DecodingCache:
     """What a model keeps between the steps of decoding. The leading axis of every array is that of
-    the sequences.
+    the sequences; what the arrays are, the model knows alone.
 
     Attributes:
-      growing: keys and values of the positions so far.
-      fixed: keys and values of the encoder's output.
-      encoder_valid: bool `[sequences, input length]`, real input tokens.
+      growing: of the positions so far, e.g. their keys and values.
+      fixed: of the input; equal in all sequences that continue the same input.
     """
 
     growing: PyTree
     fixed: PyTree
-    encoder_valid: jax.Array
 
     def repeated(self, times: int) -> "DecodingCache":
         """Each sequence `times` times, one after the other."""

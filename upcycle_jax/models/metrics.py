@@ -32,7 +32,8 @@ class Mean:
 
 
 Metrics: TypeAlias = dict[str, Mean]
-"""Metrics by name. See `models.t5.model` for the names and what each is a mean over."""
+"""Metrics by name. See `models.shared` and
+`models.expert_metrics` for the names and what each is a mean over."""
 
 
 def merge(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> Metrics:

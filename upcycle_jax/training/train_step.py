@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from upcycle_jax import axes, partitioning, trees
 from upcycle_jax.models import expert_metrics
+from upcycle_jax.models.base import Model, balance_rates
 from upcycle_jax.models.metrics import Mean, Metrics, merge
-from upcycle_jax.models.t5.model import NON_FINITE_LOGITS
+from upcycle_jax.models.shared import NON_FINITE_LOGITS
 from upcycle_jax.moe import balance
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import TrainState, from_state_dict
@@ -43,15 +44,14 @@ skipped.
 """
 
 
-def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
+def make_train_step(model: Model, trainer: Trainer, *, seed: int) -> TrainStep:
     """The train step of a model; trace it inside `Partitioner.activate`.
 
     Dropout draws from `fold_in(fold_in(key(seed), step), microbatch)`: a run that resumes at a step
     draws what the uninterrupted run drew.
 
     Args:
-      model: has `param_specs`, `loss_denominator` and `loss_fn`; and `balance_rates`, if routers
-        balance by a bias.
+      model: the model.
       trainer: optimizer, schedule, microbatches.
       seed: the run's random seed.
     """
@@ -108,11 +108,11 @@ def make_train_step(model: Any, trainer: Trainer, *, seed: int) -> TrainStep:
     return train_step
 
 
-def _balanced(model: Any, params: PyTree, before: PyTree, metrics: Metrics) -> PyTree:
+def _balanced(model: Model, params: PyTree, before: PyTree, metrics: Metrics) -> PyTree:
     """The parameters after the optimizer, with the biases that balance routers moved by the load of
     the whole batch.
     """
-    rates = getattr(model, "balance_rates", {})
+    rates = balance_rates(model.stacks)
     if not rates:
         return params
     chosen = expert_metrics.chosen_counts(metrics)
@@ -122,7 +122,7 @@ def _balanced(model: Any, params: PyTree, before: PyTree, metrics: Metrics) -> P
 
 
 def jitted_train_step(
-    model: Any,
+    model: Model,
     trainer: Trainer,
     *,
     partitioner: Partitioner,
@@ -165,7 +165,7 @@ def split_batch(batch: Batch, num_microbatches: int) -> dict[str, jax.Array]:
 
 
 def _loss_and_grads(
-    model: Any,
+    model: Model,
     params: PyTree,
     batch: Batch,
     key: jax.Array,
