@@ -9,7 +9,8 @@ import pytest
 
 from upcycle_jax import config, upcycle, verify
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
-from upcycle_jax.surgery.model_record import PARTS, model_from_json, model_to_json
+from upcycle_jax.models import registry
+from upcycle_jax.surgery.model_record import model_from_json, model_to_json
 from upcycle_jax.surgery.recorded import read_recorded, sealed
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.train_state import state_specs
@@ -137,7 +138,7 @@ def test_the_recorded_model_is_the_model():
     """So that the function check needs no model file: every router, and through JSON."""
     bindings = [*TINY, "MoeConfig.decoder_router=@SwitchTop1()"]
     model = config.load(["models/t5_1_1_tiny_upcycled.gin"], bindings).macro("MODEL")
-    routers = [part() for part in PARTS if part.__module__.startswith("upcycle_jax.moe.routing")]
+    routers = [router() for router in registry.ROUTERS]
     assert len(routers) == 8
     for router in routers:
         moe = dataclasses.replace(model.config.moe, encoder_router=router)

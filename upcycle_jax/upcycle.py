@@ -73,14 +73,14 @@ def upcycle(
 
     from upcycle_jax import surgery
     from upcycle_jax.state_tree import STEP, TARGET
-    from upcycle_jax.surgery import convert_and_prove, infer
+    from upcycle_jax.surgery import convert_and_prove
     from upcycle_jax.surgery import function_check as checking
     from upcycle_jax.training.train_state import state_specs
     from upcycle_jax.trees import LeafSpec
 
     recipe = recipe if recipe is not None else surgery.Recipe()
     source = convert_and_prove.open_sources(initial_checkpoint_path)
-    model = model if model is not None else inferred_model(infer, source, moe)
+    model = model if model is not None else inferred_model(source, moe)
     measures = (
         isinstance(recipe, surgery.MergeRecipe) and recipe.how == "weighted" and not recipe.weights
     )
@@ -111,16 +111,12 @@ def upcycle(
     )
 
 
-def inferred_model(infer: Any, source: Any, moe: Any) -> Any:
+def inferred_model(source: Any, moe: Any) -> Any:
     from upcycle_jax.checkpoints import model_settings
-    from upcycle_jax.checkpoints.reader import LeafSpecs
-    from upcycle_jax.models.t5.config import MoeConfig
+    from upcycle_jax.models import registry
 
     specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
-    return infer.infer_sparse_model(
-        LeafSpecs(specs, lambda: model_settings.stated_by(source)),
-        moe if moe is not None else MoeConfig(),
-    )
+    return registry.infer(specs, model_settings.stated_by(source), moe)
 
 
 def _with_measured_weights(

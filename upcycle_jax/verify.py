@@ -29,7 +29,6 @@ from upcycle_jax.printing import show
 if TYPE_CHECKING:
     from upcycle_jax.checkpoints import CheckpointReader
     from upcycle_jax.config import Config
-    from upcycle_jax.models.t5.model import EncoderDecoderModel
     from upcycle_jax.surgery.parents import Reader
     from upcycle_jax.surgery.proof import Proof
     from upcycle_jax.surgery.recorded import Recorded
@@ -161,12 +160,11 @@ def _source(
 
 def _model(
     model: Any, moe: Any, source: "Reader | None", record: "Recorded", leaves: int, report: Any
-) -> "EncoderDecoderModel | None":
+) -> Any:
     """The result's model: as configured, as recorded, or as the source's leaves imply.
 
     A recorded one is not trusted to be of any size: the result has at least a leaf for each layer.
     """
-    from upcycle_jax.surgery import infer
     from upcycle_jax.surgery.model_record import model_from_json, model_to_json
     from upcycle_jax.upcycle import inferred_model
 
@@ -184,7 +182,7 @@ def _model(
             return None
     if source is None or (moe is None and record.specs):
         return None
-    return inferred_model(infer, source, moe)
+    return inferred_model(source, moe)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,11 +11,13 @@ import pytest
 from upcycle_jax import surgery, trees
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.mlp import MlpBlock
+from upcycle_jax.models import registry
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.from_specs import from_specs
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.surgery import function_check as check
-from upcycle_jax.surgery import infer, lanes
+from upcycle_jax.surgery import lanes
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.probe_batch import ProbeBatch
 
@@ -223,10 +225,10 @@ def test_router_weights_are_mean_probabilities(dense):
 
 def test_shape_of_the_model_is_read_off_the_checkpoint(dense):
     specs = Reader(dense).specs()
-    assert dataclasses.replace(infer.infer_config(specs), dropout_rate=0.0) == CONFIG
-    sparse = infer.infer_sparse_model(specs, MoeConfig(num_experts=4))
+    assert dataclasses.replace(from_specs(specs, {}), dropout_rate=0.0) == CONFIG
+    sparse = registry.infer(specs, {}, MoeConfig(num_experts=4))
     assert sparse.config.sparse_layers("encoder") == CONFIG.__class__(
         **{**CONFIG.__dict__, "moe": MoeConfig(num_experts=4)}
     ).sparse_layers("encoder")
     with pytest.raises(ValueError, match="cannot be inferred: name a model file"):
-        infer.infer_config({name: spec for name, spec in specs.items() if "embedding" not in name})
+        registry.infer({name: s for name, s in specs.items() if "embedding" not in name}, {})

@@ -10,12 +10,13 @@ import pytest
 
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, model_settings, open_checkpoint
-from upcycle_jax.checkpoints.reader import LeafSpecs
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.inference import running
+from upcycle_jax.models import registry
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.from_specs import from_specs
 from upcycle_jax.models.t5.model import EncoderDecoderModel
-from upcycle_jax.surgery import convert_and_prove, function_check, infer
+from upcycle_jax.surgery import convert_and_prove, function_check
 from upcycle_jax.surgery.parents import join
 from upcycle_jax.trees import LeafSpec
 
@@ -92,7 +93,7 @@ def untie(model):
 def test_logits_are_those_of_transformers(tmp_path, config):
     want = folder(tmp_path / "hf", **config)
     reader = open_checkpoint(tmp_path / "hf")
-    model = EncoderDecoderModel(infer.infer_config(reader.specs()))
+    model = EncoderDecoderModel(from_specs(reader.specs(), reader.model_settings()))
     params = function_check.load_params(reader, model.param_specs())
     got = np.asarray(model.logits(params, batch()))
     assert want.std() > 0.1
@@ -129,8 +130,9 @@ def silu(tmp_path_factory):
 
 def test_what_an_orbax_checkpoint_states_is_inferred(silu):
     path, config = silu
-    assert infer.infer_config(open_checkpoint(path).specs()) == config
-    assert open_checkpoint(path).model_settings() == config.forward_settings
+    reader = open_checkpoint(path)
+    assert reader.model_settings() == config.forward_settings
+    assert from_specs(reader.specs(), reader.model_settings()) == config
 
 
 def test_a_conversion_and_a_copy_hand_the_settings_on(silu, tmp_path):
@@ -138,7 +140,7 @@ def test_a_conversion_and_a_copy_hand_the_settings_on(silu, tmp_path):
     source = open_checkpoint(path)
     copied = open_checkpoint(convert_to_orbax(source, tmp_path / "copied"))
     assert copied.model_settings() == config.forward_settings
-    model = infer.infer_sparse_model(source.specs(), MoeConfig(num_experts=2))
+    model = registry.infer(source.specs(), source.model_settings(), MoeConfig(num_experts=2))
     assert model.config.layer_norm_epsilon == config.layer_norm_epsilon
     assert model.config.dense == config
     specs = {f"target/{name}": spec for name, spec in model.param_specs().items()}
@@ -207,7 +209,7 @@ def test_parents_that_compute_differently_are_refused():
 def test_a_record_of_another_mlp_is_refused(silu):
     specs = open_checkpoint(silu[0]).specs()
     with pytest.raises(ValueError, match="has a gated MLP: its record is of another model"):
-        infer.infer_config(LeafSpecs(specs, lambda: {"mlp_activations": ("relu",)}))
+        from_specs(specs, {"mlp_activations": ("relu",)})
 
 
 @pytest.mark.parametrize(
@@ -229,9 +231,3 @@ def test_damaged_records(settings):
     with pytest.raises(ValueError, match=r"^here: .* record"):
         model_settings.recorded({"model_settings": settings}, where="here")
     assert model_settings.recorded({}, where="here") == {}
-
-
-def test_one_leaf_in_specs_of_a_reader_keeps_its_settings():
-    specs = LeafSpecs({"a": LeafSpec((2,), np.dtype(np.float32))}, lambda: {"x": 1})
-    assert specs == {"a": LeafSpec((2,), np.dtype(np.float32))}
-    assert specs.model_settings() == {"x": 1}

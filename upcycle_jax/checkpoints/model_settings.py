@@ -1,15 +1,15 @@
 """The settings of a model's forward pass that its arrays do not show, as checkpoints record them.
 
-Known are those of `models.t5.config.T5Config.forward_settings`. A Hugging Face folder states them in
-its config.json; conversions and training runs hand them on in the record of an Orbax checkpoint. A
-checkpoint of T5X states none.
+Known are those that the families of models name (`ModelConfig.forward_settings`). A Hugging Face
+folder states them in its config.json; conversions and training runs hand them on in the record of
+an Orbax checkpoint. A checkpoint of T5X states none.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from upcycle_jax.layers.mlp import ACTIVATIONS
-from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models import registry
+from upcycle_jax.models.base import ModelConfig
 from upcycle_jax.printing import printable
 
 RECORD_KEY = "model_settings"
@@ -28,11 +28,7 @@ def recorded(record: Mapping[str, Any], *, where: object) -> dict[str, Any]:
       ValueError: they are damaged, or of a version that knows others; `where` is named.
     """
     found = record.get(RECORD_KEY, {})
-    known = {
-        "mlp_activations": _activations,
-        "layer_norm_epsilon": lambda value: _number(value, float) and 0 < value < 1,
-        "relative_attention_max_distance": lambda value: _number(value, int) and value > 0,
-    }
+    known = registry.known_settings()
     if not isinstance(found, dict) or found.keys() - known.keys():
         raise ValueError(
             f"{printable(where)}: the {RECORD_KEY} of its record are not all among"
@@ -47,15 +43,6 @@ def recorded(record: Mapping[str, Any], *, where: object) -> dict[str, Any]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
 
 
-def _number(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _activations(value: object) -> bool:
-    names = value if isinstance(value, list | tuple) else ()
-    return bool(names) and all(isinstance(name, str) and name in ACTIVATIONS for name in names)
-
-
 def record(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint's record that states `settings`; empty where there are none."""
     if not settings:
@@ -64,25 +51,23 @@ def record(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {RECORD_KEY: plain}
 
 
-def check_model(reader: Any, config: Any) -> None:
+def check_model(reader: Any, config: ModelConfig) -> None:
     """Compares what a checkpoint states with the model that is to run on its parameters.
 
     Args:
       reader: the checkpoint.
-      config: of the model; one that is no `T5Config` has nothing to compare.
+      config: of the model.
 
     Raises:
       ValueError: they contradict each other: the result would be another function.
     """
-    if not isinstance(config, T5Config):
-        return
     ours = config.forward_settings
     for name, value in stated_by(reader).items():
-        if ours[name] != value:
+        if ours.get(name) != value:
             raise ValueError(
-                f"{reader.path} states {name} {value!r}, the model of this run has {ours[name]!r}:"
-                f" with it the parameters compute something else. Set T5Config.{name} = {value!r}"
-                " in the model file, or choose the checkpoint of this model"
+                f"{reader.path} states {name} {value!r}, the model of this run has {ours.get(name)!r}:"
+                f" with it the parameters compute something else. Set"
+                f" {type(config).__name__}.{name} = {value!r} in the model file, or choose the checkpoint of this model"
             )
 
 

@@ -20,7 +20,7 @@ from upcycle_jax.checkpoints.orbax_metadata import (
     read_record,
     read_tree_metadata,
 )
-from upcycle_jax.checkpoints.reader import Index, LeafSpecs, ReaderBase, checked_index, scalar_step
+from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index, scalar_step
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
@@ -183,7 +183,7 @@ class OrbaxReader(ReaderBase):
         }
 
     def specs(self) -> dict[str, LeafSpec]:
-        return LeafSpecs(self._specs, self.model_settings)
+        return dict(self._specs)
 
     @property
     def step(self) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -75,24 +75,9 @@ class CheckpointReader(Protocol):
 
     def model_settings(self) -> Mapping[str, Any]:
         """The settings of the forward pass that the checkpoint itself states, under the names of
-        `T5Config`; see `model_settings`. Empty where it states none.
+        `ModelConfig.forward_settings`; see `model_settings`. Empty where it states none.
         """
         ...
-
-
-class LeafSpecs(dict[str, LeafSpec]):
-    """The specs of a checkpoint's leaves, by full path, with what the checkpoint states of its
-    model beside them: shapes alone do not say what function the parameters belong to.
-
-    Attributes:
-      model_settings: see `CheckpointReader.model_settings`; looked up when it is asked for.
-    """
-
-    def __init__(
-        self, specs: Mapping[str, LeafSpec], model_settings: Callable[[], Mapping[str, Any]]
-    ):
-        super().__init__(specs)
-        self.model_settings = model_settings
 
 
 class ReaderBase:

@@ -5,7 +5,7 @@ A family of models implements `Model`; it implements `Generative` if it produces
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import jax
@@ -139,6 +139,10 @@ class Model(Protocol):
     def vocab_size(self) -> int | None:
         """Number of token ids that the model has parameters for; None without tokens."""
 
+    @property
+    def dense(self) -> "Model":
+        """The dense model that this one is upcycled from, with the same loss."""
+
     def param_specs(self) -> dict[str, LeafSpec]:
         """Shape, dtype, logical axes, role and dense twin of every parameter, by path. Allocates
         nothing.
@@ -249,3 +253,27 @@ class Probed(Model, Protocol):
         dropout_rng: jax.Array | None = None,
     ) -> jax.Array:
         """Float32 logits of a batch with teacher forcing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What has to be known of a family before there is a model of it; see `registry`.
+
+    Attributes:
+      name: in words, e.g. 'T5 encoder-decoder'.
+      config: its `ModelConfig`, a frozen dataclass with a field `moe`.
+      moe: its settings of MoE layers, a subclass of `MoeSettings`.
+      build: makes the model of a configuration, with the usual loss.
+      from_specs: given the specs of a checkpoint's leaves by full path, and the settings that it
+        states, the configuration of the dense model; None where the leaves are another family's.
+        Raises ValueError where they are damaged.
+      settings: for every name of `ModelConfig.forward_settings`, whether a value out of a file is
+        one.
+    """
+
+    name: str
+    config: type
+    moe: type[MoeSettings]
+    build: Callable[[Any], Model]
+    from_specs: Callable[[Mapping[str, LeafSpec], Mapping[str, Any]], Any]
+    settings: Mapping[str, Callable[[Any], bool]]

@@ -42,7 +42,7 @@ from upcycle_jax.checkpoints.huggingface.tensors import (
     places,
     table_name,
 )
-from upcycle_jax.checkpoints.reader import Index, LeafSpecs, ReaderBase, checked_index
+from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index
 from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec
 
@@ -269,7 +269,7 @@ class HuggingFaceReader(ReaderBase):
     # The reader's interface.
 
     def specs(self) -> dict[str, LeafSpec]:
-        return LeafSpecs(self._specs, self.model_settings)
+        return dict(self._specs)
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         spec = self.spec(name)

@@ -87,6 +87,16 @@ class EncoderDecoderModel:
         """Rows of the embedding: ids are below it."""
         return self.config.vocab_size
 
+    @property
+    def dense(self) -> "EncoderDecoderModel":
+        """The dense model that this one is upcycled from, with the same loss."""
+        return EncoderDecoderModel(
+            self.config.dense,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            loss_normalizing_factor=self.loss_normalizing_factor,
+        )
+
     def init_params(self, rng: jax.Array) -> PyTree:
         """Fresh parameters as nested dicts; a pure function that may be jitted with output
         shardings.

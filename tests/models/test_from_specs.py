@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models.t5.from_specs import from_specs
 from upcycle_jax.models.t5.model import EncoderDecoderModel
-from upcycle_jax.surgery.infer import infer_config
 from upcycle_jax.trees import LeafSpec
 
 CONFIG = T5Config(
@@ -22,7 +22,7 @@ SPECS = {f"target/{name}": spec for name, spec in MODEL.param_specs().items()}
 
 
 def test_the_leaves_of_a_model_give_its_shape():
-    found = infer_config(SPECS)
+    found = from_specs(SPECS, {})
     for name in ("vocab_size", "emb_dim", "num_heads", "num_encoder_layers", "head_dim", "mlp_dim"):
         assert getattr(found, name) == getattr(CONFIG, name), name
 
@@ -39,13 +39,13 @@ def test_the_leaves_of_a_model_give_its_shape():
 )
 def test_other_shapes_are_refused(name, shape):
     with pytest.raises(ValueError, match="the shapes of no T5"):
-        infer_config({**SPECS, f"target/{name}": LeafSpec(shape, np.dtype(np.float32))})
+        from_specs({**SPECS, f"target/{name}": LeafSpec(shape, np.dtype(np.float32))}, {})
 
 
 @pytest.mark.parametrize("number", ["3", "99999999999999999999", "02", "x", "²", ""])
 def test_layers_are_counted_and_not_believed(number):
     """A model of 10^20 layers would never be built to its end."""
     with pytest.raises(ValueError, match="not numbered one by one from 0"):
-        infer_config(
-            {**SPECS, f"target/encoder/layers_{number}/x": LeafSpec((1,), np.dtype(np.float32))}
+        from_specs(
+            {**SPECS, f"target/encoder/layers_{number}/x": LeafSpec((1,), np.dtype(np.float32))}, {}
         )

@@ -1,35 +1,35 @@
 """The T5 shape that a checkpoint implies, for conversions where no model file is given."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from upcycle_jax.checkpoints.reader import LeafSpecs
 from upcycle_jax.layers.mlp import input_kernel_names
-from upcycle_jax.models.t5.config import MoeConfig, T5Config
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.models.t5.config import STACKS, T5Config
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec
 
 
-def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
+def from_specs(specs: Mapping[str, LeafSpec], stated: Mapping[str, Any]) -> T5Config | None:
     """The dense configuration of a T5 checkpoint, read off its shapes and what it states of its
-    forward pass; dtype and dropout are the defaults.
+    forward pass; dtype and dropout are the defaults. None where the leaves are not a T5's.
 
     Args:
-      specs: of every leaf; a reader's own `specs()`, which know what the checkpoint states. Where
-        it states nothing (T5X), a gated MLP is taken for T5 1.1's and a plain one for T5 1.0's.
+      specs: of every leaf, by full path.
+      stated: the settings of the forward pass that the checkpoint states. Where it states nothing
+        (T5X), a gated MLP is taken for T5 1.1's and a plain one for T5 1.0's.
 
     Raises:
-      ValueError: the leaves are not those of a dense T5 1.0 or 1.1 encoder-decoder, or not of what
-        the checkpoint states.
+      ValueError: shapes or numbers of layers are no T5's, or not of what the checkpoint states.
     """
-    stated = dict(specs.model_settings()) if isinstance(specs, LeafSpecs) else {}
-    embedding = specs.get("target/token_embedder/embedding")
-    table = specs.get("target/encoder/relpos_bias/rel_embedding")
-    query = specs.get("target/encoder/layers_0/attention/query/kernel")
+    settings = dict(stated)
+    embedding = specs.get(f"{TARGET}token_embedder/embedding")
+    table = specs.get(f"{TARGET}encoder/relpos_bias/rel_embedding")
+    query = specs.get(f"{TARGET}encoder/layers_0/attention/query/kernel")
     gated, plain = (
-        specs.get(f"target/encoder/layers_0/mlp/{name}/kernel") for name in ("wi_0", "wi")
+        specs.get(f"{TARGET}encoder/layers_0/mlp/{name}/kernel") for name in ("wi_0", "wi")
     )
     inner = gated or plain
-    layers = {stack: _layers(specs, stack) for stack in ("encoder", "decoder")}
+    layers = {stack: _layers(specs, stack) for stack in STACKS}
     if (
         embedding is None
         or table is None
@@ -37,11 +37,8 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
         or inner is None
         or not all(layers.values())
     ):
-        raise ValueError(
-            "the source's leaves are not those of a dense T5 encoder-decoder, so its model cannot"
-            " be inferred: name a model file, --gin_file=models/t5_1_1_<size>_upcycled.gin"
-        )
-    activations = stated.pop(
+        return None
+    activations = settings.pop(
         "mlp_activations", ("gelu", "linear") if gated is not None else ("relu",)
     )
     if len(input_kernel_names(activations)) != 1 + (gated is not None):
@@ -64,9 +61,9 @@ def infer_config(specs: Mapping[str, LeafSpec]) -> T5Config:
         head_dim=query.shape[1] // heads,
         mlp_dim=inner.shape[1],
         mlp_activations=activations,
-        logits_via_embedding="target/decoder/logits_dense/kernel" not in specs,
+        logits_via_embedding=f"{TARGET}decoder/logits_dense/kernel" not in specs,
         relative_attention_num_buckets=table.shape[1],
-        **stated,
+        **settings,
     )
 
 
@@ -76,7 +73,7 @@ def _layers(specs: Mapping[str, LeafSpec], stack: str) -> int:
     Raises:
       ValueError: they are not numbered one by one from 0.
     """
-    start = f"target/{stack}/layers_"
+    start = f"{TARGET}{stack}/layers_"
     found = {name[len(start) :].partition("/")[0] for name in specs if name.startswith(start)}
     odd = sorted(found - {str(number) for number in range(len(found))})
     if odd:
@@ -85,16 +82,3 @@ def _layers(specs: Mapping[str, LeafSpec], stack: str) -> int:
             " they are not numbered one by one from 0, so it is no T5 that can be inferred"
         )
     return len(found)
-
-
-def infer_sparse_model(specs: Mapping[str, LeafSpec], moe: MoeConfig) -> EncoderDecoderModel:
-    """The sparse model that a dense T5 checkpoint becomes with these MoE layers.
-
-    Raises:
-      ValueError: see `infer_config`.
-    """
-    config = infer_config(specs)
-    return EncoderDecoderModel(
-        T5Config(**{**config.__dict__, "moe": moe}),
-        loss_normalizing_factor="NUM_REAL_TARGET_TOKENS",
-    )
