@@ -28,11 +28,10 @@ STAGES = ("make", "upcycle", "prove", "function")
 def models(size: str, experts: int):
     """The sparse model of a size, and the dense one that it is made of."""
     from upcycle_jax import config
-    from upcycle_jax.surgery.function_check import dense_counterpart
 
     bindings = [f"NUM_EXPERTS={experts}"]
     sparse = config.load([f"models/t5_1_1_{size}_upcycled.gin"], bindings).macro("MODEL")
-    return sparse, dense_counterpart(sparse)
+    return sparse, sparse.dense_counterpart()
 
 
 def target_specs(model):

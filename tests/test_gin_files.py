@@ -342,7 +342,7 @@ def test_offline_conversion_runs(dense_checkpoint, tmp_path):
     paths = [f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", f"OUTPUT_CHECKPOINT_PATH='{output}'"]
     loaded = load([name, "runs/upcycle.gin"], [*small(name), *paths])
     lines = []
-    loaded.build("upcycle", report=lines.append)()
+    loaded.build("upcycle")().run(report=lines.append)
     assert output.is_dir() and any("mlp/expert" in line for line in lines)
 
 

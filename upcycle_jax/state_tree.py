@@ -3,6 +3,13 @@
 `target/<parameter>`, `state/step`, `state/param_states/<parameter>/<slot>`: T5X's layout.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from upcycle_jax.trees import LeafSpec
+
 TARGET = "target/"
 """Before the path of a parameter."""
 
@@ -14,3 +21,21 @@ STEP = "state/step"
 
 PARAM_STATES = "state/param_states/"
 """Before the path of a parameter and the name of one of its optimizer slots."""
+
+
+def specs(parameters: Mapping[str, LeafSpec], slots: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
+    """Specs of a whole state, by full path.
+
+    Args:
+      parameters: by path.
+      slots: of the optimizer, as '<parameter>/<slot>'; each gets role and twin of its parameter.
+        Empty: a state without optimizer.
+    """
+    found = {STEP: LeafSpec((), np.dtype(np.int32))}
+    found |= {f"{TARGET}{path}": spec for path, spec in parameters.items()}
+    for path, spec in slots.items():
+        parameter, _, slot = path.rpartition("/")
+        of = parameters[parameter]
+        twin = f"{of.twin}/{slot}" if of.twin else ""
+        found[f"{PARAM_STATES}{path}"] = dataclasses.replace(spec, role=of.role, twin=twin)
+    return dict(sorted(found.items()))

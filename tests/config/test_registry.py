@@ -13,7 +13,8 @@ from upcycle_jax.surgery import recipe
 def test_names_lead_to_objects_that_can_be_bound(name):
     configurable = registry.lookup(name, {})
     assert configurable is not None
-    assert configurable.target.__name__ == name
+    # What a command runs is bound under its name; it may be a class of that name.
+    assert configurable.target.__name__ in (name, name.capitalize())
     assert configurable.parameters or inspect.isclass(configurable.target)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import upcycle_jax
+from upcycle_jax import byte_sizes, checks
 from upcycle_jax.config import flags as flags_lib
 from upcycle_jax.config.flags import Flags
 from upcycle_jax.printing import PrintableFormatter, printable_lines
@@ -161,6 +162,28 @@ def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
     built = loaded.build(function, dry_run=flags.dry_run)
     say_unused(loaded, name=name)
     return built(files={"config.gin": loaded.operative_text()})
+
+
+def add_max_memory(parser: argparse.ArgumentParser) -> None:
+    """Adds `--max_memory`, which commands on checkpoints share."""
+    parser.add_argument(
+        "--max_memory",
+        type=byte_sizes.flag,
+        metavar="SIZE",
+        help="how much of the arrays to hold at a time: 2GiB (the default), 512MiB, 1000000",
+    )
+
+
+def given_to_conversion(flags: Flags, loaded: Any) -> dict[str, Any]:
+    """What `upcycle` and `verify` are given beside their bindings: `--max_memory`, and the model
+    where a file defines one.
+    """
+    given: dict[str, Any] = {}
+    if flags.extra.max_memory is not None:
+        given["max_memory"] = flags.extra.max_memory
+    if loaded.has_macro("MODEL"):
+        given["model"] = loaded.macro("MODEL", checks.Model)
+    return given
 
 
 def _say_outside(modules: list[str]) -> None:

@@ -67,8 +67,8 @@ PATHS: dict[str, str] = {
     "Sweep": "studies.sweep:Sweep",
     "Stage": "studies.sweep:Stage",
     # Commands on checkpoints.
-    "upcycle": "upcycle:upcycle",
-    "verify": "verify:verify",
+    "upcycle": "surgery.upcycle:Upcycle",
+    "verify": "surgery.verify:Verify",
 }
 """Name -> module (below `upcycle_jax`) and attribute."""
 

@@ -10,13 +10,15 @@ experts (`MoeCall.plan`), the caller puts them through the experts, a few at a t
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from upcycle_jax.models.base import Model
 from upcycle_jax.moe.dispatch import Plan
 from upcycle_jax.moe.layer import MoeLayer, RouterLogits
 from upcycle_jax.moe.sizes import layer_sizes
@@ -90,12 +92,19 @@ class Step:
     experts: str = ""
     moe: MoeLayer | None = None
 
+    def place(self, path: str) -> str | None:
+        """Where a parameter of the model is in what `program` takes; None where it is not in it."""
+        for subtree, place in self.params.items():
+            if path.startswith(f"{subtree}/"):
+                return place + path[len(subtree) :]
+        return None
 
-class LayerwiseModel(Protocol):
-    """A model that says how to run it layer by layer, in evaluation mode."""
 
-    def check_batch(self, batch: Batch) -> None:
-        """Raises ValueError if the model cannot be run on such a batch."""
+@runtime_checkable
+class LayerwiseModel(Model, Protocol):
+    """A model that says how to run it layer by layer, in evaluation mode, and what dense model it
+    is compared with: what the function check needs.
+    """
 
     def layer_steps(self) -> Sequence[Step]:
         """The steps in order. The last one puts `logits` into the state, and may be given `x` and
@@ -105,8 +114,27 @@ class LayerwiseModel(Protocol):
     def row_bytes(self, batch: Batch) -> int:
         """Bytes of activations, about, that one row of such a batch takes while steps run."""
 
-    def param_specs(self) -> Mapping[str, Any]:
-        """`trees.LeafSpec` of every parameter, by path."""
+    def dense_counterpart(self) -> Self:
+        """The dense model that this one is upcycled from, in float32."""
+
+    def in_float32(self, *, renormalised: bool = False) -> Self:
+        """This model in float32.
+
+        Args:
+          renormalised: with combine weights that sum to 1, room for every token, and without a
+            shared expert: where experts are copies, it then is the dense model.
+        """
+
+    def reference_mlp(
+        self, x: np.ndarray, kernels: Mapping[str, np.ndarray], *, units: int | None = None
+    ) -> np.ndarray:
+        """The dense MLP in NumPy, float64, written apart from the model.
+
+        Args:
+          x: inputs `[..., d]`.
+          kernels: of the MLP, by the paths below it ('wi_0/kernel').
+          units: the first hidden units alone; None: all.
+        """
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,8 @@ from upcycle_jax.checkpoints import model_settings, open_checkpoint
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.to_orbax import checkpoint_path
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.models.base import Model
+from upcycle_jax.models.layerwise import LayerwiseModel
 from upcycle_jax.printing import show
 from upcycle_jax.surgery import function_check
 from upcycle_jax.surgery.matching import is_expert, make_plan
@@ -82,7 +83,7 @@ def convert(
     output_path: str | os.PathLike,
     recipe: Recipe | MergeRecipe,
     *,
-    model: EncoderDecoderModel,
+    model: Model,
     max_memory: int = DEFAULT_MAX_MEMORY,
     materialize: bool = False,
     check: str = "auto",
@@ -194,7 +195,7 @@ def verify(
     source: Reader | None,
     target: Reader,
     *,
-    model: EncoderDecoderModel | None,
+    model: Model | None,
     recorded: Recorded | None = None,
     check: str = "auto",
     max_memory: int = DEFAULT_MAX_MEMORY,
@@ -239,6 +240,8 @@ def verify(
         report(f"function check: skipped, {reason}")
     elif not proof.readable:
         report("function check: skipped, leaves are missing or cannot be read")
+    elif not isinstance(model, LayerwiseModel):
+        report("function check: skipped, a model of this family is not run layer by layer")
     else:
         tokens = tokens if tokens is not None else ProbeBatch.random(model)
         outcome = function_check.check_function(

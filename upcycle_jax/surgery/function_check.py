@@ -25,16 +25,12 @@ Positions without a real token are not compared.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 from upcycle_jax import trees
-from upcycle_jax.models.layerwise import MoeCall, State, Step
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.models.layerwise import LayerwiseModel, MoeCall, State, Step
 from upcycle_jax.surgery.lanes import Lane, advance, logits, moe_calls, row_blocks
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
@@ -48,6 +44,7 @@ from upcycle_jax.surgery.verdict import (
     LayerScaling,
     Prediction,
     Verdict,
+    has_shared_expert,
     predict,
 )
 from upcycle_jax.types import Batch, PyTree
@@ -60,9 +57,6 @@ __all__ = [
     "Prediction",
     "Verdict",
     "check_function",
-    "dense_counterpart",
-    "dense_mlp",
-    "load_params",
     "predict",
     "router_weights",
 ]
@@ -70,49 +64,12 @@ __all__ = [
 TOLERANCE = 1e-4
 """Of the largest value compared: float32 through a whole model."""
 MLP_ROWS = 2048
-"""Tokens that `dense_mlp` is given at a time."""
-
-
-def load_params(reader: Reader, specs: Mapping[str, trees.LeafSpec]) -> PyTree:
-    """A checkpoint's parameters as nested float32 arrays, for a model with these specs
-    (`EncoderDecoderModel.param_specs`).
-    """
-    return trees.unflatten(
-        {path: jnp.asarray(reader.read(f"target/{path}"), jnp.float32) for path in specs}
-    )
-
-
-def dense_counterpart(sparse: EncoderDecoderModel) -> EncoderDecoderModel:
-    """The dense model that a sparse one is upcycled from, in float32."""
-    config = dataclasses.replace(sparse.config.unrolled, moe=None, dtype="float32")
-    return EncoderDecoderModel(config, label_smoothing=0.0, z_loss=sparse.z_loss)
-
-
-def _in_float32(sparse: EncoderDecoderModel, *, renormalised: bool = False) -> EncoderDecoderModel:
-    moe = sparse.config.moe
-    assert moe is not None
-    if renormalised:
-        moe = dataclasses.replace(
-            moe,
-            encoder_router=_renormalised(moe.encoder_router),
-            decoder_router=_renormalised(moe.decoder_router),
-            shared_expert_mlp_dim=None,
-            eval_expert_capacity_factor=float(
-                moe.num_experts
-            ),  # As many slots as tokens: nothing is dropped, nobody left out.
-        )
-    return EncoderDecoderModel(
-        dataclasses.replace(sparse.config.unrolled, moe=moe, dtype="float32"), z_loss=sparse.z_loss
-    )
-
-
-def _renormalised(router: Any) -> Any:
-    return router.renormalized() or router
+"""Tokens that `reference_mlp` is given at a time."""
 
 
 def check_function(
     plan: Plan,
-    sparse: EncoderDecoderModel,
+    sparse: LayerwiseModel,
     dense_reader: Reader,
     sparse_reader: Reader,
     tokens: ProbeBatch,
@@ -141,7 +98,7 @@ def check_function(
     """
     tokens = _rows_that_fit(plan, sparse, tokens, max_memory // 2)
     prediction = predict(plan, sparse, tokens.batch)
-    dense, configured = dense_counterpart(sparse), _in_float32(sparse)
+    dense, configured = sparse.dense_counterpart(), sparse.in_float32()
     block_bytes = max_memory // 8
     dense_weights, sparse_weights = (
         LayerWeights(reader, model.param_specs(), block_bytes=block_bytes)
@@ -152,7 +109,7 @@ def check_function(
     if claims:
         # The twin from end to end (where the configured model is not it), and step by step.
         renormalised = prediction.verdict is Verdict.SCALED
-        twin = _in_float32(sparse, renormalised=renormalised)
+        twin = sparse.in_float32(renormalised=renormalised)
         lanes += [Lane(twin, tokens.batch) for _ in range(1 + renormalised)]
     total = sum(dense_weights.bytes_of(step) for step in dense_lane.steps)
     total += sum(sparse_weights.bytes_of(step) for step in lanes[0].steps)
@@ -174,12 +131,14 @@ def check_function(
             if not difference <= LAYER_TOLERANCE:
                 diverging.append(step.name)
         if prediction.verdict is Verdict.SCALED and calls[0] is not None:
-            layers.append(check_layer(configured, step.name, params["layer"]["mlp"], calls[0]))
-    row_parts = row_blocks(tokens.batch, sparse.config.vocab_size)
+            twins = sparse_weights.twins_of_experts(lanes[0].steps[number])
+            kernels = _twin_kernels(twins, step, params)
+            layers.append(check_layer(configured, step.name, kernels, calls[0]))
+    targets = np.asarray(tokens.batch[sparse.features.targets])
     if claims:
         lanes[-1].state = dense_lane.state
     found = _compare_logits(
-        dense_lane, lanes, tokens.batch, row_parts, dense_weights, sparse_weights
+        dense_lane, lanes, targets, sparse.vocab_size, dense_weights, sparse_weights
     )
     meter.finish()
 
@@ -202,14 +161,14 @@ def check_function(
         twin_difference=found.differences[-2] if claims else None,
         step_difference=step_difference if claims else None,
         first_divergence=first,
-        shared_expert=_shared_units(configured) is not None,
+        shared_expert=has_shared_expert(sparse),
         layers=layers,
         ok=ok,
     )
 
 
 def _rows_that_fit(
-    plan: Plan, sparse: EncoderDecoderModel, tokens: ProbeBatch, max_bytes: int
+    plan: Plan, sparse: LayerwiseModel, tokens: ProbeBatch, max_bytes: int
 ) -> ProbeBatch:
     """The first rows of a batch, as many as the activations of the four runs have room for and
     routing groups allow.
@@ -263,17 +222,16 @@ class _Logits:
 def _compare_logits(
     dense: Lane,
     lanes: Sequence[Lane],
-    batch: Batch,
-    row_parts: Sequence[slice],
+    targets: np.ndarray,
+    vocab_size: int | None,
     dense_weights: LayerWeights,
     sparse_weights: LayerWeights,
 ) -> _Logits:
     dense_params = dense_weights.of(dense.steps[-1])
     sparse_params = sparse_weights.of(lanes[0].steps[-1])
-    targets = np.asarray(batch["decoder_target_tokens"])
     found = _Logits([0.0] * len(lanes), 0.0, (0.0, 0.0), finite=True)
     sums = np.zeros(2)
-    for rows in row_parts:
+    for rows in row_blocks(targets, vocab_size):
         real = targets[rows] > 0
         want = logits(dense, dense_params, rows)[real]
         found.scale = _largest(found.scale, want)
@@ -300,12 +258,21 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return log_sums - np.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
 
 
-def _shared_units(sparse: EncoderDecoderModel) -> int | None:
-    return sparse.config.moe.shared_expert_mlp_dim if sparse.config.moe is not None else None
+def _twin_kernels(twins: Mapping[str, str], step: Step, params: PyTree) -> dict[str, np.ndarray]:
+    """Kernels of the dense MLP that experts come from, by the paths below the experts.
+
+    Args:
+      twins: from `LayerWeights.twins_of_experts`.
+      step: of the dense model.
+      params: what it takes.
+    """
+    flat = trees.flatten(params)
+    places = {path: step.place(twin) for path, twin in twins.items()}
+    return {path: np.asarray(flat[place]) for path, place in places.items() if place is not None}
 
 
 def check_layer(
-    sparse: EncoderDecoderModel, layer: str, dense_params: PyTree, call: MoeCall
+    sparse: LayerwiseModel, layer: str, kernels: Mapping[str, np.ndarray], call: MoeCall
 ) -> LayerScaling:
     """Compares an MoE layer with the dense MLP times the summed combine weights, plus the shared
     expert, on the inputs of the sparse forward pass.
@@ -313,54 +280,27 @@ def check_layer(
     Args:
       sparse: the model.
       layer: 'encoder/layers_1'.
-      dense_params: of the dense MLP.
+      kernels: of the dense MLP, by path below it.
       call: what went through the MoE layer.
     """
-    kernels = {
-        path.removesuffix("/kernel"): np.asarray(kernel)
-        for path, kernel in trees.flatten(dense_params).items()
-    }
-    units = _shared_units(sparse)
-    first_units = {
-        name: kernel[:units] if name == "wo" else kernel[:, :units]
-        for name, kernel in kernels.items()
-    }
+    moe = sparse.config.moe
     valid = np.asarray(call.valid)
     x, y, gates = (np.asarray(values)[valid] for values in (call.x, call.y, call.gates))
     scale, difference = 1e-20, 0.0
     for start in range(0, len(x), MLP_ROWS):
         part = slice(start, start + MLP_ROWS)
-        dense = dense_mlp(x[part], kernels, sparse.config.mlp_activations)
+        dense = sparse.reference_mlp(x[part], kernels)
         expected = dense * gates[part, None]
-        if units is not None:
-            expected = expected + dense_mlp(x[part], first_units, sparse.config.mlp_activations)
+        if moe is not None and moe.shared_expert_mlp_dim is not None:
+            units = moe.shared_expert_mlp_dim
+            expected = expected + sparse.reference_mlp(x[part], kernels, units=units)
         scale = _largest(scale, dense)
         difference = _largest(difference, y[part] - expected)
     return LayerScaling(layer, difference / scale, float(gates.mean()), float((gates == 0).mean()))
 
 
-def dense_mlp(
-    x: np.ndarray, kernels: Mapping[str, np.ndarray], activations: Sequence[str]
-) -> np.ndarray:
-    """T5's MLP in NumPy, float64, written apart from the model: `prod_i act_i(x wi_i) wo` for x
-    `[..., d]`.
-    """
-    functions = {
-        "gelu": lambda v: 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))),
-        "gelu_exact": lambda v: 0.5 * v * (1 + scipy.special.erf(v / np.sqrt(2))),
-        "linear": lambda v: v,
-        "relu": lambda v: np.maximum(v, 0),
-        "silu": lambda v: v / (1 + np.exp(-v)),
-    }
-    hidden: Any = 1.0
-    for number, name in enumerate(activations):
-        kernel = kernels["wi" if len(activations) == 1 else f"wi_{number}"]
-        hidden = hidden * functions[name](x.astype(np.float64) @ kernel.astype(np.float64))
-    return hidden @ kernels["wo"].astype(np.float64)
-
-
 def router_weights(
-    sparse: EncoderDecoderModel,
+    sparse: LayerwiseModel,
     reader: Reader,
     batch: Batch,
     *,
@@ -378,7 +318,7 @@ def router_weights(
       batch: model features.
       max_memory: see `check_function`.
     """
-    model = _in_float32(sparse)
+    model = sparse.in_float32()
     weights = LayerWeights(reader, model.param_specs(), block_bytes=max_memory // 8)
     out = {}
     for layer, call in moe_calls(model, weights, batch):

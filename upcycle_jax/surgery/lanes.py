@@ -99,10 +99,12 @@ def logits(lane: Lane, params: PyTree, rows: slice) -> np.ndarray:
     return np.asarray(state["logits"])
 
 
-def row_blocks(batch: Batch, vocab_size: int) -> list[slice]:
-    """Rows of a batch, cut so that the logits of one part are at most `LOGIT_BYTES`."""
-    rows, length = np.shape(batch["decoder_target_tokens"])
-    count = max(1, LOGIT_BYTES // (4 * length * vocab_size))
+def row_blocks(targets: np.ndarray, vocab_size: int | None) -> list[slice]:
+    """Rows of targets `[batch, length]`, cut so that the logits of one part are at most
+    `LOGIT_BYTES`.
+    """
+    rows, length = targets.shape
+    count = max(1, LOGIT_BYTES // (4 * length * (vocab_size or 1)))
     return [slice(start, min(rows, start + count)) for start in range(0, rows, count)]
 
 

@@ -107,19 +107,28 @@ class LayerWeights:
 
     def _paths(self, step: Step) -> dict[str, str]:
         """Parameters of a step by path, without experts -> their place in what it takes."""
+        places = {path: step.place(path) for path in self.specs}
         return {
-            path: place + path[len(subtree) :]
-            for subtree, place in step.params.items()
+            path: place
+            for path, place in places.items()
+            if place is not None and not _is_below(step.experts, path)
+        }
+
+    def twins_of_experts(self, step: Step) -> dict[str, str]:
+        """Leaves of a step's experts by path below them -> the leaves of the dense model that they
+        come from.
+        """
+        return {
+            path.removeprefix(f"{step.experts}/"): self.specs[path].twin
             for path in self.specs
-            if path.startswith(subtree + "/")
-            and not (step.experts and path.startswith(step.experts + "/"))
+            if _is_below(step.experts, path)
         }
 
     def _expert_leaves(self, step: Step) -> dict[str, trees.LeafSpec]:
         return {
             path: self._stored[f"target/{path}"]
             for path in self.specs
-            if path.startswith(step.experts + "/")
+            if _is_below(step.experts, path)
         }
 
     def _groups(self, step: Step) -> list[list[int]]:
@@ -150,6 +159,11 @@ class LayerWeights:
 
         with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
             return dict(zip(paths, pool.map(read, paths), strict=True))
+
+
+def _is_below(folder: str, path: str) -> bool:
+    """Whether a path is below a folder; nothing is below ''."""
+    return bool(folder) and path.startswith(f"{folder}/")
 
 
 def _runs(numbers: list[int], at_most: int) -> Iterator[range]:

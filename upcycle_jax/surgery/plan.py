@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.surgery.keys import KeySource, key_source
 from upcycle_jax.surgery.operations import Movement, Operation, Tile
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
@@ -56,9 +57,19 @@ class Row:
         """Whether every value is a value of a source (or zero), with a cast at most that loses
         nothing: devices then do it to the bit.
         """
-        return isinstance(self.operation, Movement) and all(
+        return isinstance(self.operation, Movement) and self.keeps_values
+
+    @property
+    def keeps_values(self) -> bool:
+        """As `moves_values`, and also where values change their places, as in shuffled experts."""
+        return self.operation.keeps_values and all(
             np.can_cast(spec.dtype, self.spec.dtype) for spec in self.source_specs
         )
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the leaf is a parameter, and no step or optimizer slot."""
+        return self.target.startswith(TARGET)
 
     @property
     def what(self) -> str:
@@ -198,7 +209,7 @@ class Plan:
             f"{count:6d} x {what} ({size(written)})"
             for what, (count, written) in sorted(counts.items())
         )
-        parameters = sum(row.spec.size for row in self.rows if row.target.startswith("target/"))
+        parameters = sum(row.spec.size for row in self.rows if row.is_parameter)
         yield (
             f"{len(self.rows)} leaves, {parameters} parameters; read {size(self.bytes_read)}, write"
             f" {size(self.bytes_written)}"

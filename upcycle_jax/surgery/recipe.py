@@ -476,6 +476,11 @@ class MergeRecipe:
         if self.step not in STEPS:
             raise ValueError(f"MergeRecipe.step is {self.step!r}: choose one of {STEPS}")
 
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether weights are still to be measured."""
+        return self.how == "weighted" and not self.weights
+
 
 PARTS = (
     CopyExperts,

@@ -4,13 +4,13 @@ check.
 
 import dataclasses
 import enum
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from upcycle_jax.models.t5.config import StackName
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.models.base import Model
+from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.moe.routing import Router
 from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.recipe import MergeRecipe
@@ -136,7 +136,7 @@ class FunctionCheck:
         return {**out, "text": self.text()}
 
 
-def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction:
+def predict(plan: Plan, sparse: Model, batch: Batch) -> Prediction:
     """What the sparse model's function should be to the dense one's on such a batch."""
     recipe = plan.recipe
     if isinstance(recipe, MergeRecipe):
@@ -147,33 +147,17 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
         return Prediction(
             Verdict.NOT_PRESERVED, f"{type(recipe.expert_init).__name__} changes the experts"
         )
-    if not all(
-        row.moves_values for row in plan.rows if row.target.startswith("target/") and row.sources
-    ):
-        shuffled = all(
-            row.moves_values or "shuffled" in row.operation.name for row in plan.rows if row.sources
-        )
-        if not shuffled:
-            return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
-    assert sparse.config.moe is not None
-    stacks: tuple[StackName, ...] = ("encoder", "decoder")
-    for router in (
-        sparse.config.moe.router(stack) for stack in stacks if sparse.config.sparse_layers(stack)
-    ):
-        if router.renormalized() is None:
-            return Prediction(
-                Verdict.NOT_PRESERVED, f"{type(router).__name__} gives experts mixtures of tokens"
-            )
-    reasons = (
-        ["a shared expert is added"] if sparse.config.moe.shared_expert_mlp_dim is not None else []
-    )
-    features: dict[StackName, str] = {
-        "encoder": "encoder_input_tokens",
-        "decoder": "decoder_target_tokens",
-    }
-    for stack, feature in features.items():
-        if sparse.config.sparse_layers(stack):
-            reasons += _why_not_exact(sparse, stack, np.shape(batch[feature]))
+    if not all(row.keeps_values for row in plan.rows if row.is_parameter and row.sources):
+        return Prediction(Verdict.NOT_PRESERVED, "parameters are rounded to a narrower type")
+    reasons = ["a shared expert is added"] if has_shared_expert(sparse) else []
+    for stack in sparse.stacks.values():
+        if stack.router is None or stack.moe is None:
+            continue
+        if stack.router.renormalized() is None:
+            kind = type(stack.router).__name__
+            return Prediction(Verdict.NOT_PRESERVED, f"{kind} gives experts mixtures of tokens")
+        rows, length = np.shape(batch[stack.tokens])
+        reasons += _why_not_exact(stack.name, stack.router, stack.moe, rows, length)
     if reasons:
         return Prediction(Verdict.SCALED, "; ".join(reasons))
     return Prediction(
@@ -181,15 +165,18 @@ def predict(plan: Plan, sparse: EncoderDecoderModel, batch: Batch) -> Prediction
     )
 
 
+def has_shared_expert(model: Model) -> bool:
+    """Whether MoE layers have a shared expert."""
+    return model.config.moe is not None and model.config.moe.shared_expert_mlp_dim is not None
+
+
 def _why_not_exact(
-    sparse: EncoderDecoderModel, stack: StackName, shape: Sequence[int]
+    stack: str, router: Router, moe: MoeSettings, rows: int, length: int
 ) -> list[str]:
-    moe = sparse.config.moe
-    assert moe is not None
-    router, reasons = moe.router(stack), []
+    reasons = []
     if not router.unit_weights:
         reasons.append(f"combine weights are not renormalised in the {stack}")
-    sizes = layer_sizes(moe, router, shape[0], shape[1], train=False)
+    sizes = layer_sizes(moe, router, rows, length, train=False)
     grouping, slots = sizes.grouping, sizes.slots
     if slots < grouping.group_size:
         reasons.append(f"{stack} experts have {slots} slots for {grouping.group_size} tokens")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle_jax import trees
-from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
+from upcycle_jax import state_tree, trees
+from upcycle_jax.state_tree import STEP
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
@@ -53,12 +53,7 @@ def from_state_dict(tree: Mapping[str, Any]) -> TrainState:
 def state_specs(model: Any, optimizer: Optimizer) -> dict[str, LeafSpec]:
     """Specs of the whole state by full path, with logical axes; nothing is allocated."""
     param_specs = model.param_specs()
-    specs = {STEP: LeafSpec((), np.dtype(np.int32))}
-    specs |= {f"{TARGET}{path}": spec for path, spec in param_specs.items()}
-    specs |= {
-        f"{PARAM_STATES}{path}": spec for path, spec in optimizer.state_specs(param_specs).items()
-    }
-    return dict(sorted(specs.items()))
+    return state_tree.specs(param_specs, optimizer.state_specs(param_specs))
 
 
 def initial_state(

@@ -214,6 +214,22 @@ class T5Config:
         moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
         return dataclasses.replace(self, dropout_rate=0.0, moe=moe)
 
+    def in_float32(self, *, renormalised: bool) -> "T5Config":
+        """The same model, unrolled and in float32; see `LayerwiseModel.in_float32`."""
+        moe = self.moe
+        if moe is not None and renormalised:
+            routers = moe.encoder_router, moe.decoder_router
+            encoder_router, decoder_router = (one.renormalized() or one for one in routers)
+            moe = dataclasses.replace(
+                moe,
+                encoder_router=encoder_router,
+                decoder_router=decoder_router,
+                shared_expert_mlp_dim=None,
+                # As many slots as tokens: nothing is dropped, nobody left out.
+                eval_expert_capacity_factor=float(moe.num_experts),
+            )
+        return dataclasses.replace(self.unrolled, moe=moe, dtype="float32")
+
     @property
     def unrolled(self) -> "T5Config":
         """The same model run layer by layer, nothing computed twice: for code that looks into

@@ -6,9 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle_jax import checks
 from upcycle_jax.features import EncoderDecoderFeatures
+from upcycle_jax.layers import mlp_reference
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import losses, shared
 from upcycle_jax.models.base import Stack
@@ -326,6 +328,22 @@ class EncoderDecoderModel:
     def row_bytes(self, batch: Batch) -> int:
         """See `layerwise.LayerwiseModel`."""
         return layerwise.row_bytes(self.config, batch)
+
+    def dense_counterpart(self) -> "EncoderDecoderModel":
+        """The dense model that this one is upcycled from, in float32."""
+        config = self.config.dense.in_float32(renormalised=False)
+        return EncoderDecoderModel(config, z_loss=self.z_loss)
+
+    def in_float32(self, *, renormalised: bool = False) -> "EncoderDecoderModel":
+        """See `LayerwiseModel.in_float32`."""
+        config = self.config.in_float32(renormalised=renormalised)
+        return EncoderDecoderModel(config, z_loss=self.z_loss)
+
+    def reference_mlp(
+        self, x: np.ndarray, kernels: Mapping[str, np.ndarray], *, units: int | None = None
+    ) -> np.ndarray:
+        """See `LayerwiseModel.reference_mlp`."""
+        return mlp_reference.mlp(x, kernels, self.config.mlp_activations, units=units)
 
     def _apply(
         self,

@@ -72,6 +72,11 @@ class Operation(abc.ABC):
         """Short text for the plan, e.g. `tile`."""
         return type(self).__name__.lower()
 
+    @property
+    def keeps_values(self) -> bool:
+        """Every value of the result is a value of a source (up to a cast), or zero."""
+        return False
+
     def result_shape(self, sources: Sequence[Shape], target: Shape) -> Shape:
         """The shape that the operation gives for sources of these shapes; `target` tells the number
         of experts.
@@ -124,7 +129,11 @@ class Operation(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Movement(Operation):
-    """An operation whose every value is a value of a source (up to a cast), or zero."""
+    """An operation that `keeps_values`, and does so on the devices too."""
+
+    @property
+    def keeps_values(self) -> bool:
+        return True
 
     @abc.abstractmethod
     def move(self, sources: Sequence[jax.Array], shape: Shape) -> jax.Array:

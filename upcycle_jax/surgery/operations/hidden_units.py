@@ -69,6 +69,10 @@ class HiddenUnits(Operation):
             parts.append(f"x{self.scale:.4g}")
         return ", ".join(parts)
 
+    @property
+    def keeps_values(self) -> bool:
+        return not self.redraw and self.scale == 1.0
+
     def result_shape(self, sources, target):
         dense = tuple(sources[0])
         if self.axis >= len(dense) or len(target) != len(dense) + 1:

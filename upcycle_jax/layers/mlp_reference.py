@@ -1,0 +1,37 @@
+"""`mlp.MlpBlock` in NumPy, written apart from it: what the function check compares with."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import scipy.special
+
+_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "gelu": lambda v: 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))),
+    "gelu_exact": lambda v: 0.5 * v * (1 + scipy.special.erf(v / np.sqrt(2))),
+    "linear": lambda v: v,
+    "relu": lambda v: np.maximum(v, 0),
+    "silu": lambda v: v / (1 + np.exp(-v)),
+}
+
+
+def mlp(
+    x: np.ndarray,
+    kernels: Mapping[str, np.ndarray],
+    activations: Sequence[str],
+    *,
+    units: int | None = None,
+) -> np.ndarray:
+    """`prod_i act_i(x wi_i) wo` in float64, `[..., d]`.
+
+    Args:
+      x: inputs `[..., d]`.
+      kernels: `wi_0/kernel [d, f]`, ... (`wi/kernel` for a single activation), `wo/kernel [f, d]`.
+      activations: names, one per input kernel.
+      units: the first hidden units alone; None: all f.
+    """
+    x = x.astype(np.float64)
+    hidden = np.ones(())
+    for number, name in enumerate(activations):
+        kernel = kernels["wi/kernel" if len(activations) == 1 else f"wi_{number}/kernel"]
+        hidden = hidden * _ACTIVATIONS[name](x @ kernel[:, :units].astype(np.float64))
+    return hidden @ kernels["wo/kernel"][:units].astype(np.float64)

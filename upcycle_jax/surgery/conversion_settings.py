@@ -1,0 +1,66 @@
+"""What a conversion and its proof are both told: the result, its model, and how to compare."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from upcycle_jax import checks
+from upcycle_jax.checkpoints import model_settings
+from upcycle_jax.models import registry
+from upcycle_jax.models.base import Model
+from upcycle_jax.surgery.parents import Reader
+from upcycle_jax.surgery.probe_batch import ProbeBatch
+
+PathOrPaths = checks.PathText | Sequence[checks.PathText]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversionSettings:
+    """Settings that `upcycle` and `verify` share.
+
+    Attributes:
+      output_checkpoint_path: folder of the result.
+      model: the target model; None: see `upcycle` and `verify`.
+      moe: MoE layers of a model that is inferred from the source; None: the paper's.
+      optimizer: whose state the result holds; None: see `upcycle` and `verify`.
+      recipe: the choices; None: the paper's for language.
+      max_memory: bytes of arrays to hold at a time, or a size such as '2GiB'.
+      function_check: 'off', or 'on' or 'auto', which are the same: wherever there is one dense
+        parent to compare with.
+      function_check_dataset: a `DatasetConfig` whose first batch the function check uses; None:
+        random tokens, and no TensorFlow.
+    """
+
+    output_checkpoint_path: checks.PathText
+    model: checks.Model | None = None
+    moe: checks.Moe | None = None
+    optimizer: checks.Optimizer | None = None
+    recipe: checks.Recipe | None = None
+    max_memory: checks.Bytes = 2 << 30
+    function_check: Literal["auto", "on", "off"] = "auto"
+    function_check_dataset: checks.Dataset | None = None
+
+    def inferred_model(self, source: Reader) -> Model:
+        """The sparse model that the source's leaves imply, with the MoE layers of `moe`."""
+        specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
+        return registry.infer(specs, model_settings.stated_by(source), self.moe)
+
+    def first_batch(self, model: Model) -> ProbeBatch | None:
+        """The first batch of `function_check_dataset`; None without one.
+
+        Raises:
+          ValueError: the model's vocabulary is too small for it.
+        """
+        dataset = self.function_check_dataset
+        if dataset is None:
+            return None
+        batch = next(iter(dataset.train_iterator()))
+        largest, vocab_size = max(int(array.max()) for array in batch.values()), model.vocab_size
+        if vocab_size is not None and largest >= vocab_size:
+            raise ValueError(
+                f"function_check_dataset {dataset.mixture_or_task_name} holds token id {largest},"
+                f" the model's vocab_size is {vocab_size}: choose a data set of the model's"
+                " vocabulary, or None for random tokens"
+            )
+        origin = f"first batch of {dataset.mixture_or_task_name}, split {dataset.split}"
+        return ProbeBatch(batch, model.features, origin)
