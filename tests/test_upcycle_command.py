@@ -9,7 +9,7 @@ import pytest
 
 from upcycle_jax import config, trees, upcycle, verify
 from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
-from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.surgery import function_check
 from upcycle_jax.training.optimizers import Adafactor

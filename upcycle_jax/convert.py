@@ -75,7 +75,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     import numpy as np
 
     from upcycle_jax.checkpoints.formats import open_checkpoint
-    from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+    from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
     from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
     from upcycle_jax.state_tree import TARGET
 

@@ -74,7 +74,7 @@ class Lab:
             "upcycle_jax.surgery.convert_and_prove",
             "upcycle_jax.training.loop",
             "upcycle_jax.data.cache.batches",
-            "upcycle_jax.checkpoints.huggingface_writer",
+            "upcycle_jax.checkpoints.huggingface.writer",
         ):
             importlib.import_module(name)
 

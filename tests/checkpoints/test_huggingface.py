@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from upcycle_jax import leases
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
-from upcycle_jax.checkpoints.huggingface_writer import write_huggingface
+from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.trees import LeafSpec
 

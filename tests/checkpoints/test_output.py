@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.checkpoints import chunk_copy, create_checkpoint, open_checkpoint
-from upcycle_jax.checkpoints.huggingface_writer import HUGGINGFACE_FILES, write_huggingface
+from upcycle_jax.checkpoints.huggingface.writer import HUGGINGFACE_FILES, write_huggingface
 from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, check_unfinished, try_lock
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.trees import LeafSpec

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, load_json, shown
+from upcycle_jax.checkpoints.huggingface.files import CONFIG, shown
 
 MODEL_TYPES = {"t5": "relu", "mt5": "gated-gelu"}
 """Types of models that are read -> their `feed_forward_proj` where config.json has none."""
@@ -45,7 +45,7 @@ SIZES = {
 }
 """Keys of sizes -> the other name by which transformers knows them."""
 
-_WHY_NOT = {
+NOT_READ = {
     "umt5": "each of its layers has a position table of its own, T5X's layout one per stack",
     "longt5": "its encoder attends to neighbours and summaries, T5's to everything",
     "switch_transformers": (
@@ -53,6 +53,8 @@ _WHY_NOT = {
         " T5X checkpoint"
     ),
 }
+"""Types that are near to T5 -> why they are not read."""
+
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 _MAX_SIZE = 1 << 31
 _KINDS = {
@@ -96,15 +98,18 @@ class Stated:
         return len(self.activations) == 2
 
 
-def read_config(folder: Path) -> Stated:
-    """Reads config.json.
+def read_config(folder: Path, keys: Mapping[str, Any]) -> Stated:
+    """What config.json states.
+
+    Args:
+      folder: for messages.
+      keys: content of config.json, whose `model_type` is one of `MODEL_TYPES`.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged, contradicts itself, or describes what is no T5 or cannot be
-        computed here; the message names file, key, value and remedy.
+      ValueError: it is damaged, contradicts itself, or describes what cannot be computed here; the
+        message names file, key, value and remedy.
     """
-    return _Keys(folder, load_json(folder, CONFIG)).stated()
+    return _Keys(folder, keys).stated()
 
 
 def _quoted(value: object) -> str:
@@ -115,16 +120,10 @@ class _Keys:
     """Typed access to the keys of one config.json."""
 
     def __init__(self, folder: Path, keys: Mapping[str, Any]):
-        self._folder, self._where, self._keys = folder, folder / CONFIG, keys
+        self._where, self._keys = folder / CONFIG, keys
 
     def stated(self) -> Stated:
-        model_type = self._keys.get("model_type")
-        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            reason = _WHY_NOT.get(model_type) if isinstance(model_type, str) else None
-            raise ValueError(
-                f"{self._folder} holds a model of type {_quoted(model_type)}; only T5 models"
-                f" ({', '.join(MODEL_TYPES)}) can be read{f': {reason}' if reason else ''}"
-            )
+        model_type = self._keys["model_type"]
         self._refuse_what_is_no_plain_t5()
         feed_forward, activations = self._activations(MODEL_TYPES[model_type])
         tied, scaled, head_may_differ = self._output(model_type)

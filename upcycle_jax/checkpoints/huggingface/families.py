@@ -1,0 +1,59 @@
+"""The families whose folders are read and written. A new one is one line here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from upcycle_jax.checkpoints.huggingface.base import Export, FolderFamily
+from upcycle_jax.checkpoints.huggingface.files import shown
+from upcycle_jax.checkpoints.huggingface.t5.config_json import MODEL_TYPES, NOT_READ
+from upcycle_jax.checkpoints.huggingface.t5.reading import T5Layout
+from upcycle_jax.checkpoints.huggingface.t5.writing import export
+from upcycle_jax.trees import LeafSpec
+
+FAMILIES = [FolderFamily("T5", tuple(MODEL_TYPES), NOT_READ, T5Layout, export)]
+
+
+def family_of(folder: Path, keys: Mapping[str, Any]) -> FolderFamily:
+    """The family of a folder.
+
+    Args:
+      folder: for messages.
+      keys: content of config.json.
+
+    Raises:
+      ValueError: it is of no family that is read.
+    """
+    kind = keys.get("model_type")
+    for family in FAMILIES:
+        if isinstance(kind, str) and kind in family.model_types:
+            return family
+    known = " and ".join(f"{one.name} models ({', '.join(one.model_types)})" for one in FAMILIES)
+    reasons = [
+        one.refused[kind] for one in FAMILIES if isinstance(kind, str) and kind in one.refused
+    ]
+    quoted = f"'{shown(kind)}'" if isinstance(kind, str) else shown(kind)
+    raise ValueError(
+        f"{folder} holds a model of type {quoted}; only {known} can be read"
+        f"{f': {reasons[0]}' if reasons else ''}"
+    )
+
+
+def exported(
+    specs: Mapping[str, LeafSpec], dtype: np.dtype | None, settings: Mapping[str, Any]
+) -> Export:
+    """The folder that parameters become; arguments as in `FolderFamily.export`.
+
+    Raises:
+      ValueError: they are those of no family that is written. Of several families the first tells
+        why.
+    """
+    errors = []
+    for family in FAMILIES:
+        try:
+            return family.export(specs, dtype, settings)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
