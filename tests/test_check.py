@@ -10,7 +10,7 @@ import pytest
 
 from upcycle_jax import check, leases
 from upcycle_jax.config import load
-from upcycle_jax.config import run_check as check_module
+from upcycle_jax.training import preflight as check_module
 
 RUN = """
 import fake_data

@@ -24,12 +24,12 @@ ROOMS = (
     ("checkpoints",),
     ("surgery",),
     ("data", "tasks"),
+    ("config",),
     ("training",),
     ("planning", "experiments"),
     ("inference",),
     ("studies",),
     ("papers",),
-    ("config",),
 )
 """Lowest first. Modules of the package that are in no room are commands: the top layer."""
 

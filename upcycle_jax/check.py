@@ -69,9 +69,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
         jax.config.update(
             "jax_num_cpu_devices", flags.extra.devices
         )  # virtual ones: only shapes are looked at
-    from upcycle_jax.config import run_check
+    from upcycle_jax.training import preflight
 
-    found = run_check.check_run(
+    found = preflight.check_run(
         loaded,
         function=flags.extra.function,
         device_memory=flags.extra.device_memory,

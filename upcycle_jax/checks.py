@@ -340,8 +340,8 @@ def _class_problem(value: Any, kind: type) -> Problem | None:
     if isinstance(kind, enum.EnumType):
         choices = [str(choice) for choice in list[Any](kind)]
         return None if value in choices else _wrong(value, Literal[tuple(choices)])  # type: ignore[valid-type]
-    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
-        fits = not isinstance(value, str | int | float | list | tuple | dict | None)
+    if getattr(kind, "_is_protocol", False):
+        fits = _has_members(value, kind)
     else:
         fits = isinstance(value, kind)
     # A class has the methods of its instances, so a protocol would take it.
@@ -350,11 +350,27 @@ def _class_problem(value: Any, kind: type) -> Problem | None:
     return dataclasses.replace(_wrong(value, kind), accepts=functools.partial(_is_subclass, kind))
 
 
+def _has_members(thing: Any, protocol: type) -> bool:
+    """Whether an object or a class has the methods and attributes that a protocol asks for.
+    Properties are left out: an object's class need not have them, and they may be costly.
+    """
+    bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
+    names = {
+        name
+        for base in bases
+        for name in (
+            *filter(lambda n: inspect.isfunction(vars(base)[n]), vars(base)),
+            *inspect.get_annotations(base),
+        )
+        if not name.startswith("_")
+    }
+    return all(hasattr(thing, name) for name in names)
+
+
 def _is_subclass(expected: type, kind: type) -> bool:
-    try:
-        return issubclass(kind, expected)
-    except TypeError:  # a protocol with attributes that are no methods
-        return all(hasattr(kind, name) for name in inspect.get_annotations(expected))
+    if getattr(expected, "_is_protocol", False):
+        return _has_members(kind, expected)
+    return issubclass(kind, expected)
 
 
 def _describe(annotation: Any) -> str:

@@ -30,7 +30,8 @@ def output(loss, **bad):
 
 
 def watch(tmp_path, policy=NonFinite.STOP):
-    return LossWatch(epath.Path(tmp_path), policy)
+    layers = [f"{stack}/layers_{i}" for stack in ("encoder", "decoder") for i in range(12)]
+    return LossWatch(epath.Path(tmp_path), policy, layers=layers)
 
 
 def test_the_first_layer_in_the_order_of_the_forward_pass_is_named(tmp_path):

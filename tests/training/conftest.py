@@ -15,7 +15,10 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from upcycle_jax import trees
+from upcycle_jax.features import EncoderDecoderFeatures
+from upcycle_jax.models.base import Stack
 from upcycle_jax.models.metrics import Mean
+from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
@@ -57,7 +60,12 @@ class BagModel:
         dropout: float = 0.1,
         normalise: bool = True,
     ):
-        self.config = types.SimpleNamespace(vocab_size=VOCAB)
+        self.config = types.SimpleNamespace(vocab_size=VOCAB, moe=None, forward_settings={})
+        self.vocab_size, self.features = VOCAB, EncoderDecoderFeatures()
+        # What mixes experts here is no MoE layer: nothing is routed in groups.
+        self.stacks = {
+            "decoder": Stack("decoder", 1, (), None, True, None, "decoder_target_tokens")
+        }
         self.num_experts, self.hidden, self.dropout, self.normalise = (
             num_experts,
             hidden,
@@ -86,7 +94,7 @@ class BagModel:
         if self.num_experts:
             router = "decoder/layers_0/mlp/router/router_weights/w/kernel"
             specs[router] = trees.LeafSpec((WIDTH, self.num_experts), F32, ("embed", "unmodeled"))
-        return dict(sorted(specs.items()))
+        return roles.inferred(dict(sorted(specs.items())))
 
     def init_params(self, rng):
         keys = {path: jax.random.fold_in(rng, i) for i, path in enumerate(self.param_specs())}

@@ -18,6 +18,7 @@ from upcycle_jax.checkpoints import CheckpointReader
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.inference.json_lines import json_line
+from upcycle_jax.models.base import Model
 from upcycle_jax.models.generation import DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, full_disk, holding, prepare
@@ -49,7 +50,7 @@ SHOTS = "shots_per_example"
 class _Evaluation:
     """The arguments of `evaluate`, under the same names, and what follows from them."""
 
-    model: Any
+    model: Model
     dataset_cfg: Any
     output_dir: epath.Path
     partitioner: Partitioner
@@ -66,7 +67,7 @@ class _Evaluation:
 
 def evaluate(
     *,
-    model: checks.Model,
+    model: Model,
     dataset_cfg: checks.Dataset,
     checkpoint_path: checks.PathText | os.PathLike,
     output_dir: checks.PathText | os.PathLike,
@@ -98,7 +99,7 @@ def evaluate(
     SuperGLUE averages.
 
     Args:
-      model: an `EncoderDecoderModel`.
+      model: the model; tasks with metrics of their own need one that produces sequences.
       dataset_cfg: `DatasetConfig` of what to evaluate on; its batch size is that of evaluation.
       checkpoint_path: a checkpoint, or a MODEL_DIR.
       output_dir: usually the MODEL_DIR.
@@ -264,14 +265,15 @@ class _Task:
             and self._check_options()
         )
         self._examples: list[Example] | None = None
-        self._runner = running.Runner(
-            evaluation.model,
-            evaluation.partitioner,
-            batch_size=evaluation.dataset_cfg.batch_size,
-            decoder=evaluation.decoder,
-            eos_id=task.eos_id,
-            seed=evaluation.random_seed,
-        )
+        if self._outputs:
+            self._runner = running.Runner(
+                running.generative(evaluation.model),
+                evaluation.partitioner,
+                batch_size=evaluation.dataset_cfg.batch_size,
+                decoder=evaluation.decoder,
+                eos_id=task.eos_id,
+                seed=evaluation.random_seed,
+            )
 
     @property
     def has_metrics(self) -> bool:

@@ -21,9 +21,11 @@ from upcycle_jax.data import fingerprints
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.inference.json_lines import json_line
+from upcycle_jax.models.base import Generative
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, full_disk, holding, prepare
+from upcycle_jax.types import PyTree
 
 if TYPE_CHECKING:
     from upcycle_jax.data.examples import TaskExamples
@@ -60,7 +62,7 @@ class InferResult:
 def infer(
     *,
     mode: str = Mode.PREDICT,
-    model: checks.Model,
+    model: Generative,
     dataset_cfg: checks.Dataset,
     checkpoint_path: checks.PathText | os.PathLike,
     output_dir: checks.PathText | os.PathLike,
@@ -92,7 +94,7 @@ def infer(
     Args:
       mode: 'predict', 'predict_with_aux', 'score' (the log-probability of the example's target) or
         'rank' (the most likely of the answers that an example allows).
-      model: an `EncoderDecoderModel`.
+      model: the model.
       dataset_cfg: `DatasetConfig` of what to read; its batch size is that of predictions. It is
         read once and in order.
       checkpoint_path: a checkpoint, or a MODEL_DIR (its latest step).
@@ -208,7 +210,7 @@ def _infer_task(
     job: "_Job",
     task: "TaskExamples",
     runner: running.Runner,
-    params: Any,
+    params: PyTree,
     examples: Any,
     batches_per_chunk: int,
     whole: bool,
@@ -233,7 +235,7 @@ def _infer_chunks(
     job: "_Job",
     task: "TaskExamples",
     runner: running.Runner,
-    params: Any,
+    params: PyTree,
     examples: Any,
     batches_per_chunk: int,
     whole: bool,
@@ -269,7 +271,7 @@ def _records(
     mode: Mode,
     task: "TaskExamples",
     runner: running.Runner,
-    params: Any,
+    params: PyTree,
     rows: Sequence[Any],
     whole: bool,
     rank_options: Any,

@@ -74,7 +74,7 @@ def rank(
             raise ValueError(
                 f"{task.name}: the score of the answer {text!r} to example {len(ranked)} of these"
                 f" {len(examples)} is NaN: activations of the model overflow. Compute in float32"
-                " (T5Config.dtype)"
+                " (the model's dtype)"
             )
         best = task.batch([rows[first + int(np.argmax(own))]], 1)["decoder_target_tokens"][0]
         ranked.append(Ranked(scores=dict(zip(texts, own, strict=True)), tokens=best))

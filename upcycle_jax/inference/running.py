@@ -15,6 +15,7 @@ from upcycle_jax.checkpoints.formats import check_name, checkpoint_steps
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.storage import absolute
 from upcycle_jax.checkpoints.verification import Verification
+from upcycle_jax.models.base import Generative, Model
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import TARGET
@@ -22,7 +23,7 @@ from upcycle_jax.training import batches
 from upcycle_jax.types import Batch, PyTree
 
 
-def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSpec]:
+def check_params(reader: CheckpointReader, model: Model) -> dict[str, trees.LeafSpec]:
     """Specs of the model's parameters by full path, which are those of the checkpoint. Reads no
     array.
 
@@ -46,8 +47,22 @@ def check_params(reader: CheckpointReader, model: Any) -> dict[str, trees.LeafSp
     return specs
 
 
+def generative(model: Model) -> Generative:
+    """The model as one that produces sequences.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if not isinstance(model, Generative):
+        raise ValueError(
+            f"{type(model).__name__} produces no sequences: it can be evaluated on tasks without"
+            " metrics of their own, and gives no predictions and scores"
+        )
+    return model
+
+
 def load_params(
-    reader: CheckpointReader, model: Any, partitioner: Partitioner, *, verify: bool = True
+    reader: CheckpointReader, model: Model, partitioner: Partitioner, *, verify: bool = True
 ) -> PyTree:
     """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer
     state is not read.
@@ -125,7 +140,7 @@ class Runner:
     Results come back whole on every process, in the order of the batch.
 
     Args:
-      model: an `EncoderDecoderModel`.
+      model: the model.
       partitioner: the mesh on which parameters live.
       batch_size: rows of a whole batch.
       decoder: how predictions are searched.
@@ -139,7 +154,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Any,
+        model: Generative,
         partitioner: Partitioner,
         *,
         batch_size: int,

@@ -1,12 +1,13 @@
 """The model interface: what training, evaluation, surgery, costs and inference see of a model.
 
 A family of models implements `Model`; it implements `Generative` if it produces sequences, and
-`Probed` if single layers can be compared with another model's. No base class is needed.
+`layerwise.LayerwiseModel` if conversions are to compare its function with the dense model's. No base
+class is needed.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCa
 from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import Router
+from upcycle_jax.moe.sizes import LayerSizes, layer_sizes
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Batch, PyTree
 
@@ -56,6 +58,15 @@ class Stack:
     def moe_layers(self) -> tuple[str, ...]:
         """Paths of the layers with experts, in order."""
         return tuple(self.layer(i) for i in self.sparse_layers)
+
+    def layer_sizes(self, batch_size: int, length: int, *, train: bool) -> LayerSizes:
+        """Groups and slots of one of its MoE layers, on rows of `length` positions.
+
+        Raises:
+          ValueError: the token count does not divide into groups.
+        """
+        assert self.moe is not None and self.router is not None, "a stack without MoE layers"
+        return layer_sizes(self.moe, self.router, batch_size, length, train=train)
 
     @property
     def fills_every_slot(self) -> bool:
@@ -193,6 +204,7 @@ class Model(Protocol):
         """Metrics of a batch without dropout, with evaluation capacity."""
 
 
+@runtime_checkable
 class Generative(Model, Protocol):
     """A model that produces sequences and scores them."""
 
@@ -236,23 +248,10 @@ class Generative(Model, Protocol):
         """Decodes one more position; see `generation.NextLogits`."""
 
 
-class Probed(Model, Protocol):
-    """A model that shows what its layers compute."""
-
-    def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The residual stream `[batch, length, d]` after every layer, by path in order, in
-        evaluation mode.
-        """
-
-    def logits(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        train: bool = False,
-        dropout_rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """Float32 logits of a batch with teacher forcing."""
+def stack_lengths(model: Model, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+    """Positions that each stack works on in one row of a batch, by stack."""
+    features = model.features.specs(1, task_feature_lengths)
+    return {name: features[stack.tokens].shape[1] for name, stack in model.stacks.items()}
 
 
 @dataclasses.dataclass(frozen=True)

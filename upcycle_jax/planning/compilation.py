@@ -180,7 +180,7 @@ def compile_train_step(workload: Workload) -> Compiled:
     partitioner, trainer = workload.partitioner, workload.trainer
     batches.check_batch_size(workload.batch_size, trainer.num_microbatches or 1, partitioner)
     prepare.check_microbatch_groups(
-        workload.model.config,
+        workload.model,
         trainer,
         batch_size=workload.batch_size,
         task_feature_lengths=workload.task_feature_lengths,

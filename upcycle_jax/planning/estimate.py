@@ -332,7 +332,7 @@ def make_plan(
     sparse = dataclasses.replace(workload, partitioner=partitioner)
     batches.check_batch_size(sparse.batch_size, sparse.trainer.num_microbatches or 1, partitioner)
     prepare.check_microbatch_groups(
-        config,
+        sparse.model,
         sparse.trainer,
         batch_size=sparse.batch_size,
         task_feature_lengths=sparse.task_feature_lengths,

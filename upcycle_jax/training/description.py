@@ -128,7 +128,8 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
     if cost.train_flops_per_step:
         lines.insert(4, f"compute        {_compute(cost)}")
     if cost.exchange_bytes:
-        even = " at even load" if accounting.exchange_follows_load(settings.model.config) else ""
+        routers = [stack.router for stack in settings.model.stacks.values() if stack.router]
+        even = " at even load" if any(router.has_room_for_all for router in routers) else ""
         lines.insert(
             7,
             f"exchange       per device and step: {_size(cost.exchange_bytes)} of"

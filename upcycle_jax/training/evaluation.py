@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from upcycle_jax.models import expert_similarity, metrics
+from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches
 from upcycle_jax.training.progress import host_values
@@ -19,12 +20,12 @@ class Evaluator:
     """Runs a model over batches and merges its metrics; compiled once per batch shape.
 
     Args:
-      model: has `eval_fn(params, batch) -> metrics.Metrics`.
+      model: the model.
       partitioner: the mesh on which parameters live.
       num_shards: number of parts in which processes load a batch, see `batches.data_layout`.
     """
 
-    def __init__(self, model: Any, partitioner: Partitioner, *, num_shards: int = 1):
+    def __init__(self, model: Model, partitioner: Partitioner, *, num_shards: int = 1):
         self._partitioner, self._num_shards = partitioner, num_shards
         self._metrics = jax.jit(model.eval_fn, out_shardings=partitioner.replicated)
         self._merge = jax.jit(metrics.merge, donate_argnums=0)

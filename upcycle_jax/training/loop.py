@@ -14,8 +14,8 @@ from etils import epath
 from upcycle_jax import checks, surgery
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
+from upcycle_jax.models.base import Model
 from upcycle_jax.models.info import model_info
-from upcycle_jax.models.t5.config import T5Config
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.printing import show
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
@@ -70,7 +70,7 @@ class TrainResult:
 
 def train(
     *,
-    model: checks.Model,
+    model: Model,
     model_dir: checks.PathText | os.PathLike,
     train_dataset_cfg: checks.Dataset,
     trainer: Trainer,
@@ -94,7 +94,7 @@ def train(
     state are all in the checkpoint.
 
     Args:
-      model: an `EncoderDecoderModel`.
+      model: what is trained, with its loss.
       model_dir: where everything goes; see the README for its content.
       train_dataset_cfg: `DatasetConfig` of the training data.
       trainer: optimizer, schedule, microbatches.
@@ -358,7 +358,10 @@ class _Loop:
         self._state = state
         self.step = run.source.step
         self._watch = LossWatch(
-            settings.model_dir, NonFinite(settings.trainer.non_finite), _loss_history(run)
+            settings.model_dir,
+            NonFinite(settings.trainer.non_finite),
+            _loss_history(run),
+            layers=[layer for s in settings.model.stacks.values() for layer in s.moe_layers],
         )
         self._window = Window(
             batch_size=settings.train_dataset_cfg.batch_size,
@@ -566,10 +569,7 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
     else:
         record = dict(source.reader.metadata()) if source.reader is not None else {}
     record.pop(RECENT_LOSSES, None)
-    config = run.settings.model.config
-    return record | (
-        model_settings.record(config.forward_settings) if isinstance(config, T5Config) else {}
-    )
+    return record | model_settings.record(run.settings.model.config.forward_settings)
 
 
 def _loss_history(run: PreparedRun) -> LossHistory | None:

@@ -14,10 +14,8 @@ from etils import epath
 
 from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.checkpoints.model_settings import check_model
-from upcycle_jax.models import accounting
-from upcycle_jax.models.t5.config import StackName, T5Config
+from upcycle_jax.models.base import Model, Stack, stack_lengths
 from upcycle_jax.moe import capacity
-from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches, expert_slots, restore
 from upcycle_jax.training.config import CheckpointConfig
@@ -34,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Settings:
     """The arguments of `loop.train`, under the same names."""
 
-    model: Any
+    model: Model
     model_dir: epath.Path
     train_dataset_cfg: Any
     train_eval_dataset_cfg: Any
@@ -146,21 +144,15 @@ def check_groups(settings: Settings) -> None:
     """Raises a ValueError where the tokens of a training microbatch or of an evaluation batch do
     not divide into routing groups, or where microbatches change the groups and may not.
     """
-    config = settings.model.config
-    if not isinstance(config, T5Config) or config.moe is None:
-        return
     for cfg, parts in (
         (settings.train_dataset_cfg, settings.trainer.num_microbatches or 1),
         (settings.train_eval_dataset_cfg, 1),
     ):
         if cfg is not None:
-            for stack, length in _stack_lengths(cfg.task_feature_lengths).items():
-                if config.sparse_layers(stack):
-                    accounting.expert_slots(
-                        config, stack, batch_size=cfg.batch_size // parts, length=length
-                    )
+            for stack, length in _routed(settings.model, cfg.task_feature_lengths):
+                stack.layer_sizes(cfg.batch_size // parts, length, train=True)
     check_microbatch_groups(
-        config,
+        settings.model,
         settings.trainer,
         batch_size=settings.train_dataset_cfg.batch_size,
         task_feature_lengths=settings.train_dataset_cfg.task_feature_lengths,
@@ -168,7 +160,7 @@ def check_groups(settings: Settings) -> None:
 
 
 def check_microbatch_groups(
-    config: Any, trainer: Trainer, *, batch_size: int, task_feature_lengths: Mapping[str, int]
+    model: Model, trainer: Trainer, *, batch_size: int, task_feature_lengths: Mapping[str, int]
 ) -> None:
     """Raises a ValueError where microbatches change the routing groups of a batch and may not.
 
@@ -176,30 +168,28 @@ def check_microbatch_groups(
     and neither is padded along the batch.
     """
     parts = trainer.num_microbatches or 1
-    if config.moe is None or parts == 1:
+    moe = model.config.moe
+    if moe is None or parts == 1:
         return
-    rows, lengths = batch_size // parts, _stack_lengths(task_feature_lengths)
+    rows, routed = batch_size // parts, _routed(model, task_feature_lengths)
     changed = []
-    for stack, length in lengths.items():
-        router = config.moe.router(stack)
-        if config.sparse_layers(stack):
-            whole, part = (
-                layer_sizes(config.moe, router, batch, length, train=True).grouping
-                for batch in (batch_size, rows)
+    for stack, length in routed:
+        whole, part = (
+            stack.layer_sizes(batch, length, train=True).grouping for batch in (batch_size, rows)
+        )
+        if whole != dataclasses.replace(part, num_groups=whole.num_groups, batch_padding=0):
+            changed.append(
+                f"the {stack.name}'s batch is routed in groups of {whole.group_size} tokens, a"
+                f" microbatch of {rows} rows in groups of {part.group_size}"
             )
-            if whole != dataclasses.replace(part, num_groups=whole.num_groups, batch_padding=0):
-                changed.append(
-                    f"the {stack}'s batch is routed in groups of {whole.group_size} tokens, a"
-                    f" microbatch of {rows} rows in groups of {part.group_size}"
-                )
     if not changed:
         return
     what = f"NUM_MICROBATCHES={parts} changes routing: {'; '.join(changed)}"
-    if config.moe.t5x_mode or trainer.microbatch_groups == "of_microbatch":
+    if moe.t5x_mode or trainer.microbatch_groups == "of_microbatch":
         _log.warning("%s. Loss and gradients are not those of the whole batch", what)
         return
-    common = math.gcd(*(rows * n for stack, n in lengths.items() if config.sparse_layers(stack)))
-    size = capacity.largest_divisor(common, at_most=config.moe.group_size)
+    common = math.gcd(*(rows * length for _, length in routed))
+    size = capacity.largest_divisor(common, at_most=moe.group_size)
     raise ValueError(
         f"{what}. Set GROUP_SIZE to at most the tokens of a microbatch (GROUP_SIZE={size} divides"
         " them), use fewer microbatches, or set Trainer.microbatch_groups = 'of_microbatch' to"
@@ -207,8 +197,10 @@ def check_microbatch_groups(
     )
 
 
-def _stack_lengths(task_feature_lengths: Mapping[str, int]) -> dict[StackName, int]:
-    return {"encoder": task_feature_lengths["inputs"], "decoder": task_feature_lengths["targets"]}
+def _routed(model: Model, task_feature_lengths: Mapping[str, int]) -> list[tuple[Stack, int]]:
+    """The stacks with MoE layers, each with its length."""
+    lengths = stack_lengths(model, task_feature_lengths)
+    return [(stack, lengths[name]) for name, stack in model.stacks.items() if stack.sparse_layers]
 
 
 def check_steps(settings: Settings, source: Source) -> None:
@@ -230,14 +222,14 @@ def check_steps(settings: Settings, source: Source) -> None:
         )
 
 
-def check_vocabulary(model: Any, dataset_cfg: Any) -> None:
+def check_vocabulary(model: Model, dataset_cfg: Any) -> None:
     """Raises a ValueError where the data has token ids that the model's embedding does not have."""
-    needed, have = dataset_cfg.vocabulary_size(), model.config.vocab_size
-    if needed > have:
+    needed, have = dataset_cfg.vocabulary_size(), model.vocab_size
+    if have is not None and needed > have:
         raise ValueError(
             f"the vocabulary of {dataset_cfg.mixture_or_task_name!r} has {needed} ids, the model's"
-            f" vocab_size is {have}: set T5Config.vocab_size to at least {needed} or choose another"
-            " vocabulary"
+            f" vocab_size is {have}: set {type(model.config).__name__}.vocab_size to at least"
+            f" {needed} or choose another vocabulary"
         )
 
 

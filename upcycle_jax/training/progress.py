@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,12 +41,19 @@ class LossWatch:
       model_dir: where the fingerprint of an offending batch is written.
       policy: stop or skip, where a loss is no number.
       history: the last losses, where spikes are looked for; None where they are not.
+      layers: the MoE layers in the order of a forward pass; what jit returns is ordered by name.
     """
 
     def __init__(
-        self, model_dir: epath.Path, policy: NonFinite, history: LossHistory | None = None
+        self,
+        model_dir: epath.Path,
+        policy: NonFinite,
+        history: LossHistory | None = None,
+        *,
+        layers: Sequence[str] = (),
     ):
         self._model_dir, self._policy, self.history = model_dir, policy, history
+        self._layers = list(layers)
         self._pending: collections.deque[tuple[int, StepOutput, int, str]] = collections.deque()
         self.skipped = 0
 
@@ -121,7 +129,7 @@ class LossWatch:
             f" {report['grad_norm']} (batch {report['batch']}, fingerprint in {path})"
         )
         if bad := report.get("non_finite_router_logits"):
-            first = min(bad, key=_depth)
+            first = min(bad, key=self._layers.index)
             what += (
                 f". Router logits that are NaN or infinite: {bad[first]} in {first}, the first of"
                 f" {len(bad)} such MoE layers: what reaches that router, or its kernel, is not"
@@ -134,14 +142,6 @@ class LossWatch:
             )
         self.skipped += 1
         _log.warning("%s: the update is skipped", what)
-
-
-def _depth(layer: str) -> tuple[bool, int]:
-    """Orders layers ('encoder/layers_1') as a forward pass meets them; what jit returns is ordered
-    by name.
-    """
-    stack, _, number = layer.partition("/layers_")
-    return stack == "decoder", int(number) if number.isdigit() else 0
 
 
 class Window:

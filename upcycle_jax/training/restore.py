@@ -13,6 +13,7 @@ import enum
 import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.checksums import checksum
 from upcycle_jax.checkpoints.formats import check_name, step_folders
-from upcycle_jax.checkpoints.manager import listing_error, saved_process_folder
+from upcycle_jax.checkpoints.manager import CheckpointManager, listing_error, saved_process_folder
 from upcycle_jax.checkpoints.verification import (
     DamagedCheckpointError,
     SavedContent,
@@ -35,6 +36,7 @@ from upcycle_jax.checkpoints.verification import (
     check_finite,
 )
 from upcycle_jax.data.dataset import DamagedPositionError
+from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.training import manifest
@@ -46,6 +48,7 @@ from upcycle_jax.training.config import (
     RestoreMode,
     StepPolicy,
 )
+from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.training.train_state import TrainState, from_state_dict, initial_state, model_hash
 from upcycle_jax.trees import LeafSpec
 
@@ -339,7 +342,7 @@ def _continue(
     )
 
 
-def _open(path: Any, mode: str) -> CheckpointReader:
+def _open(path: os.PathLike | str, mode: str) -> CheckpointReader:
     reader = open_checkpoint(path)
     if mode == RestoreMode.SPECIFIC and epath.Path(reader.path).name != epath.Path(path).name:
         raise ValueError(
@@ -386,12 +389,12 @@ def _shortened(difference: trees.TreeDiff, limit: int = 40) -> str:
 def load(
     source: Source,
     *,
-    model: Any,
-    optimizer: Any,
+    model: Model,
+    optimizer: Optimizer,
     seed: int,
     specs: Mapping[str, LeafSpec],
     partitioner: Partitioner,
-    manager: Any = None,
+    manager: CheckpointManager | None = None,
 ) -> TrainState:
     """The state that the run starts with, on the devices, each leaf with its sharding.
 
@@ -414,6 +417,7 @@ def load(
         if source.start == Start.SCRATCH:
             return initial_state(model, optimizer, seed=seed, shardings=shardings)
         if source.start == Start.RESUME:
+            assert manager is not None
             return _load_own(source, manager, specs, shardings)
         assert source.reader is not None
         if source.start == Start.UPCYCLE:
@@ -423,7 +427,7 @@ def load(
 
 def _load_own(
     source: Source,
-    manager: Any,
+    manager: CheckpointManager,
     specs: Mapping[str, LeafSpec],
     shardings: Mapping[str, jax.sharding.NamedSharding],
 ) -> TrainState:
@@ -475,8 +479,8 @@ def _load_upcycled(
 
 def _load_equal(
     source: Source,
-    optimizer: Any,
-    model: Any,
+    optimizer: Optimizer,
+    model: Model,
     specs: Mapping[str, LeafSpec],
     shardings: Mapping[str, jax.sharding.NamedSharding],
 ) -> TrainState:
@@ -505,7 +509,9 @@ def _load_equal(
     return from_state_dict(flat)
 
 
-def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batch: int = 0) -> None:
+def place_data(
+    source: Source, iterator: Any, manager: CheckpointManager | None = None, *, first_batch: int = 0
+) -> None:
     """Moves the training data to where the run starts: batch first_batch + k feeds the update from
     step k to k + 1.
 
@@ -518,6 +524,7 @@ def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batc
     if source.data_position == DataPosition.CHECKPOINT:
         try:
             if source.start == Start.RESUME:
+                assert manager is not None
                 _restore_own_dataset(source, iterator, manager)
             else:
                 _restore_foreign_dataset(source, iterator)
@@ -533,7 +540,7 @@ def place_data(source: Source, iterator: Any, manager: Any = None, *, first_batc
         iterator.seek(position)
 
 
-def _restore_own_dataset(source: Source, iterator: Any, manager: Any) -> None:
+def _restore_own_dataset(source: Source, iterator: Any, manager: CheckpointManager) -> None:
     try:
         manager.restore_dataset(source.step, iterator, verify=source.verify)
     except (DamagedCheckpointError, FileNotFoundError):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax import state_tree, trees
+from upcycle_jax.models.base import Model
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.trees import LeafSpec
@@ -50,20 +51,20 @@ def from_state_dict(tree: Mapping[str, Any]) -> TrainState:
     )
 
 
-def state_specs(model: Any, optimizer: Optimizer) -> dict[str, LeafSpec]:
+def state_specs(model: Model, optimizer: Optimizer) -> dict[str, LeafSpec]:
     """Specs of the whole state by full path, with logical axes; nothing is allocated."""
     param_specs = model.param_specs()
     return state_tree.specs(param_specs, optimizer.state_specs(param_specs))
 
 
 def initial_state(
-    model: Any, optimizer: Optimizer, *, seed: int, shardings: Mapping[str, jax.sharding.Sharding]
+    model: Model, optimizer: Optimizer, *, seed: int, shardings: Mapping[str, jax.sharding.Sharding]
 ) -> TrainState:
     """A state at step 0, each device computing only its own part; call it inside
     `Partitioner.activate`.
 
     Args:
-      model: has `param_specs` and `init_params`.
+      model: makes the parameters.
       optimizer: its fresh slots.
       seed: of the parameters. Dropout draws from other folds of the same seed, see `train_step`.
       shardings: by full path.

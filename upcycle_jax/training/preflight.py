@@ -14,9 +14,13 @@ from etils import epath
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
 from upcycle_jax.models import accounting
+from upcycle_jax.models.base import Model
+from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.training import holding, prepare
 from upcycle_jax.training.train_state import state_specs
+from upcycle_jax.training.trainer import Trainer
+from upcycle_jax.types import Batch, PyTree
 
 GIB = 2**30
 
@@ -160,13 +164,13 @@ def _model_dir(arguments: dict[str, Any]) -> str:
     return f"{found}; {earlier}" if earlier else found
 
 
-def _divides(model: Any, partitioner: Any, trainer: Any) -> str:
+def _divides(model: Model, partitioner: Partitioner, trainer: Trainer) -> str:
     specs = state_specs(model, trainer.optimizer)
     partitioner.shardings(specs)
     return f"{len(specs)} arrays fit the mesh"
 
 
-def memory_of(device: Any) -> float | None:
+def memory_of(device: jax.Device) -> float | None:
     """GiB that a device gives to programs; None where it does not say, as a CPU."""
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -175,7 +179,9 @@ def memory_of(device: Any) -> float | None:
     return limit / GIB if limit else None
 
 
-def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | None) -> str:
+def _memory(
+    model: Model, partitioner: Partitioner, trainer: Trainer, device_memory: float | None
+) -> str:
     specs = state_specs(model, trainer.optimizer)
     params = accounting.memory(
         {path: spec for path, spec in specs.items() if path.startswith(TARGET)}, partitioner
@@ -196,14 +202,14 @@ def _memory(model: Any, partitioner: Any, trainer: Any, device_memory: float | N
     return text
 
 
-def _trace(model: Any, partitioner: Any, trainer: Any, dataset: Any) -> str:
+def _trace(model: Model, partitioner: Partitioner, trainer: Trainer, dataset: Any) -> str:
     """Shapes of the loss on one microbatch: what the model refuses, it refuses here."""
     rows = dataset.batch_size // (trainer.num_microbatches or 1)
     lengths = dict(dataset.task_feature_lengths)
     batch = model.input_specs(rows, lengths, packed=dataset.pack)
     params = jax.eval_shape(model.init_params, jax.random.key(0))
 
-    def loss(params: Any, batch: Any, key: Any) -> Any:
+    def loss(params: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
         return model.loss_fn(params, batch, key, denominator=model.loss_denominator(batch))[0]
 
     with partitioner.activate():
@@ -211,17 +217,12 @@ def _trace(model: Any, partitioner: Any, trainer: Any, dataset: Any) -> str:
     return f"{rows} rows of {', '.join(f'{name} {length}' for name, length in lengths.items())}"
 
 
-def _data(model: Any, config: Any) -> str:
-    needed, have = config.vocabulary_size(), model.config.vocab_size
-    if needed > have:
-        raise ValueError(
-            f"its vocabulary has {needed} ids, the model's vocab_size is {have}: set"
-            f" T5Config.vocab_size to at least {needed}"
-        )
+def _data(model: Model, config: Any) -> str:
+    prepare.check_vocabulary(model, config)
     cached = config.verify()
     next(config.train_iterator())
     whole = f"{cached / 2**20:,.1f} MiB of cache are as written; " if cached else ""
     return (
-        f"{whole}a batch of {config.batch_size} rows can be read; {needed} token ids of the"
-        f" model's {have}"
+        f"{whole}a batch of {config.batch_size} rows can be read; {config.vocabulary_size()} token"
+        f" ids of the model's {model.vocab_size}"
     )
