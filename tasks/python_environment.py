@@ -16,10 +16,10 @@ import pathlib
 import platform
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 from upcycle_jax.data.text.documents import Corpus, Document, build_corpus
+from upcycle_jax.files import replacing
 
 _NOT_SOURCE = frozenset(
     {
@@ -233,13 +233,11 @@ def _load_cache(path: pathlib.Path) -> list[Document] | None:
 def _save_cache(path: pathlib.Path, documents: Sequence[Document]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         with (
-            os.fdopen(handle, "wb") as raw,
+            replacing(path, "wb", shared=True) as raw,
             gzip.open(raw, "wt", encoding="utf-8", compresslevel=3) as file,
         ):
             json.dump([[document.key, document.text] for document in documents], file)
-        os.replace(temporary, path)
     except OSError:
         return  # a read-only home costs a few seconds at each start, nothing more
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.files import write_whole
 from upcycle_jax.printing import PrintableFormatter, printable_lines
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _run_here(
         further_flags=_further_flags(flags),
     )
     state.save_plan(sweep, sweep.cells())
-    state.write_whole(Path(sweep.root) / "config.gin", state.portable(text, sweep.root))
+    write_whole(Path(sweep.root) / "config.gin", state.portable(text, sweep.root), shared=True)
     outcome = runner.run()
     print(state.save_table(sweep, sweep.cells()))
     for failure in outcome.failures:

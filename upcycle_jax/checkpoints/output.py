@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from upcycle_jax import files
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS, MANIFEST
@@ -28,7 +29,7 @@ PROBE_SECONDS = 60
 """A probe has locked its folder long before."""
 
 _TOP = frozenset(
-    {IDENTITY, "resume.tmp", LOCK, STATE_ITEM, STEP_METADATA, COMMIT_MARK}
+    {IDENTITY, f".{IDENTITY}{files.SUFFIX}", LOCK, STATE_ITEM, STEP_METADATA, COMMIT_MARK}
 )  # What the writer itself puts into a partial checkpoint.
 _STATE = frozenset({TREE_METADATA, COMMIT_MARK})
 _DATA_FILE = re.compile(r"[0-9a-f]{32}(\.__lock|\.tmp)?")

@@ -42,6 +42,7 @@ from upcycle_jax.checkpoints.output import (
     try_lock,
 )
 from upcycle_jax.checkpoints.reader import Index, checked_index, index_shape
+from upcycle_jax.files import write_whole
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
 
@@ -211,10 +212,7 @@ class CheckpointWriter:
                 raise ValueError(
                     f"{self.partial} was not begun by this writer: remove it and run again"
                 )
-            identity = self.partial / IDENTITY
-            scratch = identity.with_suffix(".tmp")
-            storage.write_json(scratch, self._identity)
-            scratch.rename(identity)
+            write_whole(self.partial / IDENTITY, json.dumps(self._identity), durable=True)
             return False
         except BaseException:
             self._lock.close()

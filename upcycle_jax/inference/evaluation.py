@@ -15,6 +15,7 @@ from etils import epath
 
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader
+from upcycle_jax.files import write_whole
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.inference.json_lines import json_line
@@ -369,9 +370,7 @@ class _Task:
                 record["score"] = float(outputs["score"][i])
             lines.append(json_line(record) + "\n")
         path = self._evaluation.output_dir / f"{self._task.name}-{step}.jsonl"
-        partial = path.parent / f"{path.name}.partial"
-        partial.write_text("".join(lines))
-        partial.replace(path)
+        write_whole(path, "".join(lines))
 
 
 def _writer(evaluation: _Evaluation, name: str) -> MetricWriter:

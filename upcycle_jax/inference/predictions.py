@@ -18,6 +18,7 @@ from etils import epath
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.data import fingerprints
+from upcycle_jax.files import replacing, write_whole
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.inference.json_lines import json_line
@@ -396,12 +397,9 @@ class _Job:
         return finished
 
     def write_chunk(self, task: str, index: int, lines: Sequence[str]) -> None:
-        """Writes a chunk under a temporary name first: one that is there is whole."""
+        """Writes a chunk; one that is there is whole."""
         if distributed.is_first():
-            path = self._chunk(task, index)
-            partial = path.parent / f"{path.name}.partial"
-            partial.write_text("".join(f"{line}\n" for line in lines))
-            partial.replace(path)
+            write_whole(self._chunk(task, index), "".join(f"{line}\n" for line in lines))
 
     def merge(self, task: str, chunks: int) -> None:
         """Joins all chunks into the finished file, notes its settings and removes the chunks'
@@ -409,12 +407,11 @@ class _Job:
         """
         if distributed.is_first():
             file = self.file(task)
-            partial = file.parent / f"{file.name}.partial"
-            with partial.open("w") as out:
+            with replacing(file) as out:
                 for index in range(chunks):
                     out.write(self._chunk(task, index).read_text())
-            self._settings_of_file(task).write_text(json.dumps(self.settings, indent=1))
-            partial.replace(file)
+                # Settings without their file are harmless; a file without settings is not.
+                self._settings_of_file(task).write_text(json.dumps(self.settings, indent=1))
             _log.info("wrote %s", file)
         self.remove_chunks(task)
         distributed.barrier(f"{task} merged")

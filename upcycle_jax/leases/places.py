@@ -5,11 +5,12 @@ import errno
 import fcntl
 import os
 import pathlib
-import secrets
 import time
 from typing import Protocol
 
 from etils import epath
+
+from upcycle_jax.files import write_whole
 
 LOCAL_TYPES = frozenset(
     [
@@ -158,13 +159,7 @@ class FileSystem:
         return True
 
     def replace(self, text: str) -> None:
-        scratch = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}")
-        try:
-            scratch.write_text(text)
-            scratch.replace(self._file)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
+        write_whole(self._file, text, shared=True)
 
     def renew(self, text: str) -> None:
         os.utime(self._file)

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from upcycle_jax.files import write_whole
 from upcycle_jax.studies import state
 from upcycle_jax.studies.sweep import CACHE, Cell, Sweep
 
@@ -115,7 +116,8 @@ def _words(cell: Cell) -> str:
 
 
 def _executable(path: Path, text: str) -> Path:
-    state.write_whole(path, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
     path.chmod(0o755)
     return path
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upcycle_jax.files import append_line, write_whole
 from upcycle_jax.studies.run_results import MANIFEST, METRICS, read_rows
 from upcycle_jax.studies.sweep import CACHE, ROOT_MARK, Cell, Sweep
 
@@ -49,6 +50,7 @@ def _cache_mark(cell: Cell) -> Path:
 def mark_finished(cell: Cell) -> None:
     """Remembers that a cell ended well, where its own files do not say so."""
     if cell.command == CACHE:
+        _cache_mark(cell).parent.mkdir(parents=True, exist_ok=True)
         write_whole(_cache_mark(cell), "")
 
 
@@ -131,15 +133,8 @@ def save_plan(sweep: Sweep, cells: Sequence[Cell]) -> None:
                 f" {before[cell.name]}\n  now:    {entry['command']}\nchoose another SWEEP_DIR, or"
                 " remove the folder of that cell"
             )
-    write_whole(root / SWEEP_FILE, json.dumps(plan, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    root.mkdir(parents=True, exist_ok=True)
+    write_whole(root / SWEEP_FILE, json.dumps(plan, indent=1) + "\n", shared=True)
 
 
 def note(root: str, event: str, **entries: Any) -> None:
@@ -152,8 +147,7 @@ def note(root: str, event: str, **entries: Any) -> None:
         "load": [round(x, 2) for x in os.getloadavg()],
         **entries,
     }
-    with (Path(root) / EVENTS_FILE).open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
+    append_line(Path(root) / EVENTS_FILE, json.dumps(row))
 
 
 def machine() -> dict[str, Any]:
@@ -233,7 +227,9 @@ def save_table(sweep: Sweep, cells: Sequence[Cell]) -> str:
     """Writes `table.jsonl` and returns the table for a terminal."""
     rows = table(cells)
     write_whole(
-        Path(sweep.root) / TABLE_FILE, "".join(json.dumps(row.as_json()) + "\n" for row in rows)
+        Path(sweep.root) / TABLE_FILE,
+        "".join(json.dumps(row.as_json()) + "\n" for row in rows),
+        shared=True,
     )
     if not rows:
         return "no training cell has finished"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax import trees
+from upcycle_jax.files import write_whole
 from upcycle_jax.surgery.leaf_check import LeafVerdict
 from upcycle_jax.surgery.leaf_proof import REGION_BYTES, LeafProver
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, LeafSum, leaf_sums
@@ -177,9 +178,7 @@ class Proof:
     def write(self, directory: os.PathLike | str) -> Path:
         """Writes `proof.json` into a folder, in one step, with a seal that tells damage to it."""
         path = Path(directory) / PROOF_FILE
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(sealed(self.json()), indent=1) + "\n")
-        scratch.rename(path)
+        write_whole(path, json.dumps(sealed(self.json()), indent=1) + "\n")
         return path
 
 

@@ -2,7 +2,6 @@
 reports and for refusing strangers.
 """
 
-import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from upcycle_jax.files import write_whole
 from upcycle_jax.leases.process_record import this_process
 
 MANIFEST_FILE = "manifest.json"
@@ -100,14 +100,7 @@ def write_text(path: epath.Path, text: str) -> None:
     writes.
     """
     if jax.process_index() == 0:
-        temporary = path.parent / f".{path.name}.writing"
-        try:
-            temporary.write_text(text)
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        write_whole(path, text)
 
 
 def update(model_dir: epath.PathLike, **entries: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from upcycle_jax.files import append_line
+
 METRICS_FILE = "metrics.jsonl"
 
 Scalars = Mapping[str, Any]
@@ -36,7 +38,6 @@ class MetricWriter:
         self._first_step = first_step
         self._events: Any = None
         self._text: str | None = None
-        self._appended = False
 
     def has_step(self, step: int) -> bool:
         """Whether a line for that step was written already, e.g. before an interruption."""
@@ -51,22 +52,19 @@ class MetricWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"step": int(step), "wall_time": round(time.time(), 3)}
         row |= {name: _plain(value) for name, value in values.items()}
-        self._append(json.dumps(row) + "\n")
+        self._append(json.dumps(row))
         self._write_event(step, values)
 
     def _append(self, line: str) -> None:
         path = self.folder / METRICS_FILE
         if "://" not in os.fspath(path):
-            closing = "" if self._appended or _ends_with_a_line(path) else "\n"
-            with path.open("a") as stream:
-                stream.write(closing + line)
-            self._appended = True
+            append_line(path, line)
             return
         if (
             self._text is None
         ):  # Buckets cannot append, and tear nothing: the file is written anew, from memory.
             self._text = path.read_text() if path.exists() else ""
-        self._text += line
+        self._text += f"{line}\n"
         path.write_text(self._text)
 
     def _write_event(self, step: int, values: Scalars) -> None:
@@ -114,15 +112,6 @@ class _EventFile:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _ends_with_a_line(path: epath.Path) -> bool:
-    """Whether what comes next begins a line."""
-    if not path.exists() or not path.stat().length:
-        return True
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from upcycle_jax.files import write_whole
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 MIXTURE = "mixture.json"
@@ -212,9 +214,7 @@ class Manifest:
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file in one step: a reader sees the former file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1, sort_keys=True), shared=True)
 
 
 @dataclasses.dataclass(frozen=True)
