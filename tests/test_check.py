@@ -171,7 +171,7 @@ def test_a_model_dir_that_cannot_be_used_is_a_problem_and_elsewhere_a_warning(
     )
     assert (
         code == 1
-        and "MODEL_DIR out has 0.0 GiB free, one checkpoint takes 0.0 GiB: free space" in out
+        and "MODEL_DIR out has 1.0 MiB free, one checkpoint takes 1.2 MiB: free space" in out
     ), out
 
 

@@ -47,13 +47,13 @@ def test_text(model_dir, capsys):
     assert lines["step"] == "30"
     assert lines["format"] == "orbax"
     # 6*10 + 4*6*10 = 300 elements; 60 of 4 bytes and 240 of 2 bytes.
-    assert lines["parameters"] == "300 in 2 arrays (1 float32, 1 bfloat16), 720 B"
+    assert lines["parameters"] == "300 in 2 arrays (1 float32, 1 bfloat16), 720 Bytes"
     assert lines["experts"] == "4"
     # Slots: 6 + 10 used elements and 2 placeholders, 18 float32.
     assert (
         lines["optimizer"]
         == "Adafactor: m (0 used of 1), v (0 used of 1), v_col (1 used of 1), v_row (1 used of 1);"
-        " 72 B"
+        " 72 Bytes"
     )
     assert lines["record"] == "seed=3"
     assert "target/encoder/layers_1/mlp/expert/wi_0/kernel             bfloat16[4,6,10]" in text

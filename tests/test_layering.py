@@ -23,6 +23,7 @@ ROOMS = (
         "byte_sizes",
         "checks",
         "text",
+        "progress",
         "files",
         "leases",
     ),

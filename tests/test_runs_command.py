@@ -93,7 +93,7 @@ def test_a_finished_run_with_its_metrics(tmp_path):
     )
     text = run_list.table([status], now=NOW)
     assert (
-        "100/100 (100%)" in text and "2.5 (mean of 2)" in text and "2, latest 100, 1.95 KiB" in text
+        "100/100 (100%)" in text and "2.5 (mean of 2)" in text and "2, latest 100, 2.0 KiB" in text
     )
 
 

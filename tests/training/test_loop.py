@@ -246,7 +246,7 @@ def test_a_checkpoint_without_optimizer_state_starts_it_afresh(start, tmp_path, 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(start, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"0.0 GiB free, one checkpoint takes"):
+    with pytest.raises(ValueError, match=r"1000 Bytes free, one checkpoint takes"):
         start()
     assert not (tmp_path / "run").exists()
 

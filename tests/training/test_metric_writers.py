@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
-from upcycle_jax.training.metric_writers import MetricWriter, duration, progress_line
+from upcycle_jax.training.metric_writers import MetricWriter, progress_line
 
 
 def events(folder):
@@ -85,10 +84,3 @@ def test_progress_line():
         == "step 1200/20000 (6%)  loss 3.412  accuracy 0.412  learning_rate 0.01  8 steps/s  52k"
         " tokens/s  39 min left"
     )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(12, "12 s"), (100, "2 min"), (7200, "2.0 h"), (260_000, "3.0 days")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text

@@ -8,6 +8,7 @@ from typing import Any
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
+from upcycle_jax.text import aligned, size
 from upcycle_jax.trees import LeafSpec
 
 _KNOWN_OPTIMIZERS = {
@@ -96,7 +97,7 @@ class Summary:
             f"fingerprint  {self.fingerprint}",
             (
                 f"parameters   {self.parameters:,} in {len(targets)} arrays ({kinds or 'none'}),"
-                f" {readable_bytes(self.parameter_bytes)}"
+                f" {size(self.parameter_bytes)}"
             ),
             f"experts      {experts or 'none: dense'}",
             f"optimizer    {self._optimizer_text()}",
@@ -106,14 +107,13 @@ class Summary:
                 "record      "
                 f" {', '.join(f'{key}={value!r}' for key, value in sorted(self.metadata.items()))}"
             )
-        shown = {
-            printable(name): spec
+        shown = [
+            (printable(name), str(spec))
             for name, spec in self.leaves.items()
             if re.search(pattern or "", name)
-        }
-        width = max(map(len, shown), default=0)
+        ]
         lines = [printable(line) for line in lines]
-        lines += ["", *(f"{name:<{width}}  {spec}" for name, spec in shown.items())]
+        lines += ["", *aligned(shown)]
         if len(shown) < len(self.leaves):
             lines.append(f"({len(shown)} of {len(self.leaves)} leaves shown)")
         return "\n".join(lines) + "\n"
@@ -125,7 +125,7 @@ class Summary:
             f"{slot.name} ({slot.arrays - slot.unused} used of {slot.arrays})"
             for slot in self.slots
         )
-        return f"{self.optimizer}: {slots}; {readable_bytes(self.state_bytes)}"
+        return f"{self.optimizer}: {slots}; {size(self.state_bytes)}"
 
 
 def summarize(reader: CheckpointReader) -> Summary:
@@ -168,15 +168,3 @@ def summarize(reader: CheckpointReader) -> Summary:
         ),
         metadata=reader.metadata(),
     )
-
-
-def readable_bytes(count: int) -> str:
-    """A byte count with a binary unit.
-
-    >>> readable_bytes(3 << 20)
-    '3.0 MiB'
-    """
-    if count < 1024:
-        return f"{count} B"
-    power = min(4, (count.bit_length() - 1) // 10)
-    return f"{count / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import psutil
 from etils import epath
 
 from upcycle_jax.printing import printable
@@ -281,7 +282,7 @@ def check_chunk(nbytes: int, stored: int | None, place: object) -> None:
     """
     if stored is not None and nbytes > MAX_RATIO * max(stored, 1):
         raise damaged(place, f"chunks of {nbytes} bytes are claimed, {stored} bytes are stored")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     if nbytes > memory:
         raise ValueError(
             f"{printable(place)} claims chunks of {nbytes} bytes, more than this machine's memory"

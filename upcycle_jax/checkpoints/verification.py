@@ -24,6 +24,7 @@ from upcycle_jax.checkpoints.checksums import PREFIX, device_summaries
 from upcycle_jax.checkpoints.orbax_metadata import STEP_METADATA
 from upcycle_jax.checkpoints.reader import METADATA_KEY, CheckpointReader, files_below
 from upcycle_jax.state_tree import TARGET
+from upcycle_jax.text import size
 
 _log = logging.getLogger(__name__)
 
@@ -212,10 +213,10 @@ class Verification:
             more = f" ({len(parameters) - 1} more have such)" if len(parameters) > 1 else ""
             raise NonFiniteParameterError(f"{self._path}: {parameters[0]}{more}. {remedy}")
         if self._compared:
-            what = f"checksums of {self._compared} leaves ({_size(self._bytes)}) are those saved"
+            what = f"checksums of {self._compared} leaves ({size(self._bytes)}) are those saved"
         else:
             why = "no checksums were saved" if self._saved is None else "checksums not compared"
-            what = f"{self._leaves} leaves ({_size(self._bytes)}) are finite; {why}"
+            what = f"{self._leaves} leaves ({size(self._bytes)}) are finite; {why}"
         _log.info("%s: %s; looked at in %.2f s", self._path, what, self._seconds)
 
 
@@ -309,7 +310,3 @@ def _digests_of_files(folder: epath.Path) -> dict[str, str]:
                     digest.update(part)
             digests[str(path.relative_to(folder))] = digest.hexdigest()
     return digests
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -19,6 +19,7 @@ from upcycle_jax.models.base import Generative, Model
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import TARGET
+from upcycle_jax.text import shorten
 from upcycle_jax.training import batches
 from upcycle_jax.types import Batch, PyTree
 
@@ -35,10 +36,7 @@ def check_params(reader: CheckpointReader, model: Model) -> dict[str, trees.Leaf
     found = {path: spec for path, spec in reader.specs().items() if path.startswith(TARGET)}
     difference = trees.diff(specs, found)
     if difference:
-        lines = str(difference).splitlines()
-        shown = "\n".join(
-            lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-        )
+        shown = "\n".join(shorten(str(difference).splitlines(), 20))
         raise ValueError(
             f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model"
             " file that the checkpoint was trained with"

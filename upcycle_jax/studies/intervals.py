@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import scipy.special
+
 CONFIDENCE = 0.95
-_MANY_STEPS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def mean_interval(values: Iterable[float], *, confidence: float = CONFIDENCE) ->
     variance = math.fsum((number - mean) ** 2 for number in numbers) / (count - 1)
     return Interval(
         mean,
-        t_quantile(0.5 + confidence / 2, count - 1) * math.sqrt(variance / count),
+        float(scipy.special.stdtrit(count - 1, 0.5 + confidence / 2)) * math.sqrt(variance / count),
         count,
         confidence,
     )
@@ -94,74 +95,3 @@ def paired_difference(
     return mean_interval(
         [left[key] - right[key] for key in left if key in right], confidence=confidence
     )
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t distribution, by bisection of its distribution function.
-
-    Raises:
-      ValueError: the probability is not inside (0, 1), or there is no degree of freedom.
-    """
-    if not 0 < probability < 1:
-        raise ValueError(f"probability is {probability}: give a number between 0 and 1")
-    if degrees < 1:
-        raise ValueError(f"degrees is {degrees}: a spread needs at least two values")
-    if probability < 0.5:
-        return -t_quantile(1 - probability, degrees)
-    low, high = 0.0, 1.0
-    while t_distribution(high, degrees) < probability:
-        low, high = high, 2 * high
-    for _ in range(_MANY_STEPS):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (
-            (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
-        )
-    return high
-
-
-def t_distribution(value: float, degrees: int) -> float:
-    """P(T <= value) of Student's t: 1 - I_x(degrees / 2, 1/2) / 2 with x = degrees / (degrees +
-    value^2), for value >= 0.
-    """
-    if value < 0:
-        return 1 - t_distribution(-value, degrees)
-    return 1 - incomplete_beta(degrees / 2, 0.5, degrees / (degrees + value * value)) / 2
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (modified
-    Lentz), for 0 <= x <= 1.
-    """
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # there the fraction converges slowly; the mirror image does not
-        return 1 - incomplete_beta(b, a, 1 - x)
-    front = (
-        math.exp(
-            math.lgamma(a + b)
-            - math.lgamma(a)
-            - math.lgamma(b)
-            + a * math.log(x)
-            + b * math.log1p(-x)
-        )
-        / a
-    )
-    tiny = 1e-300
-    d = 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
-    c, result = 1.0, d
-    for m in range(1, _MANY_STEPS):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1 / _away_from_zero(1 + term * d, tiny)
-            c = _away_from_zero(1 + term / c, tiny)
-            result *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return front * result
-
-
-def _away_from_zero(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny

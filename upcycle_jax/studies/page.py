@@ -13,6 +13,7 @@ import markdown
 import markdown.treeprocessors
 import numpy as np
 
+from upcycle_jax import text
 from upcycle_jax.studies import plots
 from upcycle_jax.studies.run_results import Run
 
@@ -55,8 +56,8 @@ class Report:
             page = page.replace(
                 f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(data).decode()}"'
             )
-        for name, text in self.files.items():
-            (root / name).write_text(text)
+        for name, content in self.files.items():
+            (root / name).write_text(content)
         (root / "report.md").write_text(self.markdown)
         title = html.escape(self.markdown.splitlines()[0].lstrip("# "))
         (root / "report.html").write_text(
@@ -94,31 +95,8 @@ def to_html(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal as well."""
-    header, *rows = [[_cell(text) for text in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(
-                c.ljust(w) if i == 0 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-            )
-            + " |"
-        )
-
-    rule = (
-        "| "
-        + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-        + " |"
-    )
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its cell: no line end, and no bar that would start another."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """A Markdown table: the first column flush left, all others flush right."""
+    return text.markdown(header, rows, right=range(1, len(header)))
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -17,6 +17,7 @@ from upcycle_jax import leases
 from upcycle_jax.leases.process_record import is_alive
 from upcycle_jax.printing import printable, printable_lines
 from upcycle_jax.studies.run_results import MANIFEST, METRICS, read_rows
+from upcycle_jax.text import aligned, duration, size
 
 CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 NOT_ENTERED = re.compile(
@@ -234,8 +235,8 @@ def _judge(
     limit = max(LEAST_SILENCE, SILENT_PERIODS * statistics.median(gaps)) if gaps else LEAST_SILENCE
     limit = LEASE_SILENCE if has_lease else limit
     if silence > limit:
-        return State.STOPPED, f"no sign of life for {in_words(silence)}"
-    return State.RUNNING, f"last sign of life {in_words(silence)} ago"
+        return State.STOPPED, f"no sign of life for {duration(silence)}"
+    return State.RUNNING, f"last sign of life {duration(silence)} ago"
 
 
 def _last_training(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -266,24 +267,11 @@ def _bytes_on_disk(folders: Any) -> int:
     return sum(seen.values())
 
 
-def in_words(seconds: float) -> str:
-    """`45 s`, `12 min`, `5.2 h`, `3.1 days`."""
-    for size, unit in ((86400.0, "days"), (3600.0, "h")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{max(seconds, 0):.0f} s"
-
-
 def table(runs: Sequence[RunStatus], *, now: float) -> str:
     """The runs as text, one line each; what is wrong with those that do not run follows."""
     header = ("run", "state", "step", "loss", "evaluation", "steps/s", "age", "checkpoints")
     lines = [header, *(_cells(run, now) for run in runs)]
-    lines = [tuple(map(printable, line)) for line in lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    text = aligned([tuple(map(printable, line)) for line in lines])
     notes = [
         f"{printable(run.name)}: {printable_lines(run.why)}"
         for run in runs
@@ -312,18 +300,10 @@ def _cells(run: RunStatus, now: float) -> tuple[str, ...]:
         f"{run.training['loss']:.4g}" if "loss" in run.training else "-",
         f"{sum(losses) / len(losses):.4g}{many}" if losses else "-",
         f"{run.training['steps_per_second']:.3g}" if "steps_per_second" in run.training else "-",
-        in_words(now - run.last_sign),
+        duration(now - run.last_sign),
         (
-            f"{count}, latest {run.checkpoint_steps[-1]}, {_size(run.checkpoint_bytes)}"
+            f"{count}, latest {run.checkpoint_steps[-1]}, {size(run.checkpoint_bytes)}"
             if count
             else "none"
         ),
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.3g} {unit}"

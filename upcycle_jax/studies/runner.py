@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from upcycle_jax import leases
+from upcycle_jax.progress import Meter
 from upcycle_jax.studies import state
 from upcycle_jax.studies.sweep import Cell, Sweep
 
@@ -169,7 +170,7 @@ class Runner:
             machine=state.machine(),
             num_parallel=self._num_parallel,
         )
-        meter = _Meter(self._cells.values())
+        meter = Meter(0, verb="trained", unit="steps", done=_trained(self._cells.values()))
         with self._signals():
             next_line = time.monotonic() + self._period
             while self._pending or self._running:
@@ -298,7 +299,7 @@ class Runner:
     def _log_path(self, cell: Cell) -> Path:
         return self._root / "logs" / f"{cell.name}.log"
 
-    def _progress(self, meter: "_Meter") -> str:
+    def _progress(self, meter: Meter) -> str:
         counts = (
             f"{len(self._finished)}/{len(self._cells)} cells done, {len(self._running)} running"
         )
@@ -307,24 +308,11 @@ class Runner:
         elsewhere = len(self._pending) if not self._running and not self._stop else 0
         if elsewhere:
             counts += f", {elsewhere} waiting for another process that runs them"
-        return counts + meter.text(
-            [cell for cell in self._cells.values() if cell.name not in self._failures]
-        )
+        cells = [cell for cell in self._cells.values() if cell.name not in self._failures]
+        meter.total = sum(cell.end_step - cell.start_step for cell in cells)
+        meter.reach(_trained(cells))
+        return f"{counts}, {meter.text()}"
 
 
-class _Meter:
-    """Rate and time left, from the steps that cells report."""
-
-    def __init__(self, cells: Any):
-        self._before = sum(state.step_reached(cell) - cell.start_step for cell in cells)
-        self._since = time.monotonic()
-
-    def text(self, cells: Sequence[Cell]) -> str:
-        total = sum(cell.end_step - cell.start_step for cell in cells)
-        done = sum(state.step_reached(cell) - cell.start_step for cell in cells)
-        rate = (done - self._before) / max(time.monotonic() - self._since, 1e-9)
-        if rate <= 0:
-            return f", {done}/{total} steps"
-        return (
-            f", {done}/{total} steps, {rate:.3g} steps/s, {(total - done) / rate / 60:.0f} min left"
-        )
+def _trained(cells: Iterable[Cell]) -> int:
+    return sum(state.step_reached(cell) - cell.start_step for cell in cells)

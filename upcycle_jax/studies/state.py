@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from upcycle_jax.files import append_line, write_whole
 from upcycle_jax.studies.run_results import MANIFEST, METRICS, read_rows
 from upcycle_jax.studies.sweep import CACHE, ROOT_MARK, Cell, Sweep
+from upcycle_jax.text import aligned
 
 SWEEP_FILE = "sweep.json"
 EVENTS_FILE = "events.jsonl"
@@ -160,18 +163,10 @@ def machine() -> dict[str, Any]:
         ),
         platform.machine(),
     )
-    memory = next(
-        (
-            int(line.split()[1]) / 2**20
-            for line in _lines("/proc/meminfo")
-            if line.startswith("MemTotal")
-        ),
-        None,
-    )
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "memory_gib": None if memory is None else round(memory),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
     }
 
 
@@ -245,8 +240,4 @@ def save_table(sweep: Sweep, cells: Sequence[Cell]) -> str:
                 *("-" if value is None else f"{value:.4f}" for value in values),
             ]
         )
-    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in [header, *body]
-    )
+    return "\n".join(aligned([header, *body]))

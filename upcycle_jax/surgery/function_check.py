@@ -31,13 +31,13 @@ import numpy as np
 
 from upcycle_jax import trees
 from upcycle_jax.models.layerwise import LayerwiseModel, MoeCall, State, Step
+from upcycle_jax.progress import Meter, Progress
 from upcycle_jax.surgery.lanes import Lane, advance, logits, moe_calls, row_blocks
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.probe_batch import ProbeBatch
-from upcycle_jax.surgery.progress import Meter, Progress
 from upcycle_jax.surgery.verdict import (
     LAYER_TOLERANCE,
     FunctionCheck,
@@ -113,7 +113,7 @@ def check_function(
         lanes += [Lane(twin, tokens.batch) for _ in range(1 + renormalised)]
     total = sum(dense_weights.bytes_of(step) for step in dense_lane.steps)
     total += sum(sparse_weights.bytes_of(step) for step in lanes[0].steps)
-    meter = Meter(total, progress, "function check: read")
+    meter = Meter(total, progress, verb="function check: read")
     dense_weights.meter = sparse_weights.meter = meter
 
     diverging: list[str] = []

@@ -9,13 +9,13 @@ import numpy as np
 
 from upcycle_jax.checkpoints.checksums import Accumulator, nonfinite_count
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
+from upcycle_jax.progress import Meter
 from upcycle_jax.surgery.leaf_check import LeafVerdict, Moments, check_region, twin_of
 from upcycle_jax.surgery.leaf_sums import LeafSum, accumulator, blocks, rows_of_chunk
 from upcycle_jax.surgery.leaf_values import RowValues, regions_of
 from upcycle_jax.surgery.operations import Copy, Region, Tile
 from upcycle_jax.surgery.parents import JoinedReader, Reader
 from upcycle_jax.surgery.plan import Plan, Row
-from upcycle_jax.surgery.progress import Meter
 from upcycle_jax.surgery.recorded import Recorded
 
 REGION_BYTES = 64 << 20

@@ -9,9 +9,10 @@ import numpy as np
 
 from upcycle_jax.checkpoints.checksums import Accumulator, nonfinite_count
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.progress import Meter, Progress
 from upcycle_jax.surgery.operations import Region
 from upcycle_jax.surgery.parents import JoinedReader, Reader
-from upcycle_jax.surgery.progress import Meter, Progress, threads
+from upcycle_jax.surgery.workers import threads
 from upcycle_jax.trees import LeafSpec
 
 BLOCK_BYTES = 32 << 20
@@ -50,7 +51,7 @@ def leaf_sums(
     """
     specs = reader.specs()
     wanted = sorted(set(names), key=lambda name: -specs[name].nbytes)
-    meter = Meter(sum(specs[name].nbytes for name in wanted), progress, "read")
+    meter = Meter(sum(specs[name].nbytes for name in wanted), progress, verb="read")
     made = {name: _Sum(specs[name]) for name in wanted}
 
     def add(name: str, region: Region) -> None:

@@ -26,6 +26,7 @@ from upcycle_jax.surgery.operations import (
 from upcycle_jax.surgery.operations.hidden_units import shape_of_mlp_axis
 from upcycle_jax.surgery.plan import Dropped, Plan, Row
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
+from upcycle_jax.text import shorten
 from upcycle_jax.trees import LeafSpec
 
 EXPERT, ROUTER, SHARED = "mlp/expert/", "mlp/router/", "mlp/shared_expert/"
@@ -109,9 +110,7 @@ class _Matching:
                 self.parameter(path, spec)
         self.account()
         if self.faults:
-            shown = self.faults[:40] + (
-                [f"... and {len(self.faults) - 40} more"] if len(self.faults) > 40 else []
-            )
+            shown = shorten(self.faults, 40)
             remedy = "".join(f"\n{line}" for line in dict.fromkeys(self.remedies))
             raise ValueError(
                 "the source checkpoint does not fit the target model:\n" + "\n".join(shown) + remedy

@@ -14,6 +14,7 @@ from upcycle_jax.surgery.keys import KeySource, key_source
 from upcycle_jax.surgery.operations import Movement, Operation, Tile
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
+from upcycle_jax.text import aligned, size
 from upcycle_jax.trees import LeafSpec
 
 
@@ -194,7 +195,7 @@ class Plan:
                     str(getattr(sharding, "spec", sharding)) if sharding is not None else "-"
                 )
             lines.append(cells)
-        out = _align(lines)
+        out = aligned(lines)
         if max_rows is not None and len(self.rows) > max_rows:
             out.append(f"... and {len(self.rows) - max_rows} more leaves")
         out += ["", *self._totals()]
@@ -271,25 +272,3 @@ def _missing(target: str) -> Row:
 
 def _shape(spec: LeafSpec) -> str:
     return f"[{','.join(map(str, spec.shape))}]"
-
-
-def _align(lines: list[list[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
-def size(count: int | float) -> str:
-    """A number of bytes for people.
-
-    >>> size(1536)
-    '1.5 KiB'
-    """
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{np.nan}"

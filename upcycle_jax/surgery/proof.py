@@ -19,13 +19,13 @@ from typing import Any
 
 from upcycle_jax import trees
 from upcycle_jax.files import write_whole
+from upcycle_jax.progress import Meter
 from upcycle_jax.surgery.leaf_check import LeafVerdict
 from upcycle_jax.surgery.leaf_proof import REGION_BYTES, LeafProver
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, LeafSum, leaf_sums
 from upcycle_jax.surgery.operations import Reach
 from upcycle_jax.surgery.parents import Reader
-from upcycle_jax.surgery.plan import Plan, Row, size
-from upcycle_jax.surgery.progress import Meter, threads
+from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import (
     PROOF_FILE,
@@ -35,6 +35,8 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     sealed,
 )
+from upcycle_jax.surgery.workers import threads
+from upcycle_jax.text import shorten, size
 
 MAX_MEMORY = 2 << 30
 MAX_SHOWN = 8
@@ -117,15 +119,13 @@ class Proof:
                 f"  {shared} values are proved by stored chunks that they share, each read once"
             )
         lines += self._sides()
-        for leaf in self.leaves:
-            if leaf.ok and leaf.std is not None:
-                lines.append(
-                    f"  {leaf.path}: {leaf.operation}: drawn values have mean {leaf.mean:.3g},"
-                    f" standard deviation {leaf.std:.3g}"
-                )
-        lines = lines[:24] + (
-            [f"  ... and {len(lines) - 24} more drawn leaves"] if len(lines) > 24 else []
-        )
+        moments = [
+            f"{leaf.path}: {leaf.operation}: drawn values have mean {leaf.mean:.3g},"
+            f" standard deviation {leaf.std:.3g}"
+            for leaf in self.leaves
+            if leaf.ok and leaf.std is not None
+        ]
+        lines += [f"  {line}" for line in shorten(moments, MAX_SHOWN, of="drawn leaves")]
         lines += [f"  - {path}: not in the result" for path in self.missing]
         lines += [f"  + {path}: in the result, not in the plan" for path in self.unexplained]
         lines += [
@@ -155,9 +155,7 @@ class Proof:
                 lines += [f"  {side}: {words}"] if words else []
                 continue
             lines.append(f"  {side}: DAMAGED, or changed since the conversion:")
-            lines += [f"    {line}" for line in found[:MAX_SHOWN]]
-            if len(found) > MAX_SHOWN:
-                lines.append(f"    ... and {len(found) - MAX_SHOWN} more")
+            lines += [f"    {line}" for line in shorten(found, MAX_SHOWN)]
         return lines
 
     def json(self) -> dict[str, Any]:
@@ -210,7 +208,7 @@ def prove(
     dropped = {item.source for item in plan.dropped} & set(recorded.checksums)
     sums = _source_sums(rows, dropped, source, max_memory, progress) if source is not None else {}
     workers = _workers(rows, max_memory)
-    meter = Meter(sum(row.spec.nbytes for row in rows), progress, "proved")
+    meter = Meter(sum(row.spec.nbytes for row in rows), progress, verb="proved")
     region_bytes = min(REGION_BYTES, max_memory // 8) // workers
     prover = LeafProver(plan, source, target, recorded, sums, meter, region_bytes)
     found: dict[str, LeafVerdict] = {}

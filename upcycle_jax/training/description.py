@@ -5,6 +5,7 @@ import dataclasses
 from upcycle_jax.models import accounting, step_cost, step_memory
 from upcycle_jax.models.t5.config import T5Config
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
+from upcycle_jax.text import size
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.restore import Start
 
@@ -116,11 +117,11 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
         f"parameters     {cost.parameters:,} ({cost.active_parameters:,} active per token)",
         f"mesh           {mesh.devices.size} x {device.device_kind}: {axes}",
         (
-            f"memory         per device: parameters {_size(params.per_device)}, optimizer"
-            f" {_size(optimizer.per_device)}, gradients {_size(params.per_device)}: {_size(state)},"
+            f"memory         per device: parameters {size(params.per_device)}, optimizer"
+            f" {size(optimizer.per_device)}, gradients {size(params.per_device)}: {size(state)},"
             f" and activations{_activations(cost)}"
         ),
-        f"checkpoint     {_size(cost.checkpoint_bytes)}{_saving(settings)}",
+        f"checkpoint     {size(cost.checkpoint_bytes)}{_saving(settings)}",
         f"batch          {_batch(settings)}",
         f"optimizer      {settings.trainer.optimizer}",
         f"evaluation     {_evaluation(settings)}",
@@ -132,8 +133,7 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
         even = " at even load" if any(router.has_room_for_all for router in routers) else ""
         lines.insert(
             7,
-            f"exchange       per device and step: {_size(cost.exchange_bytes)} of"
-            f" all-to-alls{even}",
+            f"exchange       per device and step: {size(cost.exchange_bytes)} of all-to-alls{even}",
         )
     if run.source.damaged:
         lines.append(
@@ -152,7 +152,7 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
 
 
 def _activations(cost: Costs) -> str:
-    return f", about {_size(cost.activation_bytes)}" if cost.activation_bytes else ""
+    return f", about {size(cost.activation_bytes)}" if cost.activation_bytes else ""
 
 
 def _compute(cost: Costs) -> str:
@@ -193,11 +193,3 @@ def _evaluation(settings: Settings) -> str:
         f"{when}at the start and the end: {how_much} of {cfg.batch_size} rows of each task of"
         f" {cfg.mixture_or_task_name}, split {cfg.split}"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.4g} {unit}"

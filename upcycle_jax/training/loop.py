@@ -20,6 +20,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.printing import show
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery.recipe_json import to_json
+from upcycle_jax.text import duration
 from upcycle_jax.training import (
     batches,
     description,
@@ -34,7 +35,7 @@ from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.interrupts import StopRequest
-from upcycle_jax.training.metric_writers import MetricWriter, duration, progress_line
+from upcycle_jax.training.metric_writers import MetricWriter, progress_line
 from upcycle_jax.training.mfu import Utilisation
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.progress import LossWatch, Window

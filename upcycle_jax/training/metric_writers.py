@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.files import append_line
+from upcycle_jax.text import duration
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -161,11 +162,3 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{suffix}"
     return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: `45 s`, `38 min`, `5.2 h`, `3.1 days`."""
-    for size, unit in ((86400.0, "days"), (3600.0, "h")):
-        if seconds >= size * 1.5:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -17,6 +17,7 @@ from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.models.base import Model, Stack, stack_lengths
 from upcycle_jax.moe import capacity
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.text import size
 from upcycle_jax.training import batches, expert_slots, restore
 from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.restore import Source, Start
@@ -260,13 +261,13 @@ def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:
     free = shutil.disk_usage(existing).free + _bytes_of_cut_short_saves(folder)
     if free < checkpoint_bytes:
         raise ValueError(
-            f"MODEL_DIR {model_dir} has {free / 2**30:.1f} GiB free, one checkpoint takes"
-            f" {checkpoint_bytes / 2**30:.1f} GiB: free space, keep fewer checkpoints"
+            f"MODEL_DIR {model_dir} has {size(free)} free, one checkpoint takes"
+            f" {size(checkpoint_bytes)}: free space, keep fewer checkpoints"
             " (SaveCheckpointConfig.keep) or choose another folder"
         )
     return (
-        f"{model_dir} can be written to; {free / 2**30:.1f} GiB free, one checkpoint takes"
-        f" {checkpoint_bytes / 2**30:.1f}"
+        f"{model_dir} can be written to; {size(free)} free, one checkpoint takes"
+        f" {size(checkpoint_bytes)}"
     )
 
 

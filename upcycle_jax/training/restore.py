@@ -39,6 +39,7 @@ from upcycle_jax.data.dataset import DamagedPositionError
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
+from upcycle_jax.text import shorten
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import (
     CheckpointConfig,
@@ -380,10 +381,7 @@ def _remedy(expected: Mapping[str, LeafSpec], actual: Mapping[str, LeafSpec]) ->
 
 
 def _shortened(difference: trees.TreeDiff, limit: int = 40) -> str:
-    lines = str(difference).splitlines()
-    return "\n".join(
-        lines[:limit] + ([f"... and {len(lines) - limit} more"] if len(lines) > limit else [])
-    )
+    return "\n".join(shorten(str(difference).splitlines(), limit))
 
 
 def load(

@@ -14,9 +14,9 @@ from upcycle_jax.checkpoints import CheckpointManager
 from upcycle_jax.checkpoints.checksums import device_summaries
 from upcycle_jax.checkpoints.verification import NonFiniteParameterError, not_finite
 from upcycle_jax.state_tree import TARGET
+from upcycle_jax.text import duration
 from upcycle_jax.training.config import SaveCheckpointConfig
 from upcycle_jax.training.holding import Hold
-from upcycle_jax.training.metric_writers import duration
 from upcycle_jax.training.train_state import TrainState
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,8 @@ from upcycle_jax.data.cache import steps
 from upcycle_jax.data.cache.format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
 from upcycle_jax.data.cache.views import DENOISE
 from upcycle_jax.data.dataset import DatasetConfig
+from upcycle_jax.progress import Meter
+from upcycle_jax.text import size
 
 EXAMPLES_PER_PART = 50_000
 _MOST_PARTS = 1024
@@ -184,47 +185,6 @@ def _examples(plan: _Plan, split: str, part: int, *, seed: int) -> Iterator[dict
             yield {"targets": tokens[start : start + _LONGEST_RECORD]}
 
 
-class _Progress:
-    """Says now and then how far a split is, at what rate, and how long it will take."""
-
-    def __init__(self, plan: _Plan, split: str, report: Report):
-        self._name, self._parts, self._report = (
-            f"{plan.task.name}, {split}",
-            plan.parts[split],
-            report,
-        )
-        inputs = plan.task.source.num_input_examples(split)
-        self._per_part = inputs / self._parts if inputs else None
-        self._began = self._said = time.monotonic()
-        self._written = 0
-        self._before: int | None = None
-
-    def example(self, part: int, number: int) -> None:
-        """One more example, the `number`-th of its part."""
-        self._written += 1
-        self._before = part if self._before is None else self._before
-        now = time.monotonic()
-        if now - self._said < _REPORT_SECONDS:
-            return
-        self._said = now
-        within = min(1.0, number / self._per_part) if self._per_part else 0.0
-        done = part - self._before + within
-        left = (now - self._began) * (self._parts - part - within) / done if done > 0 else None
-        rate = self._written / (now - self._began)
-        self._report(f"{self._name}: part {part + 1} of {self._parts}, {self._written:,} examples, {rate:,.0f} examples/s"
-                     + (f", {_duration(left)} left" if left is not None else ""))  # fmt: skip
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(75), _duration(7300)
-    ('1:15', '2:01:40')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _lengths(example: Mapping[str, Any], plan: _Plan) -> list[int]:
     out = []
     for name in sorted(plan.features):
@@ -238,14 +198,44 @@ def _lengths(example: Mapping[str, Any], plan: _Plan) -> list[int]:
     return out
 
 
+def _write_parts(plan: _Plan, work: pathlib.Path, split: str, options: CacheOptions) -> None:
+    """Writes the files of a split that are not whole yet."""
+    stems = _stems(plan, split)
+    lacking = [part for part, stem in enumerate(stems) if not (work / f"{stem}.json").exists()]
+    meter = Meter(
+        len(stems),
+        options.report,
+        unit="parts",
+        period=_REPORT_SECONDS,
+        done=len(stems) - len(lacking),
+    )
+    inputs = plan.task.source.num_input_examples(split)
+    for done, part in enumerate(lacking, start=len(stems) - len(lacking)):
+
+        def report(examples: int, done: int = done) -> None:
+            share = min(1.0, examples * len(stems) / inputs) if inputs else 0.0
+            meter.reach(done + share, f"{plan.task.name}, {split}, {examples:,} examples of a part")
+
+        _write_part(plan, work, split, part, seed=options.seed, report=report)
+
+
+def _stems(plan: _Plan, split: str) -> list[str]:
+    """The names of a split's files, without their endings."""
+    return [f"{split}-{part:05}-of-{plan.parts[split]:05}" for part in range(plan.parts[split])]
+
+
 def _write_part(
-    plan: _Plan, folder: pathlib.Path, split: str, part: int, *, seed: int, progress: _Progress
+    plan: _Plan,
+    folder: pathlib.Path,
+    split: str,
+    part: int,
+    *,
+    seed: int,
+    report: Callable[[int], None],
 ) -> None:
-    """Writes one file and, last, the note that it is whole."""
-    stem = f"{split}-{part:05}-of-{plan.parts[split]:05}"
+    """Writes one file and, last, the note that it is whole; reports how many examples are in it."""
+    stem = _stems(plan, split)[part]
     note = folder / f"{stem}.json"
-    if note.exists():
-        return
     path, temporary = folder / f"{stem}.array_record", folder / f"{stem}.writing"
     temporary.unlink(missing_ok=True)
     writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), _WRITER_OPTIONS)
@@ -254,7 +244,7 @@ def _write_part(
         for number, example in enumerate(_examples(plan, split, part, seed=seed), start=1):
             lengths.append(_lengths(example, plan))
             writer.write(cache_format.encode(example, token_dtypes=plan.dtypes))
-            progress.example(part, number)
+            report(number)
     finally:
         writer.close()
     os.replace(temporary, path)
@@ -269,7 +259,7 @@ def _write_part(
 
 def _finish_split(plan: _Plan, folder: pathlib.Path, split: str) -> SplitEntry:
     """Joins the parts' lengths into the index, and describes the split."""
-    stems = [f"{split}-{part:05}-of-{plan.parts[split]:05}" for part in range(plan.parts[split])]
+    stems = _stems(plan, split)
     files = [FileEntry(**json.loads((folder / f"{stem}.json").read_text())) for stem in stems]
     records = sum(file.records for file in files)
     if not records:
@@ -402,9 +392,7 @@ def _write_task(
         work = _working_folder(folder, plan, overwrite=options.overwrite)
         splits = {}
         for split in plan.parts:
-            progress = _Progress(plan, split, options.report)
-            for part in range(plan.parts[split]):
-                _write_part(plan, work, split, part, seed=options.seed, progress=progress)
+            _write_parts(plan, work, split, options)
             splits[split] = _finish_split(plan, work, split)
         manifest = Manifest(
             task=task.name,
@@ -438,12 +426,12 @@ def _write_task(
             " after the last whole part"
         ) from error
     for split, entry in splits.items():
-        size = sum(file.bytes for file in entry.files)
+        written = sum(file.bytes for file in entry.files)
         tokens = ", ".join(
             f"{count:,} tokens of {name}" for name, count in entry.tokens.items() if count
         )
         options.report(
-            f"{task.name}, {split}: {entry.records:,} examples, {tokens}, {size / 2**20:,.1f} MiB"
+            f"{task.name}, {split}: {entry.records:,} examples, {tokens}, {size(written)}"
             f" in {len(entry.files)} files"
         )
     return CachedTask(folder, manifest, _REMEDY)
