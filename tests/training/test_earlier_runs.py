@@ -1,0 +1,69 @@
+"""Checkpoints that an earlier version of the library wrote continue here, and the programs do the
+same work (`earlier_runs.py` made the files).
+"""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import sys
+
+import jax
+import pytest
+
+from upcycle_jax import train
+
+HERE = pathlib.Path(__file__).parent
+RECORD = json.loads((HERE / "earlier" / "record.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def earlier():
+    spec = importlib.util.spec_from_file_location("earlier_runs", HERE / "earlier_runs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["earlier_runs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def text(earlier, tmp_path_factory):
+    """The folder with the text, one for both runs: a task's name stands for one text."""
+    folder = tmp_path_factory.mktemp("text")
+    earlier.write_text(folder)
+    return folder
+
+
+def tolerance(earlier) -> float:
+    """0 where this machine computes as the one that made the record; else float32's rounding."""
+    return 0.0 if earlier.arithmetic() == RECORD["arithmetic"] else 1e-5
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "first", "steps"), [("dense", "DENSE", 3, 4), ("sparse", "SPARSE", 5, 6)]
+)
+def test_a_checkpoint_of_then_resumes_with_the_same_losses(
+    earlier, text, tmp_path, run, model, first, steps
+):
+    model_dir = tmp_path / run
+    shutil.copytree(HERE / "earlier" / run, model_dir)
+    flags = earlier.train_flags(getattr(earlier, model), text, model_dir, steps)
+    assert train.main(flags) == 0
+    now, then = earlier.scalars(model_dir), RECORD["runs"][run]
+    assert sorted(now) == [str(step) for step in range(first, steps + 1)]
+    for step, metrics in now.items():
+        assert metrics == pytest.approx(then[step], rel=tolerance(earlier), abs=0), step
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_programs_do_the_same_work(earlier, devices):
+    assert jax.device_count() == 8
+    now, then = earlier.programs(devices), RECORD["programs"][str(devices)]
+    assert now.keys() == then.keys()
+    for name, program in now.items():
+        assert program["flops"] == then[name]["flops"]
+        assert program["collectives"] == then[name]["collectives"]
+        losses, expected = (
+            [float.fromhex(loss) for loss in record["losses"]] for record in (program, then[name])
+        )
+        assert losses == pytest.approx(expected, rel=tolerance(earlier) or 1e-6, abs=0)
