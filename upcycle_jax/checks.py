@@ -197,10 +197,6 @@ PathText = Annotated[str, PathName()]
 Bytes = Annotated[int | str, ByteSize()]
 
 Device = Annotated[Any, InstanceOf("Device")]
-Model = Annotated[Any, InstanceOf("EncoderDecoderModel")]
-Moe = Annotated[Any, InstanceOf("MoeConfig")]
-Optimizer = Annotated[Any, InstanceOf("Optimizer")]
-Recipe = Annotated[Any, InstanceOf("Recipe", "MergeRecipe")]
 Dataset = Annotated[Any, InstanceOf("DatasetConfig")]
 Examples = Annotated[Any, InstanceOf("FewShot")]
 

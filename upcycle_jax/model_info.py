@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax.data import DatasetConfig
     from upcycle_jax.models import info
+    from upcycle_jax.models.base import Model
     from upcycle_jax.models.t5.config import T5Config
 
-    model = loaded.macro("MODEL", checks.Model)
+    model = loaded.macro("MODEL", Model)
     specs = model.param_specs()
     lines = [info.model_info(specs, partitioner=loaded.build("Partitioner")())]
     if isinstance(model.config, T5Config):

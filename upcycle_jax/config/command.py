@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import upcycle_jax
-from upcycle_jax import byte_sizes, checks
+from upcycle_jax import byte_sizes
 from upcycle_jax.config import flags as flags_lib
 from upcycle_jax.config.flags import Flags
 from upcycle_jax.printing import PrintableFormatter, printable_lines
@@ -182,7 +182,9 @@ def given_to_conversion(flags: Flags, loaded: Any) -> dict[str, Any]:
     if flags.extra.max_memory is not None:
         given["max_memory"] = flags.extra.max_memory
     if loaded.has_macro("MODEL"):
-        given["model"] = loaded.macro("MODEL", checks.Model)
+        from upcycle_jax.models.base import Model
+
+        given["model"] = loaded.macro("MODEL", Model)
     return given
 
 

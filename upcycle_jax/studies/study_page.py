@@ -106,9 +106,7 @@ def _pictures(study: Study) -> dict[str, tuple[Picture, str]]:
             f"{group.name}, seed {seed}: what each expert of each MoE layer gets at each"
             " evaluation, relative to an even split."
         )
-        even = " and the ".join(
-            stack for stack in ("encoder", "decoder") if _experts_choose(group.first, stack)
-        )
+        even = " and the ".join(_where_experts_choose(group.first))
         if even:
             caption += (
                 f" In the {even} experts choose tokens and fill their capacity, so that their load"
@@ -122,10 +120,16 @@ def _pictures(study: Study) -> dict[str, tuple[Picture, str]]:
     }
 
 
-def _experts_choose(run: Run, stack: str) -> bool:
-    """Whether the manifest says that experts choose their tokens in that stack."""
+def _where_experts_choose(run: Run) -> list[str]:
+    """The stacks in which experts choose their tokens by the manifest: those of its
+    '<stack>_router'.
+    """
     moe = (run.manifest.get("model") or {}).get("moe") or {}
-    return (moe.get(f"{stack}_router") or {}).get("type") == "ExpertsChoose"
+    return [
+        name.removesuffix("_router")
+        for name, router in moe.items()
+        if name.endswith("_router") and (router or {}).get("type") == "ExpertsChoose"
+    ]
 
 
 def _figure(pictures: Mapping[str, tuple[Picture, str]], name: str) -> list[str]:

@@ -1,15 +1,26 @@
 """What a conversion and its proof are both told: the result, its model, and how to compare."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 from upcycle_jax import checks
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
+from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.probe_batch import ProbeBatch
+from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
+from upcycle_jax.trees import LeafSpec
+
+
+class Optimizer(Protocol):
+    """What a conversion asks of an optimizer; those of `training.optimizers` have it."""
+
+    def state_specs(self, param_specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
+        """Specs of all slots by path, of parameters by path."""
+
 
 PathOrPaths = checks.PathText | Sequence[checks.PathText]
 
@@ -32,10 +43,10 @@ class ConversionSettings:
     """
 
     output_checkpoint_path: checks.PathText
-    model: checks.Model | None = None
-    moe: checks.Moe | None = None
-    optimizer: checks.Optimizer | None = None
-    recipe: checks.Recipe | None = None
+    model: Model | None = None
+    moe: MoeSettings | None = None
+    optimizer: Optimizer | None = None
+    recipe: Recipe | MergeRecipe | None = None
     max_memory: checks.Bytes = 2 << 30
     function_check: Literal["auto", "on", "off"] = "auto"
     function_check_dataset: checks.Dataset | None = None

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from upcycle_jax import byte_sizes, checks, state_tree
+from upcycle_jax import byte_sizes, state_tree
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.models.base import Model
 from upcycle_jax.models.layerwise import LayerwiseModel
@@ -30,7 +30,7 @@ class Upcycle(ConversionSettings):
     """
 
     initial_checkpoint_path: PathOrPaths
-    source_model: checks.Model | None = None
+    source_model: Model | None = None
     materialize: bool = False
 
     def run(self, *, dry_run: bool = False, report: Report = show) -> Conversion:

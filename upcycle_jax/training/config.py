@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from upcycle_jax import checks
+from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 
 
 class RestoreMode(enum.StrEnum):
@@ -74,7 +75,7 @@ class RestoreCheckpointConfig:
     """
 
     path: PathOrPaths
-    recipe: checks.Recipe | None = None
+    recipe: Recipe | MergeRecipe | None = None
     mode: str = RestoreMode.LATEST
     step: str = StepPolicy.KEEP
     optimizer_state: str = OptimizerState.KEEP
