@@ -18,7 +18,9 @@ from typing import Any
 
 from upcycle_jax import config
 from upcycle_jax.data import DatasetConfig, configure
+from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.experiments import benchmarks
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
@@ -58,8 +60,12 @@ def inputs(
         configure(cache_dirs=[folder])
         cached = DatasetConfig(task, lengths, batch_size=batch_size, seed=0, use_cached=True)
         return {
-            "cached": rate(cached.train_iterator(), batch_size, seconds=seconds),
-            "on the fly": rate(on_the_fly.train_iterator(), batch_size, seconds=seconds),
+            name: rate(
+                open_dataset(config, EncoderDecoderFeatures()).train_iterator(),
+                batch_size,
+                seconds=seconds,
+            )
+            for name, config in (("cached", cached), ("on the fly", on_the_fly))
         }
 
 

@@ -33,6 +33,7 @@ CheckpointConfig.save = None
 FAKE = '''
 import dataclasses
 import numpy as np
+from upcycle_jax.data.opening import open_dataset
 
 @dataclasses.dataclass(frozen=True)
 class Fake:
@@ -55,6 +56,8 @@ class Fake:
         if not self.exists:
             raise FileNotFoundError("no data at /data/x: make them with `python -m upcycle_jax.cache_tasks`")
         return iter([{}])
+
+open_dataset.register(Fake, lambda config, features: config)
 '''
 
 

@@ -18,12 +18,15 @@ from upcycle_jax.checkpoints.manager import CheckpointManager
 from upcycle_jax.config import load
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import task_examples
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.training import holding
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
 
+FEATURES = EncoderDecoderFeatures()
 MODEL = [
     "T5Config.num_encoder_layers=1",
     "T5Config.num_decoder_layers=1",
@@ -168,9 +171,9 @@ def test_batches_are_those_of_seqio():
     config = DatasetConfig(
         "small_parity", {"inputs": 12, "targets": 4}, split="validation", batch_size=11
     )
-    (task,) = task_examples(config)
+    (task,) = task_examples(config, FEATURES)
     got = task.batch(list(task.examples()), 11)
-    want = next(config.eval_batches()["small_parity"]())
+    want = next(open_dataset(config, FEATURES).eval_batches()["small_parity"]())
     assert set(got) == set(want)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
@@ -249,7 +252,7 @@ def test_ranked_answers_are_the_likeliest(run, tmp_path, capsys):
     assert eval_command.main(flags("eval", *given, f"EVAL_OUTPUT_DIR='{tmp_path}'")) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     (task,) = task_examples(
-        DatasetConfig("small_labels", {"inputs": 24, "targets": 8}, split="validation")
+        DatasetConfig("small_labels", {"inputs": 24, "targets": 8}, split="validation"), FEATURES
     )
     score, right = jax.jit(model.score_batch), []
     lines = rows_of(tmp_path / "inference_eval" / "small_labels-5.jsonl")

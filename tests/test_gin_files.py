@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.config import load, search
+from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import recipe as surgery_recipe
@@ -228,6 +229,10 @@ class Data:
     pack: bool = False
     task_feature_lengths: dict = dataclasses.field(default_factory=lambda: dict(LENGTHS))
 
+    @property
+    def config(self):
+        return self
+
     def vocabulary_size(self):
         return 300
 
@@ -239,6 +244,11 @@ class Data:
 
     def eval_batches(self, num_batches=None, process_index=0, process_count=1):
         return {"random": lambda: iter([batch_of(self.model, self.batch_size)])}
+
+
+@open_dataset.register
+def open_random(config: Data, features):
+    return config
 
 
 class Stream:

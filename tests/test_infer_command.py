@@ -17,6 +17,7 @@ from upcycle_jax.checkpoints.manager import CheckpointManager
 from upcycle_jax.config import load
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import as_json, task_examples
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.inference import predictions, ranking, running
 from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.training import holding
@@ -24,6 +25,7 @@ from upcycle_jax.training import holding
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
 
+FEATURES = EncoderDecoderFeatures()
 MODEL = [
     "T5Config.num_encoder_layers=1",
     "T5Config.num_decoder_layers=1",
@@ -88,7 +90,7 @@ def test_scores_are_the_models(checkpoint, tmp_path, capsys):
     )
     rows = files[f"{NAME}-score.jsonl-00000-of-00001"]
     _, model, params = checkpoint
-    (task,) = task_examples(DatasetConfig(NAME, LENGTHS, split="validation"))
+    (task,) = task_examples(DatasetConfig(NAME, LENGTHS, split="validation"), FEATURES)
     want = model.score_batch(params, task.batch(list(task.examples()), 11))
     np.testing.assert_allclose([row["score"] for row in rows], want, atol=1e-4)
     # b'even' in ByT5's ids is byte + 3, then EOS.

@@ -88,7 +88,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     if asked.module_import:
         given["module"] = tuple(asked.module_import)
     if _LENGTHS not in bound:
-        given[_LENGTHS] = {"inputs": 1, "targets": 1}  # not looked at
+        given[_LENGTHS] = {}  # not looked at
     if not asked.tasks and "mixture_or_task_name" not in bound:
         raise ValueError("no task is named: give --tasks, or a gin file with MIXTURE_OR_TASK_NAME")
     chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]

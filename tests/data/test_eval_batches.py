@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from upcycle_jax.data import DatasetConfig
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
+FEATURES = EncoderDecoderFeatures()
 LENGTHS = {"inputs": 64, "targets": 16}
 
 
@@ -23,11 +26,13 @@ def config(make_config):
 @pytest.fixture(scope="module")
 def whole(config):
     """All evaluation batches of each task."""
-    return {task: list(start()) for task, start in config.eval_batches().items()}
+    return {
+        task: list(start()) for task, start in open_dataset(config, FEATURES).eval_batches().items()
+    }
 
 
 def test_one_entry_per_task_and_each_pass_equal(config, whole):
-    passes = config.eval_batches()
+    passes = open_dataset(config, FEATURES).eval_batches()
     assert list(passes) == ["small_text_eval_code", "small_text_eval_words"]
     for task, start in passes.items():
         for _ in range(2):  # the second comes from memory
@@ -63,18 +68,21 @@ def test_a_pass_holds_the_whole_split(config, whole):
 
 
 def test_fixed_number_of_batches(config, whole):
-    for task, start in config.eval_batches(2).items():
+    for task, start in open_dataset(config, FEATURES).eval_batches(2).items():
         batches = list(start())
         assert len(batches) == 2
         np.testing.assert_array_equal(
             batches[1]["encoder_input_tokens"], whole[task][1]["encoder_input_tokens"]
         )
     with pytest.raises(ValueError, match="num_batches is 0"):
-        config.eval_batches(0)
+        open_dataset(config, FEATURES).eval_batches(0)
 
 
 def test_processes_share_each_batch(config, whole):
-    parts = [config.eval_batches(3, process_index=index, process_count=2) for index in range(2)]
+    parts = [
+        open_dataset(config, FEATURES).eval_batches(3, process_index=index, process_count=2)
+        for index in range(2)
+    ]
     for task, batches in whole.items():
         for batch, first, second in zip(
             itertools.islice(batches, 3), parts[0][task](), parts[1][task](), strict=True
@@ -89,7 +97,7 @@ def test_unknown_split_and_name(make_config):
     with pytest.raises(
         ValueError, match=r"'small_text' has no split 'test': it has \['train', 'validation'\]"
     ):
-        make_config(split="test").eval_batches()
+        open_dataset(make_config(split="test"), FEATURES).eval_batches()
     with pytest.raises(
         ValueError,
         match=(
@@ -97,20 +105,22 @@ def test_unknown_split_and_name(make_config):
             " 'embedded_text_span_c"
         ),
     ):
-        DatasetConfig("embedded_text_span_coruption", LENGTHS).task_names()
+        open_dataset(DatasetConfig("embedded_text_span_coruption", LENGTHS), FEATURES).task_names()
     with pytest.raises(
         ValueError, match="MIXTURE_OR_TASK_MODULE names 'no_such_module', which is not importable"
     ):
-        DatasetConfig("anything", LENGTHS, module="no_such_module").task_names()
+        open_dataset(
+            DatasetConfig("anything", LENGTHS, module="no_such_module"), FEATURES
+        ).task_names()
 
 
 def test_a_taken_name_is_refused(make_config, text_folder):
-    make_config().task_names()
+    open_dataset(make_config(), FEATURES).task_names()
     with pytest.raises(
         ValueError,
         match="the name 'small_text' is taken by another SeqIO task or mixture: choose another",
     ):
-        make_config(text_files=[str(text_folder / "code.txt")]).task_names()
+        open_dataset(make_config(text_files=[str(text_folder / "code.txt")]), FEATURES).task_names()
 
 
 def test_bad_files_register_nothing(tmp_path):
@@ -118,7 +128,7 @@ def test_bad_files_register_nothing(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     config = DatasetConfig("bad_text", LENGTHS, text_files={"good": [__file__], "bad": [str(path)]})
     with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8 text"):
-        config.train_iterator()
+        open_dataset(config, FEATURES).train_iterator()
     assert not {"bad_text", "bad_text_good", "bad_text_bad"} & {
         *seqio.TaskRegistry.names(),
         *seqio.MixtureRegistry.names(),
@@ -133,20 +143,22 @@ def test_sentencepiece_vocabulary_by_path(make_config, tmp_path):
         pytest.skip("this seqio has no test vocabulary")
     config = make_config(vocabulary=str(model), mixture_or_task_name="small_text_pieces")
     plain = seqio.SentencePieceVocabulary(str(model), extra_ids=100)
-    assert config.vocabulary_size() == plain.vocab_size
-    tokens = next(config.train_iterator())["encoder_input_tokens"]
+    assert open_dataset(config, FEATURES).vocabulary_size() == plain.vocab_size
+    tokens = next(open_dataset(config, FEATURES).train_iterator())["encoder_input_tokens"]
     assert 0 < tokens.max() < plain.vocab_size
-    assert "sha256" in config.fingerprint()["vocabularies"]["inputs"]
+    assert "sha256" in open_dataset(config, FEATURES).fingerprint()["vocabularies"]["inputs"]
     with pytest.raises(
         FileNotFoundError, match=r"vocabulary '.*absent.*': no such file; give 'bytes'"
     ):
-        make_config(
-            vocabulary=str(tmp_path / "absent"), mixture_or_task_name="n1"
+        open_dataset(
+            make_config(vocabulary=str(tmp_path / "absent"), mixture_or_task_name="n1"), FEATURES
         ).vocabulary_size()
     (tmp_path / "fake").write_text("no model")
     with pytest.raises(ValueError, match=r"is not a SentencePiece model"):
-        make_config(vocabulary=str(tmp_path / "fake"), mixture_or_task_name="n2").vocabulary_size()
+        open_dataset(
+            make_config(vocabulary=str(tmp_path / "fake"), mixture_or_task_name="n2"), FEATURES
+        ).vocabulary_size()
 
 
 def test_byte_vocabulary_size(make_config):
-    assert make_config().vocabulary_size() == 3 + 256 + 100
+    assert open_dataset(make_config(), FEATURES).vocabulary_size() == 3 + 256 + 100

@@ -1,4 +1,4 @@
-"""Packing: rows are as full as their order allows, and the features are those that SeqIO makes."""
+"""Packing: rows are as full as their order allows, and any row is found again."""
 
 import itertools
 
@@ -52,54 +52,3 @@ def test_a_plan_covers_the_stream_once_and_is_found_again(plan):
     plan._known.clear()
     assert plan.row(5999) == rows[5999] and asked == [anchor["window"] * packing.WINDOW]
     assert plan.row(0) == rows[0]
-
-
-def test_features_equal_seqios():
-    seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
-    tf = pytest.importorskip("tensorflow")
-    generator = np.random.default_rng(0)
-    examples = [
-        {
-            name: generator.integers(3, 50, size=generator.integers(1, 9)).astype(np.int32)
-            for name in ("inputs", "targets")
-        }
-        for _ in range(40)
-    ]
-    lengths = {"inputs": 16, "targets": 12}
-    dataset = tf.data.Dataset.from_generator(
-        lambda: iter(examples),
-        output_signature={name: tf.TensorSpec([None], tf.int32) for name in lengths},
-    )
-    theirs = list(
-        seqio.EncDecFeatureConverter(pack=False)(
-            dataset, task_feature_lengths=lengths
-        ).as_numpy_iterator()
-    )
-    ours = packing.padded_rows(
-        [e["inputs"] for e in examples], [e["targets"] for e in examples], (16, 12), 41
-    )
-    for name in theirs[0]:
-        np.testing.assert_array_equal(ours[name][:40], [row[name] for row in theirs], err_msg=name)
-        assert ours[name].dtype == np.int32 and not ours[name][40].any()
-    # SeqIO keeps several rows open and fills the first that has room: each of its rows, given as
-    # examples, makes the same features here.
-    packed = list(
-        seqio.EncDecFeatureConverter(pack=True)(
-            dataset, task_feature_lengths=lengths
-        ).as_numpy_iterator()
-    )
-    for row in packed:
-        parts = {
-            side: [
-                row[tokens][row[f"{side}_segment_ids"] == number]
-                for number in range(1, row[f"{side}_segment_ids"].max() + 1)
-            ]
-            for side, tokens in (
-                ("encoder", "encoder_input_tokens"),
-                ("decoder", "decoder_target_tokens"),
-            )
-        }
-        again = packing.packed_rows([parts["encoder"]], [parts["decoder"]], (16, 12))
-        assert again.keys() == row.keys()
-        for name in row:
-            np.testing.assert_array_equal(again[name][0], row[name], err_msg=name)

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from upcycle_jax.data import BatchIterator, DatasetConfig, Position
-from upcycle_jax.data.dataset import DamagedPositionError
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.data.position import DamagedPositionError
+from upcycle_jax.features import EncoderDecoderFeatures
 
 pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
+FEATURES = EncoderDecoderFeatures()
 BATCHES = 12
 SAVED_AT = 5
 
@@ -39,7 +42,7 @@ def saved(make_config, tmp_path_factory):
     folder it saved to.
     """
     folder = tmp_path_factory.mktemp("position")
-    iterator = make_config().train_iterator()
+    iterator = open_dataset(make_config(), FEATURES).train_iterator()
     assert isinstance(iterator, BatchIterator)
     batches = take(iterator, SAVED_AT)
     iterator.save(folder)
@@ -70,12 +73,12 @@ def iterator(make_config):
     """One iterator of the same stream for the tests that move it about: building one takes a second
     or more.
     """
-    return make_config().train_iterator()
+    return open_dataset(make_config(), FEATURES).train_iterator()
 
 
 def test_same_seed_same_stream_and_other_seed_other_stream(saved, make_config, iterator):
     assert_same(take(iterator, 3), saved[0][:3])
-    other = next(make_config(seed=1).train_iterator())
+    other = next(open_dataset(make_config(seed=1), FEATURES).train_iterator())
     assert (other["encoder_input_tokens"] != saved[0][0]["encoder_input_tokens"]).any()
 
 
@@ -105,8 +108,11 @@ def test_another_process_restores_the_same_stream(saved, make_config, tmp_path):
     program = f"""
 import numpy as np
 from upcycle_jax.data import DatasetConfig
-iterator = DatasetConfig({config.mixture_or_task_name!r}, {config.task_feature_lengths!r}, batch_size=8, seed=0,
-                         text_files={config.text_files!r}).train_iterator()
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
+config = DatasetConfig({config.mixture_or_task_name!r}, {config.task_feature_lengths!r}, batch_size=8, seed=0,
+                       text_files={config.text_files!r})
+iterator = open_dataset(config, EncoderDecoderFeatures()).train_iterator()
 iterator.restore({str(folder)!r})
 np.save({str(tmp_path / "tokens.npy")!r}, np.stack([next(iterator)["encoder_input_tokens"] for _ in range({BATCHES - SAVED_AT})]))
 """
@@ -165,7 +171,9 @@ def test_missing_and_damaged_positions(iterator, tmp_path):
 
 
 def test_drawn_seed_is_restored(make_config, tmp_path):
-    first, second = (make_config(seed=None).train_iterator() for _ in range(2))
+    first, second = (
+        open_dataset(make_config(seed=None), FEATURES).train_iterator() for _ in range(2)
+    )
     assert first.seed != second.seed
     take(first, 2)
     first.save(tmp_path)
@@ -195,7 +203,8 @@ def test_processes_read_disjoint_documents_that_cover_all(make_config):
 
 def test_two_processes_share_a_batch_and_take_up_the_position_of_one(saved, make_config, caplog):
     parts = [
-        make_config().train_iterator(process_index=index, process_count=2) for index in range(2)
+        open_dataset(make_config(), FEATURES).train_iterator(process_index=index, process_count=2)
+        for index in range(2)
     ]
     tokens = [next(part)["encoder_input_tokens"] for part in parts]
     assert [array.shape for array in tokens] == [(4, 64), (4, 64)] and (
@@ -205,9 +214,11 @@ def test_two_processes_share_a_batch_and_take_up_the_position_of_one(saved, make
     assert parts[1].position == SAVED_AT
     assert "saved by 1 processes and is continued by 2" in caplog.text
     with pytest.raises(ValueError, match=r"seed is None with 2 processes.*set DatasetConfig\.seed"):
-        make_config(seed=None).train_iterator(process_index=0, process_count=2)
+        open_dataset(make_config(seed=None), FEATURES).train_iterator(
+            process_index=0, process_count=2
+        )
     with pytest.raises(ValueError, match="batch_size 8 does not divide by 3 processes"):
-        make_config().train_iterator(process_index=0, process_count=3)
+        open_dataset(make_config(), FEATURES).train_iterator(process_index=0, process_count=3)
 
 
 def test_epochs_are_shuffled_anew(make_config):
@@ -223,8 +234,8 @@ def test_epochs_are_shuffled_anew(make_config):
 
 
 def test_packing_numbers_segments_and_positions(make_config, tmp_path):
-    iterator = make_config(
-        pack=True, task_feature_lengths={"inputs": 128, "targets": 40}
+    iterator = open_dataset(
+        make_config(pack=True, task_feature_lengths={"inputs": 128, "targets": 40}), FEATURES
     ).train_iterator()
     batch = next(iterator)
     assert {
@@ -241,15 +252,15 @@ def test_packing_numbers_segments_and_positions(make_config, tmp_path):
         assert (np.diff(positions, axis=1)[~starts[:, 1:] & (segments[:, 1:] > 0)] == 1).all()
     iterator.save(tmp_path)
     want = take(iterator, 2)
-    again = make_config(
-        pack=True, task_feature_lengths={"inputs": 128, "targets": 40}
+    again = open_dataset(
+        make_config(pack=True, task_feature_lengths={"inputs": 128, "targets": 40}), FEATURES
     ).train_iterator()
     again.restore(tmp_path)
     assert_same(take(again, 2), want)
 
 
 def test_fingerprint_is_small_json_with_hashes(make_config):
-    fingerprint = make_config().fingerprint()
+    fingerprint = open_dataset(make_config(), FEATURES).fingerprint()
     text = json.dumps(fingerprint)
     assert len(text) < 5000
     assert json.loads(text) == fingerprint
@@ -261,7 +272,8 @@ def test_fingerprint_is_small_json_with_hashes(make_config):
 
 def test_importing_the_package_does_not_import_tensorflow():
     program = (
-        "import sys, upcycle_jax.data as d; d.DatasetConfig('t', {'inputs': 4, 'targets': 4}); "
+        "import sys, upcycle_jax.data as d, upcycle_jax.data.opening;"
+        "d.DatasetConfig('t', {'inputs': 4, 'targets': 4}); "
     )
     program += "print([m for m in ('tensorflow', 'seqio', 't5') if m in sys.modules])"
     done = subprocess.run(
@@ -275,7 +287,6 @@ def test_configuration_is_checked_at_once():
     for settings, message in (
         ({"mixture_or_task_name": ""}, "mixture_or_task_name is ''"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"task_feature_lengths": {"inputs": 64}}, "it needs a length of at least 1 for 'targets'"),
         ({"text_files": []}, "text_files names no file"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
     ):
@@ -283,6 +294,8 @@ def test_configuration_is_checked_at_once():
             DatasetConfig(
                 **{"mixture_or_task_name": "t", "task_feature_lengths": lengths, **settings}
             )
+    with pytest.raises(ValueError, match="it needs a length of at least 1 for 'targets'"):
+        open_dataset(DatasetConfig("t", {"inputs": 64}), FEATURES)
 
 
 def registered(name, rows, *, python=False, features=("inputs", "targets")):
@@ -323,14 +336,14 @@ ROWS = [(f"question {n}", f"answer {n % 3}") for n in range(40)]
 
 def test_a_task_over_python_saves_its_position_alone_and_resumes(tmp_path, caplog):
     config = small_config(registered("from_python", ROWS, python=True))
-    iterator = config.train_iterator()
+    iterator = open_dataset(config, FEATURES).train_iterator()
     take(iterator, 3)
     iterator.save(tmp_path / "a")
     iterator.save(tmp_path / "b")  # the warning comes once
     assert caplog.text.count("PyFunc is stateful") == 1 and "cache_tasks" in caplog.text
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["position.json"]
     expected = take(iterator, 4)
-    resumed = config.train_iterator()
+    resumed = open_dataset(config, FEATURES).train_iterator()
     resumed.restore(tmp_path / "a")
     assert_same(take(resumed, 4), expected)
 
@@ -358,10 +371,10 @@ def test_an_unusable_part_of_a_mixture_is_named(rates, message):
     number = re.search(r"mix_(\d)", message).group(1)
     name = mixture(f"mix_{number}", [(f"{part}_rows", rate) for part, rate in rates.items()])
     with pytest.raises(ValueError, match=message):
-        next(small_config(name).train_iterator())
+        next(open_dataset(small_config(name), FEATURES).train_iterator())
 
 
 def test_a_task_without_inputs_is_refused():
     name = registered("targets_alone", ROWS, features=("targets",))
     with pytest.raises(ValueError, match=r"'targets_alone' has no feature \['inputs'\]"):
-        small_config(name).train_iterator()
+        open_dataset(small_config(name), FEATURES).train_iterator()

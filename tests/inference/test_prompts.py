@@ -9,16 +9,18 @@ import pytest
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import task_examples
 from upcycle_jax.data.prompts import FewShot
+from upcycle_jax.features import EncoderDecoderFeatures
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import small_tasks
 
+FEATURES = EncoderDecoderFeatures()
 LENGTHS = {"inputs": 80, "targets": 8}
 
 
 def task(name, *, few_shot=None, inputs=80, split="validation"):
     (found,) = task_examples(
-        DatasetConfig(name, {**LENGTHS, "inputs": inputs}, split=split), few_shot
+        DatasetConfig(name, {**LENGTHS, "inputs": inputs}, split=split), FEATURES, few_shot
     )
     return found
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from upcycle_jax.data import DatasetConfig
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.tasks import python_environment
 
+FEATURES = EncoderDecoderFeatures()
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -123,12 +126,12 @@ def test_batches_come_from_both_domains_without_naming_a_module():
     config = DatasetConfig(
         "embedded_text_span_corruption", {"inputs": 128, "targets": 29}, batch_size=32, seed=0
     )
-    assert config.task_names() == (
+    assert open_dataset(config, FEATURES).task_names() == (
         "documentation_prose_span_corruption",
         "python_source_span_corruption",
     )
-    assert config.vocabulary_size() == 359
-    batch = next(config.train_iterator())
+    assert open_dataset(config, FEATURES).vocabulary_size() == 359
+    batch = next(open_dataset(config, FEATURES).train_iterator())
     assert (batch["encoder_input_tokens"] > 0).mean() > 0.99  # rows are full
     texts = [
         bytes(int(token) - 3 for token in row if 3 <= token < 259)

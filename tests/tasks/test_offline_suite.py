@@ -8,10 +8,12 @@ import json
 import numpy as np
 import pytest
 
-from upcycle_jax import tasks
-from upcycle_jax.data import DatasetConfig
+from upcycle_jax.data import DatasetConfig, shipped_tasks
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.tasks import label_metrics, python_labels
 
+FEATURES = EncoderDecoderFeatures()
 NAMES = sorted(python_labels.LABELS)
 
 
@@ -151,7 +153,7 @@ def test_majority_answers_score_what_they_should(pairs):
     config = DatasetConfig(
         "offline_suite_match", {"inputs": 512, "targets": 8}, split="validation", seed=0
     )
-    (task,) = task_examples(config)
+    (task,) = task_examples(config, FEATURES)
     examples = list(task.examples())
     yes = sum(target == "yes" for _, target in pairs["match"]["validation"])
     assert len(examples) == len(pairs["match"]["validation"])
@@ -169,13 +171,12 @@ def test_the_mixture_and_its_classes():
     config = DatasetConfig(
         "offline_suite_finetune", {"inputs": 512, "targets": 32}, batch_size=20, seed=0
     )
-    assert (
-        config.task_names() == tuple(f"offline_suite_{name}" for name in NAMES)
-        and config.vocabulary_size() == 359
-    )
-    assert set(tasks.SHIPPED["upcycle_jax.tasks.offline_suite"]) == {
+    dataset = open_dataset(config, FEATURES)
+    assert dataset.task_names() == tuple(f"offline_suite_{name}" for name in NAMES)
+    assert dataset.vocabulary_size() == 359
+    assert set(shipped_tasks.MODULES["upcycle_jax.tasks.offline_suite"]) == {
         "offline_suite_finetune",
-        *config.task_names(),
+        *dataset.task_names(),
     }
     for name, labels in python_labels.LABELS.items():
         task = seqio.TaskRegistry.get(f"offline_suite_{name}")
@@ -183,12 +184,12 @@ def test_the_mixture_and_its_classes():
         assert {metric.__name__ for metric in task.metric_fns} == (
             {"accuracy", "macro_f1"} if labels.classes else {"exact_match", "word_f1"}
         )
-    batch = next(config.train_iterator())
+    batch = next(open_dataset(config, FEATURES).train_iterator())
     texts = [
         bytes(int(token) - 3 for token in row if 3 <= token < 259).decode(errors="replace")
         for row in batch["encoder_input_tokens"]
     ]
     assert len({text.split()[0] for text in texts}) >= 3
-    fingerprint = config.fingerprint()
+    fingerprint = open_dataset(config, FEATURES).fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint
     assert len(fingerprint["tasks"]["offline_suite_match"]["source"]["train"]["sha256"]) == 64

@@ -6,11 +6,13 @@ import importlib
 
 import pytest
 
-from upcycle_jax import tasks
-from upcycle_jax.data import DatasetConfig, configure
+from upcycle_jax.data import DatasetConfig, configure, resolve, shipped_tasks
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
+FEATURES = EncoderDecoderFeatures()
 LENGTHS = {"inputs": 512, "targets": 114}
 
 
@@ -28,10 +30,10 @@ def empty_tfds(tmp_path):
     seqio.set_tfds_data_dir_override(None)
 
 
-@pytest.mark.parametrize("module", tasks.SHIPPED)
+@pytest.mark.parametrize("module", shipped_tasks.MODULES)
 def test_modules_register_what_they_say(module, with_t5):
     importlib.import_module(module)
-    assert set(tasks.SHIPPED[module]) <= {
+    assert set(shipped_tasks.MODULES[module]) <= {
         *seqio.TaskRegistry.names(),
         *seqio.MixtureRegistry.names(),
     }
@@ -51,7 +53,7 @@ def test_unprepared_data_are_named_with_the_command_that_prepares_them(
             rf" {dataset}"
         ),
     ):
-        DatasetConfig(name, LENGTHS, vocabulary="bytes").train_iterator()
+        open_dataset(DatasetConfig(name, LENGTHS, vocabulary="bytes"), FEATURES).train_iterator()
 
 
 def test_super_glue_mixture_is_proportional(with_t5):
@@ -59,7 +61,7 @@ def test_super_glue_mixture_is_proportional(with_t5):
         "super_glue_v102_proportional", {"inputs": 512, "targets": 62}, vocabulary="bytes"
     )
     assert {"super_glue_boolq_v102", "super_glue_record_v102", "dpr_v001_simple"} <= set(
-        config.task_names()
+        open_dataset(config, FEATURES).task_names()
     )
 
 
@@ -93,8 +95,8 @@ def test_boolq_in_t5s_words_and_any_vocabulary(with_t5):
         vocabulary="bytes",
         seed=0,
     )
-    (batch,) = config.eval_batches()[name]()
-    decode = config.vocabularies()["targets"].decode
+    (batch,) = open_dataset(config, FEATURES).eval_batches()[name]()
+    decode = resolve.task_or_mixture(config).output_features["targets"].vocabulary.decode
     rows = [
         (decode(x.tolist()), decode(y.tolist()))
         for x, y in zip(batch["encoder_input_tokens"], batch["decoder_target_tokens"], strict=True)
@@ -121,7 +123,7 @@ def test_c4_is_corrupted_as_every_text():
         vocabulary="bytes",
         seed=0,
     )
-    batch = next(config.train_iterator())
+    batch = next(open_dataset(config, FEATURES).train_iterator())
     assert (batch["encoder_input_tokens"] > 0).all() and (
         batch["decoder_target_tokens"] > 0
     ).mean() > 0.97

@@ -13,6 +13,7 @@ from etils import epath
 
 from tests.toy_family.model import ToyConfig, ToyModel, ToyMoe
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import Recipe
 from upcycle_jax.surgery.upcycle import Upcycle
@@ -83,6 +84,11 @@ class LinesData:
 
     def eval_batches(self, num_batches=None, process_index=0, process_count=1):
         return {"lines": lambda: iter([lines(1000)])}
+
+
+@open_dataset.register
+def open_lines(config: LinesData, features):
+    return config
 
 
 def run(model_dir, model, steps, restore=None):

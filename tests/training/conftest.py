@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from upcycle_jax import trees
+from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models.base import Stack
 from upcycle_jax.models.metrics import Mean
@@ -187,7 +188,7 @@ class ArithmeticIterator:
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticDataset:
-    """A `DatasetConfig` without TensorFlow. `poison` is a batch number whose tokens are out of
+    """A `DatasetConfig` and the `Dataset` that it becomes, without TensorFlow. `poison` is a batch number whose tokens are out of
     range (NaN by jnp.take's fill).
     """
 
@@ -208,6 +209,10 @@ class ArithmeticDataset:
         targets[rng.random(targets.shape) < 0.2] = 0
         return {"encoder_input_tokens": tokens, "decoder_target_tokens": targets}
 
+    @property
+    def config(self):
+        return self
+
     def vocabulary_size(self):
         return self.vocabulary
 
@@ -219,6 +224,11 @@ class ArithmeticDataset:
             return lambda: (self.batch(first + i) for i in range(num_batches or 2))
 
         return {"bags_a": task(10_000), "bags_b": task(20_000)}
+
+
+@open_dataset.register
+def open_arithmetic(config: ArithmeticDataset, features):
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,15 @@ import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 
-from upcycle_jax.data import prompts, resolve, seqio_source
+from upcycle_jax.data import prompts, resolve
+from upcycle_jax.data.cache import lookup
+from upcycle_jax.data.cache.batches import CachedDataset
 from upcycle_jax.data.cache.format import CachedTask
-from upcycle_jax.data.dataset import DatasetConfig, HostBatch
+from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.features import FeatureConverter, HostBatch
 
 Example = dict[str, Any]
-"""One example as SeqIO gives it: tokens of 'inputs' and 'targets', and whatever else the task keeps
+"""One example as SeqIO gives it: tokens of the task's features, and whatever else the task keeps
 (`inputs_pretokenized`, `idx`, ...).
 """
 
@@ -27,6 +30,8 @@ _OUTPUTS = {
 PRETOKENIZED = "_pretokenized"
 SHOTS = "num_shots"
 """Feature that says how many solved examples stand before an input."""
+_TARGETS = "targets"
+"""The feature that SeqIO's metrics compare predictions with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +55,23 @@ class TaskExamples:
     Args:
       task: the SeqIO task.
       config: split, lengths and seed. `shuffle` and `pack` are not looked at.
+      features: the model's converter.
       few_shot: solved examples that stand before each input, or None.
-      cached: where the examples are read, instead of through the task.
+      cached: the dataset and its task from which the examples are read, instead of through the
+        task.
     """
 
     def __init__(
         self,
         task: seqio.Task,
         config: DatasetConfig,
+        features: FeatureConverter,
         few_shot: prompts.FewShot | None = None,
         *,
-        cached: CachedTask | None = None,
+        cached: tuple[CachedDataset, CachedTask] | None = None,
     ):
-        self._task, self._config, self._cached = task, config, cached
+        self._task, self._config, self._features = task, config, features
+        self._cached = cached
         self._shots = prompts.Shots(few_shot, task, config) if few_shot is not None else None
 
     @property
@@ -71,9 +80,13 @@ class TaskExamples:
         return self._task.name
 
     @property
+    def _target_feature(self) -> seqio.Feature:
+        return prompts.feature_of(self._task, _TARGETS, needed_by="predictions")
+
+    @property
     def eos_id(self) -> int:
         """The id that ends a target."""
-        eos_id = self._task.output_features["targets"].vocabulary.eos_id
+        eos_id = self._target_feature.vocabulary.eos_id
         return 1 if eos_id is None else int(eos_id)
 
     def examples(
@@ -87,10 +100,9 @@ class TaskExamples:
 
     def _read(self) -> Iterator[Example]:
         if self._cached is not None:
-            from upcycle_jax.data.cache import batches
-
-            return batches.whole_examples(self._config, self._cached)
-        dataset = self._task.get_dataset(
+            dataset, task = self._cached
+            return dataset.whole_examples(task)
+        read = self._task.get_dataset(
             sequence_length=dict(self._config.task_feature_lengths),
             split=self._config.split,
             use_cached=self._config.use_cached,
@@ -99,22 +111,22 @@ class TaskExamples:
             num_epochs=1,
             try_in_mem_cache=False,
         )
-        return iter(tfds.as_numpy(dataset))
+        return iter(tfds.as_numpy(read))
 
     def _with_shots(self, example: Mapping[str, Any]) -> Example:
         assert self._shots is not None
-        feature = self._task.output_features["inputs"]
-        given = np.asarray(example["inputs"])
+        name = prompts.INPUTS
+        feature, given = self._task.output_features[name], np.asarray(example[name])
         ends = (
             bool(len(given))
             and feature.vocabulary.eos_id is not None
             and int(given[-1]) == feature.vocabulary.eos_id
         )
         ids, text, count = self._shots.before(
-            prompts.text_of(self._task, example, "inputs"),
+            prompts.text_of(self._task, example, name),
             ends=ends or (feature.add_eos and not len(given)),
         )
-        return {**example, "inputs": ids, f"inputs{PRETOKENIZED}": text.encode(), SHOTS: count}
+        return {**example, name: ids, f"{name}{PRETOKENIZED}": text.encode(), SHOTS: count}
 
     def options(
         self, example: Mapping[str, Any], given: prompts.Options | None = None
@@ -132,38 +144,28 @@ class TaskExamples:
         Raises:
           ValueError: it is longer than targets may be.
         """
-        feature, length = (
-            self._task.output_features["targets"],
-            self._config.task_feature_lengths["targets"],
-        )
+        feature, length = self._target_feature, self._config.task_feature_lengths[_TARGETS]
         ids = prompts.tokens(feature, text, ends=feature.add_eos)
         if len(ids) > length:
             raise ValueError(
                 f"the answer {text!r} of the task '{self.name}' has {len(ids)} tokens: raise"
-                f" TASK_FEATURE_LENGTHS['targets'] ({length})"
+                f" TASK_FEATURE_LENGTHS['{_TARGETS}'] ({length})"
             )
-        return {**example, "targets": ids}
+        return {**example, _TARGETS: ids}
+
+    def padded_targets(self, example: Mapping[str, Any]) -> np.ndarray:
+        """Int32 ids of an example's targets, filled with zeros to the length of targets."""
+        ids = np.asarray(example[_TARGETS], np.int32)
+        return np.pad(ids, (0, self._config.task_feature_lengths[_TARGETS] - len(ids)))
 
     def batch(self, examples: Sequence[Mapping[str, Any]], rows: int) -> HostBatch:
-        """Model features of at most `rows` examples, as SeqIO's EncDecFeatureConverter makes them;
-        the rows that are left are zeros.
-        """
-        lengths = self._config.task_feature_lengths
-        inputs, targets = (
-            _padded([example.get(key, ()) for example in examples], rows, lengths[key])
-            for key in ("inputs", "targets")
-        )
-        return {
-            "encoder_input_tokens": inputs,
-            "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-            "decoder_target_tokens": targets,
-            "decoder_loss_weights": (targets > 0).astype(np.int32),
-        }
+        """Model features of at most `rows` examples; the rows that are left are zeros."""
+        return self._features.pad(examples, self._config.task_feature_lengths, rows)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Text of predicted token ids, up to EOS."""
         ids = [int(token) for token in np.trim_zeros(np.asarray(tokens), "b")]
-        return self._task.output_features["targets"].vocabulary.decode(ids)
+        return self._target_feature.vocabulary.decode(ids)
 
     def record(self, example: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
         """An example as JSON: its texts as they were before tokenizing, or decoded where the task
@@ -181,7 +183,7 @@ class TaskExamples:
         if texts:
             return texts
         features = self._task.output_features
-        present = [key for key in ("inputs", "targets") if key in example]
+        present = [key for key in self._features.task_features if key in example]
         return {
             key: features[key].vocabulary.decode([int(token) for token in example[key]])
             for key in present
@@ -224,11 +226,11 @@ class TaskExamples:
         for metric in self._task.metric_objs:
             output = np.array(outputs[_OUTPUTS[metric.model_output_type]])
             instance = metric.from_model_output(
-                examples, output, self._task.output_features, "targets"
+                examples, output, self._task.output_features, _TARGETS
             )
             if isinstance(instance, seqio.metrics.CollectingMetric):
                 computed, inferences = instance.actual_compute(
-                    examples, self._task.output_features, "targets"
+                    examples, self._task.output_features, _TARGETS
                 )
             else:
                 computed, inferences = (
@@ -245,33 +247,35 @@ class TaskExamples:
                 if np.ndim(value) == 0 and not isinstance(value, seqio.metrics.MetricValue):
                     values[name] = float(value)
         return TaskResult(
-            metrics=values, targets=found.get("targets"), predictions=found.get("prediction")
+            metrics=values, targets=found.get(_TARGETS), predictions=found.get("prediction")
         )
 
 
 def task_examples(
-    config: DatasetConfig, few_shot: prompts.FewShot | None = None
+    config: DatasetConfig, features: FeatureConverter, few_shot: prompts.FewShot | None = None
 ) -> tuple[TaskExamples, ...]:
     """The tasks of the mixture that have the split, by name.
 
     Args:
       config: what to read.
+      features: the model's converter.
       few_shot: solved examples before each input, or None.
 
     Raises:
       ValueError: the name or the split is unknown, or the data are unusable.
     """
-    seqio_source._keep_off_accelerators()
-    cache = config.cache()
-    if cache is not None:
-        config = dataclasses.replace(config, use_cached=False)
-        cached = {task.manifest.task: task for task, _ in cache.tasks_with(config.split)}
-        having = (task for task in resolve.tasks(config) if task.name in cached)
-        return tuple(
-            TaskExamples(task, config, few_shot, cached=cached[task.name]) for task in having
-        )
-    tasks = seqio_source._check_split(config, resolve.tasks(config))
-    return tuple(TaskExamples(task, config, few_shot) for task in tasks)
+    mixture = lookup.find(config, features)
+    if mixture is None:
+        tasks = resolve.tasks_with_split(config)
+        return tuple(TaskExamples(task, config, features, few_shot) for task in tasks)
+    dataset = CachedDataset(config, features, mixture)
+    cached = {task.manifest.task: task for task, _ in mixture.tasks_with(config.split)}
+    config = dataclasses.replace(config, use_cached=False)
+    return tuple(
+        TaskExamples(task, config, features, few_shot, cached=(dataset, cached[task.name]))
+        for task in resolve.tasks(config)
+        if task.name in cached
+    )
 
 
 def as_json(value: Any) -> Any:
@@ -285,12 +289,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_json(part) for part in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _padded(sequences: Sequence[Any], rows: int, length: int) -> np.ndarray:
-    """Int32 `[rows, length]`; longer sequences are cut."""
-    out = np.zeros((rows, length), np.int32)
-    for row, sequence in zip(out, sequences, strict=False):
-        tokens = np.asarray(sequence, np.int32)[:length]
-        row[: len(tokens)] = tokens
-    return out

@@ -1,7 +1,6 @@
-"""Several short examples in one row, with segment ids and positions; planned from lengths alone, so
-that any row can be found.
+"""Which short examples share a row; planned from their lengths alone, so that any row can be found.
 
-Axis legend: B rows, L tokens of a row.
+Axis legend: N examples, R sequences of a row (`FeatureConverter.row_capacity`).
 """
 
 import bisect
@@ -9,8 +8,6 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
-from upcycle_jax.data.dataset import HostBatch
 
 WINDOW = 4096
 """Examples that are packed among themselves: a row never holds examples of two windows, so windows
@@ -22,8 +19,8 @@ def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
     """Fills rows in order, each with as many of the next examples as fit.
 
     Args:
-      lengths: int `[N, F]` tokens of each feature of each example.
-      capacity: tokens of a row, for each feature; an example that is longer counts as a whole row.
+      lengths: int `[N, R]` tokens that each example takes of each sequence of a row.
+      capacity: tokens of each sequence; an example that is longer counts as a whole row.
 
     Returns:
       int64: the first example of each row, and N.
@@ -48,17 +45,17 @@ class PackingPlan:
     """Which examples of an endless stream each row holds.
 
     Args:
-      lengths: gives tokens `[count, F]` of examples `first, first + 1, ...` of the stream.
-      capacity: tokens of a row, for each feature.
+      lengths: gives tokens `[count, R]` of examples `first, first + 1, ...` of the stream.
+      capacity: tokens of each sequence of a row.
     """
 
     def __init__(self, lengths: Callable[[int, int], np.ndarray], capacity: Sequence[int]):
         self._lengths, self._capacity = lengths, tuple(capacity)
         self._lock = threading.Lock()
         self._first_window = 0
-        self._first_rows = [
-            0
-        ]  # the first row of each window from `_first_window` on, and the row after the last known one
+        # The first row of each window from `_first_window` on, and the row after the last known
+        # one.
+        self._first_rows = [0]
         self._known: dict[int, np.ndarray] = {}
 
     def _starts(self, window: int) -> np.ndarray:
@@ -97,65 +94,3 @@ class PackingPlan:
         """Makes rows from `anchor` on available without counting those before."""
         with self._lock:
             self._first_window, self._first_rows = anchor["window"], [anchor["first_row"]]
-
-
-def _shifted(targets: np.ndarray) -> np.ndarray:
-    """Decoder inputs: targets one place later, 0 first."""
-    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-
-
-def padded_rows(
-    inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], lengths: Sequence[int], rows: int
-) -> HostBatch:
-    """One example a row, zeros after it: the features of SeqIO's EncDecFeatureConverter, int32 `[B,
-    L]`. Missing rows are zeros.
-    """
-    filled = []
-    for sequences, length in zip((inputs, targets), lengths, strict=True):
-        out = np.zeros((rows, length), np.int32)
-        for row, tokens in enumerate(sequences):
-            out[row, : len(tokens)] = tokens
-        filled.append(out)
-    return {
-        "encoder_input_tokens": filled[0],
-        "decoder_input_tokens": _shifted(filled[1]),
-        "decoder_target_tokens": filled[1],
-        "decoder_loss_weights": (filled[1] > 0).astype(np.int32),
-    }
-
-
-def packed_rows(
-    inputs: Sequence[Sequence[np.ndarray]],
-    targets: Sequence[Sequence[np.ndarray]],
-    lengths: Sequence[int],
-) -> HostBatch:
-    """Several examples a row: as `padded_rows`, with segment ids counted from 1 and positions
-    counted from 0 in each example.
-    """
-    batch: HostBatch = {}
-    for side, tokens_name, examples, length in (
-        ("encoder", "encoder_input_tokens", inputs, lengths[0]),
-        ("decoder", "decoder_target_tokens", targets, lengths[1]),
-    ):
-        tokens, segments, positions = (
-            np.zeros((len(examples), length), np.int32) for _ in range(3)
-        )
-        for row, sequences in enumerate(examples):
-            place = 0
-            for number, sequence in enumerate(sequences, start=1):
-                here = slice(place, place + len(sequence))
-                tokens[row, here], segments[row, here], positions[row, here] = (
-                    sequence,
-                    number,
-                    np.arange(len(sequence)),
-                )
-                place += len(sequence)
-        batch |= {
-            tokens_name: tokens,
-            f"{side}_segment_ids": segments,
-            f"{side}_positions": positions,
-        }
-    shifted = _shifted(batch["decoder_target_tokens"])
-    batch["decoder_input_tokens"] = np.where(batch["decoder_positions"] > 0, shifted, 0)
-    batch["decoder_loss_weights"] = (batch["decoder_target_tokens"] > 0).astype(np.int32)
-    return batch

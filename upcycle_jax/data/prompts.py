@@ -24,12 +24,14 @@ from upcycle_jax import checks
 if TYPE_CHECKING:
     import seqio
 
-    from upcycle_jax.data.dataset import DatasetConfig
+    from upcycle_jax.data.config import DatasetConfig
 
 Options = Sequence[str] | Mapping[str, Sequence[str]]
 """Answers to choose from: for all tasks, or by task name."""
 
 OPTIONS, LABEL_CLASSES = "options", "label_classes"
+INPUTS, TARGETS = "inputs", "targets"
+"""Features of a task that solved examples are made of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,12 +136,21 @@ class Shots:
       config: lengths, and the seed that the task's own steps draw with.
 
     Raises:
-      ValueError: the split is not there, or has too few examples.
+      ValueError: the task has no inputs or targets, the split is not there, or it has too few
+        examples.
     """
 
     def __init__(self, settings: FewShot, task: "seqio.Task", config: "DatasetConfig"):
-        self._settings, self._feature = settings, task.output_features["inputs"]
-        self._length = config.task_feature_lengths["inputs"]
+        self._settings = settings
+        self._feature, _ = (
+            feature_of(task, name, needed_by="FewShot") for name in (INPUTS, TARGETS)
+        )
+        if INPUTS not in config.task_feature_lengths:
+            raise ValueError(
+                f"task_feature_lengths is {dict(config.task_feature_lengths)}: FewShot needs a"
+                f" length for '{INPUTS}', in front of which solved examples stand"
+            )
+        self._length = config.task_feature_lengths[INPUTS]
         pool = list(itertools.islice(_texts(task, settings.split), settings.pool))
         if len(pool) < settings.num_shots:
             raise ValueError(
@@ -187,7 +198,21 @@ def _texts(task: "seqio.Task", split: str) -> Iterator[tuple[str, str]]:
         try_in_mem_cache=False,
     )
     for example in tfds.as_numpy(dataset):
-        yield text_of(task, example, "inputs"), text_of(task, example, "targets")
+        yield text_of(task, example, INPUTS), text_of(task, example, TARGETS)
+
+
+def feature_of(task: "seqio.Task", name: str, *, needed_by: str) -> "seqio.Feature":
+    """A feature of a task.
+
+    Raises:
+      ValueError: the task has none of that name.
+    """
+    if name not in task.output_features:
+        raise ValueError(
+            f"the task '{task.name}' has no feature '{name}', which {needed_by} needs: it has"
+            f" {sorted(task.output_features)}"
+        )
+    return task.output_features[name]
 
 
 def text_of(task: "seqio.Task", example: Mapping[str, Any], feature: str) -> str:

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import seqio
+import tensorflow as tf
+from absl import logging
 
-from upcycle_jax.data import settings, sources
-from upcycle_jax.data.dataset import DatasetConfig
+from upcycle_jax.data import settings, shipped_tasks, sources
+from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.data.text import files as text_files
-
-SHIPPED_TASKS = "upcycle_jax.tasks"
 
 
 def _import_task_module(name: str) -> None:
@@ -30,21 +30,9 @@ def _import_task_module(name: str) -> None:
         raise
 
 
-def _shipped_module(name: str) -> str | None:
-    """The module of this project that registers `name`."""
-    shipped = importlib.import_module(SHIPPED_TASKS).SHIPPED
-    return next((module for module, names in shipped.items() if name in names), None)
-
-
 def _known_names() -> list[str]:
-    shipped = importlib.import_module(SHIPPED_TASKS).SHIPPED
-    return sorted(
-        {
-            *seqio.TaskRegistry.names(),
-            *seqio.MixtureRegistry.names(),
-            *(name for names in shipped.values() for name in names),
-        }
-    )
+    registered = (*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names())
+    return sorted({*registered, *shipped_tasks.names()})
 
 
 def _registered(name: str) -> seqio.Task | seqio.Mixture | None:
@@ -55,7 +43,17 @@ def _registered(name: str) -> seqio.Task | seqio.Mixture | None:
     return None
 
 
+def _keep_off_accelerators() -> None:
+    """A TensorFlow built for accelerators would take their memory: it only feeds data here."""
+    for kind in ("GPU", "TPU"):
+        try:
+            tf.config.set_visible_devices([], kind)
+        except (RuntimeError, ValueError):  # initialised before, or no such kind
+            logging.debug("TensorFlow keeps its %s devices", kind)
+
+
 def _apply_settings() -> None:
+    _keep_off_accelerators()
     current = settings.current()
     if current.tfds_data_dir:
         seqio.set_tfds_data_dir_override(current.tfds_data_dir)
@@ -80,14 +78,13 @@ def task_or_mixture(config: DatasetConfig) -> seqio.Task | seqio.Mixture:
             " tokenised with the task's own vocabulary, so unset one of them (caches of `python -m"
             " upcycle_jax.cache_tasks` can have another one)"
         )
-    modules = (config.module,) if isinstance(config.module, str) else tuple(config.module or ())
-    for task_module in modules:
+    for task_module in config.modules:
         _import_task_module(task_module)
     if config.text_files is not None:
         return _text_file_tasks(config, text_files.normalise(config.text_files))
     name = config.mixture_or_task_name
     provider = _registered(name)
-    module = _shipped_module(name)
+    module = shipped_tasks.module_of(name)
     if provider is None and module is not None:
         _import_task_module(module)
         provider = _registered(name)
@@ -191,14 +188,37 @@ def tasks(config: DatasetConfig) -> tuple[seqio.Task, ...]:
     return tuple(sorted(seqio.get_subtasks(task_or_mixture(config)), key=lambda task: task.name))
 
 
-def task_names(config: DatasetConfig) -> tuple[str, ...]:
-    """Names of `tasks`."""
-    return tuple(task.name for task in tasks(config))
+def splits(task: seqio.Task) -> tuple[str, ...]:
+    """The splits of a task's data. TFDS tells them only of prepared data.
+
+    Raises:
+      ValueError: the data are not prepared.
+    """
+    if not isinstance(task.source, seqio.TfdsDataSource):
+        return tuple(task.splits)
+    try:
+        return tuple(task.splits)
+    except ValueError as error:
+        dataset = task.source.tfds_dataset
+        folder = settings.current().tfds_data_dir or "~/tensorflow_datasets"
+        raise ValueError(
+            f"the data of the task '{task.name}' (TFDS {dataset.name}) are not prepared in"
+            f" {folder}: prepare them with `tfds build {dataset.name} --data_dir={folder}`, or name"
+            " the folder that has them with --tfds_data_dir"
+        ) from error
 
 
-def vocabularies(config: DatasetConfig) -> dict[str, seqio.Vocabulary]:
-    """Vocabulary of each feature."""
-    return {
-        name: feature.vocabulary
-        for name, feature in task_or_mixture(config).output_features.items()
-    }
+def tasks_with_split(config: DatasetConfig) -> tuple[seqio.Task, ...]:
+    """Those of `tasks` that have the split.
+
+    Raises:
+      ValueError: none has.
+    """
+    known = tasks(config)
+    having = tuple(task for task in known if config.split in splits(task))
+    if not having:
+        names = sorted({str(split) for task in known for split in splits(task)})
+        raise ValueError(
+            f"'{config.mixture_or_task_name}' has no split '{config.split}': it has {names}"
+        )
+    return having

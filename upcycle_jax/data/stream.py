@@ -11,14 +11,17 @@ from typing import Any
 
 from etils import epath
 
-from upcycle_jax.data.dataset import DatasetConfig, HostBatch, Position
+from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.data.dataset import Dataset
+from upcycle_jax.data.position import Position
+from upcycle_jax.features import HostBatch
 
 
 class Stream(abc.ABC):
     """A `BatchIterator`, but for its batches.
 
     Args:
-      config: what is read.
+      dataset: what is read.
       process_index: number of this process.
       process_count: processes that share each batch.
 
@@ -26,7 +29,8 @@ class Stream(abc.ABC):
       ValueError: the batch does not divide by the processes, or they would draw a seed each.
     """
 
-    def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
+    def __init__(self, dataset: Dataset, *, process_index: int, process_count: int):
+        config = dataset.config
         config.local_batch_size(process_count)
         if not 0 <= process_index < process_count:
             raise ValueError(
@@ -37,7 +41,7 @@ class Stream(abc.ABC):
                 f"seed is None with {process_count} processes, which would each draw their own: set"
                 " DatasetConfig.seed (RANDOM_SEED)"
             )
-        self._config = config
+        self._dataset, self._config = dataset, config
         self._process_index, self._process_count = process_index, process_count
         self._seed = secrets.randbelow(2**31) if config.seed is None else config.seed
         self._batches = 0
@@ -59,9 +63,9 @@ class Stream(abc.ABC):
         """The seed in use: the configuration's, or the one drawn or restored where that is None."""
         return self._seed
 
-    @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """See `DatasetConfig.fingerprint`."""
+        """See `Dataset.fingerprint`."""
+        return self._dataset.fingerprint()
 
     @abc.abstractmethod
     def _open(self) -> None:
@@ -114,7 +118,7 @@ def describe(
     vocabularies: Mapping[str, Any],
     packages: Sequence[str],
 ) -> dict[str, Any]:
-    """What `DatasetConfig.fingerprint` gives.
+    """What `Dataset.fingerprint` gives.
 
     Args:
       config: what is read.

@@ -15,6 +15,7 @@ from etils import epath
 
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader
+from upcycle_jax.data import DatasetConfig
 from upcycle_jax.files import write_whole
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
@@ -22,7 +23,7 @@ from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.base import Model
 from upcycle_jax.models.generation import DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training import batches, full_disk, holding, prepare
+from upcycle_jax.training import full_disk, holding, prepare
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.metric_writers import MetricWriter
 from upcycle_jax.types import PyTree
@@ -52,7 +53,7 @@ class _Evaluation:
     """The arguments of `evaluate`, under the same names, and what follows from them."""
 
     model: Model
-    dataset_cfg: Any
+    dataset_cfg: DatasetConfig
     output_dir: epath.Path
     partitioner: Partitioner
     decoder: DecodingAlgorithm
@@ -131,7 +132,7 @@ def evaluate(
         NaN, a full disk, or another evaluation of the mixture that is at work in output_dir.
     """
     _check_choices(num_examples, answering)
-    layout = batches.data_layout(partitioner, dataset_cfg.batch_size)
+    layout = running.data_layout(model, dataset_cfg, partitioner)
     readers = running.checkpoints(checkpoint_path, steps)
     for reader in readers:
         running.check_params(reader, model)
@@ -147,7 +148,7 @@ def evaluate(
 
     from upcycle_jax.data.examples import task_examples
 
-    prepare.check_vocabulary(model, dataset_cfg)
+    dataset = prepare.open_data(model, dataset_cfg)
     evaluation = _Evaluation(
         model=model,
         dataset_cfg=dataset_cfg,
@@ -163,7 +164,7 @@ def evaluate(
         random_seed=random_seed,
         verify=verify,
     )
-    found = task_examples(dataset_cfg, few_shot)
+    found = task_examples(dataset_cfg, model.features, few_shot)
     tasks = {task.name: _Task(evaluation, task, is_one_of_many=len(found) > 1) for task in found}
     name = dataset_cfg.mixture_or_task_name
     with (
@@ -173,7 +174,7 @@ def evaluate(
         _write_files(evaluation, files or {})
         given = {}
         if teacher_forced:
-            given = dataset_cfg.eval_batches(
+            given = dataset.eval_batches(
                 num_batches=teacher_forced_batches,
                 process_index=layout.shard,
                 process_count=layout.num_shards,

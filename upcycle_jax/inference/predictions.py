@@ -25,7 +25,7 @@ from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.base import Generative
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training import batches, full_disk, holding, prepare
+from upcycle_jax.training import full_disk, holding, prepare
 from upcycle_jax.types import PyTree
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def infer(
         way in output_dir.
     """
     _check_numbers(mode, checkpoint_period, shard_id, num_shards)
-    batches.data_layout(partitioner, dataset_cfg.batch_size)
+    running.data_layout(model, dataset_cfg, partitioner)
     reader = open_checkpoint(checkpoint_path)
     running.check_params(reader, model)
     job = _Job(
@@ -157,9 +157,9 @@ def infer(
 
     from upcycle_jax.data.examples import task_examples
 
-    prepare.check_vocabulary(model, dataset_cfg)
-    tasks = task_examples(dataset_cfg, few_shot)
-    job = job.with_data(dataset_cfg.fingerprint())
+    dataset = prepare.open_data(model, dataset_cfg)
+    tasks = task_examples(dataset_cfg, model.features, few_shot)
+    job = job.with_data(dataset.fingerprint())
     _check_tasks(job, tasks, rank_options)
     params = running.load_params(reader, model, partitioner, verify=verify)
     job.write_files(files or {})

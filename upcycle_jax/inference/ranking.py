@@ -76,7 +76,7 @@ def rank(
                 f" {len(examples)} is NaN: activations of the model overflow. Compute in float32"
                 " (the model's dtype)"
             )
-        best = task.batch([rows[first + int(np.argmax(own))]], 1)["decoder_target_tokens"][0]
+        best = task.padded_targets(rows[first + int(np.argmax(own))])
         ranked.append(Ranked(scores=dict(zip(texts, own, strict=True)), tokens=best))
         first += len(texts)
     return ranked

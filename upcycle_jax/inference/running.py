@@ -15,6 +15,8 @@ from upcycle_jax.checkpoints.formats import check_name, checkpoint_steps
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.storage import absolute
 from upcycle_jax.checkpoints.verification import Verification
+from upcycle_jax.data import DatasetConfig
+from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Generative, Model
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
@@ -57,6 +59,19 @@ def generative(model: Model) -> Generative:
             " metrics of their own, and gives no predictions and scores"
         )
     return model
+
+
+def data_layout(
+    model: Model, config: DatasetConfig, partitioner: Partitioner
+) -> batches.DataLayout:
+    """This process's rows of each batch.
+
+    Raises:
+      ValueError: a length that the model needs is missing, or the batch does not split over the
+        mesh.
+    """
+    check_lengths(model.features, config.task_feature_lengths)
+    return batches.data_layout(partitioner, config.batch_size)
 
 
 def load_params(

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from upcycle_jax import checks
 from upcycle_jax.checkpoints import model_settings
+from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
 from upcycle_jax.moe.config import MoeSettings
@@ -65,7 +66,7 @@ class ConversionSettings:
         dataset = self.function_check_dataset
         if dataset is None:
             return None
-        batch = next(iter(dataset.train_iterator()))
+        batch = next(open_dataset(dataset, model.features).train_iterator())
         largest, vocab_size = max(int(array.max()) for array in batch.values()), model.vocab_size
         if vocab_size is not None and largest >= vocab_size:
             raise ValueError(

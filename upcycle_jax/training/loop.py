@@ -179,15 +179,16 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest, hold: Ho
     MODEL_DIR.
     """
     settings = run.settings
-    for cfg in (settings.train_dataset_cfg, settings.train_eval_dataset_cfg):
-        if cfg is not None:
-            prepare.check_vocabulary(settings.model, cfg)
-    iterator = settings.train_dataset_cfg.train_iterator(
+    train_data = prepare.open_data(settings.model, settings.train_dataset_cfg)
+    eval_data = None
+    if settings.train_eval_dataset_cfg is not None:
+        eval_data = prepare.open_data(settings.model, settings.train_eval_dataset_cfg)
+    iterator = train_data.train_iterator(
         process_index=run.train_layout.shard, process_count=run.train_layout.num_shards
     )
     eval_tasks = {}
-    if run.eval_layout is not None:
-        eval_tasks = settings.train_eval_dataset_cfg.eval_batches(
+    if eval_data is not None and run.eval_layout is not None:
+        eval_tasks = eval_data.eval_batches(
             num_batches=settings.eval_steps,
             process_index=run.eval_layout.shard,
             process_count=run.eval_layout.num_shards,

@@ -13,6 +13,7 @@ from etils import epath
 
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
+from upcycle_jax.data import DatasetConfig
 from upcycle_jax.models import accounting
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
@@ -217,12 +218,12 @@ def _trace(model: Model, partitioner: Partitioner, trainer: Trainer, dataset: An
     return f"{rows} rows of {', '.join(f'{name} {length}' for name, length in lengths.items())}"
 
 
-def _data(model: Model, config: Any) -> str:
-    prepare.check_vocabulary(model, config)
-    cached = config.verify()
-    next(config.train_iterator())
-    whole = f"{cached / 2**20:,.1f} MiB of cache are as written; " if cached else ""
-    return (
-        f"{whole}a batch of {config.batch_size} rows can be read; {config.vocabulary_size()} token"
-        f" ids of the model's {model.vocab_size}"
-    )
+def _data(model: Model, config: DatasetConfig) -> str:
+    dataset = prepare.open_data(model, config)
+    cached = dataset.verify()
+    next(dataset.train_iterator())
+    found = [f"{cached / 2**20:,.1f} MiB of cache are as written"] if cached else []
+    found.append(f"a batch of {config.batch_size} rows can be read")
+    if model.vocab_size is not None:
+        found.append(f"{dataset.vocabulary_size()} token ids of the model's {model.vocab_size}")
+    return "; ".join(found)

@@ -8,12 +8,14 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
 from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, step_folders
 from upcycle_jax.checkpoints.model_settings import check_model
+from upcycle_jax.data import Dataset, DatasetConfig
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Model, Stack, stack_lengths
 from upcycle_jax.moe import capacity
 from upcycle_jax.partitioning import Partitioner
@@ -35,8 +37,8 @@ class Settings:
 
     model: Model
     model_dir: epath.Path
-    train_dataset_cfg: Any
-    train_eval_dataset_cfg: Any
+    train_dataset_cfg: DatasetConfig
+    train_eval_dataset_cfg: DatasetConfig | None
     checkpoint_cfg: CheckpointConfig
     partitioner: Partitioner
     trainer: Trainer
@@ -80,6 +82,9 @@ def prepare(settings: Settings) -> PreparedRun:
     _check_numbers(settings)
     if settings.tracker is not None:
         settings.tracker.check()
+    for cfg in (settings.train_dataset_cfg, settings.train_eval_dataset_cfg):
+        if cfg is not None:
+            check_lengths(settings.model.features, cfg.task_feature_lengths)
     partitioner, trainer = settings.partitioner, settings.trainer
     batches.check_batch_size(
         settings.train_dataset_cfg.batch_size, trainer.num_microbatches or 1, partitioner
@@ -223,15 +228,22 @@ def check_steps(settings: Settings, source: Source) -> None:
         )
 
 
-def check_vocabulary(model: Model, dataset_cfg: Any) -> None:
-    """Raises a ValueError where the data has token ids that the model's embedding does not have."""
-    needed, have = dataset_cfg.vocabulary_size(), model.vocab_size
+def open_data(model: Model, config: DatasetConfig) -> Dataset:
+    """Opens data for a model.
+
+    Raises:
+      FileNotFoundError, ValueError: as `open_dataset`; or the data has token ids that the model's
+        embedding does not have.
+    """
+    dataset = open_dataset(config, model.features)
+    needed, have = dataset.vocabulary_size(), model.vocab_size
     if have is not None and needed > have:
         raise ValueError(
-            f"the vocabulary of {dataset_cfg.mixture_or_task_name!r} has {needed} ids, the model's"
+            f"the vocabulary of {config.mixture_or_task_name!r} has {needed} ids, the model's"
             f" vocab_size is {have}: set {type(model.config).__name__}.vocab_size to at least"
             f" {needed} or choose another vocabulary"
         )
+    return dataset
 
 
 def check_model_dir(model_dir: epath.Path, *, checkpoint_bytes: int) -> str:

@@ -35,7 +35,7 @@ from upcycle_jax.checkpoints.verification import (
     check_digests,
     check_finite,
 )
-from upcycle_jax.data.dataset import DamagedPositionError
+from upcycle_jax.data.position import DamagedPositionError
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from upcycle_jax.data import BatchIterator, DatasetConfig, Position, configure
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 
 pytest.importorskip("seqio", reason="caches are written by SeqIO")
 
+FEATURES = EncoderDecoderFeatures()
 BATCHES, SAVED_AT = 12, 5
 TOKENS = "encoder_input_tokens"
 
@@ -102,7 +105,7 @@ def saved(config, folder, tmp_path_factory):
     """
     configure(cache_dirs=[str(folder)])
     place = tmp_path_factory.mktemp("position")
-    iterator = config.train_iterator()
+    iterator = open_dataset(config, FEATURES).train_iterator()
     assert isinstance(iterator, BatchIterator)
     batches = take(iterator, SAVED_AT)
     iterator.save(place)
@@ -122,7 +125,9 @@ def sums(**changes):
 
 
 def test_features_are_those_of_the_fly(saved, config):
-    on_the_fly = next(dataclasses.replace(config, use_cached=False).train_iterator())
+    on_the_fly = next(
+        open_dataset(dataclasses.replace(config, use_cached=False), FEATURES).train_iterator()
+    )
     batch = saved[0][0]
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: (array.shape, array.dtype) for name, array in on_the_fly.items()
@@ -138,8 +143,11 @@ def test_features_are_those_of_the_fly(saved, config):
 @pytest.mark.parametrize("pack", [False, True])
 def test_global_batches_do_not_depend_on_the_number_of_processes(config, processes, pack):
     wanted = dataclasses.replace(config if not pack else sums(), pack=pack, batch_size=8)
-    whole = take(wanted.train_iterator(), 6)
-    parts = [take(wanted.train_iterator(index, processes), 6) for index in range(processes)]
+    whole = take(open_dataset(wanted, FEATURES).train_iterator(), 6)
+    parts = [
+        take(open_dataset(wanted, FEATURES).train_iterator(index, processes), 6)
+        for index in range(processes)
+    ]
     joined = [
         {name: np.concatenate([part[number][name] for part in parts]) for name in whole[0]}
         for number in range(6)
@@ -149,7 +157,7 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(config, process
 
 def test_a_position_is_taken_up_on_another_number_of_processes(saved, config):
     batches, place = saved
-    parts = [config.train_iterator(index, 4) for index in range(4)]
+    parts = [open_dataset(config, FEATURES).train_iterator(index, 4) for index in range(4)]
     for part in parts:
         next(part)  # an iterator that has moved is put right too
         part.restore(place)
@@ -166,7 +174,7 @@ def test_a_position_is_taken_up_on_another_number_of_processes(saved, config):
 
 def test_seek_forwards_and_backwards(saved, config):
     batches, _ = saved
-    iterator = config.train_iterator()
+    iterator = open_dataset(config, FEATURES).train_iterator()
     for number in (7, 1, 0):
         iterator.seek(number)
         assert iterator.position == number
@@ -179,12 +187,12 @@ def test_seek_forwards_and_backwards(saved, config):
 
 def test_packed_position_is_found_again(tmp_path):
     config = sums(pack=True, batch_size=4, task_feature_lengths={"inputs": 48, "targets": 32})
-    iterator = config.train_iterator()
+    iterator = open_dataset(config, FEATURES).train_iterator()
     take(iterator, 900)  # beyond the first window of the plan
     iterator.save(tmp_path)
     assert Position.read(tmp_path).packing["window"] >= 1
     want = take(iterator, 3)
-    again = config.train_iterator()
+    again = open_dataset(config, FEATURES).train_iterator()
     again.restore(tmp_path)
     assert_same(take(again, 3), want)
     again.seek(900)
@@ -204,18 +212,21 @@ def test_another_stream_is_refused(saved, config, tmp_path):
         ValueError,
         match=r"belongs to another stream(.|\n)*cached_span_corruption_code/source/cache: was '0'",
     ):
-        config.train_iterator().restore(tmp_path)
+        open_dataset(config, FEATURES).train_iterator().restore(tmp_path)
 
 
 def test_seeds(saved, config):
-    assert_same(take(config.train_iterator(), 2), saved[0][:2])
-    other = next(dataclasses.replace(config, seed=1).train_iterator())
+    assert_same(take(open_dataset(config, FEATURES).train_iterator(), 2), saved[0][:2])
+    other = next(open_dataset(dataclasses.replace(config, seed=1), FEATURES).train_iterator())
     assert (other[TOKENS] != saved[0][0][TOKENS]).any()
     drawn = dataclasses.replace(config, seed=None)
-    first, second = drawn.train_iterator(), drawn.train_iterator()
+    first, second = (
+        open_dataset(drawn, FEATURES).train_iterator(),
+        open_dataset(drawn, FEATURES).train_iterator(),
+    )
     assert first.seed != second.seed
     with pytest.raises(ValueError, match=r"seed is None with 2 processes"):
-        drawn.train_iterator(0, 2)
+        open_dataset(drawn, FEATURES).train_iterator(0, 2)
 
 
 def decode(row):
@@ -223,13 +234,13 @@ def decode(row):
 
 
 def test_every_epoch_has_each_example_once_in_another_order():
-    iterator = sums(batch_size=30).train_iterator()
+    iterator = open_dataset(sums(batch_size=30), FEATURES).train_iterator()
     epochs = [
         [decode(row) for batch in take(iterator, 3) for row in batch[TOKENS]] for _ in range(2)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"{n} + {n % 7}" for n in range(90))
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
-    ordered = sums(batch_size=30, shuffle=False).train_iterator()
+    ordered = open_dataset(sums(batch_size=30, shuffle=False), FEATURES).train_iterator()
     assert [decode(row) for batch in take(ordered, 3) for row in batch[TOKENS]] == [
         f"{n} + {n % 7}" for n in range(90)
     ]
@@ -238,8 +249,8 @@ def test_every_epoch_has_each_example_once_in_another_order():
 def test_a_record_is_read_once_for_an_example():
     from upcycle_jax.data.cache import lookup, views
 
-    ((task, _),) = lookup.find(sums()).tasks
-    view = views.open_view(task, "train", sums().task_feature_lengths)
+    ((task, _),) = lookup.find(sums(), FEATURES).tasks
+    view = views.open_view(task, "train", sums().task_feature_lengths, FEATURES.task_features)
     records, read = view._records, []
 
     class Counting:
@@ -259,10 +270,10 @@ def test_shuffling_is_global(config):
     """The first batch of a long text comes from all over it."""
     from upcycle_jax.data.cache import lookup, views
 
-    task = {task.manifest.task: task for task, _ in lookup.find(config).tasks}[
+    task = {task.manifest.task: task for task, _ in lookup.find(config, FEATURES).tasks}[
         "cached_span_corruption_code"
     ]
-    count = len(views.open_view(task, "train", config.task_feature_lengths))
+    count = len(views.open_view(task, "train", config.task_feature_lengths, FEATURES.task_features))
     places = [grain.MapDataset.range(count).shuffle(seed=0)[n] for n in range(64)]
     assert len(set(places)) == 64 and min(places) < count / 8 and max(places) > count * 7 / 8
 
@@ -275,8 +286,8 @@ def test_noise_and_cuts_are_fresh_in_each_epoch(make_config):
         shuffle=False,
         batch_size=1,
     )
-    iterator = config.train_iterator()
-    views = iterator._source._stream._views
+    iterator = open_dataset(config, FEATURES).train_iterator()
+    views = iterator._source._examples._views
     per_epoch = len(views[0])
     first = [next(iterator)[TOKENS][0] for _ in range(20)]
     iterator.seek(per_epoch)
@@ -308,7 +319,7 @@ def test_one_pass_holds_the_whole_text_once(objective, make_config):
         task.name: task.source.corpus
         for task in resolve.tasks(dataclasses.replace(config, use_cached=False))
     }
-    for name, start in config.eval_batches().items():
+    for name, start in open_dataset(config, FEATURES).eval_batches().items():
         text = b"".join(corpora[name].splits["validation"])
         rows = [
             pair
@@ -354,7 +365,7 @@ def test_ul2_uses_all_its_denoisers(make_config):
         use_cached=True,
         batch_size=70,
     )
-    batch = next(config.train_iterator())
+    batch = next(open_dataset(config, FEATURES).train_iterator())
     modes = [decode(row)[:5] for row in batch[TOKENS]]
     # Seven denoisers in equal shares: [NLU] 2/7, [NLG] 4/7, [S2S] 1/7 of 70, each within 5 standard
     # deviations (at most 4.1).
@@ -375,21 +386,25 @@ def test_mixtures_follow_their_rates_exactly():
         seed=0,
     )
     assert (
-        config.task_names() == ("cached_prefix_lm_words", "small_sums")
-        and config.vocabulary_size() == 359
+        open_dataset(config, FEATURES).task_names() == ("cached_prefix_lm_words", "small_sums")
+        and open_dataset(config, FEATURES).vocabulary_size() == 359
     )
-    texts = [decode(row) for row in next(config.train_iterator())[TOKENS]]
+    texts = [decode(row) for row in next(open_dataset(config, FEATURES).train_iterator())[TOKENS]]
     assert sum(" + " in text for text in texts) == 100  # rates 1 and 3
 
 
 def test_evaluation_shares_batches_and_fills_the_last():
     config = sums(split="validation", batch_size=8)
-    (whole,) = (list(start()) for start in config.eval_batches().values())
+    (whole,) = (list(start()) for start in open_dataset(config, FEATURES).eval_batches().values())
     texts = [decode(row) for batch in whole for row in batch[TOKENS]]
     assert texts == [f"{n} + {n % 7}" for n in range(1000, 1021)] + [""] * 3
     assert not whole[-1]["decoder_loss_weights"][5:].any()
     parts = [
-        list(config.eval_batches(2, process_index=index, process_count=2)["small_sums"]())
+        list(
+            open_dataset(config, FEATURES).eval_batches(2, process_index=index, process_count=2)[
+                "small_sums"
+            ]()
+        )
         for index in range(2)
     ]
     for batch, first, second in zip(whole[:2], *parts, strict=True):
@@ -397,13 +412,17 @@ def test_evaluation_shares_batches_and_fills_the_last():
             np.concatenate([first[TOKENS], second[TOKENS]]), batch[TOKENS]
         )
     with pytest.raises(ValueError, match="num_batches is 0"):
-        config.eval_batches(0)
-    on_the_fly = list(dataclasses.replace(config, use_cached=False).eval_batches()["small_sums"]())
+        open_dataset(config, FEATURES).eval_batches(0)
+    on_the_fly = list(
+        open_dataset(dataclasses.replace(config, use_cached=False), FEATURES).eval_batches()[
+            "small_sums"
+        ]()
+    )
     assert_same(whole, on_the_fly)
 
 
 def test_fingerprints_are_small_and_name_the_cache(config):
-    fingerprint = config.fingerprint()
+    fingerprint = open_dataset(config, FEATURES).fingerprint()
     assert (
         json.loads(json.dumps(fingerprint)) == fingerprint and len(json.dumps(fingerprint)) < 5000
     )
@@ -418,7 +437,7 @@ def test_metrics_of_a_cached_task_need_its_text_only():
     from upcycle_jax.data.examples import task_examples
 
     for limit, use_cached in ((None, True), (4, False)):
-        (task,) = task_examples(sums(split="validation", use_cached=use_cached))
+        (task,) = task_examples(sums(split="validation", use_cached=use_cached), FEATURES)
         examples = list(task.examples(limit))
         assert task.record(examples[2]) == {
             "inputs_pretokenized": "1002 + 1",
@@ -426,7 +445,7 @@ def test_metrics_of_a_cached_task_need_its_text_only():
         }
         assert [int(example["idx"]) for example in examples[:3]] == [1000, 1001, 1002]
         assert examples[2]["targets"].tolist() == [*(byte + 3 for byte in b"is 1003"), 1]
-    (task,) = task_examples(sums(split="validation"))
+    (task,) = task_examples(sums(split="validation"), FEATURES)
     assert len(list(task.examples())) == 21 and len(list(task.examples(shard=1, num_shards=4))) == 5
     answers = [example["targets"][:-1] for example in task.examples()]
     result = task.evaluate(list(task.examples()), {"prediction": [*answers[:7], *answers[:14]]})
@@ -438,6 +457,7 @@ def test_metrics_of_a_cached_task_need_its_text_only():
             use_cached=True,
             split="validation",
             seed=0,
-        )
+        ),
+        FEATURES,
     )
     assert {"inputs", "targets"} <= next(text.examples()).keys()

@@ -19,9 +19,12 @@ import pytest
 from upcycle_jax import cache_tasks, check, leases
 from upcycle_jax.data import DatasetConfig, configure
 from upcycle_jax.data.cache import format as cache_format
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
 
+FEATURES = EncoderDecoderFeatures()
 MODULE = "cached_tasks"
 LENGTHS = {"inputs": 24, "targets": 12}
 
@@ -296,8 +299,12 @@ def test_steps_of_ones_own_are_frozen_for_given_lengths(cache, tasks, capsys):
         "these steps run once and are the same in every epoch: shout(mark='?')"
         in capsys.readouterr().out
     )
-    (batches,) = config(name, split="validation").eval_batches(1).values()
-    (on_the_fly,) = config(name, split="validation", use_cached=False).eval_batches(1).values()
+    (batches,) = open_dataset(config(name, split="validation"), FEATURES).eval_batches(1).values()
+    (on_the_fly,) = (
+        open_dataset(config(name, split="validation", use_cached=False), FEATURES)
+        .eval_batches(1)
+        .values()
+    )
     for ours, theirs in zip(batches(), on_the_fly(), strict=True):
         for feature in theirs:
             np.testing.assert_array_equal(ours[feature], theirs[feature])
@@ -308,13 +315,17 @@ def test_steps_of_ones_own_are_frozen_for_given_lengths(cache, tasks, capsys):
             r" .*'inputs': 8.*--overwrite"
         ),
     ) as error:
-        config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()
+        open_dataset(
+            config(name, task_feature_lengths={"inputs": 8, "targets": 8}), FEATURES
+        ).train_iterator()
     told = re.search(r"`python -m upcycle_jax.cache_tasks (.*?)`", str(error.value)).group(1)
     assert cache_tasks.main(shlex.split(told)) == 0
     shapes = {
         rows.shape
         for rows in next(
-            config(name, task_feature_lengths={"inputs": 8, "targets": 8}).train_iterator()
+            open_dataset(
+                config(name, task_feature_lengths={"inputs": 8, "targets": 8}), FEATURES
+            ).train_iterator()
         ).values()
     }
     assert shapes == {(4, 8)}
@@ -328,7 +339,7 @@ def test_a_missing_cache_names_the_command(tmp_path):
     )
     where = r"is not cached \(looked in no folder: name it with --seqio_additional_cache_dirs\)\."
     with pytest.raises(FileNotFoundError, match=rf"{where} Prepare it with `{command}`"):
-        config(module=MODULE).train_iterator()
+        open_dataset(config(module=MODULE), FEATURES).train_iterator()
     configure(cache_dirs=[str(tmp_path)])
     words = tmp_path / "words.txt"
     words.write_text(
@@ -344,22 +355,28 @@ def test_a_missing_cache_names_the_command(tmp_path):
         task_feature_lengths={"inputs": 32, "targets": 32},
     )
     with pytest.raises(FileNotFoundError) as error:
-        own.vocabulary_size()
+        open_dataset(own, FEATURES).vocabulary_size()
     told = re.search(r"`python -m upcycle_jax.cache_tasks (.*?)`", str(error.value)).group(1)
     assert (
         cache_tasks.main(shlex.split(told)) == 0
     )  # the command that the error names is the one that helps
-    assert next(own.train_iterator())["encoder_input_tokens"].shape == (4, 32)
+    assert next(open_dataset(own, FEATURES).train_iterator())["encoder_input_tokens"].shape == (
+        4,
+        32,
+    )
     with pytest.raises(
         ValueError,
         match=r"objective was 'prefix_lm' and is 'ul2'\. Cache it again: `python .*--overwrite`",
     ):
-        DatasetConfig(
-            "own",
-            {"inputs": 64, "targets": 64},
-            text_files=[str(words)],
-            objective="ul2",
-            use_cached=True,
+        open_dataset(
+            DatasetConfig(
+                "own",
+                {"inputs": 64, "targets": 64},
+                text_files=[str(words)],
+                objective="ul2",
+                use_cached=True,
+            ),
+            FEATURES,
         ).train_iterator()
     configure()
 
@@ -402,15 +419,15 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
         ValueError,
         match=(rf"'small_sums' is damaged: .*train-.* has [\d,]+ bytes, not [\d,]+\. .*{remedy}"),
     ):
-        config().train_iterator()
+        open_dataset(config(), FEATURES).train_iterator()
     restored()
     file.unlink()
     with pytest.raises(ValueError, match=rf"is damaged: .*array_record is missing\. .*{remedy}"):
-        config().vocabulary_size()
+        open_dataset(config(), FEATURES).vocabulary_size()
     restored()
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=rf"manifest\.json cannot be read .*{remedy}"):
-        config().fingerprint()
+        open_dataset(config(), FEATURES).fingerprint()
     restored()
     task = cache_format.CachedTask.open(folder, remedy="r")
     task.verify()
@@ -418,7 +435,7 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
     with pytest.raises(ValueError, match="has other content than was written. To make it again: r"):
         task.verify()
     with pytest.raises(ValueError, match=r"'small_sums' is damaged: .*other content"):
-        config().verify()  # what `check` calls
+        open_dataset(config(), FEATURES).verify()  # what `check` calls
     assert cache("small_sums", "--verify") == 2
     assert "is damaged" in capsys.readouterr().err
     restored()
@@ -429,14 +446,22 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=rf"is damaged: .*small_sums, split 'train'.*To make it again: {remedy}"
     ):
-        [next(iterator) for iterator in [config().train_iterator()] for _ in range(30)]
+        [
+            next(iterator)
+            for iterator in [open_dataset(config(), FEATURES).train_iterator()]
+            for _ in range(30)
+        ]
     restored()
     (index,) = folder.glob("train.ends.npy")
     ends = np.load(index)
     ends[5, 0] += 1  # as long as before, and wrong
     np.save(index, ends)
     with pytest.raises(ValueError, match=r"holds \d+ tokens of 'inputs', its index says \d+"):
-        [next(iterator) for iterator in [config().train_iterator()] for _ in range(30)]
+        [
+            next(iterator)
+            for iterator in [open_dataset(config(), FEATURES).train_iterator()]
+            for _ in range(30)
+        ]
     restored()
     assert (
         cache("small_sums", "--verify") == 0
@@ -446,13 +471,13 @@ def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):
         ValueError,
         match=r"the cache of 'small_sums' has no split 'test': it has \['train', 'validation'\]",
     ):
-        config(split="test").train_iterator()
+        open_dataset(config(split="test"), FEATURES).train_iterator()
 
 
 def test_another_vocabulary_is_told(cache, tmp_path, tasks):
     assert cache() == 0
     with pytest.raises(ValueError, match=r"has 100 extra ids, DatasetConfig\.extra_ids is 8"):
-        config(vocabulary="bytes", extra_ids=8).train_iterator()
+        open_dataset(config(vocabulary="bytes", extra_ids=8), FEATURES).train_iterator()
     model = (
         pathlib.Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
     )
@@ -462,20 +487,25 @@ def test_another_vocabulary_is_told(cache, tmp_path, tasks):
         ValueError,
         match=r"'inputs' was tokenised with ByteVocabulary, VOCABULARY is '.*sentencepiece\.model'",
     ):
-        config(vocabulary=str(model)).train_iterator()
+        open_dataset(config(vocabulary=str(model)), FEATURES).train_iterator()
     assert cache("small_sums", f"--gin.DatasetConfig.vocabulary='{model}'", "--overwrite") == 0
-    assert config(vocabulary=str(model)).vocabulary_size() == config().vocabulary_size() != 359
+    assert (
+        open_dataset(config(vocabulary=str(model)), FEATURES).vocabulary_size()
+        == open_dataset(config(), FEATURES).vocabulary_size()
+        != 359
+    )
     copy = tmp_path / "copy.model"
     shutil.copy(model, copy)
     assert (
-        config(vocabulary=str(copy)).vocabulary_size() == config().vocabulary_size()
+        open_dataset(config(vocabulary=str(copy)), FEATURES).vocabulary_size()
+        == open_dataset(config(), FEATURES).vocabulary_size()
     )  # the same model elsewhere
     copy.write_bytes(copy.read_bytes() + b"\0")
     with pytest.raises(
         ValueError,
         match=r"was tokenised with .*sentencepiece\.model, VOCABULARY is '.*copy\.model'",
     ):
-        config(vocabulary=str(copy)).train_iterator()
+        open_dataset(config(vocabulary=str(copy)), FEATURES).train_iterator()
 
 
 def test_a_mixture_that_lacks_a_task_is_told(cache, tmp_path, tasks):
@@ -491,7 +521,7 @@ def test_a_mixture_that_lacks_a_task_is_told(cache, tmp_path, tasks):
         FileNotFoundError,
         match=r"'small_sums_again' of the mixture 'two_sums' is not cached.*--tasks=two_sums",
     ):
-        config("two_sums").train_iterator()
+        open_dataset(config("two_sums"), FEATURES).train_iterator()
 
 
 def write_as_seqio(folder, split, examples):
@@ -520,17 +550,17 @@ def test_seqios_own_cache_is_read_and_left_alone(cache, tasks, tmp_path, capsys)
             [{"inputs": np.array([n, n + 1]), "targets": np.array([n + 2])} for n in range(10, 30)],
         )
     (folder / "COMPLETED").write_text("")
-    assert config(name).vocabulary_size() == 359
-    batch = next(config(name, shuffle=False).train_iterator())
+    assert open_dataset(config(name), FEATURES).vocabulary_size() == 359
+    batch = next(open_dataset(config(name, shuffle=False), FEATURES).train_iterator())
     assert batch["encoder_input_tokens"][:, :4].tolist() == [
         [n, n + 1, 1, 0] for n in range(10, 14)
     ]  # EOS comes when it is read
-    (batches,) = config(name, split="validation").eval_batches(1).values()
+    (batches,) = open_dataset(config(name, split="validation"), FEATURES).eval_batches(1).values()
     assert next(batches())["decoder_target_tokens"][0, :3].tolist() == [12, 1, 0]
     with pytest.raises(
         ValueError, match=r"vocabulary is set with use_cached, and the cache is SeqIO's"
     ):
-        config(name, vocabulary="bytes").train_iterator()
+        open_dataset(config(name, vocabulary="bytes"), FEATURES).train_iterator()
     assert cache(name, "--overwrite") == 2
     assert (
         "is there and is no cache of this command (SeqIO's own?): choose another --output_cache_dir"

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax.data.objectives import arithmetic
+from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features import EncoderDecoderFeatures
 
 tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
@@ -98,9 +100,9 @@ def test_tiny_and_exact_groups(size):
 
 
 def test_objective_names_agree():
-    from upcycle_jax.data import dataset
+    from upcycle_jax.data import config
 
-    assert tuple(preprocessors.OBJECTIVES) == dataset.OBJECTIVE_NAMES
+    assert tuple(preprocessors.OBJECTIVES) == config.OBJECTIVE_NAMES
 
 
 def test_text_files_with_another_objective(make_config):
@@ -109,7 +111,7 @@ def test_text_files_with_another_objective(make_config):
         objective="prefix_lm",
         task_feature_lengths={"inputs": 64, "targets": 64},
     )
-    batch = next(config.train_iterator())
+    batch = next(open_dataset(config, EncoderDecoderFeatures()).train_iterator())
     assert (batch["encoder_input_tokens"] < 259).all() and (
         batch["decoder_target_tokens"] < 259
     ).all()

@@ -19,7 +19,8 @@ from upcycle_jax.data.cache.format import (
     find_folder,
     sha256_of_file,
 )
-from upcycle_jax.data.dataset import DatasetConfig
+from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.features import FeatureConverter
 
 _DEFAULT_FOLDER = "cache"
 
@@ -66,8 +67,7 @@ def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: boo
     folders = settings.current().cache_dirs
     words = ["python", "-m", "upcycle_jax.cache_tasks", f"--tasks={config.mixture_or_task_name}"]
     words.append(f"--output_cache_dir={folders[0] if folders else _DEFAULT_FOLDER}")
-    modules = (config.module,) if isinstance(config.module, str) else tuple(config.module or ())
-    words += [f"--module_import={module}" for module in modules]
+    words += [f"--module_import={module}" for module in config.modules]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     bound = ["text_files", "vocabulary", "extra_ids"]
     bound += (
@@ -84,15 +84,21 @@ def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: boo
     return " ".join(shlex.quote(word) for word in words)
 
 
-def find(config: DatasetConfig) -> CachedMixture | None:
-    """The caches of `python -m upcycle_jax.cache_tasks` that the configuration means; None where
-    SeqIO's own cache is meant.
+def find(config: DatasetConfig, features: FeatureConverter) -> CachedMixture | None:
+    """The caches of `python -m upcycle_jax.cache_tasks` that the configuration means; None without
+    `use_cached`, and where SeqIO's own cache is meant.
+
+    Args:
+      config: what to read.
+      features: the model's converter, whose task features the cache must have.
 
     Raises:
       FileNotFoundError: no cache; with the command that makes it.
       ValueError: a cache that is damaged, or of another vocabulary, objective or lengths; with the
         command that makes it anew.
     """
+    if not config.use_cached:
+        return None
     folders, name = settings.current().cache_dirs, config.mixture_or_task_name
     again = f"`{command(config, overwrite=True)}`"
     folder = find_folder(folders, name, MANIFEST)
@@ -115,7 +121,7 @@ def find(config: DatasetConfig) -> CachedMixture | None:
             )
         tasks = _mixture_tasks(folder, folders, config)
     for task, _ in tasks:
-        _check(config, task)
+        _check(config, features, task)
     return CachedMixture(name, tuple(tasks))
 
 
@@ -153,10 +159,10 @@ def _seqio_has(config: DatasetConfig) -> bool:
     return all(task.cache_dir is not None for task in tasks)
 
 
-def _check(config: DatasetConfig, task: CachedTask) -> None:
+def _check(config: DatasetConfig, features: FeatureConverter, task: CachedTask) -> None:
     """Raises a ValueError where the cache is not what the configuration describes."""
     manifest, problems = task.manifest, []
-    missing = {"inputs", "targets"} - manifest.features.keys()
+    missing = set(features.task_features) - manifest.features.keys()
     if missing:
         problems.append(f"it has no feature {sorted(missing)} (only {sorted(manifest.features)})")
     if manifest.feature_lengths is not None and dict(manifest.feature_lengths) != dict(

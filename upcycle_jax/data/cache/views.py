@@ -5,7 +5,7 @@ A cache holds what a task's steps gave up to SeqIO's `CacheDatasetPlaceholder`: 
 before anything that depends on lengths or is random. What comes after is done here, each time an
 example is read, so that every epoch has fresh noise.
 
-Axis legend: R records, T tokens of the whole split, L tokens of a segment.
+Axis legend: N examples, F asked features, L tokens of a segment.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from upcycle_jax.data import draws
 from upcycle_jax.data.cache.format import CachedTask, decode
 from upcycle_jax.data.objectives import numpy as numpy_objectives
 
-INPUTS, TARGETS = "inputs", "targets"
+_INPUTS, _TARGETS = "inputs", "targets"  # what denoisers make of text, which is kept as targets
 
 DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM = "denoise", "append_eos", "append_eos_after_trim"
 STEPS = (DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM)
@@ -56,13 +56,13 @@ class View(Protocol):
         ...
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
-        """Tokens of 'inputs' and 'targets', each int32 and no longer than asked; `key` is the seed
+        """Each of the asked features, tokens as int32 and no longer than asked; `key` is the seed
         of noise.
         """
         ...
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
-        """Tokens of inputs and targets of examples, int64 `[N, 2]`, or more where noise decides."""
+        """Tokens of each asked feature of examples, int64 `[N, F]`, or more where noise decides."""
         ...
 
 
@@ -132,10 +132,16 @@ def _finish(
 class ExampleView:
     """Records that are examples already."""
 
-    def __init__(self, task: CachedTask, split: str, sequence_length: Mapping[str, int]):
+    def __init__(
+        self,
+        task: CachedTask,
+        split: str,
+        sequence_length: Mapping[str, int],
+        names: Sequence[str],
+    ):
         self._records = _Records(task, split)
         self._features, self._steps = task.manifest.features, task.manifest.steps
-        self._lengths = dict(sequence_length)
+        self._lengths, self._names = dict(sequence_length), tuple(names)
         self._count = task.manifest.splits[split].records
 
     def __len__(self) -> int:
@@ -143,7 +149,7 @@ class ExampleView:
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
         wholes = (self.whole(draw.place) for draw in drawn)
-        return [{name: whole[name] for name in (INPUTS, TARGETS)} for whole in wholes]
+        return [{name: whole[name] for name in self._names} for whole in wholes]
 
     def whole(self, place: int) -> dict[str, Any]:
         """An example with everything that the task keeps: its text before tokenizing, numbers for
@@ -157,7 +163,9 @@ class ExampleView:
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
         columns = []
-        for name in (INPUTS, TARGETS):
+        for name in self._names:
+            # The index holds tokens up to and with each record, so a record's own are a difference;
+            # steps that append EOS add one each.
             ends = self._records.ends[name]
             before = np.where(places > 0, ends[np.maximum(places - 1, 0)], 0)
             extra = sum(
@@ -173,11 +181,18 @@ class TextView:
     """Segments of the split's whole text, the records' tokens one after another, each corrupted
     when it is read.
 
-    A segment has exactly the tokens that fill the model's inputs. In training the cuts lie
-    elsewhere in each epoch, and what is left at both ends, less than one round of the denoisers, is
-    left out; in one pass for evaluation the cuts start with the text and the last, shorter segment
-    is given too. Where an objective has several denoisers they take turns along the text, so that
-    together they see all of it.
+    A segment has exactly the tokens that fill the model's inputs. Where an objective has several
+    denoisers they take turns along the text, so that together they see all of it; one turn of each,
+    in the order of `numpy.pattern`, is a round, and rounds follow one another:
+
+        text      0 ........................................................ total
+        round       |<------------ round_length ------------>|<----
+        segments    | denoiser 0 | denoiser 0 | denoiser 1   | denoiser 0 ...
+                    ^ offset
+
+    In training each epoch draws another offset, so that the cuts are elsewhere; what is left at
+    both ends, less than one round, is left out. In one pass for evaluation the offset is 0 and the
+    last, shorter segment is given too.
     """
 
     def __init__(
@@ -185,25 +200,31 @@ class TextView:
         task: CachedTask,
         split: str,
         sequence_length: Mapping[str, int],
+        names: Sequence[str],
         *,
         one_pass: bool,
         seed: int = 0,
     ):
         self._records = _Records(task, split)
-        self._features, self._lengths = task.manifest.features, dict(sequence_length)
+        self._features, self._names = task.manifest.features, tuple(names)
+        self._lengths = dict(sequence_length)
         denoise, *self._steps = task.manifest.steps
         self._denoisers = [
             numpy_objectives.from_json(described) for described in denoise["denoisers"]
         ]
-        vocabulary = self._features[TARGETS]["vocabulary"]
+        vocabulary = self._features[_TARGETS]["vocabulary"]
         self._first_sentinel = int(vocabulary["size"]) - 1
-        raw = [
+        segment_lengths = [
             denoiser.raw_length(self._lengths, int(vocabulary["extra_ids"]))
             for denoiser in self._denoisers
         ]
+        # Which denoiser corrupts each segment of a round, and where these segments begin: the last
+        # edge is the length of a round.
         self._turns = numpy_objectives.pattern(self._denoisers)
-        self._edges = [0, *itertools.accumulate(raw[turn] for turn in self._turns)]
-        self._ends = self._records.ends[TARGETS]
+        self._edges = [0, *itertools.accumulate(segment_lengths[turn] for turn in self._turns)]
+        # Tokens up to and with each record: record i holds tokens ends[i - 1] to ends[i] of the
+        # text.
+        self._ends = self._records.ends[_TARGETS]
         self._total = int(self._ends[-1]) if len(self._ends) else 0
         self._seed = seed
         if self._total < 2:
@@ -211,28 +232,32 @@ class TextView:
                 f"the cached task '{task.manifest.task}' has no text in the split '{split}': cache"
                 " more text"
             )
-        cycle = self._edges[-1]
-        if one_pass or self._total < cycle:
-            whole, rest = divmod(self._total, cycle)
-            self._count = whole * len(self._turns) + bisect.bisect_left(self._edges, rest)
-            self._slack = 0
-        else:
-            rounds = max(1, (self._total - cycle + 1) // cycle)
-            self._count = rounds * len(self._turns)
-            self._slack = min(cycle - 1, self._total - rounds * cycle)
+        self._count, self._largest_offset = self._divide(one_pass=one_pass)
+
+    def _divide(self, *, one_pass: bool) -> tuple[int, int]:
+        """Segments of an epoch, and the largest offset of the first."""
+        round_length = self._edges[-1]
+        if one_pass or self._total < round_length:
+            rounds, rest = divmod(self._total, round_length)
+            # The rest begins so many segments, of which the last is cut short by the text's end.
+            return rounds * len(self._turns) + bisect.bisect_left(self._edges, rest), 0
+        # As many rounds as leave room for every offset below one round; a text that is shorter than
+        # two rounds has one, with the offsets that there is room for.
+        rounds = max(1, (self._total - round_length + 1) // round_length)
+        room = self._total - rounds * round_length
+        return rounds * len(self._turns), min(round_length - 1, room)
 
     def __len__(self) -> int:
         return self._count
 
     def _span(self, draw: Draw) -> tuple[int, int, int]:
         """(denoiser, first token, end) of a segment."""
-        cycle, turn = divmod(draw.place, len(self._turns))
-        offset = (
-            int(draws.bits(self._seed, _OFFSET_DRAW, draw.epoch) % np.uint64(self._slack + 1))
-            if self._slack
-            else 0
-        )
-        start = offset + cycle * self._edges[-1]
+        number, turn = divmod(draw.place, len(self._turns))
+        offset = 0
+        if self._largest_offset:
+            bits = draws.bits(self._seed, _OFFSET_DRAW, draw.epoch)
+            offset = int(bits % np.uint64(self._largest_offset + 1))
+        start = offset + number * self._edges[-1]
         return (
             self._turns[turn],
             start + self._edges[turn],
@@ -240,20 +265,21 @@ class TextView:
         )
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
-        """int32 `[stop - start]` of the whole text."""
+        """int32 `[stop - start]` of the whole text, out of the records that hold them."""
         record = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
             end = int(self._ends[record])
             begin = int(self._ends[record - 1]) if record else 0
-            if end > start:
-                parts.append(self._records[record][TARGETS][start - begin : stop - begin])
+            if end > start:  # not an empty record
+                parts.append(self._records[record][_TARGETS][start - begin : stop - begin])
                 start = end
             record += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
         spans = [self._span(draw) for draw in drawn]
+        # A denoiser corrupts segments of one length at a time: [N, L].
         alike: dict[tuple[int, int], list[int]] = {}
         for row, (denoiser, start, stop) in enumerate(spans):
             alike.setdefault((denoiser, stop - start), []).append(row)
@@ -264,10 +290,13 @@ class TextView:
             pairs = self._denoisers[denoiser].corrupt(
                 tokens, keys, sequence_length=self._lengths, first_sentinel=self._first_sentinel
             )
-            for row, inputs, targets in zip(rows, *pairs, strict=True):
+            for row, *pair in zip(rows, *pairs, strict=True):
+                made = dict(zip((_INPUTS, _TARGETS), pair, strict=True))
                 out[row] = {
-                    name: _finish(value, self._steps, self._features[name], self._lengths[name])
-                    for name, value in ((INPUTS, inputs), (TARGETS, targets))
+                    name: _finish(
+                        made[name], self._steps, self._features[name], self._lengths[name]
+                    )
+                    for name in self._names
                 }
         return out
 
@@ -275,14 +304,16 @@ class TextView:
         by_turn = np.array([
             self._denoisers[turn].result_lengths(stop - start, self._lengths)
             for turn, start, stop in zip(self._turns, self._edges[:-1], self._edges[1:], strict=True)
-        ])  # fmt: skip
-        return by_turn[places % len(self._turns)].astype(np.int64)
+        ], np.int64)  # [segments of a round, 2]  # fmt: skip
+        columns = [(_INPUTS, _TARGETS).index(name) for name in self._names]
+        return by_turn[places % len(self._turns)][:, columns]
 
 
 def open_view(
     task: CachedTask,
     split: str,
     sequence_length: Mapping[str, int],
+    names: Sequence[str],
     *,
     one_pass: bool = False,
     seed: int = 0,
@@ -292,7 +323,8 @@ def open_view(
     Args:
       task: the cache.
       split: one of its splits.
-      sequence_length: longest 'inputs' and 'targets'.
+      sequence_length: the most tokens of each feature.
+      names: the features that examples are asked for.
       one_pass: for evaluation: all of it in order, once.
       seed: of the cuts.
 
@@ -301,5 +333,5 @@ def open_view(
     """
     steps = task.manifest.steps
     if steps and steps[0]["step"] == DENOISE:
-        return TextView(task, split, sequence_length, one_pass=one_pass, seed=seed)
-    return ExampleView(task, split, sequence_length)
+        return TextView(task, split, sequence_length, names, one_pass=one_pass, seed=seed)
+    return ExampleView(task, split, sequence_length, names)

@@ -20,12 +20,12 @@ import tensorflow as tf
 from array_record.python import array_record_module
 
 from upcycle_jax import leases
-from upcycle_jax.data import fingerprints, resolve, seqio_source
+from upcycle_jax.data import fingerprints, resolve
 from upcycle_jax.data.cache import format as cache_format
 from upcycle_jax.data.cache import steps
 from upcycle_jax.data.cache.format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
 from upcycle_jax.data.cache.views import DENOISE
-from upcycle_jax.data.dataset import DatasetConfig
+from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.progress import Meter
 from upcycle_jax.text import size
 
@@ -128,7 +128,7 @@ def _feature(feature: seqio.Feature) -> dict[str, Any]:
 
 
 def _plan(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> _Plan:
-    have = seqio_source._splits(task)
+    have = resolve.splits(task)
     unknown = sorted(set(options.splits or ()) - set(have))
     if unknown:
         raise ValueError(f"'{task.name}' has no split {unknown}: it has {sorted(have)}")
@@ -456,7 +456,6 @@ def write_caches(
     Raises:
       ValueError: as `write_task`.
     """
-    seqio_source._keep_off_accelerators()
     provider = resolve.task_or_mixture(config)
     tasks = resolve.tasks(config)
     if dry_run:

@@ -2,6 +2,7 @@
 evaluation passes.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,58 +13,20 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from upcycle_jax.data import fingerprints, resolve, settings, stream
-from upcycle_jax.data.dataset import DatasetConfig, HostBatch
+from upcycle_jax.data import fingerprints, resolve, stream
+from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.features import FeatureConverter, HostBatch
 
-_CACHED_EVAL_BYTES = (
-    256 * 1024**2
-)  # evaluation batches below this are kept in memory between passes
+_KEPT_EVAL_BYTES = 256 * 1024**2
+"""Evaluation batches below this are kept in memory between passes."""
 _SEEK_REPORT_SECONDS = 10.0
 _PREFETCHED_BATCHES = 4
 
 
-def _keep_off_accelerators() -> None:
-    """A TensorFlow built for accelerators would take their memory: it only feeds data here."""
-    for kind in ("GPU", "TPU"):
-        try:
-            tf.config.set_visible_devices([], kind)
-        except (RuntimeError, ValueError):  # initialised before, or no such kind
-            logging.debug("TensorFlow keeps its %s devices", kind)
-
-
-def _splits(task: seqio.Task) -> tuple[str, ...]:
-    """The splits of a task's data. TFDS tells them only of prepared data.
-
-    Raises:
-      ValueError: the data are not prepared.
-    """
-    if not isinstance(task.source, seqio.TfdsDataSource):
-        return tuple(task.splits)
-    try:
-        return tuple(task.splits)
-    except ValueError as error:
-        dataset = task.source.tfds_dataset
-        folder = settings.current().tfds_data_dir or "~/tensorflow_datasets"
-        raise ValueError(
-            f"the data of the task '{task.name}' (TFDS {dataset.name}) are not prepared in"
-            f" {folder}: prepare them with `tfds build {dataset.name} --data_dir={folder}`, or name"
-            " the folder that has them with --tfds_data_dir"
-        ) from error
-
-
-def _check_split(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> tuple[seqio.Task, ...]:
-    """The tasks that have the split."""
-    having = tuple(task for task in tasks if config.split in _splits(task))
-    if not having:
-        splits = sorted({str(split) for task in tasks for split in _splits(task)})
-        raise ValueError(
-            f"'{config.mixture_or_task_name}' has no split '{config.split}': it has {splits}"
-        )
-    return having
-
-
-def _model_features(dataset: tf.data.Dataset, config: DatasetConfig) -> tf.data.Dataset:
-    converter = seqio.EncDecFeatureConverter(pack=config.pack)
+def _model_features(
+    dataset: tf.data.Dataset, config: DatasetConfig, features: FeatureConverter
+) -> tf.data.Dataset:
+    converter = features.seqio_converter(pack=config.pack)
     return converter(dataset, task_feature_lengths=dict(config.task_feature_lengths))
 
 
@@ -75,7 +38,12 @@ def _with_options(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _train_dataset(
-    config: DatasetConfig, *, seed: int, process_index: int, process_count: int
+    config: DatasetConfig,
+    features: FeatureConverter,
+    *,
+    seed: int,
+    process_index: int,
+    process_count: int,
 ) -> tf.data.Dataset:
     provider = resolve.task_or_mixture(config)
     examples = provider.get_dataset(
@@ -89,7 +57,7 @@ def _train_dataset(
         # tf.data's memory cache would be written whole into each checkpoint
         try_in_mem_cache=False,
     )
-    dataset = _model_features(examples, config)
+    dataset = _model_features(examples, config, features)
     dataset = dataset.batch(config.local_batch_size(process_count), drop_remainder=True)
     return _with_options(dataset.prefetch(_PREFETCHED_BATCHES))
 
@@ -103,14 +71,16 @@ class SeqioBatchIterator(stream.Stream):
     taken; with the same number of processes that gives the same continuation, only slower.
     """
 
-    def __init__(self, config: DatasetConfig, *, process_index: int, process_count: int):
-        super().__init__(config, process_index=process_index, process_count=process_count)
+    def __init__(self, dataset: "SeqioDataset", *, process_index: int, process_count: int):
+        super().__init__(dataset, process_index=process_index, process_count=process_count)
+        self._features = dataset.features
         self._position_alone = False
         self._open()
 
     def _open(self) -> None:
         dataset = _train_dataset(
             self._config,
+            self._features,
             seed=self._seed,
             process_index=self._process_index,
             process_count=self._process_count,
@@ -145,10 +115,6 @@ class SeqioBatchIterator(stream.Stream):
             f" lengths {lengths} to process {self._process_index}: give it more text or use fewer"
             " processes"
         )
-
-    def fingerprint(self) -> dict[str, Any]:
-        """See `DatasetConfig.fingerprint`."""
-        return fingerprint(self._config)
 
     def _tf_path(self, directory: epath.PathLike) -> str:
         return str(
@@ -217,7 +183,7 @@ class SeqioBatchIterator(stream.Stream):
 
 def _has_examples(task: seqio.Task, config: DatasetConfig, seed: int) -> bool:
     """Whether one pass over the split gives any example of the asked lengths."""
-    if config.split not in _splits(task):
+    if config.split not in resolve.splits(task):
         return True
     examples = task.get_dataset(
         sequence_length=dict(config.task_feature_lengths),
@@ -231,17 +197,20 @@ def _has_examples(task: seqio.Task, config: DatasetConfig, seed: int) -> bool:
     return next(iter(examples.take(1)), None) is not None
 
 
-def _check_mixture(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> None:
+def _check_mixture(
+    config: DatasetConfig, features: FeatureConverter, tasks: tuple[seqio.Task, ...]
+) -> None:
     """Raises a ValueError where a task lacks a feature of the model, or mixing rates are no rates.
 
     SeqIO takes a negative rate, and a rate that is computed may be None: both end far from here.
     """
     for task in tasks:
-        missing = sorted({"inputs", "targets"} - task.output_features.keys())
+        missing = sorted(set(features.task_features) - task.output_features.keys())
         if missing:
+            needed = " and ".join(map(repr, features.task_features))
             raise ValueError(
                 f"the task '{task.name}' has no feature {missing}, only"
-                f" {sorted(task.output_features)}: an encoder-decoder needs 'inputs' and 'targets'"
+                f" {sorted(task.output_features)}: the model needs {needed}"
             )
     provider = resolve.task_or_mixture(config)
     if not isinstance(provider, seqio.Mixture):
@@ -263,18 +232,9 @@ def _check_mixture(config: DatasetConfig, tasks: tuple[seqio.Task, ...]) -> None
         )
 
 
-def train_iterator(
-    config: DatasetConfig, *, process_index: int, process_count: int
-) -> SeqioBatchIterator:
-    """See `DatasetConfig.train_iterator`."""
-    _keep_off_accelerators()
-    tasks = resolve.tasks(config)
-    _check_split(config, tasks)
-    _check_mixture(config, tasks)
-    return SeqioBatchIterator(config, process_index=process_index, process_count=process_count)
-
-
-def _eval_dataset(task: seqio.Task, config: DatasetConfig) -> tf.data.Dataset:
+def _eval_dataset(
+    task: seqio.Task, config: DatasetConfig, features: FeatureConverter
+) -> tf.data.Dataset:
     """Whole batches of one pass over a task, the last one possibly shorter."""
     examples = task.get_dataset(
         sequence_length=dict(config.task_feature_lengths),
@@ -287,7 +247,7 @@ def _eval_dataset(task: seqio.Task, config: DatasetConfig) -> tf.data.Dataset:
     )
     keys = config.task_feature_lengths.keys()
     examples = examples.map(lambda example: {key: example[key] for key in keys})
-    return _with_options(_model_features(examples, config).batch(config.batch_size))
+    return _with_options(_model_features(examples, config, features).batch(config.batch_size))
 
 
 def _fill(batch: Mapping[str, np.ndarray], rows: int) -> HostBatch:
@@ -302,59 +262,97 @@ class _EvalPass:
     """Starts passes over one task's evaluation batches; small ones are kept after the first."""
 
     def __init__(
-        self, task: seqio.Task, config: DatasetConfig, num_batches: int | None, rows: slice
+        self, dataset: "SeqioDataset", task: seqio.Task, num_batches: int | None, rows: slice
     ):
-        self._task, self._config, self._num_batches, self._rows = task, config, num_batches, rows
+        self._dataset, self._task = dataset, task
+        self._num_batches, self._rows = num_batches, rows
         self._kept: list[HostBatch] | None = None
 
     def __call__(self) -> Iterator[HostBatch]:
         return iter(self._kept) if self._kept is not None else self._first_pass()
 
     def _first_pass(self) -> Iterator[HostBatch]:
+        config = self._dataset.config
+        batches = _eval_dataset(self._task, config, self._dataset.features)
         kept: list[HostBatch] | None = []
         held = 0
-        for batch in _eval_dataset(self._task, self._config).take(
-            -1 if self._num_batches is None else self._num_batches
-        ):
+        for batch in batches.take(-1 if self._num_batches is None else self._num_batches):
             whole = _fill(
-                {name: tensor.numpy() for name, tensor in batch.items()}, self._config.batch_size
+                {name: tensor.numpy() for name, tensor in batch.items()}, config.batch_size
             )
             mine = {name: array[self._rows] for name, array in whole.items()}
             held += sum(array.nbytes for array in mine.values())
             if kept is not None:
-                kept = [*kept, mine] if held <= _CACHED_EVAL_BYTES else None
+                kept = [*kept, mine] if held <= _KEPT_EVAL_BYTES else None
             yield mine
         self._kept = kept
 
 
-def eval_batches(
-    config: DatasetConfig, *, num_batches: int | None, process_index: int, process_count: int
-) -> dict[str, Callable[[], Iterator[HostBatch]]]:
-    """See `DatasetConfig.eval_batches`."""
-    rows = stream.eval_rows(
-        config, num_batches=num_batches, process_index=process_index, process_count=process_count
-    )
-    _keep_off_accelerators()
-    tasks = _check_split(config, resolve.tasks(config))
-    _check_mixture(config, tasks)
-    return {task.name: _EvalPass(task, config, num_batches, rows) for task in tasks}
+@dataclasses.dataclass(frozen=True)
+class SeqioDataset:
+    """A `Dataset` that SeqIO reads, on the fly or from its own offline cache.
 
+    Attributes:
+      config: what is read.
+      features: the model's converter.
+    """
 
-def fingerprint(config: DatasetConfig) -> dict[str, Any]:
-    """See `DatasetConfig.fingerprint`."""
-    provider = resolve.task_or_mixture(config)
-    tasks = {}
-    for task in resolve.tasks(config):
-        rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
-        tasks[task.name] = {
-            "rate": rate,
-            "source": fingerprints.source(task.source),
-            "steps": fingerprints.preprocessors(task),
+    config: DatasetConfig
+    features: FeatureConverter
+
+    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> SeqioBatchIterator:
+        """See `Dataset`."""
+        resolve.tasks_with_split(self.config)
+        _check_mixture(self.config, self.features, resolve.tasks(self.config))
+        return SeqioBatchIterator(self, process_index=process_index, process_count=process_count)
+
+    def eval_batches(
+        self, num_batches: int | None = None, process_index: int = 0, process_count: int = 1
+    ) -> dict[str, Callable[[], Iterator[HostBatch]]]:
+        """See `Dataset`."""
+        rows = stream.eval_rows(
+            self.config,
+            num_batches=num_batches,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        tasks = resolve.tasks_with_split(self.config)
+        _check_mixture(self.config, self.features, tasks)
+        return {task.name: _EvalPass(self, task, num_batches, rows) for task in tasks}
+
+    def task_names(self) -> tuple[str, ...]:
+        """See `Dataset`."""
+        return tuple(task.name for task in resolve.tasks(self.config))
+
+    def vocabulary_size(self) -> int:
+        """See `Dataset`."""
+        features = resolve.task_or_mixture(
+            dataclasses.replace(self.config, use_cached=False)
+        ).output_features
+        return max(int(feature.vocabulary.vocab_size) for feature in features.values())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Dataset`."""
+        provider = resolve.task_or_mixture(self.config)
+        tasks = {}
+        for task in resolve.tasks(self.config):
+            rate = provider.get_rate(task) if isinstance(provider, seqio.Mixture) else 1.0
+            tasks[task.name] = {
+                "rate": rate,
+                "source": fingerprints.source(task.source),
+                "steps": fingerprints.preprocessors(task),
+            }
+        vocabularies = {
+            name: fingerprints.vocabulary(feature.vocabulary)
+            for name, feature in provider.output_features.items()
         }
-    vocabularies = {
-        name: fingerprints.vocabulary(feature.vocabulary)
-        for name, feature in provider.output_features.items()
-    }
-    return stream.describe(
-        config, tasks=tasks, vocabularies=vocabularies, packages=("tensorflow", "seqio")
-    )
+        return stream.describe(
+            self.config,
+            tasks=tasks,
+            vocabularies=vocabularies,
+            packages=("tensorflow", "seqio"),
+        )
+
+    def verify(self) -> int:
+        """See `Dataset`: there is no cache of this library's to read."""
+        return 0
