@@ -125,6 +125,83 @@ def test_imports_follow_the_order_of_the_rooms(path):
     assert not problems, "\n".join(problems)
 
 
+def module_of(path: pathlib.Path) -> str:
+    """The dotted name of a file of the library; the tasks' package is `upcycle_jax.tasks`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] != "tasks" else (PACKAGE.name, *parts))
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in LIBRARY}
+
+
+def named_in_strings(tree: ast.AST) -> set[str]:
+    """Dotted names that are imported by their text: 'upcycle_jax.tasks.c4', and 'data:DatasetConfig'
+    as the registry of gin names writes it.
+    """
+    texts = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    whole = {text for text in texts if re.fullmatch(rf"{PACKAGE.name}(\.\w+)+", text)}
+    below = {text for text in texts if re.fullmatch(r"\w+(\.\w+)*:\w+", text)}
+    return whole | {f"{PACKAGE.name}.{text.replace(':', '.')}" for text in below}
+
+
+def imported_by(module: str) -> set[str]:
+    """The modules that a module imports wherever in its code, or names for an import; the packages
+    around them, which are imported with them, included.
+    """
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    found = set()
+    for name in {name for _, name in imports_of(tree)} | named_in_strings(tree):
+        parts = name.split(".")
+        outer = {".".join(parts[:count]) for count in range(1, len(parts) + 1)} & MODULES.keys()
+        nearest = max(outer, key=len, default=module)
+        # The packages around the importing module are being imported already.
+        found |= {nearest} | {part for part in outer if not f"{module}.".startswith(f"{part}.")}
+    return found - {module, PACKAGE.name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Tarjan's strongly connected components of more than one node."""
+    numbers: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        numbers[node] = lowest[node] = len(numbers)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in numbers:
+                visit(other)
+            if other in stack:
+                lowest[node] = min(lowest[node], lowest[other])
+        if lowest[node] == numbers[node]:
+            component = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            found.extend([sorted(component)] if len(component) > 1 else [])
+
+    for node in sorted(graph):
+        if node not in numbers:
+            visit(node)
+    return found
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b", "e"}, "e": set(), "f": {"a", "f"}}
+    assert circles(graph) == [["b", "c", "d"]]
+    assert "upcycle_jax.data.config" in imported_by("upcycle_jax.data")
+    assert "upcycle_jax.tasks.c4" in imported_by("upcycle_jax.data.shipped_tasks")
+    assert "upcycle_jax.training.loop" in imported_by("upcycle_jax.config.registry")
+
+
+def test_no_circle_between_files():
+    assert circles({module: imported_by(module) for module in MODULES}) == []
+
+
 def test_tasks_know_nothing_of_models():
     for path in (ROOT / "tasks").rglob("*.py"):
         for line, name in imports_of(ast.parse(path.read_text(encoding="utf-8"))):

@@ -22,7 +22,7 @@ from upcycle_jax.data.cache.format import (
 from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.features import FeatureConverter
 
-_DEFAULT_FOLDER = "cache"
+_COMMAND, _DEFAULT_FOLDER = "python -m upcycle_jax.cache_tasks", "cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: boo
     cache serves one choice of them.
     """
     folders = settings.current().cache_dirs
-    words = ["python", "-m", "upcycle_jax.cache_tasks", f"--tasks={config.mixture_or_task_name}"]
+    words = [*_COMMAND.split(), f"--tasks={config.mixture_or_task_name}"]
     words.append(f"--output_cache_dir={folders[0] if folders else _DEFAULT_FOLDER}")
     words += [f"--module_import={module}" for module in config.modules]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
