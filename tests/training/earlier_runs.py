@@ -9,6 +9,7 @@ step with the same losses, and that the compiled programs do the same work. Not 
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -92,13 +93,14 @@ def scalars(model_dir: pathlib.Path) -> dict[str, dict[str, float]]:
 
 
 def arithmetic() -> str:
-    """A digest of what this machine's compiler makes of products, exponentials and sums: where it
-    is that of the record, results must be equal to the last bit.
+    """A digest of what this machine's compiler makes of products, exponentials and sums, and of
+    its flags: where it is that of the record, results must be equal to the last bit.
     """
+    flags = sorted(f for f in os.environ.get("XLA_FLAGS", "").split() if "timeout" not in f)
     random = np.random.default_rng(0)
     x, y = (random.standard_normal((64, 64)).astype(np.float32) for _ in range(2))
     out = jax.jit(lambda x, y: jax.nn.softmax(jnp.tanh(x @ y) @ x).sum(axis=0))(x, y)
-    return hashlib.sha256(np.asarray(out).tobytes()).hexdigest()
+    return hashlib.sha256(" ".join(flags).encode() + np.asarray(out).tobytes()).hexdigest()
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def text(earlier, tmp_path_factory):
 
 
 def tolerance(earlier) -> float:
-    """0 where this machine computes as the one that made the record; else float32's rounding."""
+    """0 where this machine compiles as the one that made the record; else float32's rounding."""
     return 0.0 if earlier.arithmetic() == RECORD["arithmetic"] else 1e-5
 
 
@@ -60,10 +60,11 @@ def test_programs_do_the_same_work(earlier, devices):
     assert jax.device_count() == 8
     now, then = earlier.programs(devices), RECORD["programs"][str(devices)]
     assert now.keys() == then.keys()
+    close = tolerance(earlier)
     for name, program in now.items():
-        assert program["flops"] == then[name]["flops"]
+        assert program["flops"] == pytest.approx(then[name]["flops"], rel=0.01 if close else 0)
         assert program["collectives"] == then[name]["collectives"]
         losses, expected = (
             [float.fromhex(loss) for loss in record["losses"]] for record in (program, then[name])
         )
-        assert losses == pytest.approx(expected, rel=tolerance(earlier) or 1e-6, abs=0)
+        assert losses == pytest.approx(expected, rel=close or 1e-6, abs=0)
