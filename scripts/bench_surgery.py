@@ -30,6 +30,7 @@ D_MODEL, LAYERS = 1024, 4
 def trees(megabytes: float, experts: int):
     """Specs of the dense source and of the sparse target."""
     from upcycle_jax import axes
+    from upcycle_jax.moe import roles
     from upcycle_jax.trees import LeafSpec
 
     hidden = max(64, int(megabytes * 2**20 / (4 * LAYERS * 3 * D_MODEL)) // 64 * 64)
@@ -52,7 +53,7 @@ def trees(megabytes: float, experts: int):
         if layer % 2:
             router = LeafSpec((D_MODEL, experts), np.dtype(np.float32))
             sparse[f"target/encoder/layers_{layer}/mlp/router/router_weights/w/kernel"] = router
-    return dense, sparse
+    return dense, roles.inferred(sparse)
 
 
 def write_dense(folder: pathlib.Path, megabytes: float, experts: int) -> None:

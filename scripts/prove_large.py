@@ -36,11 +36,9 @@ def models(size: str, experts: int):
 
 def target_specs(model):
     """Leaves of a checkpoint without optimizer state."""
-    from upcycle_jax.state_tree import STEP
-    from upcycle_jax.trees import LeafSpec
+    from upcycle_jax import state_tree
 
-    params = {f"target/{path}": spec for path, spec in model.param_specs().items()}
-    return {STEP: LeafSpec((), np.dtype(np.int32)), **params}
+    return state_tree.specs(model.param_specs(), {})
 
 
 def source_path(folder: pathlib.Path) -> pathlib.Path:

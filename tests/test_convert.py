@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from upcycle_jax import convert as command
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 TESTDATA = pathlib.Path(__file__).parents[2] / "shared" / "reference" / "t5x_testdata"
 real = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def orbax(tmp_path):
     rng = np.random.default_rng(0)
     flat = {
         "target/w": rng.random((40, 30), np.float32),
-        "target/e/expert/w": rng.random((3, 8, 5), np.float32),
+        "target/e/mlp/expert/w": rng.random((3, 8, 5), np.float32),
     }
     state = trees.unflatten(
         {
@@ -123,16 +123,20 @@ def test_orbax_to_orbax(tmp_path, orbax):
     assert run(orbax, tmp_path / "dense", "--optimizer_state", "drop", "--step", 0) == 0
     assert sorted(open_checkpoint(tmp_path / "dense").specs()) == [
         "state/step",
-        "target/e/expert/w",
+        "target/e/mlp/expert/w",
         "target/w",
     ]
     assert open_checkpoint(tmp_path / "dense").step == 0
 
 
 def test_fresh_state_of_experts_is_factored_per_expert(tmp_path):
-    specs = {"target/e/expert/w/kernel": LeafSpec((3, 128, 130), np.dtype(np.float32))}
+    specs = {
+        "target/e/mlp/expert/w/kernel": LeafSpec(
+            (3, 128, 130), np.dtype(np.float32), role=Role.EXPERT
+        )
+    }
     with create_checkpoint(tmp_path / "checkpoint_1", specs, step=1, metadata={}) as writer:
-        writer.write("target/e/expert/w/kernel", None, np.ones((3, 128, 130), np.float32))
+        writer.write("target/e/mlp/expert/w/kernel", None, np.ones((3, 128, 130), np.float32))
         writer.finalize()
     assert run(tmp_path, tmp_path / "out", "--optimizer_state", "adafactor") == 0
     specs = open_checkpoint(tmp_path / "out").specs()

@@ -16,6 +16,7 @@ import pytest
 
 from upcycle_jax import config, precompile
 from upcycle_jax.config.search import shipped_files, shipped_folder
+from upcycle_jax.config.stand_ins import STAND_INS
 from upcycle_jax.models.hardware import GIB
 from upcycle_jax.planning import collectives, compilation, pod_report, topologies
 from upcycle_jax.planning.collectives import Collective, Traffic
@@ -299,7 +300,7 @@ def test_there_is_a_pod_configuration_for_every_model_of_the_paper():
 
 @pytest.mark.parametrize("name", PODS)
 def test_pod_configurations_build_and_divide_over_their_slice(name):
-    bindings = [f"{macro}={value!r}" for macro, value in precompile.PLACEHOLDERS.items()]
+    bindings = [f"{macro}={value!r}" for macro, value in STAND_INS.items()]
     loaded = config.load([name], bindings)
     run = loaded.build("train").keywords
     generation, _, shape = loaded.macro("TOPOLOGY").partition(":")

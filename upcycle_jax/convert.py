@@ -77,7 +77,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     from upcycle_jax.checkpoints.formats import open_checkpoint
     from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
     from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
-    from upcycle_jax.state_tree import TARGET
+    from upcycle_jax.state_tree import PARAM_STATES, TARGET
 
     reader = open_checkpoint(arguments.source)
     dtype = np.dtype(arguments.dtype) if arguments.dtype else None
@@ -103,24 +103,16 @@ def _convert(arguments: argparse.Namespace) -> str:
         )
     fresh = None
     if arguments.optimizer_state == "adafactor":
-        from upcycle_jax import axes, trees
+        from upcycle_jax import state_tree
         from upcycle_jax.training.optimizers import Adafactor
 
-        def with_axes(name: str, spec: trees.LeafSpec) -> trees.LeafSpec:
-            # The optimizer factors each expert's matrix on its own, and knows experts by their
-            # axis.
-            named = (axes.EXPERT, *spec.axes[1:]) if "/expert/" in name else spec.axes
-            return trees.LeafSpec(spec.shape, spec.dtype, named)
-
-        targets = {
-            name.removeprefix(TARGET): with_axes(name, spec)
+        parameters = {
+            name.removeprefix(TARGET): spec
             for name, spec in reader.specs().items()
             if name.startswith(TARGET)
         }
-        fresh = {
-            f"state/param_states/{name}": spec
-            for name, spec in Adafactor().state_specs(targets).items()
-        }
+        whole = state_tree.specs(parameters, Adafactor().state_specs(parameters))
+        fresh = {name: spec for name, spec in whole.items() if name.startswith(PARAM_STATES)}
     path = convert_to_orbax(
         reader,
         arguments.output,

@@ -89,19 +89,16 @@ def _mfu(text: str | None, default: tuple[float, float]) -> tuple[float, float]:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    from upcycle_jax import config, precompile
+    from upcycle_jax.config.stand_ins import load_with_stand_ins
     from upcycle_jax.planning import estimate
+    from upcycle_jax.planning.compilation import Workload
     from upcycle_jax.planning.render import render
     from upcycle_jax.text import Format
 
     hardware = estimate.Hardware.parse(flags.extra.hardware)
     extra_steps, dense_steps = _steps(flags, loaded)
-    opened = config.load(
-        flags.gin_file,
-        (*flags.gin_bindings, *precompile.placeholders(loaded)),
-        flags.gin_search_paths,
-    )
-    work = precompile.workload(opened)
+    opened = load_with_stand_ins(flags, loaded)
+    work = Workload.of_run(opened.build("train", train_eval_dataset_cfg=None).keywords)
     command.say_unused(opened, name="plan", other_functions=registry.FUNCTIONS)
     plan = estimate.make_plan(
         pathlib.PurePath((flags.gin_file or ("flags",))[0]).stem,
@@ -112,7 +109,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
         mfu=_mfu(flags.extra.mfu, estimate.DEFAULT_MFU),
     )
     sys.stdout.write(render(plan, Format(flags.extra.format)))
-    return 1 if plan.costs[estimate.Kind.UPCYCLED].memory.verdict == "DOES NOT FIT" else 0
+    return (
+        1 if plan.costs[estimate.Kind.UPCYCLED].memory.verdict is estimate.Fit.DOES_NOT_FIT else 0
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

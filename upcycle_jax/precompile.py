@@ -25,16 +25,6 @@ from upcycle_jax.config.flags import Flags
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
-    from upcycle_jax.planning.compilation import Workload
-
-
-# Needed to build a run, of no consequence for its programs.
-PLACEHOLDERS = {
-    "MODEL_DIR": "none",
-    "MIXTURE_OR_TASK_NAME": "none",
-    "TRAIN_STEPS": 1,
-    "INITIAL_CHECKPOINT_PATH": "none",
-}
 
 
 def _extra(parser: argparse.ArgumentParser) -> None:
@@ -49,17 +39,16 @@ def _extra(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    from upcycle_jax import config
+    from upcycle_jax.config.stand_ins import load_with_stand_ins
     from upcycle_jax.planning import pod_report, topologies
+    from upcycle_jax.planning.compilation import Workload
 
-    loaded = config.load(
-        flags.gin_file, (*flags.gin_bindings, *placeholders(loaded)), flags.gin_search_paths
-    )
+    loaded = load_with_stand_ins(flags, loaded)
     name = flags.extra.topology or (loaded.has_macro("TOPOLOGY") and loaded.macro("TOPOLOGY"))
     if not name:
         raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
     topology = topologies.topology(name)
-    run = workload(loaded)
+    run = Workload.of_run(loaded.build("train", train_eval_dataset_cfg=None).keywords)
     command.say_unused(loaded, name="precompile", other_functions=registry.FUNCTIONS)
     work = dataclasses.replace(
         run, partitioner=dataclasses.replace(run.partitioner, devices=topology.devices)
@@ -71,35 +60,6 @@ def _run(flags: Flags, loaded: "Config") -> int:
     if flags.extra.markdown and not report.fits:
         sys.stderr.write(report.text())
     return 0 if report.fits else 1
-
-
-def placeholders(loaded: "Config") -> list[str]:
-    """Bindings of macros that only a real run needs."""
-    return [
-        f"{name}={value!r}"
-        for name, value in PLACEHOLDERS.items()
-        if name in loaded.bindings.macros
-    ]
-
-
-def workload(loaded: "Config") -> "Workload":
-    """The parts of the configured training run that decide its programs; its partitioner still has
-    this machine's devices.
-    """
-    from upcycle_jax.partitioning import Partitioner
-    from upcycle_jax.planning.compilation import Workload
-
-    run = loaded.build("train", train_eval_dataset_cfg=None).keywords
-    dataset, restore = run["train_dataset_cfg"], getattr(run.get("checkpoint_cfg"), "restore", None)
-    return Workload(
-        model=run["model"],
-        trainer=run["trainer"],
-        partitioner=run.get("partitioner", Partitioner()),
-        batch_size=dataset.batch_size,
-        task_feature_lengths=dataset.task_feature_lengths,
-        packed=dataset.pack,
-        recipe=getattr(restore, "recipe", None),
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,19 +23,29 @@ PARAM_STATES = "state/param_states/"
 """Before the path of a parameter and the name of one of its optimizer slots."""
 
 
+def parameter_specs(parameters: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
+    """Specs of parameters by full path, their twins too, of specs by path."""
+    return {
+        f"{TARGET}{path}": dataclasses.replace(spec, twin=spec.twin and f"{TARGET}{spec.twin}")
+        for path, spec in parameters.items()
+    }
+
+
 def specs(parameters: Mapping[str, LeafSpec], slots: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
     """Specs of a whole state, by full path.
 
     Args:
       parameters: by path.
-      slots: of the optimizer, as '<parameter>/<slot>'; each gets role and twin of its parameter.
-        Empty: a state without optimizer.
+      slots: of the optimizer, as '<parameter>/<slot>'; each gets the role of its parameter. Empty:
+        a state without optimizer.
+
+    Returns:
+      Specs whose twins are full paths, too.
     """
-    found = {STEP: LeafSpec((), np.dtype(np.int32))}
-    found |= {f"{TARGET}{path}": spec for path, spec in parameters.items()}
+    found = {STEP: LeafSpec((), np.dtype(np.int32)), **parameter_specs(parameters)}
     for path, spec in slots.items():
         parameter, _, slot = path.rpartition("/")
         of = parameters[parameter]
-        twin = f"{of.twin}/{slot}" if of.twin else ""
+        twin = of.twin and f"{PARAM_STATES}{of.twin}/{slot}"
         found[f"{PARAM_STATES}{path}"] = dataclasses.replace(spec, role=of.role, twin=twin)
     return dict(sorted(found.items()))

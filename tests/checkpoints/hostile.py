@@ -17,7 +17,7 @@ import tensorstore as ts
 import upcycle_jax
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint, storage
 from upcycle_jax.checkpoints.summary import summarize
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 PACKAGE = pathlib.Path(upcycle_jax.__file__).parent
 SECRET = 74656321.0
@@ -108,7 +108,7 @@ def legacy_leaves() -> dict[str, object]:
 def write_orbax(path: pathlib.Path) -> None:
     specs = {
         "target/w": LeafSpec(W.shape, W.dtype),
-        "target/mlp/expert/wi": LeafSpec(EXPERTS.shape, EXPERTS.dtype),
+        "target/mlp/expert/wi": LeafSpec(EXPERTS.shape, EXPERTS.dtype, role=Role.EXPERT),
         "state/param_states/w/m": LeafSpec((1,), W.dtype),
     }
     values = {"target/w": W, "target/mlp/expert/wi": EXPERTS}

@@ -22,7 +22,7 @@ from upcycle_jax.checkpoints import (
 )
 from upcycle_jax.checkpoints.chunk_copy import CopyMode, Reference
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 EXPERTS = 8
 DENSE, SPARSE = "target/layer/mlp/wi/kernel", "target/layer/mlp/expert/wi/kernel"
@@ -72,7 +72,7 @@ def job(source):
         ("target/layer/mlp/bf16", "target/layer/mlp/expert/bf16"),
     ):
         spec = source.specs()[name]
-        specs[target] = LeafSpec((EXPERTS, *spec.shape), spec.dtype)
+        specs[target] = LeafSpec((EXPERTS, *spec.shape), spec.dtype, role=Role.EXPERT)
         references[target] = Reference(name, tuple(range(EXPERTS)))
     specs["target/layer/mlp/router/kernel"] = LeafSpec((64, EXPERTS), np.dtype(np.float32))
     return specs, references
@@ -172,7 +172,7 @@ def test_both_modes_give_the_same_arrays_and_chunks(tmp_path, source):
 
 
 def test_some_experts_copied_and_some_written(tmp_path, source):
-    specs = {SPARSE: LeafSpec((EXPERTS, 64, 96), np.dtype(np.float32))}
+    specs = {SPARSE: LeafSpec((EXPERTS, 64, 96), np.dtype(np.float32), role=Role.EXPERT)}
     references = {SPARSE: Reference(DENSE, (1, 4, 5))}
     fresh = np.random.default_rng(3).random((EXPERTS, 64, 96), np.float32)
     with begin(source, tmp_path / "checkpoint_11", specs, references) as writer:
@@ -197,7 +197,7 @@ def test_several_parents(tmp_path, source):
     with CheckpointManager(tmp_path / "other") as manager:
         manager.save(11, other_state)
     other = open_checkpoint(tmp_path / "other")
-    specs = {SPARSE: LeafSpec((2, 64, 96), np.dtype(np.float32))}
+    specs = {SPARSE: LeafSpec((2, 64, 96), np.dtype(np.float32), role=Role.EXPERT)}
     first, second = {SPARSE: Reference(DENSE, (0,))}, {SPARSE: Reference(DENSE, (1,))}
     if source.zarr_layout(DENSE) != other.zarr_layout(
         DENSE
@@ -311,7 +311,7 @@ def test_without_links_the_files_are_copied_once(tmp_path, source, monkeypatch):
 
 
 def test_references_that_do_not_fit(tmp_path, source):
-    specs = {SPARSE: LeafSpec((4, 64, 96), np.dtype(np.float32))}
+    specs = {SPARSE: LeafSpec((4, 64, 96), np.dtype(np.float32), role=Role.EXPERT)}
     with pytest.raises(
         ValueError, match=r"experts \(0, 4\) do not exist in a leaf of shape \(4, 64, 96\)"
     ):

@@ -10,6 +10,7 @@ import tensorstore as ts
 from upcycle_jax.checkpoints import chunk_copy, create_checkpoint, open_checkpoint, storage
 from upcycle_jax.checkpoints.ocdbt import stored_values
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
+from upcycle_jax.moe import roles
 from upcycle_jax.trees import LeafSpec
 
 DENSE = {
@@ -17,15 +18,17 @@ DENSE = {
     "target/v": LeafSpec((40, 64), np.dtype(np.float32)),
     "target/b": LeafSpec((4,), np.dtype(np.float32)),
 }
-SPARSE = {
-    "target/expert/w": LeafSpec((3, 40, 64), np.dtype(np.float32)),
-    "target/v": DENSE["target/v"],
-    "target/expert/b": LeafSpec((3, 4), np.dtype(np.float32)),
-}
+SPARSE = roles.inferred(
+    {
+        "target/mlp/expert/w": LeafSpec((3, 40, 64), np.dtype(np.float32)),
+        "target/v": DENSE["target/v"],
+        "target/mlp/expert/b": LeafSpec((3, 4), np.dtype(np.float32)),
+    }
+)
 REFERENCES = {
-    "target/expert/w": chunk_copy.Reference("target/w", (0, 1, 2)),
+    "target/mlp/expert/w": chunk_copy.Reference("target/w", (0, 1, 2)),
     "target/v": chunk_copy.Reference("target/v"),
-    "target/expert/b": chunk_copy.Reference("target/b", (0, 1, 2)),
+    "target/mlp/expert/b": chunk_copy.Reference("target/b", (0, 1, 2)),
 }
 
 
@@ -62,9 +65,9 @@ def test_every_slab_that_refers_to_the_source_says_so(pair):
         for expert in reference.experts or [None]:
             assert theirs.slab(leaf, expert) == whole
     assert ours.slab("target/w") != ours.slab("target/v")
-    assert theirs.slab("target/expert/w") is not None  # A whole leaf, too.
+    assert theirs.slab("target/mlp/expert/w") is not None  # A whole leaf, too.
     assert theirs.slab("target/missing") is None and theirs.files("target/missing") == []
-    for file in theirs.files("target/expert/w"):
+    for file in theirs.files("target/mlp/expert/w"):
         assert os.stat(file).st_nlink == 2  # The file that holds the values, shared.
     # A copy of the source is other files, however equal.
     shutil.copytree(source.path, f"{source.path}.copy")
@@ -77,7 +80,7 @@ def test_every_slab_that_refers_to_the_source_says_so(pair):
 def test_encoded_copies_share_nothing(pair):
     source, made = pair
     theirs = StoredChunks(made("sparse", chunk_copy.CopyMode.ENCODED))
-    slabs = [theirs.slab("target/expert/w", expert) for expert in range(3)]
+    slabs = [theirs.slab("target/mlp/expert/w", expert) for expert in range(3)]
     assert None not in slabs and len(set(slabs)) == 3
     assert StoredChunks(source).slab("target/w") not in slabs
 

@@ -17,21 +17,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from upcycle_jax import axes, trees
+from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointManager, create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.storage import choose_chunks
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 EXPERT = "target/encoder/layers_1/mlp/expert/wi_0/kernel"
 SPECS = {
-    EXPERT: LeafSpec((4, 6, 10), np.dtype(np.float32), (axes.EXPERT, axes.EMBED, axes.EXPERT_MLP)),
+    EXPERT: LeafSpec((4, 6, 10), np.dtype(np.float32), role=Role.EXPERT),
     "target/token_embedder/embedding": LeafSpec((16, 6), np.dtype(ml_dtypes.bfloat16)),
     "state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/v_row": LeafSpec(
-        (4, 6), np.dtype(np.float32)
+        (4, 6), np.dtype(np.float32), role=Role.EXPERT
     ),
     "state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/m": LeafSpec(
-        (1,), np.dtype(np.float32)
+        (1,), np.dtype(np.float32), role=Role.EXPERT
     ),
 }
 
@@ -309,9 +309,9 @@ CHILD = textwrap.dedent("""
     import resource, sys
     import numpy as np
     from upcycle_jax.checkpoints import create_checkpoint
-    from upcycle_jax.trees import LeafSpec
+    from upcycle_jax.trees import LeafSpec, Role
     output, limit = sys.argv[1], int(sys.argv[2])
-    specs = {f"target/layer_{i}/expert/w": LeafSpec((4, 256, 256), np.dtype(np.float32)) for i in range(12)}
+    specs = {f"target/layer_{i}/expert/w": LeafSpec((4, 256, 256), np.dtype(np.float32), role=Role.EXPERT) for i in range(12)}
     print("start", flush=True)
     try:
         with create_checkpoint(output, specs, step=3, metadata={"seed": 1}, pending_bytes=1 << 20) as writer:

@@ -8,6 +8,7 @@ from upcycle_jax import trees
 from upcycle_jax.models import expert_similarity
 from upcycle_jax.models.expert_similarity import mean_pairwise_cosine
 from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import collectives
 
@@ -47,7 +48,7 @@ def test_an_expert_of_zeros_is_like_none():
 def test_every_moe_layer_has_one(tiny, make_params):
     model = EncoderDecoderModel(tiny(num_experts=4))
     params = make_params(model)
-    found = expert_similarity.metrics(params)
+    found = expert_similarity.metrics(params, model.param_specs())
     assert set(found) == {
         "experts/encoder/layers_1/similarity",
         "experts/decoder/layers_1/similarity",
@@ -60,13 +61,11 @@ def test_every_moe_layer_has_one(tiny, make_params):
     np.testing.assert_allclose(
         found["experts/encoder/layers_1/similarity"].compute(), want, atol=1e-5
     )
-    assert expert_similarity.metrics(make_params(EncoderDecoderModel(tiny()))) == {}
-    assert (
-        expert_similarity.metrics(
-            {"layer": {"mlp": {"expert": {"wo": {"kernel": np.ones((1, 2, 2))}}}}}
-        )
-        == {}
-    )
+    dense = EncoderDecoderModel(tiny())
+    assert expert_similarity.metrics(make_params(dense), dense.param_specs()) == {}
+    alone = {"encoder/layers_1/mlp/expert/wo/kernel": np.ones((1, 2, 2))}
+    specs = roles.inferred({path: trees.LeafSpec(a.shape, a.dtype) for path, a in alone.items()})
+    assert expert_similarity.metrics(trees.unflatten(alone), specs) == {}
 
 
 def test_experts_stay_where_they_are():

@@ -11,9 +11,11 @@ import re
 import jax
 import pytest
 
-from upcycle_jax import config, plan, precompile
+from upcycle_jax import config, plan
+from upcycle_jax.config.stand_ins import stand_ins
 from upcycle_jax.models.hardware import Accelerator
 from upcycle_jax.planning import compilation, estimate, literature, traced_memory
+from upcycle_jax.planning.compilation import Workload
 from upcycle_jax.planning.estimate import Hardware, Kind, Range
 from upcycle_jax.planning.render import render
 from upcycle_jax.text import Format
@@ -36,16 +38,12 @@ TINY = [
 @functools.cache
 def workload(*bindings, files=("models/t5_1_1_base_upcycled.gin", "runs/pretrain.gin")):
     loaded = config.load(files, [*TINY, *bindings] if "pods" not in files[0] else bindings)
-    return precompile.workload(
-        config.load(
-            files,
-            [
-                *(TINY if "pods" not in files[0] else ()),
-                *bindings,
-                *precompile.placeholders(loaded),
-            ],
-        )
-    )
+    own = TINY if "pods" not in files[0] else ()
+    return run_of(config.load(files, [*own, *bindings, *stand_ins(loaded)]))
+
+
+def run_of(loaded):
+    return Workload.of_run(loaded.build("train", train_eval_dataset_cfg=None).keywords)
 
 
 def make(work, chips=1, *, chip=CHIP, **given):
@@ -328,7 +326,7 @@ def test_microbatches_smaller_than_a_group_are_no_plan():
 
 def test_a_dense_model_is_no_plan():
     files = ["models/t5_1_1_base.gin", "runs/pretrain.gin"]
-    dense = precompile.workload(config.load(files, precompile.placeholders(config.load(files))))
+    dense = run_of(config.load(files, stand_ins(config.load(files))))
     with pytest.raises(ValueError, match="MODEL is dense: give the model that it becomes"):
         make(dense)
 

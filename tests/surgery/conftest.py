@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax import axes
+from upcycle_jax.moe import roles
 from upcycle_jax.trees import LeafSpec
 
 D, F, VOCAB = 8, 12, 16
@@ -22,7 +23,9 @@ class MemoryReader:
         return int(self.arrays.get("state/step", 0))
 
     def specs(self):
-        return {name: LeafSpec(a.shape, a.dtype) for name, a in sorted(self.arrays.items())}
+        return roles.inferred(
+            {name: LeafSpec(a.shape, a.dtype) for name, a in sorted(self.arrays.items())}
+        )
 
     def read(self, name, index=None):
         self.reads.append((name, index))
@@ -98,7 +101,7 @@ def tree(
         elif optimizer == "adam":
             out |= {f"state/param_states/{name}/{slot}": spec for slot in ("mu", "nu")}
     out["state/step"] = LeafSpec((), np.int32)
-    return dict(sorted(out.items()))
+    return roles.inferred(dict(sorted(out.items())))
 
 
 def filled(specs, seed=0, step=1000):

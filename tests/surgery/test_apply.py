@@ -19,6 +19,7 @@ import pytest
 
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import online, recipe_json
 from upcycle_jax.surgery.leaf_values import RowValues, regions_of
@@ -35,7 +36,9 @@ def partitioner(name):
 
 
 def save(path, arrays, step=1000):
-    specs = {name: LeafSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    specs = roles.inferred(
+        {name: LeafSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    )
     writer = create_checkpoint(path, specs, step=step, metadata={})
     for name, array in arrays.items():
         if name != "state/step":
@@ -295,12 +298,13 @@ CHILD = """
 import sys, pathlib
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.moe import roles
 from upcycle_jax.surgery import recipe_json
 from upcycle_jax.trees import LeafSpec
 import json
 folder = pathlib.Path(sys.argv[1])
 described = json.loads((folder / "target.json").read_text())
-target = {name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()}
+target = roles.inferred({name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()})
 source = open_checkpoint(folder / "dense")
 plan = surgery.make_plan(source.specs(), target, recipe_json.from_json(json.loads((folder / "recipe.json").read_text())))
 print("ready", flush=True)
@@ -388,11 +392,12 @@ import json, pathlib
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.moe import roles
 from upcycle_jax.surgery import recipe_json
 from upcycle_jax.trees import LeafSpec
 folder = pathlib.Path(folder)
 described = json.loads((folder / "target.json").read_text())
-target = {name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()}
+target = roles.inferred({name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()})
 source, written = open_checkpoint(folder / "dense"), open_checkpoint(folder / "sparse")
 plan = surgery.make_plan(source.specs(), target, recipe_json.from_json(json.loads((folder / "recipe.json").read_text())))
 partitioner = Partitioner(num_expert_partitions=4, num_model_partitions=2)

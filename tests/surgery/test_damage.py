@@ -12,6 +12,7 @@ from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.ocdbt import stored_values
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
+from upcycle_jax.moe import roles
 from upcycle_jax.surgery.recorded import PLAN_FILE, PROOF_FILE, read_recorded, small_files
 from upcycle_jax.trees import LeafSpec
 
@@ -22,7 +23,9 @@ SIZES = {"d": 32, "f": 48}
 
 
 def save(path, arrays):
-    specs = {name: LeafSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    specs = roles.inferred(
+        {name: LeafSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    )
     with create_checkpoint(path, specs, step=1000, metadata={}) as writer:
         for name, array in arrays.items():
             if name != "state/step":
@@ -65,7 +68,9 @@ class Pair:
 def source_specs(plan):
     used = {n: s for row in plan.rows for n, s in zip(row.sources, row.source_specs, strict=True)}
     used |= {item.source: item.spec for item in plan.dropped}
-    return {name: LeafSpec(spec.shape, spec.dtype) for name, spec in sorted(used.items())}
+    return roles.inferred(
+        {name: LeafSpec(spec.shape, spec.dtype) for name, spec in sorted(used.items())}
+    )
 
 
 @pytest.fixture

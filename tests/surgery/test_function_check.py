@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from upcycle_jax import surgery, trees
+from upcycle_jax import state_tree, surgery, trees
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models import registry
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.from_specs import from_specs
 from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe import roles
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery import lanes
@@ -65,7 +66,9 @@ class Reader:
         self.arrays = arrays
 
     def specs(self):
-        return {name: trees.LeafSpec(a.shape, a.dtype) for name, a in self.arrays.items()}
+        return roles.inferred(
+            {name: trees.LeafSpec(a.shape, a.dtype) for name, a in self.arrays.items()}
+        )
 
     def read(self, name, index=None):
         return self.arrays[name] if index is None else self.arrays[name][index]
@@ -76,7 +79,7 @@ class Reader:
 
 def upcycled(dense, model, recipe=None):
     source = Reader(dense)
-    target = {f"target/{path}": spec for path, spec in model.param_specs().items()}
+    target = state_tree.parameter_specs(model.param_specs())
     plan = surgery.make_plan(source.specs(), target, recipe)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     made = surgery.apply_online(plan, source, dict.fromkeys(target, here))

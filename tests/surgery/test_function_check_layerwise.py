@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax import surgery, trees
+from upcycle_jax import state_tree, surgery, trees
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models import layerwise
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe import roles
 from upcycle_jax.moe.dispatch import Assignment, Choices, Mixture
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, SoftMoe, TokensChoose
 from upcycle_jax.surgery import function_check as check
@@ -81,7 +82,9 @@ class CountingReader:
         self.arrays, self.reads = arrays, []
 
     def specs(self):
-        return {name: trees.LeafSpec(a.shape, a.dtype) for name, a in self.arrays.items()}
+        return roles.inferred(
+            {name: trees.LeafSpec(a.shape, a.dtype) for name, a in self.arrays.items()}
+        )
 
     def read(self, name, index=None):
         array = self.arrays[name] if index is None else self.arrays[name][index]
@@ -193,7 +196,7 @@ def test_parts_of_a_plan_add_up_and_copies_merge(plan):
 
 def converted(model, recipe=None, source=None):
     source = source or CountingReader(random_params(CONFIG))
-    target = {f"target/{path}": spec for path, spec in model.param_specs().items()}
+    target = state_tree.parameter_specs(model.param_specs())
     plan = surgery.make_plan(source.specs(), target, recipe)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     made = surgery.apply_online(plan, source, dict.fromkeys(target, here))
@@ -241,14 +244,14 @@ def test_a_batch_that_does_not_fit_is_cut_to_its_first_rows():
 
 def test_experts_that_share_their_bytes_are_read_once(tmp_path):
     arrays = random_params(CONFIG)
-    specs = {name: trees.LeafSpec(a.shape, a.dtype) for name, a in arrays.items()}
+    specs = roles.inferred({name: trees.LeafSpec(a.shape, a.dtype) for name, a in arrays.items()})
     with create_checkpoint(tmp_path / "checkpoint_1", specs, step=1, metadata={}) as writer:
         for name, array in arrays.items():
             writer.write(name, None, array)
         writer.finalize()
     source = open_checkpoint(tmp_path / "checkpoint_1")
     model = EncoderDecoderModel(moe_config())
-    specs = {f"target/{path}": spec for path, spec in model.param_specs().items()}
+    specs = state_tree.parameter_specs(model.param_specs())
     plan = surgery.make_plan(source.specs(), specs, surgery.Recipe())
     target = open_checkpoint(surgery.apply_offline(plan, source, tmp_path / "out" / "checkpoint_1"))
     weights = LayerWeights(target, model.param_specs(), block_bytes=1 << 20)

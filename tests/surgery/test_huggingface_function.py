@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from upcycle_jax import surgery, trees
+from upcycle_jax import state_tree, surgery, trees
 from upcycle_jax.checkpoints import create_checkpoint, model_settings, open_checkpoint
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.inference import running
@@ -18,7 +18,6 @@ from upcycle_jax.models.t5.from_specs import from_specs
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.surgery import convert_and_prove
 from upcycle_jax.surgery.parents import join
-from upcycle_jax.trees import LeafSpec
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch")
 transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")
@@ -143,8 +142,7 @@ def test_a_conversion_and_a_copy_hand_the_settings_on(silu, tmp_path):
     model = registry.infer(source.specs(), source.model_settings(), MoeConfig(num_experts=2))
     assert model.config.layer_norm_epsilon == config.layer_norm_epsilon
     assert model.config.dense == config
-    specs = {f"target/{name}": spec for name, spec in model.param_specs().items()}
-    specs["state/step"] = LeafSpec((), np.dtype(np.int32))
+    specs = state_tree.specs(model.param_specs(), {})
     output = tmp_path / "sparse" / "checkpoint_3"
     done = convert_and_prove.convert(
         source, specs, output, surgery.Recipe(), model=model, check="off", report=lambda _: None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from upcycle_jax.layers.mlp import hidden_axis
 from upcycle_jax.surgery import keys, operations
 from upcycle_jax.surgery.operations import hidden_units
 
@@ -267,11 +268,11 @@ def test_qwen_experts_are_slices_of_shuffled_repetitions():
 
 
 def test_the_intermediate_axis_is_found_by_axis_name_or_by_kernel_name():
-    find = hidden_units.shape_of_mlp_axis
-    assert find("x/wi_0/kernel", ("expert", "embed", "expert_mlp"), (4, 8)) == 1
-    assert find("x/wo/kernel", ("expert", "expert_mlp", "embed"), (8, 4)) == 0
-    assert find("x/wo/kernel", (None, None, None), (8, 4)) == 0
-    assert find("x/wi_1/kernel", (None, None, None), (4, 8)) == 1
+    assert hidden_axis("x/wi_0/kernel", ("expert", "embed", "expert_mlp"), 2) == 1
+    assert hidden_axis("x/wo/kernel", ("expert", "expert_mlp", "embed"), 2) == 0
+    assert hidden_axis("x/wo/kernel", ("mlp", "embed"), 2) == 0
+    assert hidden_axis("x/wo/kernel", (None, None, None), 2) == 0
+    assert hidden_axis("x/wi_1/kernel", (None, None, None), 2) == 1
 
 
 def test_seed_out_of_range():

@@ -7,6 +7,7 @@ import pytest
 
 from upcycle_jax import surgery
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.moe import roles
 from upcycle_jax.surgery import leaf_check
 from upcycle_jax.surgery import proof as proof_lib
 from upcycle_jax.surgery.leaf_values import RowValues, regions_of
@@ -32,7 +33,9 @@ def build(small, init=None, **options):
 
 
 def on_disk(folder, arrays):
-    specs = {name: LeafSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    specs = roles.inferred(
+        {name: LeafSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    )
     writer = create_checkpoint(folder, specs, step=int(arrays["state/step"]), metadata={})
     for name, array in arrays.items():
         if name != "state/step":

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from upcycle_jax import axes, surgery
+from upcycle_jax import axes, state_tree, surgery
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery.operations import Copy, FirstUnits, Mean, Zeros
@@ -47,7 +48,7 @@ def sparse_tree(small, width, *, optimizer="adafactor"):
                 f"state/param_states/{path}/{slot}": LeafSpec(shape, np.float32)
                 for slot, shape in shapes.items()
             }
-    return out
+    return roles.inferred(out)
 
 
 @pytest.mark.parametrize("width", [12, 6])
@@ -183,7 +184,7 @@ def compared(small, dense, width, damage=None):
     )
     model = EncoderDecoderModel(T5Config(**{**CONFIG.__dict__, "moe": moe}))
     source = small.Reader(dense)
-    target = {f"target/{path}": spec for path, spec in model.param_specs().items()}
+    target = state_tree.parameter_specs(model.param_specs())
     plan = surgery.make_plan(source.specs(), target, surgery.Recipe(step="reset"))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays = {

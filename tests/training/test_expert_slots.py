@@ -18,17 +18,17 @@ from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.prepare import Settings, prepare
 from upcycle_jax.training.train_state import state_specs
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 F32 = np.dtype(np.float32)
 WI, WO = ("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed")
 SPECS = {
-    "wide/wi/kernel": LeafSpec((3, 4, 6), F32, WI),
-    "wide/wo/kernel": LeafSpec((3, 6, 4), F32, WO),
-    "narrow/wi/kernel": LeafSpec((3, 6, 2), F32, WI),
-    "narrow/wo/kernel": LeafSpec((3, 2, 6), F32, WO),
-    "square/wi/kernel": LeafSpec((3, 5, 5), F32, WI),
-    "square/wo/kernel": LeafSpec((3, 5, 5), F32, WO),
+    "wide/wi/kernel": LeafSpec((3, 4, 6), F32, WI, Role.EXPERT),
+    "wide/wo/kernel": LeafSpec((3, 6, 4), F32, WO, Role.EXPERT),
+    "narrow/wi/kernel": LeafSpec((3, 6, 2), F32, WI, Role.EXPERT),
+    "narrow/wo/kernel": LeafSpec((3, 2, 6), F32, WO, Role.EXPERT),
+    "square/wi/kernel": LeafSpec((3, 5, 5), F32, WI, Role.EXPERT),
+    "square/wo/kernel": LeafSpec((3, 5, 5), F32, WO, Role.EXPERT),
     "router/kernel": LeafSpec((4, 3), F32, ("embed", "unmodeled")),
 }
 

@@ -8,7 +8,7 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.training.optimizers import Adafactor, AdamW
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 F32 = np.dtype(np.float32)
 SPECS = {
@@ -17,9 +17,9 @@ SPECS = {
     "attention/out/kernel": LeafSpec((5, 5), F32, ("joined_kv", "embed")),
     "router/kernel": LeafSpec((4, 3), F32, ("embed", "unmodeled")),
     "norm/scale": LeafSpec((4,), F32, ("embed",)),
-    "expert/wi/kernel": LeafSpec((3, 4, 6), F32, ("expert", "embed", "expert_mlp")),
-    "expert/wo/kernel": LeafSpec((3, 6, 4), F32, ("expert", "expert_mlp", "embed")),
-    "expert/small/kernel": LeafSpec((3, 2, 6), F32, ("expert", "embed", "expert_mlp")),
+    "expert/wi/kernel": LeafSpec((3, 4, 6), F32, ("expert", "embed", "expert_mlp"), Role.EXPERT),
+    "expert/wo/kernel": LeafSpec((3, 6, 4), F32, ("expert", "expert_mlp", "embed"), Role.EXPERT),
+    "expert/small/kernel": LeafSpec((3, 2, 6), F32, ("expert", "embed", "expert_mlp"), Role.EXPERT),
 }
 
 

@@ -21,6 +21,7 @@ from upcycle_jax.checkpoints.orbax_metadata import (
     read_tree_metadata,
 )
 from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index, scalar_step
+from upcycle_jax.moe import roles
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
@@ -177,10 +178,12 @@ class OrbaxReader(ReaderBase):
 
     @functools.cached_property
     def _specs(self) -> dict[str, LeafSpec]:
-        return {
-            name: LeafSpec(layout.shape, layout.numpy_dtype)
-            for name, layout in self._layouts.items()
-        }
+        return roles.inferred(
+            {
+                name: LeafSpec(layout.shape, layout.numpy_dtype)
+                for name, layout in self._layouts.items()
+            }
+        )
 
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)

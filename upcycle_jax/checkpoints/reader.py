@@ -1,5 +1,6 @@
 """The one interface through which every checkpoint format is read."""
 
+import abc
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,8 +45,8 @@ class CheckpointReader(Protocol):
     def step(self) -> int: ...
 
     def specs(self) -> dict[str, LeafSpec]:
-        """Shape and dtype of every leaf, sorted by name, without reading arrays. Logical axes are
-        unknown.
+        """Shape, dtype, role and twin of every leaf, sorted by name, without reading arrays.
+        Logical axes are unknown.
         """
         ...
 
@@ -80,7 +81,7 @@ class CheckpointReader(Protocol):
         ...
 
 
-class ReaderBase:
+class ReaderBase(abc.ABC):
     """What the formats share. A subclass gives `specs`, `read` and `_files`."""
 
     path: epath.Path
@@ -90,11 +91,13 @@ class ReaderBase:
     def step(self) -> int:
         return scalar_step(self) if STEP in self.specs() else 0
 
+    @abc.abstractmethod
     def specs(self) -> dict[str, LeafSpec]:
-        raise TypeError(f"{type(self).__name__} does not say how to list its leaves")
+        """See `CheckpointReader.specs`."""
 
+    @abc.abstractmethod
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        raise TypeError(f"{type(self).__name__} does not say how to read {name}{index or ''}")
+        """See `CheckpointReader.read`."""
 
     def _files(self) -> Iterable[epath.Path]:
         return sorted(

@@ -9,7 +9,7 @@ from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
 from upcycle_jax.text import aligned, size
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 _KNOWN_OPTIMIZERS = {
     frozenset({"m", "v", "v_row", "v_col"}): "Adafactor",
@@ -148,8 +148,8 @@ def summarize(reader: CheckpointReader) -> Summary:
             sorted(
                 {
                     spec.shape[0]
-                    for name, spec in targets.items()
-                    if "/expert/" in name and spec.shape
+                    for spec in targets.values()
+                    if spec.role is Role.EXPERT and spec.shape
                 }
             )
         ),

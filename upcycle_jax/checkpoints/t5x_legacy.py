@@ -17,6 +17,7 @@ from etils import epath
 from upcycle_jax.checkpoints import storage, untrusted
 from upcycle_jax.checkpoints.msgpack_index import ChunkedArray, InlineArray, load_index
 from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index
+from upcycle_jax.moe import roles
 from upcycle_jax.printing import printable
 from upcycle_jax.trees import LeafSpec
 
@@ -216,10 +217,10 @@ class T5XLegacyReader(ReaderBase):
             raise ValueError(f"leaf {printable(name)}: {error}") from None
 
     def specs(self) -> dict[str, LeafSpec]:
-        return {
-            name: LeafSpec(leaf.shape, leaf.dtype)
-            for name, leaf in ((name, self._leaf(name)) for name in self._nodes)
-        }
+        leaves = {name: self._leaf(name) for name in self._nodes}
+        return roles.inferred(
+            {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        )
 
     def spec(self, name: str) -> LeafSpec:
         if name not in self._nodes:

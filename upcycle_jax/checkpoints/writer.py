@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from upcycle_jax import axes
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.ocdbt import MANIFEST, drop_unused
@@ -44,7 +43,7 @@ from upcycle_jax.checkpoints.output import (
 from upcycle_jax.checkpoints.reader import Index, checked_index, index_shape
 from upcycle_jax.files import write_whole
 from upcycle_jax.state_tree import STEP
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 DEFAULT_CHUNK_BYTES = 64 << 20
 DEFAULT_PENDING_BYTES = 128 << 20
@@ -66,8 +65,8 @@ def create_checkpoint(
     Args:
       path: the checkpoint's folder, e.g. `MODEL_DIR/checkpoint_1000`. It must not exist; it appears
         when `finalize` is done.
-      specs: every leaf by full path. A leaf whose first axis is `axes.EXPERT` (or whose path has an
-        `expert` folder) is stored with one chunk row per expert. `state/step` (int32 scalar) is
+      specs: every leaf by full path. A leaf of experts (`Role.EXPERT`) is stored with one chunk
+        row per expert. `state/step` (int32 scalar) is
         added where it is missing, and written here.
       step: the training step.
       metadata: JSON-serialisable record (recipe, seed, source, versions);
@@ -103,7 +102,7 @@ def create_checkpoint(
     _check_names(specs)
     plan = {}
     for name, spec in specs.items():
-        layout = (layouts or {}).get(name) or _default_layout(name, spec, chunk_bytes, compress)
+        layout = (layouts or {}).get(name) or _default_layout(spec, chunk_bytes, compress)
         if layout.shape != spec.shape or layout.numpy_dtype != spec.dtype:
             raise ValueError(
                 f"{name}: layout of {layout.dtype}{list(layout.shape)} given for a leaf {spec}"
@@ -129,14 +128,8 @@ def _check_names(specs: Mapping[str, LeafSpec]) -> None:
         raise ValueError(f"leaves {clashes[0]} would share one stored name: rename one of them")
 
 
-def _default_layout(
-    name: str, spec: LeafSpec, chunk_bytes: int, compress: bool
-) -> storage.ZarrLayout:
-    per_expert = (
-        bool(spec.shape)
-        and (spec.axes[0] == axes.EXPERT or "/expert/" in name)
-        and spec.shape != (1,)
-    )
+def _default_layout(spec: LeafSpec, chunk_bytes: int, compress: bool) -> storage.ZarrLayout:
+    per_expert = spec.role is Role.EXPERT and spec.shape not in ((), (1,))
     chunks = storage.choose_chunks(
         spec.shape, spec.dtype.itemsize, leading=int(per_expert), limit=chunk_bytes
     )

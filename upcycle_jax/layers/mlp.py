@@ -31,6 +31,21 @@ def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:
     return ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
 
 
+def hidden_axis(path: str, axes_of: Sequence[str | None], rank: int) -> int:
+    """The hidden axis of a kernel of an MLP: the one so named, else the first of `wo` and the last
+    of the others. Of an expert's kernel, the axis within one expert.
+
+    Args:
+      path: of the kernel, e.g. 'mlp/wo/kernel'.
+      axes_of: its logical axes, None where unknown.
+      rank: dimensions of the kernel (of one expert).
+    """
+    for name in (axes.EXPERT_MLP, axes.MLP):
+        if name in axes_of:
+            return list(axes_of).index(name) - (len(axes_of) - rank)
+    return 0 if path.split("/")[-2:-1] == ["wo"] else rank - 1
+
+
 def gated(products: Sequence[jax.Array], activations: Sequence[str]) -> jax.Array:
     """Hidden activations: each product with an input kernel through its activation, multiplied. All
     shapes are the same.

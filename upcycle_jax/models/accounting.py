@@ -58,9 +58,7 @@ def count_parameters(
     """
     total = sum(leaf.size for leaf in specs.values())
     experts = {path: leaf for path, leaf in specs.items() if is_expert(leaf)}
-    routers = sum(
-        leaf.size for path, leaf in specs.items() if path.endswith("router/router_weights/w/kernel")
-    )
+    routers = sum(leaf.size for leaf in specs.values() if leaf.role is trees.Role.ROUTER)
     inactive = 0.0
     for path, leaf in experts.items():
         assert config.moe is not None

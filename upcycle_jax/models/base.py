@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax.features import FeatureConverter
+from upcycle_jax.models import layer_names
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.moe.config import MoeSettings
@@ -47,7 +48,7 @@ class Stack:
 
     def layer(self, index: int) -> str:
         """Path of a layer, e.g. 'encoder/layers_1'."""
-        return f"{self.name}/layers_{index}"
+        return layer_names.layer(self.name, index)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import trees
+from upcycle_jax.models import layer_names
 from upcycle_jax.models.metrics import Mean, Metrics
+from upcycle_jax.trees import LeafSpec, Role
 from upcycle_jax.types import PyTree
 
-_MARK = "/mlp/expert/"
 _TINY = 1e-30
 
 
@@ -30,19 +31,20 @@ def mean_pairwise_cosine(kernel: jax.Array) -> jax.Array:
     return (jnp.sum(jnp.square(total)) - nonzero) / (num_experts * (num_experts - 1))
 
 
-def metrics(params: PyTree) -> Metrics:
+def metrics(params: PyTree, specs: Mapping[str, LeafSpec]) -> Metrics:
     """`experts/<layer>/similarity` of every MoE layer: the mean over the kernels of its experts;
     nothing for layers of one expert.
 
     Args:
       params: parameters, nested.
+      specs: of the parameters, by path.
     """
     kernels: dict[str, list[jax.Array]] = {}
     flat: Mapping[str, jax.Array] = trees.flatten(params)
     for path, kernel in flat.items():
-        layer, mark, _ = path.partition(_MARK)
-        if mark and path.endswith("/kernel") and kernel.shape[0] > 1:
-            kernels.setdefault(layer, []).append(kernel)
+        place = layer_names.split(path)
+        if place is not None and specs[path].role is Role.EXPERT and kernel.shape[0] > 1:
+            kernels.setdefault(place.layer, []).append(kernel)
     one = jnp.ones((), jnp.float32)
     return {
         f"experts/{layer}/similarity": Mean(

@@ -5,9 +5,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-BIAS = "mlp/router/bias"
-"""End of the path of a selection bias, after that of its layer ('encoder/layers_1')."""
-
 
 def moved(bias: jax.Array, chosen: jax.Array, *, rate: float) -> jax.Array:
     """The bias `[E]` after a step: `rate` up where an expert was chosen less often than the mean,
@@ -28,6 +25,7 @@ def with_moved_biases(
     before: Mapping[str, jax.Array],
     chosen: Mapping[str, jax.Array],
     rates: Mapping[str, float],
+    paths: Mapping[str, str],
 ) -> dict[str, jax.Array]:
     """Flat parameters in which every bias is the one from before the step, moved; what an optimizer
     did to it is undone.
@@ -37,9 +35,10 @@ def with_moved_biases(
       before: before it.
       chosen: by layer, see `moved`.
       rates: by layer, of the layers that have a bias.
+      paths: of the biases, by layer.
     """
     biases = {
-        f"{layer}/{BIAS}": moved(before[f"{layer}/{BIAS}"], chosen[layer], rate=rate)
+        paths[layer]: moved(before[paths[layer]], chosen[layer], rate=rate)
         for layer, rate in rates.items()
     }
     return {**params, **biases}

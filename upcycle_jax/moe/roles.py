@@ -20,10 +20,12 @@ def marked(specs: Mapping[str, LeafSpec], moe_layers: Iterable[str]) -> dict[str
       moe_layers: paths of the MoE layers, e.g. 'encoder/layers_1/mlp'. The dense model has a dense
         MLP of the same path there.
     """
-    layers = sorted(moe_layers, key=len, reverse=True)
+    layers = frozenset(moe_layers)
+    lengths = sorted({len(layer) for layer in layers}, reverse=True)
     found = {}
     for path, spec in specs.items():
-        layer = next((layer for layer in layers if path.startswith(f"{layer}/")), None)
+        starts = (path[:length] for length in lengths if path[length : length + 1] == "/")
+        layer = next((start for start in starts if start in layers), None)
         role, twin = (Role.DENSE, path) if layer is None else _in_layer(layer, path)
         found[path] = dataclasses.replace(spec, role=role, twin=twin)
     return found

@@ -56,6 +56,23 @@ class Workload:
     packed: bool = False
     recipe: Any = None
 
+    @classmethod
+    def of_run(cls, settings: Mapping[str, Any]) -> "Workload":
+        """Of a training run with these settings of `train`; the partitioner still has this
+        machine's devices.
+        """
+        dataset = settings["train_dataset_cfg"]
+        restore = getattr(settings.get("checkpoint_cfg"), "restore", None)
+        return cls(
+            model=settings["model"],
+            trainer=settings["trainer"],
+            partitioner=settings.get("partitioner", Partitioner()),
+            batch_size=dataset.batch_size,
+            task_feature_lengths=dataset.task_feature_lengths,
+            packed=dataset.pack,
+            recipe=getattr(restore, "recipe", None),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:

@@ -46,6 +46,14 @@ class Kind(enum.StrEnum):
     SCRATCH = "MoE from scratch"
 
 
+class Fit(enum.StrEnum):
+    """Whether what a device holds has room on it."""
+
+    FITS = "fits"
+    MAY_FIT = "may fit"
+    DOES_NOT_FIT = "DOES NOT FIT"
+
+
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """Chips of one kind.
@@ -134,11 +142,11 @@ class Memory:
         )
 
     @property
-    def verdict(self) -> str:
-        """'fits', 'may fit' or 'DOES NOT FIT'."""
+    def verdict(self) -> Fit:
+        """Whether a device has room."""
         if self.needed.high <= self.available:
-            return "fits"
-        return "may fit" if self.needed.low <= self.available else "DOES NOT FIT"
+            return Fit.FITS
+        return Fit.MAY_FIT if self.needed.low <= self.available else Fit.DOES_NOT_FIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +366,7 @@ def make_plan(
         mfu=Range(*mfu),
         advice=(
             []
-            if memory.verdict == "fits"
+            if memory.verdict is Fit.FITS
             else compilation.advice(sparse, round(memory.needed.high), memory.available)
         ),
     )

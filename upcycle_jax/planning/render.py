@@ -7,7 +7,7 @@ from typing import Any
 from upcycle_jax.moe.routing import ExpertsChoose
 from upcycle_jax.planning import literature
 from upcycle_jax.planning.compilation import gib
-from upcycle_jax.planning.estimate import MFU_SOURCE, MOE_SLOWDOWN, Kind, Plan, Range, Spending
+from upcycle_jax.planning.estimate import MFU_SOURCE, MOE_SLOWDOWN, Fit, Kind, Plan, Range, Spending
 from upcycle_jax.text import WIDTH, Format, Table, json_text
 
 
@@ -89,7 +89,7 @@ def costs_table(plan: Plan) -> Table:
         ["  together", *(_gib_range(cost.memory.needed) for cost in costs)],
         [
             f"  of {gib(plan.hardware.chip.device_hbm_bytes)}",
-            *(cost.memory.verdict for cost in costs),
+            *(str(cost.memory.verdict) for cost in costs),
         ],
         ["step time, ms", *(_range(cost.time.total * 1e3) for cost in costs)],
         ["  compute", *(_range(cost.time.compute * 1e3) for cost in costs)],
@@ -134,17 +134,17 @@ def _verdict(plan: Plan) -> str:
     cost = plan.costs[Kind.UPCYCLED]
     memory = cost.memory
     needed = f"{_gib_range(memory.needed)} of {gib(memory.available)} per device"
-    if memory.verdict == "fits":
+    if memory.verdict is Fit.FITS:
         return (
             f"FITS: the upcycled model needs {needed} (estimate; upcycle_jax.precompile compiles it"
             " for TPU slices)."
         )
     head = {
-        "may fit": (
+        Fit.MAY_FIT: (
             f"MAY FIT: the upcycled model needs {needed}; upcycle_jax.precompile decides it for TPU"
             " slices. What helps:"
         ),
-        "DOES NOT FIT": (
+        Fit.DOES_NOT_FIT: (
             f"DOES NOT FIT: the upcycled model needs {needed}. Any of these helps, the largest"
             " saving first:"
         ),
@@ -182,7 +182,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "activations": memory.activations,
                 "needed": dataclasses.asdict(memory.needed),
                 "available": memory.available,
-                "verdict": memory.verdict,
+                "verdict": str(memory.verdict),
             },
             "step_seconds": {
                 "total": dataclasses.asdict(time.total),

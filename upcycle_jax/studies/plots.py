@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 
+from upcycle_jax.models import layer_names
 from upcycle_jax.studies.run_results import Run
 
 matplotlib.use("Agg")
@@ -25,8 +26,9 @@ METRIC_LABELS = {
 
 def depth(layer: str) -> tuple[bool, int]:
     """Sorts 'encoder/layers_3' and the like as the signal passes them."""
-    stack, _, number = layer.rpartition("/layers_")
-    return stack != "encoder", int(number)
+    place = layer_names.split(layer)
+    assert place is not None  # A metric of a layer carries the layer's path.
+    return place.stack != "encoder", place.number
 
 
 def png(figure: Figure) -> bytes:

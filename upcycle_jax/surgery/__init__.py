@@ -5,49 +5,19 @@ recipe (choices) -> make_plan (every target leaf, its origin) -> apply_online / 
 same bits) -> prove (proof.json).
 """
 
+from upcycle_jax.surgery import recipe as _recipe
 from upcycle_jax.surgery.matching import make_plan
 from upcycle_jax.surgery.offline import apply_offline, record, result_step
 from upcycle_jax.surgery.online import apply_online
 from upcycle_jax.surgery.parents import join
 from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.proof import Proof, prove
-from upcycle_jax.surgery.recipe import (
-    CopyExperts,
-    DepthTile,
-    DropUpcycling,
-    FreshExperts,
-    GivenRouter,
-    MergeRecipe,
-    NoisyCopies,
-    NormalRouter,
-    ParentExperts,
-    PartialCopies,
-    QwenExperts,
-    Recipe,
-    UniformRouter,
-    VirtualGroups,
-    ZeroRouter,
-)
+from upcycle_jax.surgery.recipe import *  # noqa: F403  (the parts of a recipe are listed there)
 
 __all__ = [
-    "CopyExperts",
-    "DepthTile",
-    "DropUpcycling",
-    "FreshExperts",
-    "GivenRouter",
-    "MergeRecipe",
-    "NoisyCopies",
-    "NormalRouter",
-    "ParentExperts",
-    "PartialCopies",
     "Plan",
     "Proof",
-    "QwenExperts",
-    "Recipe",
     "Row",
-    "UniformRouter",
-    "VirtualGroups",
-    "ZeroRouter",
     "apply_offline",
     "apply_online",
     "join",
@@ -56,3 +26,4 @@ __all__ = [
     "record",
     "result_step",
 ]
+__all__ += _recipe.__all__

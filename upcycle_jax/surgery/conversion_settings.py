@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from upcycle_jax import checks
 from upcycle_jax.checkpoints import model_settings
@@ -10,6 +10,7 @@ from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
 from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.surgery.convert_and_prove import FunctionCheckMode
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
@@ -49,7 +50,7 @@ class ConversionSettings:
     optimizer: Optimizer | None = None
     recipe: Recipe | MergeRecipe | None = None
     max_memory: checks.Bytes = 2 << 30
-    function_check: Literal["auto", "on", "off"] = "auto"
+    function_check: FunctionCheckMode = "auto"
     function_check_dataset: checks.Dataset | None = None
 
     def inferred_model(self, source: Reader) -> Model:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from upcycle_jax.checkpoints import model_settings, open_checkpoint
 from upcycle_jax.checkpoints.model_settings import check_model
@@ -17,7 +17,7 @@ from upcycle_jax.models.base import Model
 from upcycle_jax.models.layerwise import LayerwiseModel
 from upcycle_jax.printing import show
 from upcycle_jax.surgery import function_check
-from upcycle_jax.surgery.matching import is_expert, make_plan
+from upcycle_jax.surgery.matching import make_plan
 from upcycle_jax.surgery.model_record import model_to_json
 from upcycle_jax.surgery.offline import (
     DEFAULT_MAX_MEMORY,
@@ -39,11 +39,11 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     small_files,
 )
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 Report = Callable[[str], None]
 
-FUNCTION_CHECKS = ("auto", "on", "off")
+FunctionCheckMode = Literal["auto", "on", "off"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def convert(
     model: Model,
     max_memory: int = DEFAULT_MAX_MEMORY,
     materialize: bool = False,
-    check: str = "auto",
+    check: FunctionCheckMode = "auto",
     tokens: ProbeBatch | None = None,
     dry_run: bool = False,
     report: Report = show,
@@ -112,9 +112,8 @@ def convert(
         Nothing was written.
       OSError: the output cannot be written.
     """
-    _require(
-        check in FUNCTION_CHECKS, f"function_check is {check!r}: choose one of {FUNCTION_CHECKS}"
-    )
+    modes = get_args(FunctionCheckMode)
+    _require(check in modes, f"function_check is {check!r}: choose one of {modes}")
     checked_output(output_path, source_paths(source), setting="OUTPUT_CHECKPOINT_PATH")
     check_model(source, model.config)
     plan = make_plan(source.specs(), target_specs, recipe)
@@ -197,7 +196,7 @@ def verify(
     *,
     model: Model | None,
     recorded: Recorded | None = None,
-    check: str = "auto",
+    check: FunctionCheckMode = "auto",
     max_memory: int = DEFAULT_MAX_MEMORY,
     tokens: ProbeBatch | None = None,
     source_damage: Sequence[str] = (),
@@ -262,7 +261,7 @@ def why_no_function_check(plan: Plan, check: str) -> str:
         return "there is no single dense parent to compare with"
     if plan.recipe.depth is not None:
         return "the source has another depth"
-    if not any(is_expert(row.target) for row in plan.rows):
+    if not any(row.spec.role is Role.EXPERT for row in plan.rows):
         return "the target has no experts"
     return ""
 

@@ -2,16 +2,18 @@
 both sides.
 
 Target first: every target leaf gets exactly one origin; every source leaf is used or dropped by
-name. Experts are found by `mlp/expert/` in a path, shared experts by `mlp/shared_expert/`, routers
-by `mlp/router/`, optimizer slots by `state/param_states/`; nothing else of an architecture is known
-here.
+name. What a leaf is, and which dense leaf it comes from, its spec says (`role`, `twin`).
 """
 
+import abc
+import functools
+import os.path
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from upcycle_jax.state_tree import STEP
+from upcycle_jax.layers.mlp import hidden_axis
+from upcycle_jax.models import layer_names
+from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
 from upcycle_jax.surgery.operations import (
     Constant,
     Copy,
@@ -23,39 +25,16 @@ from upcycle_jax.surgery.operations import (
     Tile,
     Zeros,
 )
-from upcycle_jax.surgery.operations.hidden_units import shape_of_mlp_axis
 from upcycle_jax.surgery.plan import Dropped, Plan, Row
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
 from upcycle_jax.text import shorten
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
-EXPERT, ROUTER, SHARED = "mlp/expert/", "mlp/router/", "mlp/shared_expert/"
-SLOTS = "state/param_states/"
 PLACEHOLDER = (1,)
 PARENT = re.compile(r"parent_(\d+)/(.+)")
-LAYER = re.compile(r"(?P<stack>.*?/)layers_(?P<number>\d+)/")
+ROUTING = (Role.ROUTER, Role.ROUTER_BIAS)
 
 Specs = Mapping[str, LeafSpec]
-
-
-def is_expert(path: str) -> bool:
-    """Whether a path is of an expert's matrix or of one of its optimizer slots."""
-    return EXPERT in path
-
-
-def is_shared(path: str) -> bool:
-    """Whether a path is of a shared expert's matrix or of one of its optimizer slots."""
-    return SHARED in path
-
-
-def is_router(path: str) -> bool:
-    """Whether a path is of a router's kernel or of one of its optimizer slots."""
-    return ROUTER in path
-
-
-def is_router_bias(path: str) -> bool:
-    """Whether a path is of the bias that balances a router, or of one of its optimizer slots."""
-    return f"{ROUTER}bias" in path
 
 
 def make_plan(
@@ -66,8 +45,8 @@ def make_plan(
     Args:
       source_specs: full path -> spec of the source; of several dense parents, as `parents.join`
         names them ('parent_0/target/...').
-      target_specs: full path -> spec of the target: which layers are sparse, how wide experts are
-        and which slots exist follows from it.
+      target_specs: full path -> spec of the target (`state_tree.specs`): which layers are sparse,
+        how wide experts are and which slots exist follows from it.
       recipe: the choices; None: `Recipe()`, the paper's for language.
 
     Raises:
@@ -75,21 +54,27 @@ def make_plan(
         shapes do not fit, or the recipe does not suit the two trees. The message names the leaves
         of both sides and the remedy.
     """
+    source, target = dict(source_specs), dict(target_specs)
     recipe = recipe if recipe is not None else Recipe()
-    matcher = (
-        _Merging
-        if isinstance(recipe, MergeRecipe)
-        else _Parents
-        if isinstance(recipe.expert_init, ParentExperts)
-        else _Upcycling
-    )
-    return matcher(dict(source_specs), dict(target_specs), recipe).plan()
+    matching: _Matching
+    if isinstance(recipe, MergeRecipe):
+        matching = _Merging(source, target, recipe)
+    elif isinstance(recipe.expert_init, ParentExperts):
+        matching = _Parents(source, target, recipe, recipe.expert_init)
+    else:
+        matching = _Upcycling(source, target, recipe)
+    return matching.plan()
 
 
-class _Matching:
+def _parameter_of(slot: str) -> str:
+    """Full path of the parameter that an optimizer slot belongs to."""
+    return TARGET + slot.removeprefix(PARAM_STATES).rpartition("/")[0]
+
+
+class _Matching(abc.ABC):
     """What every kind of conversion shares: collecting rows, uses, drops and faults."""
 
-    def __init__(self, source: dict[str, LeafSpec], target: dict[str, LeafSpec], recipe: Any):
+    def __init__(self, source: Specs, target: Specs, recipe: Recipe | MergeRecipe):
         self.source, self.target, self.recipe = source, target, recipe
         self.rows: list[Row] = []
         self.faults: list[str] = []
@@ -99,11 +84,11 @@ class _Matching:
     def plan(self) -> Plan:
         self.check()
         for path, spec in sorted(
-            self.target.items(), key=lambda item: (item[0].startswith("state/"), item[0])
+            self.target.items(), key=lambda item: (item[0].startswith(STATE), item[0])
         ):
             if path == STEP:
                 self.step(spec)
-            elif path.startswith(SLOTS):
+            elif path.startswith(PARAM_STATES):
                 if not self.faults:  # Slots of parameters that do not fit would only repeat it.
                     self.slot(path, spec)
             else:
@@ -120,26 +105,33 @@ class _Matching:
         )
         return Plan(tuple(self.rows), dropped, self.recipe)
 
+    @abc.abstractmethod
     def check(self) -> None:
-        raise TypeError(type(self).__name__)
+        """Raises a ValueError where the two trees are not of this kind of conversion."""
 
+    @abc.abstractmethod
     def parameter(self, path: str, spec: LeafSpec) -> None:
-        raise TypeError(type(self).__name__)
+        """Adds the row of a parameter of the target."""
 
-    def slot_origin(self, path: str) -> tuple[Operation, tuple[str, ...]]:
-        raise TypeError(type(self).__name__)
+    @abc.abstractmethod
+    def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
+        """How an optimizer slot of the target is made that does not start afresh, and of what."""
+
+    @abc.abstractmethod
+    def is_converted(self, slot: str) -> bool:
+        """Whether a source slot belongs to a parameter that does not stay as it is."""
 
     def slot(self, path: str, spec: LeafSpec) -> None:
         if self.recipe.optimizer_state == "reset":
             self.add(path, spec, Zeros(), ())
             return
-        if not any(name.startswith(SLOTS) for name in self.source):
+        if not any(name.startswith(PARAM_STATES) for name in self.source):
             self.faults.append(
                 f"- {path} {spec} (in the target, the source has no optimizer state)"
             )
             self.remedies.append("Remedy: set Recipe.optimizer_state = 'reset'.")
             return
-        operation, sources = self.slot_origin(path)
+        operation, sources = self.slot_origin(path, spec)
         # A slot of shape (1,) is Adafactor's mark for "unused": it is carried as it is, never
         # tiled.
         if (
@@ -224,10 +216,10 @@ class _Matching:
         parameters_fit = not self.faults
         drop = [re.compile(pattern) for pattern in getattr(self.recipe, "drop", ())]
         for name, spec in self.source.items():
-            if name in used or (not parameters_fit and SLOTS in name):
+            if name in used or (not parameters_fit and PARAM_STATES in name):
                 continue
             bare = PARENT.fullmatch(name)
-            reason = self.drop_reason(bare.group(2) if bare else name)
+            reason = self.drop_reason(bare.group(2) if bare else name, spec)
             if reason is None and any(pattern.fullmatch(name) for pattern in drop):
                 reason = "named in Recipe.drop"
             if reason is not None:
@@ -239,15 +231,15 @@ class _Matching:
                     " lost."
                 )
 
-    def drop_reason(self, name: str) -> str | None:
+    def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
         if name == STEP:
             return (
                 "the step is set by the recipe"
                 if STEP in self.target
                 else "the target keeps no step"
             )
-        if name.startswith(SLOTS):
-            if not any(path.startswith(SLOTS) for path in self.target):
+        if name.startswith(PARAM_STATES):
+            if not any(path.startswith(PARAM_STATES) for path in self.target):
                 return "the target keeps no optimizer state"
             if self.recipe.optimizer_state == "reset":
                 return "optimizer state starts afresh"
@@ -255,18 +247,16 @@ class _Matching:
                 return "slots of converted MLPs start afresh"
         return None
 
-    def is_converted(self, slot: str) -> bool:
-        """Whether a source slot belongs to a parameter that does not stay as it is."""
-        raise TypeError(type(self).__name__)
-
 
 class _Upcycling(_Matching):
     """Dense to sparse, or dense to deeper."""
 
+    recipe: Recipe
+
     def check(self) -> None:
         experts = sorted(
-            (name for name in self.source if is_expert(name) or is_router(name)),
-            key=lambda name: (SLOTS in name, name),
+            (name for name, spec in self.source.items() if spec.role in (Role.EXPERT, *ROUTING)),
+            key=lambda name: (PARAM_STATES in name, name),
         )
         if experts:
             raise ValueError(
@@ -274,60 +264,47 @@ class _Upcycling(_Matching):
                 f" {experts[0]}): upcycling happens once. Restore it without a recipe to continue"
                 " it, or merge it into a dense checkpoint first (MergeRecipe)."
             )
-        self.layers = {
-            side: _count_layers(tree)
-            for side, tree in (("source", self.source), ("target", self.target))
-        }
 
-    def origin(self, path: str) -> str:
-        """The source path of a target path: without the expert folder, and from the layer that
-        depth tiling names.
+    @functools.cached_property
+    def depths(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Number of layers of each stack, of the source and of the target."""
+        return _depths(self.source), _depths(self.target)
+
+    def origin(self, path: str, spec: LeafSpec) -> str:
+        """The source path of a target leaf: its twin's, in the layer that depth tiling names.
 
         Raises:
           ValueError: the recipe's layer list does not fit.
         """
-        path = path.replace(EXPERT, "mlp/").replace(SHARED, "mlp/")
-        match = LAYER.match(path)
-        if self.recipe.depth is None or match is None:
+        path = spec.twin or path
+        place = layer_names.split(path)
+        if self.recipe.depth is None or place is None:
             return path
-        stack, number = match["stack"], int(match["number"])
-        counts = [
-            self.layers[side].get(stack.removeprefix(SLOTS).removeprefix("target/"), 0)
-            for side in ("source", "target")
-        ]
-        return (
-            f"{stack}layers_{self.recipe.depth.source_layer(number, *counts)}/{path[match.end() :]}"
-            if counts[0]
-            else path
-        )
+        stack = place.stack.removeprefix(PARAM_STATES).removeprefix(TARGET)
+        num_source, num_target = (depths.get(stack, 0) for depths in self.depths)
+        if not num_source:
+            return path
+        number = self.recipe.depth.source_layer(place.number, num_source, num_target)
+        return f"{layer_names.layer(place.stack, number)}/{place.rest}"
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
-        if is_router_bias(path):
-            self.add(path, spec, Zeros(), ())  # No expert is preferred before any load was seen.
-        elif is_router(path):
-            self.add(
-                path,
-                spec,
-                self.recipe.router_init.operation(path),
-                (),
-                "Remedy: give routers of the model's shape.",
-            )
-        elif is_expert(path):
-            operation = self.recipe.expert_init.operation(path, spec)
-            self.add(
-                path,
-                spec,
-                operation,
-                self.expert_sources(path),
-                layer=path.split(EXPERT)[0] + "mlp",
-            )
-        elif is_shared(path):
-            self.shared(path, spec)
-        else:
-            self.dense(path, spec)
+        match spec.role:
+            case Role.ROUTER_BIAS:  # No expert is preferred before any load was seen.
+                self.add(path, spec, Zeros(), ())
+            case Role.ROUTER:
+                operation = self.recipe.router_init.operation(path)
+                self.add(path, spec, operation, (), "Remedy: give routers of the model's shape.")
+            case Role.EXPERT:
+                operation = self.recipe.expert_init.operation(path, spec)
+                layer = os.path.commonpath([path, spec.twin])
+                self.add(path, spec, operation, self.expert_sources(path, spec), layer=layer)
+            case Role.SHARED_EXPERT:
+                self.shared(path, spec)
+            case Role.DENSE:
+                self.dense(path, spec)
 
     def shared(self, path: str, spec: LeafSpec) -> None:
-        self.cut(path, spec, self.origin(path))
+        self.cut(path, spec, self.origin(path, spec))
 
     def cut(self, path: str, spec: LeafSpec, source: str) -> None:
         """A shared expert's matrix from a dense one: as it is, or its first hidden units."""
@@ -335,47 +312,51 @@ class _Upcycling(_Matching):
         if found is None or found.shape == spec.shape:
             self.add(path, spec, Copy(), (source,))
             return
-        axis = shape_of_mlp_axis(path, spec.axes, spec.shape)
+        axis = hidden_axis(path, spec.axes, len(spec.shape))
         self.add(path, spec, FirstUnits(axis, spec.shape[axis]), (source,))
 
-    def expert_sources(self, path: str) -> tuple[str, ...]:
-        return (self.origin(path),)
+    def expert_sources(self, path: str, spec: LeafSpec) -> tuple[str, ...]:
+        return (self.origin(path, spec),)
 
     def dense(self, path: str, spec: LeafSpec) -> None:
-        self.add(path, spec, Copy(), (self.origin(path),))
+        self.add(path, spec, Copy(), (self.origin(path, spec),))
 
-    def slot_origin(self, path: str) -> tuple[Operation, tuple[str, ...]]:
-        if is_router(path) or (is_expert(path) and self.recipe.optimizer_state == "dense_only"):
+    def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
+        is_expert = spec.role is Role.EXPERT
+        if spec.role in ROUTING or (is_expert and self.recipe.optimizer_state == "dense_only"):
             return Zeros(), ()
-        if is_shared(path):
+        if spec.role is Role.SHARED_EXPERT:
             # Factored slots of a part of a matrix are not parts of the factored slots.
-            parameter = "target/" + path.removeprefix(SLOTS).rsplit("/", 1)[0]
-            dense = self.source.get(self.origin(parameter))
+            parameter = _parameter_of(path)
+            dense = self.source.get(self.origin(parameter, self.target[parameter]))
             if dense is not None and dense.shape != self.target[parameter].shape:
                 return Zeros(), ()
-        return (Tile() if is_expert(path) else Copy()), (self.origin(path),)
+        return (Tile() if is_expert else Copy()), (self.origin(path, spec),)
 
     def is_converted(self, slot: str) -> bool:
-        parameter = "target/" + slot.removeprefix(SLOTS).rsplit("/", 1)[0]
-        return any(parameter in row.sources and is_expert(row.target) for row in self.rows)
+        parameter = _parameter_of(slot)
+        return any(parameter in row.sources and row.spec.role is Role.EXPERT for row in self.rows)
 
 
 class _Parents(_Upcycling):
     """Several dense parents to one sparse model (Branch-Train-MiX)."""
 
+    def __init__(self, source: Specs, target: Specs, recipe: Recipe, init: ParentExperts):
+        super().__init__(source, target, recipe)
+        self.init = init
+        self.parents = sorted(
+            {int(match.group(1)) for name in source if (match := PARENT.fullmatch(name))}
+        )
+
     def check(self) -> None:
         super().check()
-        init = self.recipe.expert_init
-        self.parents = sorted(
-            {int(match.group(1)) for name in self.source if (match := PARENT.fullmatch(name))}
-        )
         if not self.parents:
             raise ValueError(
                 "ParentExperts needs several source checkpoints: give a list of them as"
                 " INITIAL_CHECKPOINT_PATH"
             )
-        named = set(init.parents) | {
-            parent for parent in (init.rest, init.shared) if isinstance(parent, int)
+        named = set(self.init.parents) | {
+            parent for parent in (self.init.rest, self.init.shared) if isinstance(parent, int)
         }
         if not named <= set(self.parents):
             raise ValueError(
@@ -388,75 +369,74 @@ class _Parents(_Upcycling):
                 " 'reset'"
             )
 
-    def expert_sources(self, path: str) -> tuple[str, ...]:
-        return tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
+    def expert_sources(self, path: str, spec: LeafSpec) -> tuple[str, ...]:
+        return tuple(f"parent_{n}/{self.origin(path, spec)}" for n in self.parents)
 
     def dense(self, path: str, spec: LeafSpec) -> None:
-        rest = self.recipe.expert_init.rest
-        if rest == "mean":
-            self.add(
-                path, spec, Mean(), tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
-            )
+        if self.init.rest == "mean":
+            self.add(path, spec, Mean(), self.expert_sources(path, spec))
         else:
-            self.add(path, spec, Copy(), (f"parent_{rest}/{self.origin(path)}",))
+            source = f"parent_{self.init.rest}/{self.origin(path, spec)}"
+            self.add(path, spec, Copy(), (source,))
 
     def shared(self, path: str, spec: LeafSpec) -> None:
-        init = self.recipe.expert_init
-        parent = init.shared if init.shared is not None else init.rest
+        parent = self.init.shared if self.init.shared is not None else self.init.rest
         if parent != "mean":
-            self.cut(path, spec, f"parent_{parent}/{self.origin(path)}")
+            self.cut(path, spec, f"parent_{parent}/{self.origin(path, spec)}")
             return
-        sources = tuple(f"parent_{n}/{self.origin(path)}" for n in self.parents)
         self.add(
             path,
             spec,
             Mean(),
-            sources,
+            self.expert_sources(path, spec),
             "Remedy: a narrower shared expert is cut from one parent; set ParentExperts.shared.",
         )
 
     def step_source(self) -> str:
-        rest = self.recipe.expert_init.rest
+        rest = self.init.rest
         return f"parent_{rest if isinstance(rest, int) else self.parents[0]}/{STEP}"
 
-    def drop_reason(self, name: str) -> str | None:
-        rest = self.recipe.expert_init.rest
+    def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
+        rest = self.init.rest
         if name == STEP and self.recipe.step == "keep":
             return "the step is another parent's"
-        if isinstance(rest, int) and name.startswith("target/") and name in self.target:
+        if isinstance(rest, int) and name.startswith(TARGET) and name in self.target:
             return f"taken from parent {rest}"
-        return super().drop_reason(name)
+        return super().drop_reason(name, spec)
 
 
 class _Merging(_Matching):
     """Sparse to dense."""
 
+    recipe: MergeRecipe
+
     def check(self) -> None:
-        if not any(is_expert(name) for name in self.source):
+        if not self.experts:
             raise ValueError("the source has no experts to merge: it is dense already")
-        shared = [name for name in self.source if is_shared(name)]
+        shared = [name for name, spec in self.source.items() if spec.role is Role.SHARED_EXPERT]
         if shared:
             raise ValueError(
                 f"the source has shared experts (e.g. {shared[0]}), whose sum with the routed ones"
                 " is no MLP of the dense size: only models without them can be merged"
             )
-        experts = [name for name in self.target if is_expert(name)]
+        experts = [name for name, spec in self.target.items() if spec.role is Role.EXPERT]
         if experts:
             raise ValueError(
                 f"merging gives a dense model, the target has experts (e.g. {experts[0]}): choose"
                 " the dense model file"
             )
 
-    def _expert(self, path: str) -> str:
-        head, found, tail = path.rpartition("mlp/")
-        return f"{head}{EXPERT}{tail}" if found else path
+    @functools.cached_property
+    def experts(self) -> dict[str, str]:
+        """Dense leaf -> leaf of the experts that come from it."""
+        return {spec.twin: name for name, spec in self.source.items() if spec.role is Role.EXPERT}
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
-        expert = self._expert(path)
-        if expert == path or expert not in self.source:
+        if path not in self.experts:
             self.add(path, spec, Copy(), (path,))
             return
-        layer = path.removeprefix("target/").rpartition("/mlp/")[0]
+        place = layer_names.split(path.removeprefix(TARGET))
+        layer = place.layer if place is not None else ""
         if self.recipe.how == "expert":
             operation: Operation = PickExpert(self.recipe.expert)
         elif self.recipe.how == "mean":
@@ -469,30 +449,27 @@ class _Merging(_Matching):
                 f" {sorted(self.recipe.weights)}"
             )
             return
-        self.add(path, spec, operation, (expert,))
+        self.add(path, spec, operation, (self.experts[path],))
 
-    def slot_origin(self, path: str) -> tuple[Operation, tuple[str, ...]]:
-        expert = self._expert(path)
-        return (Zeros(), ()) if expert != path and expert in self.source else (Copy(), (path,))
+    def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
+        return (Zeros(), ()) if path in self.experts else (Copy(), (path,))
 
     def is_converted(self, slot: str) -> bool:
-        return is_expert(slot) or is_router(slot)
+        return self.source[slot].role in (Role.EXPERT, *ROUTING)
 
-    def drop_reason(self, name: str) -> str | None:
-        return (
-            "routers have no place in a dense model"
-            if name.startswith("target/") and is_router(name)
-            else super().drop_reason(name)
-        )
+    def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
+        if name.startswith(TARGET) and spec.role in ROUTING:
+            return "routers have no place in a dense model"
+        return super().drop_reason(name, spec)
 
 
-def _count_layers(tree: Specs) -> dict[str, int]:
-    """Number of layers of each stack ('encoder/' -> 12)."""
-    counts: dict[str, int] = {}
+def _depths(tree: Specs) -> dict[str, int]:
+    """Number of layers of each stack ('encoder' -> 12)."""
+    depths: dict[str, int] = {}
     for path in tree:
         bare = PARENT.fullmatch(path)
-        match = LAYER.match(bare.group(2) if bare else path)
-        if match and path.find(SLOTS) < 0:
-            stack = match["stack"].removeprefix("target/")
-            counts[stack] = max(counts.get(stack, 0), int(match["number"]) + 1)
-    return counts
+        name = bare.group(2) if bare else path
+        place = layer_names.split(name.removeprefix(TARGET)) if name.startswith(TARGET) else None
+        if place is not None:
+            depths[place.stack] = max(depths.get(place.stack, 0), place.number + 1)
+    return depths

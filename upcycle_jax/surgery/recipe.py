@@ -12,9 +12,29 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Hint
+from upcycle_jax.layers.mlp import hidden_axis
 from upcycle_jax.surgery import operations
-from upcycle_jax.surgery.operations import Operation, hidden_units
+from upcycle_jax.surgery.operations import Operation
+from upcycle_jax.surgery.operations.hidden_units import virtual_group_scale
 from upcycle_jax.trees import LeafSpec
+
+__all__ = [
+    "CopyExperts",
+    "DepthTile",
+    "DropUpcycling",
+    "FreshExperts",
+    "GivenRouter",
+    "MergeRecipe",
+    "NoisyCopies",
+    "NormalRouter",
+    "ParentExperts",
+    "PartialCopies",
+    "QwenExperts",
+    "Recipe",
+    "UniformRouter",
+    "VirtualGroups",
+    "ZeroRouter",
+]
 
 OPTIMIZER_STATES = ("reset", "dense_only", "tiled")
 STEPS = ("keep", "reset")
@@ -150,7 +170,7 @@ class DropUpcycling:
     def operation(self, path: str, target: LeafSpec) -> Operation:
         if self.ratio == 0 and not self.shuffle:
             return operations.Tile()
-        axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
+        axis = hidden_axis(path, target.axes, len(target.shape) - 1)
         return operations.HiddenUnits(
             axis,
             self.ratio,
@@ -195,7 +215,7 @@ class VirtualGroups:
     def operation(self, path: str, target: LeafSpec) -> Operation:
         experts, axis = (
             target.shape[0],
-            hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:]),
+            hidden_axis(path, target.axes, len(target.shape) - 1),
         )
         if experts % self.granularity:
             raise ValueError(
@@ -204,7 +224,7 @@ class VirtualGroups:
             )
         scale = 1.0
         if self.scale_weights:
-            scale = hidden_units.virtual_group_scale(
+            scale = virtual_group_scale(
                 experts=experts,
                 granularity=self.granularity,
                 top_k=self.top_k,
@@ -237,7 +257,7 @@ class QwenExperts:
         checks.check_fields(self)
 
     def operation(self, path: str, target: LeafSpec) -> Operation:
-        axis = hidden_units.shape_of_mlp_axis(path, target.axes, target.shape[1:])
+        axis = hidden_axis(path, target.axes, len(target.shape) - 1)
         return operations.HiddenUnits(axis, self.redraw, shuffle=self.shuffle)
 
 
@@ -482,23 +502,5 @@ class MergeRecipe:
         return self.how == "weighted" and not self.weights
 
 
-PARTS = (
-    CopyExperts,
-    NoisyCopies,
-    FreshExperts,
-    PartialCopies,
-    DropUpcycling,
-    VirtualGroups,
-    QwenExperts,
-    ParentExperts,
-    NormalRouter,
-    UniformRouter,
-    ZeroRouter,
-    GivenRouter,
-    DepthTile,
-    Recipe,
-    MergeRecipe,
-)
-"""Every class a recipe may be made of: the configuration registers them, and `from_json` rebuilds
-from them.
-"""
+PARTS: tuple[type, ...] = tuple(globals()[name] for name in __all__)
+"""Every class a recipe may be made of: `from_json` rebuilds from them."""

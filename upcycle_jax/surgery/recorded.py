@@ -21,6 +21,7 @@ import numpy as np
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS
 from upcycle_jax.checkpoints.orbax_metadata import STEP_METADATA
+from upcycle_jax.moe import roles
 from upcycle_jax.surgery.leaf_sums import LeafSum
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
@@ -166,10 +167,12 @@ def _parsed(content: dict[str, Any], problems: list[str]) -> Recorded:
             recipe=None if recipe is None else from_json(recipe),
             sources=tuple(map(str, surgery.get("sources") or ([source] if source else []))),
             fingerprint=str(surgery.get("source_fingerprint", "")),
-            specs={
-                name: LeafSpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
-                for name, leaf in leaves.items()
-            },
+            specs=roles.inferred(
+                {
+                    name: LeafSpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+                    for name, leaf in leaves.items()
+                }
+            ),
             checksums={
                 name: str(leaf["checksum"]) for name, leaf in leaves.items() if leaf.get("checksum")
             },

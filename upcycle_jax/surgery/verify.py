@@ -7,7 +7,7 @@ from upcycle_jax import byte_sizes, checks, state_tree
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.models.base import Model
 from upcycle_jax.printing import show
-from upcycle_jax.state_tree import STEP, TARGET
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.surgery import convert_and_prove
 from upcycle_jax.surgery.conversion_settings import ConversionSettings, PathOrPaths
 from upcycle_jax.surgery.convert_and_prove import Report, differences, open_sources
@@ -93,13 +93,9 @@ class Verify(ConversionSettings):
             return dict(found)
         parameters = model.param_specs()
         if self.optimizer is not None:
-            specs = state_tree.specs(parameters, self.optimizer.state_specs(parameters))
-        else:
-            specs = {f"{TARGET}{path}": spec for path, spec in parameters.items()}
-            specs |= {path: spec for path, spec in found.items() if not path.startswith(TARGET)}
-        if STEP not in specs and STEP in found:
-            specs[STEP] = found[STEP]
-        return specs
+            return state_tree.specs(parameters, self.optimizer.state_specs(parameters))
+        kept = {path: spec for path, spec in found.items() if not path.startswith(TARGET)}
+        return state_tree.parameter_specs(parameters) | kept
 
     def _model(
         self, source: Reader | None, record: Recorded, leaves: int, report: Report

@@ -29,7 +29,11 @@ class Evaluator:
         self._partitioner, self._num_shards = partitioner, num_shards
         self._metrics = jax.jit(model.eval_fn, out_shardings=partitioner.replicated)
         self._merge = jax.jit(metrics.merge, donate_argnums=0)
-        self._similarity = jax.jit(expert_similarity.metrics, out_shardings=partitioner.replicated)
+        specs = model.param_specs()
+        self._similarity = jax.jit(
+            lambda params: expert_similarity.metrics(params, specs),
+            out_shardings=partitioner.replicated,
+        )
 
     def evaluate(self, params: PyTree, task_batches: TaskBatches) -> dict[str, dict[str, Any]]:
         """Metrics of every task: floats, or arrays for vector metrics, and

@@ -8,7 +8,6 @@ expert partitions, whose square is then in their second moments (`Optimizer.expe
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from etils import epath
 
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.formats import step_folders
+from upcycle_jax.models import layer_names
 from upcycle_jax.state_tree import PARAM_STATES
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import CheckpointConfig, OptimizerState
@@ -124,8 +124,9 @@ def warn_of_scaled_gradients(source: Source, optimizer: Optimizer, param_specs: 
     """
     if source.start != Start.CONTINUE or source.fresh_optimizer or source.reader is None:
         return
-    experts = [path for path, spec in param_specs.items() if is_expert(spec)]
-    if not experts or optimizer.expert_gradient_scale is not None or not _is_foreign(source.reader):
+    has_experts = any(is_expert(spec) for spec in param_specs.values())
+    scaled = optimizer.expert_gradient_scale is not None
+    if not has_experts or scaled or not _is_foreign(source.reader):
         return
     _log.warning(
         "%s was not written here. If T5X's MoeTrainer wrote it, gradients of experts were"
@@ -134,15 +135,22 @@ def warn_of_scaled_gradients(source: Source, optimizer: Optimizer, param_specs: 
         " Adafactor.expert_gradient_scale to that number to go on as T5X does, or"
         " RestoreCheckpointConfig.optimizer_state = 'reset' (docs/t5x.md). %s",
         source.path,
-        _comparison(source.reader, experts, param_specs),
+        _comparison(source.reader, param_specs),
     )
 
 
-def _comparison(reader: CheckpointReader, experts: list[str], param_specs: Specs) -> str:
-    for path in experts:
-        stack, _, name = re.sub(r"/layers_\d+/", "/*/", path).partition("/*/")
-        dense = re.compile(rf"{re.escape(stack)}/layers_\d+/{name.replace('/expert/', '/')}")
-        others = [other for other in param_specs if dense.fullmatch(other)]
+def _comparison(reader: CheckpointReader, param_specs: Specs) -> str:
+    for path, spec in param_specs.items():
+        place = layer_names.split(spec.twin) if is_expert(spec) else None
+        if place is None:
+            continue
+        # The same kernel of another layer of the stack, which has a dense MLP.
+        others = [
+            other
+            for other in param_specs
+            if (found := layer_names.split(other)) is not None
+            and (found.stack, found.rest) == (place.stack, place.rest)
+        ]
         mine = _mean_square(reader, path)
         theirs = _mean_square(reader, others[0]) if others else None
         if mine is not None and theirs:

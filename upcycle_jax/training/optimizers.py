@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from upcycle_jax import axes, checks, trees
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 from upcycle_jax.types import PyTree
 
 Slots = dict[str, Any]
@@ -424,7 +424,7 @@ class AdamW(Optimizer):
 
 def is_expert(spec: LeafSpec) -> bool:
     """Whether a parameter is an expert kernel, `[E, ...]`."""
-    return spec.axes[:1] == (axes.EXPERT,)
+    return spec.role is Role.EXPERT
 
 
 def _slice_spec(spec: LeafSpec) -> LeafSpec:

@@ -51,11 +51,10 @@ from upcycle_jax.training.config import (
 )
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.training.train_state import TrainState, from_state_dict, initial_state, model_hash
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 _log = logging.getLogger(__name__)
 
-EXPERT_FOLDER = "mlp/expert/"
 RECENT_LOSSES = "recent_losses"
 """Entry of a checkpoint's record: the losses that the next ones are compared with."""
 
@@ -356,7 +355,7 @@ def _open(path: os.PathLike | str, mode: str) -> CheckpointReader:
 
 def _remedy(expected: Mapping[str, LeafSpec], actual: Mapping[str, LeafSpec]) -> str:
     want_experts, have_experts = (
-        any(EXPERT_FOLDER in path for path in side) for side in (expected, actual)
+        any(spec.role is Role.EXPERT for spec in side.values()) for side in (expected, actual)
     )
     if want_experts and not have_experts:
         return (

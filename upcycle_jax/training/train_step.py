@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes, partitioning, trees
-from upcycle_jax.models import expert_metrics
+from upcycle_jax.models import expert_metrics, layer_names
 from upcycle_jax.models.base import Model, balance_rates
 from upcycle_jax.models.metrics import Mean, Metrics, merge
 from upcycle_jax.models.shared import NON_FINITE_LOGITS
@@ -16,7 +16,7 @@ from upcycle_jax.moe import balance
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import TrainState, from_state_dict
 from upcycle_jax.training.trainer import NonFinite, Trainer
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 from upcycle_jax.types import Array, Batch, PyTree
 
 
@@ -75,7 +75,7 @@ def make_train_step(model: Model, trainer: Trainer, *, seed: int) -> TrainStep:
             learning_rate=learning_rate,
         )
         grad_norm = global_norm(grads)
-        params = _balanced(model, update.params, state.params, metrics)
+        params = _balanced(model, param_specs, update.params, state.params, metrics)
         new_state = TrainState(step=state.step + 1, params=params, param_states=update.param_states)
         bad_logits = {
             name.removeprefix(NON_FINITE_LOGITS): metrics.pop(name).total
@@ -108,7 +108,13 @@ def make_train_step(model: Model, trainer: Trainer, *, seed: int) -> TrainStep:
     return train_step
 
 
-def _balanced(model: Model, params: PyTree, before: PyTree, metrics: Metrics) -> PyTree:
+def _balanced(
+    model: Model,
+    param_specs: Mapping[str, LeafSpec],
+    params: PyTree,
+    before: PyTree,
+    metrics: Metrics,
+) -> PyTree:
     """The parameters after the optimizer, with the biases that balance routers moved by the load of
     the whole batch.
     """
@@ -116,8 +122,15 @@ def _balanced(model: Model, params: PyTree, before: PyTree, metrics: Metrics) ->
     if not rates:
         return params
     chosen = expert_metrics.chosen_counts(metrics)
+    biases = {
+        place.layer: path
+        for path, spec in param_specs.items()
+        if spec.role is Role.ROUTER_BIAS and (place := layer_names.split(path)) is not None
+    }
     return trees.unflatten(
-        balance.with_moved_biases(trees.flatten(params), trees.flatten(before), chosen, rates)
+        balance.with_moved_biases(
+            trees.flatten(params), trees.flatten(before), chosen, rates, biases
+        )
     )
 
 

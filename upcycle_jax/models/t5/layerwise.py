@@ -18,6 +18,7 @@ from upcycle_jax.models.t5.network import (
     Transformer,
     moe_layer,
 )
+from upcycle_jax.moe import roles
 from upcycle_jax.types import Batch, PyTree
 
 
@@ -76,7 +77,7 @@ def _layer(config: T5Config, stack: StackName, number: int) -> Step:
         True,
         {name: "layer"},
         program(config if sparse else config.dense, sparse),
-        experts=f"{name}/mlp/expert" if sparse else "",
+        experts=f"{name}/mlp/{roles.EXPERT}" if sparse else "",
         moe=moe_layer(config, stack, parent=None) if sparse else None,
     )
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from upcycle_jax.surgery.keys import KeySource, draw, permutation
-from upcycle_jax.surgery.operations.base import Expectation, Operation, Reach, Shape
+from upcycle_jax.surgery.operations.base import Expectation, Operation, Reach
 
 FIRST_REDRAW = 2**31
 """Permutations from this number on choose redrawn units; those below shuffle the copies of the
@@ -196,13 +196,3 @@ def virtual_group_scale(
     expansion = experts / granularity
     deficit = expansion * granularity**2 / top_k if softmax_first else float(granularity)
     return round(deficit ** (1 / 3 if gated else 1 / 2), 12)
-
-
-def shape_of_mlp_axis(path: str, axes: tuple[str | None, ...], shape: Shape) -> int:
-    """The intermediate axis of a dense MLP kernel: the one named `mlp` or `expert_mlp`, else by
-    name (the first axis of `wo`).
-    """
-    for name in ("expert_mlp", "mlp"):
-        if name in axes:
-            return axes.index(name) - (1 if "expert" in axes[:1] else 0)
-    return 0 if path.rsplit("/", 2)[-2] == "wo" else len(shape) - 1

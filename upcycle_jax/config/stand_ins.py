@@ -1,0 +1,27 @@
+"""The configuration of a training run that is only looked at: what the run itself would need may
+stay open.
+"""
+
+from upcycle_jax.config.build import Config, load
+from upcycle_jax.config.flags import Flags
+
+STAND_INS = {
+    "MODEL_DIR": "none",
+    "MIXTURE_OR_TASK_NAME": "none",
+    "TRAIN_STEPS": 1,
+    "INITIAL_CHECKPOINT_PATH": "none",
+}
+"""Macros that are needed to build a run, and of no consequence for its programs."""
+
+
+def stand_ins(loaded: Config) -> list[str]:
+    """Bindings of those macros that the files define."""
+    return [
+        f"{name}={value!r}" for name, value in STAND_INS.items() if name in loaded.bindings.macros
+    ]
+
+
+def load_with_stand_ins(flags: Flags, loaded: Config) -> Config:
+    """What a command has loaded, with `stand_ins`."""
+    bindings = (*flags.gin_bindings, *stand_ins(loaded))
+    return load(flags.gin_file, bindings, flags.gin_search_paths)
