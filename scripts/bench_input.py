@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import benchmarks
+
 from upcycle_jax import config
 from upcycle_jax.data import DatasetConfig, configure
 from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.experiments import benchmarks
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler

@@ -12,10 +12,10 @@ alone (models/step_memory.py), `FLOPs` the matrix products it executes.
 
 import argparse
 
+import benchmarks
 import jax
 
 from upcycle_jax import config
-from upcycle_jax.experiments import benchmarks
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import compilation
 from upcycle_jax.planning.compilation import Workload

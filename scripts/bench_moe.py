@@ -12,8 +12,8 @@ einsum. Run it on a quiet machine.
 
 import argparse
 
-from upcycle_jax.experiments import benchmarks
-from upcycle_jax.experiments.benchmarks import LayerShape
+import benchmarks
+from benchmarks import LayerShape
 
 SIZES = {"small": (512, 1024), "base": (768, 2048), "large": (1024, 2816), "xl": (2048, 5120)}
 

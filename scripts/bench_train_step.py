@@ -10,8 +10,9 @@ Run it on a quiet machine.
 
 import argparse
 
+import benchmarks
+
 from upcycle_jax import config
-from upcycle_jax.experiments import benchmarks
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer

@@ -38,7 +38,7 @@ ROOMS = (
     ("surgery",),
     ("config",),
     ("training",),
-    ("planning", "experiments"),
+    ("planning",),
     ("inference",),
     ("studies",),
     ("papers",),

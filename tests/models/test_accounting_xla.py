@@ -12,7 +12,7 @@ import pytest
 
 from upcycle_jax import config, trees
 from upcycle_jax.models import accounting
-from upcycle_jax.moe import slots
+from upcycle_jax.moe import looped_experts
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import compilation, traced_memory
 from upcycle_jax.planning.compilation import Workload
@@ -28,7 +28,7 @@ def all_experts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA's cost analysis counts the body of a loop once; experts of a small model on one CPU
     device are looped over.
     """
-    monkeypatch.setattr(slots, "LARGE", math.inf)
+    monkeypatch.setattr(looped_experts, "LARGE", math.inf)
 
 
 def workload(

@@ -155,16 +155,16 @@ def test_loss_is_the_sum_of_its_parts(single, make_batch, make_params):
 
 def test_auxiliary_losses_are_averaged_over_all_moe_layers(single, make_batch, make_params):
     # The encoder's experts-choose layer reports 0 and halves the decoder's loss.
-    from upcycle_jax.moe.layer import REPORTS
+    from upcycle_jax.moe.layer import LAYER_STATS
 
     model = EncoderDecoderModel(single(num_experts=4, aux_loss_factor=1.0))
     params, batch = make_params(model), make_batch()
     values = metrics.compute(jax.jit(model.eval_fn)(params, batch))
     _, variables = jax.jit(
-        lambda p, b: model._apply(p, b, train=False, dropout_rng=None, mutable=[REPORTS])
+        lambda p, b: model._apply(p, b, train=False, dropout_rng=None, mutable=[LAYER_STATS])
     )(params, batch)
-    decoder = variables[REPORTS]["decoder"]["layers_0"]["mlp"]["report"]
-    assert variables[REPORTS]["encoder"]["layers_0"]["mlp"]["report"].auxiliary_loss == 0
+    decoder = variables[LAYER_STATS]["decoder"]["layers_0"]["mlp"]["stats"]
+    assert variables[LAYER_STATS]["encoder"]["layers_0"]["mlp"]["stats"].auxiliary_loss == 0
     np.testing.assert_allclose(
         values["experts/auxiliary_loss"], decoder.auxiliary_loss / 2, rtol=1e-6
     )

@@ -1,36 +1,52 @@
-"""Gather and scatter against the plain one-hot einsum form, values and gradients."""
+"""Forms of dispatch against the definition, a sum over experts of masked products: values and
+gradients.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax.moe import dispatch
-from upcycle_jax.moe.routing import ExpertsChoose, Group, TokensChoose
+from upcycle_jax.moe import dispatch, looped_experts
+from upcycle_jax.moe.dispatch import Assignment, OneHot
+from upcycle_jax.moe.experts import ExpertBank
+from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, Group, TokensChoose
 
-S, D, E, C = 12, 5, 3, 4
+S, D, E, C, F = 12, 5, 3, 4, 7
 
 
 def routed(router, logits):
-    return router.route(
-        Group(logits, E, jnp.ones(S, bool), jnp.ones(S), jnp.float32(S)), capacity=C
-    ).plan
+    """The dispatcher of a group, with a leading G of 1."""
+    group = Group(logits, E, jnp.ones(S, bool), jnp.ones(S), jnp.float32(S))
+    return jax.tree.map(lambda leaf: leaf[None], router.route(group, capacity=C).dispatcher)
 
 
-def einsum_moe(tokens, logits, expert_kernels, router):
-    """The oracle: a dispatch mask and a combine array of `[S, E, C]`, two einsums."""
-    assignment = routed(router, logits)
+def by_definition(tokens, logits, kernels, router):
+    """A dispatch mask and a combine array of `[S, E, C]`, two einsums."""
+    assignment = jax.tree.map(lambda leaf: leaf[0], routed(router, logits))
     mask = jax.nn.one_hot(assignment.token_index, S)  # [E, C, S]; index S gives a row of zeros
     inputs = jnp.einsum("sd,ecs->ecd", tokens, mask)
-    outputs = jnp.tanh(jnp.einsum("ecd,edf->ecf", inputs, expert_kernels))
-    return jnp.einsum("ecf,ecs,ec->sf", outputs, mask, assignment.combine_weight)
+    hidden = jax.nn.relu(jnp.einsum("ecd,edf->ecf", inputs, kernels["wi"]))
+    outputs = jnp.einsum("ecf,efd->ecd", hidden, kernels["wo"])
+    return jnp.einsum("ecd,ecs,ec->sd", outputs, mask, assignment.combine_weight)
 
 
-def gather_moe(tokens, logits, expert_kernels, router):
-    assignment = routed(router, logits)
-    inputs = dispatch.dispatch(tokens, assignment)
-    outputs = jnp.tanh(jnp.einsum("ecd,edf->ecf", inputs, expert_kernels))
-    return dispatch.combine(outputs, assignment, group_size=S)
+def in_form(form):
+    def apply(tokens, logits, kernels, router):
+        dispatcher = jax.vmap(lambda one: one.in_form(form, S))(routed(router, logits))
+        return dispatcher.apply(ExpertBank(kernels, activations=("relu",)), tokens[None])[0]
+
+    return apply
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 5)
+    kernels = {
+        "wi": jax.random.normal(keys[2], (E, D, F)),
+        "wo": jax.random.normal(keys[3], (E, F, D)),
+    }
+    tokens, logits = jax.random.normal(keys[0], (S, D)), jax.random.normal(keys[1], (S, E))
+    return (tokens, logits, kernels), jax.random.normal(keys[4], (S, D))
 
 
 ROUTERS = [
@@ -44,33 +60,47 @@ ROUTERS = [
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=repr)
-def test_gather_equals_one_hot_einsum(router):
-    keys = jax.random.split(jax.random.key(0), 4)
-    tokens = jax.random.normal(keys[0], (S, D))
-    logits = jax.random.normal(keys[1], (S, E))
-    kernels = jax.random.normal(keys[2], (E, D, D))
-    out = jax.random.normal(keys[3], (S, D))
+def test_every_form_equals_the_definition(router, monkeypatch):
+    args, target = problem()
 
-    def loss(form):
-        return lambda *args: jnp.sum(form(*args, router) * out)
+    def run(form):
+        def loss(*args):
+            out = form(*args, router)
+            return jnp.sum(out * target), out
 
-    np.testing.assert_allclose(
-        gather_moe(tokens, logits, kernels, router),
-        einsum_moe(tokens, logits, kernels, router),
-        atol=1e-5,
-    )
-    got = jax.jit(jax.grad(loss(gather_moe), argnums=(0, 1, 2)))(tokens, logits, kernels)
-    want = jax.jit(jax.grad(loss(einsum_moe), argnums=(0, 1, 2)))(tokens, logits, kernels)
-    for g, w, name in zip(got, want, ("tokens", "logits", "kernels"), strict=True):
-        assert np.abs(w).max() > 0, name
-        np.testing.assert_allclose(g, w, atol=1e-5, err_msg=name)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*args)
+
+    (_, want), want_gradients = run(by_definition)
+    got = {"gathered": run(in_form("auto")), "one-hot": run(in_form("one_hot"))}
+    monkeypatch.setattr(looped_experts, "LARGE", 0)
+    got["looped"] = run(in_form("auto"))
+    for form, ((_, out), gradients) in got.items():
+        np.testing.assert_allclose(out, want, atol=1e-5, err_msg=form)
+        for g, w in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+            assert np.abs(w).max() > 0
+            np.testing.assert_allclose(g, w, atol=1e-5, err_msg=form)
+
+
+def test_forms_that_settings_ask_for():
+    (_, logits, _), _ = problem()
+    slots, choices = routed(TokensChoose(), logits), routed(DroplessTopK(), logits)
+    kinds = {
+        form: [
+            type(jax.vmap(lambda one, form=form: one.in_form(form, S))(made))
+            for made in (slots, choices)
+        ]
+        for form in ("auto", "sorted", "gather", "one_hot")
+    }
+    assert kinds["auto"] == kinds["sorted"] == [Assignment, dispatch.TokenChoices]
+    assert kinds["gather"] == [Assignment, Assignment]
+    assert kinds["one_hot"] == [OneHot, OneHot]
 
 
 def test_identity_experts_return_tokens_times_their_summed_weights():
     tokens = jax.random.normal(jax.random.key(0), (S, D))
     logits = jax.random.normal(jax.random.key(1), (S, E))
-    assignment = routed(TokensChoose(), logits)
-    y = dispatch.combine(dispatch.dispatch(tokens, assignment), assignment, group_size=S)
+    assignment = jax.tree.map(lambda leaf: leaf[0], routed(TokensChoose(), logits))
+    y = dispatch.scatter(dispatch.gather(tokens, assignment.token_index), assignment, S)
     np.testing.assert_allclose(y, tokens * assignment.weight_per_token(S)[:, None], atol=1e-6)
 
 
@@ -81,13 +111,11 @@ def test_empty_slots_are_zero_and_add_nothing():
     )
     tokens = jnp.array([[1.0, 10.0], [2.0, 20.0]])
     np.testing.assert_array_equal(
-        dispatch.dispatch(tokens, assignment), [[[2, 20], [0, 0], [1, 10]]]
+        dispatch.gather(tokens, assignment.token_index), [[[2, 20], [0, 0], [1, 10]]]
     )
     # A nonsense output in the empty slot must not reach any token.
     outputs = jnp.array([[[2.0, 20.0], [7.0, 7.0], [1.0, 10.0]]])
-    np.testing.assert_allclose(
-        dispatch.combine(outputs, assignment, group_size=2), [[2.0, 20.0], [1.0, 10.0]]
-    )
+    np.testing.assert_allclose(dispatch.scatter(outputs, assignment, 2), [[2.0, 20.0], [1.0, 10.0]])
     np.testing.assert_array_equal(assignment.experts_per_token(2), [1, 1])
 
 
@@ -97,7 +125,7 @@ def test_combining_accumulates_in_float32():
         token_index=jnp.zeros((65, 1), jnp.int32), combine_weight=jnp.ones((65, 1))
     )
     outputs = jnp.full((65, 1, 1), 2.0**-9, jnp.bfloat16).at[0].set(1.0)
-    y = dispatch.combine(outputs, assignment, group_size=1)
+    y = dispatch.scatter(outputs, assignment, 1)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, 1.125)
 

@@ -13,7 +13,7 @@ import pytest
 
 from upcycle_jax import trees
 from upcycle_jax.moe.config import MoeSettings
-from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import (
     DroplessTopK,
     ExpertsChoose,
@@ -106,8 +106,8 @@ def collectives(router, *, gradient, reports=False, **settings):
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=partitioner.batch_sharding)
 
     def forward(params, x, ids):
-        y, sown = layer.apply({"params": params}, x, token_ids=ids, mutable=[REPORTS])
-        return (y, sown[REPORTS]["report"]) if reports else (y, None)
+        y, sown = layer.apply({"params": params}, x, token_ids=ids, mutable=[LAYER_STATS])
+        return (y, sown[LAYER_STATS]["stats"]) if reports else (y, None)
 
     def backward(params, x, ids):
         def loss(params, x):
@@ -205,9 +205,9 @@ def test_groups_that_do_not_divide_over_devices_change_nothing(case):
     def loss(params, x):
         rngs = {"jitter": jax.random.key(1), "dropout": jax.random.key(2)}
         y, sown = layer.apply(
-            {"params": params}, x, valid, train=True, rngs=rngs, mutable=[REPORTS]
+            {"params": params}, x, valid, train=True, rngs=rngs, mutable=[LAYER_STATS]
         )
-        report = sown[REPORTS]["report"]
+        report = sown[LAYER_STATS]["stats"]
         return jnp.mean(y**2) + report.auxiliary_loss + report.router_z_loss, (y, report)
 
     def run():

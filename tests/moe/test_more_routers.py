@@ -9,7 +9,7 @@ import pytest
 
 from upcycle_jax.moe import balance
 from upcycle_jax.moe.config import MoeSettings
-from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import (
     DroplessTopK,
     ExpertsChoose,
@@ -40,28 +40,33 @@ def logit(affinity):
     return np.log(affinity) - np.log1p(-affinity)
 
 
-def dense(plan, num_tokens=S):
+def dense(dispatcher, num_tokens=S):
     """Combine weights `[S, E]` of slots or of choices."""
-    if hasattr(plan, "token_index"):
-        out = np.zeros((num_tokens + 1, plan.token_index.shape[0]), np.float32)
+    if hasattr(dispatcher, "token_index"):
+        out = np.zeros((num_tokens + 1, dispatcher.token_index.shape[0]), np.float32)
         np.add.at(
             out,
-            (np.asarray(plan.token_index), np.arange(plan.token_index.shape[0])[:, None]),
-            np.asarray(plan.combine_weight),
+            (
+                np.asarray(dispatcher.token_index),
+                np.arange(dispatcher.token_index.shape[0])[:, None],
+            ),
+            np.asarray(dispatcher.combine_weight),
         )
         return out[:num_tokens]
-    out = np.zeros((num_tokens, plan.num_experts + 1), np.float32)
+    out = np.zeros((num_tokens, dispatcher.num_experts + 1), np.float32)
     np.add.at(
-        out, (np.arange(num_tokens)[:, None], np.asarray(plan.expert)), np.asarray(plan.weight)
+        out,
+        (np.arange(num_tokens)[:, None], np.asarray(dispatcher.expert)),
+        np.asarray(dispatcher.weight),
     )
-    return out[:, : plan.num_experts]
+    return out[:, : dispatcher.num_experts]
 
 
 def test_switch_is_top_1_with_the_probability_as_weight():
     routing = SwitchTop1().route(group(np.log(P)), capacity=2)
     # First choices 0, 0, 0, 1; expert 0 has two slots, so token 2 is dropped.
     np.testing.assert_allclose(
-        dense(routing.plan), [[0.5, 0, 0], [0.6, 0, 0], [0, 0, 0], [0, 0.7, 0]], rtol=1e-6
+        dense(routing.dispatcher), [[0.5, 0, 0], [0.6, 0, 0], [0, 0, 0], [0, 0.7, 0]], rtol=1e-6
     )
     np.testing.assert_array_equal(routing.chosen, [3, 1, 0])
     assert (routing.offered, routing.dropped) == (4.0, 1.0)
@@ -87,7 +92,7 @@ def test_sigmoid_gates_are_renormalised_affinities():
         [0.5 / 1.25, 0, 0.75 / 1.25],
         [0.7 / 0.9, 0, 0.2 / 0.9],
     ]
-    np.testing.assert_allclose(dense(routing.plan), want, rtol=1e-5)
+    np.testing.assert_allclose(dense(routing.dispatcher), want, rtol=1e-5)
     # What losses and metrics call probabilities: affinities over their sum, e.g. 0.8 / 1.4.
     np.testing.assert_allclose(routing.probabilities, A / A.sum(axis=1, keepdims=True), rtol=1e-5)
 
@@ -97,18 +102,18 @@ def test_sigmoid_gates_as_they_are_and_scaled():
         group(logit(A)), capacity=4
     )
     np.testing.assert_allclose(
-        dense(plain.plan), [[0.8, 0, 0], [0.9, 0, 0], [0, 0, 0.75], [0.7, 0, 0]], rtol=1e-5
+        dense(plain.dispatcher), [[0.8, 0, 0], [0.9, 0, 0], [0, 0, 0.75], [0.7, 0, 0]], rtol=1e-5
     )
     scaled = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(
         group(logit(A)), capacity=4
     )
-    np.testing.assert_allclose(dense(scaled.plan).sum(axis=1), [2.5] * 4, rtol=1e-5)
+    np.testing.assert_allclose(dense(scaled.dispatcher).sum(axis=1), [2.5] * 4, rtol=1e-5)
     # One slot each: token 0 keeps expert 0 alone, and all of the weight on it.
     tight = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(
         group(logit(A[:1])), capacity=1
     )
     np.testing.assert_allclose(
-        dense(tight.plan, 1), [[2.5 * 0.8 / 1.2, 2.5 * 0.4 / 1.2, 0]], rtol=1e-5
+        dense(tight.dispatcher, 1), [[2.5 * 0.8 / 1.2, 2.5 * 0.4 / 1.2, 0]], rtol=1e-5
     )
 
 
@@ -124,7 +129,7 @@ def test_the_bias_chooses_experts_and_changes_no_weight():
     #   token 3 go there.
     routing = router.route(group(logit(A), bias=jnp.array([0.0, 0.55, 0.0])), capacity=4)
     np.testing.assert_allclose(
-        dense(routing.plan), [[0, 0.4, 0], [0, 0.6, 0], [0, 0.25, 0], [0.7, 0, 0]], rtol=1e-5
+        dense(routing.dispatcher), [[0, 0.4, 0], [0, 0.6, 0], [0, 0.25, 0], [0.7, 0, 0]], rtol=1e-5
     )
     np.testing.assert_array_equal(routing.chosen, [1, 3, 0])
     assert routing.auxiliary_loss == 0
@@ -135,7 +140,7 @@ def test_the_bias_chooses_experts_and_changes_no_weight():
 def test_no_gradient_reaches_the_bias():
     def total(bias, logits):
         routing = LossFreeTopK().route(group(logits, bias=bias), capacity=4)
-        return jnp.sum(routing.plan.combine_weight**2)
+        return jnp.sum(routing.dispatcher.combine_weight**2)
 
     of_bias, of_logits = jax.grad(total, argnums=(0, 1))(
         jnp.array([0.1, 0.0, -0.1]), jnp.asarray(logit(A))
@@ -148,7 +153,7 @@ def test_softmax_scores_with_a_bias():
     router = LossFreeTopK(num_selected_experts=1, scores="softmax", renormalize=False)
     routing = router.route(group(np.log(P), bias=jnp.array([-1.0, 0.0, 0.0])), capacity=4)
     np.testing.assert_allclose(
-        dense(routing.plan), [[0, 0.3, 0], [0, 0, 0.3], [0, 0.35, 0], [0, 0.7, 0]], rtol=1e-5
+        dense(routing.dispatcher), [[0, 0.3, 0], [0, 0, 0.3], [0, 0.35, 0], [0, 0.7, 0]], rtol=1e-5
     )
 
 
@@ -194,7 +199,7 @@ def test_the_hash_spreads_a_vocabulary_and_depends_on_the_seed():
 def test_hash_routing_follows_ids_alone():
     ids = jnp.array([5, 9, 5, 9])
     routing = HashTop1().route(group(np.zeros((4, 0)), num_experts=3, token_ids=ids), capacity=4)
-    weights = dense(routing.plan)
+    weights = dense(routing.dispatcher)
     np.testing.assert_array_equal(weights.sum(axis=1), 1)
     np.testing.assert_array_equal(weights[0], weights[2])
     assert weights[0].argmax() == hash_in_python(5, 0, 3) and weights[1].argmax() == hash_in_python(
@@ -206,13 +211,13 @@ def test_hash_routing_follows_ids_alone():
 def test_dropless_tokens_get_every_expert_they_chose():
     routing = DroplessTopK(num_selected_experts=2).route(group(np.log(P)), capacity=4)
     np.testing.assert_allclose(
-        dense(routing.plan),
+        dense(routing.dispatcher),
         [[0.5, 0.3, 0], [0.6, 0, 0.3], [0.4, 0.35, 0], [0, 0.7, 0.2]],
         rtol=1e-6,
     )
     assert (routing.offered, routing.dropped) == (8.0, 0.0)
-    np.testing.assert_array_equal(routing.plan.load(jnp.ones(4)), [3, 3, 2])
-    np.testing.assert_array_equal(routing.plan.experts_per_token(4), [2] * 4)
+    np.testing.assert_array_equal(routing.dispatcher.load(jnp.ones(4)), [3, 3, 2])
+    np.testing.assert_array_equal(routing.dispatcher.experts_per_token(4), [2] * 4)
 
 
 @pytest.mark.parametrize(
@@ -228,12 +233,16 @@ def test_dropless_equals_slots_for_all(make):
     free, slots = (
         make(dropless=flag).route(group(logits, real=real), capacity=16) for flag in (True, False)
     )
-    np.testing.assert_allclose(dense(free.plan, 16), dense(slots.plan, 16), rtol=1e-6)
-    np.testing.assert_allclose(dense(free.plan.in_slots(16), 16), dense(slots.plan, 16), rtol=1e-6)
+    np.testing.assert_allclose(dense(free.dispatcher, 16), dense(slots.dispatcher, 16), rtol=1e-6)
     np.testing.assert_allclose(
-        free.plan.weight_per_token(16), slots.plan.weight_per_token(16), rtol=1e-6
+        dense(free.dispatcher.in_form("gather", 16), 16), dense(slots.dispatcher, 16), rtol=1e-6
     )
-    np.testing.assert_array_equal(free.plan.load(jnp.ones(16)), slots.plan.load(jnp.ones(16)))
+    np.testing.assert_allclose(
+        free.dispatcher.weight_per_token(16), slots.dispatcher.weight_per_token(16), rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        free.dispatcher.load(jnp.ones(16)), slots.dispatcher.load(jnp.ones(16))
+    )
     assert free.auxiliary_loss == slots.auxiliary_loss and free.dropped == 0
 
 
@@ -244,10 +253,10 @@ def test_soft_slots_by_hand():
         group([[0.0, np.log(3)], [0.0, 0.0]], num_experts=1), capacity=2
     )
     np.testing.assert_allclose(
-        routing.plan.dispatch_weight[:, 0], [[0.5, 0.75], [0.5, 0.25]], rtol=1e-6
+        routing.dispatcher.dispatch_weight[:, 0], [[0.5, 0.75], [0.5, 0.25]], rtol=1e-6
     )
     np.testing.assert_allclose(
-        routing.plan.combine_weight[:, 0], [[0.25, 0.75], [0.5, 0.5]], rtol=1e-6
+        routing.dispatcher.combine_weight[:, 0], [[0.25, 0.75], [0.5, 0.5]], rtol=1e-6
     )
 
     class Doubling:
@@ -256,23 +265,25 @@ def test_soft_slots_by_hand():
             np.testing.assert_allclose(inputs[0, 0, :, 0], [2.0, 3.0], rtol=1e-6)
             return 2 * inputs
 
-    plan = jax.tree.map(lambda leaf: leaf[None], routing.plan)
-    out = plan.process(jnp.array([[[4.0], [0.0]]]), Doubling())
+    dispatcher = jax.tree.map(lambda leaf: leaf[None], routing.dispatcher)
+    out = dispatcher.apply(Doubling(), jnp.array([[[4.0], [0.0]]]))
     # Token 0: 4 / 4 + 3 * 6 / 4 = 5.5; token 1: (4 + 6) / 2 = 5.
     np.testing.assert_allclose(out[0, :, 0], [5.5, 5.0], rtol=1e-6)
-    assert routing.dropped == 0 and routing.plan.experts_per_token(2).tolist() == [1, 1]
+    assert routing.dropped == 0 and routing.dispatcher.experts_per_token(2).tolist() == [1, 1]
 
 
 def test_padding_has_no_part_in_soft_slots():
     logits = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     real = np.array([True, True, False, True, False, False])
-    padded = SoftMoe(2).route(group(logits, num_experts=2, real=real), capacity=2).plan
-    alone = SoftMoe(2).route(group(logits[real], num_experts=2), capacity=2).plan
+    padded = SoftMoe(2).route(group(logits, num_experts=2, real=real), capacity=2).dispatcher
+    alone = SoftMoe(2).route(group(logits[real], num_experts=2), capacity=2).dispatcher
     np.testing.assert_allclose(padded.dispatch_weight[real], alone.dispatch_weight, rtol=1e-6)
     np.testing.assert_allclose(padded.combine_weight[real], alone.combine_weight, rtol=1e-6)
     assert not padded.dispatch_weight[~real].any() and not padded.combine_weight[~real].any()
     np.testing.assert_allclose(padded.load(jnp.asarray(real, jnp.float32)), [2, 2], rtol=1e-6)
-    nothing = SoftMoe(2).route(group(logits, num_experts=2, real=[False] * 6), capacity=2).plan
+    nothing = (
+        SoftMoe(2).route(group(logits, num_experts=2, real=[False] * 6), capacity=2).dispatcher
+    )
     assert not nothing.dispatch_weight.any() and not nothing.combine_weight.any()
 
 
@@ -285,9 +296,9 @@ def test_jitter_acts_in_training_alone():
 
     def preferred(*, train, key=None):
         rngs = {} if key is None else {"jitter": jax.random.key(key)}
-        return layer.apply(params, x, train=train, rngs=rngs, mutable=[REPORTS])[1][REPORTS][
-            "report"
-        ].probability
+        return layer.apply(params, x, train=train, rngs=rngs, mutable=[LAYER_STATS])[1][
+            LAYER_STATS
+        ]["stats"].probability
 
     still = preferred(train=False)
     np.testing.assert_array_equal(preferred(train=False, key=2), still)

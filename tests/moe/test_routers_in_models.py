@@ -384,7 +384,7 @@ def model_params_shapes(model):
     )
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "gather"])
+@pytest.mark.parametrize("dispatch", ["auto", "gather", "one_hot"])
 def test_dropless_forms_and_a_capacity_for_all_agree(dispatch):
     tokens = {
         "encoder_router": DroplessTopK(renormalize=True),

@@ -44,9 +44,9 @@ def test_experts_take_their_best_tokens():
     routing = route(ExpertsChoose(), P, capacity=2)
     # Column 0: 0.6 (token 1), 0.5 (token 0). Column 1: 0.7 (3), 0.35 (2). Column 2: 0.3 (1), 0.25
     # (2).
-    np.testing.assert_array_equal(routing.plan.token_index, [[1, 0], [3, 2], [1, 2]])
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[1, 0], [3, 2], [1, 2]])
     np.testing.assert_allclose(
-        routing.plan.combine_weight, [[0.6, 0.5], [0.7, 0.35], [0.3, 0.25]], rtol=1e-6
+        routing.dispatcher.combine_weight, [[0.6, 0.5], [0.7, 0.35], [0.3, 0.25]], rtol=1e-6
     )
     assert routing.auxiliary_loss == 0.0
     # Every token has at least one expert.
@@ -59,38 +59,40 @@ def test_experts_choose_renormalised():
     # experts 1 and 2, 0.35 / 0.6 and
     # 0.25 / 0.6. Token 3: expert 1 alone, 1.
     expected = [[1, 0, 0], [2 / 3, 0, 1 / 3], [0, 0.35 / 0.6, 0.25 / 0.6], [0, 1, 0]]
-    np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-5)
+    np.testing.assert_allclose(as_dense(routing.dispatcher, S), expected, rtol=1e-5)
 
 
 def test_tokens_without_an_expert_keep_nothing():
     routing = route(ExpertsChoose(renormalize=True), P, capacity=1)
     # Experts take tokens 1, 3, 1: tokens 0 and 2 get none.
     np.testing.assert_allclose(
-        as_dense(routing.plan, S), [[0, 0, 0], [2 / 3, 0, 1 / 3], [0, 0, 0], [0, 1, 0]], rtol=1e-5
+        as_dense(routing.dispatcher, S),
+        [[0, 0, 0], [2 / 3, 0, 1 / 3], [0, 0, 0], [0, 1, 0]],
+        rtol=1e-5,
     )
     assert (routing.offered, routing.dropped) == (4.0, 2.0)
 
 
 def test_experts_choose_ties_go_to_the_lowest_token():
     routing = route(ExpertsChoose(), np.full((4, 2), 0.5), capacity=2)
-    np.testing.assert_array_equal(routing.plan.token_index, [[0, 1], [0, 1]])
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[0, 1], [0, 1]])
 
 
 def test_experts_choose_padding_takes_no_slot_when_ignored():
     routing = route(ExpertsChoose(), P, capacity=3, real=[True, False, True, False])
     # Tokens 0 and 2 are all there is; the third slot of each expert stays empty (index S).
-    np.testing.assert_array_equal(routing.plan.token_index, [[0, 2, S], [2, 0, S], [2, 0, S]])
-    np.testing.assert_allclose(routing.plan.combine_weight[:, 2], 0.0)
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[0, 2, S], [2, 0, S], [2, 0, S]])
+    np.testing.assert_allclose(routing.dispatcher.combine_weight[:, 2], 0.0)
 
 
 def test_top_2_with_room_for_all():
     routing = route(TokensChoose(num_selected_experts=2), P, capacity=4)
     # First choices: 0, 0, 0, 1. Second choices: 1, 2, 1, 2.
     expected = [[0.5, 0.3, 0], [0.6, 0, 0.3], [0.4, 0.35, 0], [0, 0.7, 0.2]]
-    np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-6)
+    np.testing.assert_allclose(as_dense(routing.dispatcher, S), expected, rtol=1e-6)
     # k-major: expert 1 lists token 3 (first choice) before tokens 0 and 2 (second choices).
     np.testing.assert_array_equal(
-        routing.plan.token_index, [[0, 1, 2, S], [3, 0, 2, S], [1, 3, S, S]]
+        routing.dispatcher.token_index, [[0, 1, 2, S], [3, 0, 2, S], [1, 3, S, S]]
     )
     assert (routing.offered, routing.dropped) == (8.0, 0.0)
 
@@ -99,9 +101,9 @@ def test_overflow_is_dropped_in_token_order_first_choices_first():
     routing = route(TokensChoose(num_selected_experts=2), P, capacity=2)
     # Expert 0 wants 0, 1, 2: token 2 is too many. Expert 1 wants 3, then 0, 2 as second choices:
     # token 2 is too many again.
-    np.testing.assert_array_equal(routing.plan.token_index, [[0, 1], [3, 0], [1, 3]])
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[0, 1], [3, 0], [1, 3]])
     np.testing.assert_allclose(
-        as_dense(routing.plan, S),
+        as_dense(routing.dispatcher, S),
         [[0.5, 0.3, 0], [0.6, 0, 0.3], [0, 0, 0], [0, 0.7, 0.2]],
         rtol=1e-6,
     )
@@ -112,18 +114,18 @@ def test_batch_prioritised_order_serves_confident_tokens_first():
     routing = route(TokensChoose(num_selected_experts=2, batch_prioritized=True), P, capacity=2)
     # Confidence 0.5, 0.6, 0.4, 0.7 orders tokens 3, 1, 0, 2. Expert 0's first choices come as 1, 0,
     # (2 dropped). Expert 1: 3, then second choices 0, (2 dropped). Expert 2: second choices 3, 1.
-    np.testing.assert_array_equal(routing.plan.token_index, [[1, 0], [3, 0], [3, 1]])
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[1, 0], [3, 0], [3, 1]])
     weights = [[0.6, 0.5], [0.7, 0.3], [0.2, 0.3]]
-    np.testing.assert_allclose(routing.plan.combine_weight, weights, rtol=1e-6)
+    np.testing.assert_allclose(routing.dispatcher.combine_weight, weights, rtol=1e-6)
 
 
 def test_switch_drops_by_position_and_by_confidence():
     # Three tokens want expert 0, which has one slot: the first in order, or the most confident
     # (token 1).
     plain = route(TokensChoose(num_selected_experts=1), P, capacity=1)
-    np.testing.assert_array_equal(plain.plan.token_index, [[0], [3], [S]])
+    np.testing.assert_array_equal(plain.dispatcher.token_index, [[0], [3], [S]])
     prioritised = route(TokensChoose(num_selected_experts=1, batch_prioritized=True), P, capacity=1)
-    np.testing.assert_array_equal(prioritised.plan.token_index, [[1], [3], [S]])
+    np.testing.assert_array_equal(prioritised.dispatcher.token_index, [[1], [3], [S]])
 
 
 def test_tokens_choose_renormalised_over_the_experts_that_process_them():
@@ -136,7 +138,7 @@ def test_tokens_choose_renormalised_over_the_experts_that_process_them():
         [0, 0, 0],
         [0, 0.7 / 0.9, 0.2 / 0.9],
     ]
-    np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-5)
+    np.testing.assert_allclose(as_dense(routing.dispatcher, S), expected, rtol=1e-5)
 
 
 def test_softmax_after_top_k():
@@ -150,13 +152,13 @@ def test_softmax_after_top_k():
         [0.4 / 0.75, 0.35 / 0.75, 0],
         [0, 0.7 / 0.9, 0.2 / 0.9],
     ]
-    np.testing.assert_allclose(as_dense(routing.plan, S), expected, rtol=1e-5)
+    np.testing.assert_allclose(as_dense(routing.dispatcher, S), expected, rtol=1e-5)
 
 
 def test_tokens_choose_ties_go_to_the_lowest_expert():
     routing = route(TokensChoose(num_selected_experts=2), np.full((3, 4), 0.25), capacity=3)
     np.testing.assert_array_equal(
-        routing.plan.token_index, [[0, 1, 2], [0, 1, 2], [3, 3, 3], [3, 3, 3]]
+        routing.dispatcher.token_index, [[0, 1, 2], [0, 1, 2], [3, 3, 3], [3, 3, 3]]
     )
 
 
@@ -165,7 +167,7 @@ def test_tokens_choose_padding_takes_no_slot_when_ignored():
         TokensChoose(num_selected_experts=1), P, capacity=2, real=[False, True, True, True]
     )
     # Without token 0, expert 0 has room for tokens 1 and 2.
-    np.testing.assert_array_equal(routing.plan.token_index, [[1, 2], [3, S], [S, S]])
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[1, 2], [3, S], [S, S]])
     assert (routing.offered, routing.dropped) == (3.0, 0.0)
 
 
@@ -174,7 +176,7 @@ def test_padding_takes_slots_by_default():
     routing = route(
         TokensChoose(num_selected_experts=1), P, capacity=2, real=[True] * 4, counted=[0, 1, 1, 1]
     )
-    np.testing.assert_array_equal(routing.plan.token_index, [[0, 1], [3, S], [S, S]])
+    np.testing.assert_array_equal(routing.dispatcher.token_index, [[0, 1], [3, S], [S, S]])
     assert (routing.offered, routing.dropped) == (3.0, 1.0)
 
 
@@ -207,7 +209,7 @@ def test_auxiliary_loss_of_real_tokens_alone():
 def test_a_group_of_padding_alone_is_finite():
     routing = route(TokensChoose(), P, capacity=4, real=[False] * 4)
     assert routing.auxiliary_loss == 0.0
-    np.testing.assert_array_equal(routing.plan.token_index, np.full((3, 4), S))
+    np.testing.assert_array_equal(routing.dispatcher.token_index, np.full((3, 4), S))
 
 
 @pytest.mark.parametrize(("k", "message"), [(0, "at least 1, got 0")])
@@ -268,10 +270,10 @@ def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised
     routing = router.route(as_group(logits, real), capacity=capacity)
     experts, p = reference_tokens_choose(logits, k, capacity, real, prioritised)
     for e, tokens in enumerate(experts):
-        row = np.asarray(routing.plan.token_index[e])
+        row = np.asarray(routing.dispatcher.token_index[e])
         np.testing.assert_array_equal(row, tokens + [len(p)] * (capacity - len(tokens)))
         np.testing.assert_allclose(
-            routing.plan.combine_weight[e, : len(tokens)], p[tokens, e], rtol=1e-5
+            routing.dispatcher.combine_weight[e, : len(tokens)], p[tokens, e], rtol=1e-5
         )
     assert float(routing.offered - routing.dropped) == sum(len(tokens) for tokens in experts)
 
@@ -281,7 +283,7 @@ def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised
 def test_experts_choose_fills_every_slot_it_can(group):
     logits, capacity, real = group
     routing = ExpertsChoose().route(as_group(logits, real), capacity=capacity)
-    index = np.asarray(routing.plan.token_index)
+    index = np.asarray(routing.dispatcher.token_index)
     assert ((index < len(logits)).sum(axis=1) == min(capacity, real.sum())).all()
     for row in index:
         tokens = row[row < len(logits)]

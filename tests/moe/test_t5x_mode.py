@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.moe.config import MoeSettings
-from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
 D, E, HIDDEN = 8, 4, 12
@@ -125,10 +125,10 @@ def test_layer_follows_the_rules(router, shape, replicas, padding, num_groups, c
     x = x * valid[..., None]
     params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
     params["router"]["router_weights"]["w"]["kernel"] *= 50
-    got, variables = jax.jit(lambda p, x, v: layer.apply({"params": p}, x, v, mutable=[REPORTS]))(
-        params, x, valid
-    )
-    report = variables[REPORTS]["report"]
+    got, variables = jax.jit(
+        lambda p, x, v: layer.apply({"params": p}, x, v, mutable=[LAYER_STATS])
+    )(params, x, valid)
+    report = variables[LAYER_STATS]["stats"]
     want, metrics = oracle(
         x.astype(np.float64),
         jax.tree.map(np.asarray, params),
@@ -164,9 +164,9 @@ def test_default_losses_leave_padding_out_and_t5x_mode_does_not():
         params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
         params["router"]["router_weights"]["w"]["kernel"] *= 50
         _, variables = jax.jit(
-            lambda p, layer=layer: layer.apply({"params": p}, x, valid, mutable=[REPORTS])
+            lambda p, layer=layer: layer.apply({"params": p}, x, valid, mutable=[LAYER_STATS])
         )(params)
-        losses[t5x_mode] = variables[REPORTS]["report"].router_z_loss
+        losses[t5x_mode] = variables[LAYER_STATS]["stats"].router_z_loss
         logits = x[valid] @ np.asarray(params["router"]["router_weights"]["w"]["kernel"])
     real = np.log(np.exp(logits).sum(axis=-1)) ** 2
     np.testing.assert_allclose(losses[False], real.mean(), rtol=1e-5)

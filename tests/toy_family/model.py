@@ -18,7 +18,7 @@ from upcycle_jax.models import losses, registry, shared
 from upcycle_jax.models.base import Family, Stack
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import MoeLayer
-from upcycle_jax.moe.report import REPORTS
+from upcycle_jax.moe.layer_stats import LAYER_STATS
 from upcycle_jax.moe.routing import Router, TokensChoose
 
 
@@ -158,7 +158,7 @@ class ToyModel:
 
     def _run(self, params, batch, *, train):
         logits, variables = self.module.apply(
-            {"params": params}, batch["line"], train=train, mutable=[REPORTS]
+            {"params": params}, batch["line"], train=train, mutable=[LAYER_STATS]
         )
         tokens = losses.token_losses(logits, batch["line"])
         return tokens, shared.moe_reports(variables, self.stacks)

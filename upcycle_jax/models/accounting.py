@@ -15,8 +15,8 @@ import numpy as np
 
 from upcycle_jax import axes, trees
 from upcycle_jax.models.t5.config import StackName, T5Config
-from upcycle_jax.moe import exchange
-from upcycle_jax.moe.sizes import layer_sizes
+from upcycle_jax.moe import all_to_all
+from upcycle_jax.moe.policy import layer_sizes
 from upcycle_jax.partitioning import Partitioner
 
 TRAIN_FORWARDS = 3
@@ -211,8 +211,8 @@ def exchange_bytes(
     so do the gradients; where the backward pass computes layers again, both happen once more. What
     dropless routers send follows the load, which shapes do not tell: counted is an even one
     (`exchange_follows_load`), tokens and gradients in the activations' dtype, sums of expert
-    outputs and theirs in float32. With `MoeConfig.dispatch` 'gather' slots are added as a batch
-    needs them, and nothing is counted. The part that stays on its own device (1 / expert
+    outputs and theirs in float32. With `MoeConfig.dispatch` 'gather' or 'one_hot' slots are added
+    as a batch needs them, and nothing is counted. The part that stays on its own device (1 / expert
     partitions) is included, as it is in XLA's shapes.
 
     Raises:
@@ -237,10 +237,10 @@ def exchange_bytes(
         if not router.has_room_for_all:
             slots = expert_slots(config, stack, batch_size=batch_size, length=length, train=train)
             nbytes += layers * 2 * (forwards + 1) * slots * vector // partitioner.num_data_shards
-        elif config.moe.dispatch != "gather":
+        elif config.moe.dispatch not in ("gather", "one_hot"):
             choices = round(router.active_experts(config.moe.capacity_factor(train=train)))
             here = math.ceil(batch_size * length / partitioner.num_data_shards)
-            sent = exchange.slots_at_even_load(here, num_choices=choices, num_devices=devices)
+            sent = all_to_all.slots_at_even_load(here, num_choices=choices, num_devices=devices)
             # Weights are float32, experts int32. What comes back is not needed twice: it is only
             # added up.
             there, sums, gradients = vector + 8 * choices, 4 * config.emb_dim, vector + 4 * choices

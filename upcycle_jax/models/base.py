@@ -17,8 +17,8 @@ from upcycle_jax.models import layer_names
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.moe.policy import LayerSizes, RoutingPolicy, routing_policy
 from upcycle_jax.moe.routing import Router
-from upcycle_jax.moe.sizes import LayerSizes, layer_sizes
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Batch, PyTree
 
@@ -60,24 +60,19 @@ class Stack:
         """Paths of the layers with experts, in order."""
         return tuple(self.layer(i) for i in self.sparse_layers)
 
+    @property
+    def policy(self) -> RoutingPolicy:
+        """How its MoE layers group tokens, and which of them take part and count."""
+        assert self.moe is not None and self.router is not None, "a stack without MoE layers"
+        return routing_policy(self.moe, self.router)
+
     def layer_sizes(self, batch_size: int, length: int, *, train: bool) -> LayerSizes:
         """Groups and slots of one of its MoE layers, on rows of `length` positions.
 
         Raises:
           ValueError: the token count does not divide into groups.
         """
-        assert self.moe is not None and self.router is not None, "a stack without MoE layers"
-        return layer_sizes(self.moe, self.router, batch_size, length, train=train)
-
-    @property
-    def fills_every_slot(self) -> bool:
-        """Whether every slot of every expert counts as used, as T5X counts it."""
-        return (
-            self.moe is not None
-            and self.moe.t5x_mode
-            and self.router is not None
-            and self.router.fills_capacity
-        )
+        return self.policy.sizes(batch_size, length, train=train)
 
 
 def balance_rates(stacks: Mapping[str, Stack]) -> dict[str, float]:

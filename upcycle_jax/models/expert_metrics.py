@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from upcycle_jax.models.base import Stack, balance_rates
 from upcycle_jax.models.metrics import Mean, Metrics
-from upcycle_jax.moe.report import MoeReport
+from upcycle_jax.moe.layer_stats import LayerStats
 
 
 def layer_mean(values: Any) -> jax.Array:
@@ -34,7 +34,7 @@ def scaled_mean(value: jax.Array, weight: jax.Array | float) -> Mean:
 
 
 def of_reports(
-    stacks: Mapping[str, Stack], reports: Mapping[str, MoeReport], aux_scale: jax.Array | float
+    stacks: Mapping[str, Stack], reports: Mapping[str, LayerStats], aux_scale: jax.Array | float
 ) -> Metrics:
     """Metrics of a batch or a microbatch.
 
@@ -47,12 +47,7 @@ def of_reports(
         return {}
     owners = {layer: stack for stack in stacks.values() for layer in stack.moe_layers}
     balanced = balance_rates(stacks)
-    # In T5X mode the usage of routers that fill every slot is 1 by definition.
-    full = {layer for layer, stack in owners.items() if stack.fills_every_slot}
-    usage = [
-        jnp.float32(1.0) if layer in full else jnp.sum(r.load) / r.capacity
-        for layer, r in reports.items()
-    ]
+    usage = [owners[layer].policy.expert_usage(report) for layer, report in reports.items()]
     behind = [report.left_behind / jnp.maximum(report.tokens, 1.0) for report in reports.values()]
     confidence = [
         report.weight / jnp.maximum(jnp.sum(report.load), 1.0) for report in reports.values()

@@ -2,9 +2,9 @@
 larger than memory.
 
 Whoever runs the steps reads the parameters of one at a time and carries the state from one to the
-next. The experts of an MoE layer are left out of its step: the step says which tokens meet which
-experts (`MoeCall.plan`), the caller puts them through the experts, a few at a time
-(`experts_outputs`), and runs the step again with what came back.
+next. The experts of an MoE layer are left out of its step: the step decides which tokens go to
+which experts (`MoeCall.dispatcher`), the caller puts them through the experts, a few at a time
+(`expert_outputs`), and runs the step again with what came back.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax.models.base import Model
-from upcycle_jax.moe.dispatch import Plan
-from upcycle_jax.moe.layer import MoeLayer, RouterLogits
-from upcycle_jax.moe.sizes import layer_sizes
+from upcycle_jax.moe.dispatch import Dispatcher
+from upcycle_jax.moe.layer import MoeLayer
+from upcycle_jax.moe.router_logits import RouterLogits
 from upcycle_jax.types import Batch, PyTree
 
 State = dict[str, Any]
@@ -44,7 +44,7 @@ class MoeCall:
       gates: float32 `[batch, length]`, each token's combine weights, summed.
       router_logits: float32 `[G, S, columns]`.
       tokens: the input in groups, `[G, S, d]`.
-      plan: of every group, with a leading G.
+      dispatcher: of every group, with a leading G.
     """
 
     x: jax.Array
@@ -53,7 +53,7 @@ class MoeCall:
     gates: jax.Array
     router_logits: jax.Array
     tokens: jax.Array
-    plan: Plan
+    dispatcher: Dispatcher
 
 
 class Program(Protocol):
@@ -146,16 +146,20 @@ def run(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def route(program: Program, params: PyTree, state: State) -> tuple[jax.Array, Plan]:
-    """Tokens and plan of a step's MoE layer (see `MoeCall`), without going through experts."""
+def route(program: Program, params: PyTree, state: State) -> tuple[jax.Array, Dispatcher]:
+    """Tokens and dispatcher of a step's MoE layer (see `MoeCall`); nothing goes through experts."""
     _, call = program(params, state)
     assert call is not None
-    return call.tokens, call.plan
+    return call.tokens, call.dispatcher
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def expert_outputs(
-    layer: MoeLayer, kernels: PyTree, tokens: jax.Array, plan: Plan, expert: jax.Array | int
+    layer: MoeLayer,
+    kernels: PyTree,
+    tokens: jax.Array,
+    dispatcher: Dispatcher,
+    expert: jax.Array | int,
 ) -> jax.Array:
     """What one expert adds: float32 `[G, S, d]`.
 
@@ -163,27 +167,29 @@ def expert_outputs(
       layer: the MoE layer.
       kernels: parameters of the expert, with a leading axis of 1.
       tokens: see `route`.
-      plan: see `route`.
+      dispatcher: see `route`.
       expert: int32 scalar, which one it is.
     """
-    part = jax.vmap(lambda one: one.part(expert, 1))(plan)
+    part = jax.vmap(lambda one: one.part(expert, 1))(dispatcher)
     return _process(layer, kernels, tokens, part)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def copies_outputs(
-    layer: MoeLayer, kernels: PyTree, tokens: jax.Array, plan: Plan, members: jax.Array
+    layer: MoeLayer, kernels: PyTree, tokens: jax.Array, dispatcher: Dispatcher, members: jax.Array
 ) -> jax.Array:
     """What several experts that are copies of one add, as `expert_outputs`; `members` is bool
     `[E]`.
     """
-    merged = jax.vmap(lambda one: one.merged(members, tokens.shape[1]))(plan)
+    merged = jax.vmap(lambda one: one.merged(members, tokens.shape[1]))(dispatcher)
     return _process(layer, kernels, tokens, merged)
 
 
-def _process(layer: MoeLayer, kernels: PyTree, tokens: jax.Array, plan: Plan) -> jax.Array:
+def _process(
+    layer: MoeLayer, kernels: PyTree, tokens: jax.Array, dispatcher: Dispatcher
+) -> jax.Array:
     variables = {"params": {"expert": kernels}}
-    return layer.apply(variables, tokens, plan, method="process")  # type: ignore[return-value]
+    return layer.apply(variables, tokens, dispatcher, method="process")  # type: ignore[return-value]
 
 
 def without_experts(
@@ -197,15 +203,15 @@ def without_experts(
     def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module, method = context.module, context.method_name
         if isinstance(module, MoeLayer) and method == "process":
-            tokens, plan = args
-            seen.update(tokens=tokens, plan=plan)
+            tokens, dispatcher = args
+            seen.update(tokens=tokens, dispatcher=dispatcher)
             return jnp.zeros(tokens.shape, jnp.float32) if outputs is None else outputs
         out = call(*args, **kwargs)
         if isinstance(module, RouterLogits) and method == "__call__":
             seen["router_logits"] = out
         elif isinstance(module, MoeLayer) and method == "__call__":
             x, valid, *_ = args
-            seen.update(x=x, valid=valid, y=out, gates=_gates(module, seen["plan"], x))
+            seen.update(x=x, valid=valid, y=out, gates=_gates(module, seen["dispatcher"], x))
         return out
 
     with nn.intercept_methods(intercept):
@@ -213,10 +219,9 @@ def without_experts(
     return out, MoeCall(**seen) if seen else None
 
 
-def _gates(layer: MoeLayer, plan: Plan, x: jax.Array) -> jax.Array:
-    """Summed combine weights `[batch, length]` of the plans of all groups."""
+def _gates(layer: MoeLayer, dispatcher: Dispatcher, x: jax.Array) -> jax.Array:
+    """Summed combine weights `[batch, length]` of the dispatchers of all groups."""
     rows, columns, _ = x.shape
-    grouping = layer_sizes(layer.config, layer.router, rows, columns, train=False).grouping
-    sums = jax.vmap(lambda one: one.weight_per_token(grouping.group_size))(plan)
-    padded = (rows + grouping.batch_padding, columns + grouping.length_padding)
-    return sums.reshape(padded)[:rows, :columns]
+    grouping = layer.policy.sizes(rows, columns, train=False).grouping
+    sums = jax.vmap(lambda one: one.weight_per_token(grouping.group_size))(dispatcher)
+    return grouping.join(sums, rows, columns)

@@ -26,7 +26,7 @@ from upcycle_jax.models.expert_metrics import layer_mean, scaled_mean
 from upcycle_jax.models.losses import TokenLosses
 from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.moe import roles
-from upcycle_jax.moe.report import REPORTS, MoeReport
+from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
 from upcycle_jax.types import Array, PyTree
 
 NON_FINITE_LOGITS = "non_finite_router_logits/"
@@ -82,12 +82,12 @@ def param_specs(boxed: PyTree, stacks: Mapping[str, Stack]) -> dict[str, trees.L
     return roles.marked(specs, (f"{layer}/mlp" for layer in layers))
 
 
-def moe_reports(variables: Any, stacks: Mapping[str, Stack]) -> dict[str, MoeReport]:
+def moe_reports(variables: Any, stacks: Mapping[str, Stack]) -> dict[str, LayerStats]:
     """The report of every MoE layer by layer ('encoder/layers_1'), in order, out of the variables
-    that an application of the model with `mutable=[REPORTS]` returned.
+    that an application of the model with `mutable=[LAYER_STATS]` returned.
     """
     return {
-        stack.layer(i): variables[REPORTS][stack.name][f"layers_{i}"]["mlp"]["report"]
+        stack.layer(i): variables[LAYER_STATS][stack.name][f"layers_{i}"]["mlp"]["stats"]
         for stack in stacks.values()
         for i in stack.sparse_layers
     }
@@ -97,7 +97,7 @@ def training_loss(
     stacks: Mapping[str, Stack],
     tokens: TokenLosses,
     weights: jax.Array,
-    reports: Mapping[str, MoeReport],
+    reports: Mapping[str, LayerStats],
     *,
     denominator: jax.Array,
     aux_scale: jax.Array | float,
@@ -133,7 +133,7 @@ def evaluation_metrics(
     stacks: Mapping[str, Stack],
     tokens: TokenLosses,
     weights: jax.Array,
-    reports: Mapping[str, MoeReport],
+    reports: Mapping[str, LayerStats],
 ) -> Metrics:
     """Metrics of an evaluation batch; `loss` is per target token, auxiliary losses included.
     Arguments as in `training_loss`.
@@ -149,7 +149,7 @@ def evaluation_metrics(
 
 
 def _auxiliary_losses(
-    stacks: Mapping[str, Stack], reports: Mapping[str, MoeReport]
+    stacks: Mapping[str, Stack], reports: Mapping[str, LayerStats]
 ) -> dict[str, jax.Array]:
     moe = next((stack.moe for stack in stacks.values() if stack.moe is not None), None)
     if moe is None:

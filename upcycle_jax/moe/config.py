@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
-from upcycle_jax.moe.dropless import DISPATCHES, Dispatch
+from upcycle_jax.moe.grouped_experts import DISPATCHES, Dispatch
 from upcycle_jax.moe.routing import Router
 
 CapacityFactor = Annotated[
@@ -44,11 +44,14 @@ class MoeSettings:
       aux_loss_factor: weight of the load-balancing loss, averaged over all MoE layers.
       router_z_loss_factor: weight of the router z-loss, averaged over all MoE layers.
       expert_dropout_rate: dropout inside experts; None for the dense rate.
-      dispatch: how tokens reach the experts of dropless routers; routers with a capacity gather
-        into slots always. 'sorted': rows sorted by expert, worked off in blocks. 'ragged_dot':
-        `jax.lax.ragged_dot`; refused where it becomes one masked product per expert. 'gather': a
-        slot of every expert for every token, of which few are computed first. 'auto': 'ragged_dot'
-        where it is one grouped product, else 'sorted'; the choice is logged.
+      dispatch: how tokens reach experts. 'gather': by gathers into slots and scatters back, which
+        routers with a capacity use unless told otherwise; dropless routers then have a slot of
+        every expert for every token, of which few are computed first. For dropless routers alone:
+        'sorted' sorts rows by expert and works them off in blocks; 'ragged_dot' is
+        `jax.lax.ragged_dot`, refused where it becomes one masked product per expert; 'auto' is
+        'ragged_dot' where that is one grouped product, else 'sorted', and the choice is logged.
+        'one_hot': as 'gather', by products with masks `[S, E, C]`, as T5X does: slow, to compare
+        with.
       ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are
         routed as zero vectors.
       t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does, and
@@ -103,7 +106,7 @@ class MoeSettings:
           ValueError: they do not fit each other.
         """
         dropless = any(router.has_room_for_all for router in routers)
-        if self.dispatch not in ("auto", "gather") and not dropless:
+        if self.dispatch not in ("auto", "gather", "one_hot") and not dropless:
             who = "the router has" if len(routers) == 1 else "both routers have"
             raise ValueError(
                 f"dispatch={self.dispatch!r} moves the tokens of dropless routers, and {who}"

@@ -10,8 +10,8 @@ import numpy as np
 
 from upcycle_jax.models.base import Model
 from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.moe.policy import layer_sizes
 from upcycle_jax.moe.routing import Router
-from upcycle_jax.moe.sizes import layer_sizes
 from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.recipe import MergeRecipe
 from upcycle_jax.types import Batch

@@ -17,7 +17,7 @@ from upcycle_jax.data import Dataset, DatasetConfig
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Model, Stack, stack_lengths
-from upcycle_jax.moe import capacity
+from upcycle_jax.moe import grouping
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.text import size
 from upcycle_jax.training import batches, expert_slots, restore
@@ -195,7 +195,7 @@ def check_microbatch_groups(
         _log.warning("%s. Loss and gradients are not those of the whole batch", what)
         return
     common = math.gcd(*(rows * length for _, length in routed))
-    size = capacity.largest_divisor(common, at_most=moe.group_size)
+    size = grouping.largest_divisor(common, at_most=moe.group_size)
     raise ValueError(
         f"{what}. Set GROUP_SIZE to at most the tokens of a microbatch (GROUP_SIZE={size} divides"
         " them), use fewer microbatches, or set Trainer.microbatch_groups = 'of_microbatch' to"

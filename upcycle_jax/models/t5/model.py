@@ -20,7 +20,7 @@ from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.models.t5 import layerwise
 from upcycle_jax.models.t5.config import STACKS, T5Config
 from upcycle_jax.models.t5.network import RESIDUALS, Transformer
-from upcycle_jax.moe.report import REPORTS, MoeReport
+from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Batch, PyTree
 
@@ -375,10 +375,10 @@ class EncoderDecoderModel:
 
     def _forward(
         self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, MoeReport]]:
+    ) -> tuple[jax.Array, dict[str, LayerStats]]:
         """Logits, and the report of every MoE layer by layer ('encoder/layers_1'), in order."""
         logits, variables = self._apply(
-            params, batch, train=train, dropout_rng=dropout_rng, mutable=[REPORTS]
+            params, batch, train=train, dropout_rng=dropout_rng, mutable=[LAYER_STATS]
         )
         return logits, shared.moe_reports(variables, self.stacks)
 

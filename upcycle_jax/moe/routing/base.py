@@ -1,5 +1,5 @@
-"""The interface of all routers: from what is known about ONE group of tokens to a plan of who meets
-which expert.
+"""The interface of all routers: from what is known about ONE group of tokens to a dispatcher, which
+sends tokens to experts.
 
 Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K
 experts per token.
@@ -14,7 +14,7 @@ import dataclasses
 import flax.struct
 import jax
 
-from upcycle_jax.moe.dispatch import Plan
+from upcycle_jax.moe.dispatch import Dispatcher
 
 
 @flax.struct.dataclass
@@ -27,11 +27,11 @@ class Group:
       routable: bool `[S]`, tokens that may take a place.
       counted: float32 `[S]`, 1 for tokens that losses and metrics count.
       count: float32 scalar, the number of tokens that means of losses run over.
-      limit: int32 scalar, the capacity where it is known only when running: slots from there on
-        stay empty. None: all may be filled.
-      bias: float32 `[E]`, added to what experts are selected by, for routers with a
-        `Router.balance_rate`; None: zeros.
-      token_ids: int32 `[S]`, for routers that `Router.needs_token_ids`.
+      limit: int32 scalar, a capacity that is known only at run time: slots from there on stay
+        empty. None: all may be filled.
+      bias: float32 `[E]`, added to the scores that select experts, for routers with a
+        `Router.balance_rate`; None for zeros.
+      token_ids: int32 `[S]`, for routers with `Router.needs_token_ids`.
     """
 
     logits: jax.Array
@@ -49,17 +49,17 @@ class Routing:
     """What a router decides about one group.
 
     Attributes:
-      plan: who meets whom, and with which weight.
+      dispatcher: which tokens go to which experts, and with which weights.
       probabilities: float32 `[S, E]`, what the router prefers; every row sums to 1.
-      chosen: float32 `[E]`, counted tokens that each expert was wanted by, before any drop.
+      chosen: float32 `[E]`, counted tokens that asked for each expert, before any drop.
       auxiliary_loss: float32 scalar, the load-balancing loss of the group (0 for routers that
         balance by other means).
-      offered: float32 scalar, how many placements were asked for (the router says what counts as
-        one).
-      dropped: float32 scalar, how many of those were not granted.
+      offered: float32 scalar, the number of placements that were asked for; a placement is a pair
+        of token and expert under tokens choose, else a token.
+      dropped: float32 scalar, the number of those that were not granted.
     """
 
-    plan: Plan
+    dispatcher: Dispatcher
     probabilities: jax.Array
     chosen: jax.Array
     auxiliary_loss: jax.Array
@@ -126,17 +126,16 @@ class Router(abc.ABC):
 
     @property
     def per_token(self) -> bool:
-        """Whether a token's experts follow from that token alone, so that with room for every token
-        nothing depends on its group.
+        """Whether a token's experts follow from that token alone. With room for every token, a
+        result then does not depend on the group.
 
-        Such a router fills each expert's slots from the first on: what an expert leaves empty is at
-        the end.
+        Such a router fills each expert's slots from the first on: empty slots are at the end.
         """
         return False
 
     @property
     def has_room_for_all(self) -> bool:
-        """Whether every token meets every expert that it chose, at any load: there is no
+        """Whether every token goes to every expert that it chose, at any load, because there is no
         capacity.
         """
         return False
@@ -149,9 +148,7 @@ class Router(abc.ABC):
         return False
 
     def renormalized(self) -> "Router | None":
-        """The same router with unit weights, or None where tokens do not meet experts one by
-        one.
-        """
+        """The same router with unit weights, or None where experts process mixtures of tokens."""
         return dataclasses.replace(self, renormalize=True)  # type: ignore[call-arg]
 
     def check(self, num_experts: int) -> None:
@@ -170,7 +167,7 @@ class Router(abc.ABC):
         return 2 * emb_dim * self.logit_columns(num_experts)
 
     def expert_rows(self, num_experts: int, capacity: int, *, group_size: int) -> int:
-        """Vectors that the experts compute in one group: what their cost follows from."""
+        """Vectors that the experts compute in one group; their cost is proportional to it."""
         return num_experts * self.slots(capacity, group_size=group_size)
 
     @abc.abstractmethod
@@ -185,15 +182,15 @@ class Router(abc.ABC):
 
     @abc.abstractmethod
     def route(self, group: Group, *, capacity: int) -> Routing:
-        """Plans one group with `capacity` slots per expert (as from `slots`).
+        """Routes one group with `capacity` slots per expert (as from `slots`).
 
         Routers map with `jax.vmap` over groups, so shapes may not depend on values.
         """
 
 
 def check_jitter(noise: float) -> None:
-    """Raises ValueError unless `noise` can be a `Router.input_jitter`: from 1 on it would turn
-    signs around.
+    """Raises ValueError unless `noise` can be a `Router.input_jitter`: from 1 on it could change
+    the sign of inputs.
     """
     if not 0 <= noise < 1:
         raise ValueError(

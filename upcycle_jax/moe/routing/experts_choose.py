@@ -78,7 +78,7 @@ class ExpertsChoose(Router):
             assignment = dispatch.renormalized(assignment, group_size=group_size)
         left_behind = assignment.experts_per_token(group_size) == 0
         return Routing(
-            plan=assignment,
+            dispatcher=assignment,
             probabilities=probabilities,
             chosen=assignment.load(group.counted),
             auxiliary_loss=jnp.zeros((), jnp.float32),

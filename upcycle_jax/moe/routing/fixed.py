@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from upcycle_jax import checks
 from upcycle_jax.moe.routing.base import Group, Router
-from upcycle_jax.moe.routing.token_choice import TokenChoice, Wish
+from upcycle_jax.moe.routing.token_choice import TokenChoice, TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +54,16 @@ class HashTop1(TokenChoice):
     def logit_columns(self, num_experts: int) -> int:
         return 0
 
-    def choose(self, group: Group) -> Wish:
+    def choose(self, group: Group) -> TopK:
         assert group.token_ids is not None  # the layer refuses to route without them
         expert = hashed(group.token_ids, seed=self.seed, buckets=group.num_experts)
-        return Wish(
+        return TopK(
             expert=expert[:, None],
             gate=jnp.ones((expert.size, 1), jnp.float32),
             probabilities=jax.nn.one_hot(expert, group.num_experts, dtype=jnp.float32),
         )
 
-    def balance_loss(self, group: Group, wish: Wish) -> jax.Array:
+    def balance_loss(self, group: Group, top: TopK) -> jax.Array:
         return jnp.zeros((), jnp.float32)
 
 

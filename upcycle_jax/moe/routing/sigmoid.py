@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from upcycle_jax import checks
 from upcycle_jax.moe.routing.base import Group
-from upcycle_jax.moe.routing.token_choice import TokenChoice, Wish
+from upcycle_jax.moe.routing.token_choice import TokenChoice, TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,10 @@ class SigmoidTopK(TokenChoice):
     def unit_weights(self) -> bool:
         return self.renormalize and self.weight_scale == 1.0
 
-    def choose(self, group: Group) -> Wish:
+    def choose(self, group: Group) -> TopK:
         affinity = jax.nn.sigmoid(group.logits)
         gate, expert = jax.lax.top_k(affinity, self.selected)
-        return Wish(
+        return TopK(
             expert=expert, gate=gate * self.weight_scale, probabilities=_scaled_to_one(group.logits)
         )
 
@@ -108,19 +108,19 @@ class LossFreeTopK(TokenChoice):
     def normalizes_granted(self) -> bool:
         return self.renormalize
 
-    def choose(self, group: Group) -> Wish:
+    def choose(self, group: Group) -> TopK:
         softmax = self.scores == "softmax"
         score = jax.nn.softmax(group.logits, axis=-1) if softmax else jax.nn.sigmoid(group.logits)
         bias = jnp.zeros(group.num_experts, jnp.float32) if group.bias is None else group.bias
         _, expert = jax.lax.top_k(jax.lax.stop_gradient(score + bias), self.selected)
         gate = jnp.take_along_axis(score, expert, axis=-1)
-        return Wish(
+        return TopK(
             expert=expert,
             gate=gate,
             probabilities=score if softmax else _scaled_to_one(group.logits),
         )
 
-    def balance_loss(self, group: Group, wish: Wish) -> jax.Array:
+    def balance_loss(self, group: Group, top: TopK) -> jax.Array:
         return jnp.zeros((), jnp.float32)
 
 

@@ -89,14 +89,14 @@ class SoftMoe(Router):
         takes_part = group.routable[:, None, None]
         over_tokens = jax.nn.softmax(jnp.where(takes_part, logits, _MASKED), axis=0)
         over_slots = jax.nn.softmax(group.logits, axis=-1).reshape(logits.shape)
-        plan = dispatch.Mixture(
+        dispatcher = dispatch.SoftDispatch(
             dispatch_weight=jnp.where(takes_part, over_tokens, 0.0),
             combine_weight=jnp.where(takes_part, over_slots, 0.0),
         )
         return Routing(
-            plan=plan,
+            dispatcher=dispatcher,
             probabilities=jnp.sum(over_slots, axis=-1),
-            chosen=plan.load(group.counted),
+            chosen=dispatcher.load(group.counted),
             auxiliary_loss=jnp.zeros((), jnp.float32),
             offered=jnp.sum(group.counted),
             dropped=jnp.zeros((), jnp.float32),

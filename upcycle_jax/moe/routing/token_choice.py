@@ -14,11 +14,11 @@ from upcycle_jax.moe.routing.base import Group, Router, Routing, check_jitter
 
 
 @flax.struct.dataclass
-class Wish:
-    """What the tokens of one group want.
+class TopK:
+    """The K experts that each token of one group asks for.
 
     Attributes:
-      expert: int32 `[S, K]`, best first; all different.
+      expert: int32 `[S, K]`, best first; all different in a row.
       gate: float32 `[S, K]`, the weight of each.
       probabilities: float32 `[S, E]`, see `Routing`.
     """
@@ -63,12 +63,12 @@ class TokenChoice(Router):
         """K."""
 
     @abc.abstractmethod
-    def choose(self, group: Group) -> Wish:
+    def choose(self, group: Group) -> TopK:
         """The choices of all tokens of a group, unroutable ones included."""
 
-    def priority(self, group: Group, wish: Wish) -> jax.Array:
+    def priority(self, group: Group, top: TopK) -> jax.Array:
         """Int32 `[S]`, the order in which tokens are served."""
-        return jnp.arange(wish.expert.shape[0])
+        return jnp.arange(top.expert.shape[0])
 
     @property
     def normalizes_granted(self) -> bool:
@@ -82,10 +82,10 @@ class TokenChoice(Router):
         """What they are scaled to."""
         return 1.0
 
-    def balance_loss(self, group: Group, wish: Wish) -> jax.Array:
+    def balance_loss(self, group: Group, top: TopK) -> jax.Array:
         """Float32 scalar, the load-balancing loss of the group."""
         return losses.load_balancing_loss(
-            wish.probabilities, wish.expert, counted=group.counted, count=group.count
+            top.probabilities, top.expert, counted=group.counted, count=group.count
         )
 
     @property
@@ -131,37 +131,39 @@ class TokenChoice(Router):
 
     def route(self, group: Group, *, capacity: int) -> Routing:
         group_size, num_experts = group.logits.shape[0], group.num_experts
-        wish = self.choose(group)
-        choices = dispatch.Choices(
-            expert=jnp.where(group.routable[:, None], wish.expert, num_experts).astype(jnp.int32),
-            weight=jnp.where(group.routable[:, None], wish.gate, 0.0),
+        top = self.choose(group)
+        choices = dispatch.TokenChoices(
+            expert=jnp.where(group.routable[:, None], top.expert, num_experts).astype(jnp.int32),
+            weight=jnp.where(group.routable[:, None], top.gate, 0.0),
             num_experts=num_experts,
         )
-        plan: dispatch.Plan
-        if self.dropless:
-            plan = (
-                dispatch.renormalized_choices(choices, total=self.granted_total)
-                if self.normalizes_granted
-                else choices
-            )
-        else:
-            assignment = dispatch.place(
-                choices, order=self.priority(group, wish), capacity=capacity, limit=group.limit
-            )
-            plan = assignment
-            if self.normalizes_granted:
-                plan = dispatch.renormalized(
-                    assignment, group_size=group_size, total=self.granted_total
-                )
-        granted = jnp.sum(plan.experts_per_token(group_size) * group.counted)
+        dispatcher = self._granted(group, top, choices, capacity)
+        granted = jnp.sum(dispatcher.experts_per_token(group_size) * group.counted)
         offered = jnp.sum(group.counted) * self.selected
         return Routing(
-            plan=plan,
-            probabilities=wish.probabilities,
-            chosen=jnp.zeros(num_experts, jnp.float32).at[wish.expert].add(group.counted[:, None]),
-            auxiliary_loss=self.balance_loss(group, wish),
+            dispatcher=dispatcher,
+            probabilities=top.probabilities,
+            chosen=jnp.zeros(num_experts, jnp.float32).at[top.expert].add(group.counted[:, None]),
+            auxiliary_loss=self.balance_loss(group, top),
             offered=offered,
             dropped=offered - granted,
+        )
+
+    def _granted(
+        self, group: Group, top: TopK, choices: dispatch.TokenChoices, capacity: int
+    ) -> dispatch.Dispatcher:
+        """The choices that there is room for, with their final weights."""
+        if self.dropless:
+            if not self.normalizes_granted:
+                return choices
+            return dispatch.renormalized_choices(choices, total=self.granted_total)
+        assignment = dispatch.assign_slots(
+            choices, order=self.priority(group, top), capacity=capacity, limit=group.limit
+        )
+        if not self.normalizes_granted:
+            return assignment
+        return dispatch.renormalized(
+            assignment, group_size=group.logits.shape[0], total=self.granted_total
         )
 
 
@@ -231,22 +233,22 @@ class TokensChoose(TokenChoice):
     def unit_weights(self) -> bool:
         return self.renormalize or self.softmax_order == "after_top_k"
 
-    def priority(self, group: Group, wish: Wish) -> jax.Array:
+    def priority(self, group: Group, top: TopK) -> jax.Array:
         if not self.batch_prioritized:
-            return super().priority(group, wish)
-        return jnp.argsort(jnp.where(group.routable, -wish.gate[:, 0], jnp.inf), stable=True)
+            return super().priority(group, top)
+        return jnp.argsort(jnp.where(group.routable, -top.gate[:, 0], jnp.inf), stable=True)
 
-    def choose(self, group: Group) -> Wish:
+    def choose(self, group: Group) -> TopK:
         probabilities = jax.nn.softmax(group.logits, axis=-1)
         if self.softmax_order == "after_top_k":
             top_logits, expert = jax.lax.top_k(group.logits, self.selected)
-            return Wish(
+            return TopK(
                 expert=expert, gate=jax.nn.softmax(top_logits, axis=-1), probabilities=probabilities
             )
         # The softmax is monotonic, but near-equal logits can become equal probabilities: choose on
         # what is compared in T5X.
         gate, expert = jax.lax.top_k(probabilities, self.selected)
-        return Wish(expert=expert, gate=gate, probabilities=probabilities)
+        return TopK(expert=expert, gate=gate, probabilities=probabilities)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +259,7 @@ class DroplessTopK(TokensChoose):
     softmax_order='after_top_k'). Guarantees: every token meets its K experts, so a result depends
     on nothing but the token, and its cost on the load of the fullest device. Load balance is not
     guaranteed, hence the auxiliary loss. Allowed everywhere; with experts divided over a mesh every
-    device sees the tokens of its expert group (see `moe.dropless`).
+    device sees the tokens of its expert group (see `moe.grouped_experts`).
     """
 
     dropless: bool = dataclasses.field(default=True, kw_only=True)
@@ -299,7 +301,7 @@ class SwitchTop1(TokenChoice):
             dropless=self.dropless,
         )
 
-    def choose(self, group: Group) -> Wish:
+    def choose(self, group: Group) -> TopK:
         probabilities = jax.nn.softmax(group.logits, axis=-1)
         gate, expert = jax.lax.top_k(probabilities, 1)
-        return Wish(expert=expert, gate=gate, probabilities=probabilities)
+        return TopK(expert=expert, gate=gate, probabilities=probabilities)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle_jax.moe import dropless, grouped
+from upcycle_jax.moe import grouped_experts
 from upcycle_jax.partitioning import Partitioner
 
 D, F = 6, 10
@@ -58,7 +58,7 @@ def problem(
 
 
 in_sorted_form = jax.jit(
-    functools.partial(dropless.process, activations=("gelu", "linear"), dispatch="sorted")
+    functools.partial(grouped_experts.apply, activations=("gelu", "linear"), dispatch="sorted")
 )
 
 
@@ -106,7 +106,7 @@ def test_gradients_equal_those_of_a_product_with_every_expert(dispatch, activati
 
     def ours(tokens, weight, kernels):
         return jnp.sum(
-            dropless.process(
+            grouped_experts.apply(
                 tokens, expert, weight, kernels, activations=activations, dispatch=dispatch
             )
             * target
@@ -131,77 +131,15 @@ def test_gradients_equal_those_of_a_product_with_every_expert(dispatch, activati
     assert not np.asarray(got[1][2]["wo"][0]).any()  # nobody chose expert 0
 
 
-def test_rows_by_hand():
-    # Tokens 0, 1, 2 choose experts (1, 0), (1, none), (0, 1); runs are padded to multiples of 4.
-    rows = grouped.sort_rows(jnp.array([[1, 0], [1, 2], [0, 1]]), num_experts=2, alignment=4)
-    # Choices are numbered 0 to 5; expert 0 has 1 (of token 0) and 4 (of token 2), expert 1 has 0, 2
-    # and 5.
-    assert rows.sizes.tolist() == [4, 4]
-    assert rows.choice.tolist() == [1, 4, 6, 6, 0, 2, 5, 6, 6, 6, 6, 6]
-    assert rows.row.tolist() == [[4, 0], [5, 12], [1, 6]]
-    assert grouped.expert_of_row(rows).tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    values = jnp.arange(3.0)[:, None] + 1
-    assert grouped.to_rows(values, rows)[:, 0].tolist() == [1, 3, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0]
-    assert grouped.to_choices(jnp.arange(12.0)[:, None], rows)[..., 0].tolist() == [
-        [4, 0],
-        [5, 0],
-        [1, 6],
-    ]
-
-
-@pytest.mark.parametrize("load", [[0, 0, 0], [1, 0, 767], [700, 64, 4], [256, 256, 256]])
-def test_every_load_fits(load):
-    expert = (
-        jnp.repeat(jnp.arange(3), jnp.array(load), total_repeat_length=sum(load))[:, None]
-        if sum(load)
-        else jnp.full((768, 1), 3)
-    )
-    rows = grouped.sort_rows(expert, num_experts=3, alignment=grouped.ALIGNMENT)
-    assert int(rows.sizes.sum()) <= rows.choice.size
-    held = np.asarray(rows.choice)[np.asarray(rows.choice) < expert.size]
-    assert sorted(held) == np.flatnonzero(np.asarray(expert)[:, 0] < 3).tolist()
-
-
-def test_bfloat16_accumulates_in_float32():
-    # A row of 4096 times 2^-4 against ones: 256 exactly; in bfloat16 the sum would stop growing at
-    # 16.
-    x = jnp.full((grouped.ALIGNMENT, 4096), 2.0**-4, jnp.bfloat16)
-    sizes = jnp.array([grouped.ALIGNMENT])
-    assert (
-        grouped.block_dot(x, jnp.ones((1, 4096, 8), jnp.bfloat16), sizes)
-        .astype(jnp.float32)
-        .tolist()[0]
-        == [256.0] * 8
-    )
-    gradient = jax.grad(lambda k: jnp.sum(grouped.block_dot(x, k, sizes).astype(jnp.float32)))(
-        jnp.ones((1, 4096, 8), jnp.bfloat16)
-    )
-    assert gradient.dtype == jnp.bfloat16
-
-
-def test_work_follows_the_load():
-    # FLOPs that XLA counts are those of one pass through each loop body, whatever E is: no product
-    # over all rows per expert.
-    def flops(num_experts):
-        shapes = [(256, 64), (num_experts, 64, 64)]
-        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [
-            jax.ShapeDtypeStruct((num_experts,), jnp.int32)
-        ]
-        return jax.jit(grouped.block_dot).lower(*args).compile().cost_analysis()["flops"]
-
-    assert flops(32) < 1.2 * flops(4)
-
-
-def test_ragged_dot_is_masked_here_and_refused(caplog):
-    assert grouped.ragged_dot_is_masked("cpu") and not grouped.ragged_dot_is_masked("tpu")
+def test_ragged_dot_is_refused_where_it_is_masked(caplog):
     with pytest.raises(
         ValueError,
         match=r"dispatch='ragged_dot': on this cpu .*one masked product.*'auto' or 'sorted'",
     ):
-        dropless.resolve("ragged_dot")
-    dropless._automatic.cache_clear()
+        grouped_experts.resolve("ragged_dot")
+    grouped_experts._automatic.cache_clear()
     with caplog.at_level(logging.INFO):
-        assert dropless.resolve("auto") == dropless.resolve("auto") == "sorted"
+        assert grouped_experts.resolve("auto") == grouped_experts.resolve("auto") == "sorted"
     assert (
         len(
             [
@@ -251,7 +189,7 @@ def loss_and_gradients(tokens, expert, weight, kernels, scale):
     target = jax.random.normal(jax.random.key(0), tokens.shape)
 
     def loss(tokens, weight, kernels):
-        out = dropless.process(
+        out = grouped_experts.apply(
             tokens,
             expert,
             weight,

@@ -1,13 +1,17 @@
 """Products of rows that are sorted by expert with that expert's matrix: no capacity, no masked
 products, static shapes.
 
+Rows of one expert follow each other: a run. Runs are padded to multiples of `ALIGNMENT` rows. A run
+is worked off in blocks of falling sizes, as many of each size as fit:
+
+    rows    [ e0 e0 e0 .. | e1 e1 e1 e1 e1 e1 .. | e2 .. | unused ]      R rows in all
+    blocks  [     32      |     64     |    32   |   32  |        ]
+
+The sizes of blocks are known when the program is compiled, their number only at run time. Work
+therefore follows the number of rows that there are. Memory is reserved for the worst case, R rows.
+
 Axis legend: N tokens, K experts per token, E experts, R rows (a static bound), d and f sizes of
 matrices.
-
-Every expert's rows are a run that is padded to a multiple of `ALIGNMENT` rows. A run is worked off
-in blocks of falling sizes, as many as it has: the number of blocks is known only when running,
-their sizes before. Work therefore follows the rows that there are, while memory is reserved for the
-worst case.
 """
 
 import functools
@@ -18,10 +22,9 @@ import jax
 import jax.numpy as jnp
 
 BLOCKS = (1024, 256, 64, 32)
-"""Rows of a block: as many of the first size as fit, then of the next; the last one divides every
-run.
-"""
+"""Rows of a block: as many of the first size as fit, then of the next."""
 ALIGNMENT = BLOCKS[-1]
+"""Every run is padded to a multiple of it: blocks of the last size leave no row over."""
 
 
 @flax.struct.dataclass
@@ -49,19 +52,22 @@ def sort_rows(expert: jax.Array, *, num_experts: int, alignment: int) -> SortedR
       alignment: what every run's size is a multiple of.
     """
     num_choices = expert.size
-    # A token chooses an expert at most once, so with fewer experts than K not all of its choices
-    # can be here.
+    # A token chooses an expert at most once: with fewer experts than K, not all of its choices are
+    # made.
     at_most = expert.shape[0] * min(expert.shape[1], num_experts)
-    num_rows = _up_to(at_most + num_experts * (alignment - 1), alignment)
-    flat = expert.reshape(-1)
+    num_rows = _up_to(at_most + num_experts * (alignment - 1), alignment)  # R
+    # Stable, so that the tokens of a run stay in order. Choices that are not made (E) come last.
     experts, choice = jax.lax.sort_key_val(
-        flat, jnp.arange(num_choices, dtype=jnp.int32), is_stable=True
+        expert.reshape(-1), jnp.arange(num_choices, dtype=jnp.int32), is_stable=True
     )
+    # [E + 1]: where each expert's run starts among the sorted choices, which have no padding.
     starts = jnp.searchsorted(experts, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(
         jnp.int32
     )
+    # [E]: with padding, a run's size and where it starts among the rows.
     sizes = _up_to(starts[1:] - starts[:-1], alignment)
     offsets = jnp.cumsum(sizes) - sizes
+    # [N * K]: the row of each sorted choice: its run's start there, plus its place in the run.
     made = experts < num_experts
     run = jnp.minimum(experts, num_experts - 1)
     row = jnp.where(
@@ -75,15 +81,17 @@ def sort_rows(expert: jax.Array, *, num_experts: int, alignment: int) -> SortedR
 
 
 def expert_of_row(rows: SortedRows) -> jax.Array:
-    """Int32 `[R]`: whose run each row belongs to; E beyond the last run."""
+    """Int32 `[R]`: the expert of the run that each row is in; E after the last run."""
     ends = jnp.cumsum(rows.sizes)
     return jnp.searchsorted(ends, jnp.arange(rows.choice.size), side="right").astype(jnp.int32)
 
 
 @jax.custom_vjp
 def to_rows(tokens: jax.Array, rows: SortedRows) -> jax.Array:
-    """Gathers tokens `[N, d]` into rows `[R, d]`; empty rows are zero. Its gradient is a gather,
-    too, where a scatter would be serial.
+    """Gathers tokens `[N, d]` into rows `[R, d]`; empty rows are zero.
+
+    Automatic differentiation would scatter rows into tokens, one after the other. As it is known
+    which rows hold a token, its gradient is a gather, too.
     """
     num_tokens, per_token = rows.row.shape
     return take(
@@ -102,7 +110,7 @@ to_rows.defvjp(lambda tokens, rows: (to_rows(tokens, rows), rows), _to_rows_back
 @jax.custom_vjp
 def to_choices(values: jax.Array, rows: SortedRows) -> jax.Array:
     """Gathers rows `[R, d]` into the choices that they hold, `[N, K, d]`; choices that are not made
-    are zero.
+    are zero. Its gradient is a gather, as that of `to_rows`.
     """
     return take(values, rows.row)
 
@@ -128,7 +136,7 @@ def block_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _rows_times(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, contract: int) -> jax.Array:
-    """Contracts rows with axis `contract` (1 or 2) of the kernels."""
+    """Rows `[R, .]` times kernels `[E, d, f]`, contracted with their axis `contract`, 1 or 2."""
 
     def one_expert(e: jax.Array, out: jax.Array) -> jax.Array:
         kernel = jax.lax.dynamic_index_in_dim(kernels, e, keepdims=False)
@@ -151,8 +159,8 @@ def _rows_times(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, contract:
 
 
 def _sums_of_products(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Float32 `[E, d, f]`: for every expert the product of its rows `[., d]`, transposed, with its
-    rows `[., f]`.
+    """Gradients of the kernels, float32 `[E, d, f]`: for every expert its rows of `x` `[., d]`,
+    transposed, times its rows of `grad` `[., f]`.
     """
 
     def one_expert(e: jax.Array, out: jax.Array) -> jax.Array:
@@ -180,8 +188,14 @@ def _sums_of_products(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Ar
 def _over_blocks(
     start: jax.Array, size: jax.Array, one_block: Any, carry: jax.Array, *, at_most: int
 ) -> jax.Array:
-    """Folds `one_block(first row, rows, carry)` over the blocks of one run, none larger than all
-    rows there can be.
+    """Folds `one_block(first row, rows, carry)` over the blocks of one run.
+
+    Args:
+      start: the first row of the run.
+      size: its rows.
+      one_block: see above.
+      carry: before the first block.
+      at_most: all rows that there can be; larger blocks are left out.
     """
     for rows in (rows for rows in BLOCKS if rows <= at_most):
         count = size // rows
@@ -217,17 +231,17 @@ def ragged_dot(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     product = jax.lax.ragged_dot(x, kernels, sizes, preferred_element_type=jnp.float32).astype(
         x.dtype
     )
-    # What lies beyond the last run is up to the implementation.
+    # What `ragged_dot` gives for rows after the last run depends on the implementation.
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], product, 0)
 
 
 @functools.cache
 def ragged_dot_is_masked(platform: str) -> bool:
-    """Whether `jax.lax.ragged_dot` becomes one masked product over all rows per expert there, E
-    times the work that is needed.
+    """Whether `jax.lax.ragged_dot` becomes one masked product over all rows per expert on a
+    platform: E times the work that is needed.
 
-    On TPUs it is an instruction. Elsewhere a small one is compiled and its FLOPs are read; a
-    platform that this process does not have counts as one where it does. In JAX 0.10 it does on
+    On TPUs it is an instruction. Elsewhere a small product is compiled and its FLOPs are read. For
+    a platform that this process does not have the answer is yes. In JAX 0.10 it is also yes on
     CPUs, and on NVIDIA GPUs unless JAX is told to use its Triton kernel.
     """
     if platform == "tpu":

@@ -1,9 +1,12 @@
-"""The experts of dropless routers: tokens sorted by expert, on one device or on a mesh.
+"""Experts applied to tokens that are sorted by expert, on one device or on a mesh: no capacity, no
+slots, nothing dropped.
 
 On a mesh every device keeps the experts of its shard of the `expert` axis. All-to-alls along that
-axis bring it the tokens that chose those, each once, and take back one sum of outputs per token
-(`moe.exchange`). Without a capacity all tokens may go to one device: memory is reserved for that
-case, while work and what is sent follow the load.
+axis bring it each token that chose one of them, once, and take back one sum of outputs per token
+(`moe.all_to_all`). As all tokens may choose one device's experts, memory is reserved for that case.
+Work and what is sent follow the load.
+
+Axis legend: N tokens, K experts per token, E experts, d and f sizes of an expert's matrices.
 """
 
 import functools
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
-from upcycle_jax.moe import exchange, grouped
+from upcycle_jax.moe import all_to_all, grouped_matmul
 from upcycle_jax.partitioning import (
     DATA,
     EXPERT,
@@ -28,10 +31,11 @@ from upcycle_jax.partitioning import (
 
 _log = logging.getLogger(__name__)
 
-Dispatch = Literal["auto", "sorted", "ragged_dot", "gather"]
-DISPATCHES: tuple[Dispatch, ...] = ("auto", "sorted", "ragged_dot", "gather")
+Dispatch = Literal["auto", "sorted", "ragged_dot", "gather", "one_hot"]
+DISPATCHES: tuple[Dispatch, ...] = ("auto", "sorted", "ragged_dot", "gather", "one_hot")
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`product(x, kernels, sizes)`, see `grouped_matmul.block_dot`."""
 
 
 def resolve(dispatch: Dispatch) -> Dispatch:
@@ -44,7 +48,7 @@ def resolve(dispatch: Dispatch) -> Dispatch:
     platform = active_platform()
     if dispatch == "auto":
         return _automatic(platform)
-    if dispatch == "ragged_dot" and grouped.ragged_dot_is_masked(platform):
+    if dispatch == "ragged_dot" and grouped_matmul.ragged_dot_is_masked(platform):
         raise ValueError(
             f"MoeConfig.dispatch='ragged_dot': on this {platform} jax.lax.ragged_dot becomes one"
             " masked product over all rows per expert, as many times the work as there are"
@@ -55,12 +59,13 @@ def resolve(dispatch: Dispatch) -> Dispatch:
 
 @functools.cache
 def _automatic(platform: str) -> Dispatch:
-    chosen: Dispatch = "sorted" if grouped.ragged_dot_is_masked(platform) else "ragged_dot"
+    masked = grouped_matmul.ragged_dot_is_masked(platform)
+    chosen: Dispatch = "sorted" if masked else "ragged_dot"
     _log.info("MoeConfig.dispatch='auto': dropless routers use %r on %s", chosen, platform)
     return chosen
 
 
-def process(
+def apply(
     tokens: jax.Array,
     expert: jax.Array,
     weight: jax.Array,
@@ -87,14 +92,17 @@ def process(
     shards = shape.get(DATA, 1) * shape.get(EXPERT, 1)
     if shards * shape.get(MODEL, 1) == 1:
         return local(tokens, expert, weight, kernels, hidden_scale)
+    # Tokens are split over all data and expert shards. Padding makes their number divide: tokens
+    # of zeros that make no choice.
     num_tokens, num_experts = tokens.shape[0], kernels["wo"].shape[0]
     missing = -num_tokens % shards
     tokens, weight = (jnp.pad(a, ((0, missing), (0, 0))) for a in (tokens, weight))
     expert = jnp.pad(expert, ((0, missing), (0, 0)), constant_values=num_experts)
-    # Axes of one device divide nothing, and where specs name them no gradient is summed over them.
+    # Mesh axes of one device divide nothing. Specs name them all the same: no gradient is then
+    # summed over them.
     single = tuple(axis for axis in MESH_AXES if shape[axis] == 1)
-    rows = PartitionSpec(_first(DATA, EXPERT, *single))
-    held = _first(EXPERT, *single)
+    rows = PartitionSpec(_distinct(DATA, EXPERT, *single))
+    held = _distinct(EXPERT, *single)
     model = None if MODEL in single else MODEL
     kernel_specs = {
         name: PartitionSpec(held, model, None) if name == "wo" else PartitionSpec(held, None, model)
@@ -110,8 +118,8 @@ def process(
     return sharded(tokens, expert, weight, kernels, hidden_scale)[:num_tokens]
 
 
-def _first(*mesh_axes: str) -> tuple[str, ...]:
-    """Without repetition, in order."""
+def _distinct(*mesh_axes: str) -> tuple[str, ...]:
+    """The axes in their order, each once."""
     return tuple(dict.fromkeys(mesh_axes))
 
 
@@ -125,16 +133,21 @@ def _on_one_device(
     local: Callable[..., jax.Array],
     shape: Mapping[str, int],
 ) -> jax.Array:
+    """As `apply`, inside `jax.shard_map`: tokens, experts and hidden units of one device."""
     if shape[EXPERT] == 1:
         out = local(tokens, expert, weight, kernels, hidden_scale)
     else:
+        # Device p of the expert axis has experts p * num_local to (p + 1) * num_local - 1.
         num_local = kernels["wo"].shape[0]
-        slots = exchange.assign(expert // num_local, num_devices=shape[EXPERT])
-        arrived = exchange.send(exchange.Routed(tokens, expert, weight), slots)
+        slots = all_to_all.assign(expert // num_local, num_devices=shape[EXPERT])
+        arrived = all_to_all.send(all_to_all.Routed(tokens, expert, weight), slots)
+        # A token arrives with all of its choices. Those of other devices' experts are not made.
         expert = arrived.expert - jax.lax.axis_index(EXPERT) * num_local
         here = (expert >= 0) & (expert < num_local)
         expert, weight = jnp.where(here, expert, num_local), jnp.where(here, arrived.weight, 0.0)
-        out = exchange.sum_back(local(arrived.tokens, expert, weight, kernels, hidden_scale), slots)
+        outputs = local(arrived.tokens, expert, weight, kernels, hidden_scale)
+        out = all_to_all.sum_back(outputs, slots)
+    # Each model shard has a part of the hidden units, whose contributions add up.
     return jax.lax.psum(out, MODEL) if shape[MODEL] > 1 else out
 
 
@@ -148,31 +161,30 @@ def _local(
     activations: tuple[str, ...],
     dispatch: Dispatch,
 ) -> jax.Array:
-    """As `process`, for the experts at hand."""
+    """As `apply`, on one device and for the experts that it has."""
     num_experts = kernels["wo"].shape[0]
     product, alignment = (
-        (grouped.ragged_dot, 1)
+        (grouped_matmul.ragged_dot, 1)
         if dispatch == "ragged_dot"
-        else (grouped.block_dot, grouped.ALIGNMENT)
+        else (grouped_matmul.block_dot, grouped_matmul.ALIGNMENT)
     )
-    rows = grouped.sort_rows(expert, num_experts=num_experts, alignment=alignment)
+    rows = grouped_matmul.sort_rows(expert, num_experts=num_experts, alignment=alignment)
     outputs = _mlp(
-        grouped.to_rows(tokens, rows),
+        grouped_matmul.to_rows(tokens, rows),
         kernels,
         rows,
         activations=activations,
         product=product,
         hidden_scale=hidden_scale,
     )
-    return jnp.sum(
-        grouped.to_choices(outputs, rows).astype(jnp.float32) * weight[..., None], axis=1
-    )
+    of_choices = grouped_matmul.to_choices(outputs, rows)  # [N, K, d]
+    return jnp.sum(of_choices.astype(jnp.float32) * weight[..., None], axis=1)
 
 
 def _mlp(
     x: jax.Array,
     kernels: Mapping[str, jax.Array],
-    rows: grouped.SortedRows,
+    rows: grouped_matmul.SortedRows,
     *,
     activations: tuple[str, ...],
     product: Product,
@@ -180,9 +192,8 @@ def _mlp(
 ) -> jax.Array:
     """`MlpBlock` on rows `[R, d]`, each with its own expert's matrices."""
     products = [product(x, kernels[name], rows.sizes) for name in input_kernel_names(activations)]
-    hidden = gated(products, activations)
+    hidden = gated(products, activations)  # [R, f]
     if hidden_scale is not None:
-        hidden = hidden * hidden_scale.at[grouped.expert_of_row(rows)].get(
-            mode="fill", fill_value=0
-        ).astype(hidden.dtype)
+        of_row = hidden_scale.at[grouped_matmul.expert_of_row(rows)]
+        hidden = hidden * of_row.get(mode="fill", fill_value=0).astype(hidden.dtype)
     return product(hidden, kernels["wo"], rows.sizes)

@@ -1,10 +1,14 @@
-"""Groups and capacities: integers only, known before anything is traced.
+"""How the tokens of a batch are divided into groups that are routed apart, and put together again.
 
-Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group), K
-experts per token.
+The numbers are known before anything is traced.
+
+Axis legend: G groups, S tokens per group, E experts.
 """
 
 import dataclasses
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +20,36 @@ class Grouping:
       group_size: S; `G * S` equals the number of tokens, padding included.
       batch_padding: rows of zeros to append along the batch before grouping (T5X mode only).
       length_padding: columns of zeros to append along the sequence before grouping (T5X mode only).
+      spare_groups: groups of zeros to append, so that groups divide over the devices of a mesh.
     """
 
     num_groups: int
     group_size: int
     batch_padding: int = 0
     length_padding: int = 0
+    spare_groups: int = 0
+
+    def divided_over(self, batch_shards: int) -> "Grouping":
+        """The same groups, and as many spare ones as they need to divide over `batch_shards`.
+
+        Left uneven (XLA would pad them as well, on every device), the exchange of slots is no
+        all-to-all: slots of all groups go to all devices.
+        """
+        return dataclasses.replace(self, spare_groups=-self.num_groups % batch_shards)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """`[batch, length, ...]` to `[G + spare, S, ...]`."""
+        rest = [(0, 0)] * (x.ndim - 2)
+        if self.batch_padding or self.length_padding:
+            x = jnp.pad(x, [(0, self.batch_padding), (0, self.length_padding), *rest])
+        x = x.reshape(self.num_groups, self.group_size, *x.shape[2:])
+        return jnp.pad(x, [(0, self.spare_groups), (0, 0), *rest]) if self.spare_groups else x
+
+    def join(self, groups: jax.Array, batch: int, length: int) -> jax.Array:
+        """The reverse of `split`: `[G + spare, S, ...]` to `[batch, length, ...]`."""
+        padded = (batch + self.batch_padding, length + self.length_padding)
+        x = groups[: self.num_groups].reshape(*padded, *groups.shape[2:])
+        return x[:batch, :length]
 
 
 def largest_divisor(number: int, *, at_most: int) -> int:
@@ -29,8 +57,8 @@ def largest_divisor(number: int, *, at_most: int) -> int:
     return next(n for n in range(min(number, at_most), 0, -1) if number % n == 0)
 
 
-def default_grouping(num_tokens: int, *, max_group_size: int) -> Grouping:
-    """Groups of `min(max_group_size, num_tokens)` tokens, whatever the mesh.
+def even_grouping(num_tokens: int, *, max_group_size: int) -> Grouping:
+    """Groups of `min(max_group_size, num_tokens)` tokens; the mesh has no part in it.
 
     Args:
       num_tokens: batch size times length.
@@ -85,31 +113,9 @@ def t5x_grouping(
     return Grouping(num_groups, num_tokens // num_groups, batch_padding, length_padding)
 
 
-def grouping(
-    batch_size: int,
-    length: int,
-    *,
-    max_group_size: int,
-    num_experts: int,
-    num_expert_replicas: int | None,
-) -> Grouping:
-    """`t5x_grouping` where a number of expert replicas is given, `default_grouping` where it is
-    None.
-    """
-    if num_expert_replicas is None:
-        return default_grouping(batch_size * length, max_group_size=max_group_size)
-    return t5x_grouping(
-        batch_size,
-        length,
-        max_group_size=max_group_size,
-        num_experts=num_experts,
-        num_expert_replicas=num_expert_replicas,
-    )
-
-
 def ample_grouping(num_tokens: int, *, max_group_size: int, multiple_of: int) -> Grouping:
-    """The fewest groups of at most `max_group_size` tokens, for routing in which groups do not
-    matter; any number of tokens divides.
+    """The fewest groups of at most `max_group_size` tokens, for routing that does not depend on
+    groups. Any number of tokens divides.
 
     Args:
       num_tokens: batch size times length.
@@ -123,18 +129,3 @@ def ample_grouping(num_tokens: int, *, max_group_size: int, multiple_of: int) ->
         n for n in range(step, num_tokens + 1, step) if num_tokens % n == 0 and n >= at_least
     )
     return Grouping(num_groups, num_tokens // num_groups)
-
-
-def expert_capacity(
-    group_size: int, *, num_experts: int, capacity_factor: float, min_expert_capacity: int = 4
-) -> int:
-    """C = max(round(capacity_factor * S / E), min_expert_capacity), with Python's rounding (half to
-    even) as in Flaxformer.
-
-    Args:
-      group_size: S.
-      num_experts: E.
-      capacity_factor: 1.0 gives every expert room for its even share of the tokens.
-      min_expert_capacity: lower bound for C.
-    """
-    return max(round(capacity_factor * group_size / num_experts), min_expert_capacity)

@@ -1,5 +1,5 @@
-"""Speed as ratios: what is compared runs in one process, in turns, so that the machine's other work
-hits all of it alike.
+"""Measures speed as ratios. Programs that are compared run in one process, in turns, so that other
+work on the machine slows all of them down alike.
 
 The baseline of an MoE layer is the dense MLP with as many FLOPs: with capacity factor C (or top-K)
 an expert's work is done C (K) times per token, so its hidden axis is C (K) times as wide.
@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.models import accounting
 from upcycle_jax.models.t5.model import EncoderDecoderModel
-from upcycle_jax.moe import dispatch, dropless
-from upcycle_jax.moe import layer as moe_layer
+from upcycle_jax.moe import grouped_experts
 from upcycle_jax.moe.config import MoeSettings
-from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.dispatch import Assignment
+from upcycle_jax.moe.experts import ExpertBank
+from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, Router, TokensChoose
-from upcycle_jax.moe.slots import apply_experts, loops, one_by_one
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import initial_state, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
@@ -79,6 +79,8 @@ class Measurement:
 
 @dataclasses.dataclass
 class _Program:
+    """A compiled program; `call` executes it."""
+
     call: Callable[[], Any]
     compile_seconds: float
     temporary_bytes: int
@@ -146,7 +148,9 @@ def layer(
     Args:
       shape: the size.
       backward: forward and backward (gradients of parameters and input), or forward only.
-      one_hot: also the einsum form; it needs two arrays of S * E * C elements per group.
+      one_hot: also `MoeConfig.dispatch` 'one_hot', which needs two arrays of S * E * C elements per
+        group. Its masks follow from token indices by one comparison, where T5X builds them from
+        one-hot choices by cumulative sums: this baseline does a little less than T5X.
       rounds: executions of each.
     """
     x = jax.random.normal(
@@ -167,13 +171,14 @@ def layer(
         moe = MoeLayer(settings, router, hidden=shape.ff, dtype=dtype)
         programs[name] = _layer_program(moe, x, backward)
         if one_hot:
-            with one_hot_dispatch():
-                programs[f"{name}, one-hot einsum"] = _layer_program(moe, x, backward)
+            masks = dataclasses.replace(settings, dispatch="one_hot")
+            programs[f"{name}, one-hot einsum"] = _layer_program(
+                moe.clone(config=masks), x, backward
+            )
     dropless_top_k = DroplessTopK(num_selected_experts=shape.capacity_factor)
     moe = MoeLayer(settings, dropless_top_k, hidden=shape.ff, dtype=dtype)
-    programs[f"dropless top-{shape.capacity_factor}, {dropless.resolve('auto')}"] = _layer_program(
-        moe, x, backward
-    )
+    form = grouped_experts.resolve("auto")
+    programs[f"dropless top-{shape.capacity_factor}, {form}"] = _layer_program(moe, x, backward)
     return compare(
         programs, baseline="dense MLP", tokens=shape.groups * shape.tokens, rounds=rounds
     )
@@ -192,7 +197,7 @@ def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) ->
 
     def forward(params: Any, x: jax.Array) -> Any:
         if isinstance(module, MoeLayer):
-            return module.apply({"params": params}, x, train=True, mutable=[REPORTS])[0]
+            return module.apply({"params": params}, x, train=True, mutable=[LAYER_STATS])[0]
         return module.apply({"params": params}, x)
 
     return _differentiated(forward, params, x, backward)
@@ -202,20 +207,20 @@ def _experts_program(shape: LayerShape, backward: bool) -> _Program:
     """The experts on slots `[1, E, C, d]`, each with a token of its own, as a layer would apply
     them here.
     """
+    dtype = jnp.dtype(shape.dtype)
     capacity = shape.groups * shape.tokens * shape.capacity_factor // shape.num_experts
-    x = jax.random.normal(
-        jax.random.key(0), (1, shape.num_experts * capacity, shape.d), jnp.dtype(shape.dtype)
-    )
-    expert = MlpBlock(shape.ff, dtype=jnp.dtype(shape.dtype))
+    x = jax.random.normal(jax.random.key(0), (1, shape.num_experts * capacity, shape.d), dtype)
+    expert = MlpBlock(shape.ff, dtype=dtype)
     keys = jax.random.split(jax.random.key(1), shape.num_experts)
     params = jax.jit(jax.vmap(lambda key: nn.meta.unbox(expert.init(key, x[0])["params"])))(keys)
     slots = (1, shape.num_experts, capacity)
-    each = dispatch.Assignment(jnp.arange(x.shape[1]).reshape(slots), jnp.ones(slots))
+    each = Assignment(jnp.arange(x.shape[1]).reshape(slots), jnp.ones(slots))
 
     def forward(params: Any, x: jax.Array) -> jax.Array:
-        if loops(shape.d * shape.ff):
-            return one_by_one(expert, params, x, each)
-        return apply_experts(expert, params, x.reshape(*slots, shape.d))
+        bank = ExpertBank({name: leaf["kernel"] for name, leaf in params.items()}, dtype=dtype)
+        if bank.looped_over:
+            return each.apply(bank, x)
+        return bank.on_slots(x.reshape(*slots, shape.d))
 
     return _differentiated(forward, params, x, backward)
 
@@ -227,45 +232,6 @@ def _differentiated(
         return jnp.sum(jnp.square(forward(params, x).astype(jnp.float32)))
 
     return _program(jax.grad(loss, argnums=(0, 1)) if backward else forward, params, x)
-
-
-@contextlib.contextmanager
-def one_hot_dispatch() -> Iterator[None]:
-    """While entered, what is traced moves tokens by products with arrays `[S, E, C]`, as T5X's
-    Flaxformer and Mesh TensorFlow do, and applies all experts at once.
-
-    The dispatch mask is boolean and converted to the tokens' dtype for its product; the combine
-    array is float32 and differentiated as a whole. Who sits where is decided as without it: a mask
-    costs one comparison here, where those build it from one-hot choices by cumulative sums: the
-    baseline does a little less work than theirs.
-    """
-
-    def mask(assignment: dispatch.Assignment, group_size: int) -> jax.Array:
-        return (
-            assignment.token_index == jnp.arange(group_size)[:, None, None]
-        )  # empty slots hold group_size: all False
-
-    def gathered(tokens: jax.Array, assignment: dispatch.Assignment) -> jax.Array:
-        return jnp.einsum(
-            "sec,sd->ecd", mask(assignment, tokens.shape[0]).astype(tokens.dtype), tokens
-        )
-
-    def scattered(
-        expert_outputs: jax.Array, assignment: dispatch.Assignment, *, group_size: int
-    ) -> jax.Array:
-        combine_array = jnp.where(mask(assignment, group_size), assignment.combine_weight, 0.0)
-        return jnp.einsum("sec,ecd->sd", combine_array, expert_outputs.astype(jnp.float32))
-
-    before = dispatch.dispatch, dispatch.combine, moe_layer.loops
-    dispatch.dispatch, dispatch.combine, moe_layer.loops = (
-        gathered,
-        scattered,
-        lambda matrix_size: False,
-    )
-    try:
-        yield
-    finally:
-        dispatch.dispatch, dispatch.combine, moe_layer.loops = before
 
 
 @dataclasses.dataclass(frozen=True)

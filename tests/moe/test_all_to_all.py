@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from upcycle_jax.moe import exchange
+from upcycle_jax.moe import all_to_all
 from upcycle_jax.partitioning import DATA, EXPERT, Partitioner
 
 ROWS = PartitionSpec((DATA, EXPERT))
@@ -29,7 +29,9 @@ def on_mesh(function, partitioner, *, out=ROWS):
 def test_slots_by_hand():
     # Four tokens, two choices, three devices (3: none). Token 0 goes to 2 and 0; 1 to 2, once for
     # both choices; 2 nowhere; 3 to 0.
-    token, slot, used = exchange.place(jnp.array([[2, 0], [2, 2], [3, 3], [3, 0]]), num_devices=3)
+    token, slot, used = all_to_all.fill_slots(
+        jnp.array([[2, 0], [2, 2], [3, 3], [3, 0]]), num_devices=3
+    )
     # Row 0 holds tokens 0 and 3, row 1 none (4), row 2 tokens 0 and 1.
     assert token.tolist() == [[0, 3, 4, 4], [4, 4, 4, 4], [0, 1, 4, 4]]
     assert used.tolist() == [2, 0, 2]
@@ -40,7 +42,7 @@ def test_slots_by_hand():
 
 def test_slots_with_more_choices_than_devices():
     # As many columns as devices, in their order: token 0 goes to both, token 1 to device 1 alone.
-    token, slot, used = exchange.place(jnp.array([[1, 0, 1], [1, 1, 2]]), num_devices=2)
+    token, slot, used = all_to_all.fill_slots(jnp.array([[1, 0, 1], [1, 1, 2]]), num_devices=2)
     assert token.tolist() == [[0, 2], [0, 1]] and used.tolist() == [1, 2]
     assert slot.tolist() == [[0, 2], [4, 3]]
 
@@ -48,22 +50,22 @@ def test_slots_with_more_choices_than_devices():
 def test_blocks_by_hand():
     # 64 tokens, 2 of 4 devices each: 32 for every device if even, in two blocks of 16. Over all
     #   four: 4 * 2 * 16 slots.
-    assert exchange.block_size(64, num_choices=2, num_devices=4) == 16
-    assert exchange.slots_at_even_load(64, num_choices=2, num_devices=4) == 128
+    assert all_to_all.block_size(64, num_choices=2, num_devices=4) == 16
+    assert all_to_all.slots_at_even_load(64, num_choices=2, num_devices=4) == 128
     # Three choices, two devices: everybody goes everywhere; 51 tokens in blocks of 26, the second
     # of which reaches one slot too far.
-    assert exchange.block_size(51, num_choices=3, num_devices=2) == 26
-    assert exchange.slots_at_even_load(51, num_choices=3, num_devices=2) == 2 * 52
+    assert all_to_all.block_size(51, num_choices=3, num_devices=2) == 26
+    assert all_to_all.slots_at_even_load(51, num_choices=3, num_devices=2) == 2 * 52
     # Short messages are not divided, and no block is longer than all tokens.
-    assert exchange.block_size(64, num_choices=1, num_devices=64) == exchange.MIN_BLOCK
-    assert exchange.block_size(3, num_choices=2, num_devices=4) == 3
+    assert all_to_all.block_size(64, num_choices=1, num_devices=64) == all_to_all.MIN_BLOCK
+    assert all_to_all.block_size(3, num_choices=2, num_devices=4) == 3
 
 
 def rounds_of(destination, num_devices=4):
     """The number of rounds, which every device of a mesh of 2 x 4 must have alike."""
     partitioner = Partitioner(num_expert_partitions=num_devices)
     rounds = on_mesh(
-        lambda d: exchange.assign(d, num_devices=num_devices).rounds[None], partitioner
+        lambda d: all_to_all.assign(d, num_devices=num_devices).rounds[None], partitioner
     )(jnp.asarray(destination, jnp.int32))
     assert len(set(rounds.tolist())) == 1
     return rounds.tolist()[0]
@@ -96,13 +98,13 @@ def there_and_back(x, destination, weight):
     """Each device multiplies what it gets by its number, from 1 on, and by the weights of the
     choices that are its own.
     """
-    slots = exchange.assign(destination, num_devices=DEVICES)
-    got = exchange.send(exchange.Routed(x, destination, weight), slots)
+    slots = all_to_all.assign(destination, num_devices=DEVICES)
+    got = all_to_all.send(all_to_all.Routed(x, destination, weight), slots)
     me = jax.lax.axis_index(EXPERT)
     own = jnp.sum(
         jnp.where(got.expert == me, got.weight, 0.0), axis=1, keepdims=True
     )  # of no choice where there is no token
-    return exchange.sum_back((1.0 + me) * got.tokens * own, slots)
+    return all_to_all.sum_back((1.0 + me) * got.tokens * own, slots)
 
 
 @jax.jit
@@ -156,9 +158,9 @@ def test_slots_that_are_not_sent_arrive_as_no_choice():
     tokens = jnp.arange(1.0, 8 * 24 + 1)[:, None]
 
     def arrived(tokens, destination):
-        slots = exchange.assign(destination, num_devices=8)
-        got = exchange.send(
-            exchange.Routed(tokens, destination, jnp.ones(destination.shape)), slots
+        slots = all_to_all.assign(destination, num_devices=8)
+        got = all_to_all.send(
+            all_to_all.Routed(tokens, destination, jnp.ones(destination.shape)), slots
         )
         return got.tokens[None], got.expert[None], got.weight[None]
 
@@ -182,9 +184,9 @@ def test_dtypes_of_tokens_and_gradients(dtype):
     tokens = jnp.arange(32.0).astype(dtype)[:, None]
 
     def there_and_back(tokens):
-        slots = exchange.assign(destination[:8], num_devices=2)
-        got = exchange.send(exchange.Routed(tokens, destination[:8], jnp.ones((8, 2))), slots)
-        return exchange.sum_back(got.tokens.astype(jnp.float32), slots)
+        slots = all_to_all.assign(destination[:8], num_devices=2)
+        got = all_to_all.send(all_to_all.Routed(tokens, destination[:8], jnp.ones((8, 2))), slots)
+        return all_to_all.sum_back(got.tokens.astype(jnp.float32), slots)
 
     mapped = jax.shard_map(
         there_and_back, mesh=partitioner.mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False

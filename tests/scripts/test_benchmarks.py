@@ -1,37 +1,11 @@
 """What the benchmarks compare is the same computation; how fast it is, tests do not say."""
 
-import flax.linen as nn
+import benchmarks
 import jax
-import numpy as np
 import pytest
-
-from upcycle_jax.experiments import benchmarks
-from upcycle_jax.experiments.benchmarks import LayerShape, Measurement, StepComparison
-from upcycle_jax.moe import dispatch
-from upcycle_jax.moe.layer import REPORTS, MoeLayer
-from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+from benchmarks import LayerShape, Measurement, StepComparison
 
 SHAPE = LayerShape(d=16, ff=32, num_experts=4, tokens=32)
-
-
-@pytest.mark.parametrize("router", [ExpertsChoose(), TokensChoose()], ids=type)
-def test_one_hot_dispatch_computes_what_gather_and_scatter_compute(router):
-    layer = MoeLayer(benchmarks._moe_settings(SHAPE), router, hidden=SHAPE.ff)
-    x = jax.random.normal(jax.random.key(0), (1, SHAPE.tokens, SHAPE.d))
-    params = nn.meta.unbox(layer.init(jax.random.key(1), x)["params"])
-
-    def loss(params, x):
-        return (layer.apply({"params": params}, x, train=True, mutable=[REPORTS])[0] ** 2).sum()
-
-    gathered = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
-    before = dispatch.dispatch
-    with benchmarks.one_hot_dispatch():
-        assert dispatch.dispatch is not before
-        one_hot = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
-    assert dispatch.dispatch is before
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gathered, one_hot
-    )
 
 
 def test_the_dense_baseline_has_as_many_flops():

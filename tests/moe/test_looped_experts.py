@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax.moe import slots
+from upcycle_jax.moe import looped_experts
 from upcycle_jax.moe.config import MoeSettings
-from upcycle_jax.moe.layer import REPORTS, MoeLayer
+from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 
@@ -29,7 +29,7 @@ def outputs_and_gradients(router, dropout_rate: float = 0.0, dtype=jnp.float32):
             x,
             train=True,
             rngs={"dropout": jax.random.key(2)},
-            mutable=[REPORTS],
+            mutable=[LAYER_STATS],
         )
         return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
@@ -43,7 +43,7 @@ def outputs_and_gradients(router, dropout_rate: float = 0.0, dtype=jnp.float32):
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
 def test_one_by_one_equals_all_at_once(monkeypatch, router, dropout_rate):
     at_once = outputs_and_gradients(router, dropout_rate)
-    monkeypatch.setattr(slots, "LARGE", 0)
+    monkeypatch.setattr(looped_experts, "LARGE", 0)
     looped = outputs_and_gradients(router, dropout_rate)
     assert jax.tree.structure(looped) == jax.tree.structure(at_once)
     jax.tree.map(
@@ -53,7 +53,7 @@ def test_one_by_one_equals_all_at_once(monkeypatch, router, dropout_rate):
 
 def test_bfloat16_experts_have_float32_gradients_either_way(monkeypatch):
     at_once = outputs_and_gradients(ExpertsChoose(), dtype=jnp.bfloat16)
-    monkeypatch.setattr(slots, "LARGE", 0)
+    monkeypatch.setattr(looped_experts, "LARGE", 0)
     looped = outputs_and_gradients(ExpertsChoose(), dtype=jnp.bfloat16)
     assert jax.tree.map(jnp.dtype, looped) == jax.tree.map(jnp.dtype, at_once)
     # bfloat16 has 8 bits: the forms round products and their sums at different places.
@@ -70,9 +70,9 @@ def test_bfloat16_experts_have_float32_gradients_either_way(monkeypatch):
 def test_a_loop_over_experts_with_groups_on_several_devices(monkeypatch, router):
     # Four rows of 16 tokens are four groups, one per device.
     at_once = outputs_and_gradients(router)
-    monkeypatch.setattr(slots, "LARGE", 0)
+    monkeypatch.setattr(looped_experts, "LARGE", 0)
     with Partitioner(devices=tuple(jax.devices()[:4])).activate():
-        assert slots.loops(1)
+        assert looped_experts.is_faster(1)
         looped = outputs_and_gradients(router)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, at_once
@@ -80,8 +80,10 @@ def test_a_loop_over_experts_with_groups_on_several_devices(monkeypatch, router)
 
 
 def test_only_large_experts_on_a_cpu_that_holds_all_of_them_are_looped_over():
-    assert slots.loops(slots.LARGE) and not slots.loops(slots.LARGE - 1)
+    assert looped_experts.is_faster(looped_experts.LARGE) and not looped_experts.is_faster(
+        looped_experts.LARGE - 1
+    )
     with Partitioner(num_expert_partitions=1).activate():
-        assert slots.loops(slots.LARGE)
+        assert looped_experts.is_faster(looped_experts.LARGE)
     with Partitioner(num_expert_partitions=4).activate():
-        assert not slots.loops(slots.LARGE)
+        assert not looped_experts.is_faster(looped_experts.LARGE)

@@ -1,4 +1,4 @@
-"""What an MoE layer reports about a batch, for losses and metrics."""
+"""Statistics of an MoE layer for a batch, for losses and metrics."""
 
 import flax.struct
 import jax
@@ -6,16 +6,16 @@ import jax.numpy as jnp
 
 from upcycle_jax.moe.routing import Group, Routing
 
-REPORTS = "moe_reports"
-"""The variable collection in which every MoE layer leaves its `MoeReport` (one per call, under the
-name `report`).
+LAYER_STATS = "layer_stats"
+"""The variable collection in which every MoE layer leaves its `LayerStats` (one per call, under the
+name `stats`).
 """
 
 
 @flax.struct.dataclass
-class MoeReport:
-    """What one MoE layer did with one batch. Float32 scalars unless stated; sums, so that reports
-    can be added up.
+class LayerStats:
+    """What one MoE layer did with one batch. Float32 scalars unless stated; sums, so that they can
+    be added up.
 
     Only real tokens count, except in T5X mode, where padding counts too.
 
@@ -51,20 +51,20 @@ class MoeReport:
     non_finite: jax.Array
 
 
-def of_group(routing: Routing, group: Group, z_loss: jax.Array, *, rows: int) -> MoeReport:
-    """The report of one group, whose experts compute `rows` vectors."""
+def of_group(routing: Routing, group: Group, z_loss: jax.Array, *, rows: int) -> LayerStats:
+    """The statistics of one group, whose experts compute `rows` vectors."""
     group_size, counted = group.counted.size, group.counted
-    experts_per_token = routing.plan.experts_per_token(group_size)
+    experts_per_token = routing.dispatcher.experts_per_token(group_size)
     entropy = jnp.sum(jax.scipy.special.entr(routing.probabilities), axis=-1)
-    return MoeReport(
+    return LayerStats(
         auxiliary_loss=routing.auxiliary_loss,
         router_z_loss=z_loss,
         tokens=jnp.sum(counted),
         left_behind=jnp.sum(counted * (experts_per_token == 0)),
         capacity=jnp.float32(rows),
-        load=routing.plan.load(counted),
+        load=routing.dispatcher.load(counted),
         chosen=routing.chosen,
-        weight=jnp.sum(routing.plan.weight_per_token(group_size) * counted),
+        weight=jnp.sum(routing.dispatcher.weight_per_token(group_size) * counted),
         entropy=jnp.sum(entropy * counted),
         probability=jnp.sum(routing.probabilities * counted[:, None], axis=0),
         offered=routing.offered,
@@ -73,18 +73,16 @@ def of_group(routing: Routing, group: Group, z_loss: jax.Array, *, rows: int) ->
     )
 
 
-def over_groups(report: MoeReport, *, every_group: bool) -> MoeReport:
-    """The layer's report from those of its groups `[G, ...]`: losses are averaged, the rest is
+def over_groups(stats: LayerStats, *, every_group: bool) -> LayerStats:
+    """The layer's statistics from those of its groups `[G, ...]`: losses are averaged, the rest is
     summed.
 
     A group of nothing but padding has no loss to average, unless padding counts (`every_group`).
     """
-    weight = (
-        jnp.ones_like(report.tokens) if every_group else (report.tokens > 0).astype(jnp.float32)
-    )
+    weight = jnp.ones_like(stats.tokens) if every_group else (stats.tokens > 0).astype(jnp.float32)
     num_groups = jnp.maximum(jnp.sum(weight), 1.0)
-    summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), report)
+    summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
     return summed.replace(
-        auxiliary_loss=jnp.sum(report.auxiliary_loss * weight) / num_groups,
-        router_z_loss=jnp.sum(report.router_z_loss * weight) / num_groups,
+        auxiliary_loss=jnp.sum(stats.auxiliary_loss * weight) / num_groups,
+        router_z_loss=jnp.sum(stats.router_z_loss * weight) / num_groups,
     )

@@ -1,1 +1,0 @@
-"""Timing of single layers and steps, for the benchmark scripts."""
