@@ -1,5 +1,6 @@
 """A T5 1.1 encoder-decoder as `models.base` has it: parameters, loss, metrics, decoding."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class EncoderDecoderModel:
         """Shape, dtype, logical axes, role and dense twin of every parameter, by path without
         `target/`. Allocates nothing.
         """
-        return shared.param_specs(jax.eval_shape(self._init_boxed, jax.random.key(0)), self.stacks)
+        return dict(_param_specs(self.config))
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -387,6 +388,13 @@ class EncoderDecoderModel:
         return losses.token_losses(
             logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _param_specs(config: T5Config) -> dict[str, LeafSpec]:
+    """Traced once for a configuration: a run asks for its parameters many times."""
+    model = EncoderDecoderModel(config)
+    return shared.param_specs(jax.eval_shape(model._init_boxed, jax.random.key(0)), model.stacks)
 
 
 def _loss_weights(batch: Batch) -> jax.Array:
