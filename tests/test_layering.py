@@ -20,6 +20,7 @@ ROOMS = (
         "axes",
         "trees",
         "state_tree",
+        "step_names",
         "byte_sizes",
         "checks",
         "text",

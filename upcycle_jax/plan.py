@@ -17,13 +17,14 @@ docs/planning.md says how the numbers are made.
 import argparse
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.step_names import step_of
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
@@ -70,9 +71,8 @@ def _steps(flags: Flags, loaded: "Config") -> tuple[int | None, int | None]:
     """
     extra, dense = flags.extra.extra_steps, flags.extra.dense_steps
     path, total = _literal(loaded, "INITIAL_CHECKPOINT_PATH"), _literal(loaded, "TRAIN_STEPS")
-    match = re.search(r"checkpoint_(\d+)/?$", path) if isinstance(path, str) else None
-    if dense is None and match and int(match[1]):
-        dense = int(match[1])
+    if dense is None and isinstance(path, str):
+        dense = step_of(PurePath(path).name) or None
     if extra is None and isinstance(total, int) and dense is not None and total > dense:
         extra = total - dense
     return extra, dense

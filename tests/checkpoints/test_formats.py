@@ -22,7 +22,6 @@ from upcycle_jax.checkpoints import (
     open_checkpoint,
     storage,
 )
-from upcycle_jax.checkpoints.formats import check_name, checkpoint_steps, step_folders
 from upcycle_jax.checkpoints.reader import checked_index
 from upcycle_jax.partitioning import Partitioner
 
@@ -253,24 +252,3 @@ def test_places():
     assert storage.absolute("relative") == epath.Path(os.path.abspath("relative"))
     with pytest.raises(ValueError, match="only local paths and gs:// addresses"):
         storage.file_spec("s3://bucket/a")
-
-
-def test_steps_are_found_by_name_and_names_are_compared_with_the_content(run, tmp_path, caplog):
-    shutil.copytree(run, tmp_path / "run")
-    folder = epath.Path(tmp_path / "run")
-    (folder / "checkpoint_2").rename(folder / "checkpoint_0002")
-    assert {step: path.name for step, path in step_folders(folder).items()} == {
-        2: "checkpoint_0002",
-        12: "checkpoint_12",
-    }
-    check_name(open_checkpoint(folder / "checkpoint_0002"))
-    (folder / "checkpoint_12").rename(folder / "checkpoint_120")
-    with pytest.raises(ValueError, match=r"named for step 120, but it holds step 12: rename it"):
-        check_name(open_checkpoint(folder))
-    (folder / "checkpoint_120" / "state" / "_METADATA").unlink()
-    assert latest_checkpoint(folder).name == "checkpoint_0002"
-    assert "checkpoint_120 holds no array tree: it is damaged, and is passed over" in caplog.text
-    (folder / "checkpoint_02").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint_0002 and checkpoint_02, which name the same"):
-        checkpoint_steps(folder)
-    assert step_folders(folder / "nowhere") == {}

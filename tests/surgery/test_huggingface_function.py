@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from upcycle_jax import state_tree, surgery, trees
-from upcycle_jax.checkpoints import create_checkpoint, model_settings, open_checkpoint
+from upcycle_jax.checkpoints import create_checkpoint, loading, model_settings, open_checkpoint
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
-from upcycle_jax.inference import running
 from upcycle_jax.models import registry
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.from_specs import from_specs
@@ -177,7 +176,7 @@ def test_a_model_that_contradicts_the_checkpoint_is_refused(silu, tmp_path, chan
     other = EncoderDecoderModel(dataclasses.replace(config, **change))
     sparse = EncoderDecoderModel(dataclasses.replace(other.config, moe=MoeConfig(num_experts=2)))
     with pytest.raises(ValueError, match=match):
-        running.check_params(reader, other)
+        loading.check_params(reader, other)
     specs = {f"target/{name}": spec for name, spec in sparse.param_specs().items()}
     with pytest.raises(ValueError, match=match):
         convert_and_prove.convert(reader, specs, tmp_path / "out", surgery.Recipe(), model=sparse)
@@ -185,7 +184,7 @@ def test_a_model_that_contradicts_the_checkpoint_is_refused(silu, tmp_path, chan
     plan = surgery.make_plan(reader.specs(), specs, surgery.Recipe())
     with pytest.raises(ValueError, match=match):
         convert_and_prove.verify(plan, reader, reader, model=sparse)
-    running.check_params(reader, EncoderDecoderModel(config))
+    loading.check_params(reader, EncoderDecoderModel(config))
 
 
 def stating(path, **settings):

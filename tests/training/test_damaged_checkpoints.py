@@ -188,7 +188,7 @@ def test_both_switches_leave_the_comparison_out(hurt, bags, tmp_path, caplog):
 def test_the_seconds_are_logged(hurt, bags, caplog):
     with caplog.at_level("INFO", logger="upcycle_jax"):
         run(bags, hurt, steps=5)
-    assert "checksums of 16 leaves (0.00 MB) are those saved; looked at in" in caplog.text
+    assert "checksums of 16 leaves (2.1 KiB) are those saved; looked at in" in caplog.text
     assert "s of it for 16 checksums)" in caplog.text
 
 

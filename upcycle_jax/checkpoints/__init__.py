@@ -8,8 +8,9 @@ with. Only `manager` imports orbax; it is loaded on first use.
 
 from typing import TYPE_CHECKING, Any
 
-from upcycle_jax.checkpoints.formats import latest_checkpoint, open_checkpoint
+from upcycle_jax.checkpoints.formats import open_checkpoint
 from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.checkpoints.steps import latest_checkpoint
 from upcycle_jax.checkpoints.writer import CheckpointWriter, create_checkpoint
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Finds out what a path holds and opens it."""
 
-import logging
 import os
 import re
 
@@ -9,10 +8,8 @@ from etils import epath
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.checkpoints.steps import checkpoint_steps, latest_checkpoint
 from upcycle_jax.printing import printable
-from upcycle_jax.state_tree import STEP
-
-_log = logging.getLogger(__name__)
 
 SUPPORTED = (
     "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such"
@@ -22,73 +19,11 @@ SUPPORTED = (
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")  # as an OCDBT database names its files in the folder d
-STEP_FOLDER = re.compile(r"checkpoint_([0-9]+)")
 
 
 def is_unfinished(path: epath.Path) -> bool:
     """Whether the name says that a save or a conversion never finished."""
     return ORBAX_TEMPORARY in path.name or path.name.endswith((PARTIAL_SUFFIX, ".partial_save"))
-
-
-def step_folders(model_dir: epath.Path) -> dict[int, epath.Path]:
-    """Whatever is named `checkpoint_<step>` in a MODEL_DIR, by rising step, damaged or not; saves
-    that never finished have other names. Steps padded with zeros count, too.
-
-    Raises:
-      ValueError: two names of the same step.
-    """
-    steps: dict[int, epath.Path] = {}
-    for child in sorted(model_dir.iterdir()) if model_dir.is_dir() else ():
-        if match := STEP_FOLDER.fullmatch(child.name):
-            step = int(match.group(1))
-            if step in steps:
-                raise ValueError(
-                    f"{model_dir} has {steps[step].name} and {child.name}, which name the same"
-                    " step: remove one of them"
-                )
-            steps[step] = child
-    return {step: steps[step] for step in sorted(steps)}
-
-
-def checkpoint_steps(model_dir: epath.Path) -> dict[int, epath.Path]:
-    """Those of `step_folders` that look finished: an array tree is in them."""
-    folders = step_folders(model_dir)
-    return {step: path for step, path in folders.items() if _looks_finished(path)}
-
-
-def _looks_finished(path: epath.Path) -> bool:
-    if not path.is_dir():
-        return path.is_file()
-    if not storage.is_local(path) and not (path / "commit_success.txt").exists():
-        return (
-            path / "checkpoint"
-        ).exists()  # Buckets have no atomic rename: Orbax's marker file tells.
-    return (path / "checkpoint").exists() or find_item(path) is not None
-
-
-def latest_checkpoint(model_dir: os.PathLike | str) -> epath.Path | None:
-    """The finished checkpoint of the highest step in MODEL_DIR, or None."""
-    folder = storage.absolute(model_dir)
-    steps = checkpoint_steps(folder)
-    if not steps:
-        return None
-    latest = max(steps)
-    for step, path in step_folders(folder).items():
-        if step > latest and storage.is_local(path):  # in a bucket it may be a save under way
-            _log.warning("%s holds no array tree: it is damaged, and is passed over", path)
-    return steps[latest]
-
-
-def check_name(reader: CheckpointReader) -> None:
-    """Raises a ValueError where a checkpoint is named for another step than the one it holds: it
-    was renamed, and a run would count from one of them and take its schedules from the other.
-    """
-    match = STEP_FOLDER.fullmatch(reader.path.name)
-    if match and STEP in reader.specs() and int(match.group(1)) != reader.step:
-        raise ValueError(
-            f"{reader.path} is named for step {match.group(1)}, but it holds step {reader.step}:"
-            f" rename it to checkpoint_{reader.step}"
-        )
 
 
 def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -18,17 +17,17 @@ from etils import epath
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import storage, verification
-from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, STEP_FOLDER
+from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY
 from upcycle_jax.checkpoints.orbax_metadata import STATE_ITEM
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import METADATA_KEY
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError, SavedContent
+from upcycle_jax.step_names import step_name, step_of
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
 
 DATASET_ITEM = "dataset"
 COMMIT_MARK = "commit_success.txt"
-_TEMPORARY = re.compile(rf"checkpoint_\d+{re.escape(ORBAX_TEMPORARY)}.*")
 
 
 _ORBAX = pathlib.PurePath(ocp.__file__).parent
@@ -113,10 +112,11 @@ def _remove_stale(model_dir: epath.Path) -> None:
         # T5X's older formats have no marker; their index file is written last.
         unmarked = (
             in_bucket
-            and STEP_FOLDER.fullmatch(child.name)
+            and step_of(child.name) is not None
             and not any((child / mark).exists() for mark in (COMMIT_MARK, "checkpoint"))
         )
-        if unmarked or _TEMPORARY.fullmatch(child.name):
+        name, temporary, _ = child.name.partition(ORBAX_TEMPORARY)
+        if unmarked or (temporary and step_of(name) is not None):
             child.rmtree()
 
 
@@ -217,7 +217,7 @@ class CheckpointManager:
 
     def path(self, step: int) -> epath.Path:
         """The folder of a step."""
-        return self.model_dir / f"checkpoint_{step}"
+        return self.model_dir / step_name(step)
 
     def save(
         self,

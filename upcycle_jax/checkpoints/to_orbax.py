@@ -5,7 +5,6 @@ the model.
 import contextlib
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from upcycle_jax.checkpoints.writer import (
     create_checkpoint,
 )
 from upcycle_jax.state_tree import STATE, STEP, TARGET
+from upcycle_jax.step_names import step_name, step_of
 from upcycle_jax.trees import LeafSpec
-
-_STEP_NAME = re.compile(r"checkpoint_(\d+)")
 
 
 def checkpoint_path(output: os.PathLike | str, step: int) -> Path:
@@ -38,12 +36,12 @@ def checkpoint_path(output: os.PathLike | str, step: int) -> Path:
       ValueError: `output` is named for another step.
     """
     path = Path(storage.absolute(output))
-    named = _STEP_NAME.fullmatch(path.name)
+    named = step_of(path.name)
     if named is None:
-        return path / f"checkpoint_{step}"
-    if int(named.group(1)) != step:
+        return path / step_name(step)
+    if named != step:
         raise ValueError(
-            f"{path} is named for step {named.group(1)}, but the step to record is {step}: rename"
+            f"{path} is named for step {named}, but the step to record is {step}: rename"
             " it or give the step"
         )
     return path

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax import checks, distributed
-from upcycle_jax.checkpoints import CheckpointReader
+from upcycle_jax.checkpoints import CheckpointReader, loading
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.files import write_whole
 from upcycle_jax.inference import ranking, running
@@ -135,7 +135,7 @@ def evaluate(
     layout = running.data_layout(model, dataset_cfg, partitioner)
     readers = running.checkpoints(checkpoint_path, steps)
     for reader in readers:
-        running.check_params(reader, model)
+        loading.check_params(reader, model)
     if dry_run:
         listed = ", ".join(str(reader.step) for reader in readers)
         how = repr(decoder) if answering == Answering.DECODE else "ranked answers"
@@ -223,7 +223,7 @@ def _one_checkpoint(
     given: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Metrics by task of one checkpoint, written as they come."""
-    params = running.load_params(
+    params = loading.load_params(
         reader, evaluation.model, evaluation.partitioner, verify=evaluation.verify
     )
     results: dict[str, dict[str, float]] = {}

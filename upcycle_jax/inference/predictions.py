@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax import checks, distributed
-from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.checkpoints import loading, open_checkpoint
 from upcycle_jax.data import fingerprints
 from upcycle_jax.files import replacing, write_whole
 from upcycle_jax.inference import ranking, running
@@ -125,7 +125,7 @@ def infer(
     _check_numbers(mode, checkpoint_period, shard_id, num_shards)
     running.data_layout(model, dataset_cfg, partitioner)
     reader = open_checkpoint(checkpoint_path)
-    running.check_params(reader, model)
+    loading.check_params(reader, model)
     job = _Job(
         mode=Mode(mode),
         output_dir=epath.Path(output_dir),
@@ -161,7 +161,7 @@ def infer(
     tasks = task_examples(dataset_cfg, model.features, few_shot)
     job = job.with_data(dataset.fingerprint())
     _check_tasks(job, tasks, rank_options)
-    params = running.load_params(reader, model, partitioner, verify=verify)
+    params = loading.load_params(reader, model, partitioner, verify=verify)
     job.write_files(files or {})
     done, count = {}, 0
     for task in tasks:

@@ -1,6 +1,4 @@
-"""Parameters of a checkpoint on the devices, and compiled prediction and scoring over host
-batches.
-"""
+"""The checkpoints that are asked for, and compiled prediction and scoring over host batches."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,42 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
-from upcycle_jax.checkpoints.formats import check_name, checkpoint_steps
-from upcycle_jax.checkpoints.model_settings import check_model
+from upcycle_jax.checkpoints.steps import checkpoint_steps
 from upcycle_jax.checkpoints.storage import absolute
-from upcycle_jax.checkpoints.verification import Verification
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Generative, Model
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.state_tree import TARGET
-from upcycle_jax.text import shorten
 from upcycle_jax.training import batches
 from upcycle_jax.types import Batch, PyTree
-
-
-def check_params(reader: CheckpointReader, model: Model) -> dict[str, trees.LeafSpec]:
-    """Specs of the model's parameters by full path, which are those of the checkpoint. Reads no
-    array.
-
-    Raises:
-      ValueError: the checkpoint is not one of this model, or named for another step than its own.
-    """
-    check_name(reader)
-    specs = {f"{TARGET}{path}": spec for path, spec in model.param_specs().items()}
-    found = {path: spec for path, spec in reader.specs().items() if path.startswith(TARGET)}
-    difference = trees.diff(specs, found)
-    if difference:
-        shown = "\n".join(shorten(str(difference).splitlines(), 20))
-        raise ValueError(
-            f"{reader.path} (+) is not a checkpoint of this model (-):\n{shown}\nChoose the model"
-            " file that the checkpoint was trained with"
-        )
-    check_model(reader, model.config)
-    return specs
 
 
 def generative(model: Model) -> Generative:
@@ -72,38 +44,6 @@ def data_layout(
     """
     check_lengths(model.features, config.task_feature_lengths)
     return batches.data_layout(partitioner, config.batch_size)
-
-
-def load_params(
-    reader: CheckpointReader, model: Model, partitioner: Partitioner, *, verify: bool = True
-) -> PyTree:
-    """The parameters of a checkpoint, float32, each on the devices that hold its part; optimizer
-    state is not read.
-
-    Args:
-      reader: of the checkpoint.
-      model: the model.
-      partitioner: the mesh.
-      verify: compare them with the checksums that were saved with them.
-
-    Raises:
-      DamagedCheckpointError: a parameter is not what was saved.
-      NonFiniteParameterError: a parameter holds NaN or infinite values.
-      ValueError: the checkpoint is not one of this model, or a dimension does not divide over the
-        mesh.
-    """
-    specs = check_params(reader, model)
-    shardings = partitioner.shardings(specs)
-    verification = Verification(reader, checksums=verify)
-    flat = {}
-    for path, spec in specs.items():
-        leaf = reader.read_sharded(path, shardings[path])
-        verification.check({path: leaf})
-        flat[path.removeprefix(TARGET)] = (
-            leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
-        )
-    verification.finish("Choose another checkpoint")
-    return trees.unflatten(flat)
 
 
 def checkpoints(

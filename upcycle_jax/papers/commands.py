@@ -7,6 +7,7 @@ import shlex
 
 from upcycle_jax.papers.exhibits import Method, Point, Series
 from upcycle_jax.papers.runs import START_STEP, paper_setting
+from upcycle_jax.step_names import step_name
 
 FOLDER = "papers/sparse_upcycling"
 GIN_FILES = {
@@ -129,7 +130,7 @@ def commands(series: Series, places: Places = Places()) -> list[Command]:
     bound = [f"MODEL_DIR='{model_dir}'"]
     if head.method != Method.SCRATCH:
         bound.append(
-            f"INITIAL_CHECKPOINT_PATH='{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/checkpoint_{START_STEP}'"
+            f"INITIAL_CHECKPOINT_PATH='{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/{step_name(START_STEP)}'"
         )
     words = _train(gin, *bound, *mesh, *_bindings(head))
     makes = f"{series.label}: pre-training, all points of the curve"
@@ -148,9 +149,9 @@ def _fine_tuning(series: Series, name: str, mesh: tuple[str, ...], places: Place
     gin = f"{head.size.lower()}_{GIN_FILES[head.method]}_superglue"
     for point in series.points:
         step = START_STEP + (point.extra_steps or 0)
-        source = f"{places.results}/{name}/checkpoint_{step}"
+        source = f"{places.results}/{name}/{step_name(step)}"
         if head.method == Method.START:
-            source = f"{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/checkpoint_{step}"
+            source = f"{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/{step_name(step)}"
         for seed in FINE_TUNING_SEEDS:
             model_dir = f"{places.results}/{name}_superglue_{step}_seed{seed}"
             bound = (

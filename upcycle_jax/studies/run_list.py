@@ -16,10 +16,10 @@ from typing import Any
 from upcycle_jax import leases
 from upcycle_jax.leases.process_record import is_alive
 from upcycle_jax.printing import printable, printable_lines
+from upcycle_jax.step_names import step_of
 from upcycle_jax.studies.run_results import MANIFEST, METRICS, read_rows
 from upcycle_jax.text import aligned, duration, size
 
-CHECKPOINT = re.compile(r"checkpoint_(\d+)")
 NOT_ENTERED = re.compile(
     r"\..*|train|training_eval|inference_eval|damaged_checkpoint_.*|checkpoint_\d+.*"
 )
@@ -131,9 +131,7 @@ def read_status(model_dir: pathlib.Path, *, name: str, now: float) -> RunStatus 
         for path in sorted(model_dir.glob(f"training_eval/*/{METRICS}"))
     }
     checkpoints = {
-        int(match.group(1)): path
-        for path in model_dir.iterdir()
-        if (match := CHECKPOINT.fullmatch(path.name))
+        step: path for path in model_dir.iterdir() if (step := step_of(path.name)) is not None
     }
     times = [
         (model_dir / MANIFEST).stat().st_mtime,

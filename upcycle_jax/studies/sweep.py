@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle_jax import checks
+from upcycle_jax.step_names import step_name
 
 SEED_AXIS = "seed"
 STEPS_KEY = "steps"
@@ -105,7 +106,7 @@ class Cell:
     @property
     def checkpoint(self) -> str:
         """The checkpoint that it leaves."""
-        return f"{self.folder}/checkpoint_{self.end_step}"
+        return f"{self.folder}/{step_name(self.end_step)}"
 
     @property
     def gin(self) -> tuple[list[str], list[str]]:
@@ -341,7 +342,7 @@ class _Planner:
             own["FIRST_BATCH"] = done[self._name(stage.batches_after, labels)].end_step
         if stage.command == "upcycle":
             end = start
-            own["OUTPUT_CHECKPOINT_PATH"] = f"{folder}/checkpoint_{end}"
+            own["OUTPUT_CHECKPOINT_PATH"] = f"{folder}/{step_name(end)}"
         else:
             if not isinstance(steps, int) or steps < 1:
                 raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
-from upcycle_jax.checkpoints.formats import step_folders
+from upcycle_jax.checkpoints.steps import step_folders
 from upcycle_jax.models import layer_names
 from upcycle_jax.state_tree import PARAM_STATES
 from upcycle_jax.training import manifest

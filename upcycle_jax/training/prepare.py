@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY, step_folders
+from upcycle_jax.checkpoints.formats import ORBAX_TEMPORARY
 from upcycle_jax.checkpoints.model_settings import check_model
+from upcycle_jax.checkpoints.steps import step_folders
 from upcycle_jax.data import Dataset, DatasetConfig
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import check_lengths
@@ -288,7 +289,7 @@ def _bytes_of_cut_short_saves(folder: pathlib.Path) -> int:
     one.
     """
     total = 0
-    for cut_short in folder.glob(f"checkpoint_*{ORBAX_TEMPORARY}*"):
+    for cut_short in folder.glob(f"*{ORBAX_TEMPORARY}*"):
         for place, _, files in os.walk(cut_short):
             for file in files:
                 with contextlib.suppress(FileNotFoundError):  # a run that lives finishes its save

@@ -25,8 +25,9 @@ from etils import epath
 from upcycle_jax import surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.checksums import checksum
-from upcycle_jax.checkpoints.formats import check_name, step_folders
+from upcycle_jax.checkpoints.loading import load_leaves
 from upcycle_jax.checkpoints.manager import CheckpointManager, listing_error, saved_process_folder
+from upcycle_jax.checkpoints.steps import check_name, step_folders
 from upcycle_jax.checkpoints.verification import (
     DamagedCheckpointError,
     SavedContent,
@@ -39,6 +40,7 @@ from upcycle_jax.data.position import DamagedPositionError
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
+from upcycle_jax.step_names import step_name
 from upcycle_jax.text import shorten
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import (
@@ -180,10 +182,10 @@ def _resume(
     damaged = sorted(passed_over, reverse=True)
     folders = step_folders(model_dir)
     for step, path in folders.items():
-        if path.name != f"checkpoint_{step}":
+        if path.name != step_name(step):
             raise ValueError(
                 f"{path}: a run's own checkpoints are named without leading zeros. Rename it to"
-                f" checkpoint_{step} to resume from it, or choose another MODEL_DIR"
+                f" {step_name(step)} to resume from it, or choose another MODEL_DIR"
             )
     for step, path in reversed(folders.items()):
         if step not in damaged and (problem := listing_error(path)) is not None:
@@ -205,7 +207,7 @@ def _resume(
         difference = trees.diff(specs, found)
         if difference:
             raise ValueError(
-                f"{model_dir} belongs to another model or optimizer: its checkpoint_{step} (+) and"
+                f"{model_dir} belongs to another model or optimizer: its {step_name(step)} (+) and"
                 f" this run (-) differ:\n{_shortened(difference)}\nChoose another MODEL_DIR, or"
                 " start this run with the model and optimizer that wrote it"
             )
@@ -274,9 +276,9 @@ def set_aside(model_dir: epath.PathLike, steps: Collection[int]) -> None:
     them.
     """
     for step in steps:
-        path = epath.Path(model_dir) / f"checkpoint_{step}"
+        path = epath.Path(model_dir) / step_name(step)
         if jax.process_index() == 0 and path.exists():
-            path.rename(path.parent / f"damaged_checkpoint_{step}_{time.time_ns()}")
+            path.rename(path.parent / f"damaged_{path.name}_{time.time_ns()}")
             _log.warning("%s is kept as damaged_%s_*", path, path.name)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -482,16 +484,14 @@ def _load_equal(
     shardings: Mapping[str, jax.sharding.NamedSharding],
 ) -> TrainState:
     assert source.reader is not None
-    verification = Verification(source.reader, checksums=source.verify)
-    flat: dict[str, jax.Array] = {}
-    for path, spec in specs.items():
-        if path.startswith(TARGET) or (
-            path.startswith(PARAM_STATES) and not source.fresh_optimizer
-        ):
-            leaf = source.reader.read_sharded(path, shardings[path])
-            verification.check({path: leaf})
-            flat[path] = leaf if leaf.dtype == spec.dtype else leaf.astype(spec.dtype)
-    verification.finish("Continue from another checkpoint")
+    stored = (TARGET,) if source.fresh_optimizer else (TARGET, PARAM_STATES)
+    flat = load_leaves(
+        source.reader,
+        {path: spec for path, spec in specs.items() if path.startswith(stored)},
+        shardings,
+        verify=source.verify,
+        remedy="Continue from another checkpoint",
+    )
     flat[STEP] = jax.device_put(np.int32(source.step), shardings[STEP])
     if source.fresh_optimizer:
         slots = {
