@@ -3,8 +3,9 @@ two baselines, and what was published.
 
 Example:
 
-    python -m upcycle_jax.plan --gin_file=papers/sparse_upcycling/base_upcycled.gin --hardware=tpu_v5e:256 --dense_steps=1000000 \\
-        --extra_steps=100000 --gin.NUM_EXPERT_PARTITIONS=32 --gin.GROUP_SIZE=512
+    python -m upcycle_jax.plan --gin_file=papers/sparse_upcycling/base_upcycled.gin \\
+        --hardware=tpu_v5e:256 --dense_steps=1000000 --extra_steps=100000 \\
+        --gin.NUM_EXPERT_PARTITIONS=32 --gin.GROUP_SIZE=512
 
 The gin files are those of upcycle_jax.train for the upcycled model; what only a run needs
 (MODEL_DIR, data, a checkpoint) may stay open. The same model without experts is the dense

@@ -3,7 +3,8 @@ fit.
 
 Example:
 
-    python -m upcycle_jax.precompile --gin_file=models/t5_1_1_base_upcycled.gin --gin_file=runs/pretrain.gin --topology=v5e:4x8 \\
+    python -m upcycle_jax.precompile --gin_file=models/t5_1_1_base_upcycled.gin \\
+        --gin_file=runs/pretrain.gin --topology=v5e:4x8 \\
         --gin.BATCH_SIZE=256 --gin.NUM_EXPERT_PARTITIONS=32
 
 The gin files are those of upcycle_jax.train; what only a run needs (MODEL_DIR, data, a checkpoint)

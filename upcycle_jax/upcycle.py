@@ -3,8 +3,10 @@ deep, or sparse back to dense.
 
 Example:
 
-    python -m upcycle_jax.upcycle --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin --gin_file=gin_configs/runs/upcycle.gin \\
-        --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
+    python -m upcycle_jax.upcycle --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin \\
+        --gin_file=gin_configs/runs/upcycle.gin \\
+        --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" \\
+        --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
 
 Prints the plan before and the proof after. Without a model file the target is the source's own T5
 shape with the paper's MoE layers. Exit status: 0 when the proof holds, 1 when it does not, 2 when

@@ -4,14 +4,15 @@ same tokens.
 Examples:
 
     python -m upcycle_jax.verify /data/sparse/checkpoint_1000000
-    python -m upcycle_jax.verify --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin --gin_file=gin_configs/runs/upcycle.gin \\
-        --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
+    python -m upcycle_jax.verify --gin_file=gin_configs/models/t5_1_1_base_upcycled.gin \\
+        --gin_file=gin_configs/runs/upcycle.gin \\
+        --gin.INITIAL_CHECKPOINT_PATH="'/data/dense/checkpoint_1000000'" \\
+        --gin.OUTPUT_CHECKPOINT_PATH="'/data/sparse/checkpoint_1000000'"
 
 A path alone is enough: the checkpoint records its source, recipe and model. Where the source is
 gone, the result is proved against the checksums that were recorded at the conversion. With gin
-files, the bindings of `upcycle` apply; the recipe is the recorded one also then, and a configured
-one that differs is named. What is not as it was is told by side: source, result or record. Exit
-status: 0 when the proof holds, 1 when it does not, 2 when it could not be tried.
+files, the bindings of `upcycle` apply; the recorded recipe is used even then, and a configured one
+that differs is reported. Damage is reported by side: source, result or record. Exit status: 0 when the proof holds, 1 when it does not, 2 when it could not be tried.
 """
 
 import argparse

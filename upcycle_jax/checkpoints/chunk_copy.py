@@ -297,9 +297,9 @@ def _bring_files(source: Path, folder: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         if relative == Path(MANIFEST) or not _can_link(path, place):
             scratch = place.with_name(place.name + ".tmp")
-            shutil.copyfile(
-                path, scratch
-            )  # Data files are never changed once written, so a link is safe; the manifest may be replaced.
+            # Data files never change once written, so a link to them is safe; the manifest may be
+            # replaced.
+            shutil.copyfile(path, scratch)
             scratch.rename(place)
 
 

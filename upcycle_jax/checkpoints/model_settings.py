@@ -65,9 +65,10 @@ def check_model(reader: Any, config: ModelConfig) -> None:
     for name, value in stated_by(reader).items():
         if ours.get(name) != value:
             raise ValueError(
-                f"{reader.path} states {name} {value!r}, the model of this run has {ours.get(name)!r}:"
-                f" with it the parameters compute something else. Set"
-                f" {type(config).__name__}.{name} = {value!r} in the model file, or choose the checkpoint of this model"
+                f"{reader.path} states {name} {value!r}, the model of this run has"
+                f" {ours.get(name)!r}: with it the parameters compute something else. Set"
+                f" {type(config).__name__}.{name} = {value!r} in the model file, or choose the"
+                " checkpoint of this model"
             )
 
 

@@ -88,8 +88,8 @@ class _Walker:
 
     def damaged(self, what: str) -> ValueError:
         return ValueError(
-            f"{printable(self.path)} is no complete msgpack checkpoint: {printable(what)} at byte {self.at} of"
-            f" {len(self.buffer)}. Copy it again"
+            f"{printable(self.path)} is no complete msgpack checkpoint: {printable(what)} at byte"
+            f" {self.at} of {len(self.buffer)}. Copy it again"
         )
 
     def take(self, count: int) -> bytes:

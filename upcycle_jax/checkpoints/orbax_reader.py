@@ -111,8 +111,8 @@ class OrbaxReader(ReaderBase):
                 ) from None
             if result.state != "value":
                 raise ValueError(
-                    f"{self.item}: leaf {printable(name)} is in the tree but its {self._member} is missing:"
-                    " the checkpoint is damaged"
+                    f"{self.item}: leaf {printable(name)} is in the tree but its {self._member} is"
+                    " missing: the checkpoint is damaged"
                 )
             documents[name] = result.value
         return documents
@@ -153,8 +153,9 @@ class OrbaxReader(ReaderBase):
             for position in storage.positions(layout.grid):
                 if f"{self._keys[name]}/{layout.key(position)}" not in present:
                     raise ValueError(
-                        f"{self.item}: leaf {printable(name)} of shape {list(layout.shape)} lacks its chunk"
-                        f" {layout.key(position)}: the checkpoint is damaged. Copy it again"
+                        f"{self.item}: leaf {printable(name)} of shape {list(layout.shape)} lacks"
+                        f" its chunk {layout.key(position)}: the checkpoint is damaged. Copy it"
+                        " again"
                     )
 
     @property
@@ -243,8 +244,8 @@ class OrbaxReader(ReaderBase):
             ]
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.item}: leaf {printable(name)} cannot be read, its data is missing or damaged:"
-                f" {storage.reason(error)}"
+                f"{self.item}: leaf {printable(name)} cannot be read, its data is missing or"
+                f" damaged: {storage.reason(error)}"
             ) from None
 
     def metadata(self) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def check_characters(path: str) -> None:
     """
     if "\\" in path or "\0" in path:
         raise ValueError(
-            f"{path!r}: checkpoints cannot lie at a path with a backslash or a null byte; rename the"
-            " folder"
+            f"{path!r}: checkpoints cannot lie at a path with a backslash or a null byte; rename"
+            " the folder"
         )
     # The longest names that are put beside a checkpoint end in '.partial' or a few characters more.
     if len(os.fsencode(path)) > 3800 or any(

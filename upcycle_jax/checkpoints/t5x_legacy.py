@@ -208,8 +208,8 @@ class T5XLegacyReader(ReaderBase):
         untrusted.check_folder_name(folder, f"{self._index}: leaf {printable(name)}")
         if self.path == self._index:
             raise ValueError(
-                f"{self._index} is one file, but its leaf {printable(name)} lies in a folder {folder} beside"
-                " it: open that folder, with the file in it as 'checkpoint'"
+                f"{self._index} is one file, but its leaf {printable(name)} lies in a folder"
+                f" {folder} beside it: open that folder, with the file in it as 'checkpoint'"
             )
         try:
             return StoredArray(self._folder / folder, spec, self.version, self._context)

@@ -86,11 +86,11 @@ def create_checkpoint(
     final = checked_output(path)
     if final.exists():
         raise FileExistsError(
-            f"{final} was finished by a call that was killed right after; what that call left beside"
-            " the arrays is removed now, and there is nothing more to do"
+            f"{final} was finished by a call that was killed right after; what that call left"
+            " beside the arrays is removed now, and there is nothing more to do"
             if tidy_finished(final)
-            else f"{final} exists already: nothing was changed. Choose another output path or remove"
-            " it first"
+            else f"{final} exists already: nothing was changed. Choose another output path or"
+            " remove it first"
         )
     specs = dict(sorted({STEP: LeafSpec((), np.dtype(np.int32)), **specs}.items()))
     kind = specs[STEP].dtype

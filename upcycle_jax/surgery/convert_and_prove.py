@@ -105,7 +105,7 @@ def convert(
         dense parent to compare with.
       tokens: what the function check compares the models on; None: random tokens.
       dry_run: stop after the plan.
-      report: is given every line for people.
+      report: called with every line of output.
 
     Raises:
       ValueError: the source does not fit, `output_path` is taken, or an argument is out of range.
@@ -215,7 +215,7 @@ def verify(
       max_memory: see `convert`.
       tokens: see `convert`.
       source_damage: why the source cannot be opened, where it is there.
-      report: is given every line for people.
+      report: called with every line of output.
 
     Raises:
       ValueError: the model contradicts what source or result states of it.
@@ -279,7 +279,7 @@ def differences(recipe: Recipe | MergeRecipe, recorded: Recipe | MergeRecipe) ->
 
 
 def _short(value: Any) -> str:
-    """A setting for people: a part of a recipe with its own settings."""
+    """A setting as text; a part of a recipe with its own settings."""
     if isinstance(value, dict) and "type" in value:
         inner = ", ".join(f"{k}={v!r}" for k, v in value.items() if k != "type")
         return f"{value['type']}({inner})"

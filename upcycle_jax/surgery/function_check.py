@@ -87,7 +87,8 @@ def check_function(
       sparse: the sparse model; the dense one follows from it.
       dense_reader: the dense checkpoint.
       sparse_reader: the sparse checkpoint.
-      tokens: random ones, or real text. So many of its first rows are used as `max_memory` allows.
+      tokens: random ones, or real text. As many of its first rows are used as `max_memory`
+        allows.
       max_memory: bytes, half for activations, half for the weights of a layer: experts are read as
         many at a time as that allows. The floor is one layer of each model without experts, three
         experts, one row's activations, and logits of `lanes.LOGIT_BYTES` for each model.
@@ -227,6 +228,16 @@ def _compare_logits(
     dense_weights: LayerWeights,
     sparse_weights: LayerWeights,
 ) -> _Logits:
+    """Compares the logits of real target tokens, a block of rows at a time.
+
+    Args:
+      dense: the dense model, after all steps but the last.
+      lanes: the sparse models, likewise.
+      targets: int `[batch, length]`, 0 for padding.
+      vocab_size: columns of the logits.
+      dense_weights: where the parameters of the last step come from.
+      sparse_weights: likewise.
+    """
     dense_params = dense_weights.of(dense.steps[-1])
     sparse_params = sparse_weights.of(lanes[0].steps[-1])
     found = _Logits([0.0] * len(lanes), 0.0, (0.0, 0.0), finite=True)

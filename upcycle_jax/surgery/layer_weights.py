@@ -126,6 +126,7 @@ class LayerWeights:
         }
 
     def _expert_leaves(self, step: Step) -> dict[str, trees.LeafSpec]:
+        """The stored leaves of a step's experts, `[E, ...]`, by path."""
         return {
             path: self._stored[f"target/{path}"]
             for path in self.specs
@@ -168,7 +169,7 @@ def _is_below(folder: str, path: str) -> bool:
 
 
 def _runs(numbers: list[int], at_most: int) -> Iterator[range]:
-    """Ascending numbers as ranges of at most so many."""
+    """Ascending numbers as ranges of at most `at_most` each."""
     start = 0
     while start < len(numbers):
         stop = start + 1

@@ -14,12 +14,12 @@ from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.plan import Row
 
 SIGMAS = 6.0
-"""Sample means and deviations may lie so many standard errors off: about one false alarm in 10^9
+"""Standard errors that a sample mean or deviation may be off: about one false alarm in 10^9
 samples.
 """
 DRAW_ULPS = 4
-"""Drawn values may differ by so many units in the last place: the normal transform is not the same
-to the bit on every backend.
+"""Units in the last place that a drawn value may differ: the normal transform is not the same to
+the bit on every backend.
 """
 
 
@@ -43,7 +43,7 @@ class LeafVerdict:
       mean: mean of the drawn values (of what was added to the source, where something was added),
         None where nothing was drawn.
       std: their standard deviation.
-      checksum: of the leaf, where it is no plain copy of a source leaf.
+      checksum: of the leaf, where it is not a plain copy of a source leaf.
       blame: which side is not as it was at the conversion, where the leaf is wrong and the record
         tells: 'source', 'result' or 'both'.
       readable: the leaf has the planned shape, and it and its sources can be read.
@@ -79,6 +79,7 @@ class Moments:
         self.count, self.total, self.squares = 0, 0.0, 0.0
 
     def add(self, values: np.ndarray) -> None:
+        """Adds values; their shape does not matter."""
         values = np.asarray(values, np.float64)
         self.count += values.size
         self.total += float(values.sum())
@@ -148,6 +149,7 @@ def check_region(
 def _check_expectation(
     row: Row, expected: Expectation, actual: np.ndarray, verdict: LeafVerdict, moments: Moments
 ) -> str:
+    """Compares a region with what is expected without the generator; see `check_region`."""
     wanted = expected.values
     if (
         expected.kept is True

@@ -93,6 +93,11 @@ class LeafProver:
     # Copies: each distinct stored array is looked at once.
 
     def _copies(self, row: Row, verdict: LeafVerdict) -> None:
+        """Proves a copy, or copies of one source leaf for all experts.
+
+        Experts whose stored bytes are the same are looked at once; those that share the source's
+        own bytes are not read at all.
+        """
         name, experts = row.sources[0], range(row.spec.shape[0]) if row.operation.stacked else (0,)
         size, nbytes = row.spec.size // len(experts), row.spec.nbytes // len(experts)
         if not len(experts) or not size:
@@ -128,6 +133,7 @@ class LeafProver:
     def _shared_with_source(
         self, row: Row, experts: list[int], size: int, verdict: LeafVerdict
     ) -> None:
+        """Proves experts that share the stored bytes of their source leaf."""
         name = row.sources[0]
         found = self.sums[name]
         if found.nonfinite:
@@ -258,6 +264,7 @@ class LeafProver:
             verdict.by_checksum = row.spec.size
 
     def _compare_sum(self, row: Row, now: str | None, verdict: LeafVerdict) -> None:
+        """Compares a leaf's checksum with the recorded one, and finds the side that changed."""
         verdict.checksum, then = now, self.recorded.results.get(row.target)
         changed = any(self.changed(name) for name in row.sources)
         if then is None or now is None:
@@ -272,6 +279,7 @@ class LeafProver:
             verdict.blame = "source"
 
     def _regions(self, row: Row, experts: list[int]) -> list[Region]:
+        """The regions of a leaf that belong to some of its experts."""
         regions = regions_of(row, self.region_bytes)
         if not row.operation.stacked:
             return regions
@@ -279,6 +287,11 @@ class LeafProver:
         return [region for region in regions if region[0].start in wanted]
 
     def _read(self, row: Row, region: Region) -> np.ndarray:
+        """A region of the result.
+
+        Raises:
+          _CannotBeRead: its data is missing or damaged.
+        """
         try:
             actual = self.target.read(row.target, region or None)
         except (ValueError, KeyError, OSError) as error:
@@ -313,4 +326,5 @@ class _Nothing:
 
 
 def _where(row: Row, region: Region) -> str:
+    """'expert 3: ' for a region of stacked experts, else nothing."""
     return f"expert {region[0].start}: " if row.operation.stacked else ""

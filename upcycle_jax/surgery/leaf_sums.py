@@ -55,6 +55,7 @@ def leaf_sums(
     made = {name: _Sum(specs[name]) for name in wanted}
 
     def add(name: str, region: Region) -> None:
+        """Reads one block and adds it to the checksum of its leaf."""
         found = made[name]
         if found.problem:
             return

@@ -73,6 +73,7 @@ class RowValues:
         return slabs[0][None] if len(slabs) == 1 else np.stack(slabs)
 
     def _slab_region(self, expert: int, inner: Region) -> np.ndarray:
+        """A region of one expert's slab, or of the leaf where not stacked, in the leaf's dtype."""
         operation = self.row.operation
         if self.whole_slabs:
             if self._slab is None or self._slab[0] != expert:

@@ -82,6 +82,11 @@ class _Matching(abc.ABC):
         self.drops: dict[str, str] = {}
 
     def plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+          ValueError: see `make_plan`.
+        """
         self.check()
         for path, spec in sorted(
             self.target.items(), key=lambda item: (item[0].startswith(STATE), item[0])
@@ -122,6 +127,7 @@ class _Matching(abc.ABC):
         """Whether a source slot belongs to a parameter that does not stay as it is."""
 
     def slot(self, path: str, spec: LeafSpec) -> None:
+        """Adds the row of an optimizer slot of the target."""
         if self.recipe.optimizer_state == "reset":
             self.add(path, spec, Zeros(), ())
             return
@@ -150,6 +156,7 @@ class _Matching(abc.ABC):
         )
 
     def step(self, spec: LeafSpec) -> None:
+        """Adds the row of the training step."""
         if self.recipe.step == "reset":
             self.add(STEP, spec, Zeros(), ())
         elif isinstance(self.recipe.step, int):
@@ -164,6 +171,7 @@ class _Matching(abc.ABC):
             )
 
     def step_source(self) -> str:
+        """The source leaf that holds the step."""
         return STEP
 
     def add(
@@ -175,6 +183,7 @@ class _Matching(abc.ABC):
         remedy: str = "",
         layer: str = "",
     ) -> None:
+        """Adds a row, or the fault that stands in its way with `remedy`."""
         absent = [name for name in sources if name not in self.source]
         if absent:
             self.faults.append(
@@ -182,7 +191,8 @@ class _Matching(abc.ABC):
             )
             self.remedies.append(
                 remedy
-                or "Remedy: choose the model file that belongs to the source; a deeper target needs Recipe.depth."
+                or "Remedy: choose the model file that belongs to the source; a deeper target needs"
+                " Recipe.depth."
             )
             return
         specs = tuple(self.source[name] for name in sources)
@@ -206,7 +216,8 @@ class _Matching(abc.ABC):
             )
             self.remedies.append(
                 remedy
-                or "Remedy: choose the model file of the source's size, or the source of the model's."
+                or "Remedy: choose the model file of the source's size, or the source of the"
+                " model's."
             )
         self.rows.append(Row(path, spec, operation, tuple(sources), specs, layer))
 
@@ -232,6 +243,7 @@ class _Matching(abc.ABC):
                 )
 
     def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
+        """Why a source leaf that no row uses may be dropped; None where it may not."""
         if name == STEP:
             return (
                 "the step is set by the recipe"
@@ -304,6 +316,7 @@ class _Upcycling(_Matching):
                 self.dense(path, spec)
 
     def shared(self, path: str, spec: LeafSpec) -> None:
+        """Adds the row of a shared expert's matrix."""
         self.cut(path, spec, self.origin(path, spec))
 
     def cut(self, path: str, spec: LeafSpec, source: str) -> None:
@@ -316,9 +329,11 @@ class _Upcycling(_Matching):
         self.add(path, spec, FirstUnits(axis, spec.shape[axis]), (source,))
 
     def expert_sources(self, path: str, spec: LeafSpec) -> tuple[str, ...]:
+        """The source leaves of an expert's matrix."""
         return (self.origin(path, spec),)
 
     def dense(self, path: str, spec: LeafSpec) -> None:
+        """Adds the row of a parameter that stays dense."""
         self.add(path, spec, Copy(), (self.origin(path, spec),))
 
     def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:

@@ -177,7 +177,7 @@ class SharedChunks:
     Attributes:
       references: target leaf -> where its chunks come from.
       mode: by reference, or as encoded bytes.
-      reason: one line about it for people.
+      reason: one line that says why.
     """
 
     references: dict[str, chunk_copy.Reference]
@@ -226,6 +226,7 @@ def _offline_leaf(
     *,
     first_expert_only: bool,
 ) -> None:
+    """Writes one leaf, piece by piece; pieces that an earlier call wrote are skipped."""
     values = RowValues(row, reader, seed)
     regions = list(writer.pieces(row.target))
     if first_expert_only:

@@ -50,6 +50,7 @@ def apply_online(
 
 
 def _online_leaf(row: Row, reader: Reader, seed: int, sharding: Sharding) -> jax.Array:
+    """Makes one leaf: read as it is, moved on the devices, or made on the host."""
     if isinstance(row.operation, Copy) and not row.casts:
         return reader.read_sharded(row.sources[0], sharding)
     if isinstance(row.operation, Movement) and row.moves_values:

@@ -157,7 +157,7 @@ class Plan:
 
         Args:
           shardings: sharding of each target leaf, shown where given.
-          max_rows: show so many rows of leaves and count the rest; None: all.
+          max_rows: the number of leaves to show; the rest is counted. None: all.
         """
         header = [
             "target leaf",
@@ -202,6 +202,7 @@ class Plan:
         return "\n".join(out)
 
     def _totals(self) -> Iterable[str]:
+        """Lines that count operations, bytes and dropped leaves."""
         counts: dict[str, list[int]] = {}
         for row in self.rows:
             entry = counts.setdefault(row.what, [0, 0])

@@ -89,7 +89,7 @@ class Proof:
         return not self.missing and all(leaf.readable for leaf in self.leaves)
 
     def text(self) -> str:
-        """A summary for people; wrong leaves in full."""
+        """A summary; wrong leaves in full."""
         identical, drawn = (
             sum(leaf.identical for leaf in self.leaves),
             sum(leaf.drawn for leaf in self.leaves),
@@ -289,6 +289,7 @@ def _workers(rows: list[Row], max_memory: int) -> int:
 
 
 def _source_damage(prover: LeafProver, sums: dict[str, LeafSum]) -> list[str]:
+    """A line for each source leaf that is not what it was at the conversion."""
     lines = []
     for name in filter(prover.changed, sums):
         found, then = sums[name], prover.recorded.checksums.get(name)
@@ -303,6 +304,7 @@ def _source_damage(prover: LeafProver, sums: dict[str, LeafSum]) -> list[str]:
 
 
 def _result_damage(prover: LeafProver, leaves: list[LeafVerdict]) -> list[str]:
+    """A line for each leaf and small file of the result that is not what it was when written."""
     lines = [
         f"{leaf.path}{_stored_in(prover.stored.files(leaf.path))}"
         for leaf in leaves

@@ -239,12 +239,12 @@ class QwenExperts:
     """Fine-grained experts of any width: repeat the MLP, shuffle each repetition, slice, redraw a
     share (Qwen2 technical report, arXiv 2407.10671, 2.2.2).
 
-    The report says that half of every expert's parameters is drawn anew and not from what
+    The report says that half of every expert's parameters is redrawn and not from what
     distribution; here whole hidden units are redrawn, from the mean and deviation of the slice that
     they replace.
 
     Attributes:
-      redraw: share of the hidden units of each expert that is drawn anew.
+      redraw: share of the hidden units of each expert that is redrawn.
       shuffle: permute the intermediate axis inside each repetition.
     """
 
@@ -295,7 +295,7 @@ class NormalRouter:
 
     Attributes:
       std: standard deviation.
-      repeat: repeat every column so many times in a row (virtual groups: the granularity).
+      repeat: how often every column stands in a row (virtual groups: the granularity).
     """
 
     std: checks.NotNegative = 0.02

@@ -2,7 +2,7 @@
 
 The record lies in the checkpoint's own metadata from the moment it exists: recipe, sources, model,
 and of every source leaf its shape, dtype and checksum. `proof.json`, written
-once the conversion is proved, repeats it and adds the checksums of the leaves that are no plain
+once the conversion is proved, repeats it and adds the checksums of the leaves that are not plain
 copies, and the digests of the small files beside the arrays. Both carry a seal, so that damage in
 one of them is told from damage in the arrays. A seal tells damage, not forgery: whoever rewrites a
 file can seal it again.
@@ -75,7 +75,7 @@ class Recorded:
       fingerprint: of the source; '' where none is recorded.
       specs: shape and dtype of every source leaf; empty where none are recorded.
       checksums: of the source leaves, used or dropped.
-      results: checksums of the leaves of the result that are no plain copies, by path.
+      results: checksums of the leaves of the result that are not plain copies, by path.
       files: sha256 of the small files of the result, by name relative to it.
       model: the configuration of the result's model, as JSON; None where none is recorded.
       content: the record as it was written.
@@ -95,8 +95,8 @@ class Recorded:
 
 
 def read_recorded(target: Reader) -> Recorded:
-    """Reads what a checkpoint records about its making. Damage, and a recipe of another version, are
-    told in `problems`, not raised.
+    """Reads what a checkpoint records about its making. Damage and a recipe of another version are
+    reported in `problems`, not raised.
     """
     folder = _folder(target)
     problems: list[str] = []
@@ -159,6 +159,7 @@ def _proof_file(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _parsed(content: dict[str, Any], problems: list[str]) -> Recorded:
+    """The record as an object; an empty one, with a problem, where this version cannot read it."""
     try:
         surgery = content.get("surgery", {})
         leaves = surgery.get("leaves", {})
@@ -185,6 +186,7 @@ def _parsed(content: dict[str, Any], problems: list[str]) -> Recorded:
 
 
 def _folder(target: Reader) -> Path | None:
+    """The local folder of a checkpoint; None where it has none."""
     path = getattr(target, "path", None)
     if path is None or not storage.is_local(path) or not os.path.isdir(path):
         return None

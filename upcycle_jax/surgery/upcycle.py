@@ -38,7 +38,7 @@ class Upcycle(ConversionSettings):
 
         Args:
           dry_run: stop after the plan.
-          report: is given every line for people.
+          report: called with every line of output.
 
         Raises:
           FileNotFoundError: there is no checkpoint at the source path.

@@ -95,7 +95,7 @@ class FunctionCheck:
     ok: bool
 
     def text(self) -> str:
-        """For people."""
+        """Prediction and measurement as text."""
         lines = [
             (
                 f"function check: {'PASSED' if self.ok else 'FAILED'}; predicted:"
@@ -173,6 +173,7 @@ def has_shared_expert(model: Model) -> bool:
 def _why_not_exact(
     stack: str, router: Router, moe: MoeSettings, rows: int, length: int
 ) -> list[str]:
+    """Why a stack's MoE layers do not give exactly the dense MLP's output; empty where they do."""
     reasons = []
     if not router.unit_weights:
         reasons.append(f"combine weights are not renormalised in the {stack}")

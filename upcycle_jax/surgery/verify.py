@@ -42,7 +42,7 @@ class Verify(ConversionSettings):
         """Proves the result and reports the verdict; see `convert_and_prove.verify`.
 
         Args:
-          report: is given every line for people.
+          report: called with every line of output.
 
         Raises:
           FileNotFoundError: a checkpoint is not there.

@@ -2,7 +2,7 @@
 Qwen-style.
 
 All three are the same two steps: take hidden units `index[e]` of the dense matrix along its
-intermediate axis, scale, then draw a part of them anew. They differ in which units, and that choice
+intermediate axis, scale, then redraw a part of them. They differ in which units, and that choice
 is made on the host from integers (`prepare`).
 
 Legend: E experts, f dense hidden units, w hidden units of one expert.
@@ -29,7 +29,7 @@ class HiddenUnits(Operation):
 
     Attributes:
       axis: intermediate axis of the dense matrix (1 of wi `[d, f]`, 0 of wo `[f, d]`).
-      redraw: share r of the expert's hidden units to draw anew, floor(r * w) of them, from N(mean,
+      redraw: share r of the expert's hidden units to redraw, floor(r * w) of them, from N(mean,
         std^2) of the very slice that is replaced (one scalar each per expert and matrix).
       shuffle: permute the hidden units first, alike in all matrices of the MLP, which leaves the
         MLP's function as it is.

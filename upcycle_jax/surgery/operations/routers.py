@@ -17,7 +17,7 @@ class RouterNormal(Operation):
 
     Attributes:
       std: standard deviation.
-      repeat: so many consecutive columns are equal (virtual groups); 1: all differ.
+      repeat: number of consecutive columns that are equal (virtual groups); 1: all differ.
     """
 
     std: float
