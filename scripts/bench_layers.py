@@ -7,7 +7,7 @@ compile time, memory, FLOPs.
 
 Nothing is executed, so any size can be asked for; the programs are those of one device of this
 machine's kind. `peak` is what the step needs beside its arguments, `estimate` the same from shapes
-alone (models/step_memory.py), `FLOPs` the matrix products it executes.
+alone (upcycle_jax/costs/activations.py), `FLOPs` the matrix products it executes.
 """
 
 import argparse
@@ -76,13 +76,11 @@ def main() -> None:
             task_feature_lengths={"inputs": args.inputs, "targets": args.targets},
         )
         compiled = compilation.compile_train_step(work)
-        peak, estimate = (
-            value / 2**20
-            for value in (compiled.temporary_bytes, compilation.memory(work).temporaries)
-        )
-        flops = compilation.all_flops(work).hardware
+        gradients = compilation.state_bytes(work).parameters
+        estimate = max(work.costs.all_activation_bytes, gradients)
         print(
-            f"| {form} | {compiled.seconds:.0f} | {peak:,.0f} | {estimate:,.0f} | {flops:.3g} |",
+            f"| {form} | {compiled.seconds:.0f} | {compiled.temporary_bytes / 2**20:,.0f} |"
+            f" {estimate / 2**20:,.0f} | {work.costs.hardware_flops:.3g} |",
             flush=True,
         )
 

@@ -18,8 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax.costs import step
+from upcycle_jax.costs.shapes import StepShape
 from upcycle_jax.layers.mlp import MlpBlock
-from upcycle_jax.models import accounting
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe import grouped_experts
 from upcycle_jax.moe.config import MoeSettings
@@ -280,12 +281,9 @@ def train_steps(
     dense, upcycled = compare(
         programs, baseline="dense", tokens=batch_size * (inputs + targets), rounds=rounds
     )
-    flops = [
-        accounting.forward_flops(
-            model.config, batch_size=batch_size, inputs_length=inputs, targets_length=targets
-        ).total
-        for model in models
-    ]
+    shape = StepShape(batch_size=batch_size, lengths=lengths)
+    one = Partitioner(devices=(jax.devices()[0],))
+    flops = [step.of_step(model, shape, one).forward_flops for model in models]
     return StepComparison(name, dense, upcycled, flops[1] / flops[0])
 
 

@@ -35,6 +35,7 @@ ROOMS = (
     ("features",),
     ("data", "tasks"),
     ("models",),
+    ("costs",),
     ("checkpoints",),
     ("surgery",),
     ("config",),

@@ -9,7 +9,7 @@ import pytest
 
 from upcycle_jax import axes, model_info
 from upcycle_jax.config import load
-from upcycle_jax.models import info
+from upcycle_jax.costs import model_info as info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 

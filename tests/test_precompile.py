@@ -17,7 +17,7 @@ import pytest
 from upcycle_jax import config, precompile
 from upcycle_jax.config.search import shipped_files, shipped_folder
 from upcycle_jax.config.stand_ins import STAND_INS
-from upcycle_jax.models.hardware import GIB
+from upcycle_jax.costs.hardware import GIB
 from upcycle_jax.planning import collectives, compilation, pod_report, topologies
 from upcycle_jax.planning.collectives import Collective, Traffic
 from upcycle_jax.planning.topologies import Chip, Topology

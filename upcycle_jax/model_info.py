@@ -24,26 +24,21 @@ if TYPE_CHECKING:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
+    from upcycle_jax.costs import model_info
     from upcycle_jax.data import DatasetConfig
-    from upcycle_jax.models import info
     from upcycle_jax.models.base import Model
-    from upcycle_jax.models.t5.config import T5Config
 
     model = loaded.macro("MODEL", Model)
-    specs = model.param_specs()
-    lines = [info.model_info(specs, partitioner=loaded.build("Partitioner")())]
-    if isinstance(model.config, T5Config):
-        lengths_kind = checks.annotations_of(DatasetConfig)["task_feature_lengths"]
-        batch_size, lengths = (
-            loaded.macro(name, kind) if loaded.has_macro(name) else None
-            for name, kind in (("BATCH_SIZE", checks.Size), ("TASK_FEATURE_LENGTHS", lengths_kind))
-        )
-        lines += [
-            f"{line}\n"
-            for line in info.cost_lines(model.config, specs, batch_size=batch_size, lengths=lengths)
-        ]
+    partitioner = loaded.build("Partitioner")()
+    lengths_kind = checks.annotations_of(DatasetConfig)["task_feature_lengths"]
+    batch_size, lengths = (
+        loaded.macro(name, kind) if loaded.has_macro(name) else None
+        for name, kind in (("BATCH_SIZE", checks.Size), ("TASK_FEATURE_LENGTHS", lengths_kind))
+    )
+    text = model_info.model_info(model.param_specs(), partitioner=partitioner)
+    lines = model_info.cost_lines(model, partitioner, batch_size=batch_size, lengths=lengths)
     command.say_unused(loaded, name="model_info", other_functions=registry.FUNCTIONS)
-    sys.stdout.write("".join(lines))
+    sys.stdout.write(text + "".join(f"{line}\n" for line in lines))
     return 0
 
 

@@ -6,7 +6,8 @@ import pathlib
 import jax
 import pytest
 
-from upcycle_jax.models import accounting, layout
+from upcycle_jax.costs import parameters
+from upcycle_jax.models import layout
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 
@@ -43,8 +44,7 @@ def test_counts(size):
     assert (
         sum(leaf.size for leaf in EncoderDecoderModel(config(size)).param_specs().values()) == dense
     )
-    sparse = config(size, MoeConfig())
-    counts = accounting.count_parameters(sparse, EncoderDecoderModel(sparse).param_specs())
+    counts = parameters.count(EncoderDecoderModel(config(size, MoeConfig())))
     assert (counts.total, counts.routers) == (upcycled, routers)
     # Both routers give a token two experts: of every MoE layer, 30 of 32 experts are inactive, so
     # two dense MLPs' worth is active where dense has one.

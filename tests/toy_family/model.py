@@ -47,6 +47,10 @@ class ToyConfig:
         return jnp.dtype(self.dtype)
 
     @property
+    def remat_policy(self):
+        return "none"
+
+    @property
     def dense(self):
         return dataclasses.replace(self, moe=None)
 

@@ -16,6 +16,7 @@ from upcycle_jax.features import FeatureConverter
 from upcycle_jax.models import layer_names
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.metrics import Metrics
+from upcycle_jax.models.stacking import RematPolicy
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.policy import LayerSizes, RoutingPolicy, routing_policy
 from upcycle_jax.moe.routing import Router
@@ -101,6 +102,10 @@ class ModelConfig(Protocol):
     @property
     def activation_dtype(self) -> jnp.dtype:
         """`dtype` as a dtype."""
+
+    @property
+    def remat_policy(self) -> RematPolicy:
+        """What the backward pass computes again."""
 
     @property
     def dense(self) -> Self:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
-from upcycle_jax.moe import all_to_all, grouped_matmul
+from upcycle_jax.moe import all_to_all, even_load, grouped_matmul
 from upcycle_jax.partitioning import (
     DATA,
     EXPERT,
@@ -45,6 +45,8 @@ def resolve(dispatch: Dispatch) -> Dispatch:
     Raises:
       ValueError: 'ragged_dot' was asked for where it becomes one masked product per expert.
     """
+    if even_load.is_active():
+        return "ragged_dot"
     platform = active_platform()
     if dispatch == "auto":
         return _automatic(platform)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
 from upcycle_jax.layers.projection import sums
+from upcycle_jax.moe import even_load
 from upcycle_jax.partitioning import EXPERT, active_mesh_shape, active_platform
 
 LARGE = 2**17
@@ -34,7 +35,8 @@ def is_faster(matrix_size: int) -> bool:
     It is on CPUs, unless experts are split over devices. An accelerator needs the large product.
     """
     return (
-        matrix_size >= LARGE
+        not even_load.is_active()
+        and matrix_size >= LARGE
         and active_platform() == "cpu"
         and active_mesh_shape().get(EXPERT, 1) == 1
     )

@@ -1,7 +1,7 @@
 """Routing policies: how tokens are grouped, which of them take part and count, and how much room
 experts have. A router then decides who goes where.
 
-Four policies cover what settings ask for, see `routing_policy`. The layer, the accounting and the
+Four policies cover what settings ask for, see `routing_policy`. The layer, `costs` and the
 proofs of conversions all take a layer's sizes from here (`layer_sizes`).
 
 Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expert and group).

@@ -6,25 +6,25 @@ computed and no checkpoint is read.
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from upcycle_jax import surgery
-from upcycle_jax.models import accounting, step_cost, step_memory
-from upcycle_jax.models.step_cost import StepFlops, StepShape
-from upcycle_jax.models.step_memory import StepMemory
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.costs import parameters
+from upcycle_jax.costs.step import StepCosts
+from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import collectives
 from upcycle_jax.planning.collectives import Traffic
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery import online
 from upcycle_jax.training import batches, prepare
+from upcycle_jax.training.step_costs import step_costs
 from upcycle_jax.training.train_state import from_state_dict, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
@@ -43,12 +43,12 @@ class Workload:
       trainer: optimizer, schedule, microbatches.
       partitioner: the mesh, over the devices to compile for.
       batch_size: rows of a batch, over all devices.
-      task_feature_lengths: lengths of 'inputs' and 'targets'.
+      task_feature_lengths: lengths of the features that the model needs.
       packed: whether batches carry segments.
       recipe: how a dense checkpoint becomes the model, or None for no upcycling.
     """
 
-    model: EncoderDecoderModel
+    model: Model
     trainer: Trainer
     partitioner: Partitioner
     batch_size: int
@@ -72,6 +72,27 @@ class Workload:
             packed=dataset.pack,
             recipe=getattr(restore, "recipe", None),
         )
+
+    @functools.cached_property
+    def costs(self) -> StepCosts:
+        """What one step costs, from the trace of the model.
+
+        Raises:
+          ValueError: the tokens do not divide into routing groups.
+        """
+        return step_costs(
+            self.model,
+            self.trainer,
+            self.partitioner,
+            batch_size=self.batch_size,
+            lengths=self.task_feature_lengths,
+            packed=self.packed,
+        )
+
+    @property
+    def device_model_flops(self) -> float:
+        """Model FLOPs of one step on one device: matrix products, forward and backward."""
+        return self.costs.model_flops / self.partitioner.mesh.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,60 +152,7 @@ def state_bytes(workload: Workload, partitioner: Partitioner | None = None) -> S
         {path: spec for path, spec in specs.items() if path.startswith(prefix)}
         for prefix in (TARGET, PARAM_STATES)
     ]
-    return State(*(accounting.memory(part, partitioner).per_device for part in parts))
-
-
-def step_shape(workload: Workload) -> StepShape:
-    """What a step works on."""
-    return StepShape(
-        batch_size=workload.batch_size,
-        inputs_length=workload.task_feature_lengths["inputs"],
-        targets_length=workload.task_feature_lengths["targets"],
-        num_microbatches=workload.trainer.num_microbatches or 1,
-    )
-
-
-def all_flops(workload: Workload) -> StepFlops:
-    """FLOPs of one step from the shapes: the model's, those computed again, and all that one device
-    executes.
-    """
-    return step_cost.step_flops(
-        workload.model.config,
-        step_shape(workload),
-        partitioner=workload.partitioner,
-        specs=workload.model.param_specs(),
-        optimizer_operations=workload.trainer.optimizer.operations_per_parameter,
-    )
-
-
-def memory(workload: Workload) -> StepMemory:
-    """Bytes of a step on one device, from the shapes."""
-    specs = state_specs(workload.model, workload.trainer.optimizer)
-    return step_memory.step_memory(
-        workload.model.config,
-        step_shape(workload),
-        partitioner=workload.partitioner,
-        specs=workload.model.param_specs(),
-        optimizer_specs={
-            path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)
-        },
-    )
-
-
-def step_flops(workload: Workload) -> float:
-    """Model FLOPs of one step on one device: matrix products, forward and backward, from the
-    shapes.
-    """
-    return all_flops(workload).model / workload.partitioner.mesh.size
-
-
-def exchange_bytes(workload: Workload) -> int:
-    """Bytes of all-to-alls on one device in one step, from the shapes; of dropless routers at even
-    load.
-    """
-    return step_cost.exchange_bytes(
-        workload.model.config, step_shape(workload), partitioner=workload.partitioner
-    )
+    return State(*(parameters.nbytes(part, partitioner).per_device for part in parts))
 
 
 def compile_train_step(workload: Workload) -> Compiled:
@@ -230,9 +198,7 @@ def compile_upcycling(workload: Workload) -> list[Compiled]:
     Raises:
       ValueError: the recipe does not fit the model.
     """
-    config = workload.model.config
-    dense = EncoderDecoderModel(dataclasses.replace(config, moe=None))
-    optimizer = workload.trainer.optimizer
+    dense, optimizer = workload.model.dense, workload.trainer.optimizer
     targets = state_specs(workload.model, optimizer)
     shardings = workload.partitioner.shardings(targets)
     plan = surgery.make_plan(state_specs(dense, optimizer), targets, workload.recipe)
@@ -339,7 +305,7 @@ def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str
             consider(f"NUM_EXPERT_PARTITIONS = {parts}", num_expert_partitions=parts)
     if not partitioner.fsdp:
         consider("Partitioner.fsdp = True", fsdp=True)
-    for parts in _larger_divisors(config.num_heads, partitioner.num_model_partitions):
+    for parts in _larger_divisors(partitioner.mesh.size, partitioner.num_model_partitions):
         consider(f"NUM_MODEL_PARTITIONS = {parts}", num_model_partitions=parts)
     activations = max(needed_bytes - now.with_gradients, 0)
     microbatches, rows = workload.trainer.num_microbatches or 1, workload.batch_size
@@ -380,10 +346,3 @@ def gib(nbytes: float) -> str:
 def mesh_text(partitioner: Partitioner) -> str:
     """The mesh, e.g. 'data 8 x expert 32 x model 1'."""
     return " x ".join(f"{name} {size}" for name, size in partitioner.mesh.shape.items())
-
-
-def num_parameters(workload: Workload) -> int:
-    """Parameters of the model."""
-    return sum(
-        int(np.prod(spec.shape, dtype=np.int64)) for spec in workload.model.param_specs().values()
-    )

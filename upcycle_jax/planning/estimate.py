@@ -14,12 +14,11 @@ import re
 from jax.sharding import AbstractMesh
 
 from upcycle_jax import axes
-from upcycle_jax.models import accounting, hardware
-from upcycle_jax.models.hardware import Accelerator
-from upcycle_jax.models.t5.config import T5Config
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.costs import hardware, parameters
+from upcycle_jax.costs.hardware import Accelerator
+from upcycle_jax.costs.shapes import StepShape
 from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, Partitioner
-from upcycle_jax.planning import compilation, traced_memory
+from upcycle_jax.planning import compilation
 from upcycle_jax.planning.compilation import State, Workload
 from upcycle_jax.training import batches, prepare
 
@@ -309,14 +308,10 @@ def make_plan(
       mfu: lowest and highest MFU of dense models.
 
     Raises:
-      ValueError: the model is dense or of an architecture whose cost is not counted, a number is
-        out of range, or the batch, the groups or an array do not divide over the mesh; the message
-        says what to change.
+      ValueError: the model is dense, a number is out of range, or the batch, the groups or an array
+        do not divide over the mesh; the message says what to change.
     """
-    config = workload.model.config
-    if not isinstance(config, T5Config):
-        raise ValueError(f"plans count T5 1.1 models; MODEL is {type(config).__name__}")
-    if config.moe is None:
+    if workload.model.config.moe is None:
         raise ValueError(
             "MODEL is dense: give the model that it becomes, e.g."
             " --gin_file=models/t5_1_1_base_upcycled.gin"
@@ -345,11 +340,11 @@ def make_plan(
         batch_size=sparse.batch_size,
         task_feature_lengths=sparse.task_feature_lengths,
     )
-    dense = dataclasses.replace(sparse, model=EncoderDecoderModel(config.dense))
+    dense = dataclasses.replace(sparse, model=sparse.model.dense)
     moe_mfu = (mfu[0] * MOE_SLOWDOWN[0], mfu[1] * MOE_SLOWDOWN[1])
     upcycled = cost_of(Kind.UPCYCLED, sparse, hardware, mfu=moe_mfu)
     memory = upcycled.memory
-    lengths = sparse.task_feature_lengths
+    shape = StepShape(batch_size=sparse.batch_size, lengths=sparse.task_feature_lengths)
     return Plan(
         name=name,
         hardware=hardware,
@@ -362,7 +357,7 @@ def make_plan(
         extra_steps=steps,
         is_assumed=extra_steps is None,
         dense_steps=dense_steps,
-        tokens_per_step=sparse.batch_size * (lengths["inputs"] + lengths["targets"]),
+        tokens_per_step=shape.num_tokens(sparse.model),
         mfu=Range(*mfu),
         advice=(
             []
@@ -386,14 +381,14 @@ def cost_of(
     Raises:
       ValueError: an array or the groups do not divide over the mesh.
     """
-    counts = accounting.count_parameters(workload.model.config, workload.model.param_specs())
+    counts, costs = parameters.count(workload.model), workload.costs
     state = compilation.state_bytes(workload)
     chip = hardware.chip
-    per_device = compilation.step_flops(workload)
-    memory = Memory(state, traced_memory.activation_bytes(workload), chip.device_hbm_bytes)
+    per_device = workload.device_model_flops
+    memory = Memory(state, costs.activation_bytes, chip.device_hbm_bytes)
     # Parameters, slots and gradients are each read and written once.
     moved = 2 * state.with_gradients
-    sent = compilation.exchange_bytes(workload) + gradient_bytes(workload)
+    sent = costs.exchange_bytes + gradient_bytes(workload)
     time = StepTime(
         compute=Range(
             per_device / (chip.device_peak_flops * mfu[1]),
@@ -415,7 +410,7 @@ def summed_bytes(workload: Workload) -> dict[int, int]:
     """
     partitioner = workload.partitioner
     sizes = partitioner.mesh.shape
-    narrow = {"float32": 4, "bfloat16": 2}[workload.model.config.dtype]
+    narrow = workload.model.config.activation_dtype.itemsize
     found: dict[int, int] = {}
     for path, leaf in workload.model.param_specs().items():
         replicas = sizes[DATA] if axes.EXPERT in leaf.axes else sizes[DATA] * sizes[EXPERT]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from upcycle_jax.models import accounting
+from upcycle_jax.costs import exchange, parameters
 from upcycle_jax.planning import compilation
 from upcycle_jax.planning.collectives import Traffic
 from upcycle_jax.planning.compilation import Compiled, State, Workload, gib
@@ -70,7 +70,7 @@ class PodReport:
     def text(self) -> str:
         """Everything, for people; ends with what to change where it does not fit."""
         work, chip = self.workload, self.topology.chip
-        flops = compilation.step_flops(work)
+        flops = work.device_model_flops
         lines = [
             (
                 f"topology       {self.topology.name} ({self.topology.accelerator_type}):"
@@ -80,7 +80,7 @@ class PodReport:
                 "mesh          "
                 f" {compilation.mesh_text(work.partitioner)}{', fsdp' if work.partitioner.fsdp else ''}"
             ),
-            f"model          {compilation.num_parameters(work):,} parameters",
+            f"model          {parameters.count(work.model).total:,} parameters",
             (
                 f"batch          {work.batch_size} rows of {dict(work.task_feature_lengths)}, "
                 f"{work.trainer.num_microbatches or 1} microbatches"
@@ -94,9 +94,9 @@ class PodReport:
                 f" {self.step.flops:.4g}, loop bodies once); at the chip's peak"
                 f" {flops / chip.peak_flops * 1e3:.1f} ms"
             ),
-            f"exchange       per device and step: {gib(compilation.exchange_bytes(work))} of"
+            f"exchange       per device and step: {gib(work.costs.exchange_bytes)} of"
             " all-to-alls, from the shapes"
-            + (" at even load" if accounting.exchange_follows_load(work.model.config) else ""),
+            + (" at even load" if exchange.follows_load(work.model) else ""),
             "",
             *self._program(self.step),
         ]
@@ -157,7 +157,7 @@ class PodReport:
                 exchanged += " per round"
         return [
             self.name,
-            f"{compilation.num_parameters(work):,}",
+            f"{parameters.count(work.model).total:,}",
             f"{self.topology.name} ({self.topology.accelerator_type})",
             compilation.mesh_text(work.partitioner) + (", fsdp" if work.partitioner.fsdp else ""),
             str(work.batch_size),
@@ -165,7 +165,7 @@ class PodReport:
             gib(self.state.with_gradients),
             gib(self.step.needed_bytes) + ("" if self.fits else ": does not fit"),
             gib(chip.memory_bytes),
-            f"{compilation.step_flops(work):.3g}",
+            f"{work.device_model_flops:.3g}",
             exchanged,
             other,
             gib(self.restore_bytes) if self.restores else "-",

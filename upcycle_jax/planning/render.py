@@ -4,7 +4,6 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from upcycle_jax.moe.routing import ExpertsChoose
 from upcycle_jax.planning import literature
 from upcycle_jax.planning.compilation import gib
 from upcycle_jax.planning.estimate import MFU_SOURCE, MOE_SLOWDOWN, Fit, Kind, Plan, Range, Spending
@@ -13,10 +12,9 @@ from upcycle_jax.text import WIDTH, Format, Table, json_text
 
 def case_of(plan: Plan) -> literature.Case:
     """The plan in the words of the advice."""
-    config = plan.workload.model.config
-    moe = config.moe
+    stacks, moe = plan.workload.model.stacks.values(), plan.workload.model.config.moe
     assert moe is not None  # a plan without experts is refused before
-    sparse = len(config.sparse_layers("encoder")) + len(config.sparse_layers("decoder"))
+    routers = [stack.router for stack in stacks if stack.router is not None]
     return literature.Case(
         dense_parameters=plan.costs[Kind.DENSE].parameters,
         dense_tokens=plan.dense_steps * plan.tokens_per_step if plan.dense_steps else None,
@@ -24,14 +22,10 @@ def case_of(plan: Plan) -> literature.Case:
         batch_tokens=plan.tokens_per_step,
         num_experts=moe.num_experts,
         capacity_factor=moe.train_expert_capacity_factor,
-        encoder_router=(
-            "experts_choose" if isinstance(moe.encoder_router, ExpertsChoose) else "tokens_choose"
-        ),
-        renormalize=any(
-            getattr(router, "renormalize", False)
-            for router in (moe.encoder_router, moe.decoder_router)
-        ),
-        sparse_share=sparse / (config.num_encoder_layers + config.num_decoder_layers),
+        encoder_router="experts_choose" if routers[0].fills_capacity else "tokens_choose",
+        renormalize=any(getattr(router, "renormalize", False) for router in routers),
+        sparse_share=sum(len(stack.sparse_layers) for stack in stacks)
+        / sum(stack.num_layers for stack in stacks),
     )
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from upcycle_jax.models import hardware
+from upcycle_jax.costs import hardware
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import dataclasses
 
-from upcycle_jax.models import accounting, step_cost, step_memory
-from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.costs import exchange, parameters
+from upcycle_jax.costs.parameters import Bytes
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.text import size
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.restore import Start
+from upcycle_jax.training.step_costs import step_costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,9 @@ class Costs:
     Attributes:
       parameters: of the model.
       active_parameters: that a token meets on average; equal to `parameters` for dense models.
-      train_flops_per_step: matrix products, forward and backward; 0 for architectures that are not
-        counted.
+      train_flops_per_step: matrix products, forward and backward.
       hardware_flops_per_step: the same with what the backward pass computes again
-        (`T5Config.remat_policy`).
+        (REMAT_POLICY).
       device_flops_per_step: what one device executes, elementwise operations, the optimizer and
         what is not split over the mesh included.
       exchange_bytes: all-to-alls of one device in a step, at even load.
@@ -36,8 +36,8 @@ class Costs:
     device_flops_per_step: float
     exchange_bytes: int
     activation_bytes: int
-    parameter_bytes: accounting.Memory
-    optimizer_bytes: accounting.Memory
+    parameter_bytes: Bytes
+    optimizer_bytes: Bytes
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -45,51 +45,31 @@ class Costs:
         return self.parameter_bytes.total + self.optimizer_bytes.total
 
 
-def step_shape(settings: Settings) -> step_cost.StepShape:
-    """What a step of the run works on."""
-    cfg = settings.train_dataset_cfg
-    return step_cost.StepShape(
-        batch_size=cfg.batch_size,
-        inputs_length=cfg.task_feature_lengths["inputs"],
-        targets_length=cfg.task_feature_lengths["targets"],
-        num_microbatches=settings.trainer.num_microbatches or 1,
-    )
-
-
 def costs(run: PreparedRun) -> Costs:
-    """Counts a run's parameters, FLOPs and bytes from its specs."""
-    settings = run.settings
-    params = {
-        path.removeprefix(TARGET): spec
-        for path, spec in run.specs.items()
-        if path.startswith(TARGET)
-    }
+    """Counts a run's parameters, FLOPs and bytes from its specs and the trace of its model."""
+    settings, cfg = run.settings, run.settings.train_dataset_cfg
+    params = {path: spec for path, spec in run.specs.items() if path.startswith(TARGET)}
     slots = {path: spec for path, spec in run.specs.items() if path.startswith(PARAM_STATES)}
-    total = active = sum(spec.size for spec in params.values())
-    flops, exchanged, activations = step_cost.StepFlops(model=0, recomputed=0, device=0.0), 0, 0.0
-    config = settings.model.config
-    if isinstance(config, T5Config):
-        active = accounting.count_parameters(config, params).active
-        shape = step_shape(settings)
-        flops = step_cost.step_flops(
-            config,
-            shape,
-            partitioner=settings.partitioner,
-            specs=params,
-            optimizer_operations=settings.trainer.optimizer.operations_per_parameter,
-        )
-        exchanged = step_cost.exchange_bytes(config, shape, partitioner=settings.partitioner)
-        activations = step_memory.activation_bytes(config, shape, partitioner=settings.partitioner)
+    counts = parameters.count(settings.model)
+    step = step_costs(
+        settings.model,
+        settings.trainer,
+        settings.partitioner,
+        batch_size=cfg.batch_size,
+        lengths=cfg.task_feature_lengths,
+        packed=cfg.pack,
+    )
+    on_cpu = settings.partitioner.mesh.devices.flat[0].platform == "cpu"
     return Costs(
-        parameters=total,
-        active_parameters=active,
-        train_flops_per_step=float(flops.model),
-        hardware_flops_per_step=float(flops.hardware),
-        device_flops_per_step=flops.device,
-        exchange_bytes=exchanged,
-        activation_bytes=round(activations),
-        parameter_bytes=accounting.memory(params, settings.partitioner),
-        optimizer_bytes=accounting.memory(slots, settings.partitioner),
+        parameters=counts.total,
+        active_parameters=counts.active,
+        train_flops_per_step=float(step.model_flops),
+        hardware_flops_per_step=float(step.hardware_flops),
+        device_flops_per_step=step.device_flops,
+        exchange_bytes=step.exchange_bytes,
+        activation_bytes=step.all_activation_bytes if on_cpu else step.activation_bytes,
+        parameter_bytes=parameters.nbytes(params, settings.partitioner),
+        optimizer_bytes=parameters.nbytes(slots, settings.partitioner),
     )
 
 
@@ -115,22 +95,20 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
             f" ({max(settings.total_steps - run.source.step, 0)} to do)"
         ),
         f"parameters     {cost.parameters:,} ({cost.active_parameters:,} active per token)",
+        f"compute        {_compute(cost)}",
         f"mesh           {mesh.devices.size} x {device.device_kind}: {axes}",
         (
             f"memory         per device: parameters {size(params.per_device)}, optimizer"
             f" {size(optimizer.per_device)}, gradients {size(params.per_device)}: {size(state)},"
-            f" and activations{_activations(cost)}"
+            f" and activations, about {size(cost.activation_bytes)}"
         ),
         f"checkpoint     {size(cost.checkpoint_bytes)}{_saving(settings)}",
         f"batch          {_batch(settings)}",
         f"optimizer      {settings.trainer.optimizer}",
         f"evaluation     {_evaluation(settings)}",
     ]
-    if cost.train_flops_per_step:
-        lines.insert(4, f"compute        {_compute(cost)}")
     if cost.exchange_bytes:
-        routers = [stack.router for stack in settings.model.stacks.values() if stack.router]
-        even = " at even load" if any(router.has_room_for_all for router in routers) else ""
+        even = " at even load" if exchange.follows_load(settings.model) else ""
         lines.insert(
             7,
             f"exchange       per device and step: {size(cost.exchange_bytes)} of all-to-alls{even}",
@@ -149,10 +127,6 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
             run.source.plan.text(shardings, max_rows=plan_rows),
         ]
     return "\n".join(lines)
-
-
-def _activations(cost: Costs) -> str:
-    return f", about {size(cost.activation_bytes)}" if cost.activation_bytes else ""
 
 
 def _compute(cost: Costs) -> str:

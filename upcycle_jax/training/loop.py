@@ -14,8 +14,9 @@ from etils import epath
 from upcycle_jax import checks, surgery
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
+from upcycle_jax.costs.mfu import Utilisation
+from upcycle_jax.costs.model_info import model_info
 from upcycle_jax.models.base import Model
-from upcycle_jax.models.info import model_info
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.printing import show
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
@@ -36,7 +37,6 @@ from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.interrupts import StopRequest
 from upcycle_jax.training.metric_writers import MetricWriter, progress_line
-from upcycle_jax.training.mfu import Utilisation
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start

@@ -64,13 +64,6 @@ class Optimizer(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def operations_per_parameter(self) -> int:
-        """Elementwise operations of an update for each parameter, the norm of the gradient
-        included; roots and powers are not counted.
-        """
-
-    @property
-    @abc.abstractmethod
     def slots(self) -> tuple[str, ...]:
         """Names of the slots that every parameter has in the state."""
 
@@ -260,24 +253,6 @@ class Adafactor(Optimizer):
         )
 
     @property
-    def operations_per_parameter(self) -> int:
-        # The square with epsilon (2), row and column means (2) or an average (3), times two factors
-        # (2) or one, the learning rate, minus.
-        moments = 2 + 4 + 2
-        clipping = (
-            3 if self.clipping_threshold is not None else 0
-        )  # the mean square, and a quotient
-        scale = 3 if self.multiply_by_parameter_scale else 0
-        return (
-            2
-            + moments
-            + clipping
-            + scale
-            + (3 if self.beta1 is not None else 0)
-            + (1 if self.weight_decay_rate is not None else 0)
-        )
-
-    @property
     def slots(self) -> tuple[str, ...]:
         return ("m", "v", "v_col", "v_row")
 
@@ -389,12 +364,6 @@ class AdamW(Optimizer):
     b2: checks.BelowOne = 0.999
     eps: checks.NotNegative = 1e-8
     weight_decay: checks.NotNegative = 0.0
-
-    @property
-    def operations_per_parameter(self) -> int:
-        # Two averages (3 and 4), their corrections (2), epsilon and quotient (2), decay (2),
-        # learning rate and difference (2).
-        return 2 + 15
 
     @property
     def slots(self) -> tuple[str, ...]:

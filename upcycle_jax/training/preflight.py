@@ -13,8 +13,8 @@ from etils import epath
 
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
+from upcycle_jax.costs import parameters
 from upcycle_jax.data import DatasetConfig
-from upcycle_jax.models import accounting
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
@@ -184,10 +184,10 @@ def _memory(
     model: Model, partitioner: Partitioner, trainer: Trainer, device_memory: float | None
 ) -> str:
     specs = state_specs(model, trainer.optimizer)
-    params = accounting.memory(
+    params = parameters.nbytes(
         {path: spec for path, spec in specs.items() if path.startswith(TARGET)}, partitioner
     ).per_device
-    slots = accounting.memory(
+    slots = parameters.nbytes(
         {path: spec for path, spec in specs.items() if path.startswith(PARAM_STATES)}, partitioner
     ).per_device
     needed = (2 * params + slots) / GIB

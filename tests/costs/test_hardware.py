@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from upcycle_jax.models import hardware
+from upcycle_jax.costs import hardware
 
 
 def device(kind):

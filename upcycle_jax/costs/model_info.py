@@ -4,9 +4,9 @@
 
 from collections.abc import Mapping
 
-from upcycle_jax.models import accounting, step_cost
-from upcycle_jax.models.step_cost import StepShape
-from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.costs import parameters, step
+from upcycle_jax.costs.shapes import StepShape
+from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 
@@ -48,55 +48,50 @@ def array_lines(specs: Mapping[str, LeafSpec], partitioner: Partitioner | None =
     ]
 
 
-REFERENCE_ROWS, REFERENCE_LENGTHS = 64, {"inputs": 512, "targets": 128}
-"""The batch of which `cost_lines` tells the cost where none is given."""
+REFERENCE_ROWS, REFERENCE_LENGTHS = 64, (512, 128)
+"""The batch of which `cost_lines` tells the cost where none is given: rows, and the lengths of the
+task features that a model needs, in order.
+"""
 
 
 def cost_lines(
-    config: T5Config,
-    params: Mapping[str, LeafSpec],
+    model: Model,
+    partitioner: Partitioner,
     *,
     batch_size: int | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """What a model costs, from `accounting`: parameters that a token meets, bytes, FLOPs per token
-    forward and in training.
+    """What a model costs: parameters that process a token, bytes, FLOPs per token forward and in
+    training.
 
     Args:
-      config: the model.
-      params: its `param_specs()`.
+      model: the model.
+      partitioner: a mesh; what is told does not depend on it.
       batch_size: rows, or None for `REFERENCE_ROWS`; it decides the routing groups.
-      lengths: of 'inputs' and 'targets', or None for `REFERENCE_LENGTHS`.
+      lengths: of the task features, or None for `REFERENCE_LENGTHS`.
 
     Raises:
       ValueError: the tokens do not divide into routing groups.
     """
-    rows, lengths = batch_size or REFERENCE_ROWS, lengths or REFERENCE_LENGTHS
-    counts = accounting.count_parameters(config, params)
-    flops = accounting.forward_flops(
-        config, batch_size=rows, inputs_length=lengths["inputs"], targets_length=lengths["targets"]
-    )
-    tokens = rows * (lengths["inputs"] + lengths["targets"])
-    shape = f"{rows} rows of {lengths['inputs']} + {lengths['targets']} tokens"
+    lengths = lengths or dict(zip(model.features.task_features, REFERENCE_LENGTHS, strict=False))
+    rows, counts = batch_size or REFERENCE_ROWS, parameters.count(model)
+    shape = StepShape(batch_size=rows, lengths=lengths)
+    costs, tokens = step.of_step(model, shape, partitioner), shape.num_tokens(model)
+    sizes = " + ".join(str(lengths[name]) for name in model.features.task_features)
     lines = [
         f"Active parameters per token: {counts.active}",
         f"Parameters of experts: {counts.experts}, of routers: {counts.routers}",
-        f"Bytes of parameters: {sum(spec.nbytes for spec in params.values())}",
+        f"Bytes of parameters: {sum(spec.nbytes for spec in model.param_specs().values())}",
         (
-            f"FLOPs per token: {flops.total / tokens:.4g} forward, {flops.train_step / tokens:.4g}"
-            f" in training (matrix products; {shape})"
+            f"FLOPs per token: {costs.forward_flops / tokens:.4g} forward,"
+            f" {costs.model_flops / tokens:.4g} in training (matrix products; {rows} rows of"
+            f" {sizes} tokens)"
         ),
     ]
-    again = step_cost.recomputed_flops(
-        config,
-        StepShape(
-            batch_size=rows, inputs_length=lengths["inputs"], targets_length=lengths["targets"]
-        ),
-    )
-    if again:
+    if costs.recomputed_flops:
         lines.append(
-            f"FLOPs per token computed again under remat_policy {config.remat_policy!r}:"
-            f" {again / tokens:.4g}"
+            f"FLOPs per token computed again under remat_policy {model.config.remat_policy!r}:"
+            f" {costs.recomputed_flops / tokens:.4g}"
         )
     return lines
 

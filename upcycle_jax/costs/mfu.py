@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from upcycle_jax.models import hardware
+from upcycle_jax.costs import hardware
 
 
 @dataclasses.dataclass(frozen=True)

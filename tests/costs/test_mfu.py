@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from upcycle_jax.training.mfu import Utilisation
+from upcycle_jax.costs.mfu import Utilisation
 
 
 def devices(*kinds):

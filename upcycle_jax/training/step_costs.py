@@ -1,0 +1,62 @@
+"""What a step of a run costs: the model's loss and gradient, and the optimizer's update."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from upcycle_jax import trees
+from upcycle_jax.costs import step
+from upcycle_jax.costs.shapes import StepShape
+from upcycle_jax.costs.step import StepCosts
+from upcycle_jax.models.base import Model
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.training.train_step import global_norm
+from upcycle_jax.training.trainer import Trainer
+
+
+def step_costs(
+    model: Model,
+    trainer: Trainer,
+    partitioner: Partitioner,
+    *,
+    batch_size: int,
+    lengths: Mapping[str, int],
+    packed: bool = False,
+) -> StepCosts:
+    """Counts a step; `StepCosts.device_flops` includes the update.
+
+    Raises:
+      ValueError: the tokens do not divide into routing groups.
+    """
+    shape = StepShape(
+        batch_size=batch_size,
+        lengths=lengths,
+        packed=packed,
+        num_microbatches=trainer.num_microbatches or 1,
+    )
+    found = step.of_step(model, shape, partitioner)
+    update = _update_flops(model, trainer.optimizer, partitioner)
+    return dataclasses.replace(found, device_flops=found.device_flops + update)
+
+
+def _update_flops(model: Model, optimizer: Optimizer, partitioner: Partitioner) -> float:
+    """FLOPs of the update of the parameters and of the norm of their gradient on one device."""
+    specs = model.param_specs()
+
+    def update(params: Any, grads: Any, slots: Any) -> Any:
+        params, grads, slots = (trees.unflatten(flat) for flat in (params, grads, slots))
+        new = optimizer.apply(
+            params,
+            grads,
+            slots,
+            param_specs=specs,
+            step=jnp.zeros((), jnp.int32),
+            learning_rate=jnp.zeros((), jnp.float32),
+        )
+        return jax.tree.leaves((new.params, new.param_states, global_norm(grads)))
+
+    return step.device_flops(update, partitioner, specs, specs, optimizer.state_specs(specs))
