@@ -36,7 +36,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    given = command.given_to_conversion(flags, loaded)
+    from upcycle_jax.models.base import Model
+
+    given = command.given_to_conversion(flags, loaded, Model)
     if flags.extra.materialize:
         given["materialize"] = True
     built = loaded.build("upcycle", **given)

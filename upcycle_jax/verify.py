@@ -39,7 +39,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(flags: Flags, loaded: "Config") -> int:
-    given = command.given_to_conversion(flags, loaded)
+    from upcycle_jax.models.base import Model
+
+    given = command.given_to_conversion(flags, loaded, Model)
     if flags.extra.path is not None:
         given["output_checkpoint_path"] = flags.extra.path
     built = loaded.build("verify", **given)

@@ -12,12 +12,17 @@ import pytest
 from etils import epath
 
 from tests.toy_family.model import ToyConfig, ToyModel, ToyMoe
+from upcycle_jax import model_info
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.planning import estimate
+from upcycle_jax.planning.compilation import Workload
+from upcycle_jax.planning.render import render
 from upcycle_jax.surgery import Recipe
 from upcycle_jax.surgery.upcycle import Upcycle
 from upcycle_jax.surgery.verify import Verify
+from upcycle_jax.text import Format
 from upcycle_jax.training.config import (
     CheckpointConfig,
     RestoreCheckpointConfig,
@@ -154,3 +159,39 @@ def test_it_is_upcycled_while_restoring_and_trains_on(dense_run, tmp_path):
     assert names["cross_ent_loss"] < before.evaluation["lines"]["cross_ent_loss"] + 0.2
     assert names["experts/tower/layers_1/load"].shape == (4,)
     assert names["experts/tower/layers_1/similarity"] > 0.9
+
+
+GIN = """
+import tests.toy_family.model as toy
+MODEL = @toy.ToyModel()
+toy.ToyModel.config = @toy.ToyConfig()
+toy.ToyConfig.moe = @toy.ToyMoe()
+toy.ToyMoe.num_experts = 4
+toy.ToyMoe.group_size = 32
+BATCH_SIZE = 8
+TASK_FEATURE_LENGTHS = {'text': 8}
+"""
+
+
+def test_a_gin_file_names_it_and_it_is_counted(tmp_path, capsys):
+    (tmp_path / "toy.gin").write_text(GIN)
+    assert model_info.main([f"--gin_file={tmp_path / 'toy.gin'}"]) == 0
+    said = capsys.readouterr().out
+    # 8 x 16 and 16 x 8 weights in an expert, of which a token meets two of four.
+    assert "Parameters of experts: 1536, of routers: 32" in said
+    assert "tower/layers_1/mlp/expert/wi_0/kernel" in said and "FLOPs per token: " in said
+
+
+def test_its_conversion_is_planned():
+    work = Workload(
+        model=SPARSE,
+        trainer=Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler()),
+        partitioner=Partitioner(),
+        batch_size=8,
+        task_feature_lengths={"text": LENGTH},
+    )
+    hardware = estimate.Hardware.parse("h100:4")
+    plan = estimate.make_plan("toy", work, hardware, extra_steps=10, dense_steps=20)
+    upcycled, dense = (plan.costs[kind] for kind in (estimate.Kind.UPCYCLED, estimate.Kind.DENSE))
+    assert upcycled.flops > dense.flops > 0
+    assert "toy on 4 x" in render(plan, Format.TEXT)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import upcycle_jax
-from upcycle_jax import byte_sizes
+from upcycle_jax import byte_sizes, data_folders
 from upcycle_jax.config import flags as flags_lib
 from upcycle_jax.config.flags import Flags
 from upcycle_jax.printing import PrintableFormatter, printable_lines
@@ -174,17 +174,20 @@ def add_max_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_to_conversion(flags: Flags, loaded: Any) -> dict[str, Any]:
+def given_to_conversion(flags: Flags, loaded: Any, kind: type) -> dict[str, Any]:
     """What `upcycle` and `verify` are given beside their bindings: `--max_memory`, and the model
     where a file defines one.
+
+    Args:
+      flags: of the command.
+      loaded: the configuration.
+      kind: what a model is.
     """
     given: dict[str, Any] = {}
     if flags.extra.max_memory is not None:
         given["max_memory"] = flags.extra.max_memory
     if loaded.has_macro("MODEL"):
-        from upcycle_jax.models.base import Model
-
-        given["model"] = loaded.macro("MODEL", Model)
+        given["model"] = loaded.macro("MODEL", kind)
     return given
 
 
@@ -226,9 +229,7 @@ def run(
         from upcycle_jax import config  # imports the rest of the library: after --help has answered
 
         if flags.tfds_data_dir or flags.seqio_additional_cache_dirs:
-            from upcycle_jax.data import settings
-
-            settings.configure(
+            data_folders.configure(
                 tfds_data_dir=flags.tfds_data_dir, cache_dirs=flags.seqio_additional_cache_dirs
             )
         loaded = config.load(

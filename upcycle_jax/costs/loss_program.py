@@ -17,6 +17,7 @@ from upcycle_jax.models.base import Model
 from upcycle_jax.moe.even_load import even_load
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
+from upcycle_jax.types import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +80,11 @@ def trace(
     )
     batch = dict(sorted(model.input_specs(rows, lengths, packed=packed).items()))
 
-    def loss(params: Any, batch: Any) -> Any:
+    def loss(params: PyTree, batch: Batch) -> Any:
         one = jnp.ones((), jnp.float32)
         return model.loss_fn(params, batch, None, denominator=one, aux_scale=1.0)
 
-    def forward(params: Any, batch: Any) -> Any:
+    def forward(params: PyTree, batch: Batch) -> Any:
         value, pull, metrics = jax.vjp(lambda params: loss(params, batch), params, has_aux=True)
         return (value, metrics), pull
 

@@ -13,7 +13,8 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from upcycle_jax.data import settings, shipped_tasks, sources
+from upcycle_jax import data_folders
+from upcycle_jax.data import shipped_tasks, sources
 from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.data.text import files as text_files
 
@@ -54,7 +55,7 @@ def _keep_off_accelerators() -> None:
 
 def _apply_settings() -> None:
     _keep_off_accelerators()
-    current = settings.current()
+    current = data_folders.current()
     if current.tfds_data_dir:
         seqio.set_tfds_data_dir_override(current.tfds_data_dir)
     if current.cache_dirs:
@@ -200,7 +201,7 @@ def splits(task: seqio.Task) -> tuple[str, ...]:
         return tuple(task.splits)
     except ValueError as error:
         dataset = task.source.tfds_dataset
-        folder = settings.current().tfds_data_dir or "~/tensorflow_datasets"
+        folder = data_folders.current().tfds_data_dir or "~/tensorflow_datasets"
         raise ValueError(
             f"the data of the task '{task.name}' (TFDS {dataset.name}) are not prepared in"
             f" {folder}: prepare them with `tfds build {dataset.name} --data_dir={folder}`, or name"

@@ -12,8 +12,7 @@ experts/<layer>/dead: share of the experts that received no real token of the ba
 experts/<layer>/chosen: `[E]`, as load, but before any drop. Where a bias balances the router.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from upcycle_jax.models.metrics import Mean, Metrics
 from upcycle_jax.moe.layer_stats import LayerStats
 
 
-def layer_mean(values: Any) -> jax.Array:
+def layer_mean(values: Iterable[jax.Array]) -> jax.Array:
     """Mean over MoE layers."""
     return jnp.mean(jnp.stack(list(values)))
 

@@ -22,7 +22,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import collectives
 from upcycle_jax.planning.collectives import Traffic
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
-from upcycle_jax.surgery import online
+from upcycle_jax.surgery import MergeRecipe, Recipe, online
 from upcycle_jax.training import batches, prepare
 from upcycle_jax.training.step_costs import step_costs
 from upcycle_jax.training.train_state import from_state_dict, state_specs
@@ -54,7 +54,7 @@ class Workload:
     batch_size: int
     task_feature_lengths: Mapping[str, int]
     packed: bool = False
-    recipe: Any = None
+    recipe: Recipe | MergeRecipe | None = None
 
     @classmethod
     def of_run(cls, settings: Mapping[str, Any]) -> "Workload":

@@ -8,16 +8,16 @@ from typing import Any
 from upcycle_jax.surgery.recipe import PARTS
 
 
-def to_json(recipe: Any) -> Any:
+def to_json(value: Any) -> Any:
     """A recipe (or a part of one) as plain JSON: `{'type': class name, field: value, ...}`."""
-    if dataclasses.is_dataclass(recipe):
+    if dataclasses.is_dataclass(value):
         fields = {
-            field.name: to_json(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)
+            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
         }
-        return {"type": type(recipe).__name__, **fields}
-    if isinstance(recipe, Mapping):
-        return {name: to_json(value) for name, value in recipe.items()}
-    return [to_json(item) for item in recipe] if isinstance(recipe, tuple | list) else recipe
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {name: to_json(part) for name, part in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def from_json(value: Any, parts: Sequence[type] = PARTS, what: str = "the recipe") -> Any:

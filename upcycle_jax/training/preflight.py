@@ -203,7 +203,7 @@ def _memory(
     return text
 
 
-def _trace(model: Model, partitioner: Partitioner, trainer: Trainer, dataset: Any) -> str:
+def _trace(model: Model, partitioner: Partitioner, trainer: Trainer, dataset: DatasetConfig) -> str:
     """Shapes of the loss on one microbatch: what the model refuses, it refuses here."""
     rows = dataset.batch_size // (trainer.num_microbatches or 1)
     lengths = dict(dataset.task_feature_lengths)

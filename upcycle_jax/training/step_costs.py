@@ -16,6 +16,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.training.train_step import global_norm
 from upcycle_jax.training.trainer import Trainer
+from upcycle_jax.types import PyTree
 
 
 def step_costs(
@@ -47,7 +48,7 @@ def _update_flops(model: Model, optimizer: Optimizer, partitioner: Partitioner) 
     """FLOPs of the update of the parameters and of the norm of their gradient on one device."""
     specs = model.param_specs()
 
-    def update(params: Any, grads: Any, slots: Any) -> Any:
+    def update(params: PyTree, grads: PyTree, slots: PyTree) -> Any:
         params, grads, slots = (trees.unflatten(flat) for flat in (params, grads, slots))
         new = optimizer.apply(
             params,

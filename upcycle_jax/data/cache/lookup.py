@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle_jax.data import settings
+from upcycle_jax import data_folders
 from upcycle_jax.data.cache.format import (
     MANIFEST,
     MIXTURE,
@@ -64,7 +64,7 @@ def command(config: DatasetConfig, *, overwrite: bool = False, with_lengths: boo
     """The shell command that caches what the configuration reads; with its lengths for tasks whose
     cache serves one choice of them.
     """
-    folders = settings.current().cache_dirs
+    folders = data_folders.current().cache_dirs
     words = [*_COMMAND.split(), f"--tasks={config.mixture_or_task_name}"]
     words.append(f"--output_cache_dir={folders[0] if folders else _DEFAULT_FOLDER}")
     words += [f"--module_import={module}" for module in config.modules]
@@ -99,7 +99,7 @@ def find(config: DatasetConfig, features: FeatureConverter) -> CachedMixture | N
     """
     if not config.use_cached:
         return None
-    folders, name = settings.current().cache_dirs, config.mixture_or_task_name
+    folders, name = data_folders.current().cache_dirs, config.mixture_or_task_name
     again = f"`{command(config, overwrite=True)}`"
     folder = find_folder(folders, name, MANIFEST)
     if folder is not None:
@@ -148,7 +148,7 @@ def _seqio_has(config: DatasetConfig) -> bool:
     """Whether every task of the mixture lies in a SeqIO cache. Asks the registry only where
     TensorFlow and SeqIO can be imported.
     """
-    folders = settings.current().cache_dirs
+    folders = data_folders.current().cache_dirs
     if find_folder(folders, config.mixture_or_task_name, SEQIO_COMPLETED) is not None:
         return True
     try:

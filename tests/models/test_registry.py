@@ -1,0 +1,131 @@
+"""Families of models: found by the leaves of a checkpoint, and named nowhere above `models/`."""
+
+import ast
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from upcycle_jax.models import registry
+from upcycle_jax.models.t5.config import MoeConfig, T5Config
+from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.trees import LeafSpec
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LIBRARY = sorted((ROOT / "upcycle_jax").rglob("*.py"))
+OF_T5 = (
+    "upcycle_jax/models/t5/",
+    "upcycle_jax/checkpoints/huggingface/t5/",
+    "upcycle_jax/features/encoder_decoder.py",
+    "upcycle_jax/config/registry.py",
+    "upcycle_jax/config/stale.py",
+    "upcycle_jax/papers/",
+    "upcycle_jax/paper.py",
+)
+"""The family itself, its converter, its foreign checkpoints, its names in gin files, and the paper,
+which is about T5.
+"""
+JOINTS = {
+    "config",
+    "dataset",
+    "dataset_cfg",
+    "model",
+    "optimizer",
+    "params",
+    "recipe",
+    "source_model",
+    "train_dataset_cfg",
+    "train_eval_dataset_cfg",
+    "trainer",
+}
+"""Names of arguments and fields at which rooms meet: each has a type."""
+
+CONFIG = T5Config(
+    vocab_size=32,
+    emb_dim=8,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+    head_dim=4,
+    mlp_dim=16,
+)
+
+
+def specs():
+    params = EncoderDecoderModel(CONFIG).param_specs()
+    return {f"target/{path}": spec for path, spec in params.items()}
+
+
+def test_a_checkpoint_becomes_the_sparse_model_of_its_family():
+    model = registry.infer(specs(), {"layer_norm_epsilon": 1e-5}, MoeConfig(num_experts=2))
+    assert isinstance(model, EncoderDecoderModel)
+    expected = dataclasses.replace(CONFIG, layer_norm_epsilon=1e-5)
+    assert dataclasses.replace(model.config.dense, dropout_rate=CONFIG.dropout_rate) == expected
+    assert model.config.moe == MoeConfig(num_experts=2)
+    assert registry.infer(specs(), {}).config.moe == MoeConfig()
+
+
+def test_leaves_of_no_family_and_moe_layers_of_another_are_refused():
+    with pytest.raises(ValueError, match="not those of a dense T5 encoder-decoder.*name a model"):
+        registry.infer({"target/x": LeafSpec((2,), np.dtype(np.float32))}, {})
+    with pytest.raises(ValueError, match="whose MoE layers are a MoeConfig, got MoeSettings"):
+        registry.infer(specs(), {}, MoeSettings(num_experts=2))
+
+
+def test_a_configuration_of_no_family_is_no_model():
+    assert isinstance(registry.build(CONFIG), EncoderDecoderModel)
+    with pytest.raises(ValueError, match="the recorded model is MoeConfig, no T5Config"):
+        registry.build(MoeConfig())
+
+
+def above_families():
+    names = [path.relative_to(ROOT).as_posix() for path in LIBRARY]
+    return [name for name in names if not name.startswith(OF_T5)]
+
+
+def pairs_of_stacks(tree: ast.AST) -> list[int]:
+    """Lines with 'encoder' and 'decoder' beside each other in one tuple, list, set or mapping."""
+    found = []
+    for node in ast.walk(tree):
+        items = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", ())
+        words = {item.value for item in items if isinstance(item, ast.Constant)}
+        if {"encoder", "decoder"} <= words:
+            found.append(node.lineno)
+    return found
+
+
+def test_no_family_is_named_above_the_models():
+    found = []
+    for name in above_families():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        words = ["T5Config", "EncoderDecoderModel", "MoeConfig(", "models.t5"]
+        if name == "upcycle_jax/models/registry.py":
+            words.remove("models.t5")
+        found += [f"{name} names {word}" for word in words if word in text]
+        found += [f"{name}:{line} names T5's stacks" for line in pairs_of_stacks(ast.parse(text))]
+    assert not found, "\n".join(found)
+
+
+def untyped(tree: ast.AST) -> list[str]:
+    """Arguments and fields of `JOINTS` that are `Any`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            named = node.arg
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            named = node.target.id
+        else:
+            continue
+        if named in JOINTS and node.annotation and ast.unparse(node.annotation) == "Any":
+            found.append(f"line {node.lineno}: {named}")
+    return found
+
+
+def test_joints_have_types():
+    found = []
+    for path in LIBRARY:
+        lines = untyped(ast.parse(path.read_text(encoding="utf-8")))
+        found += [f"{path.relative_to(ROOT)}, {line}" for line in lines]
+    assert not found, "\n".join(found)
