@@ -32,6 +32,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write every byte: the result shares no file with the source",
     )
+    parser.add_argument(
+        "--all_leaves",
+        action="store_true",
+        help="show every leaf of the plan, not one line for all layers; plan.json always has them",
+    )
     command.add_max_memory(parser)
 
 
@@ -44,7 +49,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     built = loaded.build("upcycle", **given)
     command.say_unused(loaded, name="upcycle", other_functions=("verify",))
     try:
-        return 0 if built().run(dry_run=flags.dry_run).ok else 1
+        return 0 if built().run(dry_run=flags.dry_run, all_leaves=flags.extra.all_leaves).ok else 1
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -298,12 +298,11 @@ def test_merging(small):
         )
 
 
-def test_text_and_json_say_the_same(small):
+def test_json_abbreviates_nothing(small):
     plan = surgery.make_plan(
         small.tree(), small.tree(sparse=(1,), experts=4), surgery.Recipe(seed=9)
     )
-    text, data = plan.text(), json.loads(json.dumps(plan.json()))
-    assert "tile x4" in text and "dropped:" in text
+    data = json.loads(json.dumps(plan.json()))
     assert len(data["rows"]) == data["leaves"] == len(plan.rows)
     row = next(r for r in data["rows"] if r["target"].endswith("expert/wo/kernel"))
     assert (row["operation"], row["shape"], row["source_shapes"], row["bytes_written"]) == (
@@ -313,7 +312,6 @@ def test_text_and_json_say_the_same(small):
         4 * 12 * 8 * 4,
     )
     assert next(r for r in data["rows"] if r["target"].endswith("w/kernel"))["seed"] == 9
-    assert "... and" in plan.text(max_rows=2)
 
 
 @pytest.mark.parametrize(

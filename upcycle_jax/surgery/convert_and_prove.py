@@ -28,6 +28,7 @@ from upcycle_jax.surgery.offline import (
 )
 from upcycle_jax.surgery.parents import Reader, join, source_paths
 from upcycle_jax.surgery.plan import Plan
+from upcycle_jax.surgery.plan_text import plan_text
 from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.proof import Proof, prove
 from upcycle_jax.surgery.recipe import MergeRecipe, ParentExperts, Recipe
@@ -89,6 +90,7 @@ def convert(
     check: FunctionCheckMode = "auto",
     tokens: ProbeBatch | None = None,
     dry_run: bool = False,
+    all_leaves: bool = False,
     report: Report = show,
 ) -> Conversion:
     """Plans, applies and proves.
@@ -105,6 +107,7 @@ def convert(
         dense parent to compare with.
       tokens: what the function check compares the models on; None: random tokens.
       dry_run: stop after the plan.
+      all_leaves: report every leaf of the plan; else one line for all layers.
       report: called with every line of output.
 
     Raises:
@@ -117,7 +120,7 @@ def convert(
     checked_output(output_path, source_paths(source), setting="OUTPUT_CHECKPOINT_PATH")
     check_model(source, model.config)
     plan = make_plan(source.specs(), target_specs, recipe)
-    report(plan.text())
+    report(plan_text(plan, all_leaves=all_leaves))
     if tokens is not None and not why_no_function_check(plan, check):
         function_check.predict(
             plan, model, tokens.batch

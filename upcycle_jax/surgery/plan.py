@@ -1,12 +1,8 @@
-"""The plan as a table: one row per target leaf, printable and as JSON, before anything is read or
-written.
-"""
+"""The plan: one row per target leaf, before anything is read or written."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from upcycle_jax.state_tree import TARGET
@@ -14,7 +10,6 @@ from upcycle_jax.surgery.keys import KeySource, key_source
 from upcycle_jax.surgery.operations import Movement, Operation, Tile
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
-from upcycle_jax.text import aligned, size
 from upcycle_jax.trees import LeafSpec
 
 
@@ -147,88 +142,7 @@ class Plan:
         """
         return all(row.moves_bits for row in self.rows if row.operation.stacked)
 
-    def text(
-        self,
-        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-        *,
-        max_rows: int | None = None,
-    ) -> str:
-        """The plan as a table.
-
-        Args:
-          shardings: sharding of each target leaf, shown where given.
-          max_rows: the number of leaves to show; the rest is counted. None: all.
-        """
-        header = [
-            "target leaf",
-            "operation",
-            "source",
-            "source shape",
-            "target shape",
-            "dtype",
-            "read",
-            "written",
-            "seed",
-        ]
-        header += ["sharding"] if shardings else []
-        lines = [header]
-        for row in self.rows[:max_rows]:
-            source = row.sources[0] if row.sources else "-"
-            if len(row.sources) > 1:
-                source += f" (+{len(row.sources) - 1})"
-            cells = [
-                row.target,
-                row.what,
-                source,
-                _shape(row.source_specs[0]) if row.source_specs else "-",
-                _shape(row.spec),
-                row.spec.dtype.name,
-            ]
-            cells += [
-                size(row.bytes_read),
-                size(row.bytes_written),
-                str(self.recipe.seed) if row.operation.draws else "-",
-            ]
-            if shardings:
-                sharding = shardings.get(row.target)
-                cells.append(
-                    str(getattr(sharding, "spec", sharding)) if sharding is not None else "-"
-                )
-            lines.append(cells)
-        out = aligned(lines)
-        if max_rows is not None and len(self.rows) > max_rows:
-            out.append(f"... and {len(self.rows) - max_rows} more leaves")
-        out += ["", *self._totals()]
-        return "\n".join(out)
-
-    def _totals(self) -> Iterable[str]:
-        """Lines that count operations, bytes and dropped leaves."""
-        counts: dict[str, list[int]] = {}
-        for row in self.rows:
-            entry = counts.setdefault(row.what, [0, 0])
-            entry[0], entry[1] = entry[0] + 1, entry[1] + row.bytes_written
-        yield from (
-            f"{count:6d} x {what} ({size(written)})"
-            for what, (count, written) in sorted(counts.items())
-        )
-        parameters = sum(row.spec.size for row in self.rows if row.is_parameter)
-        yield (
-            f"{len(self.rows)} leaves, {parameters} parameters; read {size(self.bytes_read)}, write"
-            f" {size(self.bytes_written)}"
-        )
-        if not self.dropped:
-            yield "dropped: nothing"
-        for reason in sorted({item.reason for item in self.dropped}):
-            items = [item for item in self.dropped if item.reason == reason]
-            names = ", ".join(item.source for item in items[:3]) + (
-                ", ..." if len(items) > 3 else ""
-            )
-            yield (
-                f"dropped: {len(items)} source leaves ({size(sum(i.spec.nbytes for i in items))}),"
-                f" {reason}: {names}"
-            )
-
-    def json(self, shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> dict[str, Any]:
+    def json(self) -> dict[str, Any]:
         """The plan as plain JSON; nothing is abbreviated."""
         rows = []
         for row in self.rows:
@@ -244,10 +158,6 @@ class Plan:
                 "bytes_written": row.bytes_written,
                 "seed": self.recipe.seed if row.operation.draws else None,
             }
-            if shardings and row.target in shardings:
-                entry["sharding"] = str(
-                    getattr(shardings[row.target], "spec", shardings[row.target])
-                )
             rows.append(entry)
         return {
             "recipe": to_json(self.recipe),
@@ -269,7 +179,3 @@ class Plan:
 
 def _missing(target: str) -> Row:
     raise KeyError(f"the plan has no target leaf {target!r}")
-
-
-def _shape(spec: LeafSpec) -> str:
-    return f"[{','.join(map(str, spec.shape))}]"

@@ -33,11 +33,14 @@ class Upcycle(ConversionSettings):
     source_model: Model | None = None
     materialize: bool = False
 
-    def run(self, *, dry_run: bool = False, report: Report = show) -> Conversion:
+    def run(
+        self, *, dry_run: bool = False, all_leaves: bool = False, report: Report = show
+    ) -> Conversion:
         """Plans, applies and proves; see `convert_and_prove.convert`.
 
         Args:
           dry_run: stop after the plan.
+          all_leaves: report every leaf of the plan; else one line for all layers.
           report: called with every line of output.
 
         Raises:
@@ -65,6 +68,7 @@ class Upcycle(ConversionSettings):
             check=self.function_check,
             tokens=probe,
             dry_run=dry_run,
+            all_leaves=all_leaves,
             report=report,
         )
 

@@ -5,6 +5,7 @@ import dataclasses
 from upcycle_jax.costs import exchange, parameters
 from upcycle_jax.costs.parameters import Bytes
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
+from upcycle_jax.surgery.plan_text import plan_text, totals
 from upcycle_jax.text import size
 from upcycle_jax.training.prepare import PreparedRun, Settings
 from upcycle_jax.training.restore import Start
@@ -73,13 +74,13 @@ def costs(run: PreparedRun) -> Costs:
     )
 
 
-def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
+def describe(run: PreparedRun, *, whole_plan: bool = True) -> str:
     """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the
     plan of the conversion if there is one.
 
     Args:
       run: the run.
-      plan_rows: how many leaves of the conversion to list; its totals follow in any case.
+      whole_plan: show the leaves of a conversion, not only its totals.
     """
     settings, cost = run.settings, costs(run)
     mesh = settings.partitioner.mesh
@@ -120,11 +121,11 @@ def describe(run: PreparedRun, *, plan_rows: int = 40) -> str:
         )
     if run.source.start == Start.UPCYCLE:
         assert run.source.plan is not None
-        shardings = settings.partitioner.shardings(run.specs)
+        plan, shardings = run.source.plan, settings.partitioner.shardings(run.specs)
         lines += [
             "",
-            f"Upcycling with {run.source.plan.recipe}:",
-            run.source.plan.text(shardings, max_rows=plan_rows),
+            f"Upcycling with {plan.recipe}:",
+            plan_text(plan, shardings) if whole_plan else totals(plan),
         ]
     return "\n".join(lines)
 

@@ -158,7 +158,7 @@ def train(
         run = prepare.looked_at_again(run)  # Another run may have gone on until now.
         if run.source.step >= total_steps:
             return _nothing_to_do(run)
-        _log.info("%s", description.describe(run, plan_rows=0))
+        _log.info("%s", description.describe(run, whole_plan=False))
         with StopRequest() as stop:
             return _run(run, files or {}, stop, hold)
 
