@@ -72,7 +72,7 @@ def plan(
     *,
     optimizer: Optimizer | None = None,
 ) -> Plan:
-    """What a conversion would do, leaf by leaf. Reads shapes only; `str` of it is a table.
+    """What a conversion would do, leaf by leaf. Reads shapes only; its `text()` is a table.
 
     Args:
       source: a checkpoint of any readable format, a MODEL_DIR, or several dense parents.
