@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax import state_tree, trees
-from upcycle_jax.checkpoints import CheckpointReader, create_checkpoint, open_checkpoint
+from upcycle_jax.checkpoints import CheckpointReader, create_checkpoint, loading, open_checkpoint
 from upcycle_jax.config import load
-from upcycle_jax.inference import running
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import MergeRecipe, Plan, Proof, Recipe, make_plan
@@ -173,7 +172,7 @@ def load_params(
       DamagedCheckpointError: a parameter is not what was saved.
       ValueError: the checkpoint is not one of this model.
     """
-    return running.load_params(open_checkpoint(checkpoint), model, partitioner or Partitioner())
+    return loading.load_params(open_checkpoint(checkpoint), model, partitioner or Partitioner())
 
 
 def save_params(path: str | os.PathLike, params: PyTree, model: Model, *, step: int) -> None:
