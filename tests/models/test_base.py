@@ -51,3 +51,13 @@ def test_every_leaf_without_a_dense_twin_is_a_router():
             assert dense[spec.twin].shape == shape, path
     assert {spec.role for spec in sparse.values()} == set(Role) - {Role.ROUTER_BIAS}
     assert all(spec.twin == path and spec.role == Role.DENSE for path, spec in dense.items())
+
+
+def test_the_text_of_a_configuration_is_as_earlier_versions_wrote_it():
+    """`infer` compares it before it goes on with predictions."""
+    text = repr(MoeConfig(num_experts=4))
+    start = "MoeConfig(num_experts=4, encoder_router=ExpertsChoose(renormalize=False"
+    end = (
+        "decoder_sparse_layout='MIXED', expert_mlp_dim=None, shared_expert_mlp_dim=None, extra_mlp"
+    )
+    assert text.startswith(start) and end in text and text.endswith(", independent=False)")

@@ -114,8 +114,9 @@ class LayerwiseModel(Model, Protocol):
     def row_bytes(self, batch: Batch) -> int:
         """Bytes of activations, about, that one row of such a batch takes while steps run."""
 
-    def dense_counterpart(self) -> Self:
-        """The dense model that this one is upcycled from, in float32."""
+    @property
+    def dense(self) -> Self:
+        """The dense model that this one is upcycled from."""
 
     def in_float32(self, *, renormalised: bool = False) -> Self:
         """This model in float32.

@@ -99,7 +99,7 @@ def check_function(
     """
     tokens = _rows_that_fit(plan, sparse, tokens, max_memory // 2)
     prediction = predict(plan, sparse, tokens.batch)
-    dense, configured = sparse.dense_counterpart(), sparse.in_float32()
+    dense, configured = sparse.dense.in_float32(), sparse.in_float32()
     block_bytes = max_memory // 8
     dense_weights, sparse_weights = (
         LayerWeights(reader, model.param_specs(), block_bytes=block_bytes)

@@ -60,6 +60,15 @@ class MoeConfig(MoeSettings):
                 f"{type(self.decoder_router).__name__} cannot be the decoder's router: {reason}."
             )
 
+    def __repr__(self) -> str:
+        """Unfinished predictions of earlier versions are gone on with by this text: the fields of
+        the stacks come after the first.
+        """
+        first, *shared = (field.name for field in dataclasses.fields(MoeSettings))
+        own = [f.name for f in dataclasses.fields(self) if f.name not in (first, *shared)]
+        fields = (f"{name}={getattr(self, name)!r}" for name in (first, *own, *shared))
+        return f"MoeConfig({', '.join(fields)})"
+
     def router(self, stack: StackName) -> Router:
         """The router of the encoder or the decoder."""
         return self.encoder_router if stack == "encoder" else self.decoder_router

@@ -93,8 +93,12 @@ class EncoderDecoderModel:
     @property
     def dense(self) -> "EncoderDecoderModel":
         """The dense model that this one is upcycled from, with the same loss."""
+        return self._of(self.config.dense)
+
+    def _of(self, config: T5Config) -> "EncoderDecoderModel":
+        """A model with these settings and the loss of this one."""
         return EncoderDecoderModel(
-            self.config.dense,
+            config,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             loss_normalizing_factor=self.loss_normalizing_factor,
@@ -330,15 +334,9 @@ class EncoderDecoderModel:
         """See `layerwise.LayerwiseModel`."""
         return layerwise.row_bytes(self.config, batch)
 
-    def dense_counterpart(self) -> "EncoderDecoderModel":
-        """The dense model that this one is upcycled from, in float32."""
-        config = self.config.dense.in_float32(renormalised=False)
-        return EncoderDecoderModel(config, z_loss=self.z_loss)
-
     def in_float32(self, *, renormalised: bool = False) -> "EncoderDecoderModel":
         """See `LayerwiseModel.in_float32`."""
-        config = self.config.in_float32(renormalised=renormalised)
-        return EncoderDecoderModel(config, z_loss=self.z_loss)
+        return self._of(self.config.in_float32(renormalised=renormalised))
 
     def reference_mlp(
         self, x: np.ndarray, kernels: Mapping[str, np.ndarray], *, units: int | None = None
