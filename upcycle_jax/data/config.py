@@ -27,7 +27,7 @@ class DatasetConfig:
       split: 'train', 'validation' or any split of the task.
       batch_size: examples of a whole batch, over all processes.
       shuffle: in a pseudo-random order, new in each epoch. Off: the task's order.
-      seed: fixes order, mixing and noise. None: drawn anew by each training stream, and recorded in
+      seed: fixes order, mixing and noise. None: each training stream draws one, and recorded in
         its checkpoints; for one process only.
       use_cached: read the tokenised examples that `python -m upcycle_jax.cache_tasks` wrote
         (without TensorFlow), or else SeqIO's offline cache of the task; both are looked for in the

@@ -29,7 +29,7 @@ _OUTPUTS = {
 }
 PRETOKENIZED = "_pretokenized"
 SHOTS = "num_shots"
-"""Feature that says how many solved examples stand before an input."""
+"""The feature with the number of solved examples in front of an input."""
 _TARGETS = "targets"
 """The feature that SeqIO's metrics compare predictions with."""
 
@@ -135,7 +135,7 @@ class TaskExamples:
         return prompts.options(self._task, example, given)
 
     def has_options(self, example: Mapping[str, Any], given: prompts.Options | None = None) -> bool:
-        """Whether anything says which answers the example allows."""
+        """Whether the answers that the example allows are known."""
         return prompts.find_options(self._task, example, given) is not None
 
     def answered(self, example: Mapping[str, Any], text: str) -> Example:

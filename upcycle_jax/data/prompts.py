@@ -83,7 +83,7 @@ class FewShot:
 def find_options(
     task: "seqio.Task", example: Mapping[str, Any], given: Options | None = None
 ) -> Any:
-    """The answers as they were given, or None where nothing says which they are."""
+    """The answers as they were given, or None where they are not known."""
     found: Any = given.get(task.name) if isinstance(given, Mapping) else given
     if found is None:
         found = example.get(OPTIONS)
@@ -98,7 +98,7 @@ def options(
     """The answers that an example allows, in order.
 
     Raises:
-      ValueError: nothing says which they are, or there are fewer than two, or one stands twice.
+      ValueError: they are not known, or there are fewer than two, or two are equal.
     """
     found = find_options(task, example, given)
     if found is None:

@@ -134,7 +134,7 @@ def _text_file_tasks(
     config: DatasetConfig, domains: Mapping[str, Sequence[str]]
 ) -> seqio.Task | seqio.Mixture:
     """Registers one task per domain, and a mixture at equal rates where the domains have names.
-    Repeating a definition is no error.
+    The same definition may be repeated.
     """
     name = config.mixture_or_task_name
     vocabulary = config.vocabulary or sources.BYTES
@@ -190,7 +190,7 @@ def tasks(config: DatasetConfig) -> tuple[seqio.Task, ...]:
 
 
 def splits(task: seqio.Task) -> tuple[str, ...]:
-    """The splits of a task's data. TFDS tells them only of prepared data.
+    """The splits of a task's data. TFDS knows them only of prepared data.
 
     Raises:
       ValueError: the data are not prepared.

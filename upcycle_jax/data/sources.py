@@ -20,7 +20,7 @@ BYTES = "bytes"
 class CorpusSource(seqio.DataSource):
     """Passages of a corpus as examples `{'targets': text}`.
 
-    Unlike SeqIO's function source it shuffles over the whole split, anew in each epoch, and gives
+    Unlike SeqIO's function source it shuffles over the whole split, in each epoch differently, and gives
     each process its own passages before shuffling. The corpus is loaded on first use, so that
     registering a task costs nothing.
     """

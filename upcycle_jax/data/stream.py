@@ -123,7 +123,7 @@ def describe(
     Args:
       config: what is read.
       tasks: rate, source and steps of each task.
-      vocabularies: what tells each feature's vocabulary from others.
+      vocabularies: what identifies each feature's vocabulary.
       packages: libraries whose versions are recorded.
     """
     return {

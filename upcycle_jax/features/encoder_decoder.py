@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from upcycle_jax.features import sequences
 from upcycle_jax.features.base import Example, HostBatch, Lengths, check_lengths
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class EncoderDecoderFeatures:
     def pad(self, examples: Sequence[Example], lengths: Lengths, rows: int) -> HostBatch:
         """See `base.FeatureConverter`."""
         inputs, targets = (
-            _padded([example.get(name, ()) for example in examples], rows, lengths[name])
+            sequences.padded([example.get(name, ()) for example in examples], rows, lengths[name])
             for name in self.task_features
         )
         return _features(inputs, targets)
@@ -73,19 +74,17 @@ class EncoderDecoderFeatures:
             (_INPUTS, "encoder_input_tokens", "encoder"),
             (_TARGETS, "decoder_target_tokens", "decoder"),
         ):
-            sequences = [[example[name] for example in row] for row in rows]
-            tokens, segments, positions = _packed(sequences, lengths[name])
+            tokens, segments, positions = sequences.packed(
+                [[example[name] for example in row] for row in rows], lengths[name]
+            )
             batch |= {
                 tokens_name: tokens,
                 f"{stack}_segment_ids": segments,
                 f"{stack}_positions": positions,
             }
         targets = batch["decoder_target_tokens"]
-        # The first token of an example follows BOS, not the last token of the example before it.
-        batch["decoder_input_tokens"] = np.where(
-            batch["decoder_positions"] > 0, _shifted(targets), 0
-        )
-        batch["decoder_loss_weights"] = _weights(targets)
+        batch["decoder_input_tokens"] = sequences.shifted(targets, batch["decoder_positions"])
+        batch["decoder_loss_weights"] = sequences.loss_weights(targets)
         return batch
 
     def row_capacity(self, lengths: Lengths) -> tuple[int, ...]:
@@ -130,40 +129,7 @@ class EncoderDecoderFeatures:
 def _features(inputs: np.ndarray, targets: np.ndarray) -> HostBatch:
     return {
         "encoder_input_tokens": inputs,
-        "decoder_input_tokens": _shifted(targets),
+        "decoder_input_tokens": sequences.shifted(targets),
         "decoder_target_tokens": targets,
-        "decoder_loss_weights": _weights(targets),
+        "decoder_loss_weights": sequences.loss_weights(targets),
     }
-
-
-def _shifted(targets: np.ndarray) -> np.ndarray:
-    """Decoder inputs: targets one place later, 0 (BOS) first."""
-    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-
-
-def _weights(targets: np.ndarray) -> np.ndarray:
-    return (targets > 0).astype(np.int32)
-
-
-def _padded(sequences: Sequence[Any], rows: int, length: int) -> np.ndarray:
-    """Int32 `[rows, length]`; longer sequences are cut."""
-    out = np.zeros((rows, length), np.int32)
-    for row, sequence in enumerate(sequences):
-        tokens = np.asarray(sequence, np.int32)[:length]
-        out[row, : len(tokens)] = tokens
-    return out
-
-
-def _packed(
-    rows: Sequence[Sequence[np.ndarray]], length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, segment ids and positions of rows of several sequences, each int32 `[B, length]`."""
-    tokens, segments, positions = (np.zeros((len(rows), length), np.int32) for _ in range(3))
-    for row, sequences in enumerate(rows):
-        start = 0
-        for number, sequence in enumerate(sequences, start=1):
-            here = slice(start, start + len(sequence))
-            tokens[row, here], segments[row, here] = sequence, number
-            positions[row, here] = np.arange(len(sequence))
-            start = here.stop
-    return tokens, segments, positions

@@ -1,4 +1,4 @@
-"""Cached tasks on disk: where they lie, what their manifest says, how an example is stored. Neither
+"""Cached tasks on disk: their folders, their manifest, how an example is stored. Neither
 TensorFlow nor SeqIO.
 
     <cache folder>/<task>/manifest.json                              what was cached, from what,
@@ -222,9 +222,9 @@ class CachedTask:
     """A finished cache.
 
     Attributes:
-      folder: where it lies.
+      folder: its files and its manifest.
       manifest: what it holds.
-      remedy: what an error about its files tells the user to do.
+      remedy: what to do about a damaged file, for the user.
     """
 
     folder: pathlib.Path
@@ -233,11 +233,11 @@ class CachedTask:
 
     @classmethod
     def open(cls, folder: pathlib.Path, *, remedy: str) -> "CachedTask":
-        """Reads the manifest and looks whether every file is there and as long as it says.
+        """Reads the manifest and checks that every file is there and as long as it was written.
 
         Args:
           folder: the task's folder.
-          remedy: what an error tells the user to do.
+          remedy: what to do about a damaged file, for the user.
 
         Raises:
           ValueError: the manifest or a file is damaged, missing, or of another version.

@@ -1,5 +1,5 @@
-"""Finds the caches that a configuration with `use_cached` means, and says how to make them where
-they are not. No TensorFlow.
+"""Finds the caches that a configuration with `use_cached` names, or gives the command that makes
+them. No TensorFlow.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def find(config: DatasetConfig, features: FeatureConverter) -> CachedMixture | N
     Raises:
       FileNotFoundError: no cache; with the command that makes it.
       ValueError: a cache that is damaged, or of another vocabulary, objective or lengths; with the
-        command that makes it anew.
+        command that makes it again.
     """
     if not config.use_cached:
         return None
@@ -145,7 +145,7 @@ def _mixture_tasks(
 
 
 def _seqio_has(config: DatasetConfig) -> bool:
-    """Whether every task of the mixture lies in a SeqIO cache. Asks the registry only where
+    """Whether every task of the mixture is in a SeqIO cache. Asks the registry only where
     TensorFlow and SeqIO can be imported.
     """
     folders = data_folders.current().cache_dirs

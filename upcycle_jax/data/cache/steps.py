@@ -53,8 +53,9 @@ def _ids(text: str, vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
 
 
 def _denoise(
-    denoisers: Sequence[preprocessors.Denoiser], vocabulary: seqio.Vocabulary
+    denoisers: Sequence[preprocessors.Denoiser], features: Mapping[str, seqio.Feature]
 ) -> dict[str, Any] | None:
+    vocabulary = features["targets"].vocabulary  # of the text, which denoisers take as targets
     described = []
     for denoiser in denoisers:
         if isinstance(denoiser, preprocessors.SpanDenoiser):
@@ -91,16 +92,15 @@ def _known(step: Any, features: Mapping[str, seqio.Feature]) -> dict[str, Any] |
         return {"step": APPEND_EOS}
     if function is seqio.preprocessors.append_eos_after_trim and not keywords:
         return {"step": APPEND_EOS_AFTER_TRIM}
-    vocabulary = features["targets"].vocabulary
     corrupts = function is preprocessors.span_corruption or _place(function) == _T5_SPAN_CORRUPTION
     if corrupts and keywords.keys() <= {"noise_density", "mean_noise_span_length"}:
-        return _denoise((preprocessors.SpanDenoiser(**keywords),), vocabulary)
+        return _denoise((preprocessors.SpanDenoiser(**keywords),), features)
     if function is preprocessors.prefix_lm and not keywords:
-        return _denoise((preprocessors.PrefixDenoiser(),), vocabulary)
+        return _denoise((preprocessors.PrefixDenoiser(),), features)
     if function is preprocessors.ul2 and not keywords:
-        return _denoise(preprocessors.UL2_DENOISERS, vocabulary)
+        return _denoise(preprocessors.UL2_DENOISERS, features)
     if function is preprocessors.denoise and keywords.keys() == {"denoisers"}:
-        return _denoise(keywords["denoisers"], vocabulary)
+        return _denoise(keywords["denoisers"], features)
     return None
 
 

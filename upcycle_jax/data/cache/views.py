@@ -28,7 +28,7 @@ DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM = "denoise", "append_eos", "append_eo
 STEPS = (DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM)
 """Steps after caching that are known here: `{'step': name}`, denoising with its 'denoisers'."""
 
-_OFFSET_DRAW = 0x0FF5E7  # tells the draws of offsets from those of noise
+_OFFSET_DRAW = 0x0FF5E7  # keeps the draws of offsets apart from those of noise
 
 Tokens = dict[str, np.ndarray]
 
@@ -239,7 +239,7 @@ class TextView:
         round_length = self._edges[-1]
         if one_pass or self._total < round_length:
             rounds, rest = divmod(self._total, round_length)
-            # The rest begins so many segments, of which the last is cut short by the text's end.
+            # Then the segments that begin in the rest; the text's end cuts the last one short.
             return rounds * len(self._turns) + bisect.bisect_left(self._edges, rest), 0
         # As many rounds as leave room for every offset below one round; a text that is shorter than
         # two rounds has one, with the offsets that there is room for.

@@ -1,8 +1,8 @@
 """Writes a task's tokenised examples as ArrayRecord files that are read without TensorFlow
 (`format` has the layout).
 
-Work is done in parts, one file each, in a folder beside the final one; a killed run goes on after
-the last whole part.
+Work is done in parts, one file each, in a folder beside the final one; a killed run continues
+after the last whole part.
 """
 
 import dataclasses
@@ -350,7 +350,7 @@ def _working_folder(folder: pathlib.Path, plan: _Plan, *, overwrite: bool) -> pa
 
 
 def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> CachedTask:
-    """Caches one task, or goes on where an earlier call stopped. A finished cache of the same task
+    """Caches one task, or continues where an earlier call stopped. A finished cache of the same task
     is left as it is.
 
     Raises:

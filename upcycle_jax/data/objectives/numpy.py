@@ -136,7 +136,14 @@ class SpanNoise:
         sequence_length: Mapping[str, int],
         first_sentinel: int,
     ) -> Rows:
-        """Examples of `tokens` int32 `[N, L]`, of which `keys` uint64 `[N]` fix the noise."""
+        """Inputs and targets of segments.
+
+        Args:
+          tokens: int32 `[N, L]`, the segments.
+          keys: uint64 `[N]`, the seed of each segment's noise.
+          sequence_length: not needed here.
+          first_sentinel: id of the first sentinel; the others count down from it.
+        """
         mask = noise_mask(
             keys, tokens.shape[1], noise_density=self.noise_density, mean_noise_span_length=self.mean_noise_span_length
         )  # fmt: skip
@@ -175,7 +182,14 @@ class PrefixSplit:
         sequence_length: Mapping[str, int],
         first_sentinel: int,
     ) -> Rows:
-        """Examples of `tokens` int32 `[N, L]`, of which `keys` uint64 `[N]` fix the division."""
+        """Inputs and targets of segments.
+
+        Args:
+          tokens: int32 `[N, L]`, the segments.
+          keys: uint64 `[N]`, the seed of each segment's division.
+          sequence_length: the most tokens of each side.
+          first_sentinel: not needed here.
+        """
         length = tokens.shape[1]
         longest = min(
             max(length - 1, 1), sequence_length["targets"] - 1
