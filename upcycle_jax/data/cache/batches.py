@@ -23,10 +23,9 @@ from upcycle_jax.data.cache.views import Draw, ExampleView, Tokens, View, open_v
 from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.features import FeatureConverter, HostBatch
 
-_READ = grain.ReadOptions(
-    num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=8
-)  # in batches
-_NOISE_DRAW = 0x2071
+_READ = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=8)
+"""Threads that make batches, and batches made ahead."""
+_NOISE_DRAW = 0x2071  # keeps the draws of noise apart from others
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,10 @@ from upcycle_jax.text import size
 
 EXAMPLES_PER_PART = 50_000
 _MOST_PARTS = 1024
-_LONGEST_RECORD = (
-    2**16
-)  # tokens; a longer text is kept in several records, because a segment reads whole records
-_WRITER_OPTIONS = "group_size:1,zstd:3"  # groups of one: grain reads records in random order
+_LONGEST_RECORD = 2**16
+"""Tokens. A longer text is kept in several records, because a segment reads whole records."""
+_WRITER_OPTIONS = "group_size:1,zstd:3"
+"""Groups of one record, because grain reads records in random order."""
 _REPORT_SECONDS = 10.0
 _PLAN = "plan.json"
 
