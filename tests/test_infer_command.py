@@ -267,6 +267,7 @@ def test_an_answer_of_score_nan_is_not_ranked():
         options=lambda example, given: ["yes", "no"],
         answered=lambda example, text: (example, text),
         batch=lambda rows, size: {"decoder_target_tokens": np.zeros((size, 2), np.int32)},
+        padded_targets=lambda row: np.zeros(2, np.int32),
     )
     scores = iter([np.array([-1.0, -2.0]), np.array([-1.0, np.nan])])
     runner = types.SimpleNamespace(batch_size=2, score=lambda *_: next(scores))

@@ -8,25 +8,28 @@ import json
 import pathlib
 import re
 
-import jax
 import pytest
 
-from upcycle_jax import config, plan
+from upcycle_jax import config
 from upcycle_jax.config.stand_ins import stand_ins
 from upcycle_jax.costs.hardware import Accelerator
-from upcycle_jax.planning import estimate, literature
+from upcycle_jax.planning import estimate
 from upcycle_jax.planning.compilation import Workload
 from upcycle_jax.planning.estimate import Hardware, Kind, Range
 from upcycle_jax.planning.render import render
 from upcycle_jax.text import Format
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
 GIB = 2**30
+
 
 # A machine whose numbers are easy: 1 TFLOP/s, 1 GiB, 1 GB/s of memory traffic, 1 GB/s of links.
 CHIP = Accelerator(
     name="easy", peak_flops=1e12, hbm_bytes=GIB, hbm_bandwidth=1e9, interconnect_bandwidth=1e9
 )
+
 
 TINY = [
     "VOCAB_SIZE=100", "T5Config.emb_dim=8", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2", "T5Config.num_decoder_layers=2",
@@ -368,110 +371,3 @@ def test_text_fits_the_terminal_and_json_holds_everything(tiny):
     found = json.loads(render(tiny, Format.JSON))
     assert found["costs"]["upcycled"]["flops_per_step"] == tiny.costs[Kind.UPCYCLED].flops
     assert [row["kind"] for row in found["spending"]["equal_flops"]] == [str(kind) for kind in Kind]
-
-
-CASE = literature.Case(
-    dense_parameters=247_577_856, dense_tokens=1.6e11, extra_share=0.3, batch_tokens=163_840, num_experts=32, capacity_factor=2.0,
-    encoder_router="experts_choose", renormalize=False, sparse_share=0.5,
-)  # fmt: skip
-
-
-def stances(**changes):
-    return {
-        (item.topic, item.source): item.stance
-        for item in literature.advise(dataclasses.replace(CASE, **changes))
-    }
-
-
-def test_every_advice_has_a_source_and_a_kind():
-    for item in literature.advise(CASE):
-        assert (
-            re.search(r"arXiv \d{4}\.\d{5}", item.source)
-            and item.kind in literature.Kind
-            and item.text
-        )
-
-
-def test_the_papers_own_case_is_supported():
-    assert (
-        literature.Stance.OUTSIDE not in stances().values()
-        and literature.Stance.WARNS not in stances().values()
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "topic", "stance"),
-    [
-        ({"extra_share": 1.3}, "upcycle or scratch", literature.Stance.WARNS),
-        ({"extra_share": 2.5}, "upcycle or scratch", literature.Stance.WARNS),
-        ({"dense_parameters": 70_000_000_000}, "upcycle or scratch", literature.Stance.OUTSIDE),
-        ({"capacity_factor": 4.0}, "capacity factor", literature.Stance.WARNS),
-        ({"capacity_factor": 1.0}, "capacity factor", literature.Stance.OUTSIDE),
-        ({"num_experts": 8}, "number of experts", literature.Stance.OUTSIDE),
-        ({"num_experts": 256}, "number of experts", literature.Stance.WARNS),
-        ({"sparse_share": 1.0}, "MoE layers", literature.Stance.OUTSIDE),
-        ({"encoder_router": "tokens_choose"}, "routing", literature.Stance.WARNS),
-        ({"renormalize": True}, "routing", literature.Stance.WARNS),
-    ],
-)
-def test_cases_outside_the_evidence_are_told(changes, topic, stance):
-    assert stance in {found for (where, _), found in stances(**changes).items() if where == topic}
-    assert stance not in {found for (where, _), found in stances().items() if where == topic}
-
-
-def test_without_dense_steps_the_question_is_put():
-    (line,) = (
-        item
-        for item in literature.advise(dataclasses.replace(CASE, extra_share=None))
-        if item.topic == "upcycle or scratch"
-    )
-    assert "--dense_steps" in line.text
-
-
-def run(*words, bindings=TINY):
-    flags = [
-        "--gin_file=models/t5_1_1_base_upcycled.gin",
-        "--gin_file=runs/continue_pretrain.gin",
-        *(f"--gin.{text}" for text in bindings),
-    ]
-    return plan.main([*flags, *words])
-
-
-def test_the_command_takes_steps_from_the_configuration(capsys):
-    steps = [
-        "--gin.TRAIN_STEPS=1100000",
-        "--gin.INITIAL_CHECKPOINT_PATH='/data/dense/checkpoint_1000000'",
-    ]
-    assert run("--hardware=tpu_v5e:8", "--format=json", *steps) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["extra_steps"], found["dense_steps"], found["hardware"]["devices"]) == (
-        100_000,
-        1_000_000,
-        8,
-    )
-    assert run("--hardware=tpu_v5e:8", "--format=json", "--extra_steps=7", "--mfu=0.1,0.2") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (
-        found["dense_steps"] is None
-        and not found["extra_steps_assumed"]
-        and found["mfu"]["dense"] == {"low": 0.1, "high": 0.2}
-    )
-    assert run("--hardware=tpu_v5e:8") == 0
-    assert "extra 100,000 (assumed: give --extra_steps)" in capsys.readouterr().out
-    assert len(jax.devices()) == 8  # nothing was asked of the 8 chips
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--hardware=nothing:8", "--extra_steps=1"], "no accelerator 'nothing' is known"),
-        (["--hardware=tpu_v5e:8", "--extra_steps=1", "--mfu=fast"], "--mfu=fast is not LOW,HIGH"),
-        (
-            ["--hardware=tpu_v5e:8", "--extra_steps=1", "--gin.NUM_EXPERT_PARTITIONS=5"],
-            "Change NUM_EXPERT_PARTITIONS",
-        ),
-    ],
-)
-def test_the_command_refuses_bad_input(words, message, capsys):
-    assert run(*words) == 2
-    assert re.search(message, capsys.readouterr().err)

@@ -1,40 +1,31 @@
-"""The paper's numbers and this project's beside them. Runs are hand-made: every number can be
-worked out from the rows written here.
-"""
+"""This project's runs beside the paper's numbers: which run is which, and what is averaged."""
 
-import csv
 import json
-import pathlib
-import shlex
 
 import pytest
 
-from upcycle_jax import config, paper
-from upcycle_jax.config import flags
+from upcycle_jax import config
 from upcycle_jax.papers import compare as comparing
-from upcycle_jax.papers import exhibits as published
-from upcycle_jax.papers.commands import Places, commands
-from upcycle_jax.papers.exhibits import Kind, Method, exhibit, exhibits
+from upcycle_jax.papers.exhibits import exhibit
 from upcycle_jax.papers.render import render
 from upcycle_jax.papers.runs import find_runs
 from upcycle_jax.text import Format
 
-REFERENCE = (
-    pathlib.Path(__file__).resolve().parents[3] / "shared" / "reference" / "paper_figures.csv"
-)
-LANGUAGE = [(one.name, series) for one in exhibits().values() for series in one.series("language")]
-IDS = [
-    f"{name} {series.head.part} {series.label} {series.head.metric} {series.head.x_unit}"
-    for name, series in LANGUAGE
-]
-
 BASE = {"emb_dim": 768, "mlp_dim": 2048, "num_heads": 12, "head_dim": 64, "vocab_size": 32128}
+
+
 DEPTH = {"num_encoder_layers": 12, "num_decoder_layers": 12}
+
+
 CHOOSE = {"type": "ExpertsChoose", "renormalize": False, "jitter_noise": 0.0}
+
+
 MOE = {
     "num_experts": 32, "train_expert_capacity_factor": 2.0, "encoder_router": CHOOSE, "num_encoder_sparse_layers": None,
     "num_decoder_sparse_layers": None, "encoder_sparse_layout": "MIXED", "decoder_sparse_layout": "MIXED",
 }  # fmt: skip
+
+
 COPIES = {"type": "Recipe", "expert_init": {"type": "CopyExperts"}, "depth": None}
 
 
@@ -75,152 +66,6 @@ def compare(name, results, **given):
         load_config=lambda file: config.load([file]).macro("MODEL").config,
         **given,
     )
-
-
-def test_every_number_has_a_kind_and_a_place():
-    for name, one in exhibits().items():
-        assert one.points and one.title
-        for point in one.points:
-            assert (
-                point.kind in Kind
-                and point.metric in published.METRICS
-                and point.modality in ("language", "vision")
-            )
-            assert point.place == name and (point.printed != "") == (point.kind == Kind.PRINTED)
-    by_kind = {
-        kind: sum(point.kind == kind for one in exhibits().values() for point in one.points)
-        for kind in Kind
-    }
-    assert by_kind[Kind.PRINTED] == 14 + 18 + 8 + 4  # tables 1, 2 and 3, appendix B.7
-    with open(
-        published.__file__.replace("exhibits.py", "data/sparse_upcycling.csv"),
-        encoding="utf-8",
-    ) as stream:
-        assert sum(by_kind.values()) == len(list(csv.DictReader(stream)))
-
-
-def test_numbers_are_those_of_the_reference():
-    if not REFERENCE.is_file():
-        pytest.skip("the checked list of the paper's figures is not beside this checkout")
-    with open(REFERENCE, encoding="utf-8") as stream:
-        expected = sorted(
-            (
-                f"figure{row['figure']}",
-                row["panel"],
-                float(row["x_extra_cost"]),
-                float(row["value"]),
-            )
-            for row in csv.DictReader(stream)
-        )
-    ours = [
-        p
-        for one in exhibits().values()
-        for p in one.points
-        if p.kind == Kind.READ_OFF and p.method != Method.START and p.x is not None
-    ]
-    assert (
-        sorted(
-            (p.place, p.part, p.x, p.value)
-            for p in ours
-            if p.place in ("figure2", "figure3", "figure4", "figure5")
-        )
-        == expected
-    )
-
-
-def test_names_are_forgiving_and_wrong_ones_are_told():
-    assert exhibit("Figure 2") is exhibit("fig2") is exhibit("figure2") and exhibit(
-        "Appendix B.7"
-    ) is exhibit("b7")
-    with pytest.raises(
-        ValueError,
-        match=r"no numbers of 'figure7' are known here. Did you mean figure\d+\? Known: table1",
-    ):
-        exhibit("figure7")
-
-
-def test_table1_is_counted_and_equals_the_printed_sizes(capsys):
-    assert paper.main(["table1", "--format=json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["sizes"]
-    language = {(row["size"], row["method"]): row for row in rows if row["modality"] == "language"}
-    # Section 1 of the T5 1.1 arithmetic: 2 embeddings of 32128 x 768, 24 MLPs of 3 x 768 x 2048, 36
-    # attentions of 4 x 768 x 768, norms (12 x 2 + 12 x 3 + 2) x 768, 2 tables of 32 x 12.
-    base = 2 * 32128 * 768 + 24 * 3 * 768 * 2048 + 36 * 4 * 768 * 768 + 62 * 768 + 2 * 32 * 12
-    assert language["Base", "dense"]["parameters"] == base == 247_577_856
-    # Half of the MLPs 31 times more, and a router of 768 x 32 for each.
-    assert language["Base", "sparse"]["parameters"] == base + 12 * (31 * 3 * 768 * 2048 + 768 * 32)
-    assert len(language) == 6 and all(
-        row["equal"] and row["rounded"] == row["printed"] for row in language.values()
-    )
-    vision = [row for row in rows if row["modality"] == "vision"]
-    assert len(vision) == 8 and all(
-        row["parameters"] is None and row["equal"] is None for row in vision
-    )
-
-
-@pytest.mark.parametrize(("name", "series"), LANGUAGE, ids=IDS)
-def test_every_missing_curve_names_commands_that_resolve(name, series):
-    """The gin files exist, the flags parse, and everything that the command needs is there."""
-    found = commands(series, Places("runs", "dense"))
-    assert found or name == "table1"
-    seen = set()
-    for command in found:
-        module = command.words[2]
-        shape = (
-            module,
-            *(
-                word
-                for word in command.words
-                if "MODEL_DIR" not in word and "PATH" not in word and "SEED" not in word
-            ),
-        )
-        assert shlex.split(command.text()) == list(command.words)
-        if shape in seen or len(seen) >= 4:  # points and seeds differ in paths only
-            continue
-        seen.add(shape)
-        parsed = flags.parse("x", command.words[3:], description="")
-        loaded = config.load(parsed.gin_file, parsed.gin_bindings)
-        built = loaded.build("train" if module == "upcycle_jax.train" else "evaluate").keywords
-        model = built["model"].config
-        assert (model.moe is not None) == (series.head.method in (Method.UPCYCLED, Method.SCRATCH))
-        if "C" in series.head.setting:
-            assert (
-                model.moe.train_expert_capacity_factor
-                == model.moe.eval_expert_capacity_factor
-                == float(series.head.setting["C"])
-            )
-        if series.head.setting.get("renormalize") == "yes":
-            assert model.moe.encoder_router.renormalize and model.moe.decoder_router.renormalize
-        if series.head.setting.get("router") == "switch":
-            assert (
-                model.moe.encoder_router.num_selected_experts == 1
-                and model.moe.decoder_router.num_selected_experts == 2
-            )
-        if series.head.setting.get("router") == "top_2_bpr":
-            assert (
-                model.moe.encoder_router.batch_prioritized
-                and not model.moe.decoder_router.batch_prioritized
-            )
-
-
-def test_runs_of_one_setting_share_a_folder():
-    """Figure 9's C=2, appendix B.7's plain weights and figure 2's upcycled Base are one run."""
-
-    def model_dirs(name):
-        out = {}
-        for series in exhibit(name).series("language"):
-            out[series.label, series.head.metric] = next(
-                w for w in commands(series)[0].words if "MODEL_DIR" in w
-            )
-        return out
-
-    base = model_dirs("figure2")["Base upcycled", "c4_accuracy"]
-    assert (
-        model_dirs("figure9")["Base upcycled C=2", "c4_accuracy"]
-        == base
-        == model_dirs("b7")["Base upcycled renormalize=no", "superglue"]
-    )
-    assert model_dirs("figure9")["Base upcycled C=4", "c4_accuracy"] != base
 
 
 def test_results_at_the_papers_scale_stand_beside_its_numbers(tmp_path):
@@ -438,58 +283,6 @@ def test_superglue_scores_are_matched_to_the_checkpoint_they_come_from(tmp_path)
     )
     # Fine-tuned runs are no pre-training results.
     assert all(line.ours is None for line in compare("figure4", tmp_path).curves[1].lines[2:])
-
-
-def test_commands_write_where_results_are_looked_for():
-    (series,) = (
-        one for one in exhibit("figure2").series("language") if one.label == "Base upcycled"
-    )
-    (command,) = commands(series, Places("out", "in"))
-    assert (
-        command.text()
-        == "python -m upcycle_jax.train --gin_file=papers/sparse_upcycling/base_upcycled.gin"
-        " \"--gin.MODEL_DIR='out/base_upcycled'\""
-        " \"--gin.INITIAL_CHECKPOINT_PATH='in/t5_1_1_base/checkpoint_1000000'\""
-        " --gin.NUM_EXPERT_PARTITIONS=32 --gin.GROUP_SIZE=512"
-    )
-
-
-def test_vision_is_there_and_marked(capsys):
-    assert paper.main(["table2", "figure6"]) == 0
-    out = capsys.readouterr().out
-    assert (
-        out.count("Vision: not yet supported by this project") == 2
-        and "49.60" in out
-        and "L/32 upcycled router=top_k C=2" in out
-    )
-
-
-def test_everything_fits_the_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(
-        paper,
-        "_load_config",
-        lambda file: config.load(["models/t5_1_1_tiny.gin"]).macro("MODEL").config,
-    )
-    assert paper.main(["all"]) == 1  # the tiny model is no size of table 1
-    out = capsys.readouterr().out
-    assert not [line for line in out.splitlines() if len(line) > 140] and "DIFFERENT" in out
-    assert paper.main(["list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in exhibits()) and not [
-        line for line in listed.splitlines() if len(line) > 140
-    ]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["figure99"], "no numbers of 'figure99'"),
-        (["figure2", "--results=/nowhere"], "/nowhere is not a folder: --results takes a folder"),
-    ],
-)
-def test_bad_input_is_one_clear_error(words, message, capsys):
-    assert paper.main(words) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_a_manifest_of_an_earlier_version_is_no_paper_run(tmp_path):

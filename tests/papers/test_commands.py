@@ -1,0 +1,97 @@
+"""Commands for what is missing: they resolve, and write where results are looked for."""
+
+import shlex
+
+import pytest
+
+from upcycle_jax import config
+from upcycle_jax.config import flags
+from upcycle_jax.papers.commands import Places, commands
+from upcycle_jax.papers.exhibits import Method, exhibit, exhibits
+
+LANGUAGE = [(one.name, series) for one in exhibits().values() for series in one.series("language")]
+
+
+IDS = [
+    f"{name} {series.head.part} {series.label} {series.head.metric} {series.head.x_unit}"
+    for name, series in LANGUAGE
+]
+
+
+@pytest.mark.parametrize(("name", "series"), LANGUAGE, ids=IDS)
+def test_every_missing_curve_names_commands_that_resolve(name, series):
+    """The gin files exist, the flags parse, and everything that the command needs is there."""
+    found = commands(series, Places("runs", "dense"))
+    assert found or name == "table1"
+    seen = set()
+    for command in found:
+        module = command.words[2]
+        shape = (
+            module,
+            *(
+                word
+                for word in command.words
+                if "MODEL_DIR" not in word and "PATH" not in word and "SEED" not in word
+            ),
+        )
+        assert shlex.split(command.text()) == list(command.words)
+        if shape in seen or len(seen) >= 4:  # points and seeds differ in paths only
+            continue
+        seen.add(shape)
+        parsed = flags.parse("x", command.words[3:], description="")
+        loaded = config.load(parsed.gin_file, parsed.gin_bindings)
+        built = loaded.build("train" if module == "upcycle_jax.train" else "evaluate").keywords
+        model = built["model"].config
+        assert (model.moe is not None) == (series.head.method in (Method.UPCYCLED, Method.SCRATCH))
+        if "C" in series.head.setting:
+            assert (
+                model.moe.train_expert_capacity_factor
+                == model.moe.eval_expert_capacity_factor
+                == float(series.head.setting["C"])
+            )
+        if series.head.setting.get("renormalize") == "yes":
+            assert model.moe.encoder_router.renormalize and model.moe.decoder_router.renormalize
+        if series.head.setting.get("router") == "switch":
+            assert (
+                model.moe.encoder_router.num_selected_experts == 1
+                and model.moe.decoder_router.num_selected_experts == 2
+            )
+        if series.head.setting.get("router") == "top_2_bpr":
+            assert (
+                model.moe.encoder_router.batch_prioritized
+                and not model.moe.decoder_router.batch_prioritized
+            )
+
+
+def test_runs_of_one_setting_share_a_folder():
+    """Figure 9's C=2, appendix B.7's plain weights and figure 2's upcycled Base are one run."""
+
+    def model_dirs(name):
+        out = {}
+        for series in exhibit(name).series("language"):
+            out[series.label, series.head.metric] = next(
+                w for w in commands(series)[0].words if "MODEL_DIR" in w
+            )
+        return out
+
+    base = model_dirs("figure2")["Base upcycled", "c4_accuracy"]
+    assert (
+        model_dirs("figure9")["Base upcycled C=2", "c4_accuracy"]
+        == base
+        == model_dirs("b7")["Base upcycled renormalize=no", "superglue"]
+    )
+    assert model_dirs("figure9")["Base upcycled C=4", "c4_accuracy"] != base
+
+
+def test_commands_write_where_results_are_looked_for():
+    (series,) = (
+        one for one in exhibit("figure2").series("language") if one.label == "Base upcycled"
+    )
+    (command,) = commands(series, Places("out", "in"))
+    assert (
+        command.text()
+        == "python -m upcycle_jax.train --gin_file=papers/sparse_upcycling/base_upcycled.gin"
+        " \"--gin.MODEL_DIR='out/base_upcycled'\""
+        " \"--gin.INITIAL_CHECKPOINT_PATH='in/t5_1_1_base/checkpoint_1000000'\""
+        " --gin.NUM_EXPERT_PARTITIONS=32 --gin.GROUP_SIZE=512"
+    )

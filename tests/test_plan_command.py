@@ -1,0 +1,64 @@
+"""The plan command: steps from a configuration, and bad input."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from upcycle_jax import plan
+
+TINY = [
+    "VOCAB_SIZE=100", "T5Config.emb_dim=8", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2", "T5Config.num_decoder_layers=2",
+    "T5Config.head_dim=4", "T5Config.mlp_dim=16", "NUM_EXPERTS=4", "GROUP_SIZE=32", "BATCH_SIZE=8",
+    "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4}",
+]  # fmt: skip
+
+
+def run(*words, bindings=TINY):
+    flags = [
+        "--gin_file=models/t5_1_1_base_upcycled.gin",
+        "--gin_file=runs/continue_pretrain.gin",
+        *(f"--gin.{text}" for text in bindings),
+    ]
+    return plan.main([*flags, *words])
+
+
+def test_the_command_takes_steps_from_the_configuration(capsys):
+    steps = [
+        "--gin.TRAIN_STEPS=1100000",
+        "--gin.INITIAL_CHECKPOINT_PATH='/data/dense/checkpoint_1000000'",
+    ]
+    assert run("--hardware=tpu_v5e:8", "--format=json", *steps) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["extra_steps"], found["dense_steps"], found["hardware"]["devices"]) == (
+        100_000,
+        1_000_000,
+        8,
+    )
+    assert run("--hardware=tpu_v5e:8", "--format=json", "--extra_steps=7", "--mfu=0.1,0.2") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["dense_steps"] is None
+        and not found["extra_steps_assumed"]
+        and found["mfu"]["dense"] == {"low": 0.1, "high": 0.2}
+    )
+    assert run("--hardware=tpu_v5e:8") == 0
+    assert "extra 100,000 (assumed: give --extra_steps)" in capsys.readouterr().out
+    assert len(jax.devices()) == 8  # nothing was asked of the 8 chips
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hardware=nothing:8", "--extra_steps=1"], "no accelerator 'nothing' is known"),
+        (["--hardware=tpu_v5e:8", "--extra_steps=1", "--mfu=fast"], "--mfu=fast is not LOW,HIGH"),
+        (
+            ["--hardware=tpu_v5e:8", "--extra_steps=1", "--gin.NUM_EXPERT_PARTITIONS=5"],
+            "Change NUM_EXPERT_PARTITIONS",
+        ),
+    ],
+)
+def test_the_command_refuses_bad_input(words, message, capsys):
+    assert run(*words) == 2
+    assert re.search(message, capsys.readouterr().err)
