@@ -49,6 +49,9 @@ def _start_ticks(pid: int) -> int | None:
     """The start in clock ticks since the machine's, which tells a process from a later one of the
     same id; None if it cannot be seen.
 
+    Read as the kernel counts it: a start by the clock (`psutil.Process.create_time`) moves when the
+    clock is set, and a living process would be taken for a dead one.
+
     A process that has ended and that its parent has not looked at yet (a zombie) counts as gone.
     """
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from upcycle_jax import surgery
+from upcycle_jax.byte_sizes import parse_bytes
 from upcycle_jax.costs import parameters
 from upcycle_jax.costs.step import StepCosts
 from upcycle_jax.models.base import Model
@@ -30,8 +31,7 @@ from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import LeafSpec
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,9 +236,7 @@ def _compiled(name: str, lower: Any) -> Compiled:
         needed = _OUT_OF_MEMORY.search(str(error))
         if needed is None:
             raise
-        return Compiled(
-            name, time.monotonic() - started, int(float(needed[1]) * _UNITS[needed[2]]), fits=False
-        )
+        return Compiled(name, time.monotonic() - started, parse_bytes(needed[1]), fits=False)
     seconds = time.monotonic() - started
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     arguments, temporaries = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)

@@ -18,6 +18,7 @@ from upcycle_jax.data import DatasetConfig
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
+from upcycle_jax.text import size
 from upcycle_jax.training import holding, prepare
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
@@ -222,7 +223,7 @@ def _data(model: Model, config: DatasetConfig) -> str:
     dataset = prepare.open_data(model, config)
     cached = dataset.verify()
     next(dataset.train_iterator())
-    found = [f"{cached / 2**20:,.1f} MiB of cache are as written"] if cached else []
+    found = [f"{size(cached)} of cache are as written"] if cached else []
     found.append(f"a batch of {config.batch_size} rows can be read")
     if model.vocab_size is not None:
         found.append(f"{dataset.vocabulary_size()} token ids of the model's {model.vocab_size}")
