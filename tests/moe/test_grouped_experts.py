@@ -45,8 +45,9 @@ def problem(
     expert = np.where(rng.random(expert.shape) < skip, num_experts, expert)
     weight = np.where(expert < num_experts, rng.random(expert.shape), 0)
     names = ["wi"] if len(activations) == 1 else [f"wi_{i}" for i in range(len(activations))]
-    kernels = {name: rng.normal(size=(num_experts, D, F)) for name in names} | {
-        "wo": rng.normal(size=(num_experts, F, D))
+    # As layers initialise them: outputs are about one, which absolute tolerances are made for.
+    kernels = {name: rng.normal(size=(num_experts, D, F)) / D**0.5 for name in names} | {
+        "wo": rng.normal(size=(num_experts, F, D)) / F**0.5
     }
     to_jax = lambda a: jnp.asarray(a, jnp.float32)
     return (
@@ -240,7 +241,7 @@ def random_expert_loads():
     )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(random_expert_loads(), st.sampled_from([(4, 1), (2, 2)]))
 def test_any_load_on_a_mesh_equals_a_loop_over_tokens(load, mesh):
     seed, skew, skip = load

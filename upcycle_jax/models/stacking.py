@@ -141,6 +141,14 @@ def _scanned(
 ) -> jax.Array:
     """A loop over the repeats of a block. What its layers leave in variable collections is put
     where single layers would have put it.
+
+    Flax has a scan of its own, whose parameters are stacked in checkpoints, too. Here layers keep
+    parameters of their own, so that this function takes their variables out of the stack's scope,
+    stacks them by position in the block, scans over plain functions, and puts back what they left.
+    For layers 1 to 6 as a block of two layers that repeats three times:
+
+        position 0: layers 1, 3, 5 -> leaves [3, ...]      repeat 0: layers 1, 2
+        position 1: layers 2, 4, 6 -> leaves [3, ...]      repeat 1: layers 3, 4, and so on
     """
     scope = stack.scope
     assert scope is not None
@@ -150,6 +158,7 @@ def _scanned(
         for name, content in variables.items()
         if any(f"layers_{i}" in content for i in part.layers)
     ]
+    # [layers] keys of each kind ('dropout', 'jitter'), so that each repeat draws from its own.
     keys = {name: jax.random.split(stack.make_rng(name), len(part.layers)) for name in scope.rngs}
 
     def of_layer(i: int) -> Any:
@@ -161,7 +170,12 @@ def _scanned(
         }
         return mine, {name: key[i - part.start] for name, key in keys.items()}
 
-    def one_layer(position: int) -> Any:
+    def layer_at(position: int) -> Any:
+        """The function of the layer at a position of the block: (x, what `of_layer` gives) to (x,
+        what it leaves in collections).
+        """
+        # Not bound to the stack's scope: it gets its variables as arguments. Layers of one position
+        # are interchangeable, so that the first one stands for all.
         layer = make(part.start + position, parent=None)
 
         def run(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
@@ -176,19 +190,23 @@ def _scanned(
         # it.
         return jax.checkpoint(run, policy=REMAT_POLICIES[remat_policy], prevent_cse=False)
 
-    def block(x: jax.Array, given: Sequence[Any]) -> tuple[jax.Array, Any]:
+    block = [layer_at(position) for position in range(part.period)]
+
+    def run_block(x: jax.Array, given: Sequence[Any]) -> tuple[jax.Array, Any]:
+        """One repeat; `given` has an entry per position."""
         left = []
-        for run, mine in zip(runs, given, strict=True):
+        for run, mine in zip(block, given, strict=True):
             x, updates = run(x, mine)
             left.append(updates)
         return x, left
 
-    runs = [one_layer(position) for position in range(part.period)]
+    # By position: a tree of leaves [repeats, ...], over which the loop runs.
     stacked = [
         _stacked([of_layer(i) for i in part.layers[position :: part.period]])
         for position in range(part.period)
     ]
-    x, left = jax.lax.scan(block, x, stacked)
+    x, left = jax.lax.scan(run_block, x, stacked)
+    # `left` has leaves [repeats, ...] by position: each repeat's share goes to its own layer.
     for position, updates in enumerate(left):
         for repeat, i in enumerate(part.layers[position :: part.period]):
             for name, content in updates.items():
@@ -201,4 +219,5 @@ def _scanned(
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
+    """Equal trees as one tree, whose leaves have a leading axis over them."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,4 +1,4 @@
-"""The bias that balances experts without a loss (arXiv 2408.15664): how it moves after a step."""
+"""How the bias that balances experts without a loss (arXiv 2408.15664) moves after a step."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def moved(bias: jax.Array, chosen: jax.Array, *, rate: float) -> jax.Array:
-    """The bias `[E]` after a step: `rate` up where an expert was chosen less often than the mean,
-    down where more often.
+    """The bias `[E]` after a step. It moves by `rate`: up for experts that were chosen less often
+    than the mean, down for those that were chosen more often.
 
     Args:
       bias: float32 `[E]`, before the step.
-      chosen: float32 `[E]`, how many tokens of the step's whole batch wanted each expert: exact
+      chosen: float32 `[E]`, how many tokens of the step's whole batch chose each expert: exact
         integers, so that the sign does not depend on how the batch was divided.
       rate: see `Router.balance_rate`.
     """
@@ -27,12 +27,12 @@ def with_moved_biases(
     rates: Mapping[str, float],
     paths: Mapping[str, str],
 ) -> dict[str, jax.Array]:
-    """Flat parameters in which every bias is the one from before the step, moved; what an optimizer
-    did to it is undone.
+    """Parameters whose selection biases are moved from their values before the step. What the
+    optimizer did to these is discarded.
 
     Args:
-      params: after the optimizer.
-      before: before it.
+      params: by path, after the optimizer.
+      before: by path, before it.
       chosen: by layer, see `moved`.
       rates: by layer, of the layers that have a bias.
       paths: of the biases, by layer.

@@ -1,7 +1,8 @@
 """The experts of an MoE layer: the dense MLP E times, with weights of its own each time.
 
 An `ExpertBank` holds their kernels as plain arrays, and applies them in one of three ways: on
-slots, all experts at once; in a loop over experts; on tokens sorted by expert. A dispatcher chooses.
+slots, all experts at once; in a loop over experts; on tokens sorted by expert. A dispatcher
+chooses the way.
 
 Axis legend: G groups, S tokens per group, E experts, C slots per expert and group, K experts per
 token, d and f sizes of an expert's matrices.

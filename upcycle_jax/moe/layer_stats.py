@@ -26,7 +26,7 @@ class LayerStats:
       left_behind: counted tokens that no expert processed.
       capacity: slots of all experts and groups.
       load: `[E]`, counted tokens that each expert processed.
-      chosen: `[E]`, counted tokens that wanted each expert, before any drop.
+      chosen: `[E]`, counted tokens that asked for each expert, before any drop.
       weight: combine weights of the counted tokens, summed.
       entropy: entropy of the router probabilities (nats), summed over counted tokens.
       probability: `[E]`, router probabilities summed over counted tokens: what the router prefers,

@@ -111,12 +111,12 @@ class Router(abc.ABC):
 
     @property
     def skips_padding(self) -> bool:
-        """Whether padding never takes a place, whatever `MoeConfig.ignore_padding_tokens` says."""
+        """Whether padding never takes a place, also with `MoeConfig.ignore_padding_tokens` off."""
         return False
 
     @property
     def group_is_sequence(self) -> bool:
-        """Whether every sequence is a group of its own, whatever GROUP_SIZE says."""
+        """Whether every sequence is a group of its own, regardless of GROUP_SIZE."""
         return False
 
     @property

@@ -15,7 +15,7 @@ class HashTop1(TokenChoice):
     """Each token takes the expert that a fixed hash of its id names, with weight 1.
 
     Source: Hash Layers, arXiv 2106.04426 (random hash). There is no router kernel and no router
-    loss. Guarantees: the same word meets the same expert in every layer of that seed, for ever;
+    loss. Guarantees: the same word goes to the same expert in every layer of that seed;
     causal in a decoder, whose id is that of the input token, at every capacity. Load follows word
     frequencies: a frequent word fills its expert, and what exceeds the capacity is dropped, so give
     it room or set dropless. Not for models without token ids (images): MoE layers then refuse it.

@@ -43,7 +43,7 @@ class TokenChoice(Router):
 
     Attributes:
       jitter_noise: see `Router.input_jitter`.
-      dropless: there is no capacity: every token meets all of its K experts, whatever the load
+      dropless: there is no capacity: every token goes to all of its K experts, at any load
         (MegaBlocks, arXiv 2211.15841). Capacity factors then do nothing, and `MoeConfig.dispatch`
         says how tokens are moved. Padding is not routed. Causal for every K.
     """
@@ -256,7 +256,7 @@ class DroplessTopK(TokensChoose):
     """Top-K without a capacity: no token is ever dropped, at any load.
 
     Source: MegaBlocks, arXiv 2211.15841; Mixtral, arXiv 2401.04088 (with
-    softmax_order='after_top_k'). Guarantees: every token meets its K experts, so a result depends
+    softmax_order='after_top_k'). Guarantees: every token goes to its K experts, so a result depends
     on nothing but the token, and its cost on the load of the fullest device. Load balance is not
     guaranteed, hence the auxiliary loss. Allowed everywhere; with experts divided over a mesh every
     device sees the tokens of its expert group (see `moe.grouped_experts`).
