@@ -289,7 +289,7 @@ def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *b
     call = loaded.build("train")
     assert "train.model = %MODEL" in loaded.operative_text()
     data = Data(call.keywords["model"])
-    return call.func(**{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": data})
+    return call(train_dataset_cfg=data, train_eval_dataset_cfg=data).run()
 
 
 @pytest.mark.parametrize("name", ["models/t5_1_1_base.gin", "models/t5_1_1_base_upcycled.gin"])
@@ -484,9 +484,7 @@ def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path)
     deeper = ["T5Config.num_encoder_layers=3", "T5Config.num_decoder_layers=3"]
     call = load([name], [*SMALL, *required, *deeper]).build("train")
     data = Data(call.keywords["model"])
-    result = call.func(
-        **{**call.keywords, "train_dataset_cfg": data, "train_eval_dataset_cfg": None}
-    )
+    result = call(train_dataset_cfg=data, train_eval_dataset_cfg=None).run()
     assert (result.step, result.start) == (2, "upcycle")
 
 

@@ -198,7 +198,7 @@ def test_circles_are_found():
     assert circles(graph) == [["b", "c", "d"]]
     assert "upcycle_jax.data.config" in imported_by("upcycle_jax.data")
     assert "upcycle_jax.tasks.c4" in imported_by("upcycle_jax.data.shipped_tasks")
-    assert "upcycle_jax.training.loop" in imported_by("upcycle_jax.config.registry")
+    assert "upcycle_jax.training.train" in imported_by("upcycle_jax.config.registry")
 
 
 def test_no_circle_between_files():

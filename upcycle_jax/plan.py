@@ -99,7 +99,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     hardware = estimate.Hardware.parse(flags.extra.hardware)
     extra_steps, dense_steps = _steps(flags, loaded)
     opened = load_with_stand_ins(flags, loaded)
-    work = Workload.of_run(opened.build("train", train_eval_dataset_cfg=None).keywords)
+    work = Workload.of_run(opened.build("train", train_eval_dataset_cfg=None)())
     command.say_unused(opened, name="plan", other_functions=registry.FUNCTIONS)
     plan = estimate.make_plan(
         pathlib.PurePath((flags.gin_file or ("flags",))[0]).stem,

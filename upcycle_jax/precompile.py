@@ -49,7 +49,7 @@ def _run(flags: Flags, loaded: "Config") -> int:
     if not name:
         raise ValueError("which slice? Give --topology=v5e:4x8, or define TOPOLOGY in a gin file")
     topology = topologies.topology(name)
-    run = Workload.of_run(loaded.build("train", train_eval_dataset_cfg=None).keywords)
+    run = Workload.of_run(loaded.build("train", train_eval_dataset_cfg=None)())
     command.say_unused(loaded, name="precompile", other_functions=registry.FUNCTIONS)
     work = dataclasses.replace(
         run, partitioner=dataclasses.replace(run.partitioner, devices=topology.devices)

@@ -72,7 +72,7 @@ class Lab:
         for name in (
             "upcycle_jax.config",
             "upcycle_jax.surgery.convert_and_prove",
-            "upcycle_jax.training.loop",
+            "upcycle_jax.training.train",
             "upcycle_jax.data.cache.batches",
             "upcycle_jax.checkpoints.huggingface.writer",
         ):

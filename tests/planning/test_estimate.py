@@ -46,7 +46,7 @@ def workload(*bindings, files=("models/t5_1_1_base_upcycled.gin", "runs/pretrain
 
 
 def run_of(loaded):
-    return Workload.of_run(loaded.build("train", train_eval_dataset_cfg=None).keywords)
+    return Workload.of_run(loaded.build("train", train_eval_dataset_cfg=None)())
 
 
 def make(work, chips=1, *, chip=CHIP, **given):

@@ -28,9 +28,9 @@ from upcycle_jax.training.config import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
 )
-from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
+from upcycle_jax.training.train import Train
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import Role
 
@@ -97,7 +97,7 @@ def open_lines(config: LinesData, features):
 
 
 def run(model_dir, model, steps, restore=None):
-    return train(
+    return Train(
         model=model,
         model_dir=model_dir,
         train_dataset_cfg=LinesData(),
@@ -110,7 +110,7 @@ def run(model_dir, model, steps, restore=None):
         total_steps=steps,
         partitioner=Partitioner(devices=(jax.devices()[0],)),
         checkpoint_cfg=CheckpointConfig(restore=restore, save=SaveCheckpointConfig(period=steps)),
-    )
+    ).run()
 
 
 @pytest.fixture(scope="module")

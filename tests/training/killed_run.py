@@ -11,9 +11,9 @@ import jax
 
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig
-from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
+from upcycle_jax.training.train import Train
 from upcycle_jax.training.trainer import Trainer
 
 
@@ -30,7 +30,7 @@ def main(model_dir: str, steps: str, seconds: str) -> None:
             time.sleep(float(seconds))
             return super().batch(k)
 
-    train(
+    Train(
         model=fakes.BagModel(),
         model_dir=model_dir,
         train_dataset_cfg=Slow(),
@@ -42,7 +42,7 @@ def main(model_dir: str, steps: str, seconds: str) -> None:
         ),
         total_steps=int(steps),
         stats_period=1,
-    )
+    ).run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from upcycle_jax.training.config import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
 )
-from upcycle_jax.training.loop import train
+from upcycle_jax.training.train import Train
 
 EMBEDDING, KERNEL = "target/token_embedder/embedding", "target/decoder/layers_0/mlp/wo/kernel"
 
@@ -39,7 +39,7 @@ def run(bags, folder, *, steps, checkpoint_cfg=None, **kwargs):
         "trainer": bags.trainer(),
         "total_steps": steps,
     }
-    return train(**arguments | kwargs)
+    return Train(**arguments | kwargs).run()
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from upcycle_jax.training.config import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
 )
-from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import Adafactor
-from upcycle_jax.training.prepare import Settings, prepare
+from upcycle_jax.training.prepare import prepare
+from upcycle_jax.training.train import Train
+from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.trees import LeafSpec, Role
 
@@ -99,7 +100,6 @@ def settings(bags, tmp_path):
             "model": model or bags.Model(num_experts=2),
             "model_dir": tmp_path / name,
             "train_dataset_cfg": bags.Dataset(),
-            "train_eval_dataset_cfg": None,
             "checkpoint_cfg": CheckpointConfig(
                 restore=RestoreCheckpointConfig(path=str(restore)),
                 save=SaveCheckpointConfig(period=1),
@@ -107,8 +107,6 @@ def settings(bags, tmp_path):
             "partitioner": bags.one_device,
             "trainer": bags.trainer(optimizer=Adafactor(**kwargs)),
             "total_steps": steps,
-            "eval_steps": None,
-            "eval_period": None,
             "stats_period": 1,
         }
 
@@ -120,7 +118,7 @@ def prepared(settings):
     """The optimizer that a run would have; nothing is computed."""
 
     def prepare_run(*args, **kwargs):
-        run = prepare(Settings(random_seed=0, **settings(*args, **kwargs)))
+        run = prepare(TrainSettings(**settings(*args, **kwargs)))
         return run.settings.trainer.optimizer
 
     return prepare_run
@@ -153,14 +151,14 @@ SLOT = "state/param_states/decoder/layers_0/mlp/expert/wo/kernel/"
 
 def test_a_small_t5x_checkpoint_is_continued_and_resumed_in_its_form(settings, foreign, tmp_path):
     source = foreign("t5x", "t5x")
-    assert train(**settings("run", source)).step == 5
+    assert Train(**settings("run", source)).run().step == 5
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "run" / "checkpoint_5")
     assert not trees.diff(before.specs(), after.specs(), compare_dtype=True)
     assert after.spec(f"{SLOT}v_row").shape == (2, 8) and after.spec(f"{SLOT}v").shape == (1,)
     # The averages went on from those of the checkpoint: at step 4 they decay by 1 - 5^-0.8.
     kept = (1 - 5**-0.8) * before.read(f"{SLOT}v_row")
     assert (after.read(f"{SLOT}v_row") > kept).all()
-    assert train(**settings("run", source, steps=6)).start == "resume"
+    assert Train(**settings("run", source, steps=6)).run().start == "resume"
     specs = open_checkpoint(tmp_path / "run" / "checkpoint_6").specs()
     assert not trees.diff(before.specs(), specs)
 

@@ -16,18 +16,18 @@ from upcycle_jax.training.config import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
 )
-from upcycle_jax.training.loop import train
 from upcycle_jax.training.optimizers import AdamW
 from upcycle_jax.training.progress import LossSpikeError
 from upcycle_jax.training.spikes import LossSpikes
+from upcycle_jax.training.train import Train
 from upcycle_jax.trees import LeafSpec
 
 
 @pytest.fixture
 def start(bags, tmp_path):
-    """`train` with small defaults."""
+    """`Train` with small defaults, run."""
 
-    def run(name="run", *, period=4, restore=None, steps=8, **kwargs):
+    def run(name="run", *, period=4, restore=None, steps=8, dry_run=False, **kwargs):
         arguments = {
             "model": bags.Model(),
             "model_dir": tmp_path / name,
@@ -43,7 +43,7 @@ def start(bags, tmp_path):
             "eval_period": 4,
             "stats_period": 1,
         }
-        return train(**arguments | kwargs)
+        return Train(**arguments | kwargs).run(dry_run=dry_run)
 
     return run
 

@@ -4,8 +4,8 @@ import pytest
 
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.model import EncoderDecoderModel
-from upcycle_jax.training.config import CheckpointConfig
-from upcycle_jax.training.prepare import Settings, check_groups
+from upcycle_jax.training.prepare import check_groups
+from upcycle_jax.training.train_settings import TrainSettings
 
 
 @pytest.fixture
@@ -24,19 +24,14 @@ def settings(bags, tmp_path):
             moe=None if dense else MoeConfig(**{"num_experts": 4, **moe}),
         )
         data = bags.Dataset(batch_size=8, task_feature_lengths={"inputs": 16, "targets": 4})
-        return Settings(
+        return TrainSettings(
             model=EncoderDecoderModel(config),
             model_dir=tmp_path / "run",
             train_dataset_cfg=data,
             train_eval_dataset_cfg=data,
-            checkpoint_cfg=CheckpointConfig(),
             partitioner=bags.one_device,
             trainer=bags.trainer(num_microbatches=microbatches, **(trainer or {})),
             total_steps=1,
-            eval_steps=None,
-            eval_period=None,
-            stats_period=1,
-            random_seed=0,
         )
 
     return make

@@ -18,8 +18,9 @@ from upcycle_jax.training.config import (
     SaveCheckpointConfig,
 )
 from upcycle_jax.training.optimizers import Adafactor
-from upcycle_jax.training.prepare import Settings, prepare
+from upcycle_jax.training.prepare import prepare
 from upcycle_jax.training.restore import Source, Start
+from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import state_specs
 
 CONFIG = T5Config(
@@ -48,11 +49,10 @@ def write(folder, record):
 def prepared(bags, tmp_path):
     def make(config, *, restore=None):
         return prepare(
-            Settings(
+            TrainSettings(
                 model=EncoderDecoderModel(config),
                 model_dir=tmp_path / "run",
                 train_dataset_cfg=bags.Dataset(batch_size=8),
-                train_eval_dataset_cfg=None,
                 checkpoint_cfg=CheckpointConfig(
                     restore=restore and RestoreCheckpointConfig(path=str(restore)),
                     save=SaveCheckpointConfig(period=2),
@@ -60,10 +60,6 @@ def prepared(bags, tmp_path):
                 partitioner=bags.one_device,
                 trainer=bags.trainer(optimizer=Adafactor()),
                 total_steps=5,
-                eval_steps=None,
-                eval_period=None,
-                stats_period=1,
-                random_seed=0,
             )
         )
 

@@ -17,7 +17,7 @@ from upcycle_jax.training.config import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
 )
-from upcycle_jax.training.loop import train
+from upcycle_jax.training.train import Train
 
 RATE = (
     2.0**-9
@@ -60,7 +60,7 @@ def start(bags, tmp_path):
         )
         config = T5Config(**SHAPE, moe=experts, scan_layers=scan, remat_policy=remat)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
-        return train(
+        return Train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
             model_dir=tmp_path / name,
             train_dataset_cfg=data,
@@ -72,7 +72,7 @@ def start(bags, tmp_path):
             eval_steps=1,
             eval_period=2,
             stats_period=1,
-        )
+        ).run()
 
     return run
 

@@ -10,8 +10,8 @@ import types
 import pytest
 
 from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig
-from upcycle_jax.training.loop import train
 from upcycle_jax.training.tracking import Wandb
+from upcycle_jax.training.train import Train
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def start(bags, tmp_path):
             "eval_period": 2,
             "stats_period": 1,
         }
-        return train(**arguments | kwargs)
+        return Train(**arguments | kwargs).run()
 
     return run
 

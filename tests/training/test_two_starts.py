@@ -16,14 +16,14 @@ from upcycle_jax.studies import run_list
 from upcycle_jax.training import holding, manifest, metric_writers, prepare, set_aside
 from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig
 from upcycle_jax.training.full_disk import DiskFullError, reason_of
-from upcycle_jax.training.loop import train
+from upcycle_jax.training.train import Train
 
 
 @pytest.fixture
 def start(bags, tmp_path):
     """`train` of a few steps, with a save every two."""
 
-    def run(name="run", *, steps=4, **kwargs):
+    def run(name="run", *, steps=4, dry_run=False, **kwargs):
         arguments = {
             "model": bags.Model(),
             "model_dir": tmp_path / name,
@@ -34,7 +34,7 @@ def start(bags, tmp_path):
             "total_steps": steps,
             "stats_period": 1,
         }
-        return train(**arguments | kwargs)
+        return Train(**arguments | kwargs).run(dry_run=dry_run)
 
     return run
 

@@ -18,7 +18,7 @@ from upcycle_jax.training.config import (
     RestoreCheckpointConfig,
     SaveCheckpointConfig,
 )
-from upcycle_jax.training.loop import train
+from upcycle_jax.training.train import Train
 
 SHAPE = {
     "vocab_size": 24,
@@ -69,6 +69,7 @@ def start(bags, tmp_path):
         partitioner=bags.one_device,
         group_size=16,
         layers=1,
+        dry_run=False,
         **kwargs,
     ):
         experts = (
@@ -80,7 +81,7 @@ def start(bags, tmp_path):
             **SHAPE, num_encoder_layers=layers, num_decoder_layers=layers, moe=experts
         )
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
-        return train(
+        return Train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
             model_dir=tmp_path / name,
             train_dataset_cfg=data,
@@ -93,7 +94,7 @@ def start(bags, tmp_path):
             eval_period=4,
             stats_period=1,
             **kwargs,
-        )
+        ).run(dry_run=dry_run)
 
     return run
 

@@ -19,9 +19,9 @@ if int(COUNT) > 1:
 
 from upcycle_jax.partitioning import Partitioner  # noqa: E402
 from upcycle_jax.training.config import CheckpointConfig, SaveCheckpointConfig  # noqa: E402
-from upcycle_jax.training.loop import train  # noqa: E402
 from upcycle_jax.training.optimizers import Adafactor  # noqa: E402
 from upcycle_jax.training.schedules import create_learning_rate_scheduler  # noqa: E402
+from upcycle_jax.training.train import Train  # noqa: E402
 from upcycle_jax.training.trainer import Trainer  # noqa: E402
 
 spec = importlib.util.spec_from_file_location(
@@ -58,7 +58,7 @@ class Parts(fakes.ArithmeticDataset):
         }
 
 
-train(
+Train(
     model=fakes.BagModel(num_experts=4),
     model_dir=MODEL_DIR,
     train_dataset_cfg=Parts(),
@@ -72,4 +72,4 @@ train(
     total_steps=int(STEPS),
     eval_period=2,
     stats_period=1,
-)
+).run()

@@ -147,10 +147,10 @@ def say_unused(loaded: Any, *, name: str, other_functions: Sequence[str] = ()) -
 
 
 def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
-    """Builds a function of the registry, says which bindings nothing uses, and calls it.
+    """Builds what a command runs, says which bindings nothing uses, and runs it.
 
-    The function takes `dry_run`, and `files`: the operative configuration, to be left beside the
-    results.
+    It has a field `files`, the operative configuration, to be left beside the results, and
+    `run(dry_run=...)`.
 
     Args:
       function: its name in gin files.
@@ -159,9 +159,13 @@ def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
       name: the command's name.
     """
     log_to_console()
-    built = loaded.build(function, dry_run=flags.dry_run)
+    if function != "train":
+        built = loaded.build(function, dry_run=flags.dry_run)
+        say_unused(loaded, name=name)
+        return built(files={"config.gin": loaded.operative_text()})
+    built = loaded.build(function)
     say_unused(loaded, name=name)
-    return built(files={"config.gin": loaded.operative_text()})
+    return built(files={"config.gin": loaded.operative_text()}).run(dry_run=flags.dry_run)
 
 
 def add_max_memory(parser: argparse.ArgumentParser) -> None:

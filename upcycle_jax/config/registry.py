@@ -56,7 +56,7 @@ PATHS: dict[str, str] = {
     "CheckpointConfig": "training.config:CheckpointConfig",
     "RestoreCheckpointConfig": "training.config:RestoreCheckpointConfig",
     "SaveCheckpointConfig": "training.config:SaveCheckpointConfig",
-    "train": "training.loop:train",
+    "train": "training.train:Train",
     # Inference.
     "Greedy": "inference.decoding:Greedy",
     "Sampling": "inference.decoding:Sampling",

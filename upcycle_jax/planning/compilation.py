@@ -26,6 +26,7 @@ from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery import MergeRecipe, Recipe, online
 from upcycle_jax.training import batches, prepare
 from upcycle_jax.training.step_costs import step_costs
+from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import from_state_dict, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
@@ -57,20 +58,17 @@ class Workload:
     recipe: Recipe | MergeRecipe | None = None
 
     @classmethod
-    def of_run(cls, settings: Mapping[str, Any]) -> "Workload":
-        """Of a training run with these settings of `train`; the partitioner still has this
-        machine's devices.
-        """
-        dataset = settings["train_dataset_cfg"]
-        restore = getattr(settings.get("checkpoint_cfg"), "restore", None)
+    def of_run(cls, run: TrainSettings) -> "Workload":
+        """Of a training run; the partitioner still has this machine's devices."""
+        dataset, restore = run.train_dataset_cfg, run.checkpoint_cfg.restore
         return cls(
-            model=settings["model"],
-            trainer=settings["trainer"],
-            partitioner=settings.get("partitioner", Partitioner()),
+            model=run.model,
+            trainer=run.trainer,
+            partitioner=run.partitioner,
             batch_size=dataset.batch_size,
             task_feature_lengths=dataset.task_feature_lengths,
             packed=dataset.pack,
-            recipe=getattr(restore, "recipe", None),
+            recipe=restore.recipe if restore is not None else None,
         )
 
     @functools.cached_property

@@ -7,9 +7,10 @@ from upcycle_jax.costs.parameters import Bytes
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery.plan_text import plan_text, totals
 from upcycle_jax.text import size
-from upcycle_jax.training.prepare import PreparedRun, Settings
+from upcycle_jax.training.prepare import PreparedRun
 from upcycle_jax.training.restore import Start
 from upcycle_jax.training.step_costs import step_costs
+from upcycle_jax.training.train_settings import TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def describe(run: PreparedRun, *, whole_plan: bool = True) -> str:
     params, optimizer = cost.parameter_bytes, cost.optimizer_bytes
     state = params.per_device * 2 + optimizer.per_device
     lines = [
-        f"MODEL_DIR      {settings.model_dir}",
+        f"MODEL_DIR      {settings.folder}",
         f"start          {run.source.describe()}",
         (
             f"steps          {run.source.step} -> {settings.total_steps}"
@@ -139,7 +140,7 @@ def _compute(cost: Costs) -> str:
     )
 
 
-def _saving(settings: Settings) -> str:
+def _saving(settings: TrainSettings) -> str:
     save = settings.checkpoint_cfg.save
     if save is None:
         return ", none is saved"
@@ -147,7 +148,7 @@ def _saving(settings: Settings) -> str:
     return f" every {save.period} steps and at the end{keep}"
 
 
-def _batch(settings: Settings) -> str:
+def _batch(settings: TrainSettings) -> str:
     cfg = settings.train_dataset_cfg
     lengths = ", ".join(f"{name} {length}" for name, length in cfg.task_feature_lengths.items())
     parts = (
@@ -158,7 +159,7 @@ def _batch(settings: Settings) -> str:
     return f"{cfg.batch_size} rows of {cfg.mixture_or_task_name} ({lengths}){parts}"
 
 
-def _evaluation(settings: Settings) -> str:
+def _evaluation(settings: TrainSettings) -> str:
     cfg = settings.train_eval_dataset_cfg
     if cfg is None:
         return "none"

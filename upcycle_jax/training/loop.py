@@ -1,9 +1,8 @@
-"""Training from the first check to the last checkpoint."""
+"""The loop of a run that is prepared, from opening its data to the last checkpoint."""
 
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,50 +10,42 @@ from typing import Any
 import jax
 from etils import epath
 
-from upcycle_jax import checks, surgery
+from upcycle_jax import surgery
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.costs.mfu import Utilisation
 from upcycle_jax.costs.model_info import model_info
-from upcycle_jax.models.base import Model
-from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.printing import show
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.text import duration
 from upcycle_jax.training import (
     batches,
     description,
-    full_disk,
-    holding,
     manifest,
     prepare,
     restore,
     set_aside,
 )
-from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.interrupts import StopRequest
 from upcycle_jax.training.metric_writers import MetricWriter, progress_line
-from upcycle_jax.training.prepare import PreparedRun, Settings
+from upcycle_jax.training.prepare import PreparedRun
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start
 from upcycle_jax.training.saving import Saver
 from upcycle_jax.training.spikes import LossHistory, OnSpike
-from upcycle_jax.training.tracking import Wandb, WandbRun
+from upcycle_jax.training.tracking import WandbRun
 from upcycle_jax.training.train_state import TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
-from upcycle_jax.training.trainer import NonFinite, Trainer
+from upcycle_jax.training.trainer import NonFinite
 
 _log = logging.getLogger(__name__)
-
-DEFAULT_STATS_PERIOD = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a call of `train` ended.
+    """How a run of `train` ended.
 
     Attributes:
       step: updates done in the whole run.
@@ -69,114 +60,14 @@ class TrainResult:
     evaluation: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def train(
-    *,
-    model: Model,
-    model_dir: checks.PathText | os.PathLike,
-    train_dataset_cfg: checks.Dataset,
-    trainer: Trainer,
-    total_steps: checks.CountOrZero,
-    train_eval_dataset_cfg: checks.Dataset | None = None,
-    checkpoint_cfg: CheckpointConfig = CheckpointConfig(),
-    partitioner: Partitioner = Partitioner(),
-    eval_steps: checks.Count | None = None,
-    eval_period: checks.Count | None = None,
-    stats_period: checks.Count | None = None,
-    random_seed: checks.Seed = 0,
-    first_batch: checks.CountOrZero = 0,
-    tracker: Wandb | None = None,
-    files: Mapping[str, str] | None = None,
-    dry_run: bool = False,
-) -> TrainResult:
-    """Trains a model, resuming where an earlier call in the same MODEL_DIR stopped.
-
-    On one mesh a run that was killed and resumed gives the same losses, bit for bit, as one that
-    was not: the data position, the step (from which dropout keys follow), parameters and optimizer
-    state are all in the checkpoint.
+def train_prepared(run: PreparedRun, stop: StopRequest, hold: Hold) -> TrainResult:
+    """Opens data, MODEL_DIR and state, in that order, and trains: data that cannot be read leaves
+    no trace in MODEL_DIR.
 
     Args:
-      model: what is trained, with its loss.
-      model_dir: where everything goes; see the README for its content.
-      train_dataset_cfg: `DatasetConfig` of the training data.
-      trainer: optimizer, schedule, microbatches.
-      total_steps: the step to stop at, counted from step 0 of the first run: a run that continues a
-        checkpoint of step s trains total_steps - s steps.
-      train_eval_dataset_cfg: data for teacher-forced evaluation, or None. Every task of a mixture
-        is evaluated by itself.
-      checkpoint_cfg: what to restore and when to save.
-      partitioner: the mesh.
-      eval_steps: batches per task and evaluation; None for the whole split.
-      eval_period: steps between evaluations; None for none but at the start (before the first
-        update) and at the end.
-      stats_period: steps between reports of training metrics; None is 100, or eval_period where
-        that is less.
-      random_seed: of parameters and dropout.
-      first_batch: the batch that the update from step 0 reads; step k reads batch first_batch + k.
-        With s here, a model trained from scratch sees what the continuation of a checkpoint of step
-        s sees.
-      tracker: where metrics go beside MODEL_DIR, or None.
-      files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
-      dry_run: print the plan of the run and return; nothing is written.
-
-    Raises:
-      FileNotFoundError: the checkpoint to start from does not exist.
-      ValueError: the configuration cannot run; nothing was written. `InUseError`: another training
-        is at work in MODEL_DIR; `LeaseLostError`: another one has taken it over. `DiskFullError`:
-        a checkpoint, metrics or the manifest did not fit; the same call goes on where there is
-        room. `NonFiniteLossError`: the loss became NaN. `LossSpikeError`: it rose far above those
-        before it, and the trainer says to stop then.
-    """
-    if stats_period is None:
-        stats_period = min(DEFAULT_STATS_PERIOD, eval_period or DEFAULT_STATS_PERIOD)
-    settings = Settings(
-        model=model,
-        model_dir=epath.Path(model_dir),
-        train_dataset_cfg=train_dataset_cfg,
-        train_eval_dataset_cfg=train_eval_dataset_cfg,
-        checkpoint_cfg=checkpoint_cfg,
-        partitioner=partitioner,
-        trainer=trainer,
-        total_steps=total_steps,
-        eval_steps=eval_steps,
-        eval_period=eval_period,
-        stats_period=stats_period,
-        random_seed=random_seed,
-        first_batch=first_batch,
-        tracker=tracker,
-    )
-    run = prepare.prepare(settings)
-    if dry_run:
-        show(description.describe(run))
-        return TrainResult(step=run.source.step, start=str(run.source.start))
-    if run.source.step >= total_steps:
-        return _nothing_to_do(run)
-    kept = "Finished checkpoints are whole"
-    with (
-        full_disk.explained(f"MODEL_DIR {model_dir}", kept=kept),
-        holding.hold_model_dir(settings.model_dir) as hold,
-    ):
-        run = prepare.looked_at_again(run)  # Another run may have gone on until now.
-        if run.source.step >= total_steps:
-            return _nothing_to_do(run)
-        _log.info("%s", description.describe(run, whole_plan=False))
-        with StopRequest() as stop:
-            return _run(run, files or {}, stop, hold)
-
-
-def _nothing_to_do(run: PreparedRun) -> TrainResult:
-    settings, step = run.settings, run.source.step
-    _log.info(
-        "%s is at step %d of %d already: nothing to do",
-        settings.model_dir,
-        step,
-        settings.total_steps,
-    )
-    return TrainResult(step=step, start=str(run.source.start))
-
-
-def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest, hold: Hold) -> TrainResult:
-    """Opens data, MODEL_DIR and state, in that order: data that cannot be read leaves no trace in
-    MODEL_DIR.
+      run: what was prepared, with steps left to do.
+      stop: the signals that end it early.
+      hold: the lease of MODEL_DIR.
     """
     settings = run.settings
     train_data = prepare.open_data(settings.model, settings.train_dataset_cfg)
@@ -195,33 +86,31 @@ def _run(run: PreparedRun, files: Mapping[str, str], stop: StopRequest, hold: Ho
         )
     cost = description.costs(run)
     saves = settings.checkpoint_cfg.save is not None
-    prepare.make_model_dir(
-        settings.model_dir, checkpoint_bytes=cost.checkpoint_bytes if saves else 0
-    )
+    prepare.make_model_dir(settings.folder, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
     # Here every process has decided where it starts. Orbax opens no folder with damaged metadata.
     if restore.any_process(bool(run.source.damaged)):
-        restore.set_aside(settings.model_dir, run.source.damaged)
+        restore.set_aside(settings.folder, run.source.damaged)
     loop: _Loop | None = None
     try:
-        with Saver(settings.model_dir, settings.checkpoint_cfg.save, hold) as saver:
+        with Saver(settings.folder, settings.checkpoint_cfg.save, hold) as saver:
             state, source = _load(run, saver, iterator)
             run = dataclasses.replace(run, source=source)
             set_aside.set_aside(
-                settings.model_dir, step=source.step, fresh=source.start != Start.RESUME
+                settings.folder, step=source.step, fresh=source.start != Start.RESUME
             )
-            _write_start(run, cost, files, iterator.fingerprint())
+            _write_start(run, cost, iterator.fingerprint())
             loop = _Loop(run, state, iterator, eval_tasks, saver, cost, hold)
             del state  # the loop donates it
             result = loop.run(stop)
         hold.require(look=True)
         status = f"interrupted by {result.interrupted}" if result.interrupted else "finished"
-        manifest.update(settings.model_dir, status=status, step=result.step)
+        manifest.update(settings.folder, status=status, step=result.step)
     except BaseException as error:
         if loop is not None:
             with contextlib.suppress(OSError):  # The disk may be full, which `error` says.
                 loop.close(failed=True)
                 if not hold.is_lost:
-                    _write_failure(settings.model_dir, loop.step, error)
+                    _write_failure(settings.folder, loop.step, error)
         raise
     loop.close(failed=False)
     return result
@@ -260,21 +149,19 @@ def _load(run: PreparedRun, saver: Saver, iterator: Any) -> tuple[TrainState, So
         restore.warn_of_damage(source.path, error or "another process found it damaged")
         damaged.append(source.step)
         source = restore.find_source(
-            settings.model_dir, settings.checkpoint_cfg, run.specs, passed_over=damaged
+            settings.folder, settings.checkpoint_cfg, run.specs, passed_over=damaged
         )
     assert state is not None
     if damaged and source.start == Start.RESUME:
-        restore.set_aside(settings.model_dir, damaged)
+        restore.set_aside(settings.folder, damaged)
         saver.reopen()
     return state, source
 
 
-def _write_start(
-    run: PreparedRun, cost: description.Costs, files: Mapping[str, str], data_fingerprint: Any
-) -> None:
+def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: Any) -> None:
     """Leaves the run's description in MODEL_DIR."""
     settings, source = run.settings, run.source
-    folder = settings.model_dir
+    folder, files = settings.folder, settings.files or {}
     params = {
         path.removeprefix(TARGET): spec
         for path, spec in run.specs.items()
@@ -360,7 +247,7 @@ class _Loop:
         self._state = state
         self.step = run.source.step
         self._watch = LossWatch(
-            settings.model_dir,
+            settings.folder,
             NonFinite(settings.trainer.non_finite),
             _loss_history(run),
             layers=[layer for s in settings.model.stacks.values() for layer in s.moe_layers],
@@ -384,9 +271,7 @@ class _Loop:
         self._metadata = _checkpoint_record(run)
         self._tracker: WandbRun | None = None
         if settings.tracker is not None and jax.process_index() == 0:
-            self._tracker = settings.tracker.start(
-                settings.model_dir, manifest.read(settings.model_dir)
-            )
+            self._tracker = settings.tracker.start(settings.folder, manifest.read(settings.folder))
 
     def run(self, stop: StopRequest) -> TrainResult:
         """Trains to the end or to a signal.
@@ -423,7 +308,7 @@ class _Loop:
                 and (ends or self._due(settings.eval_period))
             )
             reports, saves = (
-                ends or self._due(settings.stats_period),
+                ends or self._due(settings.report_period),
                 ends or self._saver.due(self.step),
             )
             if reports or saves or evaluates:
@@ -499,7 +384,7 @@ class _Loop:
     def _writer(self, name: str) -> MetricWriter:
         if name not in self._writers:
             self._writers[name] = MetricWriter(
-                self._settings.model_dir / name, first_step=self._run.source.step
+                self._settings.folder / name, first_step=self._run.source.step
             )
         return self._writers[name]
 

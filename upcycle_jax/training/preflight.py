@@ -4,12 +4,10 @@ stop at the first finding.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from etils import epath
 
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
@@ -20,6 +18,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.text import size
 from upcycle_jax.training import holding, prepare
+from upcycle_jax.training.train import Train
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.types import Batch, PyTree
@@ -92,43 +91,28 @@ def check_run(
       elsewhere: the run is for other machines, which may have another MODEL_DIR by that name.
     """
     found = Findings()
-    built: list[Callable[..., Any]] = []
+    built: list[Any] = []
 
     def build() -> str:
-        built.append(loaded.build(function))
+        partial = loaded.build(function)
+        built.append(partial if function in ("evaluate", "infer") else partial())
         return "everything is set and can be built"
 
     if found.attempt("configuration", build):
-        call = built[0]
-        arguments = _with_defaults(call)
-        if function == "train":
-            _check_training(
-                found, call, arguments, device_memory=device_memory, read_data=read_data
-            )
-            found.attempt("MODEL_DIR", lambda: _model_dir(arguments), stops=not elsewhere)
-        elif "dry_run" in arguments:
-            found.attempt("plan of the run", functools.partial(_plan, call))
+        (run,) = built
+        if isinstance(run, Train):
+            _check_training(found, run, device_memory=device_memory, read_data=read_data)
+            found.attempt("MODEL_DIR", lambda: _model_dir(run), stops=not elsewhere)
+        elif function in ("evaluate", "infer"):
+            found.attempt("plan of the run", lambda: run(dry_run=True) and None)
         found.warnings += [f"{line} is not used by {function}" for line in loaded.unused()]
     return found
 
 
-def _with_defaults(call: Any) -> dict[str, Any]:
-    bound = inspect.signature(call.func).bind(**call.keywords)
-    bound.apply_defaults()
-    return dict(bound.arguments)
-
-
 def _check_training(
-    found: Findings,
-    call: Callable[..., Any],
-    arguments: dict[str, Any],
-    *,
-    device_memory: float | None,
-    read_data: bool,
+    found: Findings, run: Train, *, device_memory: float | None, read_data: bool
 ) -> None:
-    model, partitioner, trainer, dataset = (
-        arguments[name] for name in ("model", "partitioner", "trainer", "train_dataset_cfg")
-    )
+    model, partitioner, trainer = run.model, run.partitioner, run.trainer
     shaped = found.attempt(
         "mesh",
         lambda: " x ".join(f"{name} {size}" for name, size in partitioner.mesh.shape.items()),
@@ -136,33 +120,28 @@ def _check_training(
     shaped = shaped and found.attempt("divisibility", lambda: _divides(model, partitioner, trainer))
     if shaped:
         found.attempt("memory", lambda: _memory(model, partitioner, trainer, device_memory))
-    found.attempt("model on a batch", lambda: _trace(model, partitioner, trainer, dataset))
-    for role in ("train_dataset_cfg", "train_eval_dataset_cfg"):
-        config = arguments.get(role)
+    found.attempt("model on a batch", lambda: _trace(run))
+    for config in (run.train_dataset_cfg, run.train_eval_dataset_cfg):
         if config is not None and read_data:
             found.attempt(
                 f"data ({config.mixture_or_task_name}, {config.split})",
                 functools.partial(_data, model, config),
             )
     if shaped:
-        found.attempt("plan of the run", lambda: _plan(call))
+        found.attempt("plan of the run", lambda: _plan(run))
 
 
-def _plan(call: Callable[..., Any]) -> None:
+def _plan(run: Any) -> None:
     """Prints it, as `--dry_run` does: where the run starts from, its steps, its conversion."""
-    call(dry_run=True)
+    run.run(dry_run=True)
 
 
-def _model_dir(arguments: dict[str, Any]) -> str:
-    specs = state_specs(arguments["model"], arguments["trainer"].optimizer)
-    size = (
-        sum(leaf.nbytes for leaf in specs.values())
-        if arguments["checkpoint_cfg"].save is not None
-        else 0
-    )
-    model_dir = epath.Path(arguments["model_dir"])
-    found = prepare.check_model_dir(model_dir, checkpoint_bytes=size)
-    earlier = holding.training_in(model_dir)
+def _model_dir(run: Train) -> str:
+    specs = state_specs(run.model, run.trainer.optimizer)
+    saves = run.checkpoint_cfg.save is not None
+    size = sum(leaf.nbytes for leaf in specs.values()) if saves else 0
+    found = prepare.check_model_dir(run.folder, checkpoint_bytes=size)
+    earlier = holding.training_in(run.folder)
     return f"{found}; {earlier}" if earlier else found
 
 
@@ -204,9 +183,10 @@ def _memory(
     return text
 
 
-def _trace(model: Model, partitioner: Partitioner, trainer: Trainer, dataset: DatasetConfig) -> str:
+def _trace(run: Train) -> str:
     """Shapes of the loss on one microbatch: what the model refuses, it refuses here."""
-    rows = dataset.batch_size // (trainer.num_microbatches or 1)
+    model, dataset = run.model, run.train_dataset_cfg
+    rows = dataset.batch_size // (run.trainer.num_microbatches or 1)
     lengths = dict(dataset.task_feature_lengths)
     batch = model.input_specs(rows, lengths, packed=dataset.pack)
     params = jax.eval_shape(model.init_params, jax.random.key(0))
@@ -214,7 +194,7 @@ def _trace(model: Model, partitioner: Partitioner, trainer: Trainer, dataset: Da
     def loss(params: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
         return model.loss_fn(params, batch, key, denominator=model.loss_denominator(batch))[0]
 
-    with partitioner.activate():
+    with run.partitioner.activate():
         jax.eval_shape(loss, params, batch, jax.random.key(0))
     return f"{rows} rows of {', '.join(f'{name} {length}' for name, length in lengths.items())}"
 

@@ -19,37 +19,15 @@ from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Model, Stack, stack_lengths
 from upcycle_jax.moe import grouping
-from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.text import size
 from upcycle_jax.training import batches, expert_slots, restore
-from upcycle_jax.training.config import CheckpointConfig
 from upcycle_jax.training.restore import Source, Start
-from upcycle_jax.training.tracking import Wandb
+from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import LeafSpec
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The arguments of `loop.train`, under the same names."""
-
-    model: Model
-    model_dir: epath.Path
-    train_dataset_cfg: DatasetConfig
-    train_eval_dataset_cfg: DatasetConfig | None
-    checkpoint_cfg: CheckpointConfig
-    partitioner: Partitioner
-    trainer: Trainer
-    total_steps: int
-    eval_steps: int | None
-    eval_period: int | None
-    stats_period: int
-    random_seed: int
-    first_batch: int = 0
-    tracker: Wandb | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +43,14 @@ class PreparedRun:
       eval_layout: this process's rows of evaluation batches, or None without evaluation.
     """
 
-    settings: Settings
+    settings: TrainSettings
     specs: Mapping[str, LeafSpec]
     source: Source
     train_layout: batches.DataLayout
     eval_layout: batches.DataLayout | None
 
 
-def prepare(settings: Settings) -> PreparedRun:
+def prepare(settings: TrainSettings) -> PreparedRun:
     """Checks a run without computing, reading data or writing.
 
     Raises:
@@ -97,7 +75,7 @@ def prepare(settings: Settings) -> PreparedRun:
     check_groups(settings)
     param_specs = settings.model.param_specs()
     optimizer = expert_slots.settle(
-        trainer.optimizer, param_specs, settings.model_dir, settings.checkpoint_cfg
+        trainer.optimizer, param_specs, settings.folder, settings.checkpoint_cfg
     )
     settings = dataclasses.replace(
         settings, trainer=dataclasses.replace(trainer, optimizer=optimizer)
@@ -117,26 +95,26 @@ def looked_at_again(run: PreparedRun) -> PreparedRun:
       ValueError: as `prepare`.
     """
     settings = run.settings
-    restore.check_owner(settings.model_dir, run.specs)
-    if run.source.start != Start.RESUME and not step_folders(settings.model_dir):
+    restore.check_owner(settings.folder, run.specs)
+    if run.source.start != Start.RESUME and not step_folders(settings.folder):
         return run
     return dataclasses.replace(run, source=_find_source(settings, run.specs))
 
 
-def _find_source(settings: Settings, specs: Mapping[str, LeafSpec]) -> Source:
-    source = restore.find_source(settings.model_dir, settings.checkpoint_cfg, specs)
+def _find_source(settings: TrainSettings, specs: Mapping[str, LeafSpec]) -> Source:
+    source = restore.find_source(settings.folder, settings.checkpoint_cfg, specs)
     if source.reader is not None:
         check_model(source.reader, settings.model.config)
     check_steps(settings, source)
     return source
 
 
-def _check_numbers(settings: Settings) -> None:
-    for name in ("total_steps", "stats_period"):
-        value = getattr(settings, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"train.{name} is {value!r}: give a positive number of steps")
-    for name in ("eval_steps", "eval_period"):
+def _check_numbers(settings: TrainSettings) -> None:
+    if not isinstance(settings.total_steps, int) or settings.total_steps < 1:
+        raise ValueError(
+            f"train.total_steps is {settings.total_steps!r}: give a positive number of steps"
+        )
+    for name in ("eval_steps", "eval_period", "stats_period"):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"train.{name} is {value!r}: give a positive number, or None")
@@ -147,7 +125,7 @@ def _check_numbers(settings: Settings) -> None:
         )
 
 
-def check_groups(settings: Settings) -> None:
+def check_groups(settings: TrainSettings) -> None:
     """Raises a ValueError where the tokens of a training microbatch or of an evaluation batch do
     not divide into routing groups, or where microbatches change the groups and may not.
     """
@@ -210,7 +188,7 @@ def _routed(model: Model, task_feature_lengths: Mapping[str, int]) -> list[tuple
     return [(stack, lengths[name]) for name, stack in model.stacks.items() if stack.sparse_layers]
 
 
-def check_steps(settings: Settings, source: Source) -> None:
+def check_steps(settings: TrainSettings, source: Source) -> None:
     """Raises a ValueError where the step that the run starts from does not fit TRAIN_STEPS or the
     optimizer's step offset.
     """
