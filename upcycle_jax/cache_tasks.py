@@ -94,6 +94,9 @@ def _run(flags: Flags, loaded: "Config") -> int:
     chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]
     configs = [loaded.build("DatasetConfig", **given, **name)() for name in chosen]
     command.say_unused(loaded, name="cache_tasks", other_functions=registry.FUNCTIONS)
+    from upcycle_jax.data import tensorflow_import
+
+    tensorflow_import.quietly()
     from upcycle_jax.data.cache import writer
 
     options = writer.CacheOptions(

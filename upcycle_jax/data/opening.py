@@ -4,6 +4,7 @@ alone.
 
 import functools
 
+from upcycle_jax.data import tensorflow_import
 from upcycle_jax.data.cache import lookup
 from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.data.dataset import Dataset
@@ -31,6 +32,7 @@ def open_dataset(config: DatasetConfig, features: FeatureConverter) -> Dataset:
 
         return CachedDataset(config, features, mixture)
     try:
+        tensorflow_import.quietly()
         from upcycle_jax.data.seqio_dataset import SeqioDataset
     except ModuleNotFoundError as error:
         if error.name not in ("tensorflow", "seqio", "tensorflow_datasets"):

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import seqio
-import tensorflow as tf
-from absl import logging
 
 from upcycle_jax import data_folders
-from upcycle_jax.data import shipped_tasks, sources
+from upcycle_jax.data import shipped_tasks, sources, tensorflow_import
 from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.data.text import files as text_files
 
@@ -44,17 +42,8 @@ def _registered(name: str) -> seqio.Task | seqio.Mixture | None:
     return None
 
 
-def _keep_off_accelerators() -> None:
-    """A TensorFlow built for accelerators would take their memory: it only feeds data here."""
-    for kind in ("GPU", "TPU"):
-        try:
-            tf.config.set_visible_devices([], kind)
-        except (RuntimeError, ValueError):  # initialised before, or no such kind
-            logging.debug("TensorFlow keeps its %s devices", kind)
-
-
 def _apply_settings() -> None:
-    _keep_off_accelerators()
+    tensorflow_import.quietly()
     current = data_folders.current()
     if current.tfds_data_dir:
         seqio.set_tfds_data_dir_override(current.tfds_data_dir)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle_jax import data_folders
+from upcycle_jax.data import tensorflow_import
 from upcycle_jax.data.cache.format import (
     MANIFEST,
     MIXTURE,
@@ -152,6 +153,7 @@ def _seqio_has(config: DatasetConfig) -> bool:
     if find_folder(folders, config.mixture_or_task_name, SEQIO_COMPLETED) is not None:
         return True
     try:
+        tensorflow_import.quietly()
         from upcycle_jax.data import resolve
     except ImportError:
         return False
