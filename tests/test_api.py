@@ -54,5 +54,7 @@ def test_the_package_alone_imports_no_jax():
 
 def test_every_exported_name_exists():
     assert all(getattr(uj, name) is not None for name in uj.__all__)
+    folder = pathlib.Path(uj.__file__).parent
+    assert not {path.stem for path in folder.glob("*.py")} & set(uj.__all__)
     with pytest.raises(AttributeError, match="no attribute 'upcyle'"):
         uj.upcyle

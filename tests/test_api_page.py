@@ -14,5 +14,5 @@ def test_the_page_is_up_to_date():
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == page, (
         "run python scripts/api_page.py"
     )
-    for line in ("### `MoeConfig`", "| `num_experts` | `32` |", "### `uj.convert`"):
+    for line in ("### `MoeConfig`", "| `num_experts` | `32` |", "### `uj.convert_checkpoint`"):
         assert line in page

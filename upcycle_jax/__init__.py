@@ -1,7 +1,8 @@
 """Sparse upcycling of dense checkpoints into Mixture-of-Experts models, in the shape of T5X.
 
-From Python: `open_checkpoint`, `build_model`, `plan`, `convert`, `verify`, `load_params` and
-`save_params`; docs/python.md shows them at work. docs/api.md lists them, and what gin files name.
+From Python: `open_checkpoint`, `build_model`, `plan_conversion`, `plan_text`, `convert_checkpoint`,
+`prove_conversion`, `load_params` and `save_params`; docs/python.md shows them at work. docs/api.md
+lists them, and what gin files name.
 """
 
 import importlib
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
         Proof,
         Recipe,
         build_model,
-        convert,
+        convert_checkpoint,
         load_params,
         open_checkpoint,
-        plan,
+        plan_conversion,
+        plan_text,
+        prove_conversion,
         save_params,
-        verify,
     )
 
 __all__ = [
@@ -35,17 +37,19 @@ __all__ = [
     "Recipe",
     "__version__",
     "build_model",
-    "convert",
+    "convert_checkpoint",
     "load_params",
     "open_checkpoint",
-    "plan",
+    "plan_conversion",
+    "plan_text",
+    "prove_conversion",
     "save_params",
-    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Commands import this package, and answer --help without jax: what needs it comes when asked.
+    # No name here is a command's: importing that module would put it in the function's place.
     if name in __all__:
         return getattr(importlib.import_module("upcycle_jax.api"), name)
     raise AttributeError(f"module 'upcycle_jax' has no attribute {name!r}")

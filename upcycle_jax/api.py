@@ -3,12 +3,13 @@
     import upcycle_jax as uj
 
     model = uj.build_model("models/t5_1_1_base_upcycled.gin", NUM_EXPERTS=8)
-    conversion = uj.convert("/data/dense/checkpoint_1000000", "/data/moe/checkpoint_1000000", model)
+    conversion = uj.convert_checkpoint(
+        "/data/dense/checkpoint_1000000", "/data/moe/checkpoint_1000000", model
+    )
     assert conversion.proof.ok
     params = uj.load_params("/data/moe/checkpoint_1000000", model)
 
-These are thin: each calls what the command of that name calls, and raises where the command prints
-an error.
+These are thin: each calls what a command calls, and raises where the command prints an error.
 """
 
 import os
@@ -25,6 +26,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import MergeRecipe, Plan, Proof, Recipe, make_plan
 from upcycle_jax.surgery.conversion_settings import Optimizer
 from upcycle_jax.surgery.convert_and_prove import Conversion, open_sources
+from upcycle_jax.surgery.plan_text import plan_text
 from upcycle_jax.surgery.upcycle import Upcycle
 from upcycle_jax.surgery.verify import Verify
 from upcycle_jax.types import PyTree
@@ -37,12 +39,13 @@ __all__ = [
     "Proof",
     "Recipe",
     "build_model",
-    "convert",
+    "convert_checkpoint",
     "load_params",
     "open_checkpoint",
-    "plan",
+    "plan_conversion",
+    "plan_text",
+    "prove_conversion",
     "save_params",
-    "verify",
 ]
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -64,14 +67,14 @@ def build_model(*gin_files: str, **macros: Any) -> Model:
     return load(gin_files, bindings).macro("MODEL")
 
 
-def plan(
+def plan_conversion(
     source: Paths,
     model: Model,
     recipe: Recipe | MergeRecipe | None = None,
     *,
     optimizer: Optimizer | None = None,
 ) -> Plan:
-    """What a conversion would do, leaf by leaf. Reads shapes only; its `text()` is a table.
+    """What a conversion would do, leaf by leaf. Reads shapes only; `plan_text` shows it.
 
     Args:
       source: a checkpoint of any readable format, a MODEL_DIR, or several dense parents.
@@ -89,7 +92,7 @@ def plan(
     return make_plan(specs, state_tree.specs(parameters, slots), recipe or Recipe())
 
 
-def convert(
+def convert_checkpoint(
     source: Paths,
     output: str | os.PathLike,
     model: Model | None = None,
@@ -129,7 +132,7 @@ def convert(
     return job.run(report=report)
 
 
-def verify(
+def prove_conversion(
     output: str | os.PathLike,
     source: Paths | None = None,
     *,
