@@ -16,13 +16,16 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import upcycle_jax
 from upcycle_jax import byte_sizes, data_folders
 from upcycle_jax.config import flags as flags_lib
 from upcycle_jax.config.flags import Flags
 from upcycle_jax.printing import PrintableFormatter, printable_lines
+
+if TYPE_CHECKING:
+    from upcycle_jax.config.build import Config
 
 TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 
@@ -128,7 +131,7 @@ def log_to_console() -> None:
     log.setLevel(logging.INFO)
 
 
-def say_unused(loaded: Any, *, name: str, other_functions: Sequence[str] = ()) -> None:
+def say_unused(loaded: "Config", *, name: str, other_functions: Sequence[str] = ()) -> None:
     """Says on standard error which bindings nothing has used, but for those of shipped files: they
     are defaults, not the user's mistake. To be called once all is built.
 
@@ -146,7 +149,7 @@ def say_unused(loaded: Any, *, name: str, other_functions: Sequence[str] = ()) -
         print(f"upcycle_jax.{name}: warning: {binding} is not used by {name}", file=sys.stderr)
 
 
-def call(function: str, flags: Flags, loaded: Any, *, name: str) -> Any:
+def call(function: str, flags: Flags, loaded: "Config", *, name: str) -> Any:
     """Builds what a command runs, says which bindings nothing uses, and runs it.
 
     It has a field `files`, the operative configuration, to be left beside the results, and
@@ -178,7 +181,7 @@ def add_max_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_to_conversion(flags: Flags, loaded: Any, kind: type) -> dict[str, Any]:
+def given_to_conversion(flags: Flags, loaded: "Config", kind: type) -> dict[str, Any]:
     """What `upcycle` and `verify` are given beside their bindings: `--max_memory`, and the model
     where a file defines one.
 

@@ -16,6 +16,7 @@ from etils import epath
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader, loading
 from upcycle_jax.data import DatasetConfig
+from upcycle_jax.data.prompts import Options
 from upcycle_jax.files import write_whole
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
@@ -58,7 +59,7 @@ class _Evaluation:
     partitioner: Partitioner
     decoder: DecodingAlgorithm
     answering: Answering
-    rank_options: Any
+    rank_options: Options | None
     num_examples: int | None
     teacher_forced: bool
     teacher_forced_batches: int | None
@@ -77,7 +78,7 @@ def evaluate(
     partitioner: Partitioner = Partitioner(),
     decoder: DecodingAlgorithm = Greedy(),
     answering: str = Answering.DECODE,
-    rank_options: Any = None,
+    rank_options: Options | None = None,
     few_shot: checks.Examples | None = None,
     num_examples: checks.Count | None = None,
     teacher_forced: bool = True,

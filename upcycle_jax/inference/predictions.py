@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from etils import epath
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import loading, open_checkpoint
 from upcycle_jax.data import fingerprints
+from upcycle_jax.data.prompts import Options
 from upcycle_jax.files import replacing, write_whole
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.decoding import Greedy
@@ -29,7 +30,7 @@ from upcycle_jax.training import full_disk, holding, prepare
 from upcycle_jax.types import PyTree
 
 if TYPE_CHECKING:
-    from upcycle_jax.data.examples import TaskExamples
+    from upcycle_jax.data.examples import Example, TaskExamples
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def infer(
     num_shards: checks.Count = 1,
     num_examples: checks.Count | None = None,
     include_all_inputs: bool = False,
-    rank_options: Any = None,
+    rank_options: Options | None = None,
     few_shot: checks.Examples | None = None,
     random_seed: checks.Seed = 0,
     verify: bool = True,
@@ -196,7 +197,9 @@ def _check_numbers(mode: str, checkpoint_period: int, shard_id: int, num_shards:
         )
 
 
-def _check_tasks(job: "_Job", tasks: Sequence["TaskExamples"], rank_options: Any) -> None:
+def _check_tasks(
+    job: "_Job", tasks: Sequence["TaskExamples"], rank_options: Options | None
+) -> None:
     """Raises a ValueError where work of other settings or of another call that lives is in the way
     of a task, or its first example does not say which answers it allows and they are to be ranked.
     """
@@ -212,10 +215,10 @@ def _infer_task(
     task: "TaskExamples",
     runner: running.Runner,
     params: PyTree,
-    examples: Any,
+    examples: "Iterable[tuple[int, Example]]",
     batches_per_chunk: int,
     whole: bool,
-    rank_options: Any,
+    rank_options: Options | None,
 ) -> int:
     """Writes the chunks of one task that are not there yet, then the file; returns the number of
     examples computed.
@@ -237,10 +240,10 @@ def _infer_chunks(
     task: "TaskExamples",
     runner: running.Runner,
     params: PyTree,
-    examples: Any,
+    examples: "Iterable[tuple[int, Example]]",
     batches_per_chunk: int,
     whole: bool,
-    rank_options: Any,
+    rank_options: Options | None,
 ) -> int:
     started, count = time.monotonic(), 0
     finished = job.begin(task.name)
@@ -275,7 +278,7 @@ def _records(
     params: PyTree,
     rows: Sequence[Any],
     whole: bool,
-    rank_options: Any,
+    rank_options: Options | None,
 ) -> list[str]:
     """JSON lines of one batch of (number, example)."""
     numbers, examples = [number for number, _ in rows], [example for _, example in rows]

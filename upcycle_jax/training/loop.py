@@ -15,6 +15,7 @@ from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.costs.mfu import Utilisation
 from upcycle_jax.costs.model_info import model_info
+from upcycle_jax.data import BatchIterator
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.text import duration
@@ -121,7 +122,7 @@ def _write_failure(model_dir: epath.Path, step: int, error: BaseException) -> No
     manifest.update(model_dir, status="failed", step=step, error=text)
 
 
-def _load(run: PreparedRun, saver: Saver, iterator: Any) -> tuple[TrainState, Source]:
+def _load(run: PreparedRun, saver: Saver, iterator: BatchIterator) -> tuple[TrainState, Source]:
     """The first state, and the data placed where it belongs; a checkpoint of MODEL_DIR that turns
     out to be damaged is passed over for the one before it.
     """
@@ -229,7 +230,7 @@ class _Loop:
         self,
         run: PreparedRun,
         state: TrainState,
-        iterator: Any,
+        iterator: BatchIterator,
         eval_tasks: Mapping[str, Any],
         saver: Saver,
         cost: description.Costs,

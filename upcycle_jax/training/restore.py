@@ -36,6 +36,7 @@ from upcycle_jax.checkpoints.verification import (
     check_digests,
     check_finite,
 )
+from upcycle_jax.data import BatchIterator
 from upcycle_jax.data.position import DamagedPositionError
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
@@ -507,7 +508,11 @@ def _load_equal(
 
 
 def place_data(
-    source: Source, iterator: Any, manager: CheckpointManager | None = None, *, first_batch: int = 0
+    source: Source,
+    iterator: BatchIterator,
+    manager: CheckpointManager | None = None,
+    *,
+    first_batch: int = 0,
 ) -> None:
     """Moves the training data to where the run starts: batch first_batch + k feeds the update from
     step k to k + 1.
@@ -537,7 +542,9 @@ def place_data(
         iterator.seek(position)
 
 
-def _restore_own_dataset(source: Source, iterator: Any, manager: CheckpointManager) -> None:
+def _restore_own_dataset(
+    source: Source, iterator: BatchIterator, manager: CheckpointManager
+) -> None:
     try:
         manager.restore_dataset(source.step, iterator, verify=source.verify)
     except (DamagedCheckpointError, FileNotFoundError):
@@ -546,7 +553,7 @@ def _restore_own_dataset(source: Source, iterator: Any, manager: CheckpointManag
         raise DamagedCheckpointError(f"{source.path}: the data position: {error}") from error
 
 
-def _restore_foreign_dataset(source: Source, iterator: Any) -> None:
+def _restore_foreign_dataset(source: Source, iterator: BatchIterator) -> None:
     assert source.path is not None
     try:
         folder = saved_process_folder(epath.Path(source.path) / "dataset")

@@ -13,6 +13,7 @@ from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointManager
 from upcycle_jax.checkpoints.checksums import device_summaries
 from upcycle_jax.checkpoints.verification import NonFiniteParameterError, not_finite
+from upcycle_jax.data import BatchIterator
 from upcycle_jax.state_tree import TARGET
 from upcycle_jax.text import duration
 from upcycle_jax.training.config import SaveCheckpointConfig
@@ -67,7 +68,7 @@ class Saver:
         return self._config is not None and step % self._config.period == 0
 
     def save(
-        self, state: TrainState, step: int, iterator: Any, metadata: Mapping[str, Any]
+        self, state: TrainState, step: int, iterator: BatchIterator, metadata: Mapping[str, Any]
     ) -> None:
         """Starts a save; the state may be donated when this returns.
 
