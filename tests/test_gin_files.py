@@ -18,7 +18,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import recipe as surgery_recipe
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
-from upcycle_jax.training.train_state import initial_state, state_specs
+from upcycle_jax.training.train_state import from_state_dict, state_specs
 from upcycle_jax.training.train_step import make_train_step
 from upcycle_jax.training.trainer import Trainer
 
@@ -75,21 +75,22 @@ def batch_of(model, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def one_step(
-    config, smoothing: float, z_loss: float, normalizing, schedule=create_learning_rate_scheduler()
-) -> float:
-    """The loss of one train step. Files that differ in size only give one and the same small model:
-    it is stepped once.
+def one_step(config, smoothing: float, z_loss: float, normalizing) -> float:
+    """The loss of one train step, from random parameters. Files that differ in size and schedule
+    only give one and the same small model: it is stepped once.
     """
     model = EncoderDecoderModel(
         config, label_smoothing=smoothing, z_loss=z_loss, loss_normalizing_factor=normalizing
     )
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=schedule)
-    partitioner = Partitioner(devices=(jax.devices()[0],))
-    shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
-    with partitioner.activate():
-        state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)
-        after, output = jax.jit(make_train_step(model, trainer, seed=0))(state, batch_of(model))
+    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
+    random = np.random.default_rng(0)
+    state = {
+        path: (random.normal(size=spec.shape) * path.startswith("target/")).astype(spec.dtype)
+        for path, spec in state_specs(model, trainer.optimizer).items()
+    }
+    with Partitioner(devices=(jax.devices()[0],)).activate():
+        step = jax.jit(make_train_step(model, trainer, seed=0))
+        after, output = step(from_state_dict(state), batch_of(model))
     assert int(after.step) == 1
     return float(output.loss)
 
@@ -388,8 +389,8 @@ def test_every_size_has_every_run_of_the_paper():
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_files_build_and_step(name):
-    """The run is built whole, with every binding used; its model and its schedule, at small size,
-    are stepped.
+    """The run is built whole, with every binding used; its model, at small size, is stepped, and
+    its schedule traced.
     """
     call, unused = paper_run(
         name, *small(name), *(["T5Config.num_decoder_layers=4"] if "depth" in name else [])
@@ -397,13 +398,11 @@ def test_paper_files_build_and_step(name):
     assert unused == []
     model = call["model"]
     loss = one_step(
-        model.config,
-        model.label_smoothing,
-        model.z_loss,
-        model.loss_normalizing_factor,
-        call["trainer"].learning_rate_fn,
+        model.config, model.label_smoothing, model.z_loss, model.loss_normalizing_factor
     )
     assert math.isfinite(loss) and loss > 0
+    rate = jax.jit(call["trainer"].learning_rate_fn)(jax.numpy.int32(0))
+    assert math.isfinite(rate) and rate > 0
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if "superglue" not in name])

@@ -45,7 +45,6 @@ def flags(run: str, *bindings: str) -> list[str]:
 
 def two_processes(command: str, *words: str) -> None:
     environ = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(TASKS)}
-    environ.pop("XLA_FLAGS", None)
     launcher = [
         str(ROOT / "scripts" / "launch" / "local.sh"),
         "--processes=2",

@@ -15,7 +15,7 @@ import pytest
 from upcycle_jax.studies.run_results import read_rows
 from upcycle_jax.sweep import main
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILE = "--gin_file=sweeps/capacity_factor.gin"
 FEW = ["--gin.SEEDS=[0]", "--gin.DENSE_STEPS=4", "--gin.EXTRA_STEPS=4", "--gin.SCRATCH_STEPS=4"]
 

@@ -58,7 +58,7 @@ def test_two_processes(tmp_path):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[2])
     commands = [

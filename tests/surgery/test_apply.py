@@ -314,7 +314,12 @@ surgery.apply_offline(plan, source, folder / sys.argv[2], max_memory=int(sys.arg
 
 def child(folder, name, *, max_memory=1 << 30, prefix=()):
     root = pathlib.Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
+    }
     return subprocess.Popen(
         [*prefix, sys.executable, "-c", CHILD, str(folder), name, str(max_memory)],
         env=environment,
@@ -423,7 +428,7 @@ def test_two_processes_make_the_same_bits(small, tmp_path, init):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = pathlib.Path(__file__).resolve().parents[2]
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     environment = {
         **os.environ,
         "PYTHONPATH": str(root),

@@ -20,7 +20,7 @@ TASK = "offline_suite_keyword"
 def run(command, *flags):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
     }
     done = subprocess.run(
         [sys.executable, "-m", f"upcycle_jax.{command}", *flags],

@@ -30,7 +30,7 @@ SHAPE = {
     "mlp_dim": 16,
     "dropout_rate": 0.0,  # a loop draws other masks
     "num_encoder_layers": 4,
-    "num_decoder_layers": 2,
+    "num_decoder_layers": 1,  # the encoder is what loops
 }
 
 

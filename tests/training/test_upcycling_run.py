@@ -45,8 +45,9 @@ def moe(**kwargs):
     return MoeConfig(**settings | kwargs)
 
 
-@pytest.fixture
-def start(bags, tmp_path):
+def starter(bags, folder):
+    """Runs in `folder`, by name."""
+
     class Sequences(bags.Dataset):
         def batch(self, k):
             batch = super().batch(k)
@@ -83,7 +84,7 @@ def start(bags, tmp_path):
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return Train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
-            model_dir=tmp_path / name,
+            model_dir=folder / name,
             train_dataset_cfg=data,
             train_eval_dataset_cfg=data,
             checkpoint_cfg=CheckpointConfig(restore=restore, save=SaveCheckpointConfig(period=2)),
@@ -97,6 +98,19 @@ def start(bags, tmp_path):
         ).run(dry_run=dry_run)
 
     return run
+
+
+@pytest.fixture
+def start(bags, tmp_path):
+    return starter(bags, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dense(bags, tmp_path_factory):
+    """A MODEL_DIR of two steps of the dense model, to start from."""
+    folder = tmp_path_factory.mktemp("runs")
+    starter(bags, folder)("dense", sparse=False, steps=2)
+    return folder / "dense"
 
 
 def rows(folder):
@@ -160,9 +174,8 @@ def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path)
     ]
 
 
-def test_upcycling_a_sparse_checkpoint_again_is_refused(start, tmp_path):
-    start("dense", sparse=False, steps=2)
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+def test_upcycling_a_sparse_checkpoint_again_is_refused(start, dense, tmp_path):
+    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
     start("sparse", sparse=True, steps=4, restore=restore)
     again = RestoreCheckpointConfig(path=str(tmp_path / "sparse"), recipe=Recipe())
     with pytest.raises(ValueError, match=r"Mixture-of-Experts already"):
@@ -175,14 +188,13 @@ def test_upcycling_a_sparse_checkpoint_again_is_refused(start, tmp_path):
             "forgotten",
             sparse=True,
             steps=6,
-            restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")),
+            restore=RestoreCheckpointConfig(path=str(dense)),
         )
     assert not (tmp_path / "twice").exists() and not (tmp_path / "forgotten").exists()
 
 
-def test_dry_run_shows_the_plan(start, tmp_path, capsys):
-    start("dense", sparse=False, steps=2)
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+def test_dry_run_shows_the_plan(start, dense, tmp_path, capsys):
+    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
     start(
         "sparse",
         sparse=True,
@@ -199,17 +211,13 @@ def test_dry_run_shows_the_plan(start, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("policy", ["tiled", "dense_only"])
-def test_optimizer_state_policies_reach_the_run(start, tmp_path, policy):
-    start("dense", sparse=False, steps=2)
-    restore = RestoreCheckpointConfig(
-        path=str(tmp_path / "dense"), recipe=Recipe(optimizer_state=policy)
-    )
+def test_optimizer_state_policies_reach_the_run(start, dense, policy):
+    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe(optimizer_state=policy))
     assert start("sparse", sparse=True, steps=3, restore=restore).step == 3
 
 
-def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, tmp_path):
-    start("dense", sparse=False, steps=2)
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
+def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, tmp_path):
+    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
     start("one", sparse=True, steps=5, restore=restore)
     start(
         "eight",

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 PORT, COUNT, INDEX, DEVICES, MODEL_DIR, STEPS = sys.argv[1:]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={DEVICES}"  # the last holds
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402

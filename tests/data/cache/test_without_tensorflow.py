@@ -51,7 +51,7 @@ def folder(tmp_path_factory, text_folder):
 def start(model_dir, folder, seconds=0.0, devices=1):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
     command = [
         sys.executable,
