@@ -51,9 +51,10 @@ def _kind(row: Row) -> Hashable:
     return _any_layer(path), row.what, row.spec.shape, row.spec.dtype, len(row.sources)
 
 
-def _any_layer(path: str) -> str:
+def _any_layer(path: str) -> Hashable:
+    """A path without the number of its layer."""
     found = layer_names.split(path)
-    return f"{found.stack}/layers_*/{found.rest}" if found else path
+    return (found.stack, found.rest) if found else path
 
 
 def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
