@@ -5,7 +5,8 @@ results again rather than keep them: where a model does not say itself what is c
 remains of it are results of matrix products. Compilers for CPUs keep what differentiation keeps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jax.extend import core
 
@@ -34,33 +35,75 @@ def kept_bytes(
     return again + sum(flops.device_bytes(var, counted.known, mesh) for var in kept)
 
 
+def peak_bytes(program: LossProgram, counted: Counted, partitioner: Partitioner) -> int:
+    """Bytes on one device that the backward pass needs at once, where results of elementwise
+    operations are kept: activations, which go as gradients come, and what is computed again.
+    """
+    mesh = dict(partitioner.mesh.shape)
+    sizes = {var: flops.device_bytes(var, counted.known, mesh) for var in _kept(program)}
+    holds: dict[core.Var, core.Var] = {}  # what a variable of the backward pass is a view of
+    for saved, var in zip(program.saved, program.backward.invars, strict=False):
+        holds[var] = next(_sources(program, [saved], _is_view), var)
+    last: dict[core.Var, int] = {}
+    for i, equation in enumerate(program.backward.eqns):
+        operands = [var for var in equation.invars if isinstance(var, core.Var)]
+        last |= {holds.get(var, var): i for var in operands}
+        if _is_view(equation) and operands:
+            holds[equation.outvars[0]] = holds.get(operands[0], operands[0])
+    results = {holds.get(var, var) for var in program.backward.outvars if isinstance(var, core.Var)}
+    now = peak = sum(sizes.values())
+    for i, equation in enumerate(program.backward.eqns):
+        made = [var for var in equation.outvars if var not in holds]
+        sizes |= {var: flops.device_bytes(var, counted.backward_known, mesh) for var in made}
+        gone = {holds.get(var, var) for var in equation.invars if isinstance(var, core.Var)}
+        freed = sum(sizes.get(var, 0) for var in gone - results if last[var] == i)
+        now += sum(sizes[var] for var in made)
+        # Elementwise results take the place of operands that are not needed any more.
+        peak = max(peak, now if flops.multiplies(equation) else now - freed)
+        now -= freed
+    return peak + counted.backward.recomputed_bytes
+
+
 def _kept(program: LossProgram) -> list[core.Var]:
-    """What the forward pass leaves, without views and repetitions."""
-    return list(_sources(program, lambda equation: equation.primitive.name in flops.VIEWS))
+    """What the forward pass leaves, without views, repetitions and constants."""
+    found = _sources(program, program.saved, _is_view)
+    varying = _following(program, program.forward.invars)
+    return [var for var in found if var in varying]
 
 
 def _kept_products(program: LossProgram) -> list[core.Var]:
     """Matrix products from which all that the forward pass leaves can be computed; what follows
     from parameters alone is left out.
     """
-    found = _sources(program, lambda equation: not flops.multiplies(equation))
-    of_batch = set(program.forward.invars[len(program.params) :])
-    for equation in program.forward.eqns:
-        if any(isinstance(var, core.Var) and var in of_batch for var in equation.invars):
-            of_batch.update(equation.outvars)
+    found = _sources(program, program.saved, lambda equation: not flops.multiplies(equation))
+    of_batch = _following(program, program.forward.invars[len(program.params) :])
     return [var for var in found if var in of_batch]
 
 
-def _sources(program: LossProgram, is_cheap: Callable[[core.JaxprEqn], bool]) -> Iterator[core.Var]:
-    """Results of the forward pass from which cheap equations make what it leaves."""
-    made_by = {var: equation for equation in program.forward.eqns for var in equation.outvars}
-    pending, seen = list(program.saved), set()
+def _following(program: LossProgram, inputs: Sequence[core.Var]) -> set[core.Var]:
+    """Inputs of the forward pass, and all that depends on them."""
+    found = set(inputs)
+    for equation in program.forward.eqns:
+        if any(isinstance(var, core.Var) and var in found for var in equation.invars):
+            found.update(equation.outvars)
+    return found
+
+
+def _is_view(equation: core.JaxprEqn) -> bool:
+    return equation.primitive.name in flops.VIEWS
+
+
+def _sources(
+    program: LossProgram, wanted: Sequence[Any], is_cheap: Callable[[core.JaxprEqn], bool]
+) -> Iterator[core.Var]:
+    """Results of the forward pass from which cheap equations make the wanted ones."""
+    pending, seen = list(wanted), set()
     while pending:
         var = pending.pop()
-        if isinstance(var, core.Literal) or var not in made_by or var in seen:
+        if isinstance(var, core.Literal) or var not in program.made_by or var in seen:
             continue
         seen.add(var)
-        if is_cheap(made_by[var]):
-            pending.extend(made_by[var].invars)
+        if is_cheap(program.made_by[var]):
+            pending.extend(program.made_by[var].invars)
         else:
             yield var

@@ -3,6 +3,7 @@ compiled or computed, however large the model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,11 @@ class LossProgram:
         """What the forward pass leaves for the backward pass: results of `forward`."""
         return self.forward.outvars[self.num_results :]
 
+    @functools.cached_property
+    def made_by(self) -> dict[core.Var, core.JaxprEqn]:
+        """The equation of the forward pass that makes each of its arrays."""
+        return {var: equation for equation in self.forward.eqns for var in equation.outvars}
+
     @property
     def recomputes(self) -> bool:
         """Whether the model says what the backward pass computes again."""
@@ -59,11 +65,13 @@ class Counted:
       backward: FLOPs of the backward pass. Products that do not depend on the gradient of the loss
         are repeated there; all others are gradients.
       known: how the arrays of the forward pass are divided.
+      backward_known: how those of the backward pass are.
     """
 
     forward: Work
     backward: Work
     known: Mapping[core.Var, Value]
+    backward_known: Mapping[core.Var, Value]
 
 
 def trace(
@@ -107,5 +115,7 @@ def count(program: LossProgram, partitioner: Partitioner) -> Counted:
     ]
     forward, known = flops.count(program.forward, values, mesh)
     saved = [flops.value_of(var, known) for var in program.saved]
-    backward, _ = flops.count(program.backward, [*saved, Value((), is_gradient=True)], mesh)
-    return Counted(forward, backward, known)
+    backward, backward_known = flops.count(
+        program.backward, [*saved, Value((), is_gradient=True)], mesh
+    )
+    return Counted(forward, backward, known, backward_known)

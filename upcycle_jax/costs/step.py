@@ -33,6 +33,8 @@ class StepCosts:
       activation_bytes: what one device keeps for the backward pass of a microbatch where a
         compiler computes cheap elementwise results again, as those of accelerators do.
       all_activation_bytes: the same where it does not, as on CPUs.
+      temporary_bytes: what one device needs beside the state, where activations go as gradients
+        come; as `all_activation_bytes`.
       exchange_bytes: all-to-alls of one device, at even load.
     """
 
@@ -42,6 +44,7 @@ class StepCosts:
     device_flops: float
     activation_bytes: int
     all_activation_bytes: int
+    temporary_bytes: int
     exchange_bytes: int
 
     @property
@@ -75,13 +78,14 @@ def of_step(model: Model, shape: StepShape, partitioner: Partitioner) -> StepCos
         device_flops=device,
         activation_bytes=cheap,
         all_activation_bytes=every,
+        temporary_bytes=activations.peak_bytes(program, counted, partitioner),
         exchange_bytes=exchange.exchange_bytes(
             model, shape, partitioner, recomputes=program.recomputes
         ),
     )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _traced(
     model: Model, rows: int, lengths: tuple[tuple[str, int], ...], packed: bool
 ) -> LossProgram:

@@ -62,6 +62,17 @@ class EncoderDecoderModel:
         self.z_loss = z_loss
         self.loss_normalizing_factor = loss_normalizing_factor
 
+    @property
+    def _identity(self) -> tuple[Any, ...]:
+        """What decides its programs: models of equal settings share what is traced once."""
+        return self.config, self.label_smoothing, self.z_loss, self.loss_normalizing_factor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EncoderDecoderModel) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
     def param_specs(self) -> dict[str, LeafSpec]:
         """Shape, dtype, logical axes, role and dense twin of every parameter, by path without
         `target/`. Allocates nothing.
