@@ -46,7 +46,7 @@ def shorten(lines: Sequence[str], limit: int, *, of: str = "") -> list[str]:
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[list[str]]:
-    """The cells, padded so that columns line up: those of `right` flush right, others flush left."""
+    """The cells, padded so that columns line up: those of `right` flush right, the others left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [

@@ -129,9 +129,8 @@ def commands(series: Series, places: Places = Places()) -> list[Command]:
     mesh = MESH if head.method in (Method.UPCYCLED, Method.SCRATCH) else ()
     bound = [f"MODEL_DIR='{model_dir}'"]
     if head.method != Method.SCRATCH:
-        bound.append(
-            f"INITIAL_CHECKPOINT_PATH='{places.dense_checkpoints}/t5_1_1_{head.size.lower()}/{step_name(START_STEP)}'"
-        )
+        dense = f"{places.dense_checkpoints}/t5_1_1_{head.size.lower()}"
+        bound.append(f"INITIAL_CHECKPOINT_PATH='{dense}/{step_name(START_STEP)}'")
     words = _train(gin, *bound, *mesh, *_bindings(head))
     makes = f"{series.label}: pre-training, all points of the curve"
     out = (
@@ -169,7 +168,8 @@ def _fine_tuning(series: Series, name: str, mesh: tuple[str, ...], places: Place
 
 
 def _evaluation(point: Point, model_dir: str, mesh: tuple[str, ...]) -> tuple[str, ...]:
-    model = f"models/t5_1_1_{point.size.lower()}{'_upcycled' if point.method == Method.UPCYCLED else ''}.gin"
+    kind = "_upcycled" if point.method == Method.UPCYCLED else ""
+    model = f"models/t5_1_1_{point.size.lower()}{kind}.gin"
     bound = (
         "MIXTURE_OR_TASK_NAME='super_glue_v102_proportional'",
         f"CHECKPOINT_PATH='{model_dir}'",

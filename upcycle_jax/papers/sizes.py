@@ -44,7 +44,8 @@ def gin_file(point: Point) -> str | None:
     """The shipped model file of a row of table 1; None for vision models."""
     if point.modality != "language":
         return None
-    return f"models/t5_1_1_{point.size.lower()}{'_upcycled' if point.method == Method.SPARSE else ''}.gin"
+    kind = "_upcycled" if point.method == Method.SPARSE else ""
+    return f"models/t5_1_1_{point.size.lower()}{kind}.gin"
 
 
 def count(config: T5Config) -> int:

@@ -77,8 +77,8 @@ class PodReport:
                 f" {len(self.topology.devices)} devices of {gib(chip.memory_bytes)}"
             ),
             (
-                "mesh          "
-                f" {compilation.mesh_text(work.partitioner)}{', fsdp' if work.partitioner.fsdp else ''}"
+                f"mesh           {compilation.mesh_text(work.partitioner)}"
+                f"{', fsdp' if work.partitioner.fsdp else ''}"
             ),
             f"model          {parameters.count(work.model).total:,} parameters",
             (

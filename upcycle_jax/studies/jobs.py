@@ -234,4 +234,5 @@ def workload(name: str) -> str:
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if len(plain) <= LONGEST_WORKLOAD:
         return plain
-    return f"{plain[: LONGEST_WORKLOAD - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{plain[: LONGEST_WORKLOAD - 7].rstrip('-')}-{digest}"

@@ -31,8 +31,8 @@ heartbeat: those come every 15 s, and the clocks of machines differ.
 """
 LEAST_SILENCE = 600.0
 SILENT_PERIODS = 10
-"""One that holds none (of an older version) counts as stopped after ten reporting periods, and at least ten minutes,
-without a sign of life.
+"""A run that holds no lease (of an older version) counts as stopped after ten reporting periods,
+and at least ten minutes, without a sign of life.
 """
 
 
@@ -82,8 +82,12 @@ class RunStatus:
         stamp = datetime.datetime.fromtimestamp(self.last_sign, datetime.UTC).isoformat(
             timespec="seconds"
         )
-        return out | {"state": str(self.state), "checkpoint_steps": list(self.checkpoint_steps), "last_sign": stamp,
-                      "age_seconds": round(now - self.last_sign, 1)}  # fmt: skip
+        return out | {
+            "state": str(self.state),
+            "checkpoint_steps": list(self.checkpoint_steps),
+            "last_sign": stamp,
+            "age_seconds": round(now - self.last_sign, 1),
+        }
 
 
 def list_runs(folder: os.PathLike | str, *, now: float | None = None) -> list[RunStatus]:
@@ -188,7 +192,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _stamp(row: Mapping[str, Any]) -> float | None:
-    """When a row was written, where it says so: in seconds since the epoch, before the year 5000."""
+    """When a row was written, in seconds since the epoch; None where it does not say so."""
     value = row.get("wall_time")
     return float(value) if isinstance(value, int | float) and 0 <= value < 1e11 else None
 
