@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.moe import dispatch, looped_experts
-from upcycle_jax.moe.dispatch import Assignment, OneHot
+from upcycle_jax.moe.dispatch import Assignment, OneHot, SoftDispatch, TokenChoices
 from upcycle_jax.moe.experts import ExpertBank
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, Group, TokensChoose
 
@@ -91,7 +91,7 @@ def test_forms_that_settings_ask_for():
         ]
         for form in ("auto", "sorted", "gather", "one_hot")
     }
-    assert kinds["auto"] == kinds["sorted"] == [Assignment, dispatch.TokenChoices]
+    assert kinds["auto"] == kinds["sorted"] == [Assignment, TokenChoices]
     assert kinds["gather"] == [Assignment, Assignment]
     assert kinds["one_hot"] == [OneHot, OneHot]
 
@@ -142,3 +142,40 @@ def test_renormalising_underflowed_weights_gives_zero_not_nan():
         ).combine_weight.sum()
     )
     assert np.isfinite(gradient(assignment.combine_weight)).all()
+
+
+INDEX = jnp.array([[0, 2], [1, 3], [3, 0]])
+WEIGHTS = jnp.array([[0.5, 0.25], [1.0, 0.0], [0.75, 2.0]])
+
+
+@pytest.mark.parametrize(
+    "dispatcher",
+    [
+        Assignment(INDEX, WEIGHTS),
+        OneHot(INDEX, WEIGHTS),
+        TokenChoices(jnp.array([[0, 1], [2, 3], [1, 2]]), WEIGHTS, num_experts=3),
+        SoftDispatch(
+            jnp.arange(18, dtype=jnp.float32).reshape(3, 3, 2) / 18,
+            jnp.arange(18, 0, -1, dtype=jnp.float32).reshape(3, 3, 2) / 18,
+        ),
+    ],
+    ids=lambda dispatcher: type(dispatcher).__name__,
+)
+def test_parts_add_up_and_copies_merge(dispatcher):
+    """Three experts, the first and the last of which are copies of one."""
+    tokens = jnp.arange(1, 7, dtype=jnp.float32).reshape(1, 3, 2)
+
+    def outputs(one, factors):
+        # Experts that multiply their inputs by a factor.
+        eyes = jnp.stack([jnp.eye(2)] * len(factors))
+        kernels = {"wi": eyes, "wo": eyes * jnp.asarray(factors)[:, None, None]}
+        bank = ExpertBank(kernels, activations=("linear",))
+        group = jax.tree.map(lambda leaf: leaf[None], one)
+        return jax.jit(lambda group: group.apply(bank, tokens))(group)
+
+    want = outputs(dispatcher, [3.0, 2.0, 3.0])
+    parts = outputs(dispatcher.part(0, 1), [3.0]) + outputs(dispatcher.part(1, 2), [2.0, 3.0])
+    members = jnp.array([True, False, True])
+    merged = outputs(dispatcher.merged(members, 3), [3.0]) + outputs(dispatcher.part(1, 1), [2.0])
+    np.testing.assert_allclose(parts, want, rtol=1e-6)
+    np.testing.assert_allclose(merged, want, rtol=1e-6)

@@ -19,7 +19,6 @@ from upcycle_jax.models import layerwise
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe import roles
-from upcycle_jax.moe.dispatch import Assignment, Choices, Mixture
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, SoftMoe, TokensChoose
 from upcycle_jax.surgery import function_check as check
 from upcycle_jax.surgery import lanes
@@ -140,58 +139,6 @@ def test_rows_that_a_router_cannot_take_are_refused():
     model = EncoderDecoderModel(moe_config(encoder_router=SoftMoe()))
     with pytest.raises(ValueError, match="cannot route packed rows"):
         lanes.Lane(model, PACKED)
-
-
-class Doubling:
-    """Expert e gives (e + 1) times its inputs: what a plan must do follows by hand."""
-
-    def __init__(self, factors):
-        self.factors = jnp.asarray(factors, jnp.float32)
-
-    def on_slots(self, inputs):
-        return inputs * self.factors[None, :, None, None]
-
-    def on_assigned(self, tokens, assignment):
-        outputs = tokens[0].at[assignment.token_index[0]].get(mode="fill", fill_value=0)
-        outputs = outputs * (self.factors[:, None] * assignment.combine_weight[0])[..., None]
-        return jnp.zeros_like(tokens).at[0, assignment.token_index[0]].add(outputs, mode="drop")
-
-    def on_choices(self, tokens, choices):
-        factors = self.factors.at[choices.expert].get(mode="fill", fill_value=0)
-        return tokens * jnp.sum(factors * choices.weight, axis=-1)[..., None]
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        Assignment(
-            jnp.array([[0, 2], [1, 3], [3, 0]]), jnp.array([[0.5, 0.25], [1.0, 0.0], [0.75, 2.0]])
-        ),
-        Choices(
-            jnp.array([[0, 1], [2, 3], [1, 2]]),
-            jnp.array([[0.5, 0.25], [1.0, 0.0], [0.75, 2.0]]),
-            num_experts=3,
-        ),
-        Mixture(
-            jnp.arange(18, dtype=jnp.float32).reshape(3, 3, 2) / 18,
-            jnp.arange(18, 0, -1, dtype=jnp.float32).reshape(3, 3, 2) / 18,
-        ),
-    ],
-    ids=lambda plan: type(plan).__name__,
-)
-def test_parts_of_a_plan_add_up_and_copies_merge(plan):
-    """Three experts, the first and the last of which are copies of one."""
-    tokens = jnp.arange(1, 7, dtype=jnp.float32).reshape(1, 3, 2)
-    group = jax.tree.map(lambda leaf: leaf[None], plan)
-    want = group.process(tokens, Doubling([3.0, 2.0, 3.0]))
-
-    def of(one, factors):
-        return jax.tree.map(lambda leaf: leaf[None], one).process(tokens, Doubling(factors))
-
-    parts = of(plan.part(0, 1), [3.0]) + of(plan.part(1, 2), [2.0, 3.0])
-    merged = of(plan.merged(jnp.array([True, False, True]), 3), [3.0]) + of(plan.part(1, 1), [2.0])
-    np.testing.assert_allclose(parts, want, rtol=1e-6)
-    np.testing.assert_allclose(merged, want, rtol=1e-6)
 
 
 def converted(model, recipe=None, source=None):
