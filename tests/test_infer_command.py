@@ -18,7 +18,7 @@ from upcycle_jax.config import load
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.examples import as_json, task_examples
 from upcycle_jax.features import EncoderDecoderFeatures
-from upcycle_jax.inference import predictions, ranking, running
+from upcycle_jax.inference import job_files, ranking, running
 from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.training import holding
 
@@ -188,7 +188,7 @@ def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch, ca
 def test_unfinished_work_of_other_settings_is_named(checkpoint, tmp_path, capsys):
     folder = tmp_path / f"tmp-{NAME}-predict-00000-of-00001"
     folder.mkdir()
-    (folder / predictions.SETTINGS_FILE).write_text("{}")
+    (folder / job_files.SETTINGS_FILE).write_text("{}")
     assert infer(checkpoint, tmp_path)[0] == 2
     message = capsys.readouterr().err
     assert (

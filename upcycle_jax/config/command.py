@@ -162,10 +162,6 @@ def call(function: str, flags: Flags, loaded: "Config", *, name: str) -> Any:
       name: the command's name.
     """
     log_to_console()
-    if function != "train":
-        built = loaded.build(function, dry_run=flags.dry_run)
-        say_unused(loaded, name=name)
-        return built(files={"config.gin": loaded.operative_text()})
     built = loaded.build(function)
     say_unused(loaded, name=name)
     return built(files={"config.gin": loaded.operative_text()}).run(dry_run=flags.dry_run)

@@ -61,8 +61,8 @@ PATHS: dict[str, str] = {
     "Greedy": "inference.decoding:Greedy",
     "Sampling": "inference.decoding:Sampling",
     "BeamSearch": "inference.beam_search:BeamSearch",
-    "evaluate": "inference.evaluation:evaluate",
-    "infer": "inference.predictions:infer",
+    "evaluate": "inference.evaluation:Evaluate",
+    "infer": "inference.predictions:Infer",
     # Studies.
     "Sweep": "studies.sweep:Sweep",
     "Stage": "studies.sweep:Stage",

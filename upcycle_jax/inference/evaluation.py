@@ -5,7 +5,6 @@ predicts or scores.
 import dataclasses
 import enum
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,15 +14,10 @@ from etils import epath
 
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader, loading
-from upcycle_jax.data import DatasetConfig
-from upcycle_jax.data.prompts import Options
 from upcycle_jax.files import write_whole
 from upcycle_jax.inference import ranking, running
-from upcycle_jax.inference.decoding import Greedy
+from upcycle_jax.inference.inference_settings import InferenceSettings
 from upcycle_jax.inference.json_lines import json_line
-from upcycle_jax.models.base import Model
-from upcycle_jax.models.generation import DecodingAlgorithm
-from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import full_disk, holding, prepare
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.metric_writers import MetricWriter
@@ -50,48 +44,8 @@ SHOTS = "shots_per_example"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Evaluation:
-    """The arguments of `evaluate`, under the same names, and what follows from them."""
-
-    model: Model
-    dataset_cfg: DatasetConfig
-    output_dir: epath.Path
-    partitioner: Partitioner
-    decoder: DecodingAlgorithm
-    answering: Answering
-    rank_options: Options | None
-    num_examples: int | None
-    teacher_forced: bool
-    teacher_forced_batches: int | None
-    write_predictions: bool
-    random_seed: int
-    verify: bool
-
-
-def evaluate(
-    *,
-    model: Model,
-    dataset_cfg: checks.Dataset,
-    checkpoint_path: checks.PathText | os.PathLike,
-    output_dir: checks.PathText | os.PathLike,
-    steps: str | checks.CountOrZero | Sequence[checks.CountOrZero] = "latest",
-    partitioner: Partitioner = Partitioner(),
-    decoder: DecodingAlgorithm = Greedy(),
-    answering: str = Answering.DECODE,
-    rank_options: Options | None = None,
-    few_shot: checks.Examples | None = None,
-    num_examples: checks.Count | None = None,
-    teacher_forced: bool = True,
-    teacher_forced_batches: checks.Count | None = None,
-    write_predictions: bool = True,
-    skip_evaluated: bool = False,
-    random_seed: checks.Seed = 0,
-    verify: bool = True,
-    files: Mapping[str, str] | None = None,
-    dry_run: bool = False,
-) -> dict[int, dict[str, dict[str, float]]]:
-    """Evaluates one, several or all checkpoints on every task of a mixture; returns metrics by step
-    and task.
+class Evaluate(InferenceSettings):
+    """Evaluates one, several or all checkpoints on every task of a mixture.
 
     Writes into `<output_dir>/inference_eval`: for each task a folder with one line per step in
     `metrics.jsonl` and TensorBoard events, and `<task>-<step>.jsonl`, one line per example:
@@ -101,114 +55,121 @@ def evaluate(
     folder of its own with `average`: the mean over tasks of the mean of each task's own metrics, as
     SuperGLUE averages.
 
-    Args:
+    `InferenceSettings` has the attributes that are not listed.
+
+    Attributes:
       model: the model; tasks with metrics of their own need one that produces sequences.
       dataset_cfg: `DatasetConfig` of what to evaluate on; its batch size is that of evaluation.
-      checkpoint_path: a checkpoint, or a MODEL_DIR.
       output_dir: usually the MODEL_DIR.
       steps: which checkpoints of a MODEL_DIR: 'latest', 'all', a step or several.
-      partitioner: the mesh.
-      decoder: how predictions are searched.
       answering: 'decode' predicts with the decoder; 'rank' takes the most likely of the answers
         that each example allows as its prediction. Tasks whose metrics are of scores are not
         changed by it, and those of a mixture that list no answers are decoded.
-      rank_options: those answers, for all tasks or by task name; None leaves them to the tasks
-        (`data.prompts`).
       few_shot: `FewShot`, solved examples before each input of the tasks' own metrics, or None.
         Teacher-forced metrics are without.
       num_examples: only the first so many examples of each task for its own metrics; None for all.
       teacher_forced: also compute loss, accuracy and so on of the given targets.
       teacher_forced_batches: batches per task for those; None for the whole split.
       write_predictions: write `<task>-<step>.jsonl`.
-      skip_evaluated: leave out steps that have a line for every task: a call that was interrupted
+      skip_evaluated: leave out steps that have a line for every task: a run that was interrupted
         goes on.
       random_seed: of a decoder that draws.
-      verify: compare the parameters with the checksums that were saved with them.
-      files: small text files to leave in `inference_eval` (name -> content), e.g. 'config.gin'.
-      dry_run: say what would be done and return; nothing is written.
-
-    Raises:
-      FileNotFoundError: no checkpoint is there.
-      ValueError: settings that cannot run, a checkpoint of another model, a damaged one or one with
-        NaN, a full disk, or another evaluation of the mixture that is at work in output_dir.
     """
-    _check_choices(num_examples, answering)
-    layout = running.data_layout(model, dataset_cfg, partitioner)
-    readers = running.checkpoints(checkpoint_path, steps)
-    for reader in readers:
-        loading.check_params(reader, model)
-    if dry_run:
-        listed = ", ".join(str(reader.step) for reader in readers)
-        how = repr(decoder) if answering == Answering.DECODE else "ranked answers"
-        print(
-            f"evaluate {readers[0].path.parent if len(readers) > 1 else readers[0].path} (steps"
-            f" {listed}) on {dataset_cfg.mixture_or_task_name!r}, split {dataset_cfg.split!r}, with"
-            f" {how}, to {output_dir}/{FOLDER}"
-        )
-        return {}
 
-    from upcycle_jax.data.examples import task_examples
+    steps: str | checks.CountOrZero | Sequence[checks.CountOrZero] = "latest"
+    answering: str = Answering.DECODE
+    num_examples: checks.Count | None = None
+    teacher_forced: bool = True
+    teacher_forced_batches: checks.Count | None = None
+    write_predictions: bool = True
+    skip_evaluated: bool = False
+    random_seed: checks.Seed = 0
 
-    dataset = prepare.open_data(model, dataset_cfg)
-    evaluation = _Evaluation(
-        model=model,
-        dataset_cfg=dataset_cfg,
-        output_dir=epath.Path(output_dir) / FOLDER,
-        partitioner=partitioner,
-        decoder=decoder,
-        answering=Answering(answering),
-        rank_options=rank_options,
-        num_examples=num_examples,
-        teacher_forced=teacher_forced,
-        teacher_forced_batches=teacher_forced_batches,
-        write_predictions=write_predictions,
-        random_seed=random_seed,
-        verify=verify,
-    )
-    found = task_examples(dataset_cfg, model.features, few_shot)
-    tasks = {task.name: _Task(evaluation, task, is_one_of_many=len(found) > 1) for task in found}
-    name = dataset_cfg.mixture_or_task_name
-    with (
-        full_disk.explained(f"{output_dir}/{FOLDER}", kept="Finished steps are kept"),
-        holding.hold_results(evaluation.output_dir, name, setting="EVAL_OUTPUT_DIR"),
-    ):
-        _write_files(evaluation, files or {})
-        given = {}
-        if teacher_forced:
-            given = dataset.eval_batches(
-                num_batches=teacher_forced_batches,
-                process_index=layout.shard,
-                process_count=layout.num_shards,
-            )
-        evaluator = Evaluator(model, partitioner, num_shards=layout.num_shards)
-        results = {}
+    def run(self, *, dry_run: bool = False) -> dict[int, dict[str, dict[str, float]]]:
+        """Returns metrics by step and task.
+
+        Args:
+          dry_run: say what would be done and return; nothing is written.
+
+        Raises:
+          FileNotFoundError: no checkpoint is there.
+          ValueError: settings that cannot run, a checkpoint of another model, a damaged one or one
+            with NaN, a full disk, or another evaluation of the mixture that is at work in
+            output_dir.
+        """
+        self._check()
+        layout = running.data_layout(self.model, self.dataset_cfg, self.partitioner)
+        readers = running.checkpoints(self.checkpoint_path, self.steps)
         for reader in readers:
-            if skip_evaluated and _is_evaluated(evaluation, tasks, reader.step):
-                _log.info("step %d has been evaluated", reader.step)
-                continue
-            results[reader.step] = _one_checkpoint(evaluation, reader, tasks, evaluator, given)
-    return results
+            loading.check_params(reader, self.model)
+        if dry_run:
+            print(self._plan(readers))
+            return {}
+
+        from upcycle_jax.data.examples import task_examples
+
+        dataset = prepare.open_data(self.model, self.dataset_cfg)
+        found = task_examples(self.dataset_cfg, self.model.features, self.few_shot)
+        tasks = {task.name: _Task(self, task, is_one_of_many=len(found) > 1) for task in found}
+        name = self.dataset_cfg.mixture_or_task_name
+        with (
+            full_disk.explained(f"{self.output_dir}/{FOLDER}", kept="Finished steps are kept"),
+            holding.hold_results(self.folder, name, setting="EVAL_OUTPUT_DIR"),
+        ):
+            _write_files(self)
+            given = {}
+            if self.teacher_forced:
+                given = dataset.eval_batches(
+                    num_batches=self.teacher_forced_batches,
+                    process_index=layout.shard,
+                    process_count=layout.num_shards,
+                )
+            evaluator = Evaluator(self.model, self.partitioner, num_shards=layout.num_shards)
+            results = {}
+            for reader in readers:
+                if self.skip_evaluated and _is_evaluated(self, tasks, reader.step):
+                    _log.info("step %d has been evaluated", reader.step)
+                    continue
+                results[reader.step] = _one_checkpoint(self, reader, tasks, evaluator, given)
+        return results
+
+    @property
+    def folder(self) -> epath.Path:
+        """Where results are written."""
+        return epath.Path(self.output_dir) / FOLDER
+
+    def _check(self) -> None:
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ValueError(
+                f"num_examples must be at least 1, or None for all, got {self.num_examples}"
+            )
+        if self.answering not in list(Answering):
+            raise ValueError(f"PREDICT_BY must be 'decode' or 'rank', got {self.answering!r}")
+
+    def _plan(self, readers: Sequence[CheckpointReader]) -> str:
+        """What would be done, in words."""
+        what = readers[0].path.parent if len(readers) > 1 else readers[0].path
+        listed = ", ".join(str(reader.step) for reader in readers)
+        how = repr(self.decoder) if self.answering == Answering.DECODE else "ranked answers"
+        data = self.dataset_cfg
+        return (
+            f"evaluate {what} (steps {listed}) on {data.mixture_or_task_name!r}, split"
+            f" {data.split!r}, with {how}, to {self.output_dir}/{FOLDER}"
+        )
 
 
-def _is_evaluated(evaluation: _Evaluation, tasks: Mapping[str, "_Task"], step: int) -> bool:
+def _is_evaluated(evaluation: Evaluate, tasks: Mapping[str, "_Task"], step: int) -> bool:
     return all(_writer(evaluation, name).has_step(step) for name in _written(evaluation, tasks))
 
 
-def _write_files(evaluation: _Evaluation, files: Mapping[str, str]) -> None:
+def _write_files(evaluation: Evaluate) -> None:
     if distributed.is_first():
-        evaluation.output_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (evaluation.output_dir / name).write_text(text)
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (evaluation.files or {}).items():
+            (evaluation.folder / name).write_text(text)
 
 
-def _check_choices(num_examples: int | None, answering: str) -> None:
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"num_examples must be at least 1, or None for all, got {num_examples}")
-    if answering not in list(Answering):
-        raise ValueError(f"PREDICT_BY must be 'decode' or 'rank', got {answering!r}")
-
-
-def _written(evaluation: _Evaluation, tasks: Mapping[str, "_Task"]) -> list[str]:
+def _written(evaluation: Evaluate, tasks: Mapping[str, "_Task"]) -> list[str]:
     """Everything that gets a line at each step: the tasks and, where several have metrics of their
     own, the mixture with their average.
     """
@@ -217,7 +178,7 @@ def _written(evaluation: _Evaluation, tasks: Mapping[str, "_Task"]) -> list[str]
 
 
 def _one_checkpoint(
-    evaluation: _Evaluation,
+    evaluation: Evaluate,
     reader: CheckpointReader,
     tasks: Mapping[str, "_Task"],
     evaluator: Evaluator,
@@ -259,7 +220,7 @@ def _one_checkpoint(
 class _Task:
     """One task: its examples are read once, its programs are compiled once, for all checkpoints."""
 
-    def __init__(self, evaluation: _Evaluation, task: "TaskExamples", *, is_one_of_many: bool):
+    def __init__(self, evaluation: Evaluate, task: "TaskExamples", *, is_one_of_many: bool):
         self._evaluation, self._task, self._is_one_of_many = evaluation, task, is_one_of_many
         self._outputs = task.outputs  # raises early where a metric cannot be served
         self._ranks = (
@@ -371,15 +332,15 @@ class _Task:
             if "score" in outputs:
                 record["score"] = float(outputs["score"][i])
             lines.append(json_line(record) + "\n")
-        path = self._evaluation.output_dir / f"{self._task.name}-{step}.jsonl"
+        path = self._evaluation.folder / f"{self._task.name}-{step}.jsonl"
         write_whole(path, "".join(lines))
 
 
-def _writer(evaluation: _Evaluation, name: str) -> MetricWriter:
-    return MetricWriter(evaluation.output_dir / name)
+def _writer(evaluation: Evaluate, name: str) -> MetricWriter:
+    return MetricWriter(evaluation.folder / name)
 
 
-def _write(evaluation: _Evaluation, name: str, step: int, values: Mapping[str, Any]) -> None:
+def _write(evaluation: Evaluate, name: str, step: int, values: Mapping[str, Any]) -> None:
     if distributed.is_first():
         writer = _writer(evaluation, name)
         writer.write(step, values)

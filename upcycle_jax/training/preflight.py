@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from upcycle_jax.config import registry
 from upcycle_jax.config.build import Config
 from upcycle_jax.config.parse import ConfigError
 from upcycle_jax.costs import parameters
@@ -94,8 +95,8 @@ def check_run(
     built: list[Any] = []
 
     def build() -> str:
-        partial = loaded.build(function)
-        built.append(partial if function in ("evaluate", "infer") else partial())
+        call = loaded.build(function)
+        built.append(call() if function in registry.FUNCTIONS else call)
         return "everything is set and can be built"
 
     if found.attempt("configuration", build):
@@ -104,7 +105,7 @@ def check_run(
             _check_training(found, run, device_memory=device_memory, read_data=read_data)
             found.attempt("MODEL_DIR", lambda: _model_dir(run), stops=not elsewhere)
         elif function in ("evaluate", "infer"):
-            found.attempt("plan of the run", lambda: run(dry_run=True) and None)
+            found.attempt("plan of the run", lambda: _plan(run))
         found.warnings += [f"{line} is not used by {function}" for line in loaded.unused()]
     return found
 
