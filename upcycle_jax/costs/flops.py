@@ -184,6 +184,13 @@ def _recomputed(jaxpr: core.Jaxpr, known: Mapping[core.Var, Value], mesh: MeshSh
     return found
 
 
+def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr | None:
+    """The program that an equation runs once on its operands; None for operations."""
+    if equation.primitive.name.startswith("reduce"):  # how two elements become one
+        return None
+    return next((equation.params[key] for key in _CALLED if key in equation.params), None)
+
+
 def _programs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """Programs inside an equation."""
     for parameter in equation.params.values():
@@ -201,18 +208,16 @@ class _Program:
 
     def run(self, equation: core.JaxprEqn) -> None:
         """Counts an equation and learns its results."""
-        name, values = (
-            equation.primitive.name,
-            [value_of(var, self.known) for var in equation.invars],
-        )
+        name = equation.primitive.name
+        values = [value_of(var, self.known) for var in equation.invars]
         if name == "scan":
             found = self._scan(equation.params, values)
         elif name == "while":
             found = self._while(equation.params, values)
         elif name == "cond":
             found = self._cond(equation.params["branches"], values[1:])
-        elif called := [equation.params[key] for key in _CALLED if key in equation.params]:
-            found = self._call(called[0], values, recomputes="remat" in name)
+        elif (called := _called(equation)) is not None:
+            found = self._call(called, values, recomputes="remat" in name)
         else:
             found = self._operation(equation, values)
         for var, value in zip(equation.outvars, found, strict=True):
@@ -252,9 +257,7 @@ class _Program:
             return reduced * (_composed(equation) if name in _COMPOSED else 1)
         return written * (_composed(equation) if name in _COMPOSED else 1)
 
-    def _inner(
-        self, program: Any, values: Sequence[Value], times: int = 1
-    ) -> tuple[list[Value], Work]:
+    def _inner(self, program: Any, values: Sequence[Value]) -> tuple[list[Value], Work]:
         jaxpr = getattr(program, "jaxpr", program)
         work, known = count(jaxpr, values, self.mesh)
         return [value_of(var, known) for var in jaxpr.outvars], work
