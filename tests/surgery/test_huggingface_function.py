@@ -116,7 +116,7 @@ def silu(tmp_path_factory):
         layer_norm_epsilon=1e-3,
     )
     model = EncoderDecoderModel(config)
-    specs = {f"target/{path}": spec for path, spec in model.param_specs().items()}
+    specs = state_tree.parameter_specs(model.param_specs())
     path = tmp_path_factory.mktemp("silu") / "checkpoint_3"
     stated = model_settings.record(config.forward_settings)
     with create_checkpoint(path, specs, step=3, metadata=stated) as writer:
@@ -177,7 +177,7 @@ def test_a_model_that_contradicts_the_checkpoint_is_refused(silu, tmp_path, chan
     sparse = EncoderDecoderModel(dataclasses.replace(other.config, moe=MoeConfig(num_experts=2)))
     with pytest.raises(ValueError, match=match):
         loading.check_params(reader, other)
-    specs = {f"target/{name}": spec for name, spec in sparse.param_specs().items()}
+    specs = state_tree.parameter_specs(sparse.param_specs())
     with pytest.raises(ValueError, match=match):
         convert_and_prove.convert(reader, specs, tmp_path / "out", surgery.Recipe(), model=sparse)
     assert not list(tmp_path.iterdir())
