@@ -324,7 +324,8 @@ fi""",
 def test_train_tells_launchers_that_it_was_stopped_early(interrupted, variable, code, monkeypatch):
     class Loaded:
         def build(self, name, **given):
-            return lambda files: types.SimpleNamespace(interrupted=interrupted)
+            outcome = types.SimpleNamespace(interrupted=interrupted)
+            return lambda files: types.SimpleNamespace(run=lambda dry_run: outcome)
 
         def has_macro(self, name):
             return False

@@ -18,7 +18,7 @@ def _refusal(row: bad_inputs.BadInput) -> str | None:
     """What the error says; None without one."""
     try:
         loaded = load(row.files, row.bindings, function=bad_inputs.FUNCTIONS[row.command])
-        loaded.build(bad_inputs.FUNCTIONS[row.command])
+        loaded.build(bad_inputs.FUNCTIONS[row.command])()
     except (ValueError, FileNotFoundError) as error:
         return str(error)
     return None
@@ -31,7 +31,7 @@ def _id(row: bad_inputs.BadInput) -> str:
 @pytest.mark.parametrize("command", bad_inputs.FILES)
 def test_without_nonsense_everything_is_built(command):
     loaded = load(bad_inputs.FILES[command], bad_inputs.REQUIRED[command])
-    loaded.build(bad_inputs.FUNCTIONS[command])
+    loaded.build(bad_inputs.FUNCTIONS[command])()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from upcycle_jax.files import write_whole
 from upcycle_jax.inference import ranking, running
 from upcycle_jax.inference.inference_settings import InferenceSettings
 from upcycle_jax.inference.json_lines import json_line
-from upcycle_jax.training import full_disk, holding, prepare
+from upcycle_jax.training import batches, full_disk, holding, prepare
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.metric_writers import MetricWriter
 from upcycle_jax.types import PyTree
@@ -98,7 +98,7 @@ class Evaluate(InferenceSettings):
             output_dir.
         """
         self._check()
-        layout = running.data_layout(self.model, self.dataset_cfg, self.partitioner)
+        layout = batches.data_layout(self.partitioner, self.dataset_cfg.batch_size)
         readers = running.checkpoints(self.checkpoint_path, self.steps)
         for reader in readers:
             loading.check_params(reader, self.model)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from upcycle_jax import checks
 from upcycle_jax.data.prompts import Options
+from upcycle_jax.features import check_lengths
 from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.models.base import Model
 from upcycle_jax.models.generation import DecodingAlgorithm
@@ -28,6 +29,9 @@ class InferenceSettings:
       few_shot: `FewShot`, solved examples before each input, or None.
       verify: compare the parameters with the checksums that were saved with them.
       files: small text files to leave beside the results (name -> content), e.g. 'config.gin'.
+
+    Raises:
+      ValueError: a feature that the model needs has no length.
     """
 
     model: Model
@@ -40,3 +44,6 @@ class InferenceSettings:
     few_shot: checks.Examples | None = None
     verify: bool = True
     files: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        check_lengths(self.model.features, self.dataset_cfg.task_feature_lengths)

@@ -21,7 +21,7 @@ from upcycle_jax.inference.job_files import KEPT, JobFiles
 from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.models.base import Generative
 from upcycle_jax.models.generation import Decoded
-from upcycle_jax.training import full_disk, prepare
+from upcycle_jax.training import batches, full_disk, prepare
 from upcycle_jax.types import PyTree
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Infer(InferenceSettings):
         """
         self._check()
         model, data = self.model, self.dataset_cfg
-        running.data_layout(model, data, self.partitioner)
+        batches.data_layout(self.partitioner, data.batch_size)  # raises where it does not split
         reader = open_checkpoint(self.checkpoint_path)
         loading.check_params(reader, model)
         if dry_run:

@@ -10,8 +10,6 @@ import numpy as np
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.steps import checkpoint_steps
 from upcycle_jax.checkpoints.storage import absolute
-from upcycle_jax.data import DatasetConfig
-from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Generative, Model
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
@@ -31,19 +29,6 @@ def generative(model: Model) -> Generative:
             " metrics of their own, and gives no predictions and scores"
         )
     return model
-
-
-def data_layout(
-    model: Model, config: DatasetConfig, partitioner: Partitioner
-) -> batches.DataLayout:
-    """This process's rows of each batch.
-
-    Raises:
-      ValueError: a length that the model needs is missing, or the batch does not split over the
-        mesh.
-    """
-    check_lengths(model.features, config.task_feature_lengths)
-    return batches.data_layout(partitioner, config.batch_size)
 
 
 def checkpoints(

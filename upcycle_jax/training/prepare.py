@@ -16,7 +16,6 @@ from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.steps import step_folders
 from upcycle_jax.data import Dataset, DatasetConfig
 from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Model, Stack, stack_lengths
 from upcycle_jax.moe import grouping
 from upcycle_jax.text import size
@@ -61,9 +60,6 @@ def prepare(settings: TrainSettings) -> PreparedRun:
     _check_numbers(settings)
     if settings.tracker is not None:
         settings.tracker.check()
-    for cfg in (settings.train_dataset_cfg, settings.train_eval_dataset_cfg):
-        if cfg is not None:
-            check_lengths(settings.model.features, cfg.task_feature_lengths)
     partitioner, trainer = settings.partitioner, settings.trainer
     batches.check_batch_size(
         settings.train_dataset_cfg.batch_size, trainer.num_microbatches or 1, partitioner

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from etils import epath
 
 from upcycle_jax import checks
+from upcycle_jax.features import check_lengths
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.config import CheckpointConfig
@@ -42,6 +43,9 @@ class TrainSettings:
         s sees.
       tracker: where metrics go beside MODEL_DIR, or None.
       files: small text files to leave in MODEL_DIR (name -> content), e.g. 'config.gin'.
+
+    Raises:
+      ValueError: a feature that the model needs has no length.
     """
 
     model: Model
@@ -59,6 +63,11 @@ class TrainSettings:
     first_batch: checks.CountOrZero = 0
     tracker: Wandb | None = None
     files: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for cfg in (self.train_dataset_cfg, self.train_eval_dataset_cfg):
+            if cfg is not None:
+                check_lengths(self.model.features, cfg.task_feature_lengths)
 
     @property
     def folder(self) -> epath.Path:
