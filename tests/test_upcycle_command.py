@@ -111,7 +111,7 @@ def test_the_function_check_on_real_text(tmp_path, capsys):
     real = [
         "--gin.FUNCTION_CHECK_DATASET=@function_check/DatasetConfig()",
         f"--gin.TEXT_FILES=['{text}']",
-        "--gin.MIXTURE_OR_TASK_NAME='squares'",
+        "--gin.MIXTURE_OR_TASK_NAME='sentences_on_squares'",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}",
         "--gin.BATCH_SIZE=4",
     ]
@@ -121,7 +121,9 @@ def test_the_function_check_on_real_text(tmp_path, capsys):
     assert not (tmp_path / "refused").exists()
 
     assert upcycle.main(words(dense, tmp_path / "sparse", *real, "--gin.VOCAB_SIZE=384")) == 0
-    described = "first batch of squares, split validation: 4 x 64 inputs, 4 x 24 targets"
+    described = (
+        "first batch of sentences_on_squares, split validation: 4 x 64 inputs, 4 x 24 targets"
+    )
     assert described in capsys.readouterr().out
     function = json.loads((tmp_path / "sparse" / "proof.json").read_text())["function"]
     assert function["ok"] and function["tokens"] == described
