@@ -287,5 +287,5 @@ def test_a_model_decodes_with_each_algorithm(decoder, make_model, make_params, m
             "decoder_loss_weights": written,
         }
         np.testing.assert_allclose(
-            model.score_batch(params, scored)[whole], together.scores[whole, 0], atol=1e-4
+            jax.jit(model.score_batch)(params, scored)[whole], together.scores[whole, 0], atol=1e-4
         )

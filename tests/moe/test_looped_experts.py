@@ -21,7 +21,7 @@ BOTH_WAYS = pytest.mark.parametrize(
 def outputs_and_gradients(router, dropout_rate: float = 0.0, dtype=jnp.float32):
     layer = MoeLayer(SETTINGS, router, hidden=12, dropout_rate=dropout_rate, dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (4, 16, 8))
-    variables = nn.meta.unbox(layer.init(jax.random.key(1), x))
+    variables = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), x))
 
     def loss(params, x):
         y, _ = layer.apply(

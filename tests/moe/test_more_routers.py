@@ -2,6 +2,8 @@
 by hand.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -290,15 +292,16 @@ def test_padding_has_no_part_in_soft_slots():
 def test_jitter_acts_in_training_alone():
     layer = MoeLayer(MoeSettings(num_experts=4), SwitchTop1(jitter_noise=0.9), hidden=8)
     x = jax.random.normal(jax.random.key(0), (1, 16, 8))
-    params = {
-        "params": jax.tree.map(lambda leaf: 30 * leaf, layer.init(jax.random.key(1), x)["params"])
-    }
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+    params = {"params": jax.tree.map(lambda leaf: 30 * leaf, params)}
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def probabilities(rngs, *, train):
+        _, stats = layer.apply(params, x, train=train, rngs=rngs, mutable=[LAYER_STATS])
+        return stats[LAYER_STATS]["stats"].probability
 
     def preferred(*, train, key=None):
-        rngs = {} if key is None else {"jitter": jax.random.key(key)}
-        return layer.apply(params, x, train=train, rngs=rngs, mutable=[LAYER_STATS])[1][
-            LAYER_STATS
-        ]["stats"].probability
+        return probabilities({} if key is None else {"jitter": jax.random.key(key)}, train=train)
 
     still = preferred(train=False)
     np.testing.assert_array_equal(preferred(train=False, key=2), still)

@@ -262,7 +262,7 @@ def reference_tokens_choose(logits, k, capacity, real, prioritised):
     return experts, p
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(groups(), st.sampled_from([1, 2, 3]), st.booleans())
 def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised):
     logits, capacity, real = group
