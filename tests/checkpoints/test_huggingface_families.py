@@ -16,6 +16,8 @@ KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 class ToyLayout:
+    config = None
+
     def __init__(self, folder, keys):
         self.settings = {"sharpness": keys["sharpness"]}
 

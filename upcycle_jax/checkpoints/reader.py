@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.checkpoints import model_settings
+from upcycle_jax.models.base import ModelConfig
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.trees import LeafSpec
 
@@ -77,6 +78,12 @@ class CheckpointReader(Protocol):
     def model_settings(self) -> Mapping[str, Any]:
         """The settings of the forward pass that the checkpoint itself states, under the names of
         `ModelConfig.forward_settings`; see `model_settings`. Empty where it states none.
+        """
+        ...
+
+    def model_config(self) -> ModelConfig | None:
+        """The whole model that the checkpoint itself states, MoE layers included; None where it
+        states none, or settings alone.
         """
         ...
 
@@ -150,6 +157,9 @@ class ReaderBase(abc.ABC):
 
     def model_settings(self) -> Mapping[str, Any]:
         return model_settings.recorded(self.metadata(), where=self.path)
+
+    def model_config(self) -> ModelConfig | None:
+        return None
 
 
 def scalar_step(reader: ReaderBase) -> int:

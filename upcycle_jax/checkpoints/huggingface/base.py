@@ -1,6 +1,7 @@
 """What reader and writer ask of a family of models."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,22 +9,83 @@ from typing import Any, Protocol
 import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.files import WeightFiles
+from upcycle_jax.models.base import ModelConfig
 from upcycle_jax.trees import LeafSpec
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor in the order in which a leaf has them.
+
+    Row `(i, j, ...)` of `shape`, counted in C order, is row `offset + i * strides[0] + j *
+    strides[1] + ...` of the tensor.
+
+    >>> Rows((2, 3), (6, 1), offset=3).indices().tolist()  # the second half of each of two heads
+    [3, 4, 5, 9, 10, 11]
+
+    Attributes:
+      shape: its product is the number of rows of the leaf.
+      strides: one for each entry of `shape`.
+      offset: the tensor's row that comes first.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def count(self) -> int:
+        """Rows of the leaf."""
+        return math.prod(self.shape)
+
+    def indices(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Int64, the tensor's rows for the leaf's rows from `start` to `stop`."""
+        ours = np.arange(start, self.count if stop is None else stop)
+        rows = np.full(ours.shape, self.offset, np.int64)
+        for i, stride in zip(np.unravel_index(ours, self.shape), self.strides, strict=True):
+            rows += i * stride
+        return rows
+
+
+def consecutive(start: int, count: int) -> Rows:
+    """So many rows, one after the other."""
+    return Rows((count,), (1,), start)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensor behind a leaf.
+    """The tensor behind a leaf, or a part of it.
 
     Attributes:
       tensor: its name.
-      transposed: the leaf is its transpose.
+      transposed: the leaf has the tensor's last two axes exchanged.
       factor: what it is multiplied by.
+      rows: which rows the leaf has, along the last axis but one (of a vector: its only one); None
+        for all, in order.
     """
 
     tensor: str
     transposed: bool = False
     factor: float = 1.0
+    rows: Rows | None = None
+
+    def leaf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the leaf, given that of the tensor."""
+        out = list(shape)
+        if self.rows is not None:
+            out[row_axis(len(out))] = self.rows.count
+        if self.transposed:
+            out[-2:] = out[:-3:-1]
+        return tuple(out)
+
+
+Sources = Source | tuple[Source, ...]
+"""What is behind a leaf: one tensor, or several of one shape that are stacked along a first axis."""
+
+
+def row_axis(rank: int) -> int:
+    """The axis of a tensor that `Source.rows` means."""
+    return max(rank - 2, 0)
 
 
 class Layout(Protocol):
@@ -33,8 +95,12 @@ class Layout(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """See `CheckpointReader.model_settings`."""
 
-    def sources(self, weights: WeightFiles) -> dict[str, Source]:
-        """The tensor behind every leaf, by full path.
+    @property
+    def config(self) -> ModelConfig | None:
+        """See `CheckpointReader.model_config`."""
+
+    def sources(self, weights: WeightFiles) -> dict[str, Sources]:
+        """What is behind every leaf, by full path.
 
         Raises:
           ValueError: a tensor has no place or is missing, or contradicts config.json.
@@ -47,11 +113,11 @@ class Export:
 
     Attributes:
       config: content of config.json.
-      tensors: the tensor that every leaf becomes, by full path, in the order of the files.
+      tensors: where every leaf goes, by full path, in the order of the files.
     """
 
     config: dict[str, Any]
-    tensors: Mapping[str, Source]
+    tensors: Mapping[str, Sources]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Opening a folder reads the headers of its files, and, where it holds copies of a
 these once.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.huggingface.base import Source
+from upcycle_jax.checkpoints.huggingface.base import Sources
 from upcycle_jax.checkpoints.huggingface.families import family_of
 from upcycle_jax.checkpoints.huggingface.files import (
     CONFIG,
     WEIGHTS_INDEX,
     WeightFiles,
     load_json,
+    shown,
 )
+from upcycle_jax.checkpoints.huggingface.views import read_leaf
 from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index
+from upcycle_jax.models.base import ModelConfig
+from upcycle_jax.moe import roles
 from upcycle_jax.trees import LeafSpec
 
 
@@ -51,18 +56,34 @@ class HuggingFaceReader(ReaderBase):
         self._layout = family_of(folder, keys).layout(folder, keys)
         self._weights = WeightFiles(folder)
         self._sources = self._layout.sources(self._weights)
-        self._specs = {
-            name: self._leaf_spec(source) for name, source in sorted(self._sources.items())
-        }
-
-    def _leaf_spec(self, source: Source) -> LeafSpec:
-        shape, dtype = (
-            self._weights.tensors[source.tensor].shape,
-            self._weights.dtype(source.tensor),
+        self._specs = roles.inferred(
+            {
+                name: self._leaf_spec(name, sources)
+                for name, sources in sorted(self._sources.items())
+            }
         )
-        if source.factor != 1.0:
-            dtype = np.promote_types(dtype, np.float32)
-        return LeafSpec(shape[::-1] if source.transposed else shape, dtype)
+
+    def _leaf_spec(self, name: str, sources: Sources) -> LeafSpec:
+        """
+        Raises:
+          ValueError: tensors that are stacked have different shapes.
+        """
+        parts = sources if isinstance(sources, tuple) else (sources,)
+        shapes = {part.leaf_shape(self._weights.tensors[part.tensor].shape) for part in parts}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"{self.path}: {shown(parts[0].tensor)} and its kin, of which {name} is made, have"
+                f" different shapes ({', '.join(map(str, sorted(shapes)[:3]))}): copy the folder"
+                " again"
+            )
+        dtypes = {self._weights.dtype(part.tensor) for part in parts}
+        if any(part.factor != 1.0 for part in parts):
+            dtypes.add(np.dtype(np.float32))
+        shape = shapes.pop()
+        return LeafSpec(
+            (len(parts), *shape) if isinstance(sources, tuple) else shape,
+            functools.reduce(np.promote_types, sorted(dtypes, key=str)),
+        )
 
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)
@@ -70,15 +91,13 @@ class HuggingFaceReader(ReaderBase):
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         spec = self.spec(name)
         index = checked_index(name, spec.shape, index)
-        source = self._sources[name]
-        value = self._weights.read(source.tensor, index[::-1] if source.transposed else index)
-        value = np.ascontiguousarray(value.T) if source.transposed else value
-        if source.factor == 1.0:
-            return value
-        return value.astype(spec.dtype) * np.asarray(source.factor, spec.dtype)
+        return read_leaf(self._sources[name], self._weights.read, index, spec.dtype)
 
     def model_settings(self) -> Mapping[str, Any]:
         return self._layout.settings
+
+    def model_config(self) -> ModelConfig | None:
+        return self._layout.config
 
     def _files(self) -> Iterable[epath.Path]:
         # The files that are read, and no others: a link beside them may lead anywhere.

@@ -13,7 +13,7 @@ from upcycle_jax import leases
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
-from upcycle_jax.checkpoints.huggingface.base import Source
+from upcycle_jax.checkpoints.huggingface.base import Source, Sources
 from upcycle_jax.checkpoints.huggingface.families import exported
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from upcycle_jax.checkpoints.output import check_unfinished, checked_output
@@ -92,7 +92,7 @@ def write_huggingface(
 
 def _write_weights(
     reader: CheckpointReader,
-    tensors_of: Mapping[str, Source],
+    tensors_of: Mapping[str, Sources],
     specs: dict[str, LeafSpec],
     folder: Path,
     dtype: np.dtype | None,
@@ -109,6 +109,7 @@ def _write_weights(
         tensors = {}
         for name in names:
             source = tensors_of[name]
+            assert isinstance(source, Source) and source.rows is None, "a leaf that is a tensor"
             value = reader.read(name)
             value = value if dtype is None else cast(name, value, np.dtype(dtype))
             tensors[source.tensor] = np.ascontiguousarray(value.T if source.transposed else value)
@@ -125,7 +126,7 @@ def _write_weights(
 
 
 def _shards(
-    tensors_of: Mapping[str, Source],
+    tensors_of: Mapping[str, Sources],
     specs: dict[str, LeafSpec],
     dtype: np.dtype | None,
     shard_bytes: int,

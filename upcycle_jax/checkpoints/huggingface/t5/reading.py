@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints.huggingface.base import Source
+from upcycle_jax.checkpoints.huggingface.base import Source, Sources
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles, shown
 from upcycle_jax.checkpoints.huggingface.t5.config_json import SIZES, Stated, read_config
 from upcycle_jax.checkpoints.huggingface.t5.tensors import (
@@ -56,7 +56,12 @@ class T5Layout:
             "relative_attention_max_distance": self._stated.max_distance,
         }
 
-    def sources(self, weights: WeightFiles) -> dict[str, Source]:
+    @property
+    def config(self) -> None:
+        """The leaves say it all: see `models.t5.from_specs`."""
+        return None
+
+    def sources(self, weights: WeightFiles) -> dict[str, Sources]:
         return _Placing(self._folder, self._stated, weights).sources()
 
 
@@ -67,7 +72,7 @@ class _Placing:
         self.path, self._stated, self._weights = folder, stated, weights
         self._embedding = self._find_embedding()
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, Sources]:
         return self._place(self._dimensions(self._find_tying()))
 
     # What the tensors are.
@@ -195,7 +200,7 @@ class _Placing:
 
     # Where they belong.
 
-    def _place(self, dimensions: T5Dimensions) -> dict[str, Source]:
+    def _place(self, dimensions: T5Dimensions) -> dict[str, Sources]:
         tensors = self._weights.tensors
         expected = places(dimensions)
         expected[self._embedding] = expected.pop(SHARED)
@@ -216,7 +221,7 @@ class _Placing:
                 " again"
             )
         self._check_shapes(expected, dimensions)
-        sources = {
+        sources: dict[str, Sources] = {
             TARGET + place.name: Source(name, place.transposed) for name, place in expected.items()
         }
         scaled = self._stated.scaled

@@ -1,0 +1,1 @@
+"""Folders of decoder-only language models, dense and with MoE layers."""
