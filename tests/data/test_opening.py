@@ -20,6 +20,8 @@ class LineFeatures:
     """A decoder alone, which learns the targets: the features of `seqio.LMFeatureConverter`."""
 
     task_features = ("targets",)
+    optional_features = ()
+    annotations = ()
     targets = "decoder_target_tokens"
 
     def specs(self, batch_size, lengths, *, packed=False):
@@ -57,6 +59,9 @@ class LineFeatures:
     def random(self, vocab_size, *, batch_size=2, length=32, seed=0):
         tokens = np.random.default_rng(seed).integers(1, vocab_size, (batch_size, length), np.int32)
         return self.pad([{"targets": row} for row in tokens], {"targets": length}, batch_size)
+
+    def real_targets(self, batch):
+        return batch["decoder_target_tokens"] > 0
 
     def describe(self, batch):
         rows, length = np.shape(batch["decoder_target_tokens"])

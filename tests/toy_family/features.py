@@ -16,6 +16,8 @@ class LineFeatures:
     """A `FeatureConverter`: `line` int32 `[B, T]` is made of the task feature 'text'."""
 
     task_features: ClassVar[tuple[str, ...]] = ("text",)
+    optional_features: ClassVar[tuple[str, ...]] = ()
+    annotations: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[str] = "line"
 
     def specs(self, batch_size, lengths, *, packed=False):
@@ -43,6 +45,9 @@ class LineFeatures:
     def random(self, vocab_size, *, batch_size=2, length=32, seed=0):
         rng = np.random.default_rng(seed)
         return {"line": rng.integers(1, vocab_size, (batch_size, length), np.int32)}
+
+    def real_targets(self, batch):
+        return batch["line"] > 0
 
     def describe(self, batch):
         rows, length = np.shape(batch["line"])

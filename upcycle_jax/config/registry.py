@@ -45,6 +45,7 @@ PATHS: dict[str, str] = {
     "MergeRecipe": "surgery:MergeRecipe",
     # Data.
     "DatasetConfig": "data:DatasetConfig",
+    "DecoderOnlyFeatures": "features:DecoderOnlyFeatures",
     "FewShot": "data.prompts:FewShot",
     # Training.
     "Adafactor": "training.optimizers:Adafactor",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from upcycle_jax.costs import parameters, step
 from upcycle_jax.costs.shapes import StepShape
+from upcycle_jax.features import token_features
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
@@ -77,7 +78,7 @@ def cost_lines(
     rows, counts = batch_size or REFERENCE_ROWS, parameters.count(model)
     shape = StepShape(batch_size=rows, lengths=lengths)
     costs, tokens = step.of_step(model, shape, partitioner), shape.num_tokens(model)
-    sizes = " + ".join(str(lengths[name]) for name in model.features.task_features)
+    sizes = " + ".join(str(lengths[name]) for name in token_features(model.features, lengths))
     lines = [
         f"Active parameters per token: {counts.active}",
         f"Parameters of experts: {counts.experts}, of routers: {counts.routers}",

@@ -7,10 +7,13 @@ from upcycle_jax.features.base import (
     Lengths,
     check_lengths,
     num_rows,
+    token_features,
 )
+from upcycle_jax.features.decoder_only import DecoderOnlyFeatures
 from upcycle_jax.features.encoder_decoder import EncoderDecoderFeatures
 
 __all__ = [
+    "DecoderOnlyFeatures",
     "EncoderDecoderFeatures",
     "Example",
     "FeatureConverter",
@@ -18,4 +21,5 @@ __all__ = [
     "Lengths",
     "check_lengths",
     "num_rows",
+    "token_features",
 ]

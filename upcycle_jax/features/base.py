@@ -36,8 +36,20 @@ class FeatureConverter(Protocol):
         ...
 
     @property
+    def optional_features(self) -> tuple[str, ...]:
+        """Features that examples have besides where `TASK_FEATURE_LENGTHS` names them."""
+        ...
+
+    @property
+    def annotations(self) -> tuple[str, ...]:
+        """What examples may say of each of their tokens, without a length of its own; made use of
+        where it is there.
+        """
+        ...
+
+    @property
     def targets(self) -> str:
-        """The model feature that holds what the model predicts; 0 is padding."""
+        """The model feature that holds what the model predicts; see `real_targets`."""
         ...
 
     def specs(
@@ -82,6 +94,12 @@ class FeatureConverter(Protocol):
         """
         ...
 
+    def real_targets(self, batch: Mapping[str, Any]) -> Any:
+        """Which values of `batch[self.targets]` are no padding: bool of its shape, and an array of
+        its kind.
+        """
+        ...
+
     def describe(self, batch: Mapping[str, Any]) -> str:
         """The size of a batch in words: '2 x 32 inputs, 2 x 32 targets'."""
         ...
@@ -91,9 +109,17 @@ class FeatureConverter(Protocol):
         ...
 
 
+def token_features(features: FeatureConverter, lengths: Lengths) -> tuple[str, ...]:
+    """The features that examples of these lengths have, in the order in which a row takes them:
+    the optional ones stand first.
+    """
+    asked = (name for name in features.optional_features if name in lengths)
+    return (*asked, *features.task_features)
+
+
 def check_lengths(features: FeatureConverter, lengths: Lengths) -> None:
     """Raises a ValueError where a feature that the model needs has no length."""
-    for name in features.task_features:
+    for name in token_features(features, lengths):
         length = lengths.get(name)
         if not isinstance(length, int) or length < 1:
             raise ValueError(

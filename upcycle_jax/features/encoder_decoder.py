@@ -11,12 +11,11 @@ import numpy as np
 
 from upcycle_jax.features import sequences
 from upcycle_jax.features.base import Example, HostBatch, Lengths, check_lengths
+from upcycle_jax.features.names import INPUTS, TARGETS
 
 if TYPE_CHECKING:
     import jax
     import seqio
-
-_INPUTS, _TARGETS = "inputs", "targets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,9 @@ class EncoderDecoderFeatures:
     `[B, I]`, decoder_segment_ids and decoder_positions `[B, T]`; all int32.
     """
 
-    task_features: ClassVar[tuple[str, ...]] = (_INPUTS, _TARGETS)
+    task_features: ClassVar[tuple[str, ...]] = (INPUTS, TARGETS)
+    optional_features: ClassVar[tuple[str, ...]] = ()
+    annotations: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[str] = "decoder_target_tokens"
 
     def specs(
@@ -38,7 +39,7 @@ class EncoderDecoderFeatures:
         import jax
 
         check_lengths(self, lengths)
-        inputs, targets = lengths[_INPUTS], lengths[_TARGETS]
+        inputs, targets = lengths[INPUTS], lengths[TARGETS]
         features = {
             "encoder_input_tokens": inputs,
             "decoder_input_tokens": targets,
@@ -71,8 +72,8 @@ class EncoderDecoderFeatures:
         """
         batch: HostBatch = {}
         for name, tokens_name, stack in (
-            (_INPUTS, "encoder_input_tokens", "encoder"),
-            (_TARGETS, "decoder_target_tokens", "decoder"),
+            (INPUTS, "encoder_input_tokens", "encoder"),
+            (TARGETS, "decoder_target_tokens", "decoder"),
         ):
             tokens, segments, positions = sequences.packed(
                 [[example[name] for example in row] for row in rows], lengths[name]
@@ -109,13 +110,17 @@ class EncoderDecoderFeatures:
             tokens[1:, length - length // 4 :] = 0
         return _features(inputs, targets)
 
+    def real_targets(self, batch: Mapping[str, Any]) -> Any:
+        """See `base.FeatureConverter`: 0 is padding."""
+        return batch[self.targets] > 0
+
     def describe(self, batch: Mapping[str, Any]) -> str:
         """See `base.FeatureConverter`."""
         return ", ".join(
             f"{rows} x {length} {name}"
             for name, (rows, length) in (
-                (_INPUTS, np.shape(batch["encoder_input_tokens"])),
-                (_TARGETS, np.shape(batch["decoder_target_tokens"])),
+                (INPUTS, np.shape(batch["encoder_input_tokens"])),
+                (TARGETS, np.shape(batch["decoder_target_tokens"])),
             )
         )
 

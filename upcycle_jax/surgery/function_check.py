@@ -135,11 +135,13 @@ def check_function(
             twins = sparse_weights.twins_of_experts(lanes[0].steps[number])
             kernels = _twin_kernels(twins, step, params)
             layers.append(check_layer(configured, step.name, kernels, calls[0]))
-    targets = np.asarray(tokens.batch[sparse.features.targets])
+    features = sparse.features
+    targets = np.asarray(tokens.batch[features.targets])
+    is_real = np.asarray(features.real_targets(tokens.batch))
     if claims:
         lanes[-1].state = dense_lane.state
     found = _compare_logits(
-        dense_lane, lanes, targets, sparse.vocab_size, dense_weights, sparse_weights
+        dense_lane, lanes, targets, is_real, sparse.vocab_size, dense_weights, sparse_weights
     )
     meter.finish()
 
@@ -224,6 +226,7 @@ def _compare_logits(
     dense: Lane,
     lanes: Sequence[Lane],
     targets: np.ndarray,
+    is_real: np.ndarray,
     vocab_size: int | None,
     dense_weights: LayerWeights,
     sparse_weights: LayerWeights,
@@ -233,7 +236,8 @@ def _compare_logits(
     Args:
       dense: the dense model, after all steps but the last.
       lanes: the sparse models, likewise.
-      targets: int `[batch, length]`, 0 for padding.
+      targets: int `[batch, length]`.
+      is_real: bool of that shape, which of them are no padding.
       vocab_size: columns of the logits.
       dense_weights: where the parameters of the last step come from.
       sparse_weights: likewise.
@@ -243,7 +247,7 @@ def _compare_logits(
     found = _Logits([0.0] * len(lanes), 0.0, (0.0, 0.0), finite=True)
     sums = np.zeros(2)
     for rows in row_blocks(targets, vocab_size):
-        real = targets[rows] > 0
+        real = is_real[rows]
         want = logits(dense, dense_params, rows)[real]
         found.scale = _largest(found.scale, want)
         for number, lane in enumerate(lanes):
@@ -252,7 +256,7 @@ def _compare_logits(
             if number == 0:
                 found.finite &= bool(np.isfinite(have).all())
                 sums += [cross_entropy(one, targets[rows][real]).sum() for one in (want, have)]
-    count = max(1, int((targets > 0).sum()))
+    count = max(1, int(is_real.sum()))
     found.losses = (float(sums[0] / count), float(sums[1] / count))
     return found
 
