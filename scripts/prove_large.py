@@ -31,7 +31,7 @@ def models(size: str, experts: int):
 
     bindings = [f"NUM_EXPERTS={experts}"]
     sparse = config.load([f"models/t5_1_1_{size}_upcycled.gin"], bindings).macro("MODEL")
-    return sparse, sparse.dense_counterpart()
+    return sparse, sparse.dense
 
 
 def target_specs(model):

@@ -1,1 +1,3 @@
-"""T5 1.1 bricks in Flax Linen. Parameters are float32, carry logical axes and keep T5X's names."""
+"""The bricks of the models in Flax Linen. Parameters are float32, carry logical axes and keep T5X's
+names.
+"""

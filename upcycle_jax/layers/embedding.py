@@ -11,20 +11,24 @@ from upcycle_jax.layers import projection
 
 
 class Embed(nn.Module):
-    """Token embedding, N(0, 1) at initialisation.
+    """Token embedding.
 
     Attributes:
       vocab_size: rows of the table.
       features: columns of the table.
       dtype: dtype of the vectors.
+      stddev: of the normal distribution that the table is drawn from.
     """
 
     vocab_size: int
     features: int
     dtype: Any = jnp.float32
+    stddev: float = 1.0
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (axes.VOCAB, axes.EMBED))
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(self.stddev), (axes.VOCAB, axes.EMBED)
+        )
         self.embedding = self.param(
             "embedding", init, (self.vocab_size, self.features), jnp.float32
         )

@@ -31,14 +31,19 @@ def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:
     return ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
 
 
+def has_hidden_axis(path: str) -> bool:
+    """Whether a parameter of an MLP has a value for each hidden unit: all but the bias of `wo`."""
+    return path.split("/")[-2:] != ["wo", "bias"]
+
+
 def hidden_axis(path: str, axes_of: Sequence[str | None], rank: int) -> int:
-    """The hidden axis of a kernel of an MLP: the one so named, else the first of `wo` and the last
-    of the others. Of an expert's kernel, the axis within one expert.
+    """The hidden axis of a parameter of an MLP that has one: the one so named, else the first of
+    `wo` and the last of the others. Of an expert's parameter, the axis within one expert.
 
     Args:
-      path: of the kernel, e.g. 'mlp/wo/kernel'.
+      path: of the parameter, e.g. 'mlp/wo/kernel'.
       axes_of: its logical axes, None where unknown.
-      rank: dimensions of the kernel (of one expert).
+      rank: dimensions of the parameter (of one expert).
     """
     for name in (axes.EXPERT_MLP, axes.MLP):
         if name in axes_of:
@@ -66,6 +71,7 @@ class MlpBlock(nn.Module):
       activation_axes: logical axes of the hidden activations, for their sharding.
       dropout_rate: dropout of the hidden activations.
       dtype: dtype of the computation.
+      use_bias: every kernel has a `bias` beside it, which is added to its product.
     """
 
     hidden: int
@@ -74,6 +80,7 @@ class MlpBlock(nn.Module):
     activation_axes: tuple[str | None, ...] = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_MLP)
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -89,7 +96,11 @@ class MlpBlock(nn.Module):
         """
         products = [
             projection.Projection(
-                self.hidden, (axes.EMBED, self.hidden_axis), dtype=self.dtype, name=name
+                self.hidden,
+                (axes.EMBED, self.hidden_axis),
+                dtype=self.dtype,
+                use_bias=self.use_bias,
+                name=name,
             )(x)
             for name in input_kernel_names(self.activations)
         ]
@@ -98,5 +109,9 @@ class MlpBlock(nn.Module):
         if hidden_scale is not None:
             hidden = hidden * hidden_scale.astype(hidden.dtype)
         return projection.Projection(
-            x.shape[-1], (self.hidden_axis, axes.EMBED), dtype=self.dtype, name="wo"
+            x.shape[-1],
+            (self.hidden_axis, axes.EMBED),
+            dtype=self.dtype,
+            use_bias=self.use_bias,
+            name="wo",
         )(hidden)

@@ -1,6 +1,4 @@
-"""Bias-free linear projections with flattened kernels, dropout, and the initialisers of T5X's
-models.
-"""
+"""Linear projections with flattened kernels, dropout, and the initialisers of T5X's models."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,26 +16,33 @@ MLP_INIT: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "truncat
 
 
 class Projection(nn.Module):
-    """`x @ kernel`, without a bias.
+    """`x @ kernel`, plus a bias where there is one.
 
     Attributes:
       features: size of the output's last axis.
       kernel_axes: logical axes of the kernel `[input features, features]`.
       kernel_init: initialiser of the float32 kernel.
-      dtype: dtype of the product; inputs and kernel are cast to it.
+      dtype: dtype of the product; inputs and parameters are cast to it.
+      use_bias: adds the float32 parameter `bias` `[features]`, which starts at zero.
     """
 
     features: int
     kernel_axes: tuple[str, str]
     kernel_init: Initializer = MLP_INIT
     dtype: Any = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[..., input features]` to `[..., features]`."""
         init = nn.with_logical_partitioning(self.kernel_init, self.kernel_axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        return dot(x.astype(self.dtype), jnp.asarray(kernel, self.dtype))
+        product = dot(x.astype(self.dtype), jnp.asarray(kernel, self.dtype))
+        if not self.use_bias:
+            return product
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.kernel_axes[1:])
+        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        return product + jnp.asarray(bias, self.dtype)
 
 
 def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
 from upcycle_jax.layers import rope as ropes
+from upcycle_jax.layers.causal_attention import Implementation
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.layers.rope import Rope
 from upcycle_jax.models import layout
@@ -45,9 +46,12 @@ class DecoderMoeConfig(MoeSettings):
     router: Router = dataclasses.field(default_factory=lambda: DroplessTopK(renormalize=True))
     num_sparse_layers: checks.CountOrZero | None = None
     sparse_layout: SparseLayout = "MIXED"
+    ignore_padding_tokens: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.t5x_mode:
+            raise ValueError("t5x_mode is for T5: leave it False for a decoder-only model")
         if isinstance(self.sparse_layout, list):
             object.__setattr__(self, "sparse_layout", tuple(self.sparse_layout))
         self.check_routers([self.router])
@@ -97,6 +101,8 @@ class DecoderConfig:
       parallel_residual: attention and MLP both read the stream before the layer (GPT-NeoX).
       logits_via_embedding: output with the embedding table (unscaled) instead of `logits_dense`.
       logits_bias: `logits_dense` has a bias.
+      attention_implementation: of `jax.nn.dot_product_attention`, which plain attention uses: 'xla',
+        or 'cudnn' (flash attention on NVIDIA GPUs, with dtype 'bfloat16').
       dropout_rate: dropout of attention probabilities, of hidden activations in MLPs and of
         sublayer outputs.
       dtype: dtype of activations; parameters, norms' statistics, softmax, logits and routing are
@@ -140,6 +146,7 @@ class DecoderConfig:
     parallel_residual: bool = False
     logits_via_embedding: bool = False
     logits_bias: bool = False
+    attention_implementation: Implementation = "xla"
     dropout_rate: checks.BelowOne = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat_policy: RematPolicy = "none"

@@ -1,0 +1,108 @@
+"""A language model's forward pass in steps (see `models.layerwise`): the embedding, every layer, the
+logits. All run the modules of `network`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from upcycle_jax.models.decoder import network
+from upcycle_jax.models.decoder.config import STACK, DecoderConfig
+from upcycle_jax.models.decoder.network import LanguageModel, Positions
+from upcycle_jax.models.layerwise import MoeCall, State, Step, without_experts
+from upcycle_jax.moe import roles
+from upcycle_jax.types import Batch, PyTree
+
+_TABLE = "token_embedder"
+
+
+def steps(config: DecoderConfig) -> list[Step]:
+    """The steps of a model with these settings.
+
+    What knows of no experts has the dense model's settings, so that a sparse model and the dense
+    one that it is made of share those programs.
+    """
+    config = dataclasses.replace(config.unrolled, dropout_rate=0.0)
+    dense = config.dense
+    after = [f"{STACK}/decoder_norm"] if _has_final_norm(config) else []
+    after.append(_TABLE if config.logits_via_embedding else f"{STACK}/logits_dense")
+    return [
+        Step("embedding", False, {_TABLE: _TABLE}, _Inputs(dense)),
+        *(_layer(config, i) for i in range(config.num_layers)),
+        Step("logits", False, {path: path for path in after}, _Logits(dense)),
+    ]
+
+
+def row_bytes(config: DecoderConfig, batch: Batch) -> int:
+    """Bytes of float32 activations of one row: what is kept between layers, and the most that one
+    layer adds.
+    """
+    length = np.shape(batch["decoder_input_tokens"])[1]
+    kept = (3 * config.emb_dim + 2 * config.head_dim) * length
+    attention = 3 * config.num_heads * length**2 + 4 * config.num_heads * config.head_dim * length
+    mlp = 4 * max(config.mlp_dim, config.emb_dim) * length
+    return 4 * (kept + attention + mlp)
+
+
+def _has_final_norm(config: DecoderConfig) -> bool:
+    """Whether the norm after the last layer has parameters."""
+    return config.norm != "layer_norm_without_parameters"
+
+
+def _layer(config: DecoderConfig, index: int) -> Step:
+    name, sparse = f"{STACK}/layers_{index}", index in config.sparse_layers
+    module = network.layer(config if sparse else config.dense, index, parent=None)
+    return Step(
+        name,
+        True,
+        {name: "layer"},
+        _Layer(module),
+        experts=f"{name}/mlp/{roles.EXPERT}" if sparse else "",
+        moe=network.moe_layer(config, parent=None) if sparse else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    config: DecoderConfig
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, None]:
+        def inputs(module: LanguageModel, batch: State) -> State:
+            names = ("input_tokens", "segment_ids", "positions")
+            x, where = module.inputs(*(batch[f"decoder_{name}"] for name in names))
+            return {"x": x, "valid": where.valid, "where": where}
+
+        return nn.apply(inputs, LanguageModel(self.config))({"params": params}, state), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    module: network.DecoderLayer
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, MoeCall | None]:
+        where: Positions = state["where"]
+        variables = {"params": params["layer"]}
+        x, call = without_experts(
+            lambda: self.module.apply(variables, state["x"], where, train=False), expert_outputs
+        )
+        return {**state, "x": x}, call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Logits:
+    config: DecoderConfig
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, None]:
+        def logits(module: LanguageModel, x: jax.Array) -> jax.Array:
+            return module.logits(module.decoder.finish(x))
+
+        applied = nn.apply(logits, LanguageModel(self.config))
+        return {"logits": applied({"params": params}, state["x"])}, None
