@@ -1,8 +1,9 @@
 """Memory of a long run: starts a command, samples the resident memory of its processes, and says
 whether it grows.
 
-    taskset -c 1 nice -n 19 python scripts/measure_memory.py --log=memory.jsonl --period=60 --limit_minutes=60 -- \\
-        python -m upcycle_jax.train --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/pretrain.gin ...
+    taskset -c 1 nice -n 19 python scripts/measure_memory.py --log=memory.jsonl --period=60 \\
+        --limit_minutes=60 -- python -m upcycle_jax.train --gin_file=models/t5_1_1_tiny.gin \\
+        --gin_file=runs/pretrain.gin ...
 
 Each sample is one JSON line: minutes since the start, MiB of the command and its children, the load
 average. What a program holds is its anonymous memory; resident memory also counts pages of

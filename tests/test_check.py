@@ -44,7 +44,9 @@ class Fake:
     mixture_or_task_name: str = "fake"
     split: str = "train"
     pack: bool = False
-    task_feature_lengths: dict = dataclasses.field(default_factory=lambda: {"inputs": 16, "targets": 8})
+    task_feature_lengths: dict = dataclasses.field(
+        default_factory=lambda: {"inputs": 16, "targets": 8}
+    )
 
     def vocabulary_size(self):
         return self.ids
@@ -54,7 +56,9 @@ class Fake:
 
     def train_iterator(self, process_index=0, process_count=1):
         if not self.exists:
-            raise FileNotFoundError("no data at /data/x: make them with `python -m upcycle_jax.cache_tasks`")
+            raise FileNotFoundError(
+                "no data at /data/x: make them with `python -m upcycle_jax.cache_tasks`"
+            )
         return iter([{}])
 
 open_dataset.register(Fake, lambda config, features: config)

@@ -167,13 +167,17 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from upcycle_jax import distributed as d
 port, index = sys.argv[1], int(sys.argv[2])
-print(d.join(coordinator_address=f"127.0.0.1:{port}", process_count=2, process_index=index, initialization_timeout=60, environ={}))
+address = f"127.0.0.1:{port}"
+place = {"coordinator_address": address, "process_count": 2, "process_index": index}
+print(d.join(**place, initialization_timeout=60, environ={}))
 d.require_equal("configuration", "the same")
 d.barrier("a/b")
 d.barrier("a/b")
 mesh = Mesh(np.array(jax.devices()), ("x",))
-ones = jax.make_array_from_callback((4,), NamedSharding(mesh, PartitionSpec("x")), lambda i: np.arange(4.0)[i])
-print("sum", float(jax.jit(jnp.sum)(ones)), "devices", len(jax.devices()), d.process_index(), d.process_count(), d.is_first())
+sharding = NamedSharding(mesh, PartitionSpec("x"))
+ones = jax.make_array_from_callback((4,), sharding, lambda i: np.arange(4.0)[i])
+print("sum", float(jax.jit(jnp.sum)(ones)), "devices", len(jax.devices()), end=" ")
+print(d.process_index(), d.process_count(), d.is_first())
 try:
     d.require_equal("configuration", f"differs {index}")
 except ValueError as error:
@@ -216,7 +220,8 @@ JOIN = """
 import sys
 from upcycle_jax import distributed as d
 port, index, count, seconds = sys.argv[1], *map(int, sys.argv[2:])
-d.join(coordinator_address=f"127.0.0.1:{port}", process_count=count, process_index=index, initialization_timeout=seconds, environ={})
+place = {"coordinator_address": f"127.0.0.1:{port}", "process_count": count, "process_index": index}
+d.join(**place, initialization_timeout=seconds, environ={})
 """
 
 

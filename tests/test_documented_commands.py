@@ -89,3 +89,21 @@ def test_an_example_is_a_command(name, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert importlib.import_module(f"upcycle_jax.{name}").main(words) == 0
     assert reached == [name]
+
+
+def test_lines_that_can_be_folded_are_folded():
+    """Prose, commands and bindings have at most 100 columns. Tables, output and what has no place
+    for a line break (a URL, a diagram's edge) may be longer.
+    """
+    hand_written = [page for page in PAGES if page.name not in ("README.md", "api.md")]
+    for page in (*hand_written, ROOT / "CONTRIBUTING.md"):
+        continued = False
+        fenced = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            command_line = continued or re.match(r"(?:    |#\s+)(python|pip|\.?/?scripts/)", line)
+            continued = bool(command_line) and line.endswith("\\")
+            fenced ^= line.startswith("```")
+            printed = line.startswith("    ") and page.suffix == ".md" and not command_line
+            if fenced or printed or line.lstrip().startswith("|") or "://" in line:
+                continue
+            assert len(line) <= 100, f"{page.relative_to(ROOT)}:{number} has {len(line)} columns"

@@ -50,9 +50,15 @@ PAPER = "papers/sparse_upcycling"
 PAPERS = [name for name in SHIPPED if re.fullmatch(rf"{PAPER}/[^/]+\.gin", name)]
 
 SMALL = [
-    "VOCAB_SIZE=512", "ACTIVATION_DTYPE='float32'", "T5Config.emb_dim=16", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2",
-    "T5Config.num_decoder_layers=2", "T5Config.head_dim=8", "T5Config.mlp_dim=32",
-]  # fmt: skip
+    "VOCAB_SIZE=512",
+    "ACTIVATION_DTYPE='float32'",
+    "T5Config.emb_dim=16",
+    "T5Config.num_heads=2",
+    "T5Config.num_encoder_layers=2",
+    "T5Config.num_decoder_layers=2",
+    "T5Config.head_dim=8",
+    "T5Config.mlp_dim=32",
+]
 LENGTHS = {"inputs": 16, "targets": 8}
 ROWS = 8
 

@@ -238,7 +238,10 @@ case "$4" in
     describe) cat state ;;
     create) echo READY > state ;;
     delete) echo ABSENT > state ;;
-    ssh) if [[ "$*" == *upcycle_jax.train* && ! -e second ]]; then touch second; echo PREEMPTED > state; exit 255; fi ;;
+    ssh)
+        if [[ "$*" == *upcycle_jax.train* && ! -e second ]]; then
+            touch second; echo PREEMPTED > state; exit 255
+        fi ;;
 esac""",
     )
     (tmp_path / "state").write_text("READY\n")

@@ -139,8 +139,8 @@ MODULES = {module_of(path): path for path in LIBRARY}
 
 
 def named_in_strings(tree: ast.AST) -> set[str]:
-    """Dotted names that are imported by their text: 'upcycle_jax.tasks.c4', and 'data:DatasetConfig'
-    as the registry of gin names writes it.
+    """Dotted names that are imported by their text: 'upcycle_jax.tasks.c4', and
+    'data:DatasetConfig' as the registry of gin names writes it.
     """
     texts = [
         node.value

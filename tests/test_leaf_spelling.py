@@ -1,5 +1,5 @@
-"""What a leaf is, its role and twin say: no code outside the families and `moe/roles` reads it off a
-path.
+"""What a leaf is, its role and twin say: no code outside the families and `moe/roles` reads it off
+a path.
 """
 
 import ast

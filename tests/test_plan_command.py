@@ -9,10 +9,18 @@ import pytest
 from upcycle_jax import plan
 
 TINY = [
-    "VOCAB_SIZE=100", "T5Config.emb_dim=8", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2", "T5Config.num_decoder_layers=2",
-    "T5Config.head_dim=4", "T5Config.mlp_dim=16", "NUM_EXPERTS=4", "GROUP_SIZE=32", "BATCH_SIZE=8",
+    "VOCAB_SIZE=100",
+    "T5Config.emb_dim=8",
+    "T5Config.num_heads=2",
+    "T5Config.num_encoder_layers=2",
+    "T5Config.num_decoder_layers=2",
+    "T5Config.head_dim=4",
+    "T5Config.mlp_dim=16",
+    "NUM_EXPERTS=4",
+    "GROUP_SIZE=32",
+    "BATCH_SIZE=8",
     "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4}",
-]  # fmt: skip
+]
 
 
 def run(*words, bindings=TINY):

@@ -24,9 +24,13 @@ sys.path.insert(0, str(TASKS))
 import small_tasks  # noqa: E402
 
 MODEL = [
-    "T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1", "ENCODER_SPARSE_LAYOUT=(0,)", "DECODER_SPARSE_LAYOUT=(0,)",
-    "VOCAB_SIZE=384", "NUM_EXPERTS=8",
-]  # fmt: skip
+    "T5Config.num_encoder_layers=1",
+    "T5Config.num_decoder_layers=1",
+    "ENCODER_SPARSE_LAYOUT=(0,)",
+    "DECODER_SPARSE_LAYOUT=(0,)",
+    "VOCAB_SIZE=384",
+    "NUM_EXPERTS=8",
+]
 
 
 def flags(run: str, *bindings: str) -> list[str]:

@@ -4,8 +4,9 @@ TensorFlow, shuffled as a whole.
 Examples:
 
     python -m upcycle_jax.cache_tasks --tasks=embedded_text_span_corruption --output_cache_dir=cache
-    python -m upcycle_jax.cache_tasks --gin_file=runs/pretrain.gin --gin.MIXTURE_OR_TASK_NAME="'my_text'" \\
-        --gin.TEXT_FILES="{'c4': ['/data/c4/*.jsonl.gz']}" --gin.VOCABULARY="'/data/spiece.model'" --output_cache_dir=/data/cache
+    python -m upcycle_jax.cache_tasks --gin_file=runs/pretrain.gin \\
+        --gin.MIXTURE_OR_TASK_NAME="'my_text'" --gin.TEXT_FILES="{'c4': ['/data/c4/*.jsonl.gz']}" \\
+        --gin.VOCABULARY="'/data/spiece.model'" --output_cache_dir=/data/cache
 
 Then train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs=<output_cache_dir>. Noise
 (span corruption and its kin) is not cached: it is drawn anew each time a segment is read. Killed

@@ -3,7 +3,8 @@ and T5X lines with their new form.
 
 Example, on a laptop, for a run on 64 devices of 32 GiB:
 
-    python -m upcycle_jax.check --gin_file=models/t5_1_1_base_upcycled.gin --gin_file=runs/upcycle.gin --devices=64 --device_memory=32
+    python -m upcycle_jax.check --gin_file=models/t5_1_1_base_upcycled.gin \\
+        --gin_file=runs/upcycle.gin --devices=64 --device_memory=32
 
 Nothing is computed and nothing is written. The exit code is 0 where the run can start and 1 where
 it cannot.
@@ -85,8 +86,13 @@ def _run(flags: Flags, loaded: "Config") -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     return command.run(
-        "check", argv, description=__doc__ or "", body=_run, extra=_add_flags, function=lambda flags: flags.extra.function
-    )  # fmt: skip
+        "check",
+        argv,
+        description=__doc__ or "",
+        body=_run,
+        extra=_add_flags,
+        function=lambda flags: flags.extra.function,
+    )
 
 
 if __name__ == "__main__":

@@ -414,7 +414,8 @@ def _with_article(name: str) -> str:
 def _wrong(value: Any, *wants: Any, want: str = "") -> Problem:
     advice = _advice(value, wants)
     return Problem(
-        f"must be {want or _describe(wants[0])}, got {shown(value)}{f': {advice}' if advice else ''}"
+        f"must be {want or _describe(wants[0])}, got {shown(value)}"
+        f"{f': {advice}' if advice else ''}"
     )
 
 

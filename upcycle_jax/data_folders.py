@@ -1,4 +1,4 @@
-"""Where prepared data lie on this machine: set once by a command, applied when a data set is opened."""
+"""Where prepared data lie on this machine: set once by a command, applied when data are opened."""
 
 import dataclasses
 from collections.abc import Sequence

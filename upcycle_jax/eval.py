@@ -4,8 +4,9 @@ metrics of predictions and scores.
 Example:
 
     python -m upcycle_jax.eval --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/eval.gin \\
-        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" --gin.CHECKPOINT_PATH="'/tmp/tiny'" \\
-        --gin.EVAL_OUTPUT_DIR="'/tmp/tiny'" --gin.CHECKPOINT_STEPS="'all'" --gin.BATCH_SIZE=8 \\
+        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" \\
+        --gin.CHECKPOINT_PATH="'/tmp/tiny'" --gin.EVAL_OUTPUT_DIR="'/tmp/tiny'" \\
+        --gin.CHECKPOINT_STEPS="'all'" --gin.BATCH_SIZE=8 \\
         --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
 Metrics are printed, one line per step and task, and written to EVAL_OUTPUT_DIR/inference_eval.

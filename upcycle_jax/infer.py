@@ -3,8 +3,9 @@
 Example:
 
     python -m upcycle_jax.infer --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/infer.gin \\
-        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" --gin.CHECKPOINT_PATH="'/tmp/tiny'" \\
-        --gin.INFER_OUTPUT_DIR="'/tmp/tiny/predictions'" --gin.NUM_EXAMPLES=16 --gin.BATCH_SIZE=8 \\
+        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" \\
+        --gin.CHECKPOINT_PATH="'/tmp/tiny'" --gin.INFER_OUTPUT_DIR="'/tmp/tiny/predictions'" \\
+        --gin.NUM_EXAMPLES=16 --gin.BATCH_SIZE=8 \\
         --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 114}"
 
 Started again after an interruption, the same command goes on from the last finished chunk.

@@ -3,7 +3,7 @@ parameters, optimizer slots.
 
 Examples:
 
-    python -m upcycle_jax.inspect /runs/t5_base                      # a MODEL_DIR: its latest finished step
+    python -m upcycle_jax.inspect /runs/t5_base             # a MODEL_DIR: its latest finished step
     python -m upcycle_jax.inspect /runs/t5_base/checkpoint_1000 --match 'layers_0/mlp'
     python -m upcycle_jax.inspect ~/flan-t5-small --json > leaves.json
 

@@ -2,9 +2,12 @@
 
 Examples:
 
-    python -m upcycle_jax.report --sweep=runs/capacity_factor --output_dir=runs/capacity_factor/report
-    python -m upcycle_jax.report --sweep=runs/capacity_factor --store=results/capacity_factor --output_dir=results/capacity_factor/report
-    python -m upcycle_jax.report --run=dense=runs/dense --run=upcycled=runs/upcycled --dense=dense --upcycled=upcycled --output_dir=report
+    python -m upcycle_jax.report --sweep=runs/capacity_factor \\
+        --output_dir=runs/capacity_factor/report
+    python -m upcycle_jax.report --sweep=runs/capacity_factor \\
+        --store=results/capacity_factor --output_dir=results/capacity_factor/report
+    python -m upcycle_jax.report --run=dense=runs/dense --run=upcycled=runs/upcycled \\
+        --dense=dense --upcycled=upcycled --output_dir=report
 
 Writes report.md, report.html (with its images inside) and the images. --store copies what the
 report of a study needs, without checkpoints, and makes the report from that copy.

@@ -3,8 +3,10 @@
 
 Examples:
 
-    python -m upcycle_jax.sweep --gin_file=sweeps/capacity_factor.gin --gin.SWEEP_DIR="'runs/capacity_factor'" --num_parallel=2
-    python -m upcycle_jax.sweep --gin_file=sweeps/capacity_factor.gin --gin.SWEEP_DIR="'/shared/study'" --write_jobs=slurm
+    python -m upcycle_jax.sweep --gin_file=sweeps/capacity_factor.gin \\
+        --gin.SWEEP_DIR="'runs/capacity_factor'" --num_parallel=2
+    python -m upcycle_jax.sweep --gin_file=sweeps/capacity_factor.gin \\
+        --gin.SWEEP_DIR="'/shared/study'" --write_jobs=slurm
 
 What several cells start from runs once. Started again, the command skips finished cells and resumes
 the others from their checkpoints; two of them in one folder share the work. A cell that fails does
@@ -166,8 +168,8 @@ def _show(cells: "Sequence[Cell]") -> int:
             else f"at step {state.step_reached(cell)} of {cell.end_step}"
         )
         print(
-            f"{cell.name}  ({reached}{', needs ' + ', '.join(cell.needs) if cell.needs else ''})\n   "
-            f" {cell.command_line()}"
+            f"{cell.name}  ({reached}{', needs ' + ', '.join(cell.needs) if cell.needs else ''})\n"
+            f"    {cell.command_line()}"
         )
     print(f"{len(cells)} cells, {sum(cell.end_step - cell.start_step for cell in cells)} steps")
     return 0

@@ -4,8 +4,8 @@ while it is restored.
 Examples:
 
     python -m upcycle_jax.train --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/pretrain.gin \\
-        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" --gin.MODEL_DIR="'/tmp/tiny'" \\
-        --gin.TRAIN_STEPS=200 --gin.BATCH_SIZE=8
+        --gin.MIXTURE_OR_TASK_NAME="'embedded_text_span_corruption'" \\
+        --gin.MODEL_DIR="'/tmp/tiny'" --gin.TRAIN_STEPS=200 --gin.BATCH_SIZE=8
 
 Started again, the command goes on from the latest checkpoint in MODEL_DIR; while another training
 is at work there it is refused, with exit code 2. SIGTERM and SIGINT save

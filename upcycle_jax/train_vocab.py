@@ -2,7 +2,8 @@
 
 Example:
 
-    python -m upcycle_jax.train_vocab --text_files='corpus/*.jsonl' --vocab_size=8192 --output=corpus.model
+    python -m upcycle_jax.train_vocab --text_files='corpus/*.jsonl' --vocab_size=8192 \\
+        --output=corpus.model
     python -m upcycle_jax.train_vocab --embedded_text --output=embedded.model
 """
 

@@ -12,7 +12,8 @@ Examples:
 A path alone is enough: the checkpoint records its source, recipe and model. Where the source is
 gone, the result is proved against the checksums that were recorded at the conversion. With gin
 files, the bindings of `upcycle` apply; the recorded recipe is used even then, and a configured one
-that differs is reported. Damage is reported by side: source, result or record. Exit status: 0 when the proof holds, 1 when it does not, 2 when it could not be tried.
+that differs is reported. Damage is reported by side: source, result or record. Exit status: 0 when
+the proof holds, 1 when it does not, 2 when it could not be tried.
 """
 
 import argparse

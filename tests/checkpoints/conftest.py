@@ -1,5 +1,5 @@
-"""Small Hugging Face T5 folders, written without transformers and without the library's own table of
-names.
+"""Small Hugging Face T5 folders, written without transformers and without the library's own table
+of names.
 """
 
 import json

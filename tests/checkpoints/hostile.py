@@ -1,5 +1,5 @@
-"""Small checkpoints of every layout that is read, and what damage and malice make of them: the helpers
-of test_hostile_files.py.
+"""Small checkpoints of every layout that is read, and what damage and malice make of them: the
+helpers of test_hostile_files.py.
 """
 
 import json

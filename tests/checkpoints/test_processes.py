@@ -29,7 +29,8 @@ CHILD = textwrap.dedent("""
     sharding = NamedSharding(partitioner.mesh, PartitionSpec("expert"))
     value = np.random.default_rng(0).random((8, 64, 64)).astype(np.float32)
     array = jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
-    state = {"target": {"expert": {"w": array}}, "state": {"step": jax.device_put(np.int32(3), partitioner.replicated)}}
+    counter = jax.device_put(np.int32(3), partitioner.replicated)
+    state = {"target": {"expert": {"w": array}}, "state": {"step": counter}}
     manager = CheckpointManager(folder)
     manager.save(3, state, dataset=Data(), metadata={"seed": 1})
     manager.wait()

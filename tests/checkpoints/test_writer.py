@@ -311,10 +311,12 @@ CHILD = textwrap.dedent("""
     from upcycle_jax.checkpoints import create_checkpoint
     from upcycle_jax.trees import LeafSpec, Role
     output, limit = sys.argv[1], int(sys.argv[2])
-    specs = {f"target/layer_{i}/expert/w": LeafSpec((4, 256, 256), np.dtype(np.float32), role=Role.EXPERT) for i in range(12)}
+    spec = LeafSpec((4, 256, 256), np.dtype(np.float32), role=Role.EXPERT)
+    specs = {f"target/layer_{i}/expert/w": spec for i in range(12)}
     print("start", flush=True)
     try:
-        with create_checkpoint(output, specs, step=3, metadata={"seed": 1}, pending_bytes=1 << 20) as writer:
+        bounds = {"pending_bytes": 1 << 20}
+        with create_checkpoint(output, specs, step=3, metadata={"seed": 1}, **bounds) as writer:
             if limit:
                 import signal
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -323,7 +325,8 @@ CHILD = textwrap.dedent("""
                 for expert in range(4):
                     index = (slice(expert, expert + 1),)
                     if not writer.is_written(name, index):
-                        writer.write(name, index, np.random.default_rng([layer, expert]).random((1, 256, 256), np.float32))
+                        rng = np.random.default_rng([layer, expert])
+                        writer.write(name, index, rng.random((1, 256, 256), np.float32))
             writer.finalize()
     except OSError as error:
         print(f"{type(error).__name__}: {error}", flush=True)

@@ -11,8 +11,10 @@ def parse(*words, **kwargs):
 
 
 def test_t5x_flags():
-    line = """--gin_file=a.gin --gin_file b.gin --gin.X=1 --gin.MODEL_DIR="/tmp/x" --gin_bindings=Y=[1,2] -gin.Z=3 --gin_search_paths=p,q
-        --tfds_data_dir=d --seqio_additional_cache_dirs=c1,c2 --coordinator_address=h:1 --process_count=4 --process_index=3
+    line = """--gin_file=a.gin --gin_file b.gin --gin.X=1 --gin.MODEL_DIR="/tmp/x"
+        --gin_bindings=Y=[1,2] -gin.Z=3 --gin_search_paths=p,q --tfds_data_dir=d
+        --seqio_additional_cache_dirs=c1,c2 --coordinator_address=h:1 --process_count=4
+        --process_index=3
         --initialization_timeout=60 --dry_run"""
     got = parse(*line.split())
     assert got.gin_file == ("a.gin", "b.gin")

@@ -110,11 +110,12 @@ import numpy as np
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
-config = DatasetConfig({config.mixture_or_task_name!r}, {config.task_feature_lengths!r}, batch_size=8, seed=0,
-                       text_files={config.text_files!r})
+config = DatasetConfig({config.mixture_or_task_name!r}, {config.task_feature_lengths!r},
+                       batch_size=8, seed=0, text_files={config.text_files!r})
 iterator = open_dataset(config, EncoderDecoderFeatures()).train_iterator()
 iterator.restore({str(folder)!r})
-np.save({str(tmp_path / "tokens.npy")!r}, np.stack([next(iterator)["encoder_input_tokens"] for _ in range({BATCHES - SAVED_AT})]))
+rows = [next(iterator)["encoder_input_tokens"] for _ in range({BATCHES - SAVED_AT})]
+np.save({str(tmp_path / "tokens.npy")!r}, np.stack(rows))
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=180)
     want = np.stack([batch["encoder_input_tokens"] for batch in batches[SAVED_AT:]])

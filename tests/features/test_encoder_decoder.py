@@ -1,4 +1,4 @@
-"""Batches of encoder-decoder models: the features that SeqIO makes, in the shapes that are promised."""
+"""Batches of encoder-decoder models: SeqIO's features, in the shapes that are promised."""
 
 import numpy as np
 import pytest

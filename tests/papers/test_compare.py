@@ -21,9 +21,14 @@ CHOOSE = {"type": "ExpertsChoose", "renormalize": False, "jitter_noise": 0.0}
 
 
 MOE = {
-    "num_experts": 32, "train_expert_capacity_factor": 2.0, "encoder_router": CHOOSE, "num_encoder_sparse_layers": None,
-    "num_decoder_sparse_layers": None, "encoder_sparse_layout": "MIXED", "decoder_sparse_layout": "MIXED",
-}  # fmt: skip
+    "num_experts": 32,
+    "train_expert_capacity_factor": 2.0,
+    "encoder_router": CHOOSE,
+    "num_encoder_sparse_layers": None,
+    "num_decoder_sparse_layers": None,
+    "encoder_sparse_layout": "MIXED",
+    "decoder_sparse_layout": "MIXED",
+}
 
 
 COPIES = {"type": "Recipe", "expert_init": {"type": "CopyExperts"}, "depth": None}
@@ -51,10 +56,20 @@ def write_run(
     evaluations.parent.mkdir(parents=True)
     evaluations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     described = {
-        "start_step": start, "parameters": 5, "train_flops_per_step": 1.0, "model": {**model, "moe": moe}, "batch_size": 256, "seed": seed,
-        "restored_from": {"start": "continue" if start else "scratch", "path": "/data/dense/checkpoint_1000000", "step": start},
-        "converted_by": recipe, "recipe": recipe,
-    }  # fmt: skip
+        "start_step": start,
+        "parameters": 5,
+        "train_flops_per_step": 1.0,
+        "model": {**model, "moe": moe},
+        "batch_size": 256,
+        "seed": seed,
+        "restored_from": {
+            "start": "continue" if start else "scratch",
+            "path": "/data/dense/checkpoint_1000000",
+            "step": start,
+        },
+        "converted_by": recipe,
+        "recipe": recipe,
+    }
     (folder / "manifest.json").write_text(json.dumps(described | manifest))
     return folder
 

@@ -16,7 +16,8 @@ HloModule jit_step, is_scheduled=true
 
 %body.1 (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %x = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %exchange = bf16[4,8]{1,0:T(8,128)(2,1)} all-to-all(%x), channel_id=1, replica_groups=[4,8]<=[32], dimensions={0}
+  %exchange = bf16[4,8]{1,0:T(8,128)(2,1)} all-to-all(%x), channel_id=1, \
+replica_groups=[4,8]<=[32], dimensions={0}
   ROOT %t = (s32[], bf16[4,8]) tuple(%i, %exchange)
 }
 
@@ -35,7 +36,8 @@ HloModule jit_step, is_scheduled=true
 
 %body.2 (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %w1 = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.3
-  ROOT %w2 = (s32[], bf16[4,8]) while(%w1), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"2"}}
+  ROOT %w2 = (s32[], bf16[4,8]) while(%w1), condition=%condition.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"2"}}
 }
 
 %body.3 (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
@@ -44,13 +46,17 @@ HloModule jit_step, is_scheduled=true
 }
 
 ENTRY %main (p: f32[10]) -> f32[10] {
-  %layers = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.2, backend_config={"known_trip_count":{"n":"3"}}
-  %w = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"6"},"x":1}
-  %gather-start = (f32[10]{0}, f32[40]{0}) all-gather-start(%p), replica_groups=[8,4]<=[32], dimensions={0}
+  %layers = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.2, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %w = (s32[], bf16[4,8]) while(%start), condition=%condition.1, body=%body.1, \
+backend_config={"known_trip_count":{"n":"6"},"x":1}
+  %gather-start = (f32[10]{0}, f32[40]{0}) all-gather-start(%p), replica_groups=[8,4]<=[32], \
+dimensions={0}
   %gather = f32[40]{0} all-gather-done(%gather-start)
   %two = (f32[10]{0}, f32[5]{0}) all-reduce(%p, %q), replica_groups={}, to_apply=%add
   %s = f32[16]{0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.3
-  %m = f32[7]{0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4,'c'=3] {'a':(1)2,'c'}, dimensions={0}
+  %m = f32[7]{0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4,'c'=3] {'a':(1)2,'c'}, \
+dimensions={0}
   ROOT %send = f32[10]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
 }
 """

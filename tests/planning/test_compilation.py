@@ -10,8 +10,8 @@ def test_what_the_compiler_says_it_lacks_is_read():
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
-                "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in"
+                " memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
             )
 
     compiled = compilation._compiled("train step", Lowered)

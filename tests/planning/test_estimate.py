@@ -32,10 +32,18 @@ CHIP = Accelerator(
 
 
 TINY = [
-    "VOCAB_SIZE=100", "T5Config.emb_dim=8", "T5Config.num_heads=2", "T5Config.num_encoder_layers=2", "T5Config.num_decoder_layers=2",
-    "T5Config.head_dim=4", "T5Config.mlp_dim=16", "NUM_EXPERTS=4", "GROUP_SIZE=32", "BATCH_SIZE=8",
+    "VOCAB_SIZE=100",
+    "T5Config.emb_dim=8",
+    "T5Config.num_heads=2",
+    "T5Config.num_encoder_layers=2",
+    "T5Config.num_decoder_layers=2",
+    "T5Config.head_dim=4",
+    "T5Config.mlp_dim=16",
+    "NUM_EXPERTS=4",
+    "GROUP_SIZE=32",
+    "BATCH_SIZE=8",
     "TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4}",
-]  # fmt: skip
+]
 
 
 @functools.cache
@@ -96,8 +104,8 @@ def test_parameters_flops_and_device_days_by_hand(tiny):
     # 128 in all; decoder 1 group: 64.
     dense_mlps = 2 * 384 * (64 + 32)
     experts, routers = 2 * 384 * (128 + 64), 2 * 8 * 4 * (64 + 32)
-    # The decoder's load-balancing loss takes two sums of 32 tokens for 4 experts, one of which has a
-    # gradient; the gradient of each slot's weight is a sum over 8.
+    # The decoder's load-balancing loss takes two sums of 32 tokens for 4 experts, one of which has
+    # a gradient; the gradient of each slot's weight is a sum over 8.
     sums = 3 * 2 * 32 * 4 + 2 * 8 * (128 + 64)
     assert sparse.flops - dense.flops == 3 * (experts + routers - dense_mlps) + sums
     # 0.25 to 0.5 of 1e12 FLOP/s.

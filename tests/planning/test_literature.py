@@ -8,9 +8,16 @@ import pytest
 from upcycle_jax.planning import literature
 
 CASE = literature.Case(
-    dense_parameters=247_577_856, dense_tokens=1.6e11, extra_share=0.3, batch_tokens=163_840, num_experts=32, capacity_factor=2.0,
-    encoder_router="experts_choose", renormalize=False, sparse_share=0.5,
-)  # fmt: skip
+    dense_parameters=247_577_856,
+    dense_tokens=1.6e11,
+    extra_share=0.3,
+    batch_tokens=163_840,
+    num_experts=32,
+    capacity_factor=2.0,
+    encoder_router="experts_choose",
+    renormalize=False,
+    sparse_share=0.5,
+)
 
 
 def stances(**changes):

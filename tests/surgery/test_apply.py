@@ -304,9 +304,12 @@ from upcycle_jax.trees import LeafSpec
 import json
 folder = pathlib.Path(sys.argv[1])
 described = json.loads((folder / "target.json").read_text())
-target = roles.inferred({name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()})
+leaves = described.items()
+target = {name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in leaves}
+target = roles.inferred(target)
 source = open_checkpoint(folder / "dense")
-plan = surgery.make_plan(source.specs(), target, recipe_json.from_json(json.loads((folder / "recipe.json").read_text())))
+recipe = recipe_json.from_json(json.loads((folder / "recipe.json").read_text()))
+plan = surgery.make_plan(source.specs(), target, recipe)
 print("ready", flush=True)
 surgery.apply_offline(plan, source, folder / sys.argv[2], max_memory=int(sys.argv[3]))
 """
@@ -402,14 +405,18 @@ from upcycle_jax.surgery import recipe_json
 from upcycle_jax.trees import LeafSpec
 folder = pathlib.Path(folder)
 described = json.loads((folder / "target.json").read_text())
-target = roles.inferred({name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in described.items()})
+leaves = described.items()
+target = {name: LeafSpec(tuple(shape), dtype, tuple(axes)) for name, (shape, dtype, axes) in leaves}
+target = roles.inferred(target)
 source, written = open_checkpoint(folder / "dense"), open_checkpoint(folder / "sparse")
-plan = surgery.make_plan(source.specs(), target, recipe_json.from_json(json.loads((folder / "recipe.json").read_text())))
+recipe = recipe_json.from_json(json.loads((folder / "recipe.json").read_text()))
+plan = surgery.make_plan(source.specs(), target, recipe)
 partitioner = Partitioner(num_expert_partitions=4, num_model_partitions=2)
 for name, leaf in surgery.apply_online(plan, source, partitioner.shardings(target)).items():
     whole = written.read(name)
     for shard in leaf.addressable_shards:
-        assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(whole[shard.index]).tobytes(), name
+        want = np.ascontiguousarray(whole[shard.index])
+        assert np.asarray(shard.data).tobytes() == want.tobytes(), name
 print("fine", flush=True)
 """
 

@@ -1,5 +1,5 @@
-"""What a Hugging Face folder computes: logits of the model that is inferred from it against those of
-transformers' torch model; and a model that contradicts it is refused wherever it could run.
+"""What a Hugging Face folder computes: logits of the model that is inferred from it against those
+of transformers' torch model; and a model that contradicts it is refused wherever it could run.
 """
 
 import dataclasses

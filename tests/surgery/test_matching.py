@@ -54,7 +54,8 @@ def test_optimizer_policies(small, optimizer, policy, dense_slot, expert_slot, p
     assert (
         what(
             plan,
-            f"state/param_states/encoder/layers_1/mlp/router/router_weights/w/kernel/{'v' if slot == 'v_col' else slot}",
+            "state/param_states/encoder/layers_1/mlp/router/router_weights/w/kernel"
+            f"/{'v' if slot == 'v_col' else slot}",
         )
         == "zeros"
     )

@@ -46,7 +46,7 @@ def test_tile_is_the_dense_leaf_for_every_expert_in_numpy_and_on_devices(dense):
     )
 
 
-def test_router_columns_are_normal_draws_of_their_own_keys_and_do_not_depend_on_the_number_of_experts():
+def test_router_columns_are_normal_draws_of_their_own_keys_whatever_the_number_of_experts():
     few, many = (make(operations.RouterNormal(0.02), [], (64, experts)) for experts in (4, 7))
     np.testing.assert_array_equal(few, many[:, :4])
     column = np.asarray(jax.random.normal(hand_key(PATH, 2), (64,))) * np.float32(0.02)

@@ -53,18 +53,41 @@ def test_fine_tuning_beats_the_majority_class(tmp_path):
         "--gin.LOSS_NORMALIZING_FACTOR='NUM_REAL_TARGET_TOKENS'",
         "--gin.EVAL_STEPS=2",
     ]
-    run("train", *shared, "--gin_file=runs/pretrain.gin", "--gin.MIXTURE_OR_TASK_NAME='python_source_span_corruption'",
-        "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}", f"--gin.MODEL_DIR='{tmp_path}/pretrained'", "--gin.TRAIN_STEPS=50",
-        "--gin.WARMUP_STEPS=100")  # fmt: skip
+    run(
+        "train",
+        *shared,
+        "--gin_file=runs/pretrain.gin",
+        "--gin.MIXTURE_OR_TASK_NAME='python_source_span_corruption'",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}",
+        f"--gin.MODEL_DIR='{tmp_path}/pretrained'",
+        "--gin.TRAIN_STEPS=50",
+        "--gin.WARMUP_STEPS=100",
+    )
     lengths = [
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 8}",
         f"--gin.MIXTURE_OR_TASK_NAME='{TASK}'",
     ]
-    run("train", *shared, "--gin_file=runs/finetune.gin", *lengths, f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/pretrained'",
-        f"--gin.MODEL_DIR='{tmp_path}/finetuned'", "--gin.RESTORE_STEP='reset'", "--gin.TRAIN_STEPS=500", "--gin.LEARNING_RATE=0.003",
-        "--gin.DROPOUT_RATE=0.0")  # fmt: skip
-    run("eval", *model, "--gin_file=runs/eval.gin", *lengths, f"--gin.CHECKPOINT_PATH='{tmp_path}/finetuned'",
-        f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/finetuned'", "--gin.PREDICT_BY='rank'")  # fmt: skip
+    run(
+        "train",
+        *shared,
+        "--gin_file=runs/finetune.gin",
+        *lengths,
+        f"--gin.INITIAL_CHECKPOINT_PATH='{tmp_path}/pretrained'",
+        f"--gin.MODEL_DIR='{tmp_path}/finetuned'",
+        "--gin.RESTORE_STEP='reset'",
+        "--gin.TRAIN_STEPS=500",
+        "--gin.LEARNING_RATE=0.003",
+        "--gin.DROPOUT_RATE=0.0",
+    )
+    run(
+        "eval",
+        *model,
+        "--gin_file=runs/eval.gin",
+        *lengths,
+        f"--gin.CHECKPOINT_PATH='{tmp_path}/finetuned'",
+        f"--gin.EVAL_OUTPUT_DIR='{tmp_path}/finetuned'",
+        "--gin.PREDICT_BY='rank'",
+    )
     rows = (
         (tmp_path / "finetuned" / "inference_eval" / TASK / "metrics.jsonl")
         .read_text()

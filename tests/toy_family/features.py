@@ -1,4 +1,5 @@
-"""The toy family's batches: a line of tokens, each of which is to be predicted from those before it.
+"""The toy family's batches: a line of tokens, each of which is to be predicted from those before
+it.
 
 Axis legend: B rows, T tokens of a row.
 """

@@ -1,6 +1,6 @@
-"""A third family of models, far from T5: one stack called 'tower', whose layers mix a token with the
-mean of those before it, then an MLP or an MoE layer. It stands in no list of the library: importing
-this module registers it.
+"""A third family of models, far from T5: one stack called 'tower', whose layers mix a token with
+the mean of those before it, then an MLP or an MoE layer. It stands in no list of the library:
+importing this module registers it.
 """
 
 import dataclasses

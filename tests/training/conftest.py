@@ -188,8 +188,8 @@ class ArithmeticIterator:
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticDataset:
-    """A `DatasetConfig` and the `Dataset` that it becomes, without TensorFlow. `poison` is a batch number whose tokens are out of
-    range (NaN by jnp.take's fill).
+    """A `DatasetConfig` and the `Dataset` that it becomes, without TensorFlow. `poison` is a batch
+    number whose tokens are out of range (NaN by jnp.take's fill).
     """
 
     mixture_or_task_name: str = "bags"

@@ -1,5 +1,5 @@
-"""Small runs whose checkpoints and losses are kept in `earlier/`: `python earlier_runs.py OUT` makes
-them again.
+"""Small runs whose checkpoints and losses are kept in `earlier/`: `python earlier_runs.py OUT`
+makes them again.
 
 What is in `earlier/` was written by an earlier version of the library, and is not to be written
 again by a later one: `test_earlier_runs.py` shows that a checkpoint of then continues now, step by

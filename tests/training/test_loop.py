@@ -447,9 +447,11 @@ def test_a_loss_spike_stops_the_run_and_names_the_batch(start, tmp_path, bags):
     ):
         start(model=with_spikes(bags, 10), trainer=stop, steps=16, eval_period=None)
     report = json.loads((tmp_path / "run" / "loss_spike_11.json").read_text())
-    assert report["batch"] == 10 and float(report["loss"]) > report["limit"] and set(report["batch_crc32"]) == {
-        "encoder_input_tokens", "decoder_target_tokens"
-    }  # fmt: skip
+    assert (
+        report["batch"] == 10
+        and float(report["loss"]) > report["limit"]
+        and set(report["batch_crc32"]) == {"encoder_input_tokens", "decoder_target_tokens"}
+    )
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
     assert (tmp_path / "run" / "checkpoint_8").exists() and not (
         tmp_path / "run" / "checkpoint_12"

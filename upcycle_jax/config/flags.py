@@ -12,7 +12,8 @@ from typing import NoReturn
 _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 BEFORE_PARSING = """\
-gin values are Python literals: strings need quotes that survive the shell, --gin.MODEL_DIR="'/data/run'".
+gin values are Python literals: strings need quotes that survive the shell,
+--gin.MODEL_DIR="'/data/run'".
 Later --gin_file flags override earlier ones; --gin.NAME=VALUE comes last.
 absl's logging flags (--alsologtostderr, --verbosity, ...) are accepted and change nothing."""
 

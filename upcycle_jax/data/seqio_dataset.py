@@ -107,8 +107,8 @@ class SeqioBatchIterator(stream.Stream):
         if len(parts) > 1 and empty:
             return (
                 f"{', '.join(map(repr, empty))} in '{config.mixture_or_task_name}' has no example"
-                f" in the split '{config.split}' (lengths {lengths}): take it out of the mixture, or"
-                " give it text"
+                f" in the split '{config.split}' (lengths {lengths}): take it out of the mixture,"
+                " or give it text"
             )
         return (
             f"'{config.mixture_or_task_name}' split '{config.split}' gives no example of the asked"
@@ -150,9 +150,13 @@ class SeqioBatchIterator(stream.Stream):
             return
         if position.process_count != self._process_count:
             logging.warning(
-                "The data position at %s was saved by %d processes and is continued by %d: documents are divided differently, so some may "
-                "be seen again before the epoch ends.", directory, position.process_count, self._process_count
-            )  # fmt: skip
+                "The data position at %s was saved by %d processes and is continued by %d:"
+                " documents are divided differently, so some may be seen again before the epoch"
+                " ends.",
+                directory,
+                position.process_count,
+                self._process_count,
+            )
         self._open()
         self._move(position.batches)
 
@@ -227,8 +231,8 @@ def _check_mixture(
     wrong = {name: rate for name, rate in rates.items() if not 0 <= rate < float("inf")}
     if wrong or not any(rates.values()):
         raise ValueError(
-            f"the mixing rates of '{config.mixture_or_task_name}' are {wrong or rates}: give numbers"
-            " of at least 0, one of them above 0"
+            f"the mixing rates of '{config.mixture_or_task_name}' are {wrong or rates}: give"
+            " numbers of at least 0, one of them above 0"
         )
 
 

@@ -1,5 +1,5 @@
-"""Which modules of this project register which SeqIO tasks and mixtures, so that one is found by its
-name alone. A module is imported when a name of it is asked for.
+"""Which modules of this project register which SeqIO tasks and mixtures, so that one is found by
+its name alone. A module is imported when a name of it is asked for.
 """
 
 from upcycle_jax.data.config import OBJECTIVE_NAMES

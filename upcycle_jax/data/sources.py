@@ -20,8 +20,8 @@ BYTES = "bytes"
 class CorpusSource(seqio.DataSource):
     """Passages of a corpus as examples `{'targets': text}`.
 
-    Unlike SeqIO's function source it shuffles over the whole split, in each epoch differently, and gives
-    each process its own passages before shuffling. The corpus is loaded on first use, so that
+    Unlike SeqIO's function source it shuffles over the whole split, in each epoch differently, and
+    gives each process its own passages before shuffling. The corpus is loaded on first use, so that
     registering a task costs nothing.
     """
 
@@ -187,8 +187,8 @@ def language_model_task(
     *,
     objective: str = "span_corruption",
 ) -> seqio.Task:
-    """A task, not registered, that trains by an objective of `preprocessors.OBJECTIVES` on the texts
-    of `source`.
+    """A task, not registered, that trains by an objective of `preprocessors.OBJECTIVES` on the
+    texts of `source`.
     """
     return seqio.Task(
         name,

@@ -1,5 +1,5 @@
-"""Token sequences as rows of a batch: padded, packed, shifted for teacher forcing. What converters of
-text models share.
+"""Token sequences as rows of a batch: padded, packed, shifted for teacher forcing. What converters
+of text models share.
 
 Axis legend: B rows, L tokens of a row.
 """
@@ -11,8 +11,8 @@ import numpy as np
 
 
 def padded(rows: Sequence[Any], count: int, length: int) -> np.ndarray:
-    """Int32 `[count, length]`: one sequence a row, zeros after it; longer ones are cut, missing rows
-    are zeros.
+    """Int32 `[count, length]`: one sequence a row, zeros after it; longer ones are cut, missing
+    rows are zeros.
     """
     out = np.zeros((count, length), np.int32)
     for number, row in enumerate(rows):

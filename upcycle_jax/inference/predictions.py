@@ -152,7 +152,8 @@ class Infer(InferenceSettings):
         """
         decodes = self.mode in (Mode.PREDICT, Mode.PREDICT_WITH_AUX)
         config = self.dataset_cfg
-        # Fields that JSON does not hold, or that do not count in every mode. Others are as they are.
+        # Fields that JSON does not hold, or that do not count in every mode. Others are as they
+        # are.
         told: dict[str, dict[str, Any]] = {
             "mode": {"mode": str(self.mode)},
             "checkpoint_path": {

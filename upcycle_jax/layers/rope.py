@@ -1,6 +1,7 @@
 """Rotary position embeddings, and the ways in which models stretch them to longer contexts.
 
-Axis legend: B rows, L positions, H heads, D size of a head, R = rotated part of D (`Rope.fraction`).
+Axis legend: B rows, L positions, H heads, D size of a head, R = rotated part of D
+(`Rope.fraction`).
 """
 
 import dataclasses

@@ -115,7 +115,10 @@ class Holder:
     def describe(self, now: float) -> str:
         """`process 4711 on host node7, since 2026-01-31T12:00:00+00:00, last heartbeat 4 s ago`."""
         if not self.record:
-            return f"a process whose record cannot be read, last heartbeat {self.silence(now):.0f} s ago"
+            return (
+                "a process whose record cannot be read, last heartbeat"
+                f" {self.silence(now):.0f} s ago"
+            )
         return (
             f"process {self.record.get('pid')} on host {self.record.get('host')}, since"
             f" {self.record.get('since')}, last heartbeat {self.silence(now):.0f} s ago"

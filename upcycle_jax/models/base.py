@@ -1,8 +1,8 @@
 """The model interface: what training, evaluation, surgery, costs and inference see of a model.
 
 A family of models implements `Model`; it implements `Generative` if it produces sequences, and
-`layerwise.LayerwiseModel` if conversions are to compare its function with the dense model's. No base
-class is needed.
+`layerwise.LayerwiseModel` if conversions are to compare its function with the dense model's. No
+base class is needed.
 """
 
 import dataclasses

@@ -24,7 +24,8 @@ ONE_PROCESS = (CACHE, "upcycle")
 
 _ARRAY_BODY = """\
 #!/usr/bin/env bash
-# One element of a job array: runs line number SLURM_ARRAY_TASK_ID (from 0) of the file that is the first argument.
+# One element of a job array: runs line number SLURM_ARRAY_TASK_ID (from 0) of the file that is the
+# first argument.
 set -euo pipefail
 line="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")"
 eval "exec bash \\"$UPCYCLE_JAX_LAUNCHERS/slurm_gpu.sh\\" $UPCYCLE_JAX_LAUNCHER_OPTIONS $line"
@@ -32,9 +33,10 @@ eval "exec bash \\"$UPCYCLE_JAX_LAUNCHERS/slurm_gpu.sh\\" $UPCYCLE_JAX_LAUNCHER_
 
 _SUBMIT_HEAD = """\
 #!/usr/bin/env bash
-# Submits the sweep {name}: a job array for the cells that start from the same ones, after those; where one of them fails, only the cells
-# that need it are cancelled. Run it again after a failure: finished cells end at once, the others resume. LAUNCHERS: scripts/launch of
-# the checkout that all nodes see.
+# Submits the sweep {name}: a job array for the cells that start from the same ones, after those;
+# where one of them fails, only the cells that need it are cancelled. Run it again after a failure:
+# finished cells end at once, the others resume. LAUNCHERS: scripts/launch of the checkout that all
+# nodes see.
 set -euo pipefail
 here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 export UPCYCLE_JAX_LAUNCHERS="${{LAUNCHERS:-{launchers}}}" UPCYCLE_JAX_INTERRUPTED_CODE=75

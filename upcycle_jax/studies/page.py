@@ -61,8 +61,8 @@ class Report:
         (root / "report.md").write_text(self.markdown)
         title = html.escape(self.markdown.splitlines()[0].lstrip("# "))
         (root / "report.html").write_text(
-            '<!doctype html><html lang="en"><meta'
-            f' charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>{page}</body></html>\n'
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            f"<title>{title}</title><style>{STYLE}</style><body>{page}</body></html>\n"
         )
         return root / "report.md", root / "report.html"
 

@@ -102,7 +102,8 @@ class _EventFile:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        written_by = f"{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{written_by}"
         self._writer = RecordWriter((folder / name).open("wb"))
         self.add(event_pb2.Event(file_version="brain.Event:2"))
 

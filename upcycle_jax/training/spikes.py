@@ -78,7 +78,9 @@ class LossSpikes:
 def spike_limit(losses: Sequence[float], *, factor: float) -> float:
     """The highest loss that is no spike after these.
 
-    >>> f"{spike_limit([2.0, 2.1, 1.9, 2.0, 9.0], factor=10.0):.4f}"  # median 2.0, deviations 0, 0.1, 0.1, 0, 7: MAD 0.1
+    The median is 2.0, the deviations from it are 0, 0.1, 0.1, 0 and 7, their median is 0.1:
+
+    >>> f"{spike_limit([2.0, 2.1, 1.9, 2.0, 9.0], factor=10.0):.4f}"
     '3.4826'
     """
     median = statistics.median(losses)

@@ -111,8 +111,9 @@ def test_records_hold_every_kind_of_feature():
 def test_tokens_that_do_not_fit_are_refused_and_not_wrapped(tokens, message):
     with pytest.raises(ValueError, match=message):
         cache_format.encode({"targets": np.array(tokens)}, token_dtypes={"targets": "uint16"})
-    assert cache_format.decode(cache_format.encode({"targets": np.array([])}, token_dtypes={"targets": "int32"}), token_dtypes={
-        "targets": "int32"})["targets"].tolist() == []  # fmt: skip
+    dtypes = {"targets": "int32"}
+    none = cache_format.encode({"targets": np.array([])}, token_dtypes=dtypes)
+    assert cache_format.decode(none, token_dtypes=dtypes)["targets"].tolist() == []
 
 
 def test_the_manifest_says_what_was_cached(cache, tmp_path, capsys):
@@ -197,7 +198,8 @@ def slowly(*args, **kwargs):
     return encode(*args, **kwargs)
 writer.cache_format.encode = slowly
 config = DatasetConfig("killed_text", {"inputs": 64, "targets": 16}, text_files=[text])
-writer.write_caches(config, writer.CacheOptions(output_cache_dir=pathlib.Path(folder), num_shards=4))
+options = writer.CacheOptions(output_cache_dir=pathlib.Path(folder), num_shards=4)
+writer.write_caches(config, options)
 """
 
 
@@ -395,8 +397,11 @@ def test_check_tells_the_command(tmp_path, capsys):
     ]
     assert check.main([*flags, f"--seqio_additional_cache_dirs={tmp_path}"]) == 1
     out = capsys.readouterr().out
-    assert re.search(rf"PROBLEM  data \(c4_span_corruption, train\): .*`python -m upcycle_jax.cache_tasks --tasks=c4_span_corruption "
-                     rf"--output_cache_dir={tmp_path}`", out)  # fmt: skip
+    assert re.search(
+        r"PROBLEM  data \(c4_span_corruption, train\): .*`python -m upcycle_jax.cache_tasks"
+        rf" --tasks=c4_span_corruption --output_cache_dir={tmp_path}`",
+        out,
+    )
 
 
 def test_damage_is_told_with_the_remedy(cache, tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""Hugging Face folders, config.json with safetensors files: read as if they were checkpoints of ours,
-and written (`writer`). What a model's tensors mean, one folder per family knows (`families`).
+"""Hugging Face folders, config.json with safetensors files: read as if they were checkpoints of
+ours, and written (`writer`). What a model's tensors mean, one folder per family knows (`families`).
 """
 
 from upcycle_jax.checkpoints.huggingface.reader import HuggingFaceReader

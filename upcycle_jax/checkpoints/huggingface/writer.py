@@ -68,8 +68,8 @@ def write_huggingface(
     for name, spec in specs.items():
         if dtype is None and spec.dtype.name not in _DTYPES:
             raise ValueError(
-                f"{name} is stored as {spec}: Hugging Face's T5 has {', '.join(_DTYPES)}; choose one"
-                " with --dtype"
+                f"{name} is stored as {spec}: Hugging Face's T5 has {', '.join(_DTYPES)}; choose"
+                " one with --dtype"
             )
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     with leases.hold(

@@ -82,8 +82,9 @@ def _as_tokens(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
     for extreme in (int(values.min()), int(values.max())):
         if not 0 <= extreme <= np.iinfo(dtype).max:
             raise ValueError(
-                f"the feature '{name}' holds the token id {extreme}, which its vocabulary does not have (it fits no {dtype}): "
-                "the task tokenises with another vocabulary than its output_features name"
+                f"the feature '{name}' holds the token id {extreme}, which its vocabulary"
+                f" does not have (it fits no {dtype}): the task tokenises with"
+                " another vocabulary than its output_features name"
             )
     return values.astype(dtype)
 

@@ -139,8 +139,10 @@ def _mixture_tasks(
     for name, rate in sorted(rates.items()):
         found = find_folder((str(folder.parent), *folders), name, MANIFEST)
         if found is None:
-            raise FileNotFoundError(f"the task '{name}' of the mixture '{config.mixture_or_task_name}' is not cached beside {folder}. "
-                                    f"Prepare it with `{command(config)}`")  # fmt: skip
+            raise FileNotFoundError(
+                f"the task '{name}' of the mixture '{config.mixture_or_task_name}' is not cached"
+                f" beside {folder}. Prepare it with `{command(config)}`"
+            )
         tasks.append((CachedTask.open(found, remedy=again), rate))
     return tasks
 

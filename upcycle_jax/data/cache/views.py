@@ -301,10 +301,15 @@ class TextView:
         return out
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
-        by_turn = np.array([
-            self._denoisers[turn].result_lengths(stop - start, self._lengths)
-            for turn, start, stop in zip(self._turns, self._edges[:-1], self._edges[1:], strict=True)
-        ], np.int64)  # [segments of a round, 2]  # fmt: skip
+        by_turn = np.array(
+            [
+                self._denoisers[turn].result_lengths(stop - start, self._lengths)
+                for turn, start, stop in zip(
+                    self._turns, self._edges[:-1], self._edges[1:], strict=True
+                )
+            ],
+            np.int64,
+        )  # [segments of a round, 2]
         columns = [(_INPUTS, _TARGETS).index(name) for name in self._names]
         return by_turn[places % len(self._turns)][:, columns]
 

@@ -167,9 +167,14 @@ def _examples(plan: _Plan, split: str, part: int, *, seed: int) -> Iterator[dict
     shard = seqio.ShardInfo(index=part, num_shards=plan.parts[split])
     if plan.division.frozen:
         dataset = plan.task.get_dataset(
-            sequence_length=plan.sequence_length, split=split, shuffle=False, seed=seed, shard_info=shard, num_epochs=1,
+            sequence_length=plan.sequence_length,
+            split=split,
+            shuffle=False,
+            seed=seed,
+            shard_info=shard,
+            num_epochs=1,
             try_in_mem_cache=False,
-        )  # fmt: skip
+        )
     else:
         given = shard if shard.num_shards > 1 else None
         dataset = plan.task.preprocess_precache(
@@ -350,8 +355,8 @@ def _working_folder(folder: pathlib.Path, plan: _Plan, *, overwrite: bool) -> pa
 
 
 def write_task(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> CachedTask:
-    """Caches one task, or continues where an earlier call stopped. A finished cache of the same task
-    is left as it is.
+    """Caches one task, or continues where an earlier call stopped. A finished cache of the same
+    task is left as it is.
 
     Raises:
       ValueError: the task has no such split or cannot be cached, the folder holds something else,

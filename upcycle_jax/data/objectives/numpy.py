@@ -145,8 +145,11 @@ class SpanNoise:
           first_sentinel: id of the first sentinel; the others count down from it.
         """
         mask = noise_mask(
-            keys, tokens.shape[1], noise_density=self.noise_density, mean_noise_span_length=self.mean_noise_span_length
-        )  # fmt: skip
+            keys,
+            tokens.shape[1],
+            noise_density=self.noise_density,
+            mean_noise_span_length=self.mean_noise_span_length,
+        )
         inputs = replace_spans(tokens, mask, first_sentinel=first_sentinel)
         targets = replace_spans(tokens, ~mask, first_sentinel=first_sentinel)
         return list(_prepend(inputs, self.prefix_ids)), list(targets)

@@ -321,8 +321,12 @@ def ul2(
       ValueError: the lengths or the vocabulary do not suit one of the denoisers.
     """
     return denoise(
-        dataset, sequence_length, output_features, denoisers=UL2_DENOISERS, documents_per_group=_MIXED_DOCUMENTS_PER_GROUP
-    )  # fmt: skip
+        dataset,
+        sequence_length,
+        output_features,
+        denoisers=UL2_DENOISERS,
+        documents_per_group=_MIXED_DOCUMENTS_PER_GROUP,
+    )
 
 
 OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {

@@ -187,8 +187,8 @@ def _read_parquet(path: pathlib.Path, *, field: str) -> Iterator[str]:
         names = file.schema_arrow.names
         if field not in names:
             raise ValueError(
-                f"text_files: {path} has no column '{field}' (it has {sorted(names)}): set text_field to"
-                " the one that holds the text"
+                f"text_files: {path} has no column '{field}' (it has {sorted(names)}): set"
+                " text_field to the one that holds the text"
             )
         try:
             for batch in file.iter_batches(columns=[field]):
@@ -197,7 +197,8 @@ def _read_parquet(path: pathlib.Path, *, field: str) -> Iterator[str]:
                         yield _text_of({field: value}, field=field, where=f"{path}")
         except (lib.ArrowException, OSError) as error:
             raise ValueError(
-                f"text_files: {path} is a damaged Parquet file ({' '.join(str(error).split())}): copy it again"
+                f"text_files: {path} is a damaged Parquet file ({' '.join(str(error).split())}):"
+                " copy it again"
             ) from error
 
 
@@ -212,8 +213,9 @@ def _kind(path: pathlib.Path) -> str:
     kind = (suffixes[-2:-1] if zipped else suffixes[-1:]) or [""]
     if kind[0] in PLAIN or kind[0] in JSON_LINES or (kind[0] == PARQUET and not zipped):
         return kind[0]
+    ending = "".join(path.suffixes[-2:] if zipped else path.suffixes[-1:])
     raise ValueError(
-        f"text_files: {path} ends in {''.join(path.suffixes[-2:] if zipped else path.suffixes[-1:])!r},"
+        f"text_files: {path} ends in {ending!r},"
         f" which is not known. JSON lines: {', '.join(sorted(JSON_LINES))}; Parquet: {PARQUET}; one"
         f" plain text a file: {', '.join(sorted(PLAIN - {''}))}, or no ending; all but Parquet also"
         " with .gz. Rename or convert the file"

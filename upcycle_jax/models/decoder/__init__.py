@@ -1,1 +1,1 @@
-"""Decoder-only language models: Llama, Qwen, OLMo, Gemma and their kin, dense or with MoE layers."""
+"""Decoder-only language models: Llama, Qwen, OLMo, Gemma and kin, dense or with MoE layers."""

@@ -64,7 +64,8 @@ class DecoderMoeConfig(MoeSettings):
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and numerics of a decoder-only language model, dense or with MoE layers. The defaults
-    are Llama's; the switches make it Mistral, Qwen, OLMo, Gemma, SmolLM, Granite, Phi-3 or GPT-NeoX.
+    are Llama's; the switches make it Mistral, Qwen, OLMo, Gemma, SmolLM, Granite, Phi-3 or
+    GPT-NeoX.
 
     Attributes:
       vocab_size: rows of the embedding.

@@ -1,5 +1,6 @@
 """T5's forward pass in steps (see `layerwise`): what is before the layers, every layer of the
-encoder, the encoder's end, every layer of the decoder, the logits. All run the modules of `network`.
+encoder, the encoder's end, every layer of the decoder, the logits. All run the modules of
+`network`.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Where the tensors of a T5 folder go.
 
-Every leaf comes from exactly one tensor, and every tensor has its place, is a copy that is compared,
-or is in `tensors.IGNORED`; anything else is refused, and so is what config.json says otherwise.
+Every leaf comes from exactly one tensor, and every tensor has its place, is a copy that is
+compared, or is in `tensors.IGNORED`; anything else is refused, and so is what config.json says
+otherwise.
 
 Here a model without `logits_dense` takes its logits from the embedding and scales the decoder's
 output by d_model^-0.5 (T5), and one with it does not scale (T5 1.1). The two other combinations

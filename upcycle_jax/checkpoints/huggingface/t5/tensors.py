@@ -1,7 +1,7 @@
 """Where the tensors of a Hugging Face T5 belong: the one table that reader and writer share.
 
-A linear layer there holds `W [out, in]`; here its kernel is `[in, out]`, so matrices are transposed.
-The embedding and the layer norms are taken as they are, and the relative position table
+A linear layer there holds `W [out, in]`; here its kernel is `[in, out]`, so matrices are
+transposed. The embedding and the layer norms are taken as they are, and the relative position table
 `[buckets, heads]` is transposed.
 """
 
@@ -80,8 +80,11 @@ def places(dimensions: T5Dimensions) -> dict[str, Place]:
     """Every tensor of a T5 of these dimensions, the copies of its embedding left out.
 
     >>> t5 = T5Dimensions(64, 8, 4, 16, 2, 1, 1, 32, gated=True, tied=True)
-    >>> places(t5)["decoder.block.0.layer.1.EncDecAttention.o.weight"]
-    Place(name='decoder/layers_0/encoder_decoder_attention/out/kernel', shape=(8, 8), transposed=True)
+    >>> place = places(t5)["decoder.block.0.layer.1.EncDecAttention.o.weight"]
+    >>> place.name
+    'decoder/layers_0/encoder_decoder_attention/out/kernel'
+    >>> place.shape, place.transposed
+    ((8, 8), True)
     """
     d, inner = dimensions.d_model, dimensions.num_heads * dimensions.d_kv
     matrix = (dimensions.vocab_size, d)
