@@ -1,6 +1,8 @@
-"""Causal self-attention of decoder-only language models: rotary positions, grouped queries, windows.
+"""Causal self-attention of decoder-only language models: rotary positions, grouped queries,
+windows.
 
-Axis legend: B rows, L queries, M keys, H query heads, KV heads of keys and values, D size of a head.
+Axis legend: B rows, L queries, M keys, H query heads, KV heads of keys and values, D size of a
+head.
 """
 
 from typing import Any, Literal

@@ -80,7 +80,7 @@ class Source:
 
 
 Sources = Source | tuple[Source, ...]
-"""What is behind a leaf: one tensor, or several of one shape that are stacked along a first axis."""
+"""What is behind a leaf: one tensor, or several of one shape, stacked along a first axis."""
 
 
 def row_axis(rank: int) -> int:

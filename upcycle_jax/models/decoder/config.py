@@ -102,8 +102,8 @@ class DecoderConfig:
       parallel_residual: attention and MLP both read the stream before the layer (GPT-NeoX).
       logits_via_embedding: output with the embedding table (unscaled) instead of `logits_dense`.
       logits_bias: `logits_dense` has a bias.
-      attention_implementation: of `jax.nn.dot_product_attention`, which plain attention uses: 'xla',
-        or 'cudnn' (flash attention on NVIDIA GPUs, with dtype 'bfloat16').
+      attention_implementation: of `jax.nn.dot_product_attention`, which plain attention uses:
+        'xla', or 'cudnn' (flash attention on NVIDIA GPUs, with dtype 'bfloat16').
       dropout_rate: dropout of attention probabilities, of hidden activations in MLPs and of
         sublayer outputs.
       dtype: dtype of activations; parameters, norms' statistics, softmax, logits and routing are

@@ -1,5 +1,5 @@
-"""A language model's forward pass in steps (see `models.layerwise`): the embedding, every layer, the
-logits. All run the modules of `network`.
+"""A language model's forward pass in steps (see `models.layerwise`): the embedding, every layer,
+the logits. All run the modules of `network`.
 """
 
 import dataclasses

@@ -313,8 +313,8 @@ class LanguageModel(nn.Module):
         *,
         length: int,
     ) -> Positions:
-        """What attention needs to know of tokens at int positions `[B or 1, L]`; `length` is that of
-        the longest sequence that the program can hold.
+        """What attention needs to know of tokens at int positions `[B or 1, L]`; `length` is that
+        of the longest sequence that the program can hold.
         """
         config = self.config
         of_layers = map(config.layer_rope, range(config.num_layers))

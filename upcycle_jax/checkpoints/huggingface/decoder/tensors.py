@@ -1,5 +1,5 @@
-"""Which tensors the parameters of a decoder-only model are, in the folders of each `model_type`: the
-one table that reader and writer share.
+"""Which tensors the parameters of a decoder-only model are, in the folders of each `model_type`:
+the one table that reader and writer share.
 
 A linear layer there holds `W [out, in]`; here its kernel is `[in, out]`. Nothing is computed: every
 parameter is a tensor, transposed, or rows of a tensor (fused projections), or tensors stacked along
