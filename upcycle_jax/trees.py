@@ -25,6 +25,7 @@ class Role(enum.StrEnum):
     SHARED_EXPERT = "shared_expert"
     ROUTER = "router"
     ROUTER_BIAS = "router_bias"
+    SHARED_GATE = "shared_expert_gate"
 
 
 @dataclasses.dataclass(frozen=True)

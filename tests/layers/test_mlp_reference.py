@@ -9,10 +9,11 @@ from upcycle_jax.layers import mlp_reference
 from upcycle_jax.layers.mlp import MlpBlock, input_kernel_names
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     "activations", [("gelu", "linear"), ("silu", "linear"), ("relu",), ("gelu_exact",)]
 )
-def test_it_is_the_models_mlp(activations):
+def test_it_is_the_models_mlp(activations, biased):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 8)).astype(np.float32)
     shapes = dict.fromkeys(input_kernel_names(activations), (8, 12)) | {"wo": (12, 8)}
@@ -20,12 +21,24 @@ def test_it_is_the_models_mlp(activations):
         f"{name}/kernel": rng.normal(size=shape).astype(np.float32)
         for name, shape in shapes.items()
     }
+    if biased:
+        kernels |= {
+            f"{name}/bias": rng.normal(size=shape[1]).astype(np.float32)
+            for name, shape in shapes.items()
+        }
     for units in (12, 5):
         cut = {
-            path: kernel[:units] if path == "wo/kernel" else kernel[:, :units]
-            for path, kernel in kernels.items()
+            path: (
+                leaf
+                if path == "wo/bias"
+                else leaf[:units]
+                if path == "wo/kernel"
+                else leaf[..., :units]
+            )
+            for path, leaf in kernels.items()
         }
-        params = trees.unflatten({path: jnp.asarray(kernel) for path, kernel in cut.items()})
-        want = MlpBlock(hidden=units, activations=activations).apply({"params": params}, x)
+        params = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in cut.items()})
+        block = MlpBlock(hidden=units, activations=activations, use_bias=biased)
+        want = block.apply({"params": params}, x)
         found = mlp_reference.mlp(x, kernels, activations, units=units)
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)

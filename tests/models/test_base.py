@@ -49,7 +49,8 @@ def test_every_leaf_without_a_dense_twin_is_a_router():
         else:
             shape = spec.shape[1:] if spec.role == Role.EXPERT else spec.shape
             assert dense[spec.twin].shape == shape, path
-    assert {spec.role for spec in sparse.values()} == set(Role) - {Role.ROUTER_BIAS}
+    without = {Role.ROUTER_BIAS, Role.SHARED_GATE}
+    assert {spec.role for spec in sparse.values()} == set(Role) - without
     assert all(spec.twin == path and spec.role == Role.DENSE for path, spec in dense.items())
 
 

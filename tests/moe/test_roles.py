@@ -13,6 +13,8 @@ EXPECTED = {
     f"{MLP}/shared_expert/wo/kernel": (Role.SHARED_EXPERT, f"{MLP}/wo/kernel"),
     f"{MLP}/router/router_weights/w/kernel": (Role.ROUTER, ""),
     f"{MLP}/router/bias": (Role.ROUTER_BIAS, ""),
+    f"{MLP}/shared_expert_gate/kernel": (Role.SHARED_GATE, ""),
+    f"{MLP}/expert/wo/bias": (Role.EXPERT, f"{MLP}/wo/bias"),
     "encoder/layers_1/extra_mlp/wo/kernel": (Role.DENSE, "encoder/layers_1/extra_mlp/wo/kernel"),
     "encoder/layers_0/mlp/wo/kernel": (Role.DENSE, "encoder/layers_0/mlp/wo/kernel"),
     "encoder/layers_10/mlp/wo/kernel": (Role.DENSE, "encoder/layers_10/mlp/wo/kernel"),

@@ -175,12 +175,13 @@ def dense():
     }
 
 
-def compared(small, dense, width, damage=None):
+def compared(small, dense, width, damage=None, *, gate=False):
     moe = MoeConfig(
         num_experts=4,
         encoder_sparse_layout=(0,),
         decoder_sparse_layout=(0,),
         shared_expert_mlp_dim=width,
+        shared_expert_gate=gate,
     )
     model = EncoderDecoderModel(T5Config(**{**CONFIG.__dict__, "moe": moe}))
     source = small.Reader(dense)
@@ -200,9 +201,12 @@ def compared(small, dense, width, damage=None):
     )
 
 
-@pytest.mark.parametrize("width", [32, 8])
-def test_the_function_check_covers_it(small, dense, width):
-    outcome = compared(small, dense, width).outcome
+@pytest.mark.parametrize(("width", "gate"), [(32, False), (8, True)])
+def test_the_function_check_covers_it(small, dense, width, gate):
+    result = compared(small, dense, width, gate=gate)
+    outcome, arrays = result.outcome, result.arrays
+    gates = [leaf for path, leaf in arrays.items() if "shared_expert_gate" in path]
+    assert len(gates) == 2 * gate and not np.any(gates)
     assert outcome.ok, outcome.text()
     assert outcome.prediction.verdict is check.Verdict.SCALED
     assert "a shared expert is added" in outcome.prediction.reason

@@ -21,17 +21,23 @@ def mlp(
     *,
     units: int | None = None,
 ) -> np.ndarray:
-    """`prod_i act_i(x wi_i) wo` in float64, `[..., d]`.
+    """`prod_i act_i(x wi_i + b_i) wo + b` in float64, `[..., d]`; without biases where there are
+    none.
 
     Args:
       x: inputs `[..., d]`.
-      kernels: `wi_0/kernel [d, f]`, ... (`wi/kernel` for a single activation), `wo/kernel [f, d]`.
+      kernels: `wi_0/kernel [d, f]`, ... (`wi/kernel` for a single activation), `wo/kernel [f, d]`,
+        and `wi_0/bias [f]`, ..., `wo/bias [d]` where there are biases.
       activations: names, one per input kernel.
       units: the first hidden units alone; None: all f.
     """
     x = x.astype(np.float64)
     hidden = np.ones(())
     for number, name in enumerate(activations):
-        kernel = kernels["wi/kernel" if len(activations) == 1 else f"wi_{number}/kernel"]
-        hidden = hidden * _ACTIVATIONS[name](x @ kernel[:, :units].astype(np.float64))
-    return hidden @ kernels["wo/kernel"][:units].astype(np.float64)
+        part = "wi" if len(activations) == 1 else f"wi_{number}"
+        product = x @ kernels[f"{part}/kernel"][:, :units].astype(np.float64)
+        if f"{part}/bias" in kernels:
+            product = product + kernels[f"{part}/bias"][:units].astype(np.float64)
+        hidden = hidden * _ACTIVATIONS[name](product)
+    out = hidden @ kernels["wo/kernel"][:units].astype(np.float64)
+    return out + kernels["wo/bias"].astype(np.float64) if "wo/bias" in kernels else out

@@ -43,7 +43,8 @@ def metrics(params: PyTree, specs: Mapping[str, LeafSpec]) -> Metrics:
     flat: Mapping[str, jax.Array] = trees.flatten(params)
     for path, kernel in flat.items():
         place = layer_names.split(path)
-        if place is not None and specs[path].role is Role.EXPERT and kernel.shape[0] > 1:
+        is_kernel = specs[path].role is Role.EXPERT and kernel.ndim > 2  # Biases say little.
+        if place is not None and is_kernel and kernel.shape[0] > 1:
             kernels.setdefault(place.layer, []).append(kernel)
     one = jnp.ones((), jnp.float32)
     return {

@@ -68,6 +68,9 @@ class MoeSettings:
         training so would never balance experts over more than one sequence. Routers that choose per
         token have room for every token. For routers that choose per group a sequence is a group:
         padding takes no slots, and the capacity is that of the sequence's own length.
+      shared_expert_gate: the shared expert's output is multiplied by sigmoid(x g), with g a
+        parameter `shared_expert_gate/kernel` `[d, 1]` (Qwen2-MoE). A conversion starts it at zero:
+        the factor is then 1/2 for every token.
 
     Raises:
       ValueError: a number out of range, or an unknown dispatch.
@@ -91,12 +94,18 @@ class MoeSettings:
     inference_routing: Literal["independent", "grouped"] = "independent"
     min_inference_capacity: checks.Size = 1
     independent: bool = False
+    shared_expert_gate: bool = False
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
         if self.dispatch not in DISPATCHES:
             raise ValueError(
                 f"dispatch must be one of {', '.join(map(repr, DISPATCHES))}, got {self.dispatch!r}"
+            )
+        if self.shared_expert_gate and self.shared_expert_mlp_dim is None:
+            raise ValueError(
+                "shared_expert_gate=True without a shared expert: set shared_expert_mlp_dim"
+                " (SHARED_EXPERT_MLP_DIM) to its hidden size, or shared_expert_gate=False"
             )
 
     def check_routers(self, routers: Sequence[Router]) -> None:

@@ -48,6 +48,8 @@ class ExpertBank:
       activations: one per input kernel, as in `MlpBlock`.
       dtype: dtype of the computation; inputs and kernels are cast to it.
       dispatch: see `MoeConfig.dispatch`; used by `grouped` alone.
+      biases: float32, by the names of the kernels that they stand beside: `[E, f]`, and `[E, d]` of
+        `wo`; empty for none.
     """
 
     kernels: Mapping[str, jax.Array]
@@ -55,6 +57,7 @@ class ExpertBank:
     activations: tuple[str, ...] = flax.struct.field(pytree_node=False, default=("gelu", "linear"))
     dtype: Any = flax.struct.field(pytree_node=False, default=jnp.float32)
     dispatch: Dispatch = flax.struct.field(pytree_node=False, default="auto")
+    biases: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
     @property
     def looped_over(self) -> bool:
@@ -70,29 +73,36 @@ class ExpertBank:
         here = (axes.EXPERT_GROUP, None, None, axes.ACTIVATION_EMBED)
         there = (axes.EXPERT_REPLICA_GROUP, axes.ACTIVATION_EXPERT, None, axes.ACTIVATION_EMBED)
         slots = constrain(constrain(slots, here), there)
-        # kernels [E, ., .], slots [G, E, C, d] and scale [G, E, f], each without its E in `_mlp`.
+        # kernels [E, ., .], biases [E, .], slots [G, E, C, d] and scale [G, E, f], each without its
+        # E in `_mlp`.
         scale_axis = None if self.hidden_scale is None else 1
-        outputs = jax.vmap(self._mlp, in_axes=(0, 1, scale_axis), out_axes=1)(
-            self.kernels, slots, self.hidden_scale
+        outputs = jax.vmap(self._mlp, in_axes=(0, 0, 1, scale_axis), out_axes=1)(
+            self.kernels, self.biases, slots, self.hidden_scale
         )
         return constrain(constrain(outputs, there), here)
 
     def _mlp(
-        self, kernels: Mapping[str, jax.Array], x: jax.Array, scale: jax.Array | None
+        self,
+        kernels: Mapping[str, jax.Array],
+        biases: Mapping[str, jax.Array],
+        x: jax.Array,
+        scale: jax.Array | None,
     ) -> jax.Array:
         """One expert, `[G, C, d]` to the same shape: what `MlpBlock` computes."""
+
+        def product(x: jax.Array, name: str) -> jax.Array:
+            out = projection.dot(x, jnp.asarray(kernels[name], self.dtype))
+            return out + jnp.asarray(biases[name], self.dtype) if biases else out
+
         x = x.astype(self.dtype)
-        products = [
-            projection.dot(x, jnp.asarray(kernels[name], self.dtype))
-            for name in input_kernel_names(self.activations)
-        ]
+        products = [product(x, name) for name in input_kernel_names(self.activations)]
         hidden = constrain(
             gated(products, self.activations),
             (axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
         )
         if scale is not None:
             hidden = hidden * scale[:, None].astype(hidden.dtype)
-        return projection.dot(hidden, jnp.asarray(kernels["wo"], self.dtype))
+        return product(hidden, "wo")
 
     def looped(
         self, tokens: jax.Array, token_index: jax.Array, combine_weight: jax.Array
@@ -112,6 +122,7 @@ class ExpertBank:
             combine_weight,
             activations=self.activations,
             hidden_scale=self.hidden_scale,
+            biases=dict(self.biases),
         )
 
     def grouped(self, tokens: jax.Array, expert: jax.Array, weight: jax.Array) -> jax.Array:
@@ -131,4 +142,5 @@ class ExpertBank:
             activations=self.activations,
             dispatch=grouped_experts.resolve(self.dispatch),
             hidden_scale=None if self.hidden_scale is None else self.hidden_scale[0],
+            biases=self.biases,
         )

@@ -76,6 +76,7 @@ def apply(
     activations: Sequence[str],
     dispatch: Dispatch,
     hidden_scale: jax.Array | None = None,
+    biases: Mapping[str, jax.Array] | None = None,
 ) -> jax.Array:
     """For each token the weighted sum of the outputs of its experts: float32 `[N, d]`.
 
@@ -87,13 +88,17 @@ def apply(
       activations: one per input kernel.
       dispatch: 'sorted' or 'ragged_dot'.
       hidden_scale: `[E, f]`, factor on the hidden units of each expert (dropout); None for none.
+      biases: `[E, f]`, and `[E, d]` of `wo`, by the names of kernels; None or empty for none.
     """
-    kernels = {name: kernel.astype(tokens.dtype) for name, kernel in kernels.items()}
+    kernels, biases = (
+        {name: leaf.astype(tokens.dtype) for name, leaf in leaves.items()}
+        for leaves in (kernels, biases or {})
+    )
     local = functools.partial(_local, activations=tuple(activations), dispatch=dispatch)
     shape = active_mesh_shape()
     shards = shape.get(DATA, 1) * shape.get(EXPERT, 1)
     if shards * shape.get(MODEL, 1) == 1:
-        return local(tokens, expert, weight, kernels, hidden_scale)
+        return local(tokens, expert, weight, kernels, hidden_scale, biases)
     # Tokens are split over all data and expert shards. Padding makes their number divide: tokens
     # of zeros that make no choice.
     num_tokens, num_experts = tokens.shape[0], kernels["wo"].shape[0]
@@ -111,13 +116,17 @@ def apply(
         for name in kernels
     }
     scale_specs = None if hidden_scale is None else PartitionSpec(held, model)
+    bias_specs = {
+        name: PartitionSpec(held, None) if name == "wo" else PartitionSpec(held, model)
+        for name in biases
+    }
     sharded = jax.shard_map(
         functools.partial(_on_one_device, local=local, shape=shape),
-        in_specs=(rows, rows, rows, kernel_specs, scale_specs),
+        in_specs=(rows, rows, rows, kernel_specs, scale_specs, bias_specs),
         out_specs=rows,
         check_vma=False,
     )
-    return sharded(tokens, expert, weight, kernels, hidden_scale)[:num_tokens]
+    return sharded(tokens, expert, weight, kernels, hidden_scale, biases)[:num_tokens]
 
 
 def _distinct(*mesh_axes: str) -> tuple[str, ...]:
@@ -131,13 +140,18 @@ def _on_one_device(
     weight: jax.Array,
     kernels: Mapping[str, jax.Array],
     hidden_scale: jax.Array | None,
+    biases: Mapping[str, jax.Array],
     *,
     local: Callable[..., jax.Array],
     shape: Mapping[str, int],
 ) -> jax.Array:
     """As `apply`, inside `jax.shard_map`: tokens, experts and hidden units of one device."""
+    if biases and shape[MODEL] > 1:
+        # Model shards add up: one of them adds the bias after the hidden units.
+        first = jax.lax.axis_index(MODEL) == 0
+        biases = {**biases, "wo": jnp.where(first, biases["wo"], 0)}
     if shape[EXPERT] == 1:
-        out = local(tokens, expert, weight, kernels, hidden_scale)
+        out = local(tokens, expert, weight, kernels, hidden_scale, biases)
     else:
         # Device p of the expert axis has experts p * num_local to (p + 1) * num_local - 1.
         num_local = kernels["wo"].shape[0]
@@ -147,7 +161,7 @@ def _on_one_device(
         expert = arrived.expert - jax.lax.axis_index(EXPERT) * num_local
         here = (expert >= 0) & (expert < num_local)
         expert, weight = jnp.where(here, expert, num_local), jnp.where(here, arrived.weight, 0.0)
-        outputs = local(arrived.tokens, expert, weight, kernels, hidden_scale)
+        outputs = local(arrived.tokens, expert, weight, kernels, hidden_scale, biases)
         out = all_to_all.sum_back(outputs, slots)
     # Each model shard has a part of the hidden units, whose contributions add up.
     return jax.lax.psum(out, MODEL) if shape[MODEL] > 1 else out
@@ -159,6 +173,7 @@ def _local(
     weight: jax.Array,
     kernels: Mapping[str, jax.Array],
     hidden_scale: jax.Array | None,
+    biases: Mapping[str, jax.Array],
     *,
     activations: tuple[str, ...],
     dispatch: Dispatch,
@@ -174,6 +189,7 @@ def _local(
     outputs = _mlp(
         grouped_matmul.to_rows(tokens, rows),
         kernels,
+        biases,
         rows,
         activations=activations,
         product=product,
@@ -186,16 +202,25 @@ def _local(
 def _mlp(
     x: jax.Array,
     kernels: Mapping[str, jax.Array],
+    biases: Mapping[str, jax.Array],
     rows: grouped_matmul.SortedRows,
     *,
     activations: tuple[str, ...],
     product: Product,
     hidden_scale: jax.Array | None,
 ) -> jax.Array:
-    """`MlpBlock` on rows `[R, d]`, each with its own expert's matrices."""
-    products = [product(x, kernels[name], rows.sizes) for name in input_kernel_names(activations)]
+    """`MlpBlock` on rows `[R, d]`, each with its own expert's matrices and biases."""
+
+    def of_rows(by_expert: jax.Array) -> jax.Array:
+        at = by_expert.at[grouped_matmul.expert_of_row(rows)]
+        return at.get(mode="fill", fill_value=0)  # [E, .] to [R, .]
+
+    def biased(x: jax.Array, name: str) -> jax.Array:
+        out = product(x, kernels[name], rows.sizes)
+        return out + of_rows(biases[name]) if biases else out
+
+    products = [biased(x, name) for name in input_kernel_names(activations)]
     hidden = gated(products, activations)  # [R, f]
     if hidden_scale is not None:
-        of_row = hidden_scale.at[grouped_matmul.expert_of_row(rows)]
-        hidden = hidden * of_row.get(mode="fill", fill_value=0).astype(hidden.dtype)
-    return product(hidden, kernels["wo"], rows.sizes)
+        hidden = hidden * of_rows(hidden_scale).astype(hidden.dtype)
+    return biased(hidden, "wo")

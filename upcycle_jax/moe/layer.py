@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from upcycle_jax import axes
 from upcycle_jax.layers.mlp import MlpBlock
-from upcycle_jax.moe import layer_stats
+from upcycle_jax.layers.projection import Projection
+from upcycle_jax.moe import layer_stats, roles
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.dispatch import Dispatcher
 from upcycle_jax.moe.experts import ExpertBank, init_experts
@@ -43,6 +44,7 @@ class MoeLayer(nn.Module):
       activations: of the experts, as in `MlpBlock`.
       dropout_rate: dropout inside experts.
       dtype: dtype of the experts' computation; routing and combining are float32.
+      use_bias: experts and shared expert have biases, as in `MlpBlock`.
     """
 
     config: MoeSettings
@@ -51,6 +53,7 @@ class MoeLayer(nn.Module):
     activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -206,14 +209,16 @@ class MoeLayer(nn.Module):
             hidden_axis=axes.EXPERT_MLP,
             activation_axes=(axes.EXPERT_REPLICA_GROUP, None, axes.ACTIVATION_EXPERT_MLP),
             dtype=self.dtype,
-            name="expert",
+            use_bias=self.use_bias,
+            name=roles.EXPERT,
         )
         init_experts(expert, num_experts=self.config.num_experts, emb_dim=emb_dim)
 
     def _experts(self, num_groups: int, *, train: bool) -> ExpertBank:
         """The experts, with dropout masks for `num_groups` groups."""
-        params = nn.meta.unbox(self.variables["params"]["expert"])
+        params = nn.meta.unbox(self.variables["params"][roles.EXPERT])
         kernels = {name: leaf["kernel"] for name, leaf in params.items()}
+        biases = {name: leaf["bias"] for name, leaf in params.items()} if self.use_bias else {}
         hidden_scale = None
         if train and self.dropout_rate > 0:
             # A hidden unit of an expert is dropped for all tokens of a group, or for none.
@@ -227,20 +232,30 @@ class MoeLayer(nn.Module):
             activations=self.activations,
             dtype=self.dtype,
             dispatch=self.config.dispatch,
+            biases=biases,
         )
 
     def _shared_expert(self, x: jax.Array, hidden: int, *, train: bool) -> jax.Array:
-        """The MLP that processes every token `[batch, length, d]`: no routing, no capacity, weight
-        1.
+        """The MLP that processes every token `[batch, length, d]`: no routing, no capacity; weight
+        1, or that of its own gate.
         """
         shared = MlpBlock(
             hidden=hidden,
             activations=self.activations,
             dropout_rate=self.dropout_rate,
             dtype=self.dtype,
-            name="shared_expert",
+            use_bias=self.use_bias,
+            name=roles.SHARED_EXPERT,
         )
-        return shared(x.astype(self.dtype), not train)
+        y = shared(x.astype(self.dtype), not train)
+        if not self.config.shared_expert_gate:
+            return y
+        gate = Projection(
+            1, (axes.EMBED, axes.UNMODELED), nn.initializers.normal(0.02), name=roles.SHARED_GATE
+        )
+        # float32, as the weights of routed experts are.
+        weight = jax.nn.sigmoid(gate(x.astype(jnp.float32)))  # [batch, length, 1]
+        return (weight * y.astype(jnp.float32)).astype(self.dtype)
 
     def _with_jitter(self, tokens: jax.Array, *, train: bool) -> jax.Array:
         """Float32 tokens as the router sees them, see `Router.input_jitter`."""

@@ -50,6 +50,7 @@ def apply(
     *,
     activations: tuple[str, ...],
     hidden_scale: jax.Array | None = None,
+    biases: dict[str, jax.Array] | None = None,
 ) -> jax.Array:
     """For each token the weighted sum of the outputs of the experts that have a slot for it:
     float32 `[G, S, d]`.
@@ -61,25 +62,27 @@ def apply(
       combine_weight: float32 `[G, E, C]`.
       activations: one per input kernel.
       hidden_scale: `[G, E, f]`, factor on the hidden units (dropout); None for none.
+      biases: `[E, f]`, and `[E, d]` of `wo`, by the names of kernels; None or empty for none.
     """
     # The loop is a scan over the leading axis: E comes first.
     by_expert = jax.tree.map(
         lambda leaf: jnp.moveaxis(leaf, 1, 0), (token_index, combine_weight, hidden_scale)
     )
-    return _looped(activations, kernels, tokens, *by_expert)
+    return _looped(activations, kernels, biases or {}, tokens, *by_expert)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _looped(
     activations: tuple[str, ...],
     kernels: dict[str, jax.Array],
+    biases: dict[str, jax.Array],
     tokens: jax.Array,
     index: jax.Array,
     weight: jax.Array,
     scale: jax.Array | None,
 ) -> jax.Array:
     """As `apply`, with index and weight `[E, G, C]` and scale `[E, G, f]`."""
-    return _forward(activations, kernels, tokens, index, weight, scale)[0]
+    return _forward(activations, kernels, biases, tokens, index, weight, scale)[0]
 
 
 @flax.struct.dataclass
@@ -88,6 +91,7 @@ class _Saved:
 
     Attributes:
       kernels: `MlpBlock`'s, `[E, ., .]`.
+      biases: likewise, `[E, .]`; empty for none.
       tokens: `[G, S, d]`.
       index: int32 `[E, G, C]`, of the token in each slot.
       weight: float32 `[E, G, C]`, combine weights.
@@ -96,6 +100,7 @@ class _Saved:
     """
 
     kernels: dict[str, jax.Array]
+    biases: dict[str, jax.Array]
     tokens: jax.Array
     index: jax.Array
     weight: jax.Array
@@ -106,33 +111,38 @@ class _Saved:
 def _forward(
     activations: tuple[str, ...],
     kernels: dict[str, jax.Array],
+    biases: dict[str, jax.Array],
     tokens: jax.Array,
     index: jax.Array,
     weight: jax.Array,
     scale: jax.Array | None,
 ) -> tuple[jax.Array, _Saved]:
     def one(total: jax.Array, of_one: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        kernels, index, weight, scale = of_one  # of one expert: [., .], [G, C], [G, C], [G, f]
+        # Of one expert: [., .], [.], [G, C], [G, C], [G, f].
+        kernels, biases, index, weight, scale = of_one
+
+        def product(x: jax.Array, name: str) -> jax.Array:
+            out = x @ kernels[name].astype(x.dtype)
+            return out + biases[name].astype(x.dtype) if biases else out
+
         x = _rows_of(tokens, index)  # [G * C, d]
-        products = tuple(
-            x @ kernels[name].astype(x.dtype) for name in input_kernel_names(activations)
-        )
-        outputs = _hidden(products, scale, activations) @ kernels["wo"].astype(x.dtype)
+        products = tuple(product(x, name) for name in input_kernel_names(activations))
+        outputs = product(_hidden(products, scale, activations), "wo")
         return (
             _add_rows(total, index, outputs.astype(jnp.float32) * weight.reshape(-1, 1)),
             products,
         )
 
     outputs, products = jax.lax.scan(
-        one, jnp.zeros(tokens.shape, jnp.float32), (kernels, index, weight, scale)
+        one, jnp.zeros(tokens.shape, jnp.float32), (kernels, biases, index, weight, scale)
     )
-    return outputs, _Saved(kernels, tokens, index, weight, scale, products)
+    return outputs, _Saved(kernels, biases, tokens, index, weight, scale, products)
 
 
 def _backward(
     activations: tuple[str, ...], saved: _Saved, grad: jax.Array
-) -> tuple[Any, jax.Array, None, jax.Array, None]:
-    """Gradients of `kernels`, `tokens`, `index` (none), `weight` and `scale` (none).
+) -> tuple[Any, Any, jax.Array, None, jax.Array, None]:
+    """Gradients of `kernels`, `biases`, `tokens`, `index` (none), `weight` and `scale` (none).
 
     Activations are computed again from the products: that costs less than to store and load them.
     The kernels' gradients are computed after the loop, from rows of all experts that the loop has
@@ -144,15 +154,19 @@ def _backward(
     grad = grad.astype(dtype)
 
     def one(of_tokens: jax.Array, of_one: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-        kernels, index, weight, scale, products = of_one
+        kernels, biases, index, weight, scale, products = of_one
         # hidden [G * C, f]; `pull` turns its gradient into those of the products.
         hidden, pull = jax.vjp(lambda products: _hidden(products, scale, activations), products)
+        of_rows = _rows_of(grad, index)
         of_hidden = jnp.dot(
-            _rows_of(grad, index), kernels["wo"].astype(dtype).T, preferred_element_type=jnp.float32
+            of_rows, kernels["wo"].astype(dtype).T, preferred_element_type=jnp.float32
         )
         # A weight's gradient is the output (hidden @ wo) times its gradient. That equals hidden
         # times (gradient @ wo.T), which is at hand: the output need not be computed again.
-        of_weight = sums(hidden.astype(jnp.float32) * of_hidden).reshape(weight.shape)
+        of_weight = sums(hidden.astype(jnp.float32) * of_hidden)
+        if biases:
+            of_weight += sums(of_rows.astype(jnp.float32) * biases["wo"].astype(jnp.float32))
+        of_weight = of_weight.reshape(weight.shape)
         weight = weight.reshape(-1, 1)
         (of_products,) = pull((of_hidden * weight).astype(dtype))
         of_x = sum(
@@ -169,7 +183,18 @@ def _backward(
         product = jnp.einsum("ena,enb->eab", left, right, preferred_element_type=jnp.float32)
         return product.astype(saved.kernels[name].dtype)
 
-    scanned = saved.kernels, saved.index, saved.weight, saved.scale, saved.products
+    def of_bias(name: str, rows: jax.Array) -> jax.Array:
+        summed = jnp.sum(rows, axis=1, dtype=jnp.float32)  # [E, n, a] to [E, a]
+        return summed.astype(saved.biases[name].dtype)
+
+    scanned = (
+        saved.kernels,
+        saved.biases,
+        saved.index,
+        saved.weight,
+        saved.scale,
+        saved.products,
+    )
     of_tokens, (of_products, hidden, of_weight) = jax.lax.scan(
         one, jnp.zeros(grad.shape, jnp.float32), scanned
     )
@@ -180,8 +205,14 @@ def _backward(
     of_kernels = {
         name: of_kernel(name, rows, g) for name, g in zip(names, of_products, strict=True)
     }
+    of_biases = {}
+    if saved.biases:
+        weight = saved.weight.reshape(len(saved.weight), -1, 1)  # [E, n, 1]
+        of_biases = {name: of_bias(name, g) for name, g in zip(names, of_products, strict=True)}
+        of_biases["wo"] = of_bias("wo", of_outputs.astype(jnp.float32) * weight)
     return (
         of_kernels | {"wo": of_kernel("wo", hidden, of_outputs)},
+        of_biases,
         of_tokens.astype(dtype),
         None,
         of_weight,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from upcycle_jax.trees import LeafSpec, Role
 
 EXPERT, SHARED_EXPERT, ROUTER, BIAS = "expert", "shared_expert", "router", "bias"
+SHARED_GATE = "shared_expert_gate"
 """Children of an MoE layer; `bias` is the router's."""
 
 _MOE_MLP = re.compile(rf"(.*\bmlp)/(?:{EXPERT}|{SHARED_EXPERT}|{ROUTER})/.+")
@@ -49,4 +50,6 @@ def _in_layer(layer: str, path: str) -> tuple[Role, str]:
     if child == ROUTER:
         is_bias = rest.partition("/")[0] == BIAS
         return (Role.ROUTER_BIAS if is_bias else Role.ROUTER), ""
+    if child == SHARED_GATE:
+        return Role.SHARED_GATE, ""
     return Role.DENSE, path

@@ -307,8 +307,9 @@ def check_layer(
         dense = sparse.reference_mlp(x[part], kernels)
         expected = dense * gates[part, None]
         if moe is not None and moe.shared_expert_mlp_dim is not None:
-            units = moe.shared_expert_mlp_dim
-            expected = expected + sparse.reference_mlp(x[part], kernels, units=units)
+            shared = sparse.reference_mlp(x[part], kernels, units=moe.shared_expert_mlp_dim)
+            # A converted gate is zero: sigmoid(0) for every token.
+            expected = expected + shared * (0.5 if moe.shared_expert_gate else 1.0)
         scale = _largest(scale, dense)
         difference = _largest(difference, y[part] - expected)
     return LayerScaling(layer, difference / scale, float(gates.mean()), float((gates == 0).mean()))

@@ -33,6 +33,8 @@ from upcycle_jax.trees import LeafSpec, Role
 PLACEHOLDER = (1,)
 PARENT = re.compile(r"parent_(\d+)/(.+)")
 ROUTING = (Role.ROUTER, Role.ROUTER_BIAS)
+FRESH = (*ROUTING, Role.SHARED_GATE)
+"""What no dense model has."""
 
 Specs = Mapping[str, LeafSpec]
 
@@ -301,7 +303,8 @@ class _Upcycling(_Matching):
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
         match spec.role:
-            case Role.ROUTER_BIAS:  # No expert is preferred before any load was seen.
+            # No expert is preferred before any load was seen; a gate of a half for every token.
+            case Role.ROUTER_BIAS | Role.SHARED_GATE:
                 self.add(path, spec, Zeros(), ())
             case Role.ROUTER:
                 operation = self.recipe.router_init.operation(path)
@@ -338,7 +341,7 @@ class _Upcycling(_Matching):
 
     def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
         is_expert = spec.role is Role.EXPERT
-        if spec.role in ROUTING or (is_expert and self.recipe.optimizer_state == "dense_only"):
+        if spec.role in FRESH or (is_expert and self.recipe.optimizer_state == "dense_only"):
             return Zeros(), ()
         if spec.role is Role.SHARED_EXPERT:
             # Factored slots of a part of a matrix are not parts of the factored slots.

@@ -266,6 +266,7 @@ class DecoderConfig:
                 moe,
                 router=moe.router.renormalized() or moe.router,
                 shared_expert_mlp_dim=None,
+                shared_expert_gate=False,
                 # As many slots as tokens: nothing is dropped, nobody left out.
                 eval_expert_capacity_factor=float(moe.num_experts),
             )

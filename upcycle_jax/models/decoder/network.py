@@ -56,6 +56,7 @@ def moe_layer(config: DecoderConfig, **bound: Any) -> MoeLayer:
         activations=config.mlp_activations,
         dropout_rate=config.expert_dropout_rate,
         dtype=config.activation_dtype,
+        use_bias=config.mlp_bias,
         **bound,
     )
 

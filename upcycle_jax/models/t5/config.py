@@ -19,6 +19,10 @@ STACKS: tuple[StackName, ...] = ("encoder", "decoder")
 """In the order in which a batch passes them."""
 
 
+_ADDED = ("shared_expert_gate",)
+"""Settings of `MoeSettings` that its first version did not have."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MoeConfig(MoeSettings):
     """Which layers are MoE layers, and how those route. The defaults are the paper's language
@@ -62,10 +66,15 @@ class MoeConfig(MoeSettings):
 
     def __repr__(self) -> str:
         """Unfinished predictions of earlier versions are gone on with by this text: the fields of
-        the stacks come after the first.
+        the stacks come after the first, and later additions show where they are set.
         """
-        first, *shared = (field.name for field in dataclasses.fields(MoeSettings))
-        own = [f.name for f in dataclasses.fields(self) if f.name not in (first, *shared)]
+        first, *shared = (
+            field.name
+            for field in dataclasses.fields(MoeSettings)
+            if field.name not in _ADDED or getattr(self, field.name) != field.default
+        )
+        known = {field.name for field in dataclasses.fields(MoeSettings)}
+        own = [f.name for f in dataclasses.fields(self) if f.name not in known]
         fields = (f"{name}={getattr(self, name)!r}" for name in (first, *own, *shared))
         return f"MoeConfig({', '.join(fields)})"
 
@@ -234,6 +243,7 @@ class T5Config:
                 encoder_router=encoder_router,
                 decoder_router=decoder_router,
                 shared_expert_mlp_dim=None,
+                shared_expert_gate=False,
                 # As many slots as tokens: nothing is dropped, nobody left out.
                 eval_expert_capacity_factor=float(moe.num_experts),
             )
