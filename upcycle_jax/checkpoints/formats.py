@@ -32,7 +32,7 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
 
     Args:
       path: `checkpoint_<step>`, a MODEL_DIR (its latest finished step), a T5X legacy folder or
-        msgpack file, or a Hugging Face T5 folder.
+        msgpack file, a Hugging Face folder, a GGUF file, or a folder with one.
 
     Raises:
       FileNotFoundError: nothing is there; a half-written checkpoint beside it is named.
