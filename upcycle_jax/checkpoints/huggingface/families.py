@@ -7,13 +7,26 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.base import Export, FolderFamily
+from upcycle_jax.checkpoints.huggingface.decoder import kinds
+from upcycle_jax.checkpoints.huggingface.decoder.reading import DecoderLayout
 from upcycle_jax.checkpoints.huggingface.files import shown
 from upcycle_jax.checkpoints.huggingface.t5.config_json import MODEL_TYPES, NOT_READ
 from upcycle_jax.checkpoints.huggingface.t5.reading import T5Layout
 from upcycle_jax.checkpoints.huggingface.t5.writing import export
 from upcycle_jax.trees import LeafSpec
 
-FAMILIES = [FolderFamily("T5", tuple(MODEL_TYPES), NOT_READ, T5Layout, export)]
+
+def _not_written(
+    specs: Mapping[str, LeafSpec], dtype: np.dtype | None, settings: Mapping[str, Any]
+) -> Export:
+    """See `base.FolderFamily.export`."""
+    raise ValueError("folders of decoder-only models are read alone")
+
+
+FAMILIES = [
+    FolderFamily("T5", tuple(MODEL_TYPES), NOT_READ, T5Layout, export),
+    FolderFamily("decoder-only", tuple(kinds.KINDS), kinds.NOT_READ, DecoderLayout, _not_written),
+]
 
 
 def family_of(folder: Path, keys: Mapping[str, Any]) -> FolderFamily:

@@ -7,7 +7,7 @@ the expert axis. Names and shapes are those of transformers 5.24; 4.57 has the s
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from upcycle_jax.checkpoints.huggingface.base import Rows, Source, Sources, consecutive, row_axis
 from upcycle_jax.layers.mlp import input_kernel_names
@@ -218,15 +218,21 @@ def places(
     Raises:
       ValueError: the type has no MoE layers, no such shared expert, or is unknown.
     """
-    return {place.path: place.sources for place in layout(model_type, config, in_memory=in_memory)}
+    found = layout(model_type, config, _names(model_type, in_memory=in_memory))
+    return {place.path: place.sources for place in found}
 
 
 def tensor_shapes(
     model_type: str, config: DecoderConfig, *, in_memory: bool = False
 ) -> dict[str, Shape]:
     """The shape of every tensor, by name; arguments as for `places`."""
+    return shapes_of(layout(model_type, config, _names(model_type, in_memory=in_memory)))
+
+
+def shapes_of(places: Iterable[Place]) -> dict[str, Shape]:
+    """The shape of every tensor that parameters are made of, by name."""
     shapes: dict[str, Shape] = {}
-    for place in layout(model_type, config, in_memory=in_memory):
+    for place in places:
         stacked = isinstance(place.sources, tuple)
         parts = place.sources if isinstance(place.sources, tuple) else (place.sources,)
         for part in parts:
@@ -240,12 +246,29 @@ def tensor_shapes(
     return shapes
 
 
-def layout(model_type: str, config: DecoderConfig, *, in_memory: bool = False) -> Iterator[Place]:
-    """Every parameter of a model, in the order in which files hold them; see `places`."""
+def _names(model_type: str, *, in_memory: bool) -> Names:
+    """
+    Raises:
+      ValueError: the type is unknown.
+    """
     names = IN_MEMORY.get(model_type) if in_memory else None
     names = names or NAMES.get(model_type)
     if names is None:
         raise ValueError(f"model_type {model_type!r} is not among {', '.join(NAMES)}")
+    return names
+
+
+def layout(model_type: str, config: DecoderConfig, names: Names) -> Iterator[Place]:
+    """Every parameter of a model, in the order in which files hold them.
+
+    Args:
+      model_type: for messages.
+      config: of the model.
+      names: of the tensors.
+
+    Raises:
+      ValueError: see `places`.
+    """
     embedding = (config.vocab_size, config.emb_dim)
     yield Place(EMBEDDING, embedding, Source(f"{names.base}{names.embedding}.weight"))
     for number in range(config.num_layers):
@@ -350,7 +373,7 @@ def _moe(
     width = moe.shared_expert_mlp_dim
     if width is None:
         return
-    gated = getattr(moe, "shared_expert_gate", False)
+    gated = moe.shared_expert_gate
     if names.shared is None or (names.shared_gate is not None) != gated:
         gate = "with a gate" if gated else "without a gate"
         raise ValueError(f"a model of type {model_type!r} has no shared expert {gate}")

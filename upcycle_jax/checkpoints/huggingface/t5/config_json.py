@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, shown
+from upcycle_jax.checkpoints.huggingface.keys import Keys
 
 MODEL_TYPES = {"t5": "relu", "mt5": "gated-gelu"}
 """Types of models that are read -> their `feed_forward_proj` where config.json has none."""
@@ -54,16 +54,6 @@ NOT_READ = {
     ),
 }
 """Types that are near to T5 -> why they are not read."""
-
-_DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
-_MAX_SIZE = 1 << 31
-_KINDS = {
-    int: "an integer",
-    str: "a text",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,30 +99,23 @@ def read_config(folder: Path, keys: Mapping[str, Any]) -> Stated:
       ValueError: it is damaged, contradicts itself, or describes what cannot be computed here; the
         message names file, key, value and remedy.
     """
-    return _Keys(folder, keys).stated()
+    return _T5Keys(folder, keys).stated()
 
 
-def _quoted(value: object) -> str:
-    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
-
-
-class _Keys:
-    """Typed access to the keys of one config.json."""
-
-    def __init__(self, folder: Path, keys: Mapping[str, Any]):
-        self._where, self._keys = folder / CONFIG, keys
+class _T5Keys(Keys):
+    """What the keys of a T5's config.json state."""
 
     def stated(self) -> Stated:
         model_type = self._keys["model_type"]
         self._refuse_what_is_no_plain_t5()
         feed_forward, activations = self._activations(MODEL_TYPES[model_type])
         tied, scaled, head_may_differ = self._output(model_type)
-        architectures = self._get("architectures", list, [])
+        architectures = self.get("architectures", list, [])
         return Stated(
             activations=activations,
             feed_forward=feed_forward,
             epsilon=self._epsilon(),
-            max_distance=self._size("relative_attention_max_distance") or 128,
+            max_distance=self.size("relative_attention_max_distance") or 128,
             sizes=self._sizes(),
             tied=tied,
             scaled=scaled,
@@ -140,33 +123,15 @@ class _Keys:
             encoder_only=any(
                 isinstance(name, str) and name.endswith("EncoderModel") for name in architectures
             )
-            or self._get("is_encoder_decoder", bool, True) is False,
+            or self.get("is_encoder_decoder", bool, True) is False,
         )
-
-    def _refuse(self, key: str, why: str) -> ValueError:
-        return ValueError(f"{self._where}: {key} is {_quoted(self._keys.get(key))}: {why}")
-
-    def _get(self, key: str, kind: type, default: Any) -> Any:
-        """The value of a key; the default where it is absent or null."""
-        value = self._keys.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise self._refuse(key, f"{_KINDS[kind]} belongs there. Copy the file again")
-        return value
-
-    def _size(self, key: str) -> int | None:
-        value = self._get(key, int, None)
-        if value is not None and not 1 <= value < _MAX_SIZE:
-            raise self._refuse(key, "a positive size belongs there. Copy the file again")
-        return value
 
     def _sizes(self) -> dict[str, int]:
         out = {}
         for key, alias in SIZES.items():
-            value, other = self._size(key), self._size(alias) if alias else None
+            value, other = self.size(key), self.size(alias) if alias else None
             if value is not None and other is not None and value != other:
-                raise self._refuse(key, f"{alias} says {other}. Correct one of them")
+                raise self.refused(key, f"{alias} says {other}. Correct one of them")
             found = value if value is not None else other
             if found is not None:
                 out[key] = found
@@ -177,75 +142,66 @@ class _Keys:
     def _epsilon(self) -> float:
         value = self._keys.get("layer_norm_epsilon", 1e-6)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise self._refuse("layer_norm_epsilon", "a number between 0 and 1 belongs there")
+            raise self.refused("layer_norm_epsilon", "a number between 0 and 1 belongs there")
         return float(value)
 
     def _refuse_what_is_no_plain_t5(self) -> None:
         for key in ("is_decoder", "tie_encoder_decoder"):
-            if self._get(key, bool, False):
-                raise self._refuse(key, "a T5 whose encoder and decoder are apart can be read")
-        if self._get("quantization_config", dict, {}):
-            raise self._refuse(
-                "quantization_config",
-                "quantised weights are not supported, save the model in float16 or wider",
-            )
-        if self._get("pruned_heads", dict, {}):
-            raise self._refuse("pruned_heads", "pruned models have no counterpart in T5X")
-        if self._get("decoder_start_token_id", int, 0) != 0:
-            raise self._refuse(
+            if self.get(key, bool, False):
+                raise self.refused(key, "a T5 whose encoder and decoder are apart can be read")
+        self.check_plain()
+        if self.get("decoder_start_token_id", int, 0) != 0:
+            raise self.refused(
                 "decoder_start_token_id",
                 "decoders begin with token 0 here. Nothing but training and predictions depend on"
                 " it: where neither is wanted, set it to 0",
             )
-        for key in ("torch_dtype", "dtype"):
-            if self._get(key, str, "float32").removeprefix("torch.") not in _DTYPES:
-                raise self._refuse(key, f"known are {', '.join(_DTYPES)}")
 
     def _activations(self, default: str) -> tuple[str, tuple[str, ...]]:
         """`feed_forward_proj`, and our names of its activations."""
-        name = self._get("feed_forward_proj", str, None)
+        name = self.get("feed_forward_proj", str, None)
         known = ", ".join(sorted(ACTIVATIONS))
         key = "feed_forward_proj"
         parts = (name or default).split("-")
         gated, function = parts[:-1] == ["gated"], parts[-1]
         if len(parts) > 2 or (len(parts) == 2 and not gated):
-            raise self._refuse(key, "only '<activation>' and 'gated-<activation>' are known")
+            raise self.refused(key, "only '<activation>' and 'gated-<activation>' are known")
         if parts == ["gated", "gelu"]:
             function = "gelu_new"  # transformers' exception: T5 1.1 was trained with tanh's gelu.
-        stored = self._get("dense_act_fn", str, None)
+        stored = self.get("dense_act_fn", str, None)
         if name is None and stored is not None:
             key, function = "dense_act_fn", stored
-        is_gated = self._get("is_gated_act", bool, None)
+        is_gated = self.get("is_gated_act", bool, None)
         if name is None and is_gated is not None:
             gated = is_gated
         if function not in ACTIVATIONS:
-            raise self._refuse(key, f"this activation is not supported; known are {known}")
+            raise self.refused(key, f"this activation is not supported; known are {known}")
         if stored is not None and ACTIVATIONS.get(stored) != ACTIVATIONS[function]:
-            raise self._refuse("dense_act_fn", f"feed_forward_proj {name!r} means {function!r}")
+            raise self.refused("dense_act_fn", f"feed_forward_proj {name!r} means {function!r}")
         if is_gated is not None and is_gated != gated:
-            raise self._refuse("is_gated_act", f"feed_forward_proj {name!r} says {gated}")
+            raise self.refused("is_gated_act", f"feed_forward_proj {name!r} says {gated}")
         ours = ACTIVATIONS[function]
         text = name or f"{'gated-' if gated else ''}{function}"
         return text, (ours, "linear") if gated else (ours,)
 
     def _output(self, model_type: str) -> tuple[bool | None, bool, bool]:
         """`tied`, `scaled` and `head_may_differ` of `Stated`."""
-        tied = self._get("tie_word_embeddings", bool, None)
-        scaled = self._get("scale_decoder_outputs", bool, None)
-        version = re.match(r"(\d{1,4})\.", self._get("transformers_version", str, ""))
+        tied = self.get("tie_word_embeddings", bool, None)
+        scaled = self.get("scale_decoder_outputs", bool, None)
+        version = re.match(r"(\d{1,4})\.", self.get("transformers_version", str, ""))
         recent = version is not None and int(version.group(1)) >= 5
         if model_type == "t5":
             scales = scaled if scaled is not None else tied is not False
             return tied, scales, recent or scaled is not None
         if tied and version is None:
-            raise self._refuse(
+            raise self.refused(
                 "tie_word_embeddings",
                 "transformers 4 scales the output of such an mT5 and 5 does not, and the file has"
                 " no transformers_version. Load and save it with the version that it was made with",
             )
         scales = bool(tied) and not recent
         if scaled is not None and scaled != scales:
-            raise self._refuse(
+            raise self.refused(
                 "scale_decoder_outputs", f"transformers computes this mT5 as if it were {scales}"
             )
         return tied, scales, recent or tied is None

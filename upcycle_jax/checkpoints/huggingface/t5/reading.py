@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax.checkpoints.huggingface.base import Source, Sources
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles, shown
+from upcycle_jax.checkpoints.huggingface.comparing import compare, few, numbered
+from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles
 from upcycle_jax.checkpoints.huggingface.t5.config_json import SIZES, Stated, read_config
 from upcycle_jax.checkpoints.huggingface.t5.tensors import (
     EMBEDDING_COPIES,
@@ -24,7 +25,7 @@ from upcycle_jax.checkpoints.huggingface.t5.tensors import (
     LM_HEAD,
     LOGITS,
     SHARED,
-    Place,
+    STACKS,
     T5Dimensions,
     input_kernels,
     places,
@@ -32,7 +33,7 @@ from upcycle_jax.checkpoints.huggingface.t5.tensors import (
 )
 from upcycle_jax.state_tree import TARGET
 
-_BLOCK = re.compile(r"(encoder|decoder)\.block\.(0|[1-9]\d{0,8})\..*", re.DOTALL)
+_BLOCK = {stack: re.compile(rf"{stack}\.block\.(0|[1-9]\d{{0,8}})\.") for stack in STACKS}
 
 
 class T5Layout:
@@ -126,8 +127,7 @@ class _Placing:
 
     def _blocks(self, stack: str) -> set[int]:
         """Numbers of the blocks of a stack that have tensors."""
-        matches = map(_BLOCK.fullmatch, self._weights.tensors)
-        return {int(match.group(2)) for match in matches if match and match.group(1) == stack}
+        return numbered(self._weights, _BLOCK[stack])
 
     def _dimensions(self, tied: bool) -> T5Dimensions:
         """What config.json states, and the tensors where it is silent.
@@ -168,7 +168,7 @@ class _Placing:
         depth = max(blocks, default=0) + 1 if stated is None else stated
         if len(blocks) != depth or max(blocks) != depth - 1:
             raise ValueError(
-                f"{self.path} has tensors of the {stack} blocks {_numbers(blocks)}, but"
+                f"{self.path} has tensors of the {stack} blocks {few(blocks)}, but"
                 f" {f'{key} in {CONFIG} is {stated}' if stated else 'they have gaps'}: a block is"
                 f" missing, or {CONFIG} is of another model"
             )
@@ -202,26 +202,21 @@ class _Placing:
     # Where they belong.
 
     def _place(self, dimensions: T5Dimensions) -> dict[str, Sources]:
-        tensors = self._weights.tensors
         expected = places(dimensions)
         expected[self._embedding] = expected.pop(SHARED)
         copies = {SHARED, *EMBEDDING_COPIES} | ({LM_HEAD} if dimensions.tied else set())
-        unknown = sorted(tensors.keys() - expected.keys() - IGNORED - copies)
-        if unknown:
-            raise ValueError(
-                f"{self.path}: {_count(unknown)} no place in T5:"
-                f" {', '.join(f'{shown(n)} (in {tensors[n].file})' for n in unknown[:5])}. {CONFIG}"
-                f" describes {dimensions.num_layers} encoder and {dimensions.num_decoder_layers}"
-                f" decoder blocks with {'gated' if dimensions.gated else 'plain'} MLPs"
-            )
-        missing = sorted(expected.keys() - tensors.keys())
-        if missing:
-            raise ValueError(
-                f"{self.path} lacks {len(missing)} of the model's tensors:"
-                f" {', '.join(missing[:5])}. The folder holds a part of a model: copy it"
-                " again"
-            )
-        self._check_shapes(expected, dimensions)
+        sizes = self._stated.sizes
+        compare(
+            self.path,
+            self._weights,
+            {name: place.shape for name, place in expected.items()},
+            ignored=IGNORED | copies,
+            kind="T5",
+            describes=f"{dimensions.num_layers} encoder and {dimensions.num_decoder_layers} decoder"
+            f" blocks with {'gated' if dimensions.gated else 'plain'} MLPs",
+            given=", ".join(f"{key} {sizes[key]}" for key in SIZES if key in sizes)
+            or "and the other tensors",
+        )
         sources: dict[str, Sources] = {
             TARGET + place.name: Source(name, place.transposed) for name, place in expected.items()
         }
@@ -231,28 +226,3 @@ class _Placing:
             matrix = self._embedding if dimensions.tied else LM_HEAD
             sources[TARGET + LOGITS] = Source(matrix, transposed=True, factor=factor)
         return sources
-
-    def _check_shapes(self, expected: dict[str, Place], dimensions: T5Dimensions) -> None:
-        for name, place in expected.items():
-            stored = self._weights.tensors[name]
-            if stored.shape != place.shape:
-                given = ", ".join(f"{key} {self._stated.sizes[key]}" for key in SIZES
-                                  if key in self._stated.sizes)  # fmt: skip
-                raise ValueError(
-                    f"{self.path}: {name} in {stored.file} has the shape {list(stored.shape)},"
-                    f" {list(place.shape)} belongs there according to {CONFIG}"
-                    f" ({given or 'and the other tensors'}): one of the two is of another model"
-                )
-
-
-def _count(tensors: list[str]) -> str:
-    return f"{len(tensors)} tensors have" if len(tensors) > 1 else "1 tensor has"
-
-
-def _numbers(blocks: set[int]) -> str:
-    """Few of many numbers, for people."""
-    shown_numbers = sorted(blocks)[:8]
-    return (
-        f"{', '.join(map(str, shown_numbers))}{', ...' if len(blocks) > 8 else ''}"
-        f" ({len(blocks)} in all)"
-    )
