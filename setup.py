@@ -43,12 +43,14 @@ REQUIREMENTS = [
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.19,<3",
     "tensorstore>=0.1.84,<0.2",
+    "tokenizers>=0.20,<0.24",
 ]
 
 EXTRAS = {
     # torch is pinned exactly: package indexes that hold a CPU build serve it for this version,
     # which is far smaller. It and transformers are only the oracle of the Hugging Face tests.
     "test": [
+        "gguf>=0.17,<0.20",
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=9,<10",
@@ -73,6 +75,8 @@ EXTRAS = {
         "t5x @ git+https://github.com/google-research/t5x.git",
         "flaxformer @ git+https://github.com/google/flaxformer.git",
     ],
+    # Reads the weights of GGUF files (checkpoints/gguf).
+    "gguf": ["gguf>=0.17,<0.20"],
     "parquet": ["pyarrow>=17,<30"],
     "wandb": ["wandb>=0.18,<1"],
 }

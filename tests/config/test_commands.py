@@ -58,7 +58,7 @@ def test_what_another_command_would_use_is_no_mistake(capsys):
 def test_a_macro_that_a_command_reads_is_checked(capsys):
     assert _info("--gin.MODEL='t5'") == 2
     said = capsys.readouterr().err
-    assert "MODEL must be a Model, got 't5': write @EncoderDecoderModel()" in said
+    assert "MODEL must be a Model, got 't5': write one of @EncoderDecoderModel()," in said
     assert _info("--gin_file=runs/pretrain.gin", "--gin.BATCH_SIZE='8'") == 2
     assert "BATCH_SIZE must be a whole number, got '8'" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -15,18 +16,31 @@ from upcycle_jax.trees import LeafSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIBRARY = sorted((ROOT / "upcycle_jax").rglob("*.py"))
-OF_T5 = (
-    "upcycle_jax/models/t5/",
-    "upcycle_jax/checkpoints/huggingface/t5/",
-    "upcycle_jax/features/encoder_decoder.py",
-    "upcycle_jax/config/registry.py",
-    "upcycle_jax/config/stale.py",
-    "upcycle_jax/papers/",
-    "upcycle_jax/paper.py",
-)
-"""The family itself, its converter, its foreign checkpoints, its names in gin files, and the paper,
-which is about T5.
+SHARED_PLACES = ("upcycle_jax/config/registry.py", "upcycle_jax/config/stale.py")
+"""Names of all families in gin files."""
+OF_FAMILY = {
+    "t5": (
+        "upcycle_jax/models/t5/",
+        "upcycle_jax/checkpoints/huggingface/t5/",
+        "upcycle_jax/features/encoder_decoder.py",
+        "upcycle_jax/papers/",
+        "upcycle_jax/paper.py",
+    ),
+    "decoder": (
+        "upcycle_jax/models/decoder/",
+        "upcycle_jax/checkpoints/huggingface/decoder/",
+        "upcycle_jax/checkpoints/gguf/",
+        "upcycle_jax/features/decoder_only",
+    ),
+}
+"""The family itself, its converter and its foreign checkpoints; for T5 also the paper, which is
+about it.
 """
+NAMES = {
+    "t5": r"\b(T5Config|EncoderDecoderModel|MoeConfig\(|models\.t5)",
+    "decoder": r"\b(DecoderConfig|DecoderModel|DecoderMoeConfig|models\.decoder)",
+}
+"""What belongs to a family, as a pattern."""
 JOINTS = {
     "config",
     "dataset",
@@ -80,9 +94,10 @@ def test_a_configuration_of_no_family_is_no_model():
         registry.build(MoeConfig())
 
 
-def above_families():
+def outside(family: str) -> list[str]:
+    """Files that are not a family's own."""
     names = [path.relative_to(ROOT).as_posix() for path in LIBRARY]
-    return [name for name in names if not name.startswith(OF_T5)]
+    return [name for name in names if not name.startswith((*OF_FAMILY[family], *SHARED_PLACES))]
 
 
 def pairs_of_stacks(tree: ast.AST) -> list[int]:
@@ -96,15 +111,17 @@ def pairs_of_stacks(tree: ast.AST) -> list[int]:
     return found
 
 
-def test_no_family_is_named_above_the_models():
+@pytest.mark.parametrize("family", NAMES)
+def test_no_family_is_named_above_the_models(family):
     found = []
-    for name in above_families():
+    for name in outside(family):
         text = (ROOT / name).read_text(encoding="utf-8")
-        words = ["T5Config", "EncoderDecoderModel", "MoeConfig(", "models.t5"]
         if name == "upcycle_jax/models/registry.py":
-            words.remove("models.t5")
-        found += [f"{name} names {word}" for word in words if word in text]
-        found += [f"{name}:{line} names T5's stacks" for line in pairs_of_stacks(ast.parse(text))]
+            text = text.replace(f"models.{family}", "models.one")
+        found += [f"{name} names {word}" for word in re.findall(NAMES[family], text)]
+        if family == "t5":
+            lines = pairs_of_stacks(ast.parse(text))
+            found += [f"{name}:{line} names T5's stacks" for line in lines]
     assert not found, "\n".join(found)
 
 

@@ -13,11 +13,12 @@ from upcycle_jax.printing import printable
 
 SUPPORTED = (
     "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such"
-    " folders, a T5X folder with a msgpack file named 'checkpoint', a single T5X msgpack file, or a"
-    " Hugging Face T5 folder (config.json with model.safetensors)"
+    " folders, a T5X folder with a msgpack file named 'checkpoint', a single T5X msgpack file, a"
+    " Hugging Face folder (config.json with model.safetensors), or a GGUF file or a folder with one"
 )
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
+GGUF_SUFFIX = ".gguf"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")  # as an OCDBT database names its files in the folder d
 
 
@@ -31,7 +32,7 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
 
     Args:
       path: `checkpoint_<step>`, a MODEL_DIR (its latest finished step), a T5X legacy folder or
-        msgpack file, or a Hugging Face T5 folder.
+        msgpack file, a Hugging Face folder, a GGUF file, or a folder with one.
 
     Raises:
       FileNotFoundError: nothing is there; a half-written checkpoint beside it is named.
@@ -62,6 +63,9 @@ def _open(place: epath.Path) -> CheckpointReader:
     names = sorted(child.name for child in place.iterdir())
     if "config.json" in names:
         return _open_huggingface(place, names)
+    models = [name for name in names if name.endswith(GGUF_SUFFIX)]
+    if models:
+        return _open_gguf_folder(place, models)
     if "checkpoint" in names and (place / "checkpoint").is_file():
         return _open_legacy(place)
     item = find_item(place)
@@ -84,6 +88,8 @@ def _open(place: epath.Path) -> CheckpointReader:
 def _open_file(place: epath.Path) -> CheckpointReader:
     from upcycle_jax.checkpoints.t5x_legacy import T5XLegacyReader
 
+    if place.name.endswith(GGUF_SUFFIX):
+        return _open_gguf(place)
     if place.name == "checkpoint" and any(child.is_dir() for child in place.parent.iterdir()):
         return T5XLegacyReader(place.parent, place)  # The index of a folder, named directly.
     return T5XLegacyReader(place, place)
@@ -99,6 +105,21 @@ def _open_huggingface(place: epath.Path, names: list[str]) -> CheckpointReader:
     from upcycle_jax.checkpoints.huggingface import HuggingFaceReader
 
     return HuggingFaceReader(place)
+
+
+def _open_gguf(place: epath.Path) -> CheckpointReader:
+    from upcycle_jax.checkpoints.gguf import GgufReader
+
+    return GgufReader(place)
+
+
+def _open_gguf_folder(place: epath.Path, models: list[str]) -> CheckpointReader:
+    if len(models) > 1:
+        raise ValueError(
+            f"{place} holds {len(models)} GGUF files ({printable(', '.join(models[:5]))}"
+            f"{', ...' if models[5:] else ''}): name the one to read"
+        )
+    return _open_gguf(place / models[0])
 
 
 def _nothing_there(place: epath.Path) -> str:

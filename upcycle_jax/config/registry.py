@@ -25,6 +25,10 @@ PATHS: dict[str, str] = {
     "HashTop1": "moe.routing:HashTop1",
     "SoftMoe": "moe.routing:SoftMoe",
     "EncoderDecoderModel": "models.t5.model:EncoderDecoderModel",
+    "DecoderConfig": "models.decoder.config:DecoderConfig",
+    "DecoderMoeConfig": "models.decoder.config:DecoderMoeConfig",
+    "Rope": "layers.rope:Rope",
+    "DecoderModel": "models.decoder.model:DecoderModel",
     # Partitioning.
     "Partitioner": "partitioning:Partitioner",
     # Surgery.

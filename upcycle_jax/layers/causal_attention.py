@@ -205,8 +205,8 @@ class GroupedQueryAttention(nn.Module):
         )
 
     def _appended(self, name: str, new: jax.Array, step: DecodingStep) -> jax.Array:
-        """All keys or values so far `[B, M, KV, D]`: `new` `[B, L, KV, D]` from the step's index on,
-        zeros after it.
+        """All keys or values so far `[B, M, KV, D]`: `new` `[B, L, KV, D]` from the step's index
+        on, zeros after it.
         """
         shape = (new.shape[0], step.max_length, *new.shape[2:])
         variable = self.variable(GROWING_CACHE, f"cached_{name}", jnp.zeros, shape, new.dtype)

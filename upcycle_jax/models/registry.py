@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle_jax.models.base import Family, Model
+from upcycle_jax.models.decoder.family import DECODER
 from upcycle_jax.models.t5.family import T5
 from upcycle_jax.moe import routing
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.trees import LeafSpec
 
-_FAMILIES: list[Family] = [T5]
+_FAMILIES: list[Family] = [T5, DECODER]
 
 ROUTERS: tuple[type, ...] = tuple(
     kind

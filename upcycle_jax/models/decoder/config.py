@@ -52,6 +52,11 @@ class DecoderMoeConfig(MoeSettings):
         super().__post_init__()
         if self.t5x_mode:
             raise ValueError("t5x_mode is for T5: leave it False for a decoder-only model")
+        if self.extra_mlp:
+            raise ValueError(
+                "extra_mlp is for T5: a decoder-only model has shared_expert_mlp_dim for an MLP"
+                " that every token passes"
+            )
         if isinstance(self.sparse_layout, list):
             object.__setattr__(self, "sparse_layout", tuple(self.sparse_layout))
         self.check_routers([self.router])
@@ -108,8 +113,10 @@ class DecoderConfig:
         sublayer outputs.
       dtype: dtype of activations; parameters, norms' statistics, softmax, logits and routing are
         float32.
-      remat_policy: see `T5Config.remat_policy`.
-      scan_layers: see `T5Config.scan_layers`.
+      remat_policy: what the backward pass computes again instead of keeping it: 'none', 'minimal'
+        or 'full' (`stacking.REMAT_POLICIES`). It changes no value.
+      scan_layers: compile a block of layers that repeats once and loop over it (see `stacking`).
+        Checkpoints are the same either way.
       moe: the MoE layers, or None for a dense model.
 
     Raises:
