@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from upcycle_jax.checkpoints.gguf.config import ROPE_FACTORS
 from upcycle_jax.checkpoints.gguf.files import GgufFile
 from upcycle_jax.checkpoints.huggingface.base import Rows, Source
-from upcycle_jax.checkpoints.huggingface.decoder.tensors import layout
+from upcycle_jax.checkpoints.huggingface.decoder.tensors import NAMES, layout
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import TARGET
@@ -66,7 +66,7 @@ def sources(file: GgufFile, architecture: str, config: DecoderConfig) -> dict[st
       ValueError: a tensor has no place, is missing, or contradicts the metadata.
     """
     out: dict[str, Source] = {}
-    for place in layout(architecture, config):
+    for place in layout(architecture, config, NAMES[architecture]):
         assert isinstance(place.sources, Source)  # Dense models have one tensor for each leaf.
         name = gguf_name(place.sources.tensor)
         rows = _rows(name, config) if architecture == "llama" else None
