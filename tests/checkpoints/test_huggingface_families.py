@@ -54,6 +54,8 @@ def test_a_folder_is_read_and_written_as_its_family_says(folder, tmp_path):
 
 def test_a_type_of_no_family_is_refused_with_those_that_are_read(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "tay"}))
-    said = r"type 'tay'; only T5 models \(t5, mt5\) and .* and toy models \(toy\) can be read: it is"
+    said = (
+        r"type 'tay'; only T5 models \(t5, mt5\) and .* and toy models \(toy\) can be read: it is"
+    )
     with pytest.raises(ValueError, match=said):
         open_checkpoint(epath.Path(folder))
