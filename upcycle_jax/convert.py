@@ -1,11 +1,16 @@
-"""Converts checkpoints between formats without changing the model: anything readable to Orbax,
-dense T5 to Hugging Face.
+"""Converts checkpoints between formats without changing the model: anything readable to Orbax;
+dense T5, and decoder-only language models with experts or without, to Hugging Face.
 
 Examples:
 
     python -m upcycle_jax.convert ~/flan-t5-base /runs/flan --optimizer_state adafactor
     python -m upcycle_jax.convert gs://bucket/t5/checkpoint_1000000 /runs/t5
     python -m upcycle_jax.convert /runs/t5/checkpoint_5000 ~/t5-hf --to huggingface --dtype bfloat16
+    python -m upcycle_jax.convert /runs/llama-8x1b ~/llama-8x1b --to huggingface --reader vllm \\
+        --tokenizer ~/Llama-3.2-1B
+
+Before a language model is written, it is said what each reader of the folder makes of it:
+transformers 5 and 4.57, vLLM, SGLang, llama.cpp. `--reader` refuses what that one cannot read.
 
 The source is only read. The output appears when it is complete; a command that was interrupted is
 finished by running it again.
@@ -13,11 +18,25 @@ finished by running it again.
 
 import argparse
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from upcycle_jax import byte_sizes
+from upcycle_jax.config.flags import plain_words
 from upcycle_jax.printing import printable, printable_lines
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from upcycle_jax.checkpoints.huggingface.base import WritingOptions
+
+_HUGGINGFACE_ALONE = (
+    *("model_type", "reader", "tokenizer", "max_position_embeddings", "dry_run"),
+    *("gin_file", "gin_bindings"),
+)
+"""Flags that say nothing where another format is written."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         help=(
-            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5"
+            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face"
             " folder"
         ),
     )
@@ -67,7 +86,43 @@ def _parser() -> argparse.ArgumentParser:
         help="about how much to hold at a time (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="print the result only")
+    _add_huggingface(parser)
     return parser
+
+
+def _add_huggingface(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("language models, for --to huggingface")
+    group.add_argument(
+        "--model_type",
+        help="type to write, such as mixtral or qwen3_moe; default: chosen, and the choice is said",
+    )
+    group.add_argument(
+        "--reader",
+        action="append",
+        default=[],
+        help="transformers5, transformers4, vllm, sglang or llama.cpp: refuse what it cannot read"
+        " as this model; may be repeated",
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="copy tokenizer and generation files from here; default: from the folder that the"
+        " checkpoint was made from, where it is still there",
+    )
+    group.add_argument(
+        "--max_position_embeddings",
+        type=int,
+        metavar="POSITIONS",
+        help="context that engines prepare for; default: that of the tokenizer's folder",
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="say what readers would make of it, write nothing"
+    )
+    for flag, what in (
+        ("--gin_file", "a file that defines MODEL, where the checkpoint does not state it"),
+        ("--gin_bindings", "NAME=VALUE; also as --gin.NAME=VALUE"),
+    ):
+        group.add_argument(flag, action="append", default=[], help=f"{what}; may be repeated")
 
 
 def _convert(arguments: argparse.Namespace) -> str:
@@ -92,14 +147,19 @@ def _convert(arguments: argparse.Namespace) -> str:
                 "a Hugging Face folder holds neither a step nor optimizer state: leave out --step"
                 " and --optimizer_state"
             )
-        return str(
-            write_huggingface(
-                reader,
-                arguments.output,
-                dtype=dtype,
-                shard_bytes=arguments.max_memory,
-                progress=progress,
-            )
+        path = write_huggingface(
+            reader,
+            arguments.output,
+            options=_options(arguments, dtype),
+            shard_bytes=arguments.max_memory,
+            dry_run=arguments.dry_run,
+            progress=progress,
+        )
+        return f"dry run: nothing was written to {path}" if arguments.dry_run else f"wrote {path}"
+    if any(getattr(arguments, name) for name in _HUGGINGFACE_ALONE):
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in _HUGGINGFACE_ALONE)} say how a Hugging Face folder"
+            " is written: leave them out, or add --to huggingface"
         )
     fresh = None
     if arguments.optimizer_state == "adafactor":
@@ -123,17 +183,41 @@ def _convert(arguments: argparse.Namespace) -> str:
         max_memory=arguments.max_memory,
         progress=progress,
     )
-    return str(path)
+    return f"wrote {path}"
+
+
+def _options(arguments: argparse.Namespace, dtype: "np.dtype | None") -> "WritingOptions":
+    from upcycle_jax.checkpoints.huggingface.base import WritingOptions
+
+    model = None
+    if arguments.gin_file or arguments.gin_bindings:
+        from upcycle_jax import config
+        from upcycle_jax.models.base import Model
+
+        loaded = config.load(arguments.gin_file, arguments.gin_bindings)
+        model = loaded.macro("MODEL", Model).config
+    positions = arguments.max_position_embeddings
+    if positions is not None and positions < 1:
+        raise ValueError(f"--max_position_embeddings must be at least 1, got {positions}")
+    return WritingOptions(
+        dtype=dtype,
+        model=model,
+        model_type=arguments.model_type,
+        readers=tuple(arguments.reader),
+        tokenizer=pathlib.Path(arguments.tokenizer) if arguments.tokenizer else None,
+        max_positions=positions,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; 2 when nothing could be converted."""
-    arguments = _parser().parse_args(argv)
+    words = plain_words(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words)
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
     )  # Only files are copied: do not take hold of an accelerator.
     try:
-        print(f"wrote {_convert(arguments)}")
+        print(_convert(arguments))
     except (ValueError, OSError) as error:
         print(f"convert: {printable_lines(error)}", file=sys.stderr)
         return 2

@@ -9,7 +9,12 @@ from safetensors.numpy import save_file
 
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.huggingface import families
-from upcycle_jax.checkpoints.huggingface.base import Export, FolderFamily, Source
+from upcycle_jax.checkpoints.huggingface.base import (
+    Export,
+    FolderFamily,
+    Source,
+    leaves_of,
+)
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
 
 KERNEL = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -26,11 +31,12 @@ class ToyLayout:
         return {"target/linear/kernel": Source("linear.weight", transposed=True, factor=2.0)}
 
 
-def export(specs, dtype, settings):
-    if set(specs) != {"target/linear/kernel"}:
-        raise ValueError("no toy")
-    config = {"model_type": "toy", **settings}
-    return Export(config, {"target/linear/kernel": Source("linear.weight", transposed=True)})
+def export(reader, options):
+    if set(reader.specs()) != {"target/linear/kernel"}:
+        return None
+    config = {"model_type": "toy", **reader.model_settings()}
+    tensors = {"target/linear/kernel": Source("linear.weight", transposed=True)}
+    return Export(config, tensors, leaves_of(reader))
 
 
 @pytest.fixture

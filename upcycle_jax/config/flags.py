@@ -187,7 +187,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return out
 
 
-def _rewrite(argv: Sequence[str]) -> list[str]:
+def plain_words(argv: Sequence[str]) -> list[str]:
     """`--gin.NAME=VALUE` and `-flag` (absl accepts one dash) as argparse knows them."""
     out = []
     for word in argv:
@@ -250,7 +250,7 @@ def parse(
         extra(builder)
     known = {option for action in builder._actions for option in action.option_strings}
     words, absl = _without_absl(sys.argv[1:] if argv is None else argv, known)
-    words = _rewrite(words)
+    words = plain_words(words)
     if any(word == "--gin.NAME" for word in words) or any(
         word.startswith("--gin.") for word in words
     ):

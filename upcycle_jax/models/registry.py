@@ -57,6 +57,20 @@ def build(config: object) -> Model:
     raise ValueError(f"the recorded model is {type(config).__name__}, no {known}")
 
 
+def infer_dense(specs: Mapping[str, LeafSpec], stated: Mapping[str, Any]) -> Any:
+    """The configuration of the dense model that a checkpoint holds; arguments as for `infer`.
+
+    Raises:
+      ValueError: the leaves are no family's, or damaged.
+    """
+    for family in _FAMILIES:
+        dense = family.from_specs(specs, stated)
+        if dense is not None:
+            return dense
+    known = " or ".join(f"a dense {family.name}" for family in _FAMILIES)
+    raise ValueError(f"the leaves are not those of {known}: name the model's file with --gin_file")
+
+
 def infer(
     specs: Mapping[str, LeafSpec], stated: Mapping[str, Any], moe: MoeSettings | None = None
 ) -> Model:

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.files import WeightFiles
+from upcycle_jax.checkpoints.reader import CheckpointReader, Index
 from upcycle_jax.models.base import ModelConfig
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec
 
 
@@ -108,16 +110,70 @@ class Layout(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter that is read in parts.
+
+    Attributes:
+      spec: its shape and dtype.
+      read: the part that `index` selects, one slice with explicit bounds per dimension.
+    """
+
+    spec: LeafSpec
+    read: Callable[[Index], np.ndarray]
+
+
+def leaves_of(reader: CheckpointReader) -> dict[str, Leaf]:
+    """The parameters of a checkpoint, by full path."""
+
+    def leaf(path: str, spec: LeafSpec) -> Leaf:
+        return Leaf(spec, lambda index: reader.read(path, index))
+
+    specs = reader.specs().items()
+    return {path: leaf(path, spec) for path, spec in specs if path.startswith(TARGET)}
+
+
+@dataclasses.dataclass(frozen=True)
+class WritingOptions:
+    """How a checkpoint is to become a folder.
+
+    Attributes:
+      dtype: of the tensors; None: each parameter's own.
+      model: the configuration of the model, where it is given beside the checkpoint.
+      model_type: the type to write; None: the family chooses.
+      readers: who has to read the folder.
+      tokenizer: the folder whose tokenizer and generation files are copied; None: the one that the
+        checkpoint comes from, where it is known and there.
+      max_positions: `max_position_embeddings`; None: that of the folder of the tokenizer, else the
+        family's default.
+    """
+
+    dtype: np.dtype | None = None
+    model: ModelConfig | None = None
+    model_type: str | None = None
+    readers: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+    max_positions: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """A model as a folder.
 
     Attributes:
       config: content of config.json.
       tensors: where every leaf goes, by full path, in the order of the files.
+      leaves: the leaves, by full path.
+      said: lines that are to be said before anything is written.
+      verdicts: the same as plain JSON, for `VERDICTS`; None for no such file.
+      copied: files of other folders that are copied, by their name in this one.
     """
 
     config: dict[str, Any]
     tensors: Mapping[str, Sources]
+    leaves: Mapping[str, Leaf]
+    said: tuple[str, ...] = ()
+    verdicts: dict[str, Any] | None = None
+    copied: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +186,12 @@ class FolderFamily:
       refused: other values that are near to it, each with the reason why it is not read.
       layout: given folder and content of config.json, what is stated. Raises ValueError where it is
         damaged or cannot be computed here.
-      export: given specs of parameters by full path, the dtype to write (None: each its own) and
-        what the checkpoint states of its forward pass. Raises ValueError where the parameters are
-        not those of such a model.
+      export: the folder that a checkpoint becomes; None where its leaves are another family's.
+        Raises ValueError where they are not those of such a model, or an option does not fit.
     """
 
     name: str
     model_types: tuple[str, ...]
     refused: Mapping[str, str]
     layout: Callable[[Path, Mapping[str, Any]], Layout]
-    export: Callable[[Mapping[str, LeafSpec], np.dtype | None, Mapping[str, Any]], Export]
+    export: Callable[[CheckpointReader, WritingOptions], Export | None]

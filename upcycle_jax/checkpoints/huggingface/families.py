@@ -4,28 +4,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from upcycle_jax.checkpoints.huggingface.base import Export, FolderFamily
+from upcycle_jax.checkpoints.huggingface.base import Export, FolderFamily, WritingOptions
 from upcycle_jax.checkpoints.huggingface.decoder import kinds
+from upcycle_jax.checkpoints.huggingface.decoder import writing as decoder_writing
 from upcycle_jax.checkpoints.huggingface.decoder.reading import DecoderLayout
 from upcycle_jax.checkpoints.huggingface.files import shown
 from upcycle_jax.checkpoints.huggingface.t5.config_json import MODEL_TYPES, NOT_READ
 from upcycle_jax.checkpoints.huggingface.t5.reading import T5Layout
 from upcycle_jax.checkpoints.huggingface.t5.writing import export
-from upcycle_jax.trees import LeafSpec
-
-
-def _not_written(
-    specs: Mapping[str, LeafSpec], dtype: np.dtype | None, settings: Mapping[str, Any]
-) -> Export:
-    """See `base.FolderFamily.export`."""
-    raise ValueError("folders of decoder-only models are read alone")
-
+from upcycle_jax.checkpoints.reader import CheckpointReader
 
 FAMILIES = [
     FolderFamily("T5", tuple(MODEL_TYPES), NOT_READ, T5Layout, export),
-    FolderFamily("decoder-only", tuple(kinds.KINDS), kinds.NOT_READ, DecoderLayout, _not_written),
+    FolderFamily(
+        "decoder-only",
+        tuple(kinds.KINDS),
+        kinds.NOT_READ,
+        DecoderLayout,
+        decoder_writing.export,
+    ),
 ]
 
 
@@ -54,19 +51,20 @@ def family_of(folder: Path, keys: Mapping[str, Any]) -> FolderFamily:
     )
 
 
-def exported(
-    specs: Mapping[str, LeafSpec], dtype: np.dtype | None, settings: Mapping[str, Any]
-) -> Export:
-    """The folder that parameters become; arguments as in `FolderFamily.export`.
+def exported(reader: CheckpointReader, options: WritingOptions) -> Export:
+    """The folder that a checkpoint becomes, see `FolderFamily.export`.
 
     Raises:
-      ValueError: they are those of no family that is written. Of several families the first tells
-        why.
+      ValueError: it is of no family that is written. Of several families that say why, the first
+        does.
     """
     errors = []
     for family in FAMILIES:
         try:
-            return family.export(specs, dtype, settings)
+            found = family.export(reader, options)
         except ValueError as error:
             errors.append(error)
+            continue
+        if found is not None:
+            return found
     raise errors[0]

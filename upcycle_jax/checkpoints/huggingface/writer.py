@@ -1,29 +1,31 @@
-"""Writes dense parameters as a Hugging Face folder that transformers loads."""
+"""Writes parameters as a Hugging Face folder that transformers and serving engines load."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from upcycle_jax import leases
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
-from upcycle_jax.checkpoints.huggingface.base import Source, Sources
+from upcycle_jax.checkpoints.huggingface.assembly import Tensor, tensors_of
+from upcycle_jax.checkpoints.huggingface.base import Export, WritingOptions
+from upcycle_jax.checkpoints.huggingface.carried import NAMES
 from upcycle_jax.checkpoints.huggingface.families import exported
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from upcycle_jax.checkpoints.output import check_unfinished, checked_output
 from upcycle_jax.checkpoints.reader import CheckpointReader
-from upcycle_jax.state_tree import TARGET
-from upcycle_jax.trees import LeafSpec
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_SHARD_BYTES = 1 << 30
-HUGGINGFACE_FILES = r"config\.json|model.*\.(safetensors|json)"
+VERDICTS = "verdicts.json"
+"""What each reader makes of the folder, as it was predicted."""
+
+_COPIED = "|".join(name.replace(".", r"\.") for name in NAMES)
+HUGGINGFACE_FILES = rf"config\.json|verdicts\.json|model.*\.(safetensors|json)|{_COPIED}"
 """Names of the files that are written, as a pattern."""
 
 
@@ -31,25 +33,28 @@ def write_huggingface(
     reader: CheckpointReader,
     output: os.PathLike | str,
     *,
-    dtype: np.dtype | None = None,
+    options: WritingOptions = WritingOptions(),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dry_run: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """Writes the dense parameters of a checkpoint as config.json and safetensors. Optimizer state
-    and step are left behind.
+    """Writes the parameters of a checkpoint as config.json and safetensors. Optimizer state and
+    step are left behind.
 
     Args:
-      reader: a dense model of one of `families`.
-      output: a folder that does not exist; it appears when complete. The tokenizer is the user's to
-        copy.
-      dtype: dtype to write; None keeps each parameter's own.
-      shard_bytes: at most so many bytes are held in memory and written to one file.
-      progress: called with the name of each file written.
+      reader: a model of one of `families`.
+      output: a folder that does not exist; it appears when complete.
+      options: what is written.
+      shard_bytes: at most so many bytes are held in memory and written to one file, or one tensor
+        if that is larger.
+      dry_run: say what would be written and stop.
+      progress: called with each line that is to be said before anything is written, and with the
+        name of each file written.
 
     Raises:
-      ValueError: the checkpoint is sparse, or no encoder-decoder T5; a leaf is damaged, or `dtype`
-        cannot hold a value of it; `output` cannot be written to or lies in the source. Nothing is
-        left at `output`.
+      ValueError: the model is of no family that is written, or not as the options want it; a leaf
+        is damaged, or the dtype cannot hold a value of it; `output` cannot be written to or lies in
+        the source. Nothing is left at `output`.
       FileExistsError: there is something at `output`.
     """
     if not storage.is_local(output):
@@ -63,14 +68,20 @@ def write_huggingface(
             f"{final} exists already: nothing was changed. Choose another output path or remove it"
             " first"
         )
-    specs = {name: spec for name, spec in reader.specs().items() if name.startswith(TARGET)}
-    folder = exported(specs, dtype, reader.model_settings())
-    for name, spec in specs.items():
-        if dtype is None and spec.dtype.name not in _DTYPES:
-            raise ValueError(
-                f"{name} is stored as {spec}: Hugging Face's T5 has {', '.join(_DTYPES)}; choose"
-                " one with --dtype"
-            )
+    folder = exported(reader, options)
+    if options.dtype is None:
+        for name, leaf in folder.leaves.items():
+            if leaf.spec.dtype.name not in _DTYPES:
+                raise ValueError(
+                    f"{name} is stored as {leaf.spec}: Hugging Face has {', '.join(_DTYPES)};"
+                    " choose one with --dtype"
+                )
+    tensors = tensors_of(folder, options.dtype)
+    if progress:
+        for line in folder.said:
+            progress(line)
+    if dry_run:
+        return final
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     with leases.hold(
         final.with_name(f".{final.name}.lease.json"),
@@ -81,63 +92,55 @@ def write_huggingface(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            _write_weights(reader, folder.tensors, specs, partial, dtype, shard_bytes, progress)
+            _write(folder, tensors, partial, shard_bytes, progress)
         except ValueError:  # damage in the source, or a value that the dtype cannot hold
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        (partial / CONFIG).write_text(json.dumps(folder.config, indent=2) + "\n")
         os.rename(partial, final)
     return final
 
 
-def _write_weights(
-    reader: CheckpointReader,
-    tensors_of: Mapping[str, Sources],
-    specs: dict[str, LeafSpec],
-    folder: Path,
-    dtype: np.dtype | None,
+def _write(
+    folder: Export,
+    tensors: Sequence[Tensor],
+    place: Path,
     shard_bytes: int,
     progress: Callable[[str], None] | None,
 ) -> None:
-    shards = list(_shards(tensors_of, specs, dtype, shard_bytes))
+    if folder.verdicts is not None:
+        _write_json(place / VERDICTS, folder.verdicts)
+    for name, source in folder.copied.items():
+        shutil.copyfile(source, place / name)
+    shards = list(_shards(tensors, shard_bytes))
     weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, 1):
+    for number, shard in enumerate(shards, 1):
         file = (
             WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        tensors = {}
-        for name in names:
-            source = tensors_of[name]
-            assert isinstance(source, Source) and source.rows is None, "a leaf that is a tensor"
-            value = reader.read(name)
-            value = value if dtype is None else cast(name, value, np.dtype(dtype))
-            tensors[source.tensor] = np.ascontiguousarray(value.T if source.transposed else value)
-            total += tensors[source.tensor].nbytes
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        values = {tensor.name: tensor.read() for tensor in shard}
+        # transformers 4 refuses other formats than 'pt'.
+        save_file(values, place / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(values, file)
         if progress:
             progress(file)
     if len(shards) > 1:
-        (folder / WEIGHTS_INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            + "\n"
-        )
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(place / WEIGHTS_INDEX, index)
+    _write_json(place / CONFIG, folder.config)
 
 
-def _shards(
-    tensors_of: Mapping[str, Sources],
-    specs: dict[str, LeafSpec],
-    dtype: np.dtype | None,
-    shard_bytes: int,
-) -> Iterator[list[str]]:
-    names: list[str] = []
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Sequence[Tensor], shard_bytes: int) -> Iterator[list[Tensor]]:
+    shard: list[Tensor] = []
     held = 0
-    for name in tensors_of:
-        nbytes = specs[name].size * np.dtype(dtype or specs[name].dtype).itemsize
-        if names and held + nbytes > shard_bytes:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += nbytes
-    yield names
+    for tensor in tensors:
+        if shard and held + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, held = [], 0
+        shard.append(tensor)
+        held += tensor.nbytes
+    yield shard

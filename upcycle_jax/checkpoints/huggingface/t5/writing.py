@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_jax.checkpoints.huggingface.base import Export, Source
+from upcycle_jax.checkpoints.huggingface.base import Export, Source, WritingOptions, leaves_of
+from upcycle_jax.checkpoints.huggingface.carried import carried_files
 from upcycle_jax.checkpoints.huggingface.t5.tensors import (
     EMBEDDING,
     STACKS,
     T5Dimensions,
     places,
 )
+from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.moe import roles
 from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec, Role, diff
@@ -29,10 +31,18 @@ FEED_FORWARD = {
 """Activations -> `feed_forward_proj`."""
 
 
-def export(
-    specs: Mapping[str, LeafSpec], dtype: np.dtype | None, settings: Mapping[str, Any]
-) -> Export:
+def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     """See `base.FolderFamily.export`."""
+    leaves = leaves_of(reader)
+    stacks = {path.removeprefix(TARGET).partition("/")[0] for path in leaves}
+    if "decoder" in stacks and "encoder" not in stacks:
+        return None
+    if options.model_type not in (None, "t5") or options.readers:
+        raise ValueError(
+            f"{reader.path} is no language model that is decoder-only: model types and readers are"
+            " chosen for those alone"
+        )
+    specs = {path: leaf.spec for path, leaf in leaves.items()}
     dimensions = t5_dimensions(specs)
     found = places(dimensions)
     # Every leaf of a T5, with the shape that it has here.
@@ -48,9 +58,11 @@ def export(
             "the parameters are not those of a T5 that transformers knows:\n"
             + "\n".join(str(difference).splitlines()[:20])
         )
-    stored = np.dtype(dtype or specs[TARGET + EMBEDDING].dtype)
+    stored = np.dtype(options.dtype or specs[TARGET + EMBEDDING].dtype)
     tensors = {TARGET + place.name: Source(name, place.transposed) for name, place in found.items()}
-    return Export(huggingface_config(dimensions, stored, settings), tensors)
+    config = huggingface_config(dimensions, stored, reader.model_settings())
+    copied = carried_files(options.tokenizer) if options.tokenizer else {}
+    return Export(config, tensors, leaves, copied=copied)
 
 
 def t5_dimensions(specs: Mapping[str, LeafSpec]) -> T5Dimensions:
