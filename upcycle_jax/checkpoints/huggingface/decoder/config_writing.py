@@ -156,9 +156,10 @@ def ropes(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     scaling = _scaling(rope, model_type)
     out: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": scaling}
     whole = {"rope_theta": rope.theta, **(scaling or {"rope_type": "default"})}
-    fraction = HOLDERS[model_type].fraction
-    if fraction:
-        out["partial_rotary_factor"] = whole["partial_rotary_factor"] = rope.fraction
+    if HOLDERS[model_type].fraction:
+        whole["partial_rotary_factor"] = rope.fraction
+    if model_type == "phi3":
+        out["partial_rotary_factor"] = rope.fraction
     if model_type == "gpt_neox":
         out |= {"rotary_emb_base": rope.theta, "rotary_pct": rope.fraction}
     if model_type == "phi3":

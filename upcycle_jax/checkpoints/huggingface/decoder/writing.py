@@ -1,7 +1,7 @@
 """The Hugging Face folder that a decoder-only language model becomes, dense or with MoE layers."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.base import Export, Leaf, WritingOptions, leaves_of
 from upcycle_jax.checkpoints.huggingface.carried import carried_files, check_tokenizer, origin
-from upcycle_jax.checkpoints.huggingface.decoder import verdicts
+from upcycle_jax.checkpoints.huggingface.decoder import reading_back, verdicts
 from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose
 from upcycle_jax.checkpoints.huggingface.decoder.config_writing import (
     SPECIAL_TOKENS,
     Beside,
     config_json,
 )
-from upcycle_jax.checkpoints.huggingface.decoder.tensors import NAMES, layout
+from upcycle_jax.checkpoints.huggingface.decoder.tensors import NAMES, Place, layout
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, load_json
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.models import registry
@@ -43,8 +43,9 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
         readers=options.readers,
         preferred=_text(keys.get("model_type")),
     )
+    places = list(layout(form.model_type, form.config, NAMES[form.model_type]))
     leaves = form.leaves({path.removeprefix(TARGET): leaf for path, leaf in stored.items()})
-    _check_leaves(reader, form.model_type, form.config, leaves)
+    _check_leaves(reader, places, leaves)
     dtype = options.dtype or functools.reduce(
         np.promote_types, (leaf.spec.dtype for leaf in leaves.values())
     )
@@ -52,11 +53,12 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     beside, copied = _beside(source, options, config)
     table = verdicts.table(form.model_type, form.verdicts).render(Format.TEXT)
     said = [why, *([f"tokenizer from {source}"] if copied else [_NO_TOKENIZER])]
+    content = config_json(form.config, form.model_type, np.dtype(dtype), beside)
+    of_4 = form.verdict("transformers4")
+    reading_back.check(content, form.config, by_4=of_4.kind not in verdicts.UNUSABLE)
     return Export(
-        config=config_json(form.config, form.model_type, np.dtype(dtype), beside),
-        tensors={
-            TARGET + place.path: place.sources for place in layout(form.model_type, form.config)
-        },
+        config=content,
+        tensors={TARGET + place.path: place.sources for place in places},
         leaves={TARGET + path: leaf for path, leaf in leaves.items()},
         said=(*table.splitlines(), *said),
         verdicts=form.json() | {"why": why},
@@ -89,10 +91,10 @@ def _config(
 
 
 def _check_leaves(
-    reader: CheckpointReader, model_type: str, config: DecoderConfig, leaves: Mapping[str, Leaf]
+    reader: CheckpointReader, places: Sequence[Place], leaves: Mapping[str, Leaf]
 ) -> None:
     float32 = np.dtype(np.float32)
-    expected = {place.path: LeafSpec(place.shape, float32) for place in layout(model_type, config)}
+    expected = {place.path: LeafSpec(place.shape, float32) for place in places}
     found = {path: LeafSpec(leaf.spec.shape, float32) for path, leaf in leaves.items()}
     difference = diff(expected, found)
     if difference:
