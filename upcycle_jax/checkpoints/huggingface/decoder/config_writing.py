@@ -161,6 +161,7 @@ def ropes(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     if model_type == "phi3":
         out["partial_rotary_factor"] = rope.fraction
     if model_type == "gpt_neox":
+        del out["rope_theta"]
         out |= {"rotary_emb_base": rope.theta, "rotary_pct": rope.fraction}
     if model_type == "phi3":
         # Both versions divide the two for the factor of longrope.
