@@ -18,7 +18,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 
-from upcycle_jax.data.text.documents import Corpus, Document, build_corpus
+from upcycle_jax.data.text.documents import (
+    DOCUMENT_CHARACTERS,
+    PASSAGE_CHARACTERS,
+    Corpus,
+    Document,
+    build_corpus,
+)
 from upcycle_jax.files import replacing
 
 _NOT_SOURCE = frozenset(
@@ -93,9 +99,9 @@ def _read(path: pathlib.Path) -> str | None:
 
 
 @functools.cache
-def python_source() -> Corpus:
+def python_source(*, whole_documents: bool = False) -> Corpus:
     """The standard library's source, one document a file, without tests, IDLE and installed
-    packages (about 11 MB).
+    packages (about 11 MB); cut into passages unless `whole_documents`.
 
     Raises:
       ValueError: the interpreter has no source files (a frozen or zipped standard library).
@@ -115,6 +121,7 @@ def python_source() -> Corpus:
         "python_source",
         documents,
         origin={"kind": "standard library source", "python": platform.python_version()},
+        characters=DOCUMENT_CHARACTERS if whole_documents else PASSAGE_CHARACTERS,
     )
 
 
@@ -266,10 +273,15 @@ def prose_documents() -> tuple[list[Document], dict[str, str]]:
 
 
 @functools.cache
-def documentation_prose() -> Corpus:
+def documentation_prose(*, whole_documents: bool = False) -> Corpus:
     """Documentation written in English inside the environment: docstrings, language reference
-    topics, package descriptions.
+    topics, package descriptions; cut into passages unless `whole_documents`.
     """
     documents, versions = prose_documents()
     origin = {"kind": "documentation", "python": platform.python_version(), "packages": versions}
-    return build_corpus("documentation_prose", documents, origin=origin)
+    return build_corpus(
+        "documentation_prose",
+        documents,
+        origin=origin,
+        characters=DOCUMENT_CHARACTERS if whole_documents else PASSAGE_CHARACTERS,
+    )

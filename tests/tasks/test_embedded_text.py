@@ -88,7 +88,7 @@ def test_cache_is_written_read_and_survives_damage(tmp_path, monkeypatch):
         lambda packages: calls.append(packages) or iter(documents * 2),
     )
     monkeypatch.setattr(
-        python_environment, "build_corpus", lambda name, documents, origin: list(documents)
+        python_environment, "build_corpus", lambda name, documents, **settings: list(documents)
     )
     read = python_environment.documentation_prose.__wrapped__
     assert read() == read() == documents * 2 and len(calls) == 1

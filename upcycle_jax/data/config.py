@@ -8,7 +8,8 @@ from upcycle_jax import checks
 from upcycle_jax.data.text import documents
 from upcycle_jax.data.text import files as text_files
 
-OBJECTIVE_NAMES = ("span_corruption", "prefix_lm", "ul2")
+LANGUAGE_MODELING = "language_modeling"
+OBJECTIVE_NAMES = ("span_corruption", "prefix_lm", "ul2", LANGUAGE_MODELING)
 
 TextFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
@@ -22,7 +23,8 @@ class DatasetConfig:
       mixture_or_task_name: registered name; with `text_files`, the name under which those are
         registered.
       task_feature_lengths: tokens of each task feature that the model takes, of an
-        encoder-decoder 'inputs' and 'targets'. Span corruption of n input tokens needs about 0.22 n
+        encoder-decoder 'inputs' and 'targets', of a decoder-only model 'targets', with 'inputs'
+        where the task has them. Span corruption of n input tokens needs about 0.22 n
         target tokens; a value that is too small is refused with the one that fits.
       split: 'train', 'validation' or any split of the task.
       batch_size: examples of a whole batch, over all processes.
@@ -33,13 +35,14 @@ class DatasetConfig:
         (without TensorFlow), or else SeqIO's offline cache of the task; both are looked for in the
         folders of `--seqio_additional_cache_dirs`.
       pack: several examples in one row, with segment ids and positions. Denoising tasks fill their
-        rows already; packing serves tasks of short examples.
+        rows already, and so does language modelling; packing serves tasks of short examples.
       module: Python module or modules to import first, which register the task. Shipped tasks are
         found without it.
       text_files: your own text instead of a registered task: {'domain': ['pattern', ...]} or a list
         of patterns. `.txt` (and any other text), `.jsonl`, `.parquet`, and the first two with
         `.gz`. One task per domain named '<name>_<domain>', mixed at equal rates.
-      objective: what is learnt from text files: 'span_corruption', 'prefix_lm' or 'ul2'.
+      objective: what is learnt from text files: 'span_corruption', 'prefix_lm' or 'ul2' by an
+        encoder-decoder, 'language_modeling' by a decoder-only model.
       text_field: field of `.jsonl` records and column of `.parquet` files that holds the text.
       validation_fraction: part of the user's own text that is held out as the split 'validation'.
       vocabulary: 'bytes', or the path of a SentencePiece model. None: the task's own, which for

@@ -16,7 +16,7 @@ from upcycle_jax.data.cache import lookup
 from upcycle_jax.data.cache.batches import CachedDataset
 from upcycle_jax.data.cache.format import CachedTask
 from upcycle_jax.data.config import DatasetConfig
-from upcycle_jax.features import FeatureConverter, HostBatch
+from upcycle_jax.features import FeatureConverter, HostBatch, check_all_read, token_features
 
 Example = dict[str, Any]
 """One example as SeqIO gives it: tokens of the task's features, and whatever else the task keeps
@@ -71,6 +71,7 @@ class TaskExamples:
         cached: tuple[CachedDataset, CachedTask] | None = None,
     ):
         self._task, self._config, self._features = task, config, features
+        self._names = token_features(features, config.task_feature_lengths)
         self._cached = cached
         self._shots = prompts.Shots(few_shot, task, config) if few_shot is not None else None
 
@@ -183,7 +184,7 @@ class TaskExamples:
         if texts:
             return texts
         features = self._task.output_features
-        present = [key for key in self._features.task_features if key in example]
+        present = [key for key in self._names if key in example]
         return {
             key: features[key].vocabulary.decode([int(token) for token in example[key]])
             for key in present
@@ -267,6 +268,9 @@ def task_examples(
     mixture = lookup.find(config, features)
     if mixture is None:
         tasks = resolve.tasks_with_split(config)
+        for task in tasks:
+            lengths = config.task_feature_lengths
+            check_all_read(features, lengths, task.output_features, what=f"the task '{task.name}'")
         return tuple(TaskExamples(task, config, features, few_shot) for task in tasks)
     dataset = CachedDataset(config, features, mixture)
     cached = {task.manifest.task: task for task, _ in mixture.tasks_with(config.split)}

@@ -14,7 +14,9 @@ import seqio
 from upcycle_jax import data_folders
 from upcycle_jax.data import shipped_tasks, sources, tensorflow_import
 from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.data.objectives import preprocessors
 from upcycle_jax.data.text import files as text_files
+from upcycle_jax.features.names import DOCUMENTS
 
 
 def _import_task_module(name: str) -> None:
@@ -104,9 +106,15 @@ def _with_vocabulary(
 
     def replaced(task):
         merged = {
-            name: dataclasses.replace(feature, vocabulary=pieces)
+            name: (
+                feature
+                if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
+                else dataclasses.replace(feature, vocabulary=pieces)
+            )
             for name, feature in task.output_features.items()
         }
+        if DOCUMENTS in merged:
+            preprocessors.end_of_documents(merged)
         return task.replace(output_features=merged)
 
     if isinstance(provider, seqio.Task):
@@ -159,6 +167,7 @@ def _text_file_tasks(
             [str(path) for path in paths],
             field=config.text_field,
             validation_fraction=config.validation_fraction,
+            whole_documents=sources.in_rows(config.objective),
         )
         source = sources.CorpusSource(load)
         _ = source.corpus  # bad files are found here, before anything is registered

@@ -15,7 +15,7 @@ from etils import epath
 
 from upcycle_jax.data import fingerprints, resolve, stream
 from upcycle_jax.data.config import DatasetConfig
-from upcycle_jax.features import FeatureConverter, HostBatch
+from upcycle_jax.features import FeatureConverter, HostBatch, check_task
 
 _KEPT_EVAL_BYTES = 256 * 1024**2
 """Evaluation batches below this are kept in memory between passes."""
@@ -204,18 +204,13 @@ def _has_examples(task: seqio.Task, config: DatasetConfig, seed: int) -> bool:
 def _check_mixture(
     config: DatasetConfig, features: FeatureConverter, tasks: tuple[seqio.Task, ...]
 ) -> None:
-    """Raises a ValueError where a task lacks a feature of the model, or mixing rates are no rates.
+    """Raises a ValueError where a task's features are not the model's, or rates are no rates.
 
     SeqIO takes a negative rate, and a rate that is computed may be None: both end far from here.
     """
     for task in tasks:
-        missing = sorted(set(features.task_features) - task.output_features.keys())
-        if missing:
-            needed = " and ".join(map(repr, features.task_features))
-            raise ValueError(
-                f"the task '{task.name}' has no feature {missing}, only"
-                f" {sorted(task.output_features)}: the model needs {needed}"
-            )
+        lengths = config.task_feature_lengths
+        check_task(features, lengths, task.output_features, what=f"the task '{task.name}'")
     provider = resolve.task_or_mixture(config)
     if not isinstance(provider, seqio.Mixture):
         return
@@ -249,7 +244,8 @@ def _eval_dataset(
         num_epochs=1,
         try_in_mem_cache=False,
     )
-    keys = config.task_feature_lengths.keys()
+    keys = [*config.task_feature_lengths]
+    keys += [name for name in features.annotations if name in examples.element_spec]
     examples = examples.map(lambda example: {key: example[key] for key in keys})
     return _with_options(_model_features(examples, config, features).batch(config.batch_size))
 

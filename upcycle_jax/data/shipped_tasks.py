@@ -14,7 +14,11 @@ MODULES = {
         "offline_suite_finetune",
         *(f"offline_suite_{name}" for name in ("package", "keyword", "match", "choice", "default")),
     ),
-    "upcycle_jax.tasks.c4": ("c4_span_corruption", "c4_v220_span_corruption"),
+    "upcycle_jax.tasks.c4": (
+        "c4_span_corruption",
+        "c4_language_modeling",
+        "c4_v220_span_corruption",
+    ),
     "upcycle_jax.tasks.super_glue": (
         "super_glue_v102_proportional",
         *(

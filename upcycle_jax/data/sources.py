@@ -9,8 +9,10 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from upcycle_jax.data.config import LANGUAGE_MODELING
 from upcycle_jax.data.objectives import preprocessors
 from upcycle_jax.data.text.documents import SPLITS, TRAIN, Corpus
+from upcycle_jax.features.names import DOCUMENTS, TARGETS
 
 SHUFFLE_BUFFER = 1000  # segments; documents are shuffled over the whole split before
 
@@ -173,11 +175,32 @@ def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
     }
 
 
+def row_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
+    """What `preprocessors.language_modeling` gives: 'targets', and their documents."""
+    return {
+        TARGETS: seqio.Feature(vocabulary=vocabulary, add_eos=True),
+        DOCUMENTS: seqio.Feature(seqio.PassThroughVocabulary(0), add_eos=False),
+    }
+
+
 def tokenize(dataset: tf.data.Dataset, output_features: preprocessors.Features) -> tf.data.Dataset:
     """Tokens of `targets`, without EOS and without a copy of the text."""
     return seqio.preprocessors.tokenize(
         dataset, output_features, copy_pretokenized=False, with_eos=False
     )
+
+
+def in_rows(objective: str) -> bool:
+    """Whether an objective learns whole documents in rows, and not corrupted segments."""
+    return objective == LANGUAGE_MODELING
+
+
+def objective_steps(objective: str) -> list[Callable[..., tf.data.Dataset]]:
+    """What a task does with tokenised documents to train by an objective."""
+    steps = [seqio.CacheDatasetPlaceholder(), preprocessors.OBJECTIVES[objective]]
+    if in_rows(objective):
+        return [seqio.preprocessors.append_eos, *steps]
+    return [*steps, seqio.preprocessors.append_eos_after_trim]
 
 
 def language_model_task(
@@ -189,17 +212,18 @@ def language_model_task(
 ) -> seqio.Task:
     """A task, not registered, that trains by an objective of `preprocessors.OBJECTIVES` on the
     texts of `source`.
+
+    Raises:
+      ValueError: language modelling with a vocabulary that has no EOS.
     """
+    features = row_features(vocabulary) if in_rows(objective) else output_features(vocabulary)
+    if in_rows(objective):
+        preprocessors.end_of_documents(features)
     return seqio.Task(
         name,
         source=source,
-        preprocessors=[
-            tokenize,
-            seqio.CacheDatasetPlaceholder(),
-            preprocessors.OBJECTIVES[objective],
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=output_features(vocabulary),
+        preprocessors=[tokenize, *objective_steps(objective)],
+        output_features=features,
         metric_fns=[],
         shuffle_buffer_size=SHUFFLE_BUFFER,
     )

@@ -5,7 +5,9 @@ from upcycle_jax.features.base import (
     FeatureConverter,
     HostBatch,
     Lengths,
+    check_all_read,
     check_lengths,
+    check_task,
     num_rows,
     token_features,
 )
@@ -19,7 +21,9 @@ __all__ = [
     "FeatureConverter",
     "HostBatch",
     "Lengths",
+    "check_all_read",
     "check_lengths",
+    "check_task",
     "num_rows",
     "token_features",
 ]

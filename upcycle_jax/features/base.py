@@ -6,7 +6,7 @@ and what a batch of them is, so that another family brings one converter and cha
 Axis legend: B rows of a batch, N examples, F task features, R sequences of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -115,6 +115,46 @@ def token_features(features: FeatureConverter, lengths: Lengths) -> tuple[str, .
     """
     asked = (name for name in features.optional_features if name in lengths)
     return (*asked, *features.task_features)
+
+
+def check_task(
+    features: FeatureConverter, lengths: Lengths, having: Collection[str], *, what: str
+) -> None:
+    """Checks that the examples of a task are what lengths ask for.
+
+    Args:
+      features: the model's converter.
+      lengths: by task feature.
+      having: the task's features.
+      what: the task, for the message.
+
+    Raises:
+      ValueError: a feature is missing, or one that the model would read has no length.
+    """
+    asked = token_features(features, lengths)
+    missing = sorted(set(asked) - set(having))
+    if missing:
+        needed = " and ".join(map(repr, asked))
+        raise ValueError(
+            f"{what} has no feature {missing}, only {sorted(having)}: the model needs {needed}"
+        )
+    check_all_read(features, lengths, having, what=what)
+
+
+def check_all_read(
+    features: FeatureConverter, lengths: Lengths, having: Collection[str], *, what: str
+) -> None:
+    """Raises a ValueError where a model would read a feature of a task, but for its length.
+    Arguments as in `check_task`.
+    """
+    asked = token_features(features, lengths)
+    unread = [name for name in features.optional_features if name in having and name not in asked]
+    if unread:
+        raise ValueError(
+            f"{what} has {unread}, which task_feature_lengths {dict(lengths)} does not name, so"
+            " that the model would not see them: give a length, for example"
+            f" {dict.fromkeys((*unread, *asked), 512)}"
+        )
 
 
 def check_lengths(features: FeatureConverter, lengths: Lengths) -> None:

@@ -166,3 +166,17 @@ def test_patterns_follow_the_weights():
         numpy_objectives.from_json({"kind": "blank"})
     span = SpanNoise(0.5, 8.0, "[NLG] ", (5, 6), 2.0)
     assert numpy_objectives.from_json(numpy_objectives.to_json(span)) == span
+
+
+def test_rows_of_language_modelling_by_hand():
+    rows = numpy_objectives.CausalRows(eos_id=1)
+    tokens = np.array([[5, 6, 1, 1, 8], [1, 9, 9, 9, 1]], np.int32)
+    inputs, targets = rows.corrupt(
+        tokens, keys(2), sequence_length={"targets": 5}, first_sentinel=0
+    )
+    assert [row.tolist() for row in targets] == tokens.tolist() and not any(map(len, inputs))
+    assert rows.documents(targets[0]).tolist() == [1, 1, 1, 2, 3]
+    assert rows.documents(targets[1]).tolist() == [1, 2, 2, 2, 2]
+    assert rows.raw_length({"targets": 5}, 0) == 5
+    assert rows.result_lengths(5, {"targets": 5}) == (0, 5)
+    assert numpy_objectives.from_json(numpy_objectives.to_json(rows)) == rows

@@ -117,3 +117,31 @@ def test_text_files_with_another_objective(make_config):
     ).all()
     with pytest.raises(ValueError, match="objective is 'gpt': choose one of"):
         make_config(objective="gpt")
+
+
+def test_rows_of_language_modelling_hold_all_documents():
+    features = {"targets": seqio.Feature(VOCABULARY)}
+    documents = [[5, 6, 7, 1], [8, 1], [9, 9, 9, 9, 9, 1]]
+    dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(documents)).map(
+        lambda tokens: {"targets": tokens}
+    )
+    rows = list(
+        preprocessors.language_modeling(dataset, {"targets": 5}, features).as_numpy_iterator()
+    )
+    # 5 6 7 1 | 8 1 | 9 9 9 9 9 1, cut at every fifth token.
+    assert [(row["targets"].tolist(), row["targets_segment_ids"].tolist()) for row in rows] == [
+        ([5, 6, 7, 1, 8], [1, 1, 1, 1, 2]),
+        ([1, 9, 9, 9, 9], [1, 2, 2, 2, 2]),
+        ([9, 1], [1, 1]),
+    ]
+    with pytest.raises(ValueError, match="language modelling needs a length for 'targets'"):
+        preprocessors.language_modeling(dataset, {}, features)
+    without_eos = {"targets": seqio.Feature(seqio.PassThroughVocabulary(9))}
+    with pytest.raises(ValueError, match="states no EOS, which language modelling puts between"):
+        preprocessors.language_modeling(dataset, {"targets": 5}, without_eos)
+
+
+def test_corruption_without_inputs_names_the_objective_that_needs_none():
+    for objective in (preprocessors.span_corruption, preprocessors.prefix_lm):
+        with pytest.raises(ValueError, match="length for 'inputs'.* 'language_modeling'"):
+            objective(tf.data.Dataset.from_tensors({"targets": [5]}), {"targets": 8}, FEATURES)

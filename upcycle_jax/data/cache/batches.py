@@ -21,7 +21,7 @@ from upcycle_jax.data.cache.format import CachedTask
 from upcycle_jax.data.cache.lookup import CachedMixture
 from upcycle_jax.data.cache.views import Draw, ExampleView, Tokens, View, open_view
 from upcycle_jax.data.config import DatasetConfig
-from upcycle_jax.features import FeatureConverter, HostBatch
+from upcycle_jax.features import FeatureConverter, HostBatch, token_features
 
 _READ = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=8)
 """Threads that make batches, and batches made ahead."""
@@ -50,7 +50,8 @@ class _Examples:
     """The endless numbered examples of a mixture."""
 
     def __init__(self, dataset: "CachedDataset", seed: int):
-        config, self._names = dataset.config, dataset.features.task_features
+        config = dataset.config
+        self._names = token_features(dataset.features, config.task_feature_lengths)
         self._keys: list[int] = []
         self._views: list[View] = []
         orders: list[grain.MapDataset] = []
@@ -223,12 +224,12 @@ class CachedDataset:
 
     def view(self, task: CachedTask, *, seed: int | None = None) -> View:
         """The examples of the split: of a training stream by its seed, else of one pass."""
-        config = self.config
+        config, features = self.config, self.features
         return open_view(
             task,
             config.split,
             config.task_feature_lengths,
-            self.features.task_features,
+            (*token_features(features, config.task_feature_lengths), *features.annotations),
             one_pass=seed is None,
             seed=seed or 0,
         )

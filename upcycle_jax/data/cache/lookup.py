@@ -21,7 +21,7 @@ from upcycle_jax.data.cache.format import (
     sha256_of_file,
 )
 from upcycle_jax.data.config import DatasetConfig
-from upcycle_jax.features import FeatureConverter
+from upcycle_jax.features import FeatureConverter, check_all_read, token_features
 
 _COMMAND, _DEFAULT_FOLDER = "python -m upcycle_jax.cache_tasks", "cache"
 
@@ -166,9 +166,13 @@ def _seqio_has(config: DatasetConfig) -> bool:
 def _check(config: DatasetConfig, features: FeatureConverter, task: CachedTask) -> None:
     """Raises a ValueError where the cache is not what the configuration describes."""
     manifest, problems = task.manifest, []
-    missing = set(features.task_features) - manifest.features.keys()
+    asked = token_features(features, config.task_feature_lengths)
+    missing = set(asked) - manifest.features.keys()
     if missing:
         problems.append(f"it has no feature {sorted(missing)} (only {sorted(manifest.features)})")
+    else:
+        what = f"the cached task '{manifest.task}' at {task.folder}"
+        check_all_read(features, config.task_feature_lengths, manifest.features, what=what)
     if manifest.feature_lengths is not None and dict(manifest.feature_lengths) != dict(
         config.task_feature_lengths
     ):

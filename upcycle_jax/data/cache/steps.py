@@ -97,6 +97,9 @@ def _known(step: Any, features: Mapping[str, seqio.Feature]) -> dict[str, Any] |
         return _denoise((preprocessors.SpanDenoiser(**keywords),), features)
     if function is preprocessors.prefix_lm and not keywords:
         return _denoise((preprocessors.PrefixDenoiser(),), features)
+    if function is preprocessors.language_modeling and not keywords:
+        rows = numpy_objectives.CausalRows(preprocessors.end_of_documents(features))
+        return {"step": DENOISE, "denoisers": [numpy_objectives.to_json(rows)]}
     if function is preprocessors.ul2 and not keywords:
         return _denoise(preprocessors.UL2_DENOISERS, features)
     if function is preprocessors.denoise and keywords.keys() == {"denoisers"}:

@@ -21,8 +21,7 @@ import numpy as np
 from upcycle_jax.data import draws
 from upcycle_jax.data.cache.format import CachedTask, decode
 from upcycle_jax.data.objectives import numpy as numpy_objectives
-
-_INPUTS, _TARGETS = "inputs", "targets"  # what denoisers make of text, which is kept as targets
+from upcycle_jax.features.names import DOCUMENTS, INPUTS, TARGETS
 
 DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM = "denoise", "append_eos", "append_eos_after_trim"
 STEPS = (DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM)
@@ -56,13 +55,15 @@ class View(Protocol):
         ...
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
-        """Each of the asked features, tokens as int32 and no longer than asked; `key` is the seed
-        of noise.
+        """Each of the asked features that there is, tokens as int32 and no longer than asked; `key`
+        is the seed of noise.
         """
         ...
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
-        """Tokens of each asked feature of examples, int64 `[N, F]`, or more where noise decides."""
+        """Tokens of each asked feature that has a length, int64 `[N, F]`, or more where noise
+        decides.
+        """
         ...
 
 
@@ -129,6 +130,11 @@ def _finish(
     return tokens[:length]
 
 
+def _with_lengths(names: Sequence[str], lengths: Mapping[str, int]) -> list[str]:
+    """Those that are token sequences of their own; the others say something of their tokens."""
+    return [name for name in names if name in lengths]
+
+
 class ExampleView:
     """Records that are examples already."""
 
@@ -149,7 +155,7 @@ class ExampleView:
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
         wholes = (self.whole(draw.place) for draw in drawn)
-        return [{name: whole[name] for name in self._names} for whole in wholes]
+        return [{name: whole[name] for name in self._names if name in whole} for whole in wholes]
 
     def whole(self, place: int) -> dict[str, Any]:
         """An example with everything that the task keeps: its text before tokenizing, numbers for
@@ -163,7 +169,7 @@ class ExampleView:
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
         columns = []
-        for name in self._names:
+        for name in _with_lengths(self._names, self._lengths):
             # The index holds tokens up to and with each record, so a record's own are a difference;
             # steps that append EOS add one each.
             ends = self._records.ends[name]
@@ -212,7 +218,7 @@ class TextView:
         self._denoisers = [
             numpy_objectives.from_json(described) for described in denoise["denoisers"]
         ]
-        vocabulary = self._features[_TARGETS]["vocabulary"]
+        vocabulary = self._features[TARGETS]["vocabulary"]
         self._first_sentinel = int(vocabulary["size"]) - 1
         segment_lengths = [
             denoiser.raw_length(self._lengths, int(vocabulary["extra_ids"]))
@@ -224,7 +230,7 @@ class TextView:
         self._edges = [0, *itertools.accumulate(segment_lengths[turn] for turn in self._turns)]
         # Tokens up to and with each record: record i holds tokens ends[i - 1] to ends[i] of the
         # text.
-        self._ends = self._records.ends[_TARGETS]
+        self._ends = self._records.ends[TARGETS]
         self._total = int(self._ends[-1]) if len(self._ends) else 0
         self._seed = seed
         if self._total < 2:
@@ -272,7 +278,7 @@ class TextView:
             end = int(self._ends[record])
             begin = int(self._ends[record - 1]) if record else 0
             if end > start:  # not an empty record
-                parts.append(self._records[record][_TARGETS][start - begin : stop - begin])
+                parts.append(self._records[record][TARGETS][start - begin : stop - begin])
                 start = end
             record += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -291,13 +297,18 @@ class TextView:
                 tokens, keys, sequence_length=self._lengths, first_sentinel=self._first_sentinel
             )
             for row, *pair in zip(rows, *pairs, strict=True):
-                made = dict(zip((_INPUTS, _TARGETS), pair, strict=True))
+                made = dict(zip((INPUTS, TARGETS), pair, strict=True))
                 out[row] = {
                     name: _finish(
                         made[name], self._steps, self._features[name], self._lengths[name]
                     )
-                    for name in self._names
+                    for name in _with_lengths(self._names, self._lengths)
                 }
+                rows_of_text = self._denoisers[denoiser]
+                if DOCUMENTS in self._names and isinstance(
+                    rows_of_text, numpy_objectives.CausalRows
+                ):
+                    out[row][DOCUMENTS] = rows_of_text.documents(out[row][TARGETS])
         return out
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
@@ -310,7 +321,8 @@ class TextView:
             ],
             np.int64,
         )  # [segments of a round, 2]
-        columns = [(_INPUTS, _TARGETS).index(name) for name in self._names]
+        names = _with_lengths(self._names, self._lengths)
+        columns = [(INPUTS, TARGETS).index(name) for name in names]
         return by_turn[places % len(self._turns)][:, columns]
 
 

@@ -26,6 +26,7 @@ from upcycle_jax.data.cache import steps
 from upcycle_jax.data.cache.format import TEXT_SETTINGS, CachedTask, FileEntry, Manifest, SplitEntry
 from upcycle_jax.data.cache.views import DENOISE
 from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.features.names import DOCUMENTS
 from upcycle_jax.progress import Meter
 from upcycle_jax.text import size
 
@@ -145,7 +146,11 @@ def _plan(task: seqio.Task, config: DatasetConfig, options: CacheOptions) -> _Pl
         str(split): _parts(task, split, options.num_shards)
         for split in sorted(options.splits or have)
     }
-    features = {name: _feature(feature) for name, feature in task.output_features.items()}
+    features = {
+        name: _feature(feature)
+        for name, feature in task.output_features.items()
+        if name != DOCUMENTS  # kept beside the tokens, or made when they are read
+    }
     identity: dict[str, Any] = {
         "task": task.name,
         "source": fingerprints.source(task.source),

@@ -116,6 +116,22 @@ def span_lengths(
     return SpanLengths(raw=raw, inputs=counts.inputs, targets=counts.targets, spans=counts.spans)
 
 
+def asked_length(sequence_length: Mapping[str, int], feature: str, *, objective: str) -> int:
+    """The length that an objective needs of a feature.
+
+    Raises:
+      ValueError: there is none.
+    """
+    length = sequence_length.get(feature)
+    if length is None:
+        raise ValueError(
+            f"task_feature_lengths is {dict(sequence_length)}: {objective} needs a length for"
+            f" '{feature}'. A decoder-only model learns plain text by OBJECTIVE ="
+            " 'language_modeling', which needs 'targets' alone"
+        )
+    return length
+
+
 def fitting_span_lengths(
     sequence_length: Mapping[str, int],
     *,
@@ -130,21 +146,26 @@ def fitting_span_lengths(
       ValueError: the targets do not fit, or the vocabulary has too few sentinels; both with what
         would.
     """
-    available = sequence_length["inputs"] - prefix_tokens
-    lengths = span_lengths(
-        available, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length
+    inputs_length, targets_length = (
+        asked_length(sequence_length, name, objective="span corruption")
+        for name in ("inputs", "targets")
     )
-    if sequence_length["targets"] < lengths.targets:
+    lengths = span_lengths(
+        inputs_length - prefix_tokens,
+        noise_density=noise_density,
+        mean_noise_span_length=mean_noise_span_length,
+    )
+    if targets_length < lengths.targets:
         raise ValueError(
             f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of"
-            f" inputs of {sequence_length['inputs']} tokens gives targets of {lengths.targets}"
-            f" tokens, but task_feature_lengths['targets'] is {sequence_length['targets']}: set it"
+            f" inputs of {inputs_length} tokens gives targets of {lengths.targets}"
+            f" tokens, but task_feature_lengths['targets'] is {targets_length}: set it"
             f" to {lengths.targets} or more, or shorten the inputs"
         )
     if lengths.spans > extra_ids:
         raise ValueError(
             f"span corruption (density {noise_density}, mean span {mean_noise_span_length}) of"
-            f" inputs of {sequence_length['inputs']} tokens needs {lengths.spans} sentinels, but"
+            f" inputs of {inputs_length} tokens needs {lengths.spans} sentinels, but"
             f" the vocabulary has {extra_ids} extra ids: make it with extra_ids={lengths.spans} or"
             " more, or shorten the inputs"
         )
@@ -157,10 +178,23 @@ def fitting_prefix_length(sequence_length: Mapping[str, int], *, prefix_tokens: 
     Raises:
       ValueError: nothing to divide.
     """
-    available = sequence_length["inputs"] - prefix_tokens
-    if available < 2 or sequence_length["targets"] < 2:
+    inputs_length, targets_length = (
+        asked_length(sequence_length, name, objective="prefix language modelling")
+        for name in ("inputs", "targets")
+    )
+    available = inputs_length - prefix_tokens
+    if available < 2 or targets_length < 2:
         raise ValueError(
             f"task_feature_lengths {dict(sequence_length)} leave a prefix language model no text:"
             " give 2 tokens or more"
         )
     return available
+
+
+def fitting_row_length(sequence_length: Mapping[str, int]) -> int:
+    """Tokens of a row of language modelling.
+
+    Raises:
+      ValueError: there is no length.
+    """
+    return asked_length(sequence_length, "targets", objective="language modelling")

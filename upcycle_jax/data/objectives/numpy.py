@@ -205,8 +205,51 @@ class PrefixSplit:
         return inputs, [row[start:] for row, start in zip(tokens, starts, strict=True)]
 
 
-Noise = SpanNoise | PrefixSplit
-_KINDS = {"span": SpanNoise, "prefix": PrefixSplit}
+@dataclasses.dataclass(frozen=True)
+class CausalRows:
+    """`preprocessors.language_modeling`: a segment is a row as it stands.
+
+    Attributes:
+      eos_id: the token that ends each document.
+      prefix_ids: none.
+      weight: relative number of examples in a mixture.
+    """
+
+    eos_id: int
+    prefix_ids: tuple[int, ...] = ()
+    weight: float = 1.0
+
+    def raw_length(self, sequence_length: Mapping[str, int], extra_ids: int) -> int:
+        """Tokens of a row.
+
+        Raises:
+          ValueError: there is no length.
+        """
+        return arithmetic.fitting_row_length(sequence_length)
+
+    def result_lengths(self, length: int, sequence_length: Mapping[str, int]) -> tuple[int, int]:
+        """Tokens of inputs and targets."""
+        return 0, length
+
+    def corrupt(
+        self,
+        tokens: np.ndarray,
+        keys: np.ndarray,
+        *,
+        sequence_length: Mapping[str, int],
+        first_sentinel: int,
+    ) -> Rows:
+        """No inputs, and the segments int32 `[N, L]` as targets. Nothing else is needed."""
+        return [tokens[0, :0]] * len(tokens), list(tokens)
+
+    def documents(self, targets: np.ndarray) -> np.ndarray:
+        """The document of each token of a row, counted from 1: int32 `[L]`."""
+        ends = np.pad(targets == self.eos_id, (1, 0))[:-1]
+        return 1 + np.cumsum(ends, dtype=np.int32)
+
+
+Noise = SpanNoise | PrefixSplit | CausalRows
+_KINDS = {"span": SpanNoise, "prefix": PrefixSplit, "causal": CausalRows}
 
 
 def _prepend(tokens: np.ndarray, ids: Sequence[int]) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""Pre-training objectives as SeqIO preprocessors: span corruption, prefix language modelling, and
-UL2's mixture of both.
+"""Pre-training objectives as SeqIO preprocessors: span corruption, prefix language modelling, UL2's
+mixture of both, and language modelling.
 
-Each takes tokenised documents in `targets` and gives `inputs` and `targets` without EOS. Documents
-are joined in groups and cut into segments of exactly the length that fills a model's inputs; only
-the last segment of a group is shorter, as in T5.
+The first three take tokenised documents in `targets` and give `inputs` and `targets` without EOS.
+Documents are joined in groups and cut into segments of exactly the length that fills a model's
+inputs; only the last segment of a group is shorter, as in T5. `language_modeling` takes documents
+that end with EOS, and gives rows of `targets`.
 
 Axis legend: N segments, L tokens of a segment, I input tokens, T target tokens.
 """
@@ -18,6 +19,7 @@ import seqio
 import tensorflow as tf
 
 from upcycle_jax.data.objectives import arithmetic, tf_spans
+from upcycle_jax.features.names import DOCUMENTS
 
 DOCUMENTS_PER_GROUP = 128
 _MIXED_DOCUMENTS_PER_GROUP = 8  # a group has one objective, so small groups mix objectives well
@@ -25,6 +27,8 @@ _MIXED_DOCUMENTS_PER_GROUP = 8  # a group has one objective, so small groups mix
 Features = Mapping[str, seqio.Feature]
 Lengths = Mapping[str, int]
 Rows = dict[str, tf.Tensor]
+
+_NO_TOKEN = -1  # 0 is a token of some vocabularies
 
 
 class Denoiser(Protocol):
@@ -37,7 +41,7 @@ class Denoiser(Protocol):
 
     @property
     def pads(self) -> bool:
-        """Whether `corrupt` gives rows of several lengths, filled with zeros."""
+        """Whether `corrupt` gives rows of several lengths, filled with `_NO_TOKEN`."""
         ...
 
     def raw_length(self, sequence_length: Lengths, vocabulary: seqio.Vocabulary) -> int:
@@ -156,11 +160,10 @@ class PrefixDenoiser:
             [rows, 1], seed=seed, minval=1, maxval=longest + 1, dtype=tf.int32
         )
         is_input = tf.range(length)[tf.newaxis] < length - ends
-        zeros = tf.zeros_like(tokens)
-        inputs = tf.where(is_input, tokens, zeros)
+        inputs = tf.where(is_input, tokens, _NO_TOKEN)
         return {
             "inputs": _prepend(inputs, self.prefix, vocabulary),
-            "targets": tf.where(is_input, zeros, tokens),
+            "targets": tf.where(is_input, _NO_TOKEN, tokens),
         }
 
 
@@ -252,7 +255,7 @@ def denoise(
 
     @tf.autograph.experimental.do_not_convert
     def strip(example):
-        return {name: tf.boolean_mask(tokens, tokens > 0) for name, tokens in example.items()}
+        return {name: tf.boolean_mask(tokens, tokens >= 0) for name, tokens in example.items()}
 
     segments = cut(concatenate(dataset, documents=documents_per_group)).flat_map(emit)
     return (
@@ -329,9 +332,52 @@ def ul2(
     )
 
 
+def language_modeling(
+    dataset: tf.data.Dataset, sequence_length: Lengths, output_features: Features
+) -> tf.data.Dataset:
+    """Predict each token from those before it: rows of exactly as many `targets` as asked, cut out
+    of the stream of all documents one after another, so that nothing is left out and only the last
+    row of a pass is shorter. `targets_segment_ids` counts the documents of a row from 1: one ends
+    with EOS.
+
+    Raises:
+      ValueError: no length, or a vocabulary without EOS.
+    """
+    length = arithmetic.fitting_row_length(sequence_length)
+    eos_id = end_of_documents(output_features)
+    tokens = dataset.map(
+        lambda example: tf.ensure_shape(tf.cast(example["targets"], tf.int32), [None])
+    )
+
+    @tf.autograph.experimental.do_not_convert
+    def row(targets):
+        ends = tf.cast(targets[:-1] == eos_id, tf.int32)
+        return {"targets": targets, DOCUMENTS: tf.concat([[1], 1 + tf.cumsum(ends)], axis=0)}
+
+    return tokens.rebatch(length, drop_remainder=False).map(
+        row, num_parallel_calls=tf.data.AUTOTUNE
+    )
+
+
+def end_of_documents(output_features: Features) -> int:
+    """The EOS that divides documents.
+
+    Raises:
+      ValueError: the vocabulary has none.
+    """
+    vocabulary = output_features["targets"].vocabulary
+    if vocabulary.eos_id is None:
+        raise ValueError(
+            f"the vocabulary {vocabulary} states no EOS, which language modelling puts between"
+            " documents: take one that does (Hugging Face: 'eos_token' in tokenizer_config.json)"
+        )
+    return int(vocabulary.eos_id)
+
+
 OBJECTIVES: dict[str, Callable[..., tf.data.Dataset]] = {
     "span_corruption": span_corruption,
     "prefix_lm": prefix_lm,
     "ul2": ul2,
+    "language_modeling": language_modeling,
 }
 """Preprocessors by the name that `DatasetConfig.objective` and the tasks use."""

@@ -12,6 +12,10 @@ VALIDATION = "validation"
 SPLITS = (TRAIN, VALIDATION)
 
 PASSAGE_CHARACTERS = 4096
+DOCUMENT_CHARACTERS = 2**18
+"""Longer documents are cut where whole ones are learnt: some 60,000 tokens, which is a longer
+context than rows have.
+"""
 VALIDATION_FRACTION = 0.05
 
 _SENTENCE_ENDS = (". ", "! ", "? ", "; ")

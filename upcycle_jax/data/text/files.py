@@ -15,7 +15,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from upcycle_jax.data.text.documents import VALIDATION_FRACTION, Corpus, Document, build_corpus
+from upcycle_jax.data.text.documents import (
+    DOCUMENT_CHARACTERS,
+    PASSAGE_CHARACTERS,
+    VALIDATION_FRACTION,
+    Corpus,
+    Document,
+    build_corpus,
+)
 
 MAX_CHARACTERS = 2 * 1024**3
 """Text files are held in memory; more than this (as read) is refused with the way out."""
@@ -257,8 +264,18 @@ def load_corpus(
     field: str = "text",
     validation_fraction: float = VALIDATION_FRACTION,
     max_characters: int = MAX_CHARACTERS,
+    whole_documents: bool = False,
 ) -> Corpus:
     """Reads all files that `patterns` name into one domain.
+
+    Args:
+      name: of the domain.
+      patterns: of its files.
+      field: see `read_file`.
+      validation_fraction: see `build_corpus`.
+      max_characters: more than these are refused.
+      whole_documents: keep documents whole, up to `DOCUMENT_CHARACTERS`. A domain that is one
+        document is cut into passages in any case, so that there is something to validate on.
 
     Raises:
       FileNotFoundError: a pattern names nothing.
@@ -284,4 +301,11 @@ def load_corpus(
         "field": field,
         "sha256": digest.hexdigest(),
     }
-    return build_corpus(name, documents, origin=origin, validation_fraction=validation_fraction)
+    several = len({document.text for document in documents}) > 1
+    return build_corpus(
+        name,
+        documents,
+        origin=origin,
+        validation_fraction=validation_fraction,
+        characters=DOCUMENT_CHARACTERS if whole_documents and several else PASSAGE_CHARACTERS,
+    )
