@@ -9,7 +9,10 @@ import pytest
 
 from upcycle_jax import config, upcycle, verify
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.layers.rope import Rope
 from upcycle_jax.models import registry
+from upcycle_jax.models.decoder.config import DecoderConfig, DecoderMoeConfig
+from upcycle_jax.models.decoder.model import DecoderModel
 from upcycle_jax.surgery.model_record import model_from_json, model_to_json
 from upcycle_jax.surgery.recorded import read_recorded, sealed
 from upcycle_jax.training.optimizers import Adafactor
@@ -150,6 +153,18 @@ def test_the_recorded_model_is_the_model():
     for damaged in ({**recorded, "type": "Other"}, {**recorded, "emb_dim": 0}, [], 3, {}):
         with pytest.raises(ValueError, match="recorded model|emb_dim"):
             model_from_json(damaged)
+
+
+def test_the_recorded_language_model_is_the_model():
+    """With ropes of its own, and lists where JSON has no tuples."""
+    stretched = Rope(1e6, "longrope", original_length=64, short_factors=(1,), long_factors=(2,))
+    sizes = {"emb_dim": 8, "num_layers": 2, "num_heads": 2, "head_dim": 4, "mlp_dim": 16}
+    for moe in (None, DecoderMoeConfig(num_experts=4, sparse_layout=(1,))):
+        for rope in (None, Rope(), stretched):
+            for more in ({"layer_types": ("full", "sliding"), "sliding_window": 4}, {}):
+                given = DecoderConfig(32, **sizes, moe=moe, rope=rope, sliding_rope=rope, **more)
+                recorded = json.loads(json.dumps(model_to_json(DecoderModel(given))))
+                assert model_from_json(recorded).config == given
 
 
 def test_a_record_is_not_trusted(folder):

@@ -269,6 +269,7 @@ class Family:
         Raises ValueError where they are damaged.
       settings: for every name of `ModelConfig.forward_settings`, whether a value out of a file is
         one.
+      parts: further classes that the configuration is made of.
     """
 
     name: str
@@ -277,3 +278,4 @@ class Family:
     build: Callable[[Any], Model]
     from_specs: Callable[[Mapping[str, LeafSpec], Mapping[str, Any]], Any]
     settings: Mapping[str, Callable[[Any], bool]]
+    parts: tuple[type, ...] = ()

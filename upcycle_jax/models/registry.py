@@ -7,6 +7,7 @@ imported, e.g. by an `import` line of a gin file.
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ def register(family: Family) -> None:
 
 def config_parts() -> tuple[type, ...]:
     """Every class that the configuration of a model is made of."""
-    return (*(part for family in _FAMILIES for part in (family.config, family.moe)), *ROUTERS)
+    parts = ((one.config, one.moe, *one.parts) for one in _FAMILIES)
+    return (*itertools.chain.from_iterable(parts), *ROUTERS)
 
 
 def known_settings() -> dict[str, Any]:

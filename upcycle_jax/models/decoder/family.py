@@ -45,4 +45,5 @@ DECODER = Family(
         **{name: functools.partial(_is_setting, name) for name in STATED},
         **dict.fromkeys(STATED_ROPES, _is_rope),
     },
+    parts=(Rope,),
 )
