@@ -218,8 +218,8 @@ def places(
     Raises:
       ValueError: the type has no MoE layers, no such shared expert, or is unknown.
     """
-    found = layout(model_type, config, _names(model_type, in_memory=in_memory))
-    return {place.path: place.sources for place in found}
+    names = _names(model_type, in_memory=in_memory)
+    return {place.path: place.sources for place in layout(model_type, config, names)}
 
 
 def tensor_shapes(
@@ -258,17 +258,18 @@ def _names(model_type: str, *, in_memory: bool) -> Names:
     return names
 
 
-def layout(model_type: str, config: DecoderConfig, names: Names) -> Iterator[Place]:
+def layout(model_type: str, config: DecoderConfig, names: Names | None = None) -> Iterator[Place]:
     """Every parameter of a model, in the order in which files hold them.
 
     Args:
-      model_type: for messages.
+      model_type: as in config.json.
       config: of the model.
-      names: of the tensors.
+      names: of the tensors; None: as transformers writes them to disk.
 
     Raises:
       ValueError: see `places`.
     """
+    names = names or _names(model_type, in_memory=False)
     embedding = (config.vocab_size, config.emb_dim)
     yield Place(EMBEDDING, embedding, Source(f"{names.base}{names.embedding}.weight"))
     for number in range(config.num_layers):
