@@ -2,7 +2,6 @@
 that config.json states computes the same logits and gradients from them.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tests.checkpoints.huggingface.decoder import oracle
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.checkpoints.huggingface.decoder.tensors import tensor_shapes
 from upcycle_jax.models.decoder.from_specs import from_specs
-from upcycle_jax.models.decoder.network import LanguageModel
+from upcycle_jax.models.decoder.model import DecoderModel
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 12))
 WITH_GRADIENTS = (
@@ -37,10 +37,10 @@ def logits_and_gradients(config, params):
     """Float32 logits after `TOKENS`, and the gradients of the mean loss of predicting each next
     one, by path.
     """
-    model = LanguageModel(config)
+    model = DecoderModel(config)
 
     def loss(params):
-        logits = model.apply({"params": params}, TOKENS)
+        logits = model.token_logits(params, TOKENS)
         chosen = jax.nn.log_softmax(logits[:, :-1])
         picked = jnp.take_along_axis(chosen, TOKENS[:, 1:, None], axis=-1)
         return -picked.mean(), logits
@@ -50,15 +50,13 @@ def logits_and_gradients(config, params):
 
 
 def logits(config, params):
-    model = LanguageModel(config)
-    return np.asarray(jax.jit(lambda p: model.apply({"params": p}, TOKENS))(params))
+    model = DecoderModel(config)
+    return np.asarray(jax.jit(lambda p: model.token_logits(p, TOKENS))(params))
 
 
 def shapes(config):
     """Shape of every parameter of the model, by path."""
-    model = LanguageModel(config)
-    made = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS))["params"]
-    return {path: leaf.shape for path, leaf in trees.flatten(nn.meta.unbox(made)).items()}
+    return {path: spec.shape for path, spec in DecoderModel(config).param_specs().items()}
 
 
 @pytest.mark.parametrize("name", oracle.CASES)
@@ -66,6 +64,9 @@ def test_logits_of_every_type(written, tmp_path, name):
     theirs, folder = written(name)
     reader = open_checkpoint(folder)
     config, params = reader.model_config(), read_params(reader)
+    stored = load_file(folder / "model.safetensors")
+    found = tensor_shapes(oracle.CASES[name][0], config)
+    assert found == {tensor: value.shape for tensor, value in stored.items()}
     assert {path: leaf.shape for path, leaf in trees.flatten(params).items()} == shapes(config)
     # Nothing is left out and nothing counted twice.
     numbers = sum(p.numel() for p in theirs.parameters())
