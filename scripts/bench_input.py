@@ -90,7 +90,7 @@ def main() -> None:
         print(f"input {name:<12} {examples:>12,.1f} examples/s")
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     for size in args.sizes:
-        names = (
+        names: tuple[tuple[str, list[str]], ...] = (
             (f"models/t5_1_1_{size}.gin", []),
             (
                 f"models/t5_1_1_{size}_upcycled.gin",
@@ -102,7 +102,12 @@ def main() -> None:
             for name, bindings in names
         ]
         steps = benchmarks.train_steps(
-            size, models, trainer, batch_size=args.batch_size, rounds=args.rounds, **lengths
+            size,
+            models,
+            trainer,
+            batch_size=args.batch_size,
+            lengths=lengths,
+            rounds=args.rounds,
         )
         for kind, measured in (("dense", steps.dense), ("upcycled", steps.upcycled)):
             needed = args.batch_size / measured.seconds

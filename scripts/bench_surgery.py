@@ -19,15 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from upcycle_jax.trees import LeafSpec
 
 WAYS = ("reference", "encoded", "streaming", "noise", "online", "naive")
 D_MODEL, LAYERS = 1024, 4
 """Layers 1 and 3 become sparse; the MLP's width follows from the size asked for."""
 
 
-def trees(megabytes: float, experts: int):
+def trees(megabytes: float, experts: int) -> "tuple[dict[str, LeafSpec], dict[str, LeafSpec]]":
     """Specs of the dense source and of the sparse target."""
     from upcycle_jax import axes
     from upcycle_jax.moe import roles

@@ -1,7 +1,7 @@
 """Prints the upcycled model's train step against the dense model's and against the ratio of their
-FLOPs, measured in one process.
+FLOPs, measured in one process, and the share of the FLOP/s of one large matrix product.
 
-    python scripts/bench_train_step.py                    # tiny, small and base on one device
+    python scripts/bench_train_step.py      # tiny, small and base T5, tiny and small language model
     python scripts/bench_train_step.py --sizes base --batch_size=64 --inputs=512 --targets=128
     --dtype=bfloat16
 
@@ -17,12 +17,21 @@ from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
 
+SIZES = ["tiny", "small", "base", "tiny_lm", "small_lm"]
+
+
+def model_file(size: str) -> str:
+    """The dense model file of a size, without its ending: that of T5 1.1 where just a size is
+    named.
+    """
+    return f"models/{size if '_' in size else f't5_1_1_{size}'}"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=256)
@@ -42,19 +51,23 @@ def main() -> None:
         "LOSS_NORMALIZING_FACTOR='NUM_REAL_TARGET_TOKENS'",
     ]
     sparse = [f"NUM_EXPERTS={args.experts}", f"GROUP_SIZE={args.group_size}"]
-    lengths = {"batch_size": args.batch_size, "inputs": args.inputs, "targets": args.targets}
     measured = []
     for size in args.sizes:
-        names = (
-            (f"models/t5_1_1_{size}.gin", shared),
-            (
-                f"models/t5_1_1_{size}_upcycled.gin",
-                shared + sparse,
-            ),
-        )
+        dense = model_file(size)
+        names = ((f"{dense}.gin", shared), (f"{dense}_upcycled.gin", shared + sparse))
+        lengths = {"inputs": args.inputs, "targets": args.targets}
+        if size.endswith("_lm"):  # As many tokens, in one stack.
+            lengths["targets"] += lengths.pop("inputs")
         models = [config.load([name], bindings).macro("MODEL") for name, bindings in names]
         measured.append(
-            benchmarks.train_steps(size, models, trainer, rounds=args.rounds, **lengths)
+            benchmarks.train_steps(
+                size,
+                models,
+                trainer,
+                batch_size=args.batch_size,
+                lengths=lengths,
+                rounds=args.rounds,
+            )
         )
     print(benchmarks.step_table(measured))
 

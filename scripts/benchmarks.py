@@ -7,6 +7,7 @@ an expert's work is done C (K) times per token, so its hidden axis is C (K) time
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -17,11 +18,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle_jax.costs import step
 from upcycle_jax.costs.shapes import StepShape
 from upcycle_jax.layers.mlp import MlpBlock
-from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.models.base import Model, stack_lengths
 from upcycle_jax.moe import grouped_experts
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.dispatch import Assignment
@@ -244,22 +246,33 @@ class StepComparison:
       dense: the baseline.
       upcycled: the MoE.
       flop_ratio: model FLOPs of a step, upcycled over dense.
+      peak_shares: of the dense and the upcycled step, model FLOP/s over those of one large matrix
+        product in this process (`matmul_peak`).
     """
 
     name: str
     dense: Measurement
     upcycled: Measurement
     flop_ratio: float
+    peak_shares: tuple[float, float] = (float("nan"), float("nan"))
+
+
+@functools.cache
+def matmul_peak(dtype: str, size: int = 4096) -> float:
+    """FLOP/s of a product of two square matrices: what this machine reaches at best."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    product = _program(jnp.dot, x, x)
+    jax.block_until_ready(product.call())
+    return 2 * size**3 / min(_timed(product.call) for _ in range(5))
 
 
 def train_steps(
     name: str,
-    models: Sequence[EncoderDecoderModel],
+    models: Sequence[Model],
     trainer: Trainer,
     *,
     batch_size: int,
-    inputs: int,
-    targets: int,
+    lengths: Mapping[str, int],
     rounds: int,
 ) -> StepComparison:
     """Measures the train step of a dense and of an upcycled model, as the loop jits it.
@@ -269,39 +282,40 @@ def train_steps(
       models: the dense one, then the upcycled one.
       trainer: optimizer and schedule.
       batch_size: rows.
-      inputs: length of encoder rows.
-      targets: length of decoder rows.
+      lengths: by task feature; those that a model has not are left out.
       rounds: executions of each.
     """
-    lengths = {"inputs": inputs, "targets": targets}
+    lengths = {name: lengths[name] for name in models[0].features.task_features}
     programs = {
         key: _step_program(model, trainer, batch_size, lengths)
         for key, model in zip(("dense", "upcycled"), models, strict=True)
     }
-    dense, upcycled = compare(
-        programs, baseline="dense", tokens=batch_size * (inputs + targets), rounds=rounds
-    )
+    tokens = batch_size * sum(stack_lengths(models[0], lengths).values())
+    dense, upcycled = compare(programs, baseline="dense", tokens=tokens, rounds=rounds)
     shape = StepShape(batch_size=batch_size, lengths=lengths)
     one = Partitioner(devices=(jax.devices()[0],))
-    flops = [step.of_step(model, shape, one).forward_flops for model in models]
-    return StepComparison(name, dense, upcycled, flops[1] / flops[0])
+    costs = [step.of_step(model, shape, one) for model in models]
+    peak = matmul_peak(models[0].config.dtype)
+    shares = (
+        costs[0].model_flops / dense.seconds / peak,
+        costs[1].model_flops / upcycled.seconds / peak,
+    )
+    ratio = costs[1].forward_flops / costs[0].forward_flops
+    return StepComparison(name, dense, upcycled, ratio, shares)
 
 
 def _step_program(
-    model: EncoderDecoderModel, trainer: Trainer, batch_size: int, lengths: Mapping[str, int]
+    model: Model, trainer: Trainer, batch_size: int, lengths: Mapping[str, int]
 ) -> _Program:
     partitioner = Partitioner(devices=(jax.devices()[0],))
     shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
-    features = model.input_specs(batch_size, lengths)
-    batch = {key: jnp.ones(leaf.shape, leaf.dtype) for key, leaf in features.items()}
-    batch["encoder_input_tokens"] = jax.random.randint(
-        jax.random.key(3),
-        batch["encoder_input_tokens"].shape,
-        1,
-        model.config.vocab_size,
-        jnp.int32,
-    )
-    batch = {key: jax.device_put(value, partitioner.batch_sharding) for key, value in batch.items()}
+    rng = np.random.default_rng(3)
+    examples = [
+        {name: rng.integers(1, model.vocab_size or 2, length) for name, length in lengths.items()}
+        for _ in range(batch_size)
+    ]
+    rows = model.features.pad(examples, lengths, batch_size)
+    batch = {key: jax.device_put(value, partitioner.batch_sharding) for key, value in rows.items()}
     with partitioner.activate():
         state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)
         started = time.perf_counter()
@@ -340,14 +354,15 @@ def step_table(measured: Sequence[StepComparison]) -> str:
     rows = [
         (
             "| model | time, upcycled / dense | FLOPs, upcycled / dense | time ratio / FLOP ratio |"
-            " dense ms | upcycled ms | tokens/s |"
+            " dense ms | upcycled ms | tokens/s | share of a matrix product's FLOP/s |"
         ),
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows += [
         f"| {m.name} | {m.upcycled.ratio:.2f}x | {m.flop_ratio:.2f}x |"
         f" {m.upcycled.ratio / m.flop_ratio:.2f} | {m.dense.seconds * 1e3:.0f} |"
         f" {m.upcycled.seconds * 1e3:.0f} | {m.upcycled.tokens_per_second:,.0f} |"
+        f" {m.peak_shares[0]:.0%} dense, {m.peak_shares[1]:.0%} upcycled |"
         for m in measured
     ]
     return "\n".join(rows) + "\n"

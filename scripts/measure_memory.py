@@ -50,7 +50,7 @@ def memory(root: int) -> Memory:
             anonymous[int(folder.name)] = int(status["RssAnon"].split()[0]) / 1024
         except (OSError, IndexError, KeyError):  # it ended while it was looked at
             continue
-    family, added = {root}, True
+    family, added = {root}, {root}
     while added:
         added = {child for child, parent in parents.items() if parent in family} - family
         family |= added

@@ -16,16 +16,23 @@ import re
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from upcycle_jax import byte_sizes
 
+if TYPE_CHECKING:
+    from upcycle_jax.checkpoints.reader import CheckpointReader
+    from upcycle_jax.models.base import Model
+    from upcycle_jax.surgery.plan import Plan
+    from upcycle_jax.trees import LeafSpec
+
 SIZES = ("tiny", "small", "base", "large", "xl", "xxl")
 STAGES = ("make", "upcycle", "prove", "function")
 
 
-def models(size: str, experts: int):
+def models(size: str, experts: int) -> "tuple[Model, Model]":
     """The sparse model of a size, and the dense one that it is made of."""
     from upcycle_jax import config
 
@@ -34,7 +41,7 @@ def models(size: str, experts: int):
     return sparse, sparse.dense
 
 
-def target_specs(model):
+def target_specs(model: "Model") -> "dict[str, LeafSpec]":
     """Leaves of a checkpoint without optimizer state."""
     from upcycle_jax import state_tree
 
@@ -49,7 +56,7 @@ def result_path(folder: pathlib.Path) -> pathlib.Path:
     return folder / "sparse" / "checkpoint_1000"
 
 
-def make(options) -> bool:
+def make(options: argparse.Namespace) -> bool:
     """Writes the dense checkpoint, chunk by chunk."""
     from upcycle_jax.checkpoints import create_checkpoint
 
@@ -76,7 +83,7 @@ def make(options) -> bool:
     return True
 
 
-def planned(options):
+def planned(options: argparse.Namespace) -> "tuple[Plan, CheckpointReader, Model]":
     """The plan with source and sparse model."""
     from upcycle_jax import surgery
     from upcycle_jax.checkpoints import open_checkpoint
@@ -87,7 +94,7 @@ def planned(options):
     return plan, source, sparse
 
 
-def upcycle(options) -> bool:
+def upcycle(options: argparse.Namespace) -> bool:
     """Converts by reference."""
     from upcycle_jax import surgery
 
@@ -100,7 +107,7 @@ def upcycle(options) -> bool:
     return True
 
 
-def prove(options) -> bool:
+def prove(options: argparse.Namespace) -> bool:
     """The leaf proof."""
     from upcycle_jax import surgery
     from upcycle_jax.checkpoints import open_checkpoint
@@ -112,13 +119,15 @@ def prove(options) -> bool:
     return proof.ok
 
 
-def function(options) -> bool:
+def function(options: argparse.Namespace) -> bool:
     """The function check."""
     from upcycle_jax.checkpoints import open_checkpoint
+    from upcycle_jax.models.layerwise import LayerwiseModel
     from upcycle_jax.surgery.function_check import check_function
     from upcycle_jax.surgery.probe_batch import ProbeBatch
 
     plan, source, sparse = planned(options)
+    assert isinstance(sparse, LayerwiseModel)
     outcome = check_function(
         plan,
         sparse,
