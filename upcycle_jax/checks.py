@@ -33,6 +33,18 @@ _SHOWN = 80
 """Characters of a value that a message shows."""
 
 
+ADDED = {"added": True}
+"""Metadata of a field that the first version of its class did not have: see `is_shown`."""
+
+
+def is_shown(owner: Any, field: dataclasses.Field) -> bool:
+    """Whether records and texts show a field of a dataclass: all but `ADDED` ones that have their
+    default, so that they read as those of earlier versions.
+    """
+    added = field.metadata.get("added", False)
+    return not added or bool(getattr(owner, field.name) != field.default)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is wrong with a value.

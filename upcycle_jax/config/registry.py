@@ -41,6 +41,8 @@ PATHS: dict[str, str] = {
     "VirtualGroups": "surgery:VirtualGroups",
     "QwenExperts": "surgery:QwenExperts",
     "ParentExperts": "surgery:ParentExperts",
+    "SplitExperts": "surgery:SplitExperts",
+    "MoreExperts": "surgery:MoreExperts",
     "NormalRouter": "surgery:NormalRouter",
     "UniformRouter": "surgery:UniformRouter",
     "ZeroRouter": "surgery:ZeroRouter",

@@ -94,7 +94,7 @@ class MoeSettings:
     inference_routing: Literal["independent", "grouped"] = "independent"
     min_inference_capacity: checks.Size = 1
     independent: bool = False
-    shared_expert_gate: bool = False
+    shared_expert_gate: bool = dataclasses.field(default=False, metadata=checks.ADDED)
 
     def __post_init__(self) -> None:
         checks.check_fields(self)

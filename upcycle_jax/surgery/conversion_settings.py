@@ -5,13 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from upcycle_jax import checks
-from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.surgery.convert_and_prove import FunctionCheckMode
-from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.trees import LeafSpec
@@ -52,11 +49,6 @@ class ConversionSettings:
     max_memory: checks.Bytes = 2 << 30
     function_check: FunctionCheckMode = "auto"
     function_check_dataset: checks.Dataset | None = None
-
-    def inferred_model(self, source: Reader) -> Model:
-        """The sparse model that the source's leaves imply, with the MoE layers of `moe`."""
-        specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
-        return registry.infer(specs, model_settings.stated_by(source), self.moe)
 
     def first_batch(self, model: Model) -> ProbeBatch | None:
         """The first batch of `function_check_dataset`; None without one.

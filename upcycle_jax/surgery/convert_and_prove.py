@@ -273,11 +273,15 @@ def differences(recipe: Recipe | MergeRecipe, recorded: Recipe | MergeRecipe) ->
     """Where a configured recipe differs from the recorded one, a line for each setting."""
     now, then = (json.loads(json.dumps(to_json(one))) for one in (recipe, recorded))
     if isinstance(recipe, MergeRecipe) and not recipe.weights:
-        then.pop("weights", None)  # Measured at the conversion.
+        for one in (now, then):
+            one.pop("weights", None)  # Measured at the conversion.
+    for init in (now.get("expert_init"), then.get("expert_init")):
+        if isinstance(init, dict):
+            init.pop("selected_before", None)  # Stated by the source.
     return [
-        f"{name} is {_short(now.get(name))}, recorded {_short(then[name])}"
-        for name in then
-        if now.get(name) != then[name]
+        f"{name} is {_short(now.get(name))}, recorded {_short(then.get(name))}"
+        for name in {**then, **now}
+        if now.get(name) != then.get(name)
     ]
 
 

@@ -1,8 +1,8 @@
 """Does the sparse model compute what the dense one did? Both are run in float32 on the same tokens
 and compared, layer by layer: the weights of one layer of each are read, used and let go, so that
-models of any size are checked.
+models of any size are checked. Of a larger MoE made of an MoE, that MoE stands for the dense model.
 
-The recipe and the routers predict one of three verdicts:
+The recipe and the routers predict one of four verdicts (`prediction`):
 
   exact: every token's combine weights sum to 1 (renormalised, or softmax after top-k) and no token
     is dropped; logits must be equal.
@@ -12,7 +12,11 @@ The recipe and the routers predict one of three verdicts:
     dense checkpoint's weights; and a twin of the sparse model with renormalised weights and room
     for every token must be the dense model, which covers everything between the MoE layers. A
     shared expert adds the dense MLP (or its first hidden units) once more: it is part of the
-    comparison by layers, and the twin goes without it.
+    comparison by layers, and the twin goes without it. Where routed and shared experts divide the
+    dense MLP, the sum scales the part of the routed ones, and the twin keeps both.
+  as the source with fewer experts per token: a larger MoE chooses too few of the copies of its
+    experts. Every layer, given what the source's gets, must be what that one is with so many
+    experts per token; the difference of logits to the source as it is, is measured.
   not preserved: the recipe changes experts; the difference is measured and nothing is claimed.
 
 Whether a model is the dense one is decided step by step too: every step is given what the dense
@@ -37,6 +41,7 @@ from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.plan import Plan
+from upcycle_jax.surgery.prediction import Parts, Sources, predict, twin_of
 from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.verdict import (
     LAYER_TOLERANCE,
@@ -44,8 +49,6 @@ from upcycle_jax.surgery.verdict import (
     LayerScaling,
     Prediction,
     Verdict,
-    has_shared_expert,
-    predict,
 )
 from upcycle_jax.types import Batch, PyTree
 
@@ -84,8 +87,8 @@ def check_function(
 
     Args:
       plan: the conversion, for the prediction.
-      sparse: the sparse model; the dense one follows from it.
-      dense_reader: the dense checkpoint.
+      sparse: the sparse model; the dense one (or the smaller MoE) follows from it and the plan.
+      dense_reader: the source checkpoint.
       sparse_reader: the sparse checkpoint.
       tokens: random ones, or real text. As many of its first rows are used as `max_memory`
         allows.
@@ -99,18 +102,23 @@ def check_function(
     """
     tokens = _rows_that_fit(plan, sparse, tokens, max_memory // 2)
     prediction = predict(plan, sparse, tokens.batch)
-    dense, configured = sparse.dense.in_float32(), sparse.in_float32()
+    sources, configured = Sources.of(plan, sparse), sparse.in_float32()
+    dense, parts = sources.source.in_float32(), Parts.of(plan.recipe, sparse.config.moe)
     block_bytes = max_memory // 8
     dense_weights, sparse_weights = (
         LayerWeights(reader, model.param_specs(), block_bytes=block_bytes)
         for reader, model in ((dense_reader, dense), (sparse_reader, configured))
     )
     dense_lane, lanes = Lane(dense, tokens.batch), [Lane(configured, tokens.batch)]
+    # What every step must be: the source's own, or that of the source with fewer experts.
+    wanted = [dense_lane]
+    if prediction.verdict is Verdict.FEWER:
+        wanted.append(Lane(sources.reference.in_float32(), tokens.batch))
     claims = prediction.verdict is not Verdict.NOT_PRESERVED
     if claims:
         # The twin from end to end (where the configured model is not it), and step by step.
         renormalised = prediction.verdict is Verdict.SCALED
-        twin = sparse.in_float32(renormalised=renormalised)
+        twin = twin_of(plan, sparse, prediction.verdict)
         lanes += [Lane(twin, tokens.batch) for _ in range(1 + renormalised)]
     total = sum(dense_weights.bytes_of(step) for step in dense_lane.steps)
     total += sum(sparse_weights.bytes_of(step) for step in lanes[0].steps)
@@ -122,19 +130,19 @@ def check_function(
     layers: list[LayerScaling] = []
     for number, step in enumerate(dense_lane.steps[:-1]):
         if claims:
-            lanes[-1].state = dense_lane.state
+            lanes[-1].state = wanted[-1].state = dense_lane.state
         params = dense_weights.of(step)
-        advance([dense_lane], number, params, dense_weights)
+        advance(wanted, number, params, dense_weights)
         calls = advance(lanes, number, sparse_weights.of(lanes[0].steps[number]), sparse_weights)
         if claims:
-            difference = _difference(step, dense_lane.state, lanes[-1].state)
+            difference = _difference(step, wanted[-1].state, lanes[-1].state)
             step_difference = float(np.maximum(step_difference, difference))
             if not difference <= LAYER_TOLERANCE:
                 diverging.append(step.name)
         if prediction.verdict is Verdict.SCALED and calls[0] is not None:
             twins = sparse_weights.twins_of_experts(lanes[0].steps[number])
             kernels = _twin_kernels(twins, step, params)
-            layers.append(check_layer(configured, step.name, kernels, calls[0]))
+            layers.append(check_layer(configured, step.name, kernels, calls[0], parts))
     features = sparse.features
     targets = np.asarray(tokens.batch[features.targets])
     is_real = np.asarray(features.real_targets(tokens.batch))
@@ -161,10 +169,12 @@ def check_function(
         logit_scale=found.scale,
         dense_loss=found.losses[0],
         sparse_loss=found.losses[1],
-        twin_difference=found.differences[-2] if claims else None,
+        twin_difference=(
+            found.differences[-2] if claims and prediction.verdict is not Verdict.FEWER else None
+        ),
         step_difference=step_difference if claims else None,
         first_divergence=first,
-        shared_expert=has_shared_expert(sparse),
+        shared_expert=parts.shared > 0,
         layers=layers,
         ok=ok,
     )
@@ -287,7 +297,11 @@ def _twin_kernels(twins: Mapping[str, str], step: Step, params: PyTree) -> dict[
 
 
 def check_layer(
-    sparse: LayerwiseModel, layer: str, kernels: Mapping[str, np.ndarray], call: MoeCall
+    sparse: LayerwiseModel,
+    layer: str,
+    kernels: Mapping[str, np.ndarray],
+    call: MoeCall,
+    parts: Parts,
 ) -> LayerScaling:
     """Compares an MoE layer with the dense MLP times the summed combine weights, plus the shared
     expert, on the inputs of the sparse forward pass.
@@ -297,19 +311,22 @@ def check_layer(
       layer: 'encoder/layers_1'.
       kernels: of the dense MLP, by path below it.
       call: what went through the MoE layer.
+      parts: of which hidden units it is made.
     """
-    moe = sparse.config.moe
     valid = np.asarray(call.valid)
     x, y, gates = (np.asarray(values)[valid] for values in (call.x, call.y, call.gates))
     scale, difference = 1e-20, 0.0
     for start in range(0, len(x), MLP_ROWS):
         part = slice(start, start + MLP_ROWS)
         dense = sparse.reference_mlp(x[part], kernels)
-        expected = dense * gates[part, None]
-        if moe is not None and moe.shared_expert_mlp_dim is not None:
-            shared = sparse.reference_mlp(x[part], kernels, units=moe.shared_expert_mlp_dim)
-            # A converted gate is zero: sigmoid(0) for every token.
-            expected = expected + shared * (0.5 if moe.shared_expert_gate else 1.0)
+        if parts.divided:
+            routed = sparse.reference_mlp(x[part], kernels, units=parts.routed)
+            expected = routed * gates[part, None] + (dense - routed)
+        else:
+            expected = dense * gates[part, None]
+            if parts.shared:
+                shared = sparse.reference_mlp(x[part], kernels, units=parts.shared)
+                expected = expected + shared * parts.shared_factor
         scale = _largest(scale, dense)
         difference = _largest(difference, y[part] - expected)
     return LayerScaling(layer, difference / scale, float(gates.mean()), float((gates == 0).mean()))

@@ -17,7 +17,7 @@ class RowValues:
 
     def __init__(self, row: Row, reader: Reader, seed: int):
         self.row, self.reader, self.keys, self.seed = row, reader, row.keys(seed), seed
-        self._sources: tuple[Region | None, list[np.ndarray]] | None = None
+        self._sources: tuple[list[Region | None], list[np.ndarray]] | None = None
         self._slab: tuple[int, np.ndarray] | None = None
 
     @property
@@ -43,18 +43,21 @@ class RowValues:
             self.sources(None) if operation.reads_statistics else (), self.keys, self.row.spec.shape
         )
 
-    def sources(self, region: Region | None) -> list[np.ndarray]:
-        """The source arrays, or (reach ELEMENT) the part of each that a region without the stacking
-        axis is made of.
+    def sources(self, region: Region | None, expert: int = 0) -> list[np.ndarray]:
+        """The source arrays, or (reach ELEMENT) the part of each that a region of an expert (of the
+        leaf, where not stacked) is made of.
         """
-        operation = self.row.operation
-        if self._sources is None or self._sources[0] != region:
+        operation, number = self.row.operation, len(self.row.sources)
+        indices: list[Region | None] = [None] * number
+        if region is not None:
+            indices = [operation.source_region(region, n, expert) for n in range(number)]
+        if self._sources is None or self._sources[0] != indices:
             self._sources = None  # Free the old ones before the new ones are read.
-            read = []
-            for number, name in enumerate(self.row.sources):
-                index = None if region is None else operation.source_region(region, number)
-                read.append(self.reader.read(name, index or None))
-            self._sources = (region, read)
+            read = [
+                self.reader.read(name, index or None)
+                for name, index in zip(self.row.sources, indices, strict=True)
+            ]
+            self._sources = (indices, read)
         return self._sources[1]
 
     def region(self, region: Region) -> np.ndarray:
@@ -83,7 +86,7 @@ class RowValues:
                 self._slab = (expert, np.asarray(made).astype(self.row.spec.dtype, copy=False))
             return self._slab[1][inner]
         shape = tuple(s.stop - s.start for s in inner)
-        made = operation.make(self.sources(inner), self.aux, self.keys, expert, shape)
+        made = operation.make(self.sources(inner, expert), self.aux, self.keys, expert, shape)
         return np.asarray(made).astype(self.row.spec.dtype, copy=False).reshape(shape)
 
     def expectation(self, region: Region) -> Expectation | None:
@@ -92,8 +95,8 @@ class RowValues:
         """
         operation = self.row.operation
         inner = region[1:] if operation.stacked else region
-        sources = self.sources(None if self.whole_slabs else inner)
         expert = region[0].start if operation.stacked else 0
+        sources = self.sources(None if self.whole_slabs else inner, expert)
         shape = tuple(s.stop - s.start for s in inner)
         return operation.expectation(sources, self.aux, expert, shape)
 
@@ -111,12 +114,10 @@ def regions_of(row: Row, max_bytes: int) -> list[Region]:
     rows = inner[0] if inner else 1
     per_row = max(1, (row.spec.nbytes // (shape[0] if stacked else 1)) // max(rows, 1))
     # A merge reads every expert of the region.
-    fan_in = max(
-        1,
-        sum(s.size for s in row.source_specs)
-        * (shape[0] if stacked else 1)
-        // max(row.spec.size, 1),
-    )
+    fan_in = 1
+    if not row.operation.picks_experts:
+        read = sum(s.size for s in row.source_specs) * (shape[0] if stacked else 1)
+        fan_in = max(1, read // max(row.spec.size, 1))
     step = max(1, max_bytes // (per_row * fan_in))
     if row.operation.reach is Reach.WHOLE or not inner:
         parts = [whole]

@@ -58,9 +58,12 @@ class Row:
     @property
     def keeps_values(self) -> bool:
         """As `moves_values`, and also where values change their places, as in shuffled experts."""
-        return self.operation.keeps_values and all(
-            np.can_cast(spec.dtype, self.spec.dtype) for spec in self.source_specs
-        )
+        return self.operation.keeps_values and self.keeps_precision
+
+    @property
+    def keeps_precision(self) -> bool:
+        """Whether every source fits into the leaf's dtype."""
+        return all(np.can_cast(spec.dtype, self.spec.dtype) for spec in self.source_specs)
 
     @property
     def is_parameter(self) -> bool:

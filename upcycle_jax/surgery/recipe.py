@@ -12,11 +12,21 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Hint
-from upcycle_jax.layers.mlp import hidden_axis
 from upcycle_jax.surgery import operations
+from upcycle_jax.surgery.expert_inits import (
+    CopyExperts,
+    DropUpcycling,
+    ExpertInit,
+    FreshExperts,
+    MoreExperts,
+    NoisyCopies,
+    ParentExperts,
+    PartialCopies,
+    QwenExperts,
+    SplitExperts,
+    VirtualGroups,
+)
 from upcycle_jax.surgery.operations import Operation
-from upcycle_jax.surgery.operations.hidden_units import virtual_group_scale
-from upcycle_jax.trees import LeafSpec
 
 __all__ = [
     "CopyExperts",
@@ -25,35 +35,22 @@ __all__ = [
     "FreshExperts",
     "GivenRouter",
     "MergeRecipe",
+    "MoreExperts",
     "NoisyCopies",
     "NormalRouter",
     "ParentExperts",
     "PartialCopies",
     "QwenExperts",
     "Recipe",
+    "SplitExperts",
     "UniformRouter",
     "VirtualGroups",
     "ZeroRouter",
 ]
 
+COPIES = CopyExperts()
 OPTIMIZER_STATES = ("reset", "dense_only", "tiled")
 STEPS = ("keep", "reset")
-
-
-@runtime_checkable
-class ExpertInit(Protocol):
-    """Chooses the operation for a matrix of an expert.
-
-    Attributes:
-      keeps_shape: an expert has the dense MLP's shape, so optimizer slots can be tiled with it.
-      preserves_function: every expert computes the dense MLP (see `function_check`).
-    """
-
-    keeps_shape: bool
-    preserves_function: bool
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        """The operation for target leaf `path`, `[E, ...]`."""
 
 
 @runtime_checkable
@@ -62,231 +59,6 @@ class RouterInit(Protocol):
 
     def operation(self, path: str) -> Operation:
         """The operation for target leaf `path`, `[d, E]`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CopyExperts:
-    """Every expert is a copy of the dense MLP: the paper's choice (section 2.2), and the best of
-    those it compares.
-    """
-
-    keeps_shape = True
-    preserves_function = True
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        return operations.Tile()
-
-
-@dataclasses.dataclass(frozen=True)
-class NoisyCopies:
-    """Copies plus independent normal noise per expert (paper, appendix B: little noise changes
-    nothing, much noise harms).
-
-    Attributes:
-      std: standard deviation of the noise, or its multiple of each matrix's own standard deviation
-        where `relative`.
-      relative: see `std`.
-    """
-
-    std: checks.NotNegative = 0.01
-    relative: bool = False
-    keeps_shape = True
-    preserves_function = False
-
-    def __post_init__(self):
-        checks.check_fields(self)
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        return operations.AddNoise(self.std, self.relative)
-
-
-@dataclasses.dataclass(frozen=True)
-class FreshExperts:
-    """Experts initialised as if the model were new (paper, figure 13: needs most of the extra
-    budget to catch up with copies).
-    """
-
-    keeps_shape = True
-    preserves_function = False
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        return operations.RandomExperts()
-
-
-@dataclasses.dataclass(frozen=True)
-class PartialCopies:
-    """Some experts are copies, the others new (paper, appendix B: worse than copying all).
-
-    Attributes:
-      copied: experts to copy: a count (the first ones) or explicit indices.
-    """
-
-    copied: checks.CountOrZero | tuple[checks.CountOrZero, ...] = 1
-    keeps_shape = True
-    preserves_function = False
-
-    def __post_init__(self):
-        checks.check_fields(self)
-        if not isinstance(self.copied, int) and len(set(self.copied)) != len(self.copied):
-            raise ValueError(
-                f"PartialCopies.copied is {tuple(self.copied)}: name every expert once"
-            )
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        return operations.RandomExperts(
-            tuple(range(self.copied)) if isinstance(self.copied, int) else tuple(self.copied)
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class DropUpcycling:
-    """Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261): redraw a share of every expert's
-    hidden units from the statistics of what they replace.
-
-    Attributes:
-      ratio: r, the share that is redrawn; the paper's best is 0.5, and 0 gives plain copies.
-      per_matrix_indices: choose the units of each matrix by itself, as the released code does; by
-        default one set per expert, as the paper writes it.
-      shuffle: permute the hidden units of every expert first (released code; leaves the function as
-        it is).
-      noise_std: add N(0, noise_std^2) to the chosen units instead of redrawing them: the paper's
-        "random noise upcycling" baseline uses 0.02.
-    """
-
-    ratio: checks.Share = 0.5
-    per_matrix_indices: bool = False
-    shuffle: bool = False
-    noise_std: checks.NotNegative | None = None
-    keeps_shape = True
-
-    def __post_init__(self):
-        checks.check_fields(self)
-
-    @property
-    def preserves_function(self) -> bool:
-        """Only where nothing is redrawn."""
-        return self.ratio == 0
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        if self.ratio == 0 and not self.shuffle:
-            return operations.Tile()
-        axis = hidden_axis(path, target.axes, len(target.shape) - 1)
-        return operations.HiddenUnits(
-            axis,
-            self.ratio,
-            shuffle=self.shuffle,
-            per_matrix=self.per_matrix_indices,
-            noise_std=self.noise_std,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class VirtualGroups:
-    """Granular experts: the MLP cut into G shards, expert e being shard e mod G (He et al. 2024,
-    "Upcycling LLMs into MoE", arXiv 2410.07524).
-
-    Pair it with `NormalRouter(repeat=G)`: the G shards of a copy tie exactly, and with T a multiple
-    of G top-T selects whole sets.
-
-    Attributes:
-      granularity: G. The model's EXPERT_MLP_DIM must be the dense intermediate size / G.
-      top_k: T, experts per token, for the weight scale.
-      softmax_order: 'before_top_k' or 'after_top_k', for the weight scale.
-      scale_weights: apply the paper's weight scale (better than without in all its comparisons).
-      gated: the MLP has two input matrices (T5 1.1: yes).
-    """
-
-    granularity: checks.Size = 8
-    top_k: checks.Size = 8
-    softmax_order: str = "before_top_k"
-    scale_weights: bool = True
-    gated: bool = True
-    keeps_shape = False
-    preserves_function = False
-
-    def __post_init__(self):
-        checks.check_fields(self)
-        if self.softmax_order not in ("before_top_k", "after_top_k"):
-            raise ValueError(
-                f"VirtualGroups.softmax_order is {self.softmax_order!r}: choose 'before_top_k' or"
-                " 'after_top_k'"
-            )
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        experts, axis = (
-            target.shape[0],
-            hidden_axis(path, target.axes, len(target.shape) - 1),
-        )
-        if experts % self.granularity:
-            raise ValueError(
-                f"{path}: {experts} experts do not form groups of {self.granularity}: choose"
-                " NUM_EXPERTS as a multiple"
-            )
-        scale = 1.0
-        if self.scale_weights:
-            scale = virtual_group_scale(
-                experts=experts,
-                granularity=self.granularity,
-                top_k=self.top_k,
-                softmax_first=self.softmax_order == "before_top_k",
-                gated=self.gated,
-            )
-        return operations.HiddenUnits(axis, scale=scale, groups=self.granularity)
-
-
-@dataclasses.dataclass(frozen=True)
-class QwenExperts:
-    """Fine-grained experts of any width: repeat the MLP, shuffle each repetition, slice, redraw a
-    share (Qwen2 technical report, arXiv 2407.10671, 2.2.2).
-
-    The report says that half of every expert's parameters is redrawn and not from what
-    distribution; here whole hidden units are redrawn, from the mean and deviation of the slice that
-    they replace.
-
-    Attributes:
-      redraw: share of the hidden units of each expert that is redrawn.
-      shuffle: permute the intermediate axis inside each repetition.
-    """
-
-    redraw: checks.Share = 0.5
-    shuffle: bool = True
-    keeps_shape = False
-    preserves_function = False
-
-    def __post_init__(self):
-        checks.check_fields(self)
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        axis = hidden_axis(path, target.axes, len(target.shape) - 1)
-        return operations.HiddenUnits(axis, self.redraw, shuffle=self.shuffle)
-
-
-@dataclasses.dataclass(frozen=True)
-class ParentExperts:
-    """Experts from several dense checkpoints (Branch-Train-MiX, Sukhbaatar et al. 2024, arXiv
-    2403.07816).
-
-    Attributes:
-      parents: the parent of each expert, by position in the list of source checkpoints.
-      rest: 'mean' averages everything else over the parents, as the paper does; an integer takes it
-        from that parent.
-      shared: the parent of the shared expert, where the model has one; None: as `rest`. Nexus
-        (Gritsch et al. 2024, arXiv 2408.15901) takes the model that the specialised parents were
-        branched from.
-    """
-
-    parents: tuple[checks.CountOrZero, ...]
-    rest: Literal["mean"] | checks.CountOrZero = "mean"
-    shared: checks.CountOrZero | None = None
-    keeps_shape = True
-    preserves_function = False
-
-    def __post_init__(self):
-        checks.check_fields(self)
-        object.__setattr__(self, "parents", tuple(self.parents))
-
-    def operation(self, path: str, target: LeafSpec) -> Operation:
-        return operations.FromParents(self.parents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +165,8 @@ class Recipe:
     """How a dense checkpoint becomes the target model.
 
     A shared expert of the target (`MoeConfig.shared_expert_mlp_dim`) is the dense MLP, or its first
-    hidden units where it is narrower.
+    hidden units where it is narrower, unless `shared_expert` or `expert_init` says otherwise. A
+    gate of it starts at zero: a factor of 1/2 for every token.
 
     Attributes:
       expert_init: what an expert starts as. Default: copies (paper, section 2.2).
@@ -410,17 +183,22 @@ class Recipe:
         layers must agree.
       drop: regular expressions of source leaves that may stay unused (one alone may be given as it
         is); they are listed in the plan.
+      shared_expert: 'dense': a shared expert is the dense MLP. 'zeros': its `wo` is zero, so that
+        it adds nothing at the start and learns from there.
     """
 
     expert_init: Annotated[
         ExpertInit, Hint("@CopyExperts() or another initialisation of experts")
-    ] = CopyExperts()
+    ] = COPIES
     router_init: Annotated[RouterInit, Hint("@NormalRouter() or another router's")] = NormalRouter()
     optimizer_state: str = "reset"
     step: str | checks.CountOrZero = "keep"
     seed: checks.Seed = 0
     depth: DepthTile | None = None
     drop: str | tuple[str, ...] = ()
+    shared_expert: Literal["dense", "zeros"] = dataclasses.field(
+        default="dense", metadata=checks.ADDED
+    )
 
     def __post_init__(self):
         checks.check_fields(self)
@@ -448,6 +226,18 @@ class Recipe:
         if self.step not in STEPS and not (isinstance(self.step, int) and self.step >= 0):
             raise ValueError(
                 f"Recipe.step is {self.step!r}: choose one of {STEPS} or a number of steps"
+            )
+        if isinstance(self.expert_init, SplitExperts) and self.shared_expert != "dense":
+            raise ValueError(
+                "SplitExperts gives the shared expert its part of the dense MLP: leave"
+                f" Recipe.shared_expert at 'dense', got {self.shared_expert!r}"
+            )
+        if isinstance(self.expert_init, MoreExperts) and (
+            self.router_init != NormalRouter() or self.depth is not None
+        ):
+            raise ValueError(
+                "MoreExperts takes routers and layers from the source: leave Recipe.router_init and"
+                " Recipe.depth out"
             )
         if self.optimizer_state == "tiled" and not self.expert_init.keeps_shape:
             raise ValueError(

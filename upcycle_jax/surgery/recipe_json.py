@@ -5,14 +5,19 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upcycle_jax import checks
 from upcycle_jax.surgery.recipe import PARTS
 
 
 def to_json(value: Any) -> Any:
-    """A recipe (or a part of one) as plain JSON: `{'type': class name, field: value, ...}`."""
+    """A recipe (or a part of one) as plain JSON: `{'type': class name, field: value, ...}`, with
+    the fields that `checks.is_shown` names.
+    """
     if dataclasses.is_dataclass(value):
         fields = {
-            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if checks.is_shown(value, field)
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):

@@ -4,6 +4,7 @@ import dataclasses
 
 from upcycle_jax import byte_sizes, state_tree
 from upcycle_jax.checkpoints.model_settings import check_model
+from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
 from upcycle_jax.models.layerwise import LayerwiseModel
 from upcycle_jax.printing import show
@@ -13,6 +14,7 @@ from upcycle_jax.surgery.convert_and_prove import Conversion, Report, convert, o
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.probe_batch import ProbeBatch
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
+from upcycle_jax.surgery.source_model import inferred_model, own_config, resolved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,8 @@ class Upcycle(ConversionSettings):
       model: the target model; None: the shape of the source's own model with `moe`.
       optimizer: whose state the result holds; None: no optimizer state.
       source_model: the sparse source's model, needed to measure the weights of
-        `MergeRecipe(how='weighted')` where none are given. `function_check_dataset` then gives the
-        batch that they are measured with.
+        `MergeRecipe(how='weighted')` where none are given; None: that of its config.json.
+        `function_check_dataset` then gives the batch that they are measured with.
       materialize: write every byte, sharing no file with the source.
     """
 
@@ -48,13 +50,15 @@ class Upcycle(ConversionSettings):
           ValueError: the source does not fit the target, or the output exists.
           OSError: the output cannot be written.
         """
-        recipe = self.recipe if self.recipe is not None else Recipe()
         source = open_sources(self.initial_checkpoint_path)
-        model = self.model if self.model is not None else self.inferred_model(source)
+        recipe = resolved(self.recipe if self.recipe is not None else Recipe(), source)
+        model = self.model
+        if model is None:
+            model = inferred_model(source, recipe, self.moe)
         probe = self.first_batch(model) if self.function_check != "off" else None
         if isinstance(recipe, MergeRecipe) and recipe.lacks_weights:
             probe = probe if probe is not None else self.first_batch(model)
-            recipe = _with_measured_weights(recipe, source, self.source_model, probe)
+            recipe = _with_measured_weights(recipe, source, self._source_model(source), probe)
         parameters = model.param_specs()
         slots = self.optimizer.state_specs(parameters) if self.optimizer is not None else {}
         return convert(
@@ -71,6 +75,13 @@ class Upcycle(ConversionSettings):
             all_leaves=all_leaves,
             report=report,
         )
+
+    def _source_model(self, source: Reader) -> Model | None:
+        """The sparse source's model: as configured, or as its config.json states it."""
+        if self.source_model is not None:
+            return self.source_model
+        stated = own_config(source)
+        return None if stated is None else registry.build(stated)
 
 
 def _with_measured_weights(

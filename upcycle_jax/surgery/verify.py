@@ -15,8 +15,9 @@ from upcycle_jax.surgery.matching import make_plan
 from upcycle_jax.surgery.model_record import model_from_json, model_to_json
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.proof import Proof
-from upcycle_jax.surgery.recipe import Recipe
+from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recorded import Recorded, read_recorded, small_files
+from upcycle_jax.surgery.source_model import inferred_model, resolved
 from upcycle_jax.trees import LeafSpec
 
 
@@ -57,12 +58,15 @@ class Verify(ConversionSettings):
                 report(
                     f"note: the configured recipe is not the recorded one, which is used: {line}"
                 )
-        model = self._model(source, record, len(target.specs()), report)
+        recipe = record.recipe or self.recipe or Recipe()
+        if source is not None:
+            recipe = resolved(recipe, source)
+        model = self._model(source, record, recipe, len(target.specs()), report)
         from_record = self.initial_checkpoint_path is None and record.specs
         plan = make_plan(
             record.specs if from_record or source is None else source.specs(),
             self._expected(target, model),
-            record.recipe or self.recipe or Recipe(),
+            recipe,
         )
         compares = model is not None and self.function_check != "off" and source is not None
         proof = convert_and_prove.verify(
@@ -98,7 +102,12 @@ class Verify(ConversionSettings):
         return state_tree.parameter_specs(parameters) | kept
 
     def _model(
-        self, source: Reader | None, record: Recorded, leaves: int, report: Report
+        self,
+        source: Reader | None,
+        record: Recorded,
+        recipe: Recipe | MergeRecipe,
+        leaves: int,
+        report: Report,
     ) -> Model | None:
         """The result's model: as configured, as recorded, or as the source's leaves imply.
 
@@ -120,7 +129,7 @@ class Verify(ConversionSettings):
                 return None
         if source is None or (self.moe is None and record.specs):
             return None
-        return self.inferred_model(source)
+        return inferred_model(source, recipe, self.moe)
 
 
 def _source(

@@ -19,10 +19,6 @@ STACKS: tuple[StackName, ...] = ("encoder", "decoder")
 """In the order in which a batch passes them."""
 
 
-_ADDED = ("shared_expert_gate",)
-"""Settings of `MoeSettings` that its first version did not have."""
-
-
 @dataclasses.dataclass(frozen=True)
 class MoeConfig(MoeSettings):
     """Which layers are MoE layers, and how those route. The defaults are the paper's language
@@ -69,9 +65,7 @@ class MoeConfig(MoeSettings):
         the stacks come after the first, and later additions show where they are set.
         """
         first, *shared = (
-            field.name
-            for field in dataclasses.fields(MoeSettings)
-            if field.name not in _ADDED or getattr(self, field.name) != field.default
+            field.name for field in dataclasses.fields(MoeSettings) if checks.is_shown(self, field)
         )
         known = {field.name for field in dataclasses.fields(MoeSettings)}
         own = [f.name for f in dataclasses.fields(self) if f.name not in known]

@@ -147,6 +147,18 @@ class Router(abc.ABC):
         """
         return False
 
+    @property
+    def selected_per_token(self) -> int | None:
+        """K, experts that each token asks for; None where tokens do not choose."""
+        return None
+
+    @property
+    def follows_copies(self) -> bool:
+        """Whether c * K choices among c copies of every expert, with equal logits, weigh like K
+        choices among the experts themselves: each copy a c-th of the expert's weight.
+        """
+        return False
+
     def renormalized(self) -> "Router | None":
         """The same router with unit weights, or None where experts process mixtures of tokens."""
         return dataclasses.replace(self, renormalize=True)  # type: ignore[call-arg]

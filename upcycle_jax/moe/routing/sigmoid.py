@@ -48,6 +48,10 @@ class SigmoidTopK(TokenChoice):
     def granted_total(self) -> float:
         return self.weight_scale
 
+    @property
+    def follows_copies(self) -> bool:
+        return self.renormalize
+
     def renormalized(self) -> "SigmoidTopK":
         return dataclasses.replace(self, renormalize=True, weight_scale=1.0)
 
@@ -107,6 +111,11 @@ class LossFreeTopK(TokenChoice):
     @property
     def normalizes_granted(self) -> bool:
         return self.renormalize
+
+    @property
+    def follows_copies(self) -> bool:
+        # Divided softmax scores would weigh differently against the bias.
+        return self.renormalize and self.scores == "sigmoid"
 
     def choose(self, group: Group) -> TopK:
         softmax = self.scores == "softmax"

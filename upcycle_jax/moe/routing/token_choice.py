@@ -93,6 +93,10 @@ class TokenChoice(Router):
         return self.jitter_noise
 
     @property
+    def selected_per_token(self) -> int | None:
+        return self.selected
+
+    @property
     def per_token(self) -> bool:
         return True
 
@@ -232,6 +236,10 @@ class TokensChoose(TokenChoice):
     @property
     def unit_weights(self) -> bool:
         return self.renormalize or self.softmax_order == "after_top_k"
+
+    @property
+    def follows_copies(self) -> bool:
+        return True  # Softmax over c times as many columns divides every probability by c.
 
     def priority(self, group: Group, top: TopK) -> jax.Array:
         if not self.batch_prioritized:

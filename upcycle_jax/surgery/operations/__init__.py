@@ -9,6 +9,7 @@ from upcycle_jax.surgery.operations.base import (
     Region,
     Shape,
 )
+from upcycle_jax.surgery.operations.enlarging import CopiesOfColumns, CopiesOfExperts
 from upcycle_jax.surgery.operations.experts import AddNoise, RandomExperts
 from upcycle_jax.surgery.operations.hidden_units import HiddenUnits
 from upcycle_jax.surgery.operations.means import Mean, MergeExperts
@@ -17,8 +18,10 @@ from upcycle_jax.surgery.operations.movements import (
     Copy,
     FirstUnits,
     FromParents,
+    LastUnits,
     PickExpert,
     Tile,
+    TileFirstUnits,
     Zeros,
 )
 from upcycle_jax.surgery.operations.routers import Given, RouterNormal, RouterUniform
@@ -27,12 +30,15 @@ __all__ = [
     "AddNoise",
     "Aux",
     "Constant",
+    "CopiesOfColumns",
+    "CopiesOfExperts",
     "Copy",
     "Expectation",
     "FirstUnits",
     "FromParents",
     "Given",
     "HiddenUnits",
+    "LastUnits",
     "Mean",
     "MergeExperts",
     "Movement",
@@ -45,5 +51,6 @@ __all__ = [
     "RouterUniform",
     "Shape",
     "Tile",
+    "TileFirstUnits",
     "Zeros",
 ]

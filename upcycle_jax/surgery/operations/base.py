@@ -60,12 +60,15 @@ class Operation(abc.ABC):
       reach: see `Reach`.
       draws: random numbers are involved.
       reads_statistics: `prepare` needs the values of the sources.
+      picks_experts: sources are stacked themselves, and `source_region` picks the one expert that
+        an expert of the result is made of.
     """
 
     stacked: ClassVar[bool] = False
     reach: ClassVar[Reach] = Reach.ELEMENT
     draws: ClassVar[bool] = False
     reads_statistics: ClassVar[bool] = False
+    picks_experts: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -97,9 +100,9 @@ class Operation(abc.ABC):
         """
         return {}
 
-    def source_region(self, region: Region, source: int) -> Region:
+    def source_region(self, region: Region, source: int, expert: int = 0) -> Region:
         """The region of a source that a region of the result (without the axis that stacking adds)
-        is made of.
+        is made of; of the result's expert `expert`, where that matters.
         """
         return region
 

@@ -177,9 +177,7 @@ def virtual_group_scale(
     """NVIDIA's factor on all expert matrices (He et al. 2024, arXiv 2410.07524, section 3.2;
     Megatron-LM's `upcycling_utils`).
 
-    The output of the MoE layer falls short of the dense MLP's by `deficit` at the start: E G^2 / T
-    with softmax before top-k (E G experts, each of the G shards weighted by about 1 / (E G), T / G
-    sets selected), and G with top-k before softmax (weights that sum to 1 over G shards). Spread
+    The output of the MoE layer falls short of the dense MLP's by a deficit at the start. Spread
     over three matrices of a gated MLP (or over squared units) the factor is deficit^(1/3), over two
     matrices of a plain one deficit^(1/2).
 
@@ -193,6 +191,23 @@ def virtual_group_scale(
     >>> virtual_group_scale(experts=64, granularity=8, top_k=8, softmax_first=True, gated=True)
     4.0
     """
-    expansion = experts / granularity
-    deficit = expansion * granularity**2 / top_k if softmax_first else float(granularity)
+    deficit = virtual_group_deficit(
+        experts=experts, granularity=granularity, top_k=top_k, softmax_first=softmax_first
+    )
     return round(deficit ** (1 / 3 if gated else 1 / 2), 12)
+
+
+def virtual_group_deficit(
+    *, experts: int, granularity: int, top_k: int, softmax_first: bool
+) -> float:
+    """What an MoE layer of virtual groups gives is the dense MLP's output divided by this at the
+    start: E G^2 / T with softmax before top-k (E G experts, each of the G shards weighted by about
+    1 / (E G), T / G sets selected), and G with top-k before softmax (weights that sum to 1 over G
+    shards). Arguments as of `virtual_group_scale`.
+
+    >>> virtual_group_deficit(experts=64, granularity=8, top_k=8, softmax_first=False)
+    8.0
+    """
+    if not softmax_first:
+        return float(granularity)
+    return experts / granularity * granularity**2 / top_k

@@ -53,7 +53,7 @@ class MergeExperts(Operation):
             )
         return tuple(sources[0][1:])
 
-    def source_region(self, region, source):
+    def source_region(self, region, source, expert=0):
         return (slice(None), *region)
 
     def make(self, sources, aux, keys, expert, shape):

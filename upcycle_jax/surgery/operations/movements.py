@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle_jax.surgery.operations.base import Expectation, Movement, Operation
+from upcycle_jax.surgery.operations.base import Expectation, Movement, Operation, Region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,95 @@ class FirstUnits(Movement):
 
     def move(self, sources, shape):
         return jax.lax.slice_in_dim(sources[0], 0, self.width, axis=self.axis)
+
+    def expectation(self, sources, aux, expert, shape):
+        return Expectation(values=sources[0], kept=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastUnits(Operation):
+    """The last hidden units of an MLP's matrix, `[d, f] -> [d, w]` or `[f, d] -> [w, d]`: a shared
+    expert that has what routed experts have not.
+
+    Attributes:
+      axis: the intermediate axis.
+      start: f - w, the first hidden unit.
+      scale: factor on every value.
+    """
+
+    axis: int
+    start: int
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"units from {self.start} on{f', x{self.scale:g}' if self.scale != 1.0 else ''}"
+
+    @property
+    def keeps_values(self) -> bool:
+        return self.scale == 1.0
+
+    def result_shape(self, sources, target):
+        shape = list(sources[0])
+        shape[self.axis] -= self.start
+        return tuple(shape)
+
+    def source_region(self, region, source, expert=0):
+        return shifted(region, self.axis, self.start)
+
+    def make(self, sources, aux, keys, expert, shape):
+        return scaled(sources[0], self.scale)
+
+    def expectation(self, sources, aux, expert, shape):
+        return Expectation(values=scaled(sources[0], self.scale), kept=True)
+
+
+def shifted(region: Region, axis: int, by: int) -> Region:
+    """A region that lies further along one axis."""
+    moved = slice(region[axis].start + by, region[axis].stop + by)
+    return (*region[:axis], moved, *region[axis + 1 :])
+
+
+def scaled(values: np.ndarray, factor: float) -> np.ndarray:
+    """Values times a factor, in float32; as they are where it is 1."""
+    return values if factor == 1.0 else values.astype(np.float32) * np.float32(factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileFirstUnits(Movement):
+    """Gives every expert the first hidden units of the dense matrix: `[d, f] -> [E, d, w]` or
+    `[f, d] -> [E, w, d]`.
+
+    Attributes:
+      axis: the intermediate axis of the dense matrix.
+      width: w, hidden units of an expert.
+    """
+
+    axis: int
+    width: int
+
+    stacked: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"tile first {self.width} units"
+
+    def result_shape(self, sources, target):
+        shape = list(sources[0])
+        if self.width > shape[self.axis]:
+            raise ValueError(
+                f"experts of {self.width} hidden units cannot be cut from an MLP of"
+                f" {shape[self.axis]}: set EXPERT_MLP_DIM to at most {shape[self.axis]}"
+            )
+        shape[self.axis] = self.width
+        return (target[0], *shape)
+
+    def make(self, sources, aux, keys, expert, shape):
+        return sources[0]  # Regions of the result are the same regions of the source.
+
+    def move(self, sources, shape):
+        cut = jax.lax.slice_in_dim(sources[0], 0, self.width, axis=self.axis)
+        return jnp.broadcast_to(cut, shape)
 
     def expectation(self, sources, aux, expert, shape):
         return Expectation(values=sources[0], kept=True)
@@ -135,7 +224,7 @@ class PickExpert(Movement):
             )
         return tuple(sources[0][1:])
 
-    def source_region(self, region, source):
+    def source_region(self, region, source, expert=0):
         return (slice(self.expert, self.expert + 1), *region)
 
     def make(self, sources, aux, keys, expert, shape):

@@ -1,0 +1,212 @@
+"""What every kind of conversion shares while it is planned: rows, uses, drops and faults."""
+
+import abc
+import re
+from collections.abc import Mapping, Sequence
+
+from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
+from upcycle_jax.surgery.operations import Constant, Copy, Operation, Zeros
+from upcycle_jax.surgery.plan import Dropped, Plan, Row
+from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
+from upcycle_jax.text import shorten
+from upcycle_jax.trees import LeafSpec, Role
+
+PLACEHOLDER = (1,)
+PARENT = re.compile(r"parent_(\d+)/(.+)")
+ROUTING = (Role.ROUTER, Role.ROUTER_BIAS)
+
+Specs = Mapping[str, LeafSpec]
+
+
+def parameter_of(slot: str) -> str:
+    """Full path of the parameter that an optimizer slot belongs to."""
+    return TARGET + slot.removeprefix(PARAM_STATES).rpartition("/")[0]
+
+
+class Matching(abc.ABC):
+    """What every kind of conversion shares: collecting rows, uses, drops and faults."""
+
+    def __init__(self, source: Specs, target: Specs, recipe: Recipe | MergeRecipe):
+        self.source, self.target, self.recipe = source, target, recipe
+        self.rows: list[Row] = []
+        self.faults: list[str] = []
+        self.remedies: list[str] = []
+        self.drops: dict[str, str] = {}
+
+    def plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+          ValueError: see `make_plan`.
+        """
+        self.check()
+        for path, spec in sorted(
+            self.target.items(), key=lambda item: (item[0].startswith(STATE), item[0])
+        ):
+            if path == STEP:
+                self.step(spec)
+            elif path.startswith(PARAM_STATES):
+                if not self.faults:  # Slots of parameters that do not fit would only repeat it.
+                    self.slot(path, spec)
+            else:
+                self.parameter(path, spec)
+        self.account()
+        if self.faults:
+            shown = shorten(self.faults, 40)
+            remedy = "".join(f"\n{line}" for line in dict.fromkeys(self.remedies))
+            raise ValueError(
+                "the source checkpoint does not fit the target model:\n" + "\n".join(shown) + remedy
+            )
+        dropped = tuple(
+            Dropped(name, self.source[name], reason) for name, reason in sorted(self.drops.items())
+        )
+        return Plan(tuple(self.rows), dropped, self.recipe)
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises a ValueError where the two trees are not of this kind of conversion."""
+
+    @abc.abstractmethod
+    def parameter(self, path: str, spec: LeafSpec) -> None:
+        """Adds the row of a parameter of the target."""
+
+    @abc.abstractmethod
+    def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
+        """How an optimizer slot of the target is made that does not start afresh, and of what."""
+
+    @abc.abstractmethod
+    def is_converted(self, slot: str) -> bool:
+        """Whether a source slot belongs to a parameter that does not stay as it is."""
+
+    def slot(self, path: str, spec: LeafSpec) -> None:
+        """Adds the row of an optimizer slot of the target."""
+        if self.recipe.optimizer_state == "reset":
+            self.add(path, spec, Zeros(), ())
+            return
+        if not any(name.startswith(PARAM_STATES) for name in self.source):
+            self.faults.append(
+                f"- {path} {spec} (in the target, the source has no optimizer state)"
+            )
+            self.remedies.append("Remedy: set Recipe.optimizer_state = 'reset'.")
+            return
+        operation, sources = self.slot_origin(path, spec)
+        # A slot of shape (1,) is Adafactor's mark for "unused": it is carried as it is, never
+        # tiled.
+        if (
+            sources
+            and sources[0] in self.source
+            and self.source[sources[0]].shape == PLACEHOLDER
+            and spec.shape == PLACEHOLDER
+        ):
+            operation = Copy()
+        self.add(
+            path,
+            spec,
+            operation,
+            sources,
+            "Remedy: the optimizers differ; set Recipe.optimizer_state = 'reset'.",
+        )
+
+    def step(self, spec: LeafSpec) -> None:
+        """Adds the row of the training step."""
+        if self.recipe.step == "reset":
+            self.add(STEP, spec, Zeros(), ())
+        elif isinstance(self.recipe.step, int):
+            self.add(STEP, spec, Constant(self.recipe.step), ())
+        else:
+            self.add(
+                STEP,
+                spec,
+                Copy(),
+                (self.step_source(),),
+                "Remedy: a source without a step needs Recipe.step = 'reset' or a number.",
+            )
+
+    def step_source(self) -> str:
+        """The source leaf that holds the step."""
+        return STEP
+
+    def add(
+        self,
+        path: str,
+        spec: LeafSpec,
+        operation: Operation,
+        sources: Sequence[str],
+        remedy: str = "",
+        layer: str = "",
+    ) -> None:
+        """Adds a row, or the fault that stands in its way with `remedy`."""
+        absent = [name for name in sources if name not in self.source]
+        if absent:
+            self.faults.append(
+                f"- {path} {spec} (in the target, the source has no {' or '.join(absent)})"
+            )
+            self.remedies.append(
+                remedy
+                or "Remedy: choose the model file that belongs to the source; a deeper target needs"
+                " Recipe.depth."
+            )
+            return
+        specs = tuple(self.source[name] for name in sources)
+        unequal = sorted({str(list(s.shape)) for s in specs})
+        try:
+            result = (
+                operation.result_shape([s.shape for s in specs], spec.shape)
+                if len(unequal) < 2
+                else None
+            )
+        except ValueError as error:
+            self.faults.append(f"! {path}: {error}")
+            return
+        if result is None:
+            self.faults.append(f"! {path}: the sources differ in shape: {', '.join(unequal)}")
+        elif tuple(result) != spec.shape:
+            given = ", ".join(map(str, specs)) or "no source"
+            self.faults.append(
+                f"! {path}: {operation.name} of {given} gives shape {list(result)}, the target has"
+                f" {list(spec.shape)}"
+            )
+            self.remedies.append(
+                remedy
+                or "Remedy: choose the model file of the source's size, or the source of the"
+                " model's."
+            )
+        self.rows.append(Row(path, spec, operation, tuple(sources), specs, layer))
+
+    def account(self) -> None:
+        """Every source leaf is used, dropped for a reason, or a fault."""
+        used = {name for row in self.rows for name in row.sources}
+        parameters_fit = not self.faults
+        drop = [re.compile(pattern) for pattern in getattr(self.recipe, "drop", ())]
+        for name, spec in self.source.items():
+            if name in used or (not parameters_fit and PARAM_STATES in name):
+                continue
+            bare = PARENT.fullmatch(name)
+            reason = self.drop_reason(bare.group(2) if bare else name, spec)
+            if reason is None and any(pattern.fullmatch(name) for pattern in drop):
+                reason = "named in Recipe.drop"
+            if reason is not None:
+                self.drops[name] = reason
+            else:
+                self.faults.append(f"+ {name} {spec} (in the source, no use in the target)")
+                self.remedies.append(
+                    "Remedy for leaves of the source only: name them in Recipe.drop if they may be"
+                    " lost."
+                )
+
+    def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
+        """Why a source leaf that no row uses may be dropped; None where it may not."""
+        if name == STEP:
+            return (
+                "the step is set by the recipe"
+                if STEP in self.target
+                else "the target keeps no step"
+            )
+        if name.startswith(PARAM_STATES):
+            if not any(path.startswith(PARAM_STATES) for path in self.target):
+                return "the target keeps no optimizer state"
+            if self.recipe.optimizer_state == "reset":
+                return "optimizer state starts afresh"
+            if self.recipe.optimizer_state == "dense_only" and self.is_converted(name):
+                return "slots of converted MLPs start afresh"
+        return None
