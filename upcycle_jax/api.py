@@ -14,6 +14,7 @@ These are thin: each calls what a command calls, and raises where the command pr
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from upcycle_jax import state_tree, trees
 from upcycle_jax.checkpoints import CheckpointReader, create_checkpoint, loading, open_checkpoint
 from upcycle_jax.config import load
+from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import MergeRecipe, Plan, Proof, Recipe, make_plan
@@ -52,17 +54,30 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 def build_model(*gin_files: str, **macros: Any) -> Model:
-    """The model that gin files describe as their macro MODEL.
+    """The model that gin files describe as their macro MODEL, or that a checkpoint states.
 
     Args:
       *gin_files: paths, or names of shipped files such as 'models/t5_1_1_base_upcycled.gin', read
-        in order.
+        in order. Or one folder of Hugging Face, one GGUF file or one dense checkpoint alone: its
+        own model, MoE layers included.
       **macros: values of macros, e.g. `NUM_EXPERTS=8`; they win over the files.
 
     Raises:
       FileNotFoundError: a file is nowhere.
       ConfigError: a name does not exist, or something is missing; all problems at once.
+      ValueError: the checkpoint does not state its model, or macros stand beside it.
     """
+    if len(gin_files) == 1 and (Path(gin_files[0]).is_dir() or gin_files[0].endswith(".gguf")):
+        if macros:
+            raise ValueError(
+                f"{gin_files[0]} is a checkpoint, which knows no macros (got {', '.join(macros)});"
+                " change its model with dataclasses.replace(model.config, ...)"
+            )
+        reader = open_checkpoint(gin_files[0])
+        config = reader.model_config()
+        if config is None:
+            config = registry.infer_dense(reader.specs(), reader.model_settings())
+        return registry.build(config)
     bindings = [f"{name}={value!r}" for name, value in macros.items()]
     return load(gin_files, bindings).macro("MODEL")
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import upcycle_jax as uj
 from tests.checkpoints.huggingface.decoder import oracle
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.huggingface.decoder.tensors import tensor_shapes
 from upcycle_jax.models.decoder.from_specs import from_specs
 from upcycle_jax.models.decoder.model import DecoderModel
+from upcycle_jax.partitioning import Partitioner
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 12))
 WITH_GRADIENTS = (
@@ -212,3 +214,29 @@ def test_what_a_config_states_is_what_its_leaves_imply(written):
         reader = open_checkpoint(written(name)[1])
         inferred = from_specs(reader.specs(), reader.model_settings())
         assert inferred == reader.model_config()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_neox"])
+def test_a_folder_alone_is_a_model_and_its_parameters(written, name):
+    """Each device gets its part of experts that are tensors of their own, and of fused heads."""
+    folder = written(name)[1]
+    model = uj.build_model(str(folder))
+    reader = open_checkpoint(folder)
+    assert model.config == reader.model_config()
+    partitioner = Partitioner(num_expert_partitions=4, num_model_partitions=2)
+    params = trees.flatten(uj.load_params(folder, model, partitioner=partitioner))
+    for path, value in trees.flatten(read_params(reader)).items():
+        np.testing.assert_array_equal(params[path], value)
+    with pytest.raises(ValueError, match="is a checkpoint, which knows no macros .got NUM_EXPERTS"):
+        uj.build_model(str(folder), NUM_EXPERTS=8)
+
+
+def test_weights_that_are_no_numbers_are_named(written, tmp_path):
+    def damage(tensors):
+        tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"][3, 5] = np.nan
+        return tensors
+
+    folder = edited(written("mixtral")[1], tmp_path / "damaged", damage)
+    leaf = "target/decoder/layers_1/mlp/expert/wi_1/kernel"
+    with pytest.raises(ValueError, match=f"{leaf} has 1 NaN or infinite"):
+        uj.load_params(folder, uj.build_model(str(folder)))

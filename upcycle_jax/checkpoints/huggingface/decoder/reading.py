@@ -26,6 +26,12 @@ from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.state_tree import TARGET
 
+_MORE_SIZES = (
+    *("num_key_value_heads", "head_dim", "num_experts", "num_local_experts"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
+)
+"""Keys of sizes that some types have."""
+
 _UNUSED = re.compile(
     r"(?:.*\.)?(?:rotary_emb\.inv_freq|attention\.(?:bias|masked_bias|rotary_emb\.inv_freq))"
 )
@@ -67,7 +73,8 @@ class _Placing:
     ):
         self._folder, self._config, self._weights = folder, config, weights
         self._type: str = keys["model_type"]
-        self._given = ", ".join(f"{key} {keys[key]}" for key in SIZES)
+        sizes = [(key, keys.get(key)) for key in (*SIZES, *_MORE_SIZES)]
+        self._given = ", ".join(f"{key} {value}" for key, value in sizes if value is not None)
         self._in_memory = self._is_in_memory()
         names = (IN_MEMORY if self._in_memory else NAMES)[self._type]
         self._names = names if self._has(names.base) else _without_base(names)
