@@ -108,6 +108,7 @@ def describe(run: PreparedRun, *, whole_plan: bool = True) -> str:
         f"batch          {_batch(settings)}",
         f"optimizer      {settings.trainer.optimizer}",
         f"evaluation     {_evaluation(settings)}",
+        *(f"group          {group}" for group in run.trainer.parameter_groups),
     ]
     if cost.exchange_bytes:
         even = " at even load" if exchange.follows_load(settings.model) else ""

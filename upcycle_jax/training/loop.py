@@ -34,9 +34,11 @@ from upcycle_jax.training.metric_writers import MetricWriter, progress_line
 from upcycle_jax.training.prepare import PreparedRun
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start
+from upcycle_jax.training.run_start import RUN_START
 from upcycle_jax.training.saving import Saver
 from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.tracking import WandbRun
+from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite
@@ -190,6 +192,7 @@ def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: An
         "batch_size": settings.train_dataset_cfg.batch_size,
         "seed": settings.random_seed,
         "optimizer": str(settings.trainer.optimizer),
+        **_groups(settings),
         "restored_from": source.record(),
         "recipe": to_json(source.plan.recipe) if source.plan is not None else None,
         "converted_by": _checkpoint_record(run).get("surgery", {}).get("recipe"),
@@ -210,6 +213,12 @@ def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: An
             folder,
         )
     manifest.write(folder, manifest.start(previous, identity=identity, this_start=this_start))
+
+
+def _groups(settings: TrainSettings) -> dict[str, Any]:
+    """The parameter groups, where there are any."""
+    groups = settings.trainer.parameter_groups
+    return {"parameter_groups": [str(group) for group in groups]} if groups else {}
 
 
 def _same_data(before: Any, now: Any) -> bool:
@@ -367,7 +376,7 @@ class _Loop:
         batches.check_first_batch(batch, expected, shards)
         jitted = jitted_train_step(
             settings.model,
-            settings.trainer,
+            self._run.trainer,
             partitioner=settings.partitioner,
             shardings=settings.partitioner.shardings(self._run.specs),
             seed=settings.random_seed,
@@ -457,6 +466,10 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
     else:
         record = dict(source.reader.metadata()) if source.reader is not None else {}
     record.pop(RECENT_LOSSES, None)
+    if source.start != Start.RESUME:
+        record.pop(RUN_START, None)  # of the run that the checkpoint comes from
+    if run.settings.trainer.counts_from_start:
+        record |= prepare.starts(run.settings, source).record()
     return record | model_settings.record(run.settings.model.config.forward_settings)
 
 
