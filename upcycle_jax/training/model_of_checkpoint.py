@@ -65,23 +65,24 @@ def model_of_checkpoint(
     if not paths:
         raise ValueError("model_of_checkpoint.path names no checkpoint (INITIAL_CHECKPOINT_PATH)")
     reader = open_checkpoint(paths[0])
+    found: Any
     if recipe is not None:
-        config = source_model.inferred_model(reader, recipe, moe).config
+        found = source_model.inferred_model(reader, recipe, moe).config
     else:
-        config = _own_config(reader)
+        found = _own_config(reader)
         if moe is not None:
-            config = dataclasses.replace(config, moe=moe)
+            found = dataclasses.replace(found, moe=moe)
     given = {
         "dtype": dtype,
         "remat_policy": remat_policy,
         "scan_layers": scan_layers,
         "dropout_rate": dropout_rate,
     }
-    config = dataclasses.replace(config, **{n: v for n, v in given.items() if v is not None})
-    kind: Any = type(registry.build(config))
+    found = dataclasses.replace(found, **{n: v for n, v in given.items() if v is not None})
+    kind: Any = type(registry.build(found))
     settings = {} if features is None else {"features": features}
     model: Model = kind(
-        config,
+        found,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         loss_normalizing_factor=loss_normalizing_factor,
