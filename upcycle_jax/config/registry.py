@@ -53,6 +53,7 @@ PATHS: dict[str, str] = {
     "DatasetConfig": "data:DatasetConfig",
     "DecoderOnlyFeatures": "features:DecoderOnlyFeatures",
     "FewShot": "data.prompts:FewShot",
+    "start_of_text": "data.text.tokenizer:start_of_text",
     # Training.
     "Adafactor": "training.optimizers:Adafactor",
     "AdamW": "training.optimizers:AdamW",
