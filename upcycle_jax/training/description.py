@@ -75,15 +75,16 @@ def costs(run: PreparedRun) -> Costs:
     )
 
 
-def describe(run: PreparedRun, *, whole_plan: bool = True) -> str:
+def describe(run: PreparedRun, cost: Costs, *, whole_plan: bool = True) -> str:
     """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the
     plan of the conversion if there is one.
 
     Args:
       run: the run.
+      cost: what it costs.
       whole_plan: show the leaves of a conversion, not only its totals.
     """
-    settings, cost = run.settings, costs(run)
+    settings = run.settings
     mesh = settings.partitioner.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     device = mesh.devices.flat[0]

@@ -63,12 +63,15 @@ class TrainResult:
     evaluation: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def train_prepared(run: PreparedRun, stop: StopRequest, hold: Hold) -> TrainResult:
+def train_prepared(
+    run: PreparedRun, cost: description.Costs, stop: StopRequest, hold: Hold
+) -> TrainResult:
     """Opens data, MODEL_DIR and state, in that order, and trains: data that cannot be read leaves
     no trace in MODEL_DIR.
 
     Args:
       run: what was prepared, with steps left to do.
+      cost: what it costs.
       stop: the signals that end it early.
       hold: the lease of MODEL_DIR.
     """
@@ -87,7 +90,6 @@ def train_prepared(run: PreparedRun, stop: StopRequest, hold: Hold) -> TrainResu
             process_index=run.eval_layout.shard,
             process_count=run.eval_layout.num_shards,
         )
-    cost = description.costs(run)
     saves = settings.checkpoint_cfg.save is not None
     prepare.make_model_dir(settings.folder, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
     # Here every process has decided where it starts. Orbax opens no folder with damaged metadata.
