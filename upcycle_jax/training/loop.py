@@ -472,7 +472,9 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
         record.pop(RUN_START, None)  # of the run that the checkpoint comes from
     if run.settings.trainer.counts_from_start:
         record |= prepare.starts(run.settings, source).record()
-    return record | model_settings.record(run.settings.model.config.forward_settings)
+    config = run.settings.model.config
+    stated = model_settings.record(config.forward_settings) | model_settings.record_config(config)
+    return record | stated
 
 
 def _loss_history(run: PreparedRun) -> LossHistory | None:
