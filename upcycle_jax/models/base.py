@@ -37,7 +37,6 @@ class Stack:
       moe: settings of its MoE layers; None without any.
       tokens: the model feature whose length is the length of the stack, e.g.
         'encoder_input_tokens'.
-      called: what its layers are called in paths, one of `layer_names.CALLED`.
     """
 
     name: str
@@ -47,15 +46,10 @@ class Stack:
     causal: bool
     moe: MoeSettings | None
     tokens: str
-    called: str = layer_names.LAYERS
-
-    def layer_name(self, index: int) -> str:
-        """Name of a layer within the stack, e.g. 'layers_1'."""
-        return layer_names.name(index, self.called)
 
     def layer(self, index: int) -> str:
         """Path of a layer, e.g. 'encoder/layers_1'."""
-        return layer_names.layer(self.name, index, self.called)
+        return layer_names.layer(self.name, index)
 
     @property
     def layers(self) -> tuple[str, ...]:

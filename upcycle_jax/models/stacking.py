@@ -17,8 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle_jax.models import layer_names
-
 RematPolicy = Literal["none", "minimal", "full"]
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -99,7 +97,6 @@ def run_layers(
     kinds: Sequence[Any],
     scan: bool = False,
     remat_policy: RematPolicy = "none",
-    called: str = layer_names.LAYERS,
 ) -> jax.Array:
     """Runs all layers of a stack on the residual stream `[batch, length, d]`.
 
@@ -117,7 +114,6 @@ def run_layers(
         parameters.
       scan: loop over the blocks that repeat.
       remat_policy: see `REMAT_POLICIES`.
-      called: what layers are called, as the model's `Stack` says.
     """
     if not scan or stack.is_initializing():
         parts: tuple[Segment, ...] = tuple(Segment(i, 1, 1) for i in range(len(kinds)))
@@ -125,9 +121,9 @@ def run_layers(
         parts = segments(kinds)
     for part in parts:
         if part.repeats > 1:
-            x = _scanned(stack, make, call, x, part, remat_policy, called)
+            x = _scanned(stack, make, call, x, part, remat_policy)
             continue
-        layer = make(part.start, name=layer_names.name(part.start, called))
+        layer = make(part.start, name=f"layers_{part.start}")
         if remat_policy == "none":
             x = call(layer, x)
         else:
@@ -142,7 +138,6 @@ def _scanned(
     x: jax.Array,
     part: Segment,
     remat_policy: RematPolicy,
-    called: str,
 ) -> jax.Array:
     """A loop over the repeats of a block. What its layers leave in variable collections is put
     where single layers would have put it.
@@ -161,15 +156,18 @@ def _scanned(
     collections = [
         name
         for name, content in variables.items()
-        if any(layer_names.name(i, called) in content for i in part.layers)
+        if any(f"layers_{i}" in content for i in part.layers)
     ]
     # [layers] keys of each kind ('dropout', 'jitter'), so that each repeat draws from its own.
     keys = {name: jax.random.split(stack.make_rng(name), len(part.layers)) for name in scope.rngs}
 
     def of_layer(i: int) -> Any:
         """Variables and random keys of one layer."""
-        layer = layer_names.name(i, called)
-        mine = {name: variables[name][layer] for name in collections if layer in variables[name]}
+        mine = {
+            name: variables[name][f"layers_{i}"]
+            for name in collections
+            if f"layers_{i}" in variables[name]
+        }
         return mine, {name: key[i - part.start] for name, key in keys.items()}
 
     def layer_at(position: int) -> Any:
@@ -214,7 +212,7 @@ def _scanned(
             for name, content in updates.items():
                 stack.put_variable(
                     name,
-                    layer_names.name(i, called),
+                    f"layers_{i}",
                     jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], content),
                 )
     return x
