@@ -12,6 +12,7 @@ import pytest
 
 from tests.random_data import RandomData
 from upcycle_jax.config import load, search
+from upcycle_jax.models.decoder.config import DecoderMoeConfig
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import recipe as surgery_recipe
@@ -37,7 +38,12 @@ MODELS = [
     if re.fullmatch(r"models/[^/]+\.gin", name) and not is_language_model(name)
 ]
 RUNS = [name for name in SHIPPED if re.fullmatch(r"runs/[^/]+\.gin", name)]
-RECIPES = [name for name in SHIPPED if name.startswith("recipes/")]
+RECIPES = [name for name in SHIPPED if re.fullmatch(r"recipes/[^/]+\.gin", name)]
+DECODER_RECIPES = [
+    name
+    for name in RECIPES
+    if "include 'recipes/parts/decoder_moe.gin'" in (FOLDER / name).read_text(encoding="utf-8")
+]
 # Flaxformer's stock MoE models: how many parameters its own files make.
 FLAXFORMERS = {
     "models/tokens_choose_tiny.gin": 2_462_976,
@@ -468,7 +474,26 @@ def test_the_objective_of_text_files_is_a_macro(name, objective):
     assert call["train_dataset_cfg" if name == "pretrain" else "dataset_cfg"].objective == objective
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DECODER_RECIPES)
+def test_recipes_of_language_models_build(name):
+    """They name their MoE layers, and need no model file."""
+    given = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    for macro in ("EXPERT_MLP_DIM", "SHARED_EXPERT_MLP_DIM"):
+        given += [f"{macro}=16"] if f"\n{macro} = %gin.REQUIRED" in text else []
+    loaded = load(["runs/upcycle.gin", name], given)
+    built = loaded.build("upcycle").keywords
+    assert type(built["recipe"]) in surgery_recipe.PARTS
+    assert type(built["moe"]) is DecoderMoeConfig and built["moe"].router.unit_weights
+    assert loaded.build("verify").keywords["moe"] == built["moe"]
+    assert not [
+        line
+        for line in loaded.unused()
+        if line.startswith(str(FOLDER / name)) and ": verify." not in line
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in DECODER_RECIPES])
 def test_recipes_build(name):
     paths = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
     parents = (
