@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.base import Leaf
+from upcycle_jax.checkpoints.huggingface.transposing import transposed
 from upcycle_jax.checkpoints.reader import Index, index_shape
 from upcycle_jax.models.decoder.config import DecoderConfig, DecoderMoeConfig
 from upcycle_jax.moe import roles
@@ -56,7 +57,7 @@ def _mapped(leaf: Leaf, function: Callable[[np.ndarray], np.ndarray]) -> Leaf:
 
 def _transposed(leaf: Leaf) -> Leaf:
     spec = LeafSpec(leaf.spec.shape[::-1], leaf.spec.dtype)
-    return Leaf(spec, lambda index: np.ascontiguousarray(leaf.read(index[::-1]).T))
+    return Leaf(spec, lambda index: transposed(leaf.read(index[::-1])))
 
 
 def _layers(config: DecoderConfig) -> Iterator[tuple[int, str]]:
