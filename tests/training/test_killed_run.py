@@ -2,7 +2,6 @@
 same bits.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -14,7 +13,6 @@ import time
 
 import jax
 import numpy as np
-import pytest
 
 from upcycle_jax.checkpoints import open_checkpoint
 
@@ -22,16 +20,7 @@ RUN = pathlib.Path(__file__).with_name("killed_run.py")
 STEPS, PERIOD = 14, 3
 
 
-@pytest.fixture(scope="module")
-def killed_run():
-    spec = importlib.util.spec_from_file_location("killed_run", RUN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(model_dir, tmp_path):
-    """A process that is slow enough to be killed where it should be."""
+def run(model_dir, tmp_path, seconds=0.0):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(
@@ -40,7 +29,7 @@ def run(model_dir, tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, str(RUN), str(model_dir), str(STEPS), "0.2"]
+    command = [sys.executable, str(RUN), str(model_dir), str(STEPS), str(seconds)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -67,15 +56,17 @@ def wait_for_step(process, model_dir, step):
         time.sleep(0.02)
 
 
-def test_killed_twice_and_resumed_equals_the_uninterrupted_run(killed_run, tmp_path):
+def test_killed_twice_and_resumed_equals_the_uninterrupted_run(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    killed_run.main(whole, STEPS)
+    process = run(whole, tmp_path)
+    assert process.wait() == 0, process.communicate()[0]
     for step in (5, 9):
-        process = run(killed, tmp_path)
+        process = run(killed, tmp_path, seconds=0.2)
         wait_for_step(process, killed, step)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    killed_run.main(killed, STEPS)
+    last = process = run(killed, tmp_path)
+    assert last.wait() == 0, process.communicate()[0]
     assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
     readers = [open_checkpoint(folder / f"checkpoint_{STEPS}") for folder in (whole, killed)]
     for name in readers[0].specs():

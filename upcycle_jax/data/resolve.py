@@ -109,11 +109,7 @@ def _with_vocabulary(
             name: (
                 feature
                 if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
-                else dataclasses.replace(
-                    feature,
-                    vocabulary=pieces,
-                    add_eos=feature.add_eos and sources.ends(pieces, name),
-                )
+                else dataclasses.replace(feature, vocabulary=pieces)
             )
             for name, feature in task.output_features.items()
         }

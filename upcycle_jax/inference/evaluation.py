@@ -236,6 +236,7 @@ class _Task:
                 batch_size=evaluation.dataset_cfg.batch_size,
                 decoder=evaluation.decoder,
                 eos_id=task.eos_id,
+                max_length=task.target_length,
                 seed=evaluation.random_seed,
             )
 

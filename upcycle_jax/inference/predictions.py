@@ -225,6 +225,7 @@ def _infer_chunks(infer: Infer, job: JobFiles, task: "TaskExamples", params: PyT
         batch_size=infer.dataset_cfg.batch_size,
         decoder=infer.decoder,
         eos_id=task.eos_id,
+        max_length=task.target_length,
         seed=infer.random_seed,
     )
     finished = job.begin(task.name)

@@ -83,6 +83,7 @@ class Runner:
       batch_size: rows of a whole batch.
       decoder: how predictions are searched.
       eos_id: the token that ends a target.
+      max_length: tokens of a prediction at most.
       seed: of decoders that draw. The key of an example is a fold of its number, so that it does
         not depend on batches.
 
@@ -98,6 +99,7 @@ class Runner:
         batch_size: int,
         decoder: DecodingAlgorithm,
         eos_id: int,
+        max_length: int,
         seed: int = 0,
     ):
         self._partitioner, self.batch_size = partitioner, batch_size
@@ -108,7 +110,7 @@ class Runner:
                 numbers
             )
             return model.predict_batch_with_aux(
-                params, batch, decoder=decoder, keys=keys, eos_id=eos_id
+                params, batch, decoder=decoder, keys=keys, eos_id=eos_id, max_length=max_length
             )
 
         self._predict = jax.jit(predict, out_shardings=partitioner.replicated)

@@ -1,25 +1,56 @@
 """Causal self-attention of decoder-only language models: rotary positions, grouped queries,
-windows.
+windows, and caches of keys and values.
 
 Axis legend: B rows, L queries, M keys, H query heads, KV heads of keys and values, D size of a
-head.
+head, C places of a cache.
 """
 
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes
 from upcycle_jax.layers import projection
-from upcycle_jax.layers.attention import GROWING_CACHE, DecodingStep
+from upcycle_jax.layers.attention import GROWING_CACHE
 from upcycle_jax.layers.norm import RMSNorm
 from upcycle_jax.layers.rope import rotate
 from upcycle_jax.partitioning import constrain
 
 Implementation = Literal["xla", "cudnn"]
 """Of `jax.nn.dot_product_attention`: 'cudnn' is a flash attention of NVIDIA GPUs, in 16 bits."""
+
+
+@flax.struct.dataclass
+class Prefill:
+    """The first positions of all sequences of a batch, which begin the caches.
+
+    Attributes:
+      room: positions of a row, those to come included.
+    """
+
+    room: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class NextPosition:
+    """One more position of all sequences of a batch, which end side by side.
+
+    Attributes:
+      index: int32 scalar, the position's index in the rows, from 0.
+      starts: int32 `[B]`, index of the first token of each sequence; before it stands padding.
+      room: as of `Prefill`.
+    """
+
+    index: jax.Array
+    starts: jax.Array
+    room: int = flax.struct.field(pytree_node=False)
+
+
+CachedStep = Prefill | NextPosition
+"""What cached decoding computes at once."""
 
 _FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -40,6 +71,16 @@ def visible(
     if window is not None:
         allowed &= distance < window
     return allowed[None, None] if mask is None else allowed[None, None] & mask
+
+
+def attention_weights(
+    logits: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
+) -> jax.Array:
+    """softmax(cap(scale logits)) over the last axis, of what bool `mask` allows; float32."""
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return jax.nn.softmax(jnp.where(mask, logits, _FORBIDDEN), axis=-1)
 
 
 def capped_attention(
@@ -74,11 +115,8 @@ def capped_attention(
     # Query head h reads the keys of head h // (H / KV).
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
     logits = jnp.einsum("blkgd,bmkd->bkglm", grouped.astype(jnp.float32), key.astype(jnp.float32))
-    logits = logits * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None], logits, _FORBIDDEN)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    weights = attention_weights(logits, mask[:, :, None], scale=scale, softcap=softcap)
+    weights = weights.astype(value.dtype)
     if dropout is not None:
         weights = dropout(weights, deterministic=deterministic)
     attended = jnp.einsum("bkglm,bmkd->blkgd", weights, value)
@@ -132,28 +170,32 @@ class GroupedQueryAttention(nn.Module):
         *,
         amplitude: float = 1.0,
         deterministic: bool = True,
-        step: DecodingStep | None = None,
+        step: CachedStep | None = None,
     ) -> jax.Array:
         """Maps `[B, L, d]` to the same shape.
 
         Args:
-          x: the sequence; with a step, its positions from `step.index` on.
+          x: the sequence; with a `NextPosition` that position alone.
           angles: float32 `[B or 1, L, R/2]` of the rotary embedding (`Rope.angles`); None: none.
-          mask: bool `[B, 1, L or 1, M]`, pairs that are allowed beside the causal order.
+          mask: bool `[B, 1, L or 1, L]`, pairs that are allowed beside the causal order; not looked
+            at with a `NextPosition`, which says it itself.
           amplitude: `Rope.amplitude`.
           deterministic: no dropout.
-          step: decode with a cache of keys and values; M is then `step.max_length`.
+          step: decode with a cache of keys and values; None: without.
         """
         query = self._heads("query", x, self.num_heads)
         key = self._heads("key", x, self.num_kv_heads)
         value = self._heads("value", x, self.num_kv_heads, normed=False)
         if angles is not None:
             query, key = rotate(query, angles, amplitude), rotate(key, angles, amplitude)
-        start: jax.Array | int = 0
-        if step is not None:
+        if isinstance(step, NextPosition):
             key, value = self._appended("key", key, step), self._appended("value", value, step)
-            start = step.index
-        attended = self._attend(query, key, value, mask, start, deterministic=deterministic)
+            attended = self._attend_cached(query, key, value, step)
+        else:
+            if step is not None:
+                self._keep("key", key, step)
+                self._keep("value", value, step)
+            attended = self._attend(query, key, value, mask, deterministic=deterministic)
         attended = attended.reshape(*x.shape[:2], self.num_heads * self.head_dim)
         out = projection.Projection(
             x.shape[-1],
@@ -171,14 +213,12 @@ class GroupedQueryAttention(nn.Module):
         key: jax.Array,
         value: jax.Array,
         mask: jax.Array | None,
-        start: jax.Array | int,
         *,
         deterministic: bool,
     ) -> jax.Array:
-        """`[B, L, H, D]`; `start` is the index of the first query among the keys."""
+        """`[B, L, H, D]`, of queries and keys of the same positions."""
         drops = self.dropout_rate > 0 and not deterministic
-        whole = query.shape[1] == key.shape[1]
-        if whole and not drops and self.softcap is None:
+        if not drops and self.softcap is None:
             return jax.nn.dot_product_attention(
                 query,
                 key,
@@ -189,31 +229,55 @@ class GroupedQueryAttention(nn.Module):
                 local_window_size=None if self.window is None else (self.window - 1, 0),
                 implementation=self.implementation,
             )
-        queries = start + jnp.arange(query.shape[1])
-        allowed = visible(queries, jnp.arange(key.shape[1]), self.window, mask)
-        if not drops and self.softcap is None:
-            return jax.nn.dot_product_attention(query, key, value, mask=allowed, scale=self.scale)
+        index = jnp.arange(query.shape[1])
         return capped_attention(
             query,
             key,
             value,
-            allowed,
+            visible(index, index, self.window, mask),
             scale=self.scale,
             softcap=self.softcap,
             dropout=projection.dropout(self.dropout_rate) if drops else None,
             deterministic=deterministic,
         )
 
-    def _appended(self, name: str, new: jax.Array, step: DecodingStep) -> jax.Array:
-        """All keys or values so far `[B, M, KV, D]`: `new` `[B, L, KV, D]` from the step's index
-        on, zeros after it.
-        """
-        shape = (new.shape[0], step.max_length, *new.shape[2:])
-        variable = self.variable(GROWING_CACHE, f"cached_{name}", jnp.zeros, shape, new.dtype)
-        variable.value = jax.lax.dynamic_update_slice_in_dim(
-            variable.value, new, step.index, axis=1
+    def _attend_cached(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, step: NextPosition
+    ) -> jax.Array:
+        """`[B, 1, H, D]`, of one query `[B, 1, H, D]` and the places of a cache `[B, KV, C, D]`."""
+        rows, kv_heads, places, head_dim = key.shape
+        # The index that a place holds: the last one up to the query's that belongs there. A
+        # sliding layer has places for its window alone, and so all of them are in it.
+        index = step.index - (step.index - jnp.arange(places)) % places  # [C], < 0: none yet
+        held = index >= step.starts[:, None]  # [B, C]
+        # Query head h reads the keys of head h // (H / KV).
+        grouped = query.reshape(rows, kv_heads, self.num_heads // kv_heads, head_dim)
+        logits = jnp.einsum("bkgd,bkcd->bkgc", grouped, key, preferred_element_type=jnp.float32)
+        weights = attention_weights(
+            logits, held[:, None, None], scale=self.scale, softcap=self.softcap
         )
-        return variable.value
+        attended = jnp.einsum("bkgc,bkcd->bkgd", weights.astype(value.dtype), value)
+        return attended.reshape(query.shape)
+
+    def _keep(self, name: str, new: jax.Array, step: Prefill) -> None:
+        """Begins a cache with the keys or values `[B, L, KV, D]` of the first L indices: index i in
+        place i modulo the places; of a sliding layer the last ones, as many as its window.
+        """
+        length = new.shape[1]
+        places = step.room if self.window is None else min(self.window, step.room)
+        last = new[:, max(length - places, 0) :].swapaxes(1, 2)  # [B, KV, at most C, D]
+        kept = jnp.pad(last, ((0, 0), (0, 0), (0, places - last.shape[2]), (0, 0)))
+        if length > places:
+            kept = jnp.roll(kept, length % places, axis=2)
+        self.put_variable(GROWING_CACHE, f"cached_{name}", kept)
+
+    def _appended(self, name: str, new: jax.Array, step: NextPosition) -> jax.Array:
+        """The cache `[B, KV, C, D]` with the step's key or value `[B, 1, KV, D]` in its place."""
+        cached: jax.Array = self.get_variable(GROWING_CACHE, f"cached_{name}")
+        place = step.index % cached.shape[2]
+        cached = jax.lax.dynamic_update_slice_in_dim(cached, new.swapaxes(1, 2), place, axis=2)
+        self.put_variable(GROWING_CACHE, f"cached_{name}", cached)
+        return cached
 
     def _heads(self, name: str, x: jax.Array, heads: int, *, normed: bool = True) -> jax.Array:
         """`[B, L, heads, D]`, normed and clipped."""

@@ -217,9 +217,19 @@ class Generative(Model, Protocol):
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
         eos_id: int = 1,
+        max_length: int | None = None,
     ) -> jax.Array:
         """The best sequence of each input, int32 `[batch, length]`: EOS is its last token, 0
         follows.
+
+        Args:
+          params: parameters.
+          batch: model features, not packed.
+          decoder: how sequences are searched.
+          keys: `[batch]` random keys for a decoder that draws.
+          eos_id: the token that ends a sequence.
+          max_length: tokens to produce at most: the length that targets have in the batch. None:
+            what the batch's own length allows.
         """
 
     def predict_batch_with_aux(
@@ -230,6 +240,7 @@ class Generative(Model, Protocol):
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
         eos_id: int = 1,
+        max_length: int | None = None,
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
 
@@ -270,8 +281,6 @@ class Family:
       settings: for every name of `ModelConfig.forward_settings`, whether a value out of a file is
         one.
       parts: further classes that the configuration is made of.
-      states_model: every checkpoint of such a model states its whole configuration, MoE layers
-        included, so that it can be written in formats that need to know it.
     """
 
     name: str
@@ -281,4 +290,3 @@ class Family:
     from_specs: Callable[[Mapping[str, LeafSpec], Mapping[str, Any]], Any]
     settings: Mapping[str, Callable[[Any], bool]]
     parts: tuple[type, ...] = ()
-    states_model: bool = False

@@ -110,10 +110,7 @@ def _write(
     if folder.verdicts is not None:
         _write_json(place / VERDICTS, folder.verdicts)
     for name, source in folder.copied.items():
-        if isinstance(source, Path):
-            shutil.copyfile(source, place / name)
-        else:
-            (place / name).write_text(source, encoding="utf-8")
+        shutil.copyfile(source, place / name)
     shards = list(_shards(tensors, shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

@@ -46,5 +46,4 @@ DECODER = Family(
         **dict.fromkeys(STATED_ROPES, _is_rope),
     },
     parts=(Rope,),
-    states_model=True,
 )

@@ -14,9 +14,10 @@ from upcycle_jax.features import DecoderOnlyFeatures
 from upcycle_jax.layers import mlp_reference
 from upcycle_jax.models import losses, shared
 from upcycle_jax.models.base import Stack
-from upcycle_jax.models.decoder import layerwise
+from upcycle_jax.models.decoder import decoding, layerwise
 from upcycle_jax.models.decoder.config import STACK, DecoderConfig
 from upcycle_jax.models.decoder.network import RESIDUALS, LanguageModel
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.layerwise import Step
 from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
@@ -185,6 +186,107 @@ class DecoderModel:
         logits = self.module.apply({"params": params}, tokens, segment_ids, positions)
         assert isinstance(logits, jax.Array)
         return logits
+
+    def predict_batch(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        decoder: DecodingAlgorithm,
+        keys: jax.Array | None = None,
+        eos_id: int = 1,
+        max_length: int | None = None,
+    ) -> jax.Array:
+        """The best continuation of each prompt, int32 `[batch, max_length]`: EOS is its last token,
+        0 follows. A prompt is BOS and the tokens before the first that the loss counts, such as
+        those of 'inputs'.
+
+        MoE layers route as `DecoderMoeConfig.inference_routing` says: by default neither the rest
+        of the batch nor padding changes what is predicted for a prompt.
+
+        Args:
+          params: parameters, nested.
+          batch: model features, not packed.
+          decoder: how sequences are searched, e.g. `inference.decoding.Greedy()`.
+          keys: `[batch]` random keys for a decoder that draws.
+          eos_id: the vocabulary's end of sequence.
+          max_length: tokens to produce at most: the length of 'targets'. The rest of a row is the
+            room for inputs, of which the last tokens are read where there are more. None: as many
+            as a row has positions.
+
+        Raises:
+          ValueError: max_length is more than a row has positions.
+        """
+        return self.predict_batch_with_aux(
+            params, batch, decoder=decoder, keys=keys, eos_id=eos_id, max_length=max_length
+        ).tokens[:, 0]
+
+    def predict_batch_with_aux(
+        self,
+        params: PyTree,
+        batch: Batch,
+        *,
+        decoder: DecodingAlgorithm,
+        keys: jax.Array | None = None,
+        eos_id: int = 1,
+        max_length: int | None = None,
+    ) -> Decoded:
+        """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
+        length = np.shape(batch["decoder_target_tokens"])[1]
+        if max_length is not None and not 1 <= max_length <= length:
+            raise ValueError(
+                f"max_length must be from 1 to {length}, the length of the batch's rows, in which"
+                f" inputs and targets have room, got {max_length}"
+            )
+        # BOS comes before the inputs.
+        width = length + 1 - (max_length or 0)
+        prompts = decoding.prompts(batch, self.features.bos_id, width)
+        max_length = max_length or length
+        logits, cache = decoding.start(self.config, params, *prompts, max_length)
+
+        def next_logits(
+            tokens: jax.Array, index: jax.Array, cache: DecodingCache
+        ) -> tuple[jax.Array, DecodingCache]:
+            return self.decode_step(params, tokens, index, cache)
+
+        return decoder.decode(
+            next_logits, logits, cache, max_length=max_length, eos_id=eos_id, keys=keys
+        )
+
+    def score_batch(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Float32 `[batch]`: the log-probability of each row's targets, summed over its tokens
+        (weighted by `decoder_loss_weights`). Routes as `predict_batch` does.
+        """
+        return decoding.score(self.config, params, batch)
+
+    def start_decoding(
+        self,
+        params: PyTree,
+        inputs: jax.Array,
+        *,
+        max_length: int,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, DecodingCache]:
+        """Reads prompts `[batch, prompt length]` in one pass, as they are: nothing is put before
+        them.
+
+        Args:
+          params: parameters, nested.
+          inputs: int32 token ids.
+          max_length: tokens to produce at most, for which the caches have room.
+          lengths: int32 `[batch]`, tokens of each row, at least 1, which stand first in it; None:
+            all are tokens.
+
+        Returns:
+          Float32 logits `[batch, vocab]` of the first token, and the caches.
+        """
+        return decoding.start(self.config, params, inputs, lengths, max_length)
+
+    def decode_step(
+        self, params: PyTree, tokens: jax.Array, index: jax.Array, cache: DecodingCache
+    ) -> tuple[jax.Array, DecodingCache]:
+        """Decodes one more position; see `generation.NextLogits`."""
+        return decoding.step(self.config, params, tokens, index, cache)
 
     def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """The residual stream `[batch, length, d]` after every layer, 'decoder/layers_0' first, in

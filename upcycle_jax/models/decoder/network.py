@@ -13,8 +13,12 @@ import jax.numpy as jnp
 
 from upcycle_jax import axes
 from upcycle_jax.layers import masks, projection
-from upcycle_jax.layers.attention import DecodingStep
-from upcycle_jax.layers.causal_attention import GroupedQueryAttention
+from upcycle_jax.layers.causal_attention import (
+    CachedStep,
+    GroupedQueryAttention,
+    NextPosition,
+    Prefill,
+)
 from upcycle_jax.layers.embedding import Embed
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.norm import LayerNorm, RMSNorm
@@ -68,7 +72,7 @@ class Positions:
     Attributes:
       ropes: the rotary embeddings that some layer has.
       angles: of each of them, float32 `[B or 1, L, R/2]`.
-      mask: bool `[B, 1, L or 1, keys]`, pairs that are allowed beside the causal order; None: all.
+      mask: bool `[B, 1, L or 1, L]`, pairs that are allowed beside the causal order; None: all.
       valid: bool `[B, L]`, real tokens.
       token_ids: int32 `[B, L]`, the tokens that were embedded, for routers that look at them.
     """
@@ -101,7 +105,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, where: Positions, *, train: bool, step: DecodingStep | None = None
+        self, x: jax.Array, where: Positions, *, train: bool, step: CachedStep | None = None
     ) -> jax.Array:
         """Maps `[B, L, d]` to the same shape.
 
@@ -136,7 +140,7 @@ class DecoderLayer(nn.Module):
         return projection.dropout(config.dropout_rate)(y, deterministic=not train)
 
     def _attention(
-        self, x: jax.Array, where: Positions, train: bool, step: DecodingStep | None
+        self, x: jax.Array, where: Positions, train: bool, step: CachedStep | None
     ) -> jax.Array:
         config = self.config
         attention = GroupedQueryAttention(
@@ -224,10 +228,11 @@ class Decoder(nn.Module):
         where: Positions,
         *,
         train: bool,
-        step: DecodingStep | None = None,
+        step: CachedStep | None = None,
     ) -> jax.Array:
         """Decodes `[B, L, d]` to float32 logits before `LanguageModel.logits`, or to the normed
-        residual stream if the model shares its embedding table. Arguments as of `DecoderLayer`.
+        residual stream if the model shares its embedding table; with a `Prefill`, those of the last
+        position alone. Arguments as of `DecoderLayer`.
         """
         config = self.config
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
@@ -242,7 +247,7 @@ class Decoder(nn.Module):
             scan=config.scan_layers and step is None,
             remat_policy=config.remat_policy if step is None else "none",
         )
-        return self.finish(x)
+        return self.finish(x[:, -1:] if isinstance(step, Prefill) else x)
 
 
 class LanguageModel(nn.Module):
@@ -284,18 +289,47 @@ class LanguageModel(nn.Module):
         embedded, where = self.inputs(tokens, segment_ids, positions)
         return self.logits(self.decoder(embedded, where, train=train))
 
+    def prefill(self, tokens: jax.Array, starts: jax.Array, step: Prefill) -> jax.Array:
+        """Float32 logits `[B, V]` of the token after each row; begins `GROWING_CACHE`.
+
+        Args:
+          tokens: int32 `[B, L]`, sequences that end with their rows.
+          starts: int32 `[B]`, index of the first token of each; before it stands padding.
+          step: how long the rows will be.
+        """
+        positions = jnp.arange(tokens.shape[1]) - starts[:, None]
+        segment_ids = (positions >= 0).astype(jnp.int32)
+        embedded, where = self.inputs(
+            tokens, segment_ids, jnp.maximum(positions, 0), length=step.room
+        )
+        return self.logits(self.decoder(embedded, where, train=False, step=step))[:, 0]
+
+    def decode_step(self, tokens: jax.Array, step: NextPosition) -> jax.Array:
+        """Float32 logits `[B, V]` of the token after int32 `tokens` `[B]`, which are at the step's
+        position; goes on with `GROWING_CACHE`.
+        """
+        tokens, positions = tokens[:, None], (step.index - step.starts)[:, None]
+        embedded, where = self.inputs(tokens, None, positions, length=step.room)
+        return self.logits(self.decoder(embedded, where, train=False, step=step))[:, 0]
+
     def inputs(
-        self, tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        *,
+        length: int | None = None,
     ) -> tuple[jax.Array, Positions]:
-        """What the stack gets; arguments as in `__call__`."""
+        """What the stack gets; `length` as in `where`, None for that of the rows; other arguments
+        as in `__call__`.
+        """
         mask, valid = None, jnp.ones(tokens.shape, bool)
         if segment_ids is not None:
             mask, valid = masks.segment_mask(segment_ids, segment_ids), segment_ids > 0
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        return self.embed(tokens), self.where(
-            tokens, positions, mask, valid, length=tokens.shape[1]
-        )
+        length = tokens.shape[1] if length is None else length
+        return self.embed(tokens), self.where(tokens, positions, mask, valid, length=length)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """The residual stream before the first layer, `[B, L, d]`."""

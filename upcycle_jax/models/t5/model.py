@@ -192,6 +192,7 @@ class EncoderDecoderModel:
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
         eos_id: int = EOS_ID,
+        max_length: int | None = None,
     ) -> jax.Array:
         """The best sequence of each input, int32 `[batch, target length]`: EOS is its last token, 0
         follows.
@@ -206,9 +207,10 @@ class EncoderDecoderModel:
           decoder: how sequences are searched, e.g. `inference.decoding.Greedy()`.
           keys: `[batch]` random keys for a decoder that draws.
           eos_id: the vocabulary's end of sequence.
+          max_length: tokens to predict at most; None for the length of targets.
         """
         return self.predict_batch_with_aux(
-            params, batch, decoder=decoder, keys=keys, eos_id=eos_id
+            params, batch, decoder=decoder, keys=keys, eos_id=eos_id, max_length=max_length
         ).tokens[:, 0]
 
     def predict_batch_with_aux(
@@ -219,9 +221,10 @@ class EncoderDecoderModel:
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
         eos_id: int = EOS_ID,
+        max_length: int | None = None,
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
-        max_length = batch["decoder_input_tokens"].shape[1]
+        max_length = max_length or batch["decoder_input_tokens"].shape[1]
         logits, cache = self.start_decoding(
             params, jnp.asarray(batch["encoder_input_tokens"]), max_length=max_length
         )
