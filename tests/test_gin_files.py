@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import re
@@ -11,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.random_data import RandomData
 from upcycle_jax.config import load, search
-from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.models.decoder.config import DecoderMoeConfig
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import recipe as surgery_recipe
@@ -23,10 +23,27 @@ from upcycle_jax.training.train_step import make_train_step
 from upcycle_jax.training.trainer import Trainer
 
 FOLDER = search.shipped_folder()
+
+
+def is_language_model(name: str) -> bool:
+    """Whether a model file is of the decoder-only family."""
+    return "include 'models/parts/decoder" in (FOLDER / name).read_text(encoding="utf-8")
+
+
 SHIPPED = search.shipped_files()
-MODELS = [name for name in SHIPPED if re.fullmatch(r"models/[^/]+\.gin", name)]
+# Those of language models are built and stepped in test_lm_gin_files.py.
+MODELS = [
+    name
+    for name in SHIPPED
+    if re.fullmatch(r"models/[^/]+\.gin", name) and not is_language_model(name)
+]
 RUNS = [name for name in SHIPPED if re.fullmatch(r"runs/[^/]+\.gin", name)]
-RECIPES = [name for name in SHIPPED if name.startswith("recipes/")]
+RECIPES = [name for name in SHIPPED if re.fullmatch(r"recipes/[^/]+\.gin", name)]
+DECODER_RECIPES = [
+    name
+    for name in RECIPES
+    if "include 'recipes/parts/decoder_moe.gin'" in (FOLDER / name).read_text(encoding="utf-8")
+]
 # Flaxformer's stock MoE models: how many parameters its own files make.
 FLAXFORMERS = {
     "models/tokens_choose_tiny.gin": 2_462_976,
@@ -108,7 +125,9 @@ def test_there_are_dense_and_upcycled_models_of_every_size():
     } <= set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS + RUNS + PAPERS)
+@pytest.mark.parametrize(
+    "name", [name for name in SHIPPED if "/parts/" not in name and "recipes/" not in name]
+)
 def test_files_open_with_what_they_need(name):
     """A comment that says what is REQUIRED, before the first binding."""
     text = (FOLDER / name).read_text(encoding="utf-8")
@@ -225,63 +244,9 @@ def test_an_upcycled_file_differs_from_the_dense_one_in_its_experts_only(name):
     assert dataclasses.replace(sparse, moe=None) == dense
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
+def data_for(model) -> RandomData:
     """Batches of random tokens in place of the run's data."""
-
-    model: EncoderDecoderModel
-    batch_size: int = ROWS
-    mixture_or_task_name: str = "random"
-    split: str = "train"
-    pack: bool = False
-    task_feature_lengths: dict = dataclasses.field(default_factory=lambda: dict(LENGTHS))
-
-    @property
-    def config(self):
-        return self
-
-    def vocabulary_size(self):
-        return 300
-
-    def fingerprint(self):
-        return {"random": True}
-
-    def train_iterator(self, process_index=0, process_count=1):
-        return Stream(self)
-
-    def eval_batches(self, num_batches=None, process_index=0, process_count=1):
-        return {"random": lambda: iter([batch_of(self.model, self.batch_size)])}
-
-
-@open_dataset.register
-def open_random(config: Data, features):
-    return config
-
-
-class Stream:
-    """The train iterator of `Data`."""
-
-    def __init__(self, data: Data, position: int = 0):
-        self.data, self.position = data, position
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.position += 1
-        return batch_of(self.data.model, self.data.batch_size, self.position)
-
-    def fingerprint(self):
-        return self.data.fingerprint()
-
-    def seek(self, num_batches):
-        self.position = num_batches
-
-    def save(self, directory):
-        (pathlib.Path(directory) / "position.json").write_text(json.dumps(self.position))
-
-    def restore(self, directory):
-        self.position = json.loads((pathlib.Path(directory) / "position.json").read_text())
+    return RandomData(functools.partial(batch_of, model, ROWS), ROWS, LENGTHS)
 
 
 def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *bindings: str):
@@ -295,7 +260,7 @@ def run_once(name: str, model_name: str, model_dir: pathlib.Path, steps: int, *b
     loaded = load([model_name, name], [*small(model_name), *required, *bindings])
     call = loaded.build("train")
     assert "train.model = %MODEL" in loaded.operative_text()
-    data = Data(call.keywords["model"])
+    data = data_for(call.keywords["model"])
     return call(train_dataset_cfg=data, train_eval_dataset_cfg=data).run()
 
 
@@ -488,7 +453,7 @@ def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path)
     ]
     deeper = ["T5Config.num_encoder_layers=3", "T5Config.num_decoder_layers=3"]
     call = load([name], [*SMALL, *required, *deeper]).build("train")
-    data = Data(call.keywords["model"])
+    data = data_for(call.keywords["model"])
     result = call(train_dataset_cfg=data, train_eval_dataset_cfg=None).run()
     assert (result.step, result.start) == (2, "upcycle")
 
@@ -509,7 +474,26 @@ def test_the_objective_of_text_files_is_a_macro(name, objective):
     assert call["train_dataset_cfg" if name == "pretrain" else "dataset_cfg"].objective == objective
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DECODER_RECIPES)
+def test_recipes_of_language_models_build(name):
+    """They name their MoE layers, and need no model file."""
+    given = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    for macro in ("EXPERT_MLP_DIM", "SHARED_EXPERT_MLP_DIM"):
+        given += [f"{macro}=16"] if f"\n{macro} = %gin.REQUIRED" in text else []
+    loaded = load(["runs/upcycle.gin", name], given)
+    built = loaded.build("upcycle").keywords
+    assert type(built["recipe"]) in surgery_recipe.PARTS
+    assert type(built["moe"]) is DecoderMoeConfig and built["moe"].router.unit_weights
+    assert loaded.build("verify").keywords["moe"] == built["moe"]
+    assert not [
+        line
+        for line in loaded.unused()
+        if line.startswith(str(FOLDER / name)) and ": verify." not in line
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in DECODER_RECIPES])
 def test_recipes_build(name):
     paths = ["INITIAL_CHECKPOINT_PATH='a'", "OUTPUT_CHECKPOINT_PATH='b'"]
     parents = (

@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         help=(
-            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face"
-            " folder"
+            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, Hugging Face folder,"
+            " or GGUF file"
         ),
     )
     parser.add_argument(
@@ -106,8 +106,8 @@ def _add_huggingface(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="FOLDER",
-        help="copy tokenizer and generation files from here; default: from the folder that the"
-        " checkpoint was made from, where it is still there",
+        help="copy tokenizer and generation files from here, or write the tokenizer of this GGUF"
+        " file; default: what the checkpoint was made from, where it is still there",
     )
     group.add_argument(
         "--max_position_embeddings",

@@ -29,8 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "path",
         help=(
-            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, or Hugging Face T5"
-            " folder"
+            "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, Hugging Face folder,"
+            " or GGUF file"
         ),
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -279,3 +279,12 @@ def test_scopes_mean_what_they_mean_in_gin(objects, write, scope):
     finally:
         gin.clear_config()
     assert repr(ours) == repr(theirs)
+
+
+def test_a_default_is_the_value_of_a_macro_that_nothing_else_sets(write):
+    """In whatever order files are read, and where a file asks for a value."""
+    run = write("run.gin", "default/A = 3\nA = %gin.REQUIRED\nB = %A\n")
+    model = write("model.gin", "A = 5\n")
+    assert load([run]).macro("A") == 3
+    assert load([model, run]).macro("A") == load([run, model]).macro("A") == 5
+    assert load([run], ["A=7"]).macro("B") == 7

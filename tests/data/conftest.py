@@ -1,6 +1,7 @@
 """Small real text for the data tests: one pair of domains, written once per session."""
 
 import inspect
+import json
 import textwrap
 
 import pytest
@@ -42,3 +43,31 @@ def make_config(text_folder):
         return DatasetConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with a small byte-level tokenizer as Hugging Face writes it. Id 0 is '!', and its
+    last two ids are '<s>' (BOS) and '</s>' (EOS), which `tokenizer_config.json` states.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [inspect.getsource(textwrap)],
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    # A file may keep what its last use has set.
+    made.enable_truncation(3)
+    made.enable_padding(length=9)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>", "special": True}, "eos_token": "</s>"})
+    )
+    return folder

@@ -1,5 +1,5 @@
-"""A run in a process of its own, to be killed: `python killed_run.py MODEL_DIR STEPS
-SECONDS_PER_BATCH`. Not a test module.
+"""A run that is the same in every process; in one of its own it can be killed: `python
+killed_run.py MODEL_DIR STEPS SECONDS_PER_BATCH`. Not a test module.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from upcycle_jax.training.train import Train
 from upcycle_jax.training.trainer import Trainer
 
 
-def main(model_dir: str, steps: str, seconds: str) -> None:
+def main(model_dir: str | pathlib.Path, steps: int, seconds: float = 0.0) -> None:
     spec = importlib.util.spec_from_file_location(
         "fakes", pathlib.Path(__file__).with_name("conftest.py")
     )
@@ -27,7 +27,7 @@ def main(model_dir: str, steps: str, seconds: str) -> None:
 
     class Slow(fakes.ArithmeticDataset):
         def batch(self, k):
-            time.sleep(float(seconds))
+            time.sleep(seconds)
             return super().batch(k)
 
     Train(
@@ -40,10 +40,10 @@ def main(model_dir: str, steps: str, seconds: str) -> None:
             optimizer=Adafactor(min_dim_size_to_factor=8),
             learning_rate_fn=create_learning_rate_scheduler(base_learning_rate=1.0, warmup_steps=4),
         ),
-        total_steps=int(steps),
+        total_steps=steps,
         stats_period=1,
     ).run()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

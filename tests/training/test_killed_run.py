@@ -2,6 +2,7 @@
 same bits.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from upcycle_jax.checkpoints import open_checkpoint
 
@@ -20,7 +22,16 @@ RUN = pathlib.Path(__file__).with_name("killed_run.py")
 STEPS, PERIOD = 14, 3
 
 
-def run(model_dir, tmp_path, seconds=0.0):
+@pytest.fixture(scope="module")
+def killed_run():
+    spec = importlib.util.spec_from_file_location("killed_run", RUN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(model_dir, tmp_path):
+    """A process that is slow enough to be killed where it should be."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(RUN.parents[2]), os.environ.get("PYTHONPATH", "")]),
         "JAX_COMPILATION_CACHE_DIR": str(
@@ -29,7 +40,7 @@ def run(model_dir, tmp_path, seconds=0.0):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, str(RUN), str(model_dir), str(STEPS), str(seconds)]
+    command = [sys.executable, str(RUN), str(model_dir), str(STEPS), "0.2"]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -56,17 +67,15 @@ def wait_for_step(process, model_dir, step):
         time.sleep(0.02)
 
 
-def test_killed_twice_and_resumed_equals_the_uninterrupted_run(tmp_path):
+def test_killed_twice_and_resumed_equals_the_uninterrupted_run(killed_run, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = run(whole, tmp_path)
-    assert process.wait() == 0, process.communicate()[0]
+    killed_run.main(whole, STEPS)
     for step in (5, 9):
-        process = run(killed, tmp_path, seconds=0.2)
+        process = run(killed, tmp_path)
         wait_for_step(process, killed, step)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    last = process = run(killed, tmp_path)
-    assert last.wait() == 0, process.communicate()[0]
+    killed_run.main(killed, STEPS)
     assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
     readers = [open_checkpoint(folder / f"checkpoint_{STEPS}") for folder in (whole, killed)]
     for name in readers[0].specs():

@@ -63,3 +63,70 @@ def test_no_warmup():
     assert create_learning_rate_scheduler("constant * cosine_decay", warmup_steps=0)(0) == 0.5
     with pytest.raises(ValueError, match="by which linear_warmup and rsqrt_decay would divide"):
         create_learning_rate_scheduler("linear_warmup * rsqrt_decay", warmup_steps=0)
+
+
+def ending(factors, **settings):
+    return create_learning_rate_scheduler(
+        factors, **{"base_learning_rate": 1.0, "warmup_steps": 10, "total_steps": 110} | settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "step", "want"),
+    [
+        # Ten steps of warm-up, then half a cosine over 100 to a tenth.
+        ("constant * linear_warmup * cosine_anneal", 5, 0.5),
+        ("constant * linear_warmup * cosine_anneal", 10, 1.0),
+        ("constant * linear_warmup * cosine_anneal", 60, 0.1 + 0.9 * 0.5),
+        ("constant * linear_warmup * cosine_anneal", 35, 0.1 + 0.9 * (2 + math.sqrt(2)) / 4),
+        ("constant * linear_warmup * cosine_anneal", 110, 0.1),
+        ("constant * linear_warmup * cosine_anneal", 500, 0.1),
+        # The last 40 steps begin at 70; at 80 a quarter of them is done.
+        ("constant * linear_warmup * linear_cooldown", 5, 0.5),
+        ("constant * linear_warmup * linear_cooldown", 70, 1.0),
+        ("constant * linear_warmup * linear_cooldown", 80, 1 - 0.9 * 0.25),
+        ("constant * linear_warmup * sqrt_cooldown", 70, 1.0),
+        ("constant * linear_warmup * sqrt_cooldown", 80, 1 - 0.9 * 0.5),
+        ("constant * linear_warmup * sqrt_cooldown", 110, 0.1),
+        ("constant * linear_warmup * sqrt_cooldown", 111, 0.1),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_schedules_with_an_end(factors, step, want, offset):
+    schedule = ending(
+        factors,
+        cooldown_steps=40,
+        final_factor=0.1,
+        step_offset=offset,
+        total_steps=110 + offset,
+    )
+    np.testing.assert_allclose(schedule(offset + step), want, rtol=1e-6)
+
+
+def test_a_schedule_that_starts_with_the_run():
+    schedule = ending("constant * linear_warmup * cosine_anneal", step_offset="start")
+    assert schedule.started_at(0) == ending("constant * linear_warmup * cosine_anneal")
+    late = schedule.started_at(50)
+    # 60 steps remain, 10 of warm-up and half a cosine over 50.
+    np.testing.assert_allclose([late(55), late(60), late(85)], [0.5, 1.0, 0.5], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"has 10 steps \(from step 100 to total_steps 110\)"):
+        schedule.started_at(100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_steps": None}, "cosine_anneal ends at total_steps, which is not set"),
+        ({"total_steps": 10}, "its warm-up takes 10: raise TRAIN_STEPS"),
+        ({"factors": "constant * sqrt_cooldown"}, "sqrt_cooldown lasts cooldown_steps, which is 0"),
+        (
+            {"factors": "linear_warmup * linear_cooldown", "cooldown_steps": 101},
+            "takes 10 and its cool-down 101",
+        ),
+        ({"final_factor": 1.5}, "final_factor"),
+        ({"step_offset": "now"}, "step_offset"),
+    ],
+)
+def test_schedules_that_cannot_end(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ending(**{"factors": "constant * cosine_anneal"} | settings)

@@ -78,9 +78,7 @@ def starter(bags, folder):
             if sparse
             else None
         )
-        config = T5Config(
-            **SHAPE, num_encoder_layers=layers, num_decoder_layers=layers, moe=experts
-        )
+        config = T5Config(**SHAPE, num_encoder_layers=layers, num_decoder_layers=1, moe=experts)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return Train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
@@ -111,6 +109,15 @@ def dense(bags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     starter(bags, folder)("dense", sparse=False, steps=2)
     return folder / "dense"
+
+
+@pytest.fixture(scope="module")
+def sparse(bags, dense, tmp_path_factory):
+    """A MODEL_DIR that was upcycled from `dense`, on one device."""
+    folder = tmp_path_factory.mktemp("upcycled")
+    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
+    starter(bags, folder)("one", sparse=True, steps=5, restore=restore)
+    return folder / "one"
 
 
 def rows(folder):
@@ -174,10 +181,8 @@ def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path)
     ]
 
 
-def test_upcycling_a_sparse_checkpoint_again_is_refused(start, dense, tmp_path):
-    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
-    start("sparse", sparse=True, steps=4, restore=restore)
-    again = RestoreCheckpointConfig(path=str(tmp_path / "sparse"), recipe=Recipe())
+def test_upcycling_a_sparse_checkpoint_again_is_refused(start, dense, sparse, tmp_path):
+    again = RestoreCheckpointConfig(path=str(sparse), recipe=Recipe())
     with pytest.raises(ValueError, match=r"Mixture-of-Experts already"):
         start("twice", sparse=True, steps=6, restore=again)
     with pytest.raises(
@@ -216,9 +221,8 @@ def test_optimizer_state_policies_reach_the_run(start, dense, policy):
     assert start("sparse", sparse=True, steps=3, restore=restore).step == 3
 
 
-def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, tmp_path):
+def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, sparse, tmp_path):
     restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
-    start("one", sparse=True, steps=5, restore=restore)
     start(
         "eight",
         sparse=True,
@@ -226,14 +230,10 @@ def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, tmp_p
         restore=restore,
         partitioner=Partitioner(num_expert_partitions=4),
     )
-    losses = [
-        [row["loss"] for row in rows(tmp_path / name / "train").values()]
-        for name in ("one", "eight")
-    ]
+    runs = sparse, tmp_path / "eight"
+    losses = [[row["loss"] for row in rows(run / "train").values()] for run in runs]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    evaluated = [
-        rows(tmp_path / name / "training_eval" / "bags_b")[2]["loss"] for name in ("one", "eight")
-    ]
+    evaluated = [rows(run / "training_eval" / "bags_b")[2]["loss"] for run in runs]
     np.testing.assert_allclose(*evaluated, rtol=1e-5)
 
 

@@ -6,6 +6,7 @@ import re
 from etils import epath
 
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.gguf.files import SUFFIX
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.checkpoints.steps import checkpoint_steps, latest_checkpoint
@@ -18,7 +19,6 @@ SUPPORTED = (
 )
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
-GGUF_SUFFIX = ".gguf"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")  # as an OCDBT database names its files in the folder d
 
 
@@ -63,7 +63,7 @@ def _open(place: epath.Path) -> CheckpointReader:
     names = sorted(child.name for child in place.iterdir())
     if "config.json" in names:
         return _open_huggingface(place, names)
-    models = [name for name in names if name.endswith(GGUF_SUFFIX)]
+    models = [name for name in names if name.endswith(SUFFIX)]
     if models:
         return _open_gguf_folder(place, models)
     if "checkpoint" in names and (place / "checkpoint").is_file():
@@ -88,7 +88,7 @@ def _open(place: epath.Path) -> CheckpointReader:
 def _open_file(place: epath.Path) -> CheckpointReader:
     from upcycle_jax.checkpoints.t5x_legacy import T5XLegacyReader
 
-    if place.name.endswith(GGUF_SUFFIX):
+    if place.name.endswith(SUFFIX):
         return _open_gguf(place)
     if place.name == "checkpoint" and any(child.is_dir() for child in place.parent.iterdir()):
         return T5XLegacyReader(place.parent, place)  # The index of a folder, named directly.
@@ -108,7 +108,7 @@ def _open_huggingface(place: epath.Path, names: list[str]) -> CheckpointReader:
 
 
 def _open_gguf(place: epath.Path) -> CheckpointReader:
-    from upcycle_jax.checkpoints.gguf import GgufReader
+    from upcycle_jax.checkpoints.gguf.reader import GgufReader
 
     return GgufReader(place)
 

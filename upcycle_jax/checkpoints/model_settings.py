@@ -10,10 +10,16 @@ from typing import Any
 
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import ModelConfig
+from upcycle_jax.models.config_json import to_json
 from upcycle_jax.printing import printable
 
 RECORD_KEY = "model_settings"
 """Where they lie in a checkpoint's record (`CheckpointReader.metadata`)."""
+
+MODEL_KEY = "model"
+"""Where the whole configuration lies there, of families whose checkpoints state it
+(`Family.states_model`); conversions record it for every family.
+"""
 
 
 def stated_by(reader: Any) -> Mapping[str, Any]:
@@ -49,6 +55,31 @@ def record(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
     return {RECORD_KEY: plain}
+
+
+def recorded_config(record: Mapping[str, Any], *, where: object) -> ModelConfig | None:
+    """The model in a checkpoint's record; None where it states none.
+
+    Raises:
+      ValueError: it is damaged, or of a version that knows others; `where` is named.
+    """
+    found = record.get(MODEL_KEY)
+    if found is None:
+        return None
+    try:
+        config = registry.config_from_json(found)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{printable(where)}: {printable(error)}") from None
+    return config if registry.states_model(config) else None
+
+
+def record_config(config: ModelConfig | None) -> dict[str, Any]:
+    """The part of a checkpoint's record that states its model; empty where there is none, or its
+    family's checkpoints do not state it.
+    """
+    if config is None or not registry.states_model(config):
+        return {}
+    return {MODEL_KEY: to_json(config)}
 
 
 def check_model(reader: Any, config: ModelConfig) -> None:

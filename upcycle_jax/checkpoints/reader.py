@@ -159,7 +159,7 @@ class ReaderBase(abc.ABC):
         return model_settings.recorded(self.metadata(), where=self.path)
 
     def model_config(self) -> ModelConfig | None:
-        return None
+        return model_settings.recorded_config(self.metadata(), where=self.path)
 
 
 def scalar_step(reader: ReaderBase) -> int:

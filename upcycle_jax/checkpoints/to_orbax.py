@@ -110,6 +110,7 @@ def convert_to_orbax(
             "fingerprint": reader.fingerprint(),
         },
         **model_settings.record(reader.model_settings()),
+        **model_settings.record_config(reader.model_config()),
         **(metadata or {}),
     }
     raw = _copied_as_stored(reader, sources, targets)

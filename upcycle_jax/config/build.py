@@ -16,6 +16,7 @@ from upcycle_jax.config.parse import (
     add_file,
     add_flag,
     import_modules,
+    settle_defaults,
 )
 
 Scope = tuple[str, ...]
@@ -206,7 +207,8 @@ def load(
     """Reads gin files in order, then bindings; later ones override earlier ones.
 
     `NAME = %gin.REQUIRED` asks for a value, it does not take one back: a file that is read later
-    may declare what an earlier one set.
+    may declare what an earlier one set. `default/NAME = VALUE` is the value of macro NAME where no
+    file or flag gives it one.
 
     Args:
       gin_files: paths or names of shipped files.
@@ -239,6 +241,7 @@ def load(
         raise FileNotFoundError("; ".join(dict.fromkeys([*parsed.t5x_files, *absent])))
     for text in bindings:
         add_flag(text, parsed)
+    settle_defaults(parsed)
     if parsed.t5x_files:
         # What else would be missed, those files would have given.
         raise ConfigError(parsed.t5x_files + parsed.problems)

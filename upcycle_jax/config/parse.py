@@ -211,6 +211,20 @@ def _add_binding(statement: Any, place: str, from_flag: bool, into: Bindings) ->
         table[name] = binding
 
 
+DEFAULT = "default/"
+"""Before the name of a macro: its value where nothing else gives it one."""
+
+
+def settle_defaults(into: Bindings) -> None:
+    """Gives macros their defaults (`default/NAME = VALUE`) where no file or flag has set them."""
+    for written in [name for name in into.macros if name.startswith(DEFAULT)]:
+        binding, name = into.macros.pop(written), written.removeprefix(DEFAULT)
+        into.file_macros.discard(written)
+        into.file_macros.add(name)
+        if name not in into.macros or into.macros[name].value == REQUIRED:
+            into.macros[name] = binding
+
+
 def add_file(
     name: str,
     search_paths: Sequence[str],

@@ -53,10 +53,13 @@ PATHS: dict[str, str] = {
     "DatasetConfig": "data:DatasetConfig",
     "DecoderOnlyFeatures": "features:DecoderOnlyFeatures",
     "FewShot": "data.prompts:FewShot",
+    "start_of_text": "data.text.tokenizer:start_of_text",
     # Training.
     "Adafactor": "training.optimizers:Adafactor",
     "AdamW": "training.optimizers:AdamW",
     "create_learning_rate_scheduler": "training.schedules:create_learning_rate_scheduler",
+    "model_of_checkpoint": "training.model_of_checkpoint:model_of_checkpoint",
+    "ParameterGroup": "training.parameter_groups:ParameterGroup",
     "Trainer": "training.trainer:Trainer",
     "Wandb": "training.tracking:Wandb",
     "LossSpikes": "training.spikes:LossSpikes",

@@ -45,9 +45,9 @@ class DatasetConfig:
         encoder-decoder, 'language_modeling' by a decoder-only model.
       text_field: field of `.jsonl` records and column of `.parquet` files that holds the text.
       validation_fraction: part of the user's own text that is held out as the split 'validation'.
-      vocabulary: 'bytes', or the path of a SentencePiece model. None: the task's own, which for
-        text files is 'bytes'.
-      extra_ids: sentinels that `vocabulary` gets; T5 uses 100.
+      vocabulary: 'bytes', the folder of a Hugging Face tokenizer (or its tokenizer.json), or the
+        path of a SentencePiece model. None: the task's own, which for text files is 'bytes'.
+      extra_ids: sentinels that `vocabulary` gets; T5 uses 100, a Hugging Face tokenizer has none.
     """
 
     mixture_or_task_name: str

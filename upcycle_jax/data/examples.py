@@ -87,8 +87,7 @@ class TaskExamples:
     @property
     def eos_id(self) -> int:
         """The id that ends a target."""
-        eos_id = self._target_feature.vocabulary.eos_id
-        return 1 if eos_id is None else int(eos_id)
+        return prompts.end_id(self._target_feature.vocabulary)
 
     @property
     def target_length(self) -> int:
@@ -160,9 +159,10 @@ class TaskExamples:
         return {**example, _TARGETS: ids}
 
     def padded_targets(self, example: Mapping[str, Any]) -> np.ndarray:
-        """Int32 ids of an example's targets, filled with zeros to the length of targets."""
+        """Int32 ids of an example's targets, filled with padding to the length of targets."""
         ids = np.asarray(example[_TARGETS], np.int32)
-        return np.pad(ids, (0, self.target_length - len(ids)))
+        missing = self.target_length - len(ids)
+        return np.pad(ids, (0, missing), constant_values=self._target_feature.vocabulary.pad_id)
 
     def batch(self, examples: Sequence[Mapping[str, Any]], rows: int) -> HostBatch:
         """Model features of at most `rows` examples; the rows that are left are zeros."""
@@ -170,8 +170,9 @@ class TaskExamples:
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Text of predicted token ids, up to EOS."""
-        ids = [int(token) for token in np.trim_zeros(np.asarray(tokens), "b")]
-        return self._target_feature.vocabulary.decode(ids)
+        vocabulary = self._target_feature.vocabulary
+        ids = prompts.without_padding(vocabulary, np.asarray(tokens))
+        return vocabulary.decode([int(token) for token in ids])
 
     def record(self, example: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
         """An example as JSON: its texts as they were before tokenizing, or decoded where the task

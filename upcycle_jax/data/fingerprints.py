@@ -43,8 +43,12 @@ def preprocessors(task: Any) -> list[str]:
 
 
 def vocabulary(vocab: Any) -> dict[str, Any]:
-    """Kind and size of a vocabulary, and the sha256 of its model where it has one."""
+    """Kind and size of a vocabulary, and the sha256 of its model where it has one, or what else
+    it says of itself.
+    """
     described: dict[str, Any] = {"kind": type(vocab).__name__, "size": int(vocab.vocab_size)}
+    if hasattr(vocab, "fingerprint"):
+        described |= vocab.fingerprint()
     model = getattr(vocab, "sp_model", None)
     if isinstance(model, bytes):
         described["sha256"] = hashlib.sha256(model).hexdigest()

@@ -119,11 +119,30 @@ def options(
     return texts
 
 
+def end_id(vocabulary: "seqio.Vocabulary") -> int:
+    """The id that ends a target: EOS, which is 1 where a vocabulary does not say.
+
+    Raises:
+      ValueError: a Hugging Face tokenizer states no EOS; 1 is a token of its own there.
+    """
+    from upcycle_jax.data.tokenizer_vocabulary import TokenizerVocabulary
+
+    if vocabulary.eos_id is None and isinstance(vocabulary, TokenizerVocabulary):
+        raise ValueError(
+            f"the vocabulary {vocabulary} states no EOS, which ends predictions: add 'eos_token' to"
+            " its tokenizer_config.json"
+        )
+    return 1 if vocabulary.eos_id is None else int(vocabulary.eos_id)
+
+
+def without_padding(vocabulary: "seqio.Vocabulary", ids: np.ndarray) -> np.ndarray:
+    """Ids without the zeros at their end, where 0 is padding and no token."""
+    return np.trim_zeros(ids, "b") if vocabulary.pad_id == 0 else ids
+
+
 def tokens(feature: "seqio.Feature", text: str, *, ends: bool) -> np.ndarray:
     """Int32 ids of a text, with EOS where `ends`."""
-    end = (
-        [feature.vocabulary.eos_id if feature.vocabulary.eos_id is not None else 1] if ends else []
-    )
+    end = [end_id(feature.vocabulary)] if ends else []
     return np.asarray([*feature.vocabulary.encode(text), *end], np.int32)
 
 
@@ -224,7 +243,7 @@ def text_of(task: "seqio.Task", example: Mapping[str, Any], feature: str) -> str
     return vocabulary.decode(
         [
             int(token)
-            for token in np.trim_zeros(np.asarray(example[feature]), "b")
+            for token in without_padding(vocabulary, np.asarray(example[feature]))
             if int(token) != vocabulary.eos_id
         ]
     )

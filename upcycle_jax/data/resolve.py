@@ -109,7 +109,11 @@ def _with_vocabulary(
             name: (
                 feature
                 if isinstance(feature.vocabulary, seqio.PassThroughVocabulary)
-                else dataclasses.replace(feature, vocabulary=pieces)
+                else dataclasses.replace(
+                    feature,
+                    vocabulary=pieces,
+                    add_eos=feature.add_eos and sources.ends(pieces, name),
+                )
             )
             for name, feature in task.output_features.items()
         }

@@ -11,8 +11,10 @@ import tensorflow as tf
 
 from upcycle_jax.data.config import LANGUAGE_MODELING
 from upcycle_jax.data.objectives import preprocessors
+from upcycle_jax.data.text import tokenizer
 from upcycle_jax.data.text.documents import SPLITS, TRAIN, Corpus
-from upcycle_jax.features.names import DOCUMENTS, TARGETS
+from upcycle_jax.data.tokenizer_vocabulary import TokenizerVocabulary
+from upcycle_jax.features.names import DOCUMENTS, INPUTS, TARGETS
 
 SHUFFLE_BUFFER = 1000  # segments; documents are shuffled over the whole split before
 
@@ -144,35 +146,46 @@ class LabelledSource(seqio.DataSource):
 
 
 def vocabulary_from(name: str, *, extra_ids: int = 100) -> seqio.Vocabulary:
-    """The byte vocabulary for 'bytes', else the SentencePiece model at a path.
+    """The byte vocabulary for 'bytes', the Hugging Face tokenizer of a folder or a `.json` file,
+    else the SentencePiece model at a path.
 
     Raises:
       FileNotFoundError: no file at the path.
-      ValueError: the file is not a SentencePiece model.
+      ValueError: the file is no vocabulary.
     """
     if name == BYTES:
         return seqio.ByteVocabulary(extra_ids=extra_ids)
+    if tokenizer.is_named(name):
+        return TokenizerVocabulary(tokenizer.load(name))
     if not tf.io.gfile.exists(name):
         raise FileNotFoundError(
-            f"vocabulary {name!r}: no such file; give 'bytes' or the path of a SentencePiece model"
-            " (spiece.model)"
+            f"vocabulary {name!r}: no such file; give 'bytes', the folder of a Hugging Face"
+            " tokenizer, or the path of a SentencePiece model (spiece.model)"
         )
     vocabulary = seqio.SentencePieceVocabulary(name, extra_ids=extra_ids)
     try:
         int(vocabulary.vocab_size)
     except Exception as error:  # SentencePiece raises several types for a file that is no model
         raise ValueError(
-            f"vocabulary {name!r} is not a SentencePiece model ({error}): give 'bytes' or the path"
-            " of a spiece.model"
+            f"vocabulary {name!r} is not a SentencePiece model ({error}): give 'bytes', the"
+            " folder of a Hugging Face tokenizer, or the path of a spiece.model"
         ) from error
     return vocabulary
 
 
 def output_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:
-    """'inputs' and 'targets' over one vocabulary, both closed by EOS."""
+    """'inputs' and 'targets' over one vocabulary, closed by EOS where `ends` says so."""
     return {
-        name: seqio.Feature(vocabulary=vocabulary, add_eos=True) for name in ("inputs", "targets")
+        name: seqio.Feature(vocabulary=vocabulary, add_eos=ends(vocabulary, name))
+        for name in (INPUTS, TARGETS)
     }
+
+
+def ends(vocabulary: seqio.Vocabulary, feature: str) -> bool:
+    """Whether EOS closes a feature: all of them, but for the inputs of models that come with a
+    Hugging Face tokenizer. Those go on with the targets, as after a prompt.
+    """
+    return feature != INPUTS or not isinstance(vocabulary, TokenizerVocabulary)
 
 
 def row_features(vocabulary: seqio.Vocabulary) -> dict[str, seqio.Feature]:

@@ -281,6 +281,8 @@ class Family:
       settings: for every name of `ModelConfig.forward_settings`, whether a value out of a file is
         one.
       parts: further classes that the configuration is made of.
+      states_model: every checkpoint of such a model states its whole configuration, MoE layers
+        included, so that it can be written in formats that need to know it.
     """
 
     name: str
@@ -290,3 +292,4 @@ class Family:
     from_specs: Callable[[Mapping[str, LeafSpec], Mapping[str, Any]], Any]
     settings: Mapping[str, Callable[[Any], bool]]
     parts: tuple[type, ...] = ()
+    states_model: bool = False

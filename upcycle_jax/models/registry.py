@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from upcycle_jax.models.base import Family, Model
+from upcycle_jax.models.config_json import from_json
 from upcycle_jax.models.decoder.family import DECODER
 from upcycle_jax.models.t5.family import T5
 from upcycle_jax.moe import routing
@@ -37,6 +38,20 @@ def config_parts() -> tuple[type, ...]:
     """Every class that the configuration of a model is made of."""
     parts = ((one.config, one.moe, *one.parts) for one in _FAMILIES)
     return (*itertools.chain.from_iterable(parts), *ROUTERS)
+
+
+def config_from_json(value: Any) -> Any:
+    """The configuration that `config_json.to_json` made.
+
+    Raises:
+      ValueError: it has parts or fields that this version does not know.
+    """
+    return from_json(value, config_parts(), "the recorded model")
+
+
+def states_model(config: object) -> bool:
+    """Whether checkpoints of such a model state its whole configuration."""
+    return any(family.states_model and isinstance(config, family.config) for family in _FAMILIES)
 
 
 def known_settings() -> dict[str, Any]:

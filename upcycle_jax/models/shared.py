@@ -25,7 +25,7 @@ from upcycle_jax.models.base import Stack
 from upcycle_jax.models.expert_metrics import layer_mean, scaled_mean
 from upcycle_jax.models.losses import TokenLosses
 from upcycle_jax.models.metrics import Mean, Metrics
-from upcycle_jax.moe import roles
+from upcycle_jax.moe import losses, roles
 from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
 from upcycle_jax.types import Array, PyTree
 
@@ -106,7 +106,8 @@ def training_loss(
 
     The auxiliary losses are aux_loss_factor * the load-balancing loss and router_z_loss_factor *
     the router z-loss, each averaged over all MoE layers of all stacks; experts-choose layers report
-    a load-balancing loss of 0 and are part of that mean, as in T5X.
+    a load-balancing loss of 0 and are part of that mean, as in T5X. `MoeSettings.aux_loss` may take
+    all layers together instead.
 
     Args:
       stacks: of the model.
@@ -154,10 +155,16 @@ def _auxiliary_losses(
     moe = next((stack.moe for stack in stacks.values() if stack.moe is not None), None)
     if moe is None:
         return {}
+    if moe.aux_loss == "joint":
+        balance = losses.joint_load_balancing_loss(
+            sum((r.chosen for r in reports.values()), start=jnp.zeros(())),
+            sum((r.probability for r in reports.values()), start=jnp.zeros(())),
+            sum((r.tokens for r in reports.values()), start=jnp.zeros(())),
+        )
+    else:
+        balance = layer_mean(r.auxiliary_loss for r in reports.values())
     return {
-        "experts/auxiliary_loss": (
-            moe.aux_loss_factor * layer_mean(r.auxiliary_loss for r in reports.values())
-        ),
+        "experts/auxiliary_loss": moe.aux_loss_factor * balance,
         "experts/router_z_loss": (
             moe.router_z_loss_factor * layer_mean(r.router_z_loss for r in reports.values())
         ),

@@ -41,7 +41,10 @@ class MoeSettings:
         larger value only drops fewer tokens.
       eval_expert_capacity_factor: the same, when not training.
       min_expert_capacity: slots that an expert has at least, in every group.
-      aux_loss_factor: weight of the load-balancing loss, averaged over all MoE layers.
+      aux_loss_factor: weight of the load-balancing loss, averaged over all MoE layers. With
+        perfect balance that loss is K (`moe.losses.load_balancing_loss`), as in transformers: a
+        `router_aux_loss_coef` is taken over as it is. For one layer and one group the values are
+        the same; for more, see `aux_loss`.
       router_z_loss_factor: weight of the router z-loss, averaged over all MoE layers.
       expert_dropout_rate: dropout inside experts; None for the dense rate.
       dispatch: how tokens reach experts. 'gather': by gathers into slots and scatters back, which
@@ -71,6 +74,10 @@ class MoeSettings:
       shared_expert_gate: the shared expert's output is multiplied by sigmoid(x g), with g a
         parameter `shared_expert_gate/kernel` `[d, 1]` (Qwen2-MoE). A conversion starts it at zero:
         the factor is then 1/2 for every token.
+      aux_loss: 'per_layer': a load-balancing loss for each group of GROUP_SIZE tokens of each
+        layer, averaged. 'joint': one for all tokens of all layers together, as transformers
+        computes it (`moe.losses.joint_load_balancing_loss`); what layers prefer may then cancel,
+        and no factor turns one into the other. For routers with such a loss alone.
 
     Raises:
       ValueError: a number out of range, or an unknown dispatch.
@@ -95,6 +102,9 @@ class MoeSettings:
     min_inference_capacity: checks.Size = 1
     independent: bool = False
     shared_expert_gate: bool = dataclasses.field(default=False, metadata=checks.ADDED)
+    aux_loss: Literal["per_layer", "joint"] = dataclasses.field(
+        default="per_layer", metadata=checks.ADDED
+    )
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -122,6 +132,11 @@ class MoeSettings:
                 " a capacity: leave dispatch at 'auto', or use DroplessTopK()"
             )
         for router in routers:
+            if self.aux_loss == "joint" and not router.has_balance_loss:
+                raise ValueError(
+                    f"aux_loss='joint' is a load-balancing loss, and {type(router).__name__}"
+                    " balances without one: leave aux_loss at 'per_layer'"
+                )
             if self.t5x_mode and not router.in_flaxformer:
                 raise ValueError(
                     f"t5x_mode follows Flaxformer, which has no {router}: use ExpertsChoose,"

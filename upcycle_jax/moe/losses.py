@@ -37,6 +37,25 @@ def load_balancing_loss(
     return num_experts**2 * jnp.mean(fraction * probability)
 
 
+def joint_load_balancing_loss(
+    chosen: jax.Array, probability: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """The auxiliary loss of transformers' MoE models (`load_balancing_loss_func` of Mixtral's),
+    which takes the tokens of all layers together before it multiplies.
+
+    loss = E * sum over experts e of f_e * p_e, with f_e the choices of e and p_e its router
+    probabilities, both of all layers, per token and layer. With perfect balance it is K. Experts of
+    one number are one expert to it: opposite imbalances of two layers cancel.
+
+    Args:
+      chosen: float32 `[E]`, choices of each expert before any drop, summed over layers.
+      probability: float32 `[E]`, router probabilities, summed over tokens and layers.
+      tokens: float32 scalar, tokens of all layers. Without any the loss is 0.
+    """
+    scale = 1.0 / jnp.maximum(tokens, 1.0)
+    return chosen.size * jnp.sum((chosen * scale) * (probability * scale))
+
+
 def router_z_loss(logits: jax.Array, *, counted: jax.Array, count: jax.Array) -> jax.Array:
     """Mean over tokens of logsumexp(logits)^2 (ST-MoE, equation 5): keeps router logits small.
 

@@ -60,7 +60,11 @@ class ConversionSettings:
         if dataset is None:
             return None
         batch = next(open_dataset(dataset, model.features).train_iterator())
-        largest, vocab_size = max(int(array.max()) for array in batch.values()), model.vocab_size
+        # Numbers of segments and positions are no token ids.
+        tokens = [
+            name for name in batch if name.endswith("_tokens") or name == model.features.targets
+        ]
+        largest, vocab_size = max(int(batch[name].max()) for name in tokens), model.vocab_size
         if vocab_size is not None and largest >= vocab_size:
             raise ValueError(
                 f"function_check_dataset {dataset.mixture_or_task_name} holds token id {largest},"

@@ -11,7 +11,14 @@ import os.path
 from upcycle_jax.layers.mlp import hidden_axis
 from upcycle_jax.models import layer_names
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
-from upcycle_jax.surgery.matching_base import PARENT, ROUTING, Matching, Specs, parameter_of
+from upcycle_jax.surgery.matching_base import (
+    PARENT,
+    ROUTING,
+    Matching,
+    Specs,
+    parameter_of,
+    refuse_experts,
+)
 from upcycle_jax.surgery.matching_sparse import Enlarging, Merging
 from upcycle_jax.surgery.operations import (
     Copy,
@@ -72,17 +79,7 @@ class _Upcycling(Matching):
     recipe: Recipe
 
     def check(self) -> None:
-        experts = sorted(
-            (name for name, spec in self.source.items() if spec.role in (Role.EXPERT, *ROUTING)),
-            key=lambda name: (PARAM_STATES in name, name),
-        )
-        if experts:
-            raise ValueError(
-                f"the source is a Mixture-of-Experts already ({len(experts)} leaves, e.g."
-                f" {experts[0]}): upcycling happens once. Restore it without a recipe to continue"
-                " it, give it more experts (MoreExperts), or merge it into a dense checkpoint first"
-                " (MergeRecipe)."
-            )
+        refuse_experts(self.source)
         if isinstance(self.recipe.expert_init, SplitExperts):
             self.check_split()
 

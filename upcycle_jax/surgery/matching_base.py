@@ -18,6 +18,21 @@ ROUTING = (Role.ROUTER, Role.ROUTER_BIAS)
 Specs = Mapping[str, LeafSpec]
 
 
+def refuse_experts(source: Specs) -> None:
+    """Raises ValueError where a source that should be dense has experts."""
+    experts = sorted(
+        (name for name, spec in source.items() if spec.role in (Role.EXPERT, *ROUTING)),
+        key=lambda name: (PARAM_STATES in name, name),
+    )
+    if experts:
+        raise ValueError(
+            f"the source is a Mixture-of-Experts already ({len(experts)} leaves, e.g."
+            f" {experts[0]}): upcycling happens once. Restore it without a recipe to continue it,"
+            " give it more experts (MoreExperts), or merge it into a dense checkpoint first"
+            " (MergeRecipe)."
+        )
+
+
 def parameter_of(slot: str) -> str:
     """Full path of the parameter that an optimizer slot belongs to."""
     return TARGET + slot.removeprefix(PARAM_STATES).rpartition("/")[0]

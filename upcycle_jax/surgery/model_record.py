@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model
-from upcycle_jax.surgery.recipe_json import from_json, to_json
+from upcycle_jax.models.config_json import to_json
 
 
 def model_to_json(model: Model) -> Any:
@@ -24,7 +24,7 @@ def model_from_json(value: Any, *, max_layers: int | None = None) -> Model:
     Raises:
       ValueError: it has parts or fields that this version does not know, or more layers.
     """
-    config = from_json(value, registry.config_parts(), "the recorded model")
+    config = registry.config_from_json(value)
     model = registry.build(config)
     depths = [stack.num_layers for stack in model.stacks.values()]
     if max_layers is not None and sum(depths) > max_layers:

@@ -8,6 +8,7 @@ from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model, ModelConfig
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import Router
+from upcycle_jax.surgery.matching_base import refuse_experts
 from upcycle_jax.surgery.model_record import model_from_json
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.prediction import selecting
@@ -56,6 +57,7 @@ def inferred_model(
     """
     enlarges = isinstance(recipe, Recipe) and isinstance(recipe.expert_init, MoreExperts)
     if not enlarges and not isinstance(recipe, MergeRecipe):
+        refuse_experts(source.specs())
         specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
         return registry.infer(specs, model_settings.stated_by(source), moe)
     config: Any = stated_config(source)

@@ -75,15 +75,16 @@ def costs(run: PreparedRun) -> Costs:
     )
 
 
-def describe(run: PreparedRun, *, whole_plan: bool = True) -> str:
+def describe(run: PreparedRun, cost: Costs, *, whole_plan: bool = True) -> str:
     """The plan of a run as text: model, mesh, memory, steps, data, where it starts from, and the
     plan of the conversion if there is one.
 
     Args:
       run: the run.
+      cost: what it costs.
       whole_plan: show the leaves of a conversion, not only its totals.
     """
-    settings, cost = run.settings, costs(run)
+    settings = run.settings
     mesh = settings.partitioner.mesh
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     device = mesh.devices.flat[0]
@@ -108,6 +109,7 @@ def describe(run: PreparedRun, *, whole_plan: bool = True) -> str:
         f"batch          {_batch(settings)}",
         f"optimizer      {settings.trainer.optimizer}",
         f"evaluation     {_evaluation(settings)}",
+        *(f"group          {group}" for group in run.trainer.parameter_groups),
     ]
     if cost.exchange_bytes:
         even = " at even load" if exchange.follows_load(settings.model) else ""

@@ -34,9 +34,11 @@ from upcycle_jax.training.metric_writers import MetricWriter, progress_line
 from upcycle_jax.training.prepare import PreparedRun
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start
+from upcycle_jax.training.run_start import RUN_START
 from upcycle_jax.training.saving import Saver
 from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.tracking import WandbRun
+from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import TrainState, model_hash
 from upcycle_jax.training.train_step import TrainStep, jitted_train_step
 from upcycle_jax.training.trainer import NonFinite
@@ -61,12 +63,15 @@ class TrainResult:
     evaluation: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def train_prepared(run: PreparedRun, stop: StopRequest, hold: Hold) -> TrainResult:
+def train_prepared(
+    run: PreparedRun, cost: description.Costs, stop: StopRequest, hold: Hold
+) -> TrainResult:
     """Opens data, MODEL_DIR and state, in that order, and trains: data that cannot be read leaves
     no trace in MODEL_DIR.
 
     Args:
       run: what was prepared, with steps left to do.
+      cost: what it costs.
       stop: the signals that end it early.
       hold: the lease of MODEL_DIR.
     """
@@ -85,7 +90,6 @@ def train_prepared(run: PreparedRun, stop: StopRequest, hold: Hold) -> TrainResu
             process_index=run.eval_layout.shard,
             process_count=run.eval_layout.num_shards,
         )
-    cost = description.costs(run)
     saves = settings.checkpoint_cfg.save is not None
     prepare.make_model_dir(settings.folder, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
     # Here every process has decided where it starts. Orbax opens no folder with damaged metadata.
@@ -190,6 +194,7 @@ def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: An
         "batch_size": settings.train_dataset_cfg.batch_size,
         "seed": settings.random_seed,
         "optimizer": str(settings.trainer.optimizer),
+        **_groups(settings),
         "restored_from": source.record(),
         "recipe": to_json(source.plan.recipe) if source.plan is not None else None,
         "converted_by": _checkpoint_record(run).get("surgery", {}).get("recipe"),
@@ -210,6 +215,12 @@ def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: An
             folder,
         )
     manifest.write(folder, manifest.start(previous, identity=identity, this_start=this_start))
+
+
+def _groups(settings: TrainSettings) -> dict[str, Any]:
+    """The parameter groups, where there are any."""
+    groups = settings.trainer.parameter_groups
+    return {"parameter_groups": [str(group) for group in groups]} if groups else {}
 
 
 def _same_data(before: Any, now: Any) -> bool:
@@ -367,7 +378,7 @@ class _Loop:
         batches.check_first_batch(batch, expected, shards)
         jitted = jitted_train_step(
             settings.model,
-            settings.trainer,
+            self._run.trainer,
             partitioner=settings.partitioner,
             shardings=settings.partitioner.shardings(self._run.specs),
             seed=settings.random_seed,
@@ -457,7 +468,13 @@ def _checkpoint_record(run: PreparedRun) -> dict[str, Any]:
     else:
         record = dict(source.reader.metadata()) if source.reader is not None else {}
     record.pop(RECENT_LOSSES, None)
-    return record | model_settings.record(run.settings.model.config.forward_settings)
+    if source.start != Start.RESUME:
+        record.pop(RUN_START, None)  # of the run that the checkpoint comes from
+    if run.settings.trainer.counts_from_start:
+        record |= prepare.starts(run.settings, source).record()
+    config = run.settings.model.config
+    stated = model_settings.record(config.forward_settings) | model_settings.record_config(config)
+    return record | stated
 
 
 def _loss_history(run: PreparedRun) -> LossHistory | None:

@@ -13,8 +13,8 @@ factor rule `expert: BATCH`; here the update of one leaf is vmapped over that ax
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ import numpy as np
 import optax
 
 from upcycle_jax import axes, checks, trees
+from upcycle_jax.training.parameter_groups import LeafSettings, ParameterGroup, settings_of
+from upcycle_jax.training.run_start import StepOrStart, counted_from
 from upcycle_jax.trees import LeafSpec, Role
 from upcycle_jax.types import PyTree
 
@@ -46,7 +48,9 @@ class Optimizer(abc.ABC):
       step_offset: the step that counts as step 0 for the second moments. After upcycling with a
         fresh optimizer state and a step that is kept, set it to the step of the dense checkpoint
         (and leave it there for the rest of the run): the averages then start anew, as at the
-        beginning of training. With 0 they continue with the slow averaging of that late step (T5X's
+        beginning of training. 'start' does so by itself: it is the step at which the state started
+        afresh, which checkpoints record, and 0 for a state that is carried on from a checkpoint
+        that does not say it. With 0 they continue with the slow averaging of that late step (T5X's
         default); then the first updates divide by averages that are nearly zero, and update
         clipping is what bounds them.
       expert_gradient_scale: factor on the gradients of expert kernels, or None for no factor. T5X's
@@ -56,7 +60,7 @@ class Optimizer(abc.ABC):
         wrote, set it to the number of expert partitions of that run (docs/t5x.md).
     """
 
-    step_offset: checks.CountOrZero = 0
+    step_offset: StepOrStart = 0
     expert_gradient_scale: checks.NotNegative | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +97,16 @@ class Optimizer(abc.ABC):
         leaves that to the checkpoint that a run starts from; the first where there is none.
         """
         return (self,)
+
+    def started_at(self, step: int) -> Self:
+        """This optimizer with a state that started at a step, which an offset of 'start' then
+        is.
+        """
+        return dataclasses.replace(self, step_offset=counted_from(self.step_offset, step))
+
+    @abc.abstractmethod
+    def with_weight_decay(self, value: float) -> "Optimizer":
+        """This optimizer with another weight decay."""
 
     def for_expert(self, spec: LeafSpec) -> "Optimizer":
         """The optimizer of one expert's slice of a kernel, `spec`."""
@@ -135,8 +149,9 @@ class Optimizer(abc.ABC):
         param_specs: Mapping[str, LeafSpec],
         step: jax.Array,
         learning_rate: jax.Array | float,
+        groups: Sequence[ParameterGroup] = (),
     ) -> OptimizerUpdate:
-        """Updates every parameter once.
+        """Updates every parameter once, but those that are frozen.
 
         Args:
           params: nested parameters.
@@ -146,19 +161,45 @@ class Optimizer(abc.ABC):
             kernels.
           step: number of updates done before this one, int32 scalar (0 for the first).
           learning_rate: of this step.
+          groups: parameters for which something is different.
         """
         flat_grads, flat_states = trees.flatten(grads), trees.flatten(param_states)
         learning_rate = jnp.asarray(learning_rate, jnp.float32)
         new_params, new_states = {}, {}
         for path, param in trees.flatten(params).items():
             slots = {slot: flat_states[f"{path}/{slot}"] for slot in self.slots}
-            new_params[path], new_slots = self._apply_leaf(
-                param_specs[path], param, flat_grads[path], slots, step, learning_rate
+            new_params[path], new_slots = self._apply_with_settings(
+                settings_of(path, param_specs[path], groups),
+                param_specs[path],
+                param,
+                flat_grads[path],
+                slots,
+                step,
+                learning_rate,
             )
             new_states.update({f"{path}/{slot}": value for slot, value in new_slots.items()})
         return OptimizerUpdate(
             params=trees.unflatten(new_params), param_states=trees.unflatten(new_states)
         )
+
+    def _apply_with_settings(
+        self,
+        settings: LeafSettings,
+        spec: LeafSpec,
+        param: jax.Array,
+        grad: jax.Array,
+        slots: Slots,
+        step: jax.Array,
+        learning_rate: jax.Array,
+    ) -> tuple[jax.Array, Slots]:
+        if settings.is_always_frozen:
+            return param, slots
+        decay = settings.weight_decay
+        optimizer = self if decay is None else self.with_weight_decay(decay)
+        if settings.learning_rate_factor != 1.0:
+            learning_rate = learning_rate * settings.learning_rate_factor
+        after = optimizer._apply_leaf(spec, param, grad, slots, step, learning_rate)
+        return settings.held((param, slots), after, step)
 
     def _apply_leaf(
         self,
@@ -252,6 +293,9 @@ class Adafactor(Optimizer):
             rows_are_larger=rows_are_larger,
         )
 
+    def with_weight_decay(self, value: float) -> "Adafactor":
+        return dataclasses.replace(self, weight_decay_rate=value)
+
     @property
     def slots(self) -> tuple[str, ...]:
         return ("m", "v", "v_col", "v_row")
@@ -282,7 +326,7 @@ class Adafactor(Optimizer):
         second_moments = optax.scale_by_factored_rms(
             factored=self.factored,
             decay_rate=self.decay_rate,
-            step_offset=self.step_offset,
+            step_offset=counted_from(self.step_offset, None),
             min_dim_size_to_factor=self.min_dim_size_to_factor,
             epsilon=self.epsilon1,
         )
@@ -357,13 +401,17 @@ class AdamW(Optimizer):
       b1: decay of the gradient average (`mu`).
       b2: decay of the squared-gradient average (`nu`).
       eps: added to the root of the second moment.
-      weight_decay: per unit of learning rate.
+      weight_decay: per unit of learning rate, of every parameter, norms and embeddings too, but
+        those of which a `ParameterGroup` says otherwise.
     """
 
     b1: checks.BelowOne = 0.9
     b2: checks.BelowOne = 0.999
     eps: checks.NotNegative = 1e-8
     weight_decay: checks.NotNegative = 0.0
+
+    def with_weight_decay(self, value: float) -> "AdamW":
+        return dataclasses.replace(self, weight_decay=value)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -383,7 +431,7 @@ class AdamW(Optimizer):
     ) -> tuple[jax.Array, Slots]:
         adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
         state = optax.ScaleByAdamState(
-            count=step - self.step_offset, mu=slots["mu"], nu=slots["nu"]
+            count=step - counted_from(self.step_offset, None), mu=slots["mu"], nu=slots["nu"]
         )
         change, state = adam.update(grad, state)
         param32 = param.astype(jnp.float32)

@@ -19,8 +19,9 @@ from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.models.base import Model, Stack, stack_lengths
 from upcycle_jax.moe import grouping
 from upcycle_jax.text import size
-from upcycle_jax.training import batches, expert_slots, restore
+from upcycle_jax.training import batches, expert_slots, manifest, parameter_groups, restore
 from upcycle_jax.training.restore import Source, Start
+from upcycle_jax.training.run_start import RUN_START, STATE_START, Starts, recorded
 from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
@@ -48,6 +49,45 @@ class PreparedRun:
     train_layout: batches.DataLayout
     eval_layout: batches.DataLayout | None
 
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer, with what it counts from the start of the run counted from there.
+
+        Raises:
+          ValueError: the schedule ends before its decay begins.
+        """
+        trainer = self.settings.trainer
+        if not trainer.counts_from_start:
+            return trainer
+        return trainer.started_at(starts(self.settings, self.source))
+
+
+def starts(settings: TrainSettings, source: Source) -> Starts:
+    """Where the run started that begins or resumes with `source`, and where its optimizer state.
+
+    Raises:
+      ValueError: nothing says it.
+    """
+    record = source.reader.metadata() if source.reader is not None else {}
+    state = recorded(record, STATE_START, at_most=source.step)
+    if source.start != Start.RESUME:
+        fresh = source.fresh_optimizer or (
+            source.plan is not None
+            and getattr(source.plan.recipe, "optimizer_state", "") == "reset"
+        )
+        return Starts(run=source.step, state=source.step if fresh else state or 0)
+    run = recorded(record, RUN_START, at_most=source.step)
+    if run is None:  # Nothing counted from there when that checkpoint was written.
+        found = manifest.read(settings.folder)
+        run = recorded(found, "start_step", at_most=source.step)
+    if run is None:
+        raise ValueError(
+            f"the run counts steps from its start (step_offset = 'start'), and neither"
+            f" {source.path} nor the {manifest.MANIFEST_FILE} of {settings.folder} says at which"
+            " step it started: set step_offset to that step"
+        )
+    return Starts(run=run, state=state or 0)
+
 
 def prepare(settings: TrainSettings) -> PreparedRun:
     """Checks a run without computing, reading data or writing.
@@ -70,6 +110,7 @@ def prepare(settings: TrainSettings) -> PreparedRun:
         eval_layout = batches.data_layout(partitioner, settings.train_eval_dataset_cfg.batch_size)
     check_groups(settings)
     param_specs = settings.model.param_specs()
+    parameter_groups.check(trainer.parameter_groups, param_specs)
     optimizer = expert_slots.settle(
         trainer.optimizer, param_specs, settings.folder, settings.checkpoint_cfg
     )
@@ -80,7 +121,9 @@ def prepare(settings: TrainSettings) -> PreparedRun:
     partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
     source = _find_source(settings, specs)
     expert_slots.warn_of_scaled_gradients(source, optimizer, param_specs)
-    return PreparedRun(settings, specs, source, train_layout, eval_layout)
+    run = PreparedRun(settings, specs, source, train_layout, eval_layout)
+    _ = run.trainer  # raises where what counts from the start of the run does not fit it
+    return run
 
 
 def looked_at_again(run: PreparedRun) -> PreparedRun:
@@ -195,7 +238,7 @@ def check_steps(settings: TrainSettings, source: Source) -> None:
             f" above {source.step} (for n more steps: {source.step} + n)"
         )
     offset = settings.trainer.optimizer.step_offset
-    if offset > source.step:
+    if offset != "start" and offset > source.step:
         raise ValueError(
             f"the optimizer's step_offset is {offset}, but the run starts at step {source.step}:"
             f" the second moments cannot restart in the future. Set it to {source.step} (restart"

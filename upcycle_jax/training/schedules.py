@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from upcycle_jax import checks
+from upcycle_jax.training.run_start import StepOrStart, counted_from
 
 DEFAULT_FACTORS = "constant * linear_warmup * rsqrt_decay"
 
@@ -25,19 +27,63 @@ class LearningRateSchedule:
     decay_factor: checks.NotNegative
     steps_per_decay: checks.Count
     steps_per_cycle: checks.Count
-    step_offset: checks.CountOrZero
+    step_offset: StepOrStart
     min_learning_rate: checks.NotNegative
+    total_steps: checks.Count | None = None
+    cooldown_steps: checks.CountOrZero = 0
+    final_factor: checks.Share = 0.0
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
+        self._check_end()
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         """The learning rate of the update that follows `step` updates, float32 scalar."""
-        since = jnp.maximum(0, jnp.asarray(step) - self.step_offset).astype(jnp.float32)
+        offset = counted_from(self.step_offset, None)
+        since = jnp.maximum(0, jnp.asarray(step) - offset).astype(jnp.float32)
         rate = jnp.ones((), jnp.float32)
         for name in self.factors:
             rate = rate * _FACTORS[name](self, since)
         return jnp.maximum(rate, self.min_learning_rate).astype(jnp.float32)
+
+    def started_at(self, step: int) -> "LearningRateSchedule":
+        """This schedule in a run that started at a step, which an offset of 'start' then is.
+
+        Raises:
+          ValueError: the schedule ends before its decay begins.
+        """
+        return dataclasses.replace(self, step_offset=counted_from(self.step_offset, step))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps from the offset to the end, for factors that have one."""
+        assert self.total_steps is not None
+        return self.total_steps - counted_from(self.step_offset, None)
+
+    def _check_end(self) -> None:
+        ending = [name for name in self.factors if name in _END]
+        if not ending:
+            return
+        if self.total_steps is None:
+            raise ValueError(
+                f"the factor {ending[0]} ends at total_steps, which is not set: bind"
+                " create_learning_rate_scheduler.total_steps = %TRAIN_STEPS"
+            )
+        cooling = [name for name in ending if name != "cosine_anneal"]
+        if cooling and not self.cooldown_steps:
+            raise ValueError(
+                f"the factor {cooling[0]} lasts cooldown_steps, which is 0: give the number of"
+                " steps in which the learning rate falls"
+            )
+        warmed = {*_DIVIDE_BY_WARMUP, "cosine_anneal"} & set(self.factors)
+        warmup = self.warmup_steps if warmed else 0
+        if self.num_steps < warmup + (self.cooldown_steps if cooling else 1):
+            last = f" and its cool-down {self.cooldown_steps}" if cooling else ""
+            raise ValueError(
+                f"the schedule has {self.num_steps} steps (from step"
+                f" {counted_from(self.step_offset, None)} to total_steps {self.total_steps}), but"
+                f" its warm-up takes {warmup}{last}: raise TRAIN_STEPS, or shorten them"
+            )
 
 
 def _linear_warmup(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
@@ -59,6 +105,27 @@ def _cosine_decay(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
     return 0.5 * (1.0 + jnp.cos(jnp.pi * (cycles % 1.0)))
 
 
+def _cosine_anneal(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
+    decay = optax.cosine_decay_schedule(
+        1.0, schedule.num_steps - schedule.warmup_steps, alpha=schedule.final_factor
+    )
+    return decay(jnp.maximum(0.0, step - schedule.warmup_steps))
+
+
+def _cooled(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
+    """The share of the cool-down that is behind, 0 to 1."""
+    first = schedule.num_steps - schedule.cooldown_steps
+    return jnp.clip((step - first) / schedule.cooldown_steps, 0.0, 1.0)
+
+
+def _linear_cooldown(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
+    return 1.0 - (1.0 - schedule.final_factor) * _cooled(schedule, step)
+
+
+def _sqrt_cooldown(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
+    return 1.0 - (1.0 - schedule.final_factor) * jnp.sqrt(_cooled(schedule, step))
+
+
 _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
     "constant": lambda schedule, step: jnp.asarray(schedule.base_learning_rate, jnp.float32),
     "linear_warmup": _linear_warmup,
@@ -71,8 +138,13 @@ _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
         lambda schedule, step: schedule.decay_factor ** (step // schedule.steps_per_decay)
     ),
     "cosine_decay": _cosine_decay,
+    "cosine_anneal": _cosine_anneal,
+    "linear_cooldown": _linear_cooldown,
+    "sqrt_cooldown": _sqrt_cooldown,
 }
 
+_END = ("cosine_anneal", "linear_cooldown", "sqrt_cooldown")
+"""Factors that end at `total_steps`."""
 
 _DIVIDE_BY_WARMUP = (
     "linear_warmup",
@@ -90,8 +162,11 @@ def create_learning_rate_scheduler(
     decay_factor: checks.NotNegative = 0.5,
     steps_per_decay: checks.Count = 20000,
     steps_per_cycle: checks.Count = 100000,
-    step_offset: checks.CountOrZero = 0,
+    step_offset: StepOrStart = 0,
     min_learning_rate: checks.NotNegative = 1e-8,
+    total_steps: checks.Count | None = None,
+    cooldown_steps: checks.CountOrZero = 0,
+    final_factor: checks.Share = 0.0,
 ) -> LearningRateSchedule:
     """A schedule from factors joined by `*` (T5X's names and formulas).
 
@@ -105,8 +180,16 @@ def create_learning_rate_scheduler(
       decay_every: decay_factor ** (s // steps_per_decay).
       cosine_decay: half a cosine from 1 to 0 in every steps_per_cycle steps after the warm-up.
 
+    Three more end at total_steps, and stay there; T = total_steps - step_offset:
+      cosine_anneal: half a cosine from 1 at the end of the warm-up to final_factor at T; with
+        `constant * linear_warmup` the usual schedule of language models.
+      linear_cooldown: 1 until T - cooldown_steps, then a line to final_factor at T; with `constant
+        * linear_warmup` it is warm-up, stable, decay (WSD).
+      sqrt_cooldown: the same with 1 - (1 - final_factor) * sqrt(x), x the share of the cool-down
+        that is done ("1-sqrt", Hägele et al. 2024, arXiv 2405.18392).
+
     Continuing from a dense checkpoint keeps the global step, so the schedule goes on where the
-    dense run left it.
+    dense run left it; with step_offset 'start' it begins anew.
 
     Args:
       factors: names joined by `*`.
@@ -117,12 +200,16 @@ def create_learning_rate_scheduler(
       steps_per_cycle: period of `cosine_decay`; to end at zero, the number of steps after the
         warm-up.
       step_offset: the global step that is step 0 of the schedule (the restored step when
-        fine-tuning).
+        fine-tuning), or 'start': the step at which the run started, also where it was resumed
+        since.
       min_learning_rate: lower bound.
+      total_steps: the global step at which the schedule ends, usually TRAIN_STEPS.
+      cooldown_steps: length of the cool-down, the last steps before total_steps.
+      final_factor: what the last three factors are at the end, 0.1 for a tenth of the peak.
 
     Raises:
-      ValueError: an unknown factor (the message lists the known ones), a value out of range, or no
-        warm-up where a factor divides by it.
+      ValueError: an unknown factor (the message lists the known ones), a value out of range, no
+        warm-up where a factor divides by it, or no end where a factor needs one.
     """
     names = tuple(name.strip() for name in factors.split("*"))
     for name in names:
@@ -146,4 +233,7 @@ def create_learning_rate_scheduler(
         steps_per_cycle,
         step_offset,
         min_learning_rate,
+        total_steps,
+        cooldown_steps,
+        final_factor,
     )

@@ -1,5 +1,6 @@
 """What a step of a run costs: the model's loss and gradient, and the optimizer's update."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import Optimizer
 from upcycle_jax.training.train_step import global_norm
 from upcycle_jax.training.trainer import Trainer
+from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
 
 
@@ -45,19 +47,32 @@ def step_costs(
 
 
 def _update_flops(model: Model, optimizer: Optimizer, partitioner: Partitioner) -> float:
-    """FLOPs of the update of the parameters and of the norm of their gradient on one device."""
+    """FLOPs of the update of the parameters and of the norm of their gradient on one device.
+
+    Parameters of one kind, of which a deep model has many, cost the same: one of each is traced.
+    """
     specs = model.param_specs()
+    alike = collections.defaultdict(list)
+    for path, spec in specs.items():
+        alike[spec.shape, spec.dtype, spec.axes, spec.role].append(path)
 
-    def update(params: PyTree, grads: PyTree, slots: PyTree) -> Any:
-        params, grads, slots = (trees.unflatten(flat) for flat in (params, grads, slots))
-        new = optimizer.apply(
-            params,
-            grads,
-            slots,
-            param_specs=specs,
-            step=jnp.zeros((), jnp.int32),
-            learning_rate=jnp.zeros((), jnp.float32),
-        )
-        return jax.tree.leaves((new.params, new.param_states, global_norm(grads)))
+    def update_flops(param_specs: Mapping[str, LeafSpec]) -> float:
+        def update(params: PyTree, grads: PyTree, slots: PyTree) -> Any:
+            params, grads, slots = (trees.unflatten(flat) for flat in (params, grads, slots))
+            new = optimizer.apply(
+                params,
+                grads,
+                slots,
+                param_specs=param_specs,
+                step=jnp.zeros((), jnp.int32),
+                learning_rate=jnp.zeros((), jnp.float32),
+            )
+            return jax.tree.leaves((new.params, new.param_states))
 
-    return step.device_flops(update, partitioner, specs, specs, optimizer.state_specs(specs))
+        slots = optimizer.state_specs(param_specs)
+        return step.device_flops(update, partitioner, param_specs, param_specs, slots)
+
+    updates = sum(
+        len(paths) * update_flops({paths[0]: specs[paths[0]]}) for paths in alike.values()
+    )
+    return updates + step.device_flops(global_norm, partitioner, specs)

@@ -39,7 +39,7 @@ class Train(TrainSettings):
         """
         prepared = prepare.prepare(self)
         if dry_run:
-            show(description.describe(prepared))
+            show(description.describe(prepared, description.costs(prepared)))
             return _as_it_stands(prepared)
         if prepared.source.step >= self.total_steps:
             return _nothing_to_do(prepared)
@@ -51,9 +51,10 @@ class Train(TrainSettings):
             prepared = prepare.looked_at_again(prepared)  # Another run may have gone on until now.
             if prepared.source.step >= self.total_steps:
                 return _nothing_to_do(prepared)
-            _log.info("%s", description.describe(prepared, whole_plan=False))
+            cost = description.costs(prepared)
+            _log.info("%s", description.describe(prepared, cost, whole_plan=False))
             with StopRequest() as stop:
-                return loop.train_prepared(prepared, stop, hold)
+                return loop.train_prepared(prepared, cost, stop, hold)
 
 
 def _as_it_stands(prepared: PreparedRun) -> TrainResult:

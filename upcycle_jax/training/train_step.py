@@ -14,6 +14,7 @@ from upcycle_jax.models.metrics import Mean, Metrics, merge
 from upcycle_jax.models.shared import NON_FINITE_LOGITS
 from upcycle_jax.moe import balance
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.parameter_groups import settings_of, with_stopped_gradients
 from upcycle_jax.training.train_state import TrainState, from_state_dict
 from upcycle_jax.training.trainer import NonFinite, Trainer
 from upcycle_jax.trees import LeafSpec, Role
@@ -56,26 +57,26 @@ def make_train_step(model: Model, trainer: Trainer, *, seed: int) -> TrainStep:
       seed: the run's random seed.
     """
     param_specs = model.param_specs()
-    num_microbatches = trainer.num_microbatches or 1
 
     def train_step(
         state: TrainState, batch: Batch, loss_limit: jax.Array | None = None
     ) -> tuple[TrainState, StepOutput]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, grads, metrics = _loss_and_grads(
-            model, state.params, batch, key, num_microbatches, param_specs
+            model, trainer, state.params, batch, key, param_specs
         )
         learning_rate = trainer.learning_rate_fn(state.step)
+        grad_norm = global_norm(grads)
         update = trainer.optimizer.apply(
             state.params,
-            grads,
+            _clipped(trainer, param_specs, grads, grad_norm, state.step),
             state.param_states,
             param_specs=param_specs,
             step=state.step,
             learning_rate=learning_rate,
+            groups=trainer.parameter_groups,
         )
-        grad_norm = global_norm(grads)
-        params = _balanced(model, param_specs, update.params, state.params, metrics)
+        params = _balanced(model, trainer, param_specs, update.params, state, metrics)
         new_state = TrainState(step=state.step + 1, params=params, param_states=update.param_states)
         bad_logits = {
             name.removeprefix(NON_FINITE_LOGITS): metrics.pop(name).total
@@ -108,15 +109,39 @@ def make_train_step(model: Model, trainer: Trainer, *, seed: int) -> TrainStep:
     return train_step
 
 
+def _clipped(
+    trainer: Trainer,
+    param_specs: Mapping[str, LeafSpec],
+    grads: PyTree,
+    grad_norm: jax.Array,
+    step: jax.Array,
+) -> PyTree:
+    """The gradients, scaled down where their norm is above `Trainer.max_gradient_norm`. Those of
+    parameters that are frozen at this step do not count.
+    """
+    limit = trainer.max_gradient_norm
+    if limit is None:
+        return grads
+    if any(group.frozen for group in trainer.parameter_groups):
+        flat = trees.flatten(grads)
+        for path, grad in flat.items():
+            settings = settings_of(path, param_specs[path], trainer.parameter_groups)
+            flat[path] = settings.held(jnp.zeros_like(grad), grad, step)
+        grad_norm = global_norm(flat)
+    scale = limit / jnp.maximum(grad_norm, limit)
+    return jax.tree.map(lambda grad: grad * scale, grads)
+
+
 def _balanced(
     model: Model,
+    trainer: Trainer,
     param_specs: Mapping[str, LeafSpec],
     params: PyTree,
-    before: PyTree,
+    before: TrainState,
     metrics: Metrics,
 ) -> PyTree:
     """The parameters after the optimizer, with the biases that balance routers moved by the load of
-    the whole batch.
+    the whole batch, but those that are frozen.
     """
     rates = balance_rates(model.stacks)
     if not rates:
@@ -127,11 +152,12 @@ def _balanced(
         for path, spec in param_specs.items()
         if spec.role is Role.ROUTER_BIAS and (place := layer_names.split(path)) is not None
     }
-    return trees.unflatten(
-        balance.with_moved_biases(
-            trees.flatten(params), trees.flatten(before), chosen, rates, biases
-        )
-    )
+    old = trees.flatten(before.params)
+    moved = balance.with_moved_biases(trees.flatten(params), old, chosen, rates, biases)
+    for path in biases.values():
+        settings = settings_of(path, param_specs[path], trainer.parameter_groups)
+        moved[path] = settings.held(old[path], moved[path], before.step)
+    return trees.unflatten(moved)
 
 
 def jitted_train_step(
@@ -179,10 +205,10 @@ def split_batch(batch: Batch, num_microbatches: int) -> dict[str, jax.Array]:
 
 def _loss_and_grads(
     model: Model,
+    trainer: Trainer,
     params: PyTree,
     batch: Batch,
     key: jax.Array,
-    num_microbatches: int,
     param_specs: Mapping[str, LeafSpec],
 ) -> tuple[jax.Array, PyTree, Metrics]:
     """Loss, float32 gradients and metrics of the whole batch.
@@ -191,8 +217,14 @@ def _loss_and_grads(
     are weighted by the share of each microbatch: the sums over microbatches are then the values
     without them.
     """
+    num_microbatches = trainer.num_microbatches or 1
     denominator = model.loss_denominator(batch)
-    grad_fn = jax.value_and_grad(model.loss_fn, has_aux=True)
+
+    def loss_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[jax.Array, Metrics]:
+        trained = with_stopped_gradients(params, param_specs, trainer.parameter_groups)
+        return model.loss_fn(trained, *args, **kwargs)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def one_part(part: Batch, index: jax.Array | int) -> tuple[jax.Array, PyTree, Metrics]:
         dropout_rng = jax.random.fold_in(key, index)

@@ -3,12 +3,14 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from upcycle_jax import checks
 from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.training.parameter_groups import ParameterGroup
+from upcycle_jax.training.run_start import Starts
 from upcycle_jax.training.spikes import LossSpikes
 
 
@@ -39,6 +41,10 @@ class Trainer:
         and optimizer state as they were and goes on with the next batch.
       loss_spikes: what counts as a loss spike and what happens then, or None: finite losses are not
         looked at.
+      parameter_groups: parameters with another weight decay or learning rate, or that are frozen:
+        each setting of a parameter is that of the first group of it that states the setting.
+      max_gradient_norm: gradients whose norm over all trained parameters is larger are scaled down
+        to it before the optimizer sees them; None: never. The metric grad_norm is the norm before.
     """
 
     optimizer: Optimizer
@@ -47,8 +53,11 @@ class Trainer:
     microbatch_groups: Literal["of_batch", "of_microbatch"] = "of_batch"
     non_finite: str = NonFinite.STOP
     loss_spikes: LossSpikes | None = None
+    parameter_groups: tuple[ParameterGroup, ...] = ()
+    max_gradient_norm: checks.Positive | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "parameter_groups", tuple(self.parameter_groups))
         checks.check_fields(self)
         if self.num_microbatches is not None and self.num_microbatches < 1:
             raise ValueError(
@@ -57,3 +66,28 @@ class Trainer:
             )
         if self.non_finite not in list(NonFinite):
             raise ValueError(f"Trainer.non_finite is {self.non_finite!r}: choose 'stop' or 'skip'")
+
+    @property
+    def counts_from_start(self) -> bool:
+        """Whether any of its steps count from the start of the run."""
+        return any(getattr(part, "step_offset", 0) == "start" for part in self._with_offsets)
+
+    def started_at(self, starts: Starts) -> "Trainer":
+        """This trainer in a run: what counts from 'start' counts from there.
+
+        Raises:
+          ValueError: the schedule ends before its decay begins.
+        """
+        schedule: Any = self.learning_rate_fn
+        return dataclasses.replace(
+            self,
+            optimizer=self.optimizer.started_at(starts.state),
+            learning_rate_fn=(
+                schedule.started_at(starts.run) if hasattr(schedule, "started_at") else schedule
+            ),
+            parameter_groups=tuple(group.started_at(starts.run) for group in self.parameter_groups),
+        )
+
+    @property
+    def _with_offsets(self) -> tuple[Any, ...]:
+        return (self.optimizer, self.learning_rate_fn, *self.parameter_groups)

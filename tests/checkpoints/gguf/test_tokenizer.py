@@ -188,7 +188,7 @@ def test_what_is_refused():
 
     tokens = good["tokenizer.ggml.tokens"]
     refused("has no tokenizer", model=None)
-    refused("model: 'bert' is not read", model="bert")
+    refused("of kind 'bert' is not read", model="bert")
     refused("'olmo' cuts text is not known here", pre="olmo")
     refused(f"{len(tokens)} tokens, but the embedding has 100 rows", rows=100)
     refused("a token is there twice", tokens=[*tokens[:-1], tokens[5]])

@@ -23,6 +23,7 @@ from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
+from upcycle_jax.data.cache import writer  # noqa: E402
 
 FEATURES = EncoderDecoderFeatures()
 MODULE = "cached_tasks"
@@ -191,10 +192,10 @@ KILLED = """
 import pathlib, sys, time
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.cache import writer
-text, folder, seconds = sys.argv[1:]
+text, folder = sys.argv[1:]
 encode = writer.cache_format.encode
 def slowly(*args, **kwargs):
-    time.sleep(float(seconds))
+    time.sleep(0.1)
     return encode(*args, **kwargs)
 writer.cache_format.encode = slowly
 config = DatasetConfig("killed_text", {"inputs": 64, "targets": 16}, text_files=[text])
@@ -204,23 +205,21 @@ writer.write_caches(config, options)
 
 
 def test_killed_and_started_again_it_ends_with_the_same_files(tmp_path, text_folder):
-    def run(folder, seconds):
-        environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[3])}
-        command = [
-            sys.executable,
-            "-c",
-            KILLED,
-            str(text_folder / "words.txt"),
-            str(folder),
-            str(seconds),
-        ]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    text = str(text_folder / "words.txt")
+    config = DatasetConfig("killed_text", {"inputs": 64, "targets": 16}, text_files=[text])
 
-    whole = run(tmp_path / "whole", 0)
-    assert whole.wait() == 0, whole.communicate()[0]
-    killed = run(tmp_path / "killed", 0.3)
+    def write(folder):
+        options = writer.CacheOptions(output_cache_dir=tmp_path / folder, num_shards=4)
+        writer.write_caches(config, options)
+
+    write("whole")
+    killed = subprocess.Popen(
+        [sys.executable, "-c", KILLED, text, str(tmp_path / "killed")],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[3])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     work = tmp_path / "killed" / "killed_text.unfinished"
     deadline = time.monotonic() + 200
     while not (work / "train-00001-of-00004.json").exists():
@@ -231,8 +230,7 @@ def test_killed_and_started_again_it_ends_with_the_same_files(tmp_path, text_fol
     killed.communicate()
     first = work / "train-00000-of-00004.array_record"
     written = first.stat().st_mtime_ns
-    again = run(tmp_path / "killed", 0)
-    assert again.wait() == 0, again.communicate()[0]
+    write("killed")
     done = tmp_path / "killed" / "killed_text"
     assert files_of(done) == files_of(tmp_path / "whole" / "killed_text")
     assert (done / first.name).stat().st_mtime_ns == written and not work.exists()

@@ -18,6 +18,9 @@ from upcycle_jax.checkpoints.gguf.header import TensorInfo, read_header
 from upcycle_jax.checkpoints.reader import Index, index_shape
 from upcycle_jax.printing import printable
 
+SUFFIX = ".gguf"
+"""How the names of such files end."""
+
 _PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16"}
 _PIECE_BYTES = 4 << 20  # of float32, dequantised at a time
 

@@ -22,6 +22,7 @@ from upcycle_jax.printing import printable
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # Values of tokenizer.ggml.token_type.
+_TAKE_FILES = "take the tokenizer files of the model's Hugging Face folder"
 _SPACE = "▁"  # How SentencePiece writes a space.
 
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",)
@@ -55,6 +56,10 @@ _SPECIAL = {
 }
 
 
+class NoTokenizer(ValueError):
+    """There is no tokenizer, or one of a kind that is not read."""
+
+
 def tokenizer_files(metadata: Mapping[str, Any], place: Path, rows: int) -> dict[str, str]:
     """The tokenizer as files of a Hugging Face folder.
 
@@ -67,8 +72,8 @@ def tokenizer_files(metadata: Mapping[str, Any], place: Path, rows: int) -> dict
       Content by name of the file: tokenizer.json and tokenizer_config.json.
 
     Raises:
-      ValueError: there is no tokenizer, it is of a kind that is not read, damaged, or has more
-        tokens than the embedding has rows.
+      NoTokenizer: there is none, or it is of a kind that is not read.
+      ValueError: it is damaged, or has more tokens than the embedding has rows.
     """
     vocabulary = _Vocabulary(metadata, place, rows)
     config = json.dumps(vocabulary.config(), indent=2, ensure_ascii=False)
@@ -88,7 +93,10 @@ class _Vocabulary:
         self._metadata, self._place = metadata, place
         self.model = self._get("model", str)
         if self.model not in ("gpt2", "llama"):
-            raise self._refuse("model", f"{self.model!r} is not read (known are gpt2 and llama)")
+            raise NoTokenizer(
+                f"{printable(self._place)}: a tokenizer of kind {printable(repr(self.model))} is"
+                f" not read (known are gpt2 and llama): {_TAKE_FILES}"
+            )
         self.tokens: list[str] = self._get("tokens", list)
         if len(self.tokens) > rows:
             raise self._refuse(
@@ -111,9 +119,8 @@ class _Vocabulary:
     def _get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self._metadata.get(f"tokenizer.ggml.{key}", default)
         if value is None:
-            raise ValueError(
-                f"{printable(self._place)} has no tokenizer (tokenizer.ggml.{key}): take the"
-                " tokenizer files of the model's Hugging Face folder"
+            raise NoTokenizer(
+                f"{printable(self._place)} has no tokenizer (tokenizer.ggml.{key}): {_TAKE_FILES}"
             )
         if not isinstance(value, kind):
             raise self._refuse(key, f"a {type(value).__name__}")
@@ -142,10 +149,9 @@ class _Vocabulary:
     def _byte_level(self) -> tokenizers.Tokenizer:
         name = self._get("pre", str, "default")
         if name not in PRE_TOKENIZERS:
-            raise ValueError(
+            raise NoTokenizer(
                 f"{printable(self._place)}: how tokenizer.ggml.pre {printable(repr(name))} cuts"
-                f" text is not known here (known are {', '.join(PRE_TOKENIZERS)}): take the"
-                " tokenizer files of the model's Hugging Face folder"
+                f" text is not known here (known are {', '.join(PRE_TOKENIZERS)}): {_TAKE_FILES}"
             )
         merges = []
         for merge in self._get("merges", list):

@@ -9,6 +9,7 @@ import numpy as np
 
 from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.huggingface.base import Export, Leaf, Source, row_axis
+from upcycle_jax.checkpoints.huggingface.transposing import transposed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Piece:
             whole[0] = slice(self.expert, self.expert + 1)
         value = cast(self.path, self.leaf.read(tuple(whole)), dtype, tuple(whole))
         value = value if self.expert is None else value[0]
-        return value.swapaxes(-1, -2) if self.source.transposed else value
+        return transposed(value) if self.source.transposed else value
 
 
 @dataclasses.dataclass(frozen=True)

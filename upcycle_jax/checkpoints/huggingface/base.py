@@ -141,8 +141,8 @@ class WritingOptions:
       model: the configuration of the model, where it is given beside the checkpoint.
       model_type: the type to write; None: the family chooses.
       readers: who has to read the folder.
-      tokenizer: the folder whose tokenizer and generation files are copied; None: the one that the
-        checkpoint comes from, where it is known and there.
+      tokenizer: the folder whose tokenizer and generation files are copied, or the GGUF file whose
+        tokenizer is written; None: what the checkpoint comes from, where it is known and there.
       max_positions: `max_position_embeddings`; None: that of the folder of the tokenizer, else the
         family's default.
     """
@@ -165,7 +165,8 @@ class Export:
       leaves: the leaves, by full path.
       said: lines that are to be said before anything is written.
       verdicts: the same as plain JSON, for `VERDICTS`; None for no such file.
-      copied: files of other folders that are copied, by their name in this one.
+      copied: files of other folders that are copied, or texts that are written, by their name in
+        this one.
     """
 
     config: dict[str, Any]
@@ -173,7 +174,7 @@ class Export:
     leaves: Mapping[str, Leaf]
     said: tuple[str, ...] = ()
     verdicts: dict[str, Any] | None = None
-    copied: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    copied: Mapping[str, Path | str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,18 @@
 """Files of a Hugging Face folder that a checkpoint knows nothing of, and that readers need: those
-of the tokenizer, and how to generate. They are copied byte for byte.
+of the tokenizer, and how to generate. They are copied byte for byte, or made of what a GGUF file
+says.
 """
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from upcycle_jax.checkpoints import storage
+from upcycle_jax.checkpoints.gguf.files import SUFFIX, GgufFile
+from upcycle_jax.checkpoints.gguf.folder import carried_texts, config_keys
+from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, inner_file, load_json, shown
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
@@ -30,31 +35,80 @@ NAMES = (
 TOKENIZER = "tokenizer.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where a model comes from, or its tokenizer.
+
+    Attributes:
+      place: a Hugging Face folder or a GGUF file.
+      keys: what its config.json says, or would say; of any content.
+    """
+
+    place: Path
+    keys: Mapping[str, Any]
+
+    def files(self, vocab_size: int) -> Mapping[str, Path | str]:
+        """The files of `NAMES` that are there, or what they hold, by name.
+
+        Args:
+          vocab_size: rows of the embedding.
+
+        Raises:
+          FileNotFoundError: there is no such folder.
+          NoTokenizer: there is none, or one of a kind that is not read.
+          ValueError: it is damaged, or has more tokens than the embedding has rows.
+        """
+        if self.place.name.endswith(SUFFIX):
+            return carried_texts(GgufFile(self.place), vocab_size)
+        found = carried_files(self.place)
+        check_tokenizer(self.place, vocab_size)
+        return found
+
+
+def home_at(place: Path) -> Home:
+    """What lies at a path.
+
+    Raises:
+      FileNotFoundError: nothing does.
+      ValueError: its config.json, or the GGUF file, is damaged.
+    """
+    if place.name.endswith(SUFFIX) and place.is_file():
+        return Home(place, config_keys(GgufFile(place)))
+    if not place.is_dir():
+        raise FileNotFoundError(
+            f"{place} is no folder: name one that holds {TOKENIZER}, or a {SUFFIX} file"
+        )
+    return Home(place, load_json(place, CONFIG) if (place / CONFIG).is_file() else {})
+
+
 def carried_files(folder: Path) -> dict[str, Path]:
     """The files of `NAMES` that a folder has, by name.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: it has none of them, or one is a link that leaves the folder.
+      NoTokenizer: it has none of them.
+      ValueError: one is a link that leaves the folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: name one that holds {TOKENIZER}")
     found = {name: inner_file(folder, name) for name in NAMES if os.path.lexists(folder / name)}
     if not found:
-        raise ValueError(f"{folder} has no tokenizer ({', '.join(NAMES)})")
+        raise NoTokenizer(f"{folder} has no tokenizer ({', '.join(NAMES)})")
     return found
 
 
-def origin(reader: CheckpointReader) -> Path | None:
-    """The Hugging Face folder that a checkpoint is, or that its record says it was made from, if it
-    is still there.
+def origin(reader: CheckpointReader) -> Home | None:
+    """The Hugging Face folder or GGUF file that a checkpoint is, or that its record says it was
+    made from, if it is still there.
+
+    Raises:
+      ValueError: it is damaged.
     """
-    if reader.format == "huggingface":
-        return Path(reader.path)
-    record = reader.metadata()
-    for path in _named(record):
-        if storage.is_local(path) and (Path(path) / CONFIG).is_file():
-            return Path(path)
+    if reader.format in ("huggingface", "gguf"):
+        return home_at(Path(reader.path))
+    for path in map(Path, filter(storage.is_local, _named(reader.metadata()))):
+        if (path / CONFIG).is_file() or (path.name.endswith(SUFFIX) and path.is_file()):
+            return home_at(path)
     return None
 
 

@@ -5,17 +5,22 @@ from collections.abc import Callable
 import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.base import Source, Sources, row_axis
+from upcycle_jax.checkpoints.huggingface.transposing import transposed
 from upcycle_jax.checkpoints.reader import Index, index_shape
 
 ReadTensor = Callable[[str, Index], np.ndarray]
 """Reads a part of a tensor, given its name and one slice with explicit bounds per dimension."""
+
+_BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 64
+"""About what is read and transposed at a time; whole blocks of rows."""
 
 _GAP = 4
 """Rows that nobody asked for are read along where no more than so many lie between two others."""
 
 
 def read_leaf(sources: Sources, read: ReadTensor, index: Index, dtype: np.dtype) -> np.ndarray:
-    """A part of a leaf. Few more bytes than it has are held beside it.
+    """A part of a leaf, contiguous. Little is held beside it, unless it is a part of a tensor's
+    rows as they are, or times a factor: then as much again.
 
     Args:
       sources: what is behind the leaf.
@@ -23,23 +28,41 @@ def read_leaf(sources: Sources, read: ReadTensor, index: Index, dtype: np.dtype)
       index: one slice with explicit bounds per dimension of the leaf.
       dtype: of the leaf.
     """
-    if isinstance(sources, tuple):
-        out = np.empty(index_shape(index), dtype)
-        for position, source in enumerate(sources[index[0]]):
-            out[position] = _view(source, read, index[1:], dtype)
-        return out
-    value = _view(sources, read, index, dtype)
-    return value if value.flags.c_contiguous else np.ascontiguousarray(value)
+    parts = sources[index[0]] if isinstance(sources, tuple) else (sources,)
+    inner = index[1:] if isinstance(sources, tuple) else index
+    if not isinstance(sources, tuple) and not sources.transposed:
+        value = _plain(sources, read, inner, dtype)
+        return value if value.flags.c_contiguous else np.ascontiguousarray(value)
+    out = np.empty(index_shape(index), dtype)
+    for position, source in enumerate(parts):
+        target = out[position] if isinstance(sources, tuple) else out
+        if source.transposed:
+            _write_transposed(source, read, inner, target)
+        else:
+            target[...] = _plain(source, read, inner, dtype)
+    return out
 
 
-def _view(source: Source, read: ReadTensor, index: Index, dtype: np.dtype) -> np.ndarray:
-    if source.transposed:
-        index = (*index[:-2], index[-1], index[-2])
-    value = _rows(source, read, index)
-    value = value.swapaxes(-1, -2) if source.transposed else value
-    if source.factor == 1.0:
-        return value.astype(dtype, copy=False)
-    return value.astype(dtype) * np.asarray(source.factor, dtype)
+def _plain(source: Source, read: ReadTensor, index: Index, dtype: np.dtype) -> np.ndarray:
+    """The rows of a tensor that a source means, times its factor."""
+    value = _rows(source, read, index).astype(dtype, copy=False)
+    return value if source.factor == 1.0 else value * np.asarray(source.factor, dtype)
+
+
+def _write_transposed(source: Source, read: ReadTensor, index: Index, out: np.ndarray) -> None:
+    """Writes a part of a leaf that is a transpose, few rows of the tensor at a time: they are near
+    while they are turned, and what is held beside the leaf stays small.
+    """
+    *before, columns, rows = index  # The tensor has rows before columns.
+    width = (columns.stop - columns.start) * out.dtype.itemsize
+    count = max(_BLOCK_ROWS, _BLOCK_BYTES // max(width, 1) // _BLOCK_ROWS * _BLOCK_ROWS)
+    for stack in np.ndindex(index_shape(tuple(before))):
+        one = [slice(s.start + i, s.start + i + 1) for s, i in zip(before, stack, strict=True)]
+        for start in range(rows.start, rows.stop, count):
+            stop = min(start + count, rows.stop)
+            part = _plain(source, read, (*one, slice(start, stop), columns), out.dtype)
+            target = out[stack][:, start - rows.start : stop - rows.start]
+            transposed(part.reshape(part.shape[-2:]), target)
 
 
 def _rows(source: Source, read: ReadTensor, index: Index) -> np.ndarray:

@@ -110,7 +110,10 @@ def _write(
     if folder.verdicts is not None:
         _write_json(place / VERDICTS, folder.verdicts)
     for name, source in folder.copied.items():
-        shutil.copyfile(source, place / name)
+        if isinstance(source, Path):
+            shutil.copyfile(source, place / name)
+        else:
+            (place / name).write_text(source, encoding="utf-8")
     shards = list(_shards(tensors, shard_bytes))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

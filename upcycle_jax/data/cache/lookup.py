@@ -21,8 +21,11 @@ from upcycle_jax.data.cache.format import (
     sha256_of_file,
 )
 from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.data.text import tokenizer
 from upcycle_jax.features import FeatureConverter, check_all_read, token_features
 
+_TOKENIZER = "TokenizerVocabulary"
+"""The kind of vocabulary that is a Hugging Face tokenizer; its class needs SeqIO."""
 _COMMAND, _DEFAULT_FOLDER = "python -m upcycle_jax.cache_tasks", "cache"
 
 
@@ -202,28 +205,26 @@ def _check(config: DatasetConfig, features: FeatureConverter, task: CachedTask) 
 def _other_vocabulary(config: DatasetConfig, name: str, feature: Mapping[str, Any]) -> list[str]:
     cached = feature["vocabulary"]
     wanted = config.vocabulary or "bytes"
-    problems = []
-    if wanted == "bytes":
-        if cached["kind"] != "ByteVocabulary":
-            problems.append(
-                f"'{name}' was tokenised with {cached.get('path') or cached['kind']}, VOCABULARY is"
-                " 'bytes'"
-            )
-    else:
-        path = pathlib.Path(wanted)
-        same = (
-            cached.get("path") == wanted
-        )  # where the file is not on this machine, its name has to do
-        if path.is_file():
-            same = cached.get("file_sha256") == sha256_of_file(path)
-        if not same:
-            problems.append(
-                f"'{name}' was tokenised with {cached.get('path') or cached['kind']}, VOCABULARY is"
-                f" {wanted!r}"
-            )
-    if not problems and cached.get("extra_ids") != config.extra_ids:
-        problems.append(
+    was = cached.get("path") or cached["kind"]
+    if not _same_vocabulary(wanted, cached):
+        return [f"'{name}' was tokenised with {was}, VOCABULARY is {wanted!r}"]
+    if cached["kind"] != _TOKENIZER and cached.get("extra_ids") != config.extra_ids:
+        return [
             f"'{name}' has {cached.get('extra_ids')} extra ids, DatasetConfig.extra_ids is"
             f" {config.extra_ids}"
-        )
-    return problems
+        ]
+    return []
+
+
+def _same_vocabulary(wanted: str, cached: Mapping[str, Any]) -> bool:
+    """Whether VOCABULARY is the one of a cache, extra ids aside. Where its file is not on this
+    machine, its name has to do.
+    """
+    if wanted == "bytes":
+        return cached["kind"] == "ByteVocabulary"
+    if cached["kind"] == _TOKENIZER and tokenizer.file_of(wanted).exists():
+        return all(cached.get(key) == value for key, value in tokenizer.identity(wanted).items())
+    path = pathlib.Path(wanted)
+    if path.is_file():
+        return cached.get("file_sha256") == sha256_of_file(path)
+    return cached.get("path") == wanted

@@ -134,5 +134,5 @@ def vocabulary(vocab: seqio.Vocabulary) -> dict[str, Any]:
         "unk_id": vocab.unk_id,
         "extra_ids": int(vocab.extra_ids),
     }
-    path = getattr(vocab, "sentencepiece_model_file", None)
+    path = getattr(vocab, "sentencepiece_model_file", getattr(vocab, "path", None))
     return {**described, "path": str(path)} if path is not None else described

@@ -46,4 +46,5 @@ DECODER = Family(
         **dict.fromkeys(STATED_ROPES, _is_rope),
     },
     parts=(Rope,),
+    states_model=True,
 )

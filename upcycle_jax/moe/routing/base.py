@@ -153,6 +153,11 @@ class Router(abc.ABC):
         return None
 
     @property
+    def has_balance_loss(self) -> bool:
+        """Whether a load-balancing loss of choices and probabilities balances experts."""
+        return False
+
+    @property
     def follows_copies(self) -> bool:
         """Whether c * K choices among c copies of every expert, with equal logits, weigh like K
         choices among the experts themselves: each copy a c-th of the expert's weight.

@@ -63,6 +63,10 @@ class HashTop1(TokenChoice):
             probabilities=jax.nn.one_hot(expert, group.num_experts, dtype=jnp.float32),
         )
 
+    @property
+    def has_balance_loss(self) -> bool:
+        return False
+
     def balance_loss(self, group: Group, top: TopK) -> jax.Array:
         return jnp.zeros((), jnp.float32)
 

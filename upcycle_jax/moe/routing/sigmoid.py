@@ -129,6 +129,10 @@ class LossFreeTopK(TokenChoice):
             probabilities=score if softmax else _scaled_to_one(group.logits),
         )
 
+    @property
+    def has_balance_loss(self) -> bool:
+        return False
+
     def balance_loss(self, group: Group, top: TopK) -> jax.Array:
         return jnp.zeros((), jnp.float32)
 

@@ -82,6 +82,10 @@ class TokenChoice(Router):
         """What they are scaled to."""
         return 1.0
 
+    @property
+    def has_balance_loss(self) -> bool:
+        return True
+
     def balance_loss(self, group: Group, top: TopK) -> jax.Array:
         """Float32 scalar, the load-balancing loss of the group."""
         return losses.load_balancing_loss(

@@ -22,8 +22,6 @@ from upcycle_jax.checkpoints.huggingface.decoder.rewriting import (
 from upcycle_jax.checkpoints.huggingface.decoder.verdicts import READERS, UNUSABLE, Kind, Verdict
 from upcycle_jax.models.decoder.config import DecoderConfig
 
-_SCORES = {Kind.EXACT: 3, Kind.REWRITTEN: 3, Kind.NEAR: 2, Kind.UNKNOWN: 1}
-
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -154,9 +152,10 @@ def _rank(form: Form, readers: Sequence[str], preferred: str | None) -> tuple[in
     unread = sum(form.verdict(reader).kind in UNUSABLE for reader in readers)
     large = sum(isinstance(one, Padded | UntiedHead) for one in form.rewritings)
     own = form.model_type == preferred and not form.rewritings
-    score = sum(_SCORES.get(one.kind, 0) for one in form.verdicts)
+    lost = sum(one.kind in UNUSABLE for one in form.verdicts)
+    near = sum(one.kind == Kind.NEAR for one in form.verdicts)
     order = list(HOLDERS).index(form.model_type)
-    return (unread, large, not own, -score, len(form.rewritings), order)
+    return (unread, large, not own, lost, near, len(form.rewritings), order)
 
 
 def _why(

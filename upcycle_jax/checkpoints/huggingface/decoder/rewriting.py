@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.base import Leaf
+from upcycle_jax.checkpoints.huggingface.transposing import transposed
 from upcycle_jax.checkpoints.reader import Index, index_shape
 from upcycle_jax.models.decoder.config import DecoderConfig, DecoderMoeConfig
 from upcycle_jax.moe import roles
@@ -50,13 +51,13 @@ def _constant(shape: tuple[int, ...], value: float) -> Leaf:
 
 def _mapped(leaf: Leaf, function: Callable[[np.ndarray], np.ndarray]) -> Leaf:
     """Elementwise, of float32."""
-    spec = dataclasses.replace(leaf.spec, dtype=FLOAT32)
+    spec = LeafSpec(leaf.spec.shape, FLOAT32)
     return Leaf(spec, lambda index: function(leaf.read(index).astype(FLOAT32)))
 
 
 def _transposed(leaf: Leaf) -> Leaf:
-    spec = dataclasses.replace(leaf.spec, shape=leaf.spec.shape[::-1])
-    return Leaf(spec, lambda index: np.ascontiguousarray(leaf.read(index[::-1]).T))
+    spec = LeafSpec(leaf.spec.shape[::-1], leaf.spec.dtype)
+    return Leaf(spec, lambda index: transposed(leaf.read(index[::-1])))
 
 
 def _layers(config: DecoderConfig) -> Iterator[tuple[int, str]]:
@@ -136,7 +137,7 @@ def _centred(leaf: Leaf) -> Leaf:
         centred = whole - whole.mean(axis=-1, keepdims=True)
         return centred[..., index[-1]].astype(FLOAT32)
 
-    return Leaf(dataclasses.replace(leaf.spec, dtype=FLOAT32), read)
+    return Leaf(LeafSpec(leaf.spec.shape, FLOAT32), read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +301,7 @@ def _filled(leaf: Leaf, axis: int, size: int) -> Leaf:
         out[tuple(slice(0, length) for length in part.shape)] = part
         return out
 
-    return Leaf(dataclasses.replace(leaf.spec, shape=tuple(shape)), read)
+    return Leaf(LeafSpec(tuple(shape), leaf.spec.dtype), read)
 
 
 def _copies(leaf: Leaf, count: int) -> Leaf:
@@ -310,4 +311,4 @@ def _copies(leaf: Leaf, count: int) -> Leaf:
         part = leaf.read(index[1:])
         return np.broadcast_to(part, (index[0].stop - index[0].start, *part.shape))
 
-    return Leaf(dataclasses.replace(leaf.spec, shape=(count, *leaf.spec.shape)), read)
+    return Leaf(LeafSpec((count, *leaf.spec.shape), leaf.spec.dtype), read)

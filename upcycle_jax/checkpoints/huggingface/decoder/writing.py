@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
 from upcycle_jax.checkpoints.huggingface.base import Export, Leaf, WritingOptions, leaves_of
-from upcycle_jax.checkpoints.huggingface.carried import carried_files, check_tokenizer, origin
+from upcycle_jax.checkpoints.huggingface.carried import Home, home_at, origin
 from upcycle_jax.checkpoints.huggingface.decoder import reading_back, verdicts
 from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose
 from upcycle_jax.checkpoints.huggingface.decoder.config_writing import (
@@ -17,7 +18,6 @@ from upcycle_jax.checkpoints.huggingface.decoder.config_writing import (
     config_json,
 )
 from upcycle_jax.checkpoints.huggingface.decoder.tensors import NAMES, Place, layout
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, load_json
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.models import registry
 from upcycle_jax.models.decoder.config import DecoderConfig
@@ -36,12 +36,11 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
         return None
     config = _config(reader, options, stored)
     home = origin(reader)
-    keys = load_json(home, CONFIG) if home is not None else {}
     form, why = choose(
         config,
         model_type=options.model_type,
         readers=options.readers,
-        preferred=_text(keys.get("model_type")),
+        preferred=_text(home.keys.get("model_type")) if home is not None else None,
     )
     places = list(layout(form.model_type, form.config, NAMES[form.model_type]))
     leaves = form.leaves({path.removeprefix(TARGET): leaf for path, leaf in stored.items()})
@@ -49,10 +48,10 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     dtype = options.dtype or functools.reduce(
         np.promote_types, (leaf.spec.dtype for leaf in leaves.values())
     )
-    source = options.tokenizer or home
-    beside, copied = _beside(source, options, config)
+    if options.tokenizer is not None:
+        home = home_at(options.tokenizer)
+    beside, copied, of_tokenizer = _beside(home, options, config)
     table = verdicts.table(form.model_type, form.verdicts).render(Format.TEXT)
-    said = [why, *([f"tokenizer from {source}"] if copied else [_NO_TOKENIZER])]
     content = config_json(form.config, form.model_type, np.dtype(dtype), beside)
     of_4 = form.verdict("transformers4")
     reading_back.check(content, form.config, by_4=of_4.kind not in verdicts.UNUSABLE)
@@ -60,13 +59,10 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
         config=content,
         tensors={TARGET + place.path: place.sources for place in places},
         leaves={TARGET + path: leaf for path, leaf in leaves.items()},
-        said=(*table.splitlines(), *said),
+        said=(*table.splitlines(), why, of_tokenizer),
         verdicts=form.json() | {"why": why},
         copied=copied,
     )
-
-
-_NO_TOKENIZER = "no tokenizer is copied: name the folder that has it with --tokenizer"
 
 
 def _config(
@@ -106,23 +102,26 @@ def _check_leaves(
 
 
 def _beside(
-    source: Path | None, options: WritingOptions, config: DecoderConfig
-) -> tuple[Beside, dict[str, Path]]:
-    """What the folder of the tokenizer knows, and the files that are copied from it."""
-    if source is None:
-        return Beside(options.max_positions), {}
+    home: Home | None, options: WritingOptions, config: DecoderConfig
+) -> tuple[Beside, Mapping[str, Path | str], str]:
+    """What is known where the tokenizer is, the files that come from there, and a line about
+    them.
+    """
+    name_it = "name the folder or GGUF file that has one with --tokenizer"
+    if home is None:
+        return Beside(options.max_positions), {}, f"no tokenizer is copied: {name_it}"
+    copied: Mapping[str, Path | str] = {}
     try:
-        copied = carried_files(source)
-    except ValueError:
+        copied = home.files(config.vocab_size)
+        line = f"tokenizer from {home.place}"
+    except NoTokenizer as error:
         if options.tokenizer is not None:
             raise
-        copied = {}
-    check_tokenizer(source, config.vocab_size)
-    keys = load_json(source, CONFIG) if (source / CONFIG).is_file() else {}
-    known = keys if keys.get("model_type") in NAMES else {}
+        line = f"no tokenizer is copied ({error}): {name_it}"
+    known = home.keys if home.keys.get("model_type") in NAMES else {}
     positions = options.max_positions or _count(known.get("max_position_embeddings"))
     special = {name: known[name] for name in SPECIAL_TOKENS if _is_token(known.get(name), config)}
-    return Beside(positions, special), copied
+    return Beside(positions, special), copied, line
 
 
 def _text(value: Any) -> str | None:

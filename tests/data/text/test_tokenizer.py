@@ -1,0 +1,107 @@
+"""Hugging Face tokenizers: ids as the package gives them, special tokens as their files state."""
+
+import json
+import shutil
+
+import pytest
+
+from upcycle_jax.data.text import tokenizer
+
+TEXTS = ["", "!", "wow!!", "def f(x):\n    return x  # ünïcode, 漢字, \U0001f600", " two  spaces "]
+
+
+@pytest.fixture
+def folder(tokenizer_folder, tmp_path):
+    """A copy of the tokenizer, to be changed."""
+    return shutil.copytree(tokenizer_folder, tmp_path / "copy")
+
+
+def state(folder, name="tokenizer_config.json", **tokens):
+    (folder / name).write_text(json.dumps(tokens))
+    return folder
+
+
+def test_texts_come_back_and_ids_are_the_models_own(tokenizer_folder):
+    loaded = tokenizer.load(str(tokenizer_folder))
+    assert (loaded.size, loaded.bos_id, loaded.eos_id) == (402, 400, 401)
+    assert loaded.pad_id is None and loaded.unk_id is None
+    for text in TEXTS:
+        assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.encode("!") == [0] and loaded.decode([0, 0]) == "!!"
+    # 20 letters that no training text has together: neither truncated to 3 nor padded to 9.
+    assert len(loaded.encode("qzxjqzxjqzxjqzxjqzxj")) > 9 and loaded.encode("") == []
+    # Special tokens are taken for themselves, and not shown; ids above all are left out.
+    assert loaded.encode("a</s>")[-1] == 401
+    assert loaded.decode([0, 401, 0, 9999]) == "!!"
+    assert tokenizer.load(str(tokenizer_folder / "tokenizer.json")) == loaded
+
+
+@pytest.mark.parametrize(
+    ("stated", "ids"),
+    [
+        ({"tokenizer_config.json": {"eos_token": "<s>", "bos_token": None}}, (None, 400)),
+        (
+            {
+                "tokenizer_config.json": {"eos_token": None},
+                "special_tokens_map.json": {"eos_token": {"content": "</s>"}, "bos_token": "!"},
+                "config.json": {"bos_token_id": 5},
+            },
+            (0, 401),
+        ),
+        ({"config.json": {"eos_token_id": [401, 7], "bos_token_id": None}}, (None, 401)),
+        ({}, (None, None)),
+    ],
+)
+def test_special_tokens_are_those_that_are_stated(folder, stated, ids):
+    (folder / "tokenizer_config.json").unlink()
+    for name, tokens in stated.items():
+        state(folder, name, **tokens)
+    loaded = tokenizer.load(str(folder))
+    assert (loaded.bos_id, loaded.eos_id) == ids
+
+
+def test_texts_start_with_bos_or_else_eos(folder):
+    assert tokenizer.start_of_text(str(folder)) == 400
+    assert tokenizer.start_of_text(str(state(folder, eos_token="</s>"))) == 401
+    with pytest.raises(ValueError, match="states neither BOS nor EOS: add 'eos_token'"):
+        tokenizer.start_of_text(str(state(folder)))
+    assert tokenizer.start_of_text() == tokenizer.start_of_text("bytes") == 0
+    assert tokenizer.start_of_text("some/spiece.model") == 0
+
+
+def test_identities_tell_tokenizers_apart(tokenizer_folder, folder):
+    assert tokenizer.identity(str(folder)) == tokenizer.identity(str(tokenizer_folder))
+    before = tokenizer.load(str(folder))
+    state(folder, eos_token="<s>", bos_token="<s>")
+    after = tokenizer.load(str(folder))
+    assert before != after and before.eos_id != after.eos_id
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    assert tokenizer.identity(str(folder))["sha256"] != after.identity["sha256"]
+
+
+def test_what_is_no_tokenizer_is_told(folder, tmp_path, monkeypatch):
+    def refused(kind, match, vocabulary=folder):
+        with pytest.raises(kind, match=match):
+            tokenizer.load(str(vocabulary))
+
+    refused(
+        ValueError,
+        "state '<pad>' as PAD, which is none of its 402",
+        state(folder, pad_token="<pad>"),
+    )
+    (folder / "tokenizer_config.json").unlink()
+    refused(ValueError, "state 402 as EOS", state(folder, "config.json", eos_token_id=402))
+    (folder / "config.json").write_text("[]")
+    refused(ValueError, r"config\.json holds no object")
+    (folder / "config.json").write_text("{")
+    refused(ValueError, r"config\.json cannot be read")
+    (folder / "config.json").unlink()
+    monkeypatch.setattr(tokenizer, "_MAX_BYTES", {"tokenizer.json": 10})
+    refused(ValueError, "more than 10: it is no tokenizer's file")
+    monkeypatch.undo()
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    refused(ValueError, r"tokenizer\.json is no tokenizer \(.*\): give 'bytes'")
+    (folder / "tokenizer.json").unlink()
+    refused(FileNotFoundError, r"the folder has no tokenizer\.json.*save_pretrained")
+    refused(FileNotFoundError, "no such file; give 'bytes'", tmp_path / "absent.json")

@@ -1,0 +1,223 @@
+"""Hugging Face tokenizers: `tokenizer.json` with the special tokens that the files beside it state.
+No TensorFlow, and the package `tokenizers` only where text is encoded or decoded.
+
+Ids are the model's own: nothing is shifted, 0 is a token as any other.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILE = "tokenizer.json"
+_STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files that name special tokens: the first that names one decides."""
+_MODEL_CONFIG = "config.json"
+"""States ids of special tokens; asked where none of `_STATED_IN` is there."""
+_ROLES = ("bos", "eos", "pad", "unk")
+_MAX_BYTES = {TOKENIZER_FILE: 512 << 20}
+_MAX_JSON_BYTES = 64 << 20
+
+_FORMS = (
+    "'bytes', a folder with tokenizer.json (or that file), or the path of a SentencePiece model"
+)
+
+
+def is_named(vocabulary: str) -> bool:
+    """Whether VOCABULARY names a Hugging Face tokenizer: a folder, or a `.json` file."""
+    return vocabulary.endswith(".json") or epath.Path(vocabulary).is_dir()
+
+
+def file_of(vocabulary: str) -> epath.Path:
+    """The `tokenizer.json` that VOCABULARY names."""
+    path = epath.Path(vocabulary)
+    return path / TOKENIZER_FILE if path.is_dir() else path
+
+
+def _read(path: epath.Path) -> bytes:
+    size = path.stat().length
+    most = _MAX_BYTES.get(path.name, _MAX_JSON_BYTES)
+    if size > most:
+        raise ValueError(f"{path} has {size} bytes, more than {most}: it is no tokenizer's file")
+    return path.read_bytes()
+
+
+def _stated(path: epath.Path) -> Mapping[str, Any] | None:
+    """The object that a JSON file beside the tokenizer holds; None without the file."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy it again") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds no object: copy it again")
+    return found
+
+
+def special_tokens(vocabulary: str) -> dict[str, str | int]:
+    """The special tokens that are stated, as text or as ids, by role: 'bos', 'eos', 'pad', 'unk'.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    folder = file_of(vocabulary).parent
+    stated = [found for name in _STATED_IN if (found := _stated(folder / name)) is not None]
+    tokens: dict[str, str | int] = {}
+    for role in _ROLES:
+        for found in stated:
+            token = found.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if isinstance(token, str):
+                tokens.setdefault(role, token)
+    if not stated:
+        config = _stated(folder / _MODEL_CONFIG) or {}
+        for role in _ROLES:
+            number = config.get(f"{role}_token_id")
+            number = number[0] if isinstance(number, list) and number else number
+            if type(number) is int:
+                tokens[role] = number
+    return tokens
+
+
+def identity(vocabulary: str) -> dict[str, Any]:
+    """What two equal tokenizers have in common: the sha256 of the file, and special tokens.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a file is damaged.
+    """
+    path = file_of(vocabulary)
+    if not path.exists():
+        if epath.Path(vocabulary).is_dir():
+            raise FileNotFoundError(
+                f"vocabulary {vocabulary!r}: the folder has no {TOKENIZER_FILE}. Where it has other"
+                " files of a tokenizer, transformers writes it:"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        raise FileNotFoundError(f"vocabulary {vocabulary!r}: no such file; give {_FORMS}")
+    digest = hashlib.sha256(_read(path)).hexdigest()
+    return {"sha256": digest, "special_tokens": special_tokens(vocabulary)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer; made by `load`. Two are equal where their `identity` is.
+
+    Attributes:
+      path: as it was given.
+      identity: see `identity`.
+      size: ids, added tokens included: the least `vocab_size` of a model.
+      bos_id: id of the token that begins a text; None where none is stated.
+      eos_id: of the one that ends a text, likewise.
+      pad_id: of padding, likewise.
+      unk_id: of what is in no token, likewise.
+      library: the tokenizer itself.
+    """
+
+    path: str
+    identity: Mapping[str, Any]
+    size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    library: "tokenizers.Tokenizer"
+
+    @classmethod
+    def load(cls, vocabulary: str) -> "Tokenizer":
+        """Reads the tokenizer that VOCABULARY names.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: it is no tokenizer, or a stated special token is none of its tokens.
+        """
+        import tokenizers
+
+        found = identity(vocabulary)
+        path = file_of(vocabulary)
+        try:
+            library = tokenizers.Tokenizer.from_buffer(_read(path))
+        except Exception as error:  # the only type that the package raises
+            raise ValueError(
+                f"vocabulary {vocabulary!r}: {path} is no tokenizer ({error}): give {_FORMS}"
+            ) from error
+        # Files often keep what their last use has set.
+        library.no_truncation()
+        library.no_padding()
+        ids = library.get_vocab(with_added_tokens=True)
+        size = 1 + max(ids.values(), default=-1)
+        special: dict[str, int] = {}
+        for role, token in found["special_tokens"].items():
+            special[role] = ids.get(token, -1) if isinstance(token, str) else token
+            if not 0 <= special[role] < size:
+                raise ValueError(
+                    f"vocabulary {vocabulary!r}: the files beside {path.name} state {token!r} as"
+                    f" {role.upper()}, which is none of its {size} ids: correct"
+                    f" {' or '.join(_STATED_IN)}"
+                )
+        return cls(
+            path=vocabulary,
+            identity=found,
+            size=size,
+            library=library,
+            **{f"{role}_id": special.get(role) for role in _ROLES},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS and EOS. Special tokens that are spelt in it are taken for
+        themselves, as transformers does.
+        """
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, without special tokens; ids that are none are left out."""
+        return self.library.decode([int(number) for number in ids], skip_special_tokens=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity["sha256"])
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(vocabulary: str, sha256: str, special: str) -> Tokenizer:
+    return Tokenizer.load(vocabulary)
+
+
+def load(vocabulary: str) -> Tokenizer:
+    """As `Tokenizer.load`; read once for as long as the files do not change."""
+    found = identity(vocabulary)
+    return _loaded(vocabulary, found["sha256"], json.dumps(found["special_tokens"]))
+
+
+def start_of_text(vocabulary: str | None = None) -> int:
+    """What a model over VOCABULARY reads before the first token of a text
+    (`DecoderOnlyFeatures.bos_id`): the BOS of a Hugging Face tokenizer, or EOS where it states
+    none; 0 with every other vocabulary.
+
+    Args:
+      vocabulary: see `DatasetConfig.vocabulary`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the tokenizer is damaged, or states neither.
+    """
+    if vocabulary is None or not is_named(vocabulary):
+        return 0
+    tokenizer = load(vocabulary)
+    found = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if found is None:
+        raise ValueError(
+            f"vocabulary {vocabulary!r} states neither BOS nor EOS: add 'eos_token' to"
+            f" {_STATED_IN[0]}, or bind DecoderOnlyFeatures.bos_id"
+        )
+    return found
