@@ -48,6 +48,30 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.fixture
+def tiny():
+    """Makes configs of a tiny T5: `tiny()` is dense, `tiny(num_experts=4, ...)` has an MoE layer
+    with those settings in each stack.
+    """
+    from upcycle_jax.models.t5.config import MoeConfig, T5Config
+
+    shape = {
+        "vocab_size": 64,
+        "emb_dim": 16,
+        "num_heads": 2,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "head_dim": 8,
+        "mlp_dim": 32,
+        "dropout_rate": 0.0,
+    }
+
+    def make(*, model=None, **moe):
+        return T5Config(**shape | (model or {}), moe=MoeConfig(**moe) if moe else None)
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def log_as_libraries_do():
     """Commands that ran in an earlier test have pointed the library's log at a console that is

@@ -1,39 +1,12 @@
 """A tiny model and batches for it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from upcycle_jax import trees
-from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
-
-TINY = T5Config(
-    vocab_size=64,
-    emb_dim=16,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    head_dim=8,
-    mlp_dim=32,
-    dropout_rate=0.0,
-)
-
-
-@pytest.fixture
-def tiny():
-    """Makes tiny configs: `tiny()` is dense, `tiny(num_experts=4, ...)` has MoE layers with those
-    settings.
-    """
-
-    def make(*, model=None, **moe):
-        config = dataclasses.replace(TINY, **(model or {}))
-        return dataclasses.replace(config, moe=MoeConfig(**moe)) if moe else config
-
-    return make
 
 
 @pytest.fixture
