@@ -50,7 +50,7 @@ __all__ = [
     "save_params",
 ]
 
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def build_model(*gin_files: str, **macros: Any) -> Model:
@@ -79,7 +79,8 @@ def build_model(*gin_files: str, **macros: Any) -> Model:
             config = registry.infer_dense(reader.specs(), reader.model_settings())
         return registry.build(config)
     bindings = [f"{name}={value!r}" for name, value in macros.items()]
-    return load(gin_files, bindings).macro("MODEL")
+    model: Model = load(gin_files, bindings).macro("MODEL")
+    return model
 
 
 def plan_conversion(
@@ -109,7 +110,7 @@ def plan_conversion(
 
 def convert_checkpoint(
     source: Paths,
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     model: Model | None = None,
     recipe: Recipe | MergeRecipe | None = None,
     *,
@@ -148,7 +149,7 @@ def convert_checkpoint(
 
 
 def prove_conversion(
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     source: Paths | None = None,
     *,
     report: Callable[[str], None] = lambda line: None,
@@ -175,7 +176,7 @@ def prove_conversion(
 
 
 def load_params(
-    checkpoint: str | os.PathLike, model: Model, partitioner: Partitioner | None = None
+    checkpoint: str | os.PathLike[str], model: Model, partitioner: Partitioner | None = None
 ) -> PyTree:
     """The parameters of a checkpoint as nested dicts of float32 arrays, for `model.loss_fn`,
     `model.eval_fn` and the rest of `models.base.Model`.
@@ -193,7 +194,7 @@ def load_params(
     return loading.load_params(open_checkpoint(checkpoint), model, partitioner or Partitioner())
 
 
-def save_params(path: str | os.PathLike, params: PyTree, model: Model, *, step: int) -> None:
+def save_params(path: str | os.PathLike[str], params: PyTree, model: Model, *, step: int) -> None:
     """Writes parameters as a checkpoint without optimizer state, which every command reads.
 
     Args:

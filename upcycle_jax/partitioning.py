@@ -125,7 +125,7 @@ class Partitioner:
     @property
     def num_data_shards(self) -> int:
         """How many ways the batch is split: the mesh's data and expert axes together."""
-        return self.mesh.shape[DATA] * self.mesh.shape[EXPERT]
+        return int(self.mesh.shape[DATA] * self.mesh.shape[EXPERT])
 
     def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
         """The partition spec of an array with these logical axes.
@@ -209,7 +209,8 @@ def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
     """Constrains the sharding of an activation by its logical axes; does nothing outside
     `Partitioner.activate`.
     """
-    return nn.with_logical_constraint(x, tuple(logical_axes))
+    constrained: jax.Array = nn.with_logical_constraint(x, tuple(logical_axes))
+    return constrained
 
 
 def active_batch_shards() -> int:

@@ -49,7 +49,7 @@ class LeafSpec:
     role: Role = dataclasses.field(default=Role.DENSE, compare=False)
     twin: str = dataclasses.field(default="", compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         object.__setattr__(self, "axes", tuple(self.axes) or (None,) * len(self.shape))
@@ -88,7 +88,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     >>> unflatten({"a": 1, "b/c": 2})
     {'a': 1, 'b': {'c': 2}}
     """
-    return traverse_util.unflatten_dict(dict(flat), sep=SEPARATOR)
+    nested: dict[str, Any] = traverse_util.unflatten_dict(dict(flat), sep=SEPARATOR)
+    return nested
 
 
 def matching(pattern: str, paths: Iterable[str]) -> list[str]:

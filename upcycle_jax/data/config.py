@@ -68,7 +68,7 @@ class DatasetConfig:
     vocabulary: str | None = None
     extra_ids: checks.CountOrZero = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
         if not self.mixture_or_task_name or not isinstance(self.mixture_or_task_name, str):
             raise ValueError(

@@ -73,7 +73,7 @@ class NormalRouter:
     std: checks.NotNegative = 0.02
     repeat: checks.Size = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
 
     def operation(self, path: str) -> Operation:
@@ -88,7 +88,7 @@ class UniformRouter:
 
     std: checks.NotNegative = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
 
     def operation(self, path: str) -> Operation:
@@ -134,7 +134,7 @@ class DepthTile:
     order: str = "repeat"
     layers: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.order not in ("repeat", "cycle"):
@@ -200,7 +200,7 @@ class Recipe:
         default="dense", metadata=checks.ADDED
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
         if isinstance(self.router_init, ExpertInit):
             raise ValueError(
@@ -266,7 +266,7 @@ class MergeRecipe:
     step: str = "keep"
     seed: checks.Seed = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
         if self.how not in ("mean", "weighted", "expert"):
             raise ValueError(

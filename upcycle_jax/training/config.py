@@ -39,7 +39,7 @@ class StepPolicy(enum.StrEnum):
     RESET = "reset"
 
 
-PathOrPaths = checks.PathText | os.PathLike | Sequence[checks.PathText | os.PathLike]
+PathOrPaths = checks.PathText | os.PathLike[str] | Sequence[checks.PathText | os.PathLike[str]]
 
 
 def _choice(owner: str, field: str, kind: type[enum.StrEnum], value: Any) -> Any:
@@ -82,7 +82,7 @@ class RestoreCheckpointConfig:
     data_position: str = DataPosition.STEP
     restore_dataset: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
         owner = "RestoreCheckpointConfig"
         if not self.paths or not all(
@@ -118,7 +118,7 @@ class RestoreCheckpointConfig:
             )
 
     @property
-    def paths(self) -> tuple[str | os.PathLike, ...]:
+    def paths(self) -> tuple[str | os.PathLike[str], ...]:
         """`path` as a tuple of one or several."""
         return (self.path,) if isinstance(self.path, str | os.PathLike) else tuple(self.path)
 
@@ -147,7 +147,7 @@ class SaveCheckpointConfig:
     dtype: str = "float32"
     checksums: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.check_fields(self)
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(

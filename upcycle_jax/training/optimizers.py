@@ -199,7 +199,8 @@ class Optimizer(abc.ABC):
         if settings.learning_rate_factor != 1.0:
             learning_rate = learning_rate * settings.learning_rate_factor
         after = optimizer._apply_leaf(spec, param, grad, slots, step, learning_rate)
-        return settings.held((param, slots), after, step)
+        held: tuple[jax.Array, Slots] = settings.held((param, slots), after, step)
+        return held
 
     def _apply_leaf(
         self,
@@ -467,4 +468,5 @@ def _without(spec: LeafSpec, dim: int) -> LeafSpec:
 def _stateless(
     transformation: optax.GradientTransformation, change: jax.Array, param: jax.Array
 ) -> jax.Array:
-    return transformation.update(change, transformation.init(param), param)[0]
+    update: jax.Array = transformation.update(change, transformation.init(param), param)[0]
+    return update

@@ -49,7 +49,7 @@ class TrainSettings:
     """
 
     model: Model
-    model_dir: checks.PathText | os.PathLike
+    model_dir: checks.PathText | os.PathLike[str]
     train_dataset_cfg: checks.Dataset
     trainer: Trainer
     total_steps: checks.CountOrZero

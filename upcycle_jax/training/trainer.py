@@ -56,7 +56,7 @@ class Trainer:
     parameter_groups: tuple[ParameterGroup, ...] = ()
     max_gradient_norm: checks.Positive | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "parameter_groups", tuple(self.parameter_groups))
         checks.check_fields(self)
         if self.num_microbatches is not None and self.num_microbatches < 1:
