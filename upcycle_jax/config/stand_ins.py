@@ -8,16 +8,19 @@ from upcycle_jax.config.flags import Flags
 STAND_INS = {
     "MODEL_DIR": "none",
     "MIXTURE_OR_TASK_NAME": "none",
-    "TRAIN_STEPS": 1,
+    "TRAIN_STEPS": 1_000_000,
     "INITIAL_CHECKPOINT_PATH": "none",
 }
 """Macros that are needed to build a run, and of no consequence for its programs."""
 
 
 def stand_ins(loaded: Config) -> list[str]:
-    """Bindings of those macros that the files define."""
+    """Bindings of those macros that the files ask for and nothing sets."""
+    macros = loaded.bindings.macros
     return [
-        f"{name}={value!r}" for name, value in STAND_INS.items() if name in loaded.bindings.macros
+        f"{name}={value!r}"
+        for name, value in STAND_INS.items()
+        if name in macros and not loaded.has_macro(name)
     ]
 
 
