@@ -2,7 +2,7 @@
 # Compiles the shipped pod configurations for their TPU slices, on this machine, and prints the
 # table of docs/pods.md.
 #
-#   scripts/precompile_pods.sh                      # all: about an hour of one CPU core
+#   scripts/precompile_pods.sh                      # all: some hours of one CPU core
 #   scripts/precompile_pods.sh base_upcycled        # one: about five minutes
 #
 # Makes .venv_precompile if absent: libtpu (half a gigabyte) must not be in the environment of the
@@ -14,10 +14,15 @@ VENV="${VENV:-$root/.venv_precompile}"
 source "$root/scripts/venv.sh"
 make_venv precompile >&2
 cd "$root"
-(($#)) || set -- base_dense base_upcycled large_dense large_upcycled xl_dense xl_upcycled
+if ! (($#)); then
+    set -- base_dense base_upcycled large_dense large_upcycled xl_dense xl_upcycled
+    set -- "$@" llama_3_2_1b_{dense,upcycled} llama_3_8b_{dense,upcycled}
+    set -- "$@" qwen3_0_6b_{dense,upcycled} qwen3_8b_{dense,upcycled}
+fi
 head=1
 for name in "$@"; do
-    table="$("$VENV/bin/python" -m upcycle_jax.precompile "--gin_file=papers/sparse_upcycling/pods/$name.gin" --markdown)"
+    files=(gin_configs/papers/*/pods/"$name.gin")
+    table="$("$VENV/bin/python" -m upcycle_jax.precompile "--gin_file=${files[0]}" --markdown)"
     if ((head)); then
         head -n 2 <<<"$table"
         head=0

@@ -19,6 +19,7 @@ class RandomData:
       batch: number of a batch -> its features.
       batch_size: rows.
       task_feature_lengths: by task feature.
+      ids: size of the vocabulary.
     """
 
     batch: Callable[[int], Mapping[str, np.ndarray]]
@@ -27,13 +28,14 @@ class RandomData:
     mixture_or_task_name: str = "random"
     split: str = "train"
     pack: bool = False
+    ids: int = 300
 
     @property
     def config(self):
         return self
 
     def vocabulary_size(self):
-        return 300
+        return self.ids
 
     def fingerprint(self):
         return {"random": True}

@@ -48,10 +48,16 @@ def test_a_slice_must_be_named(on_cpu, capsys):
     assert "which slice? Give --topology" in capsys.readouterr().err
 
 
-def test_there_is_a_pod_configuration_for_every_model_of_the_paper():
-    names = {name.rpartition("/")[2] for name in PODS}
-    assert names == {
-        f"{size}_{kind}.gin" for size in ("base", "large", "xl") for kind in ("dense", "upcycled")
+def test_there_is_a_pod_configuration_for_every_model():
+    sizes = {
+        "sparse_upcycling": ("base", "large", "xl"),
+        "language_models": ("llama_3_2_1b", "llama_3_8b", "qwen3_0_6b", "qwen3_8b"),
+    }
+    assert set(PODS) == {
+        f"papers/{folder}/pods/{size}_{kind}.gin"
+        for folder in sizes
+        for size in sizes[folder]
+        for kind in ("dense", "upcycled")
     }
 
 
