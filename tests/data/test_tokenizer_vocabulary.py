@@ -134,6 +134,19 @@ def test_a_cache_is_one_tokenizers(make_config, tokenizer_folder, tmp_path):
     assert other["vocabularies"]["targets"]["sha256"] == feature["vocabulary"]["sha256"]
 
 
+def test_another_start_of_texts_is_told(make_config, monkeypatch):
+    from upcycle_jax.data import seqio_dataset
+
+    told = []
+    monkeypatch.setattr(
+        seqio_dataset.logging, "log_first_n", lambda level, text, n, *args: told.append(text % args)
+    )
+    open_dataset(make_config(), DecoderOnlyFeatures(bos_id=BOS)).eval_batches()
+    assert not told
+    open_dataset(make_config(), DecoderOnlyFeatures()).eval_batches()
+    assert len(told) == 1 and "bos_id is 0, " in told[0] and "begin with 400: set BOS_ID" in told[0]
+
+
 def test_a_tokenizer_without_eos_is_refused(make_config, tokenizer_folder, tmp_path):
     silent = shutil.copytree(tokenizer_folder, tmp_path / "silent")
     (silent / "tokenizer_config.json").write_text("{}")

@@ -101,10 +101,7 @@ def test_seqio_makes_the_same(mask_documents, with_inputs):
     for _ in range(40):
         sizes = {name: int(generator.integers(1, length)) for name, length in lengths.items()}
         example = {name: generator.integers(0, 4, size) for name, size in sizes.items()}
-        documents = np.sort(generator.integers(1, 4, sizes["targets"]))
-        examples.append({**example, "targets_segment_ids": documents})
-    padded = stacked(seqio_rows(features, examples, lengths, pack=False))
-    assert_equal(features.pad(examples, lengths, 40), padded)
+        examples.append(example)
     # SeqIO fills rows in order within a window of as many examples as a row has tokens.
     packed = stacked(seqio_rows(features, examples, lengths, pack=True))
     rows, room = [], 0
@@ -116,6 +113,12 @@ def test_seqio_makes_the_same(mask_documents, with_inputs):
         rows[-1].append(example)
         room -= size
     assert_equal(features.pack(rows, lengths), packed)
+    for example in examples:
+        documents = generator.integers(1, 4, len(example["targets"]))
+        example["targets_segment_ids"] = np.sort(documents)
+    for pack in (False, True):  # examples that hold documents are rows already
+        padded = stacked(seqio_rows(features, examples, lengths, pack=pack))
+        assert_equal(features.pad(examples, lengths, 40), padded)
     assert features.real_targets(packed).sum() == features.real_targets(padded).sum()
 
 

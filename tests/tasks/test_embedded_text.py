@@ -11,7 +11,7 @@ import pytest
 
 from upcycle_jax.data import DatasetConfig
 from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.features import EncoderDecoderFeatures
+from upcycle_jax.features import DecoderOnlyFeatures, EncoderDecoderFeatures
 from upcycle_jax.tasks import python_environment
 
 FEATURES = EncoderDecoderFeatures()
@@ -139,6 +139,30 @@ def test_batches_come_from_both_domains_without_naming_a_module():
     ]
     assert all(np.isin(list(text), range(128)).mean() > 0.5 for text in texts)
     assert sum(b"self" in text or b"def " in text or b" = " in text for text in texts) >= 4
+
+
+def test_language_modelling_reads_whole_documents():
+    config = DatasetConfig(
+        "embedded_text_language_modeling",
+        {"targets": 256},
+        batch_size=8,
+        seed=0,
+        split="validation",
+    )
+    dataset = open_dataset(config, DecoderOnlyFeatures())
+    assert dataset.task_names() == (
+        "documentation_prose_language_modeling",
+        "python_source_language_modeling",
+    )
+    batches = dataset.eval_batches(2)["python_source_language_modeling"]()
+    # Files are longer than passages of 4096 characters, so few of 16 rows hold an end.
+    ends = sum((batch["decoder_target_tokens"] == 1).sum() for batch in batches)
+    whole = python_environment.python_source(whole_documents=True)
+    cut = python_environment.python_source()
+    assert ends < 4 and len(whole.splits["train"]) * 2 < len(cut.splits["train"])
+    assert sum(map(len, whole.splits["validation"])) == pytest.approx(
+        sum(map(len, cut.splits["validation"])), rel=0.05
+    )
 
 
 def test_one_import_name_only():

@@ -15,7 +15,9 @@ from etils import epath
 
 from upcycle_jax.data import fingerprints, resolve, stream
 from upcycle_jax.data.config import DatasetConfig
-from upcycle_jax.features import FeatureConverter, HostBatch, check_task
+from upcycle_jax.data.tokenizer_vocabulary import TokenizerVocabulary
+from upcycle_jax.features import DecoderOnlyFeatures, FeatureConverter, HostBatch, check_task
+from upcycle_jax.features.names import TARGETS
 
 _KEPT_EVAL_BYTES = 256 * 1024**2
 """Evaluation batches below this are kept in memory between passes."""
@@ -201,6 +203,25 @@ def _has_examples(task: seqio.Task, config: DatasetConfig, seed: int) -> bool:
     return next(iter(examples.take(1)), None) is not None
 
 
+def _check_start(features: FeatureConverter, task: seqio.Task) -> None:
+    """Warns where rows would begin with a token that no text of the tokenizer begins with."""
+    if not isinstance(features, DecoderOnlyFeatures):
+        return
+    vocabulary = task.output_features[TARGETS].vocabulary
+    if not isinstance(vocabulary, TokenizerVocabulary):
+        return
+    if not vocabulary.tokenizer.begins_texts(features.bos_id):
+        logging.log_first_n(
+            logging.WARNING,
+            "DecoderOnlyFeatures.bos_id is %d, which is read before the first token of every text,"
+            " but texts of the tokenizer %s begin with %s: set BOS_ID",
+            1,
+            features.bos_id,
+            vocabulary.path,
+            vocabulary.bos_id if vocabulary.bos_id is not None else "a special token",
+        )
+
+
 def _check_mixture(
     config: DatasetConfig, features: FeatureConverter, tasks: tuple[seqio.Task, ...]
 ) -> None:
@@ -211,6 +232,7 @@ def _check_mixture(
     for task in tasks:
         lengths = config.task_feature_lengths
         check_task(features, lengths, task.output_features, what=f"the task '{task.name}'")
+        _check_start(features, task)
     provider = resolve.task_or_mixture(config)
     if not isinstance(provider, seqio.Mixture):
         return

@@ -15,13 +15,15 @@ _TOKENS, _DOCUMENTS, _WEIGHTS = "tokens", "documents", "weights"
 """What a row is made of. Each is above 0 where there is a token, so that SeqIO's packing and
 padding, which take 0 for padding, keep ids of 0.
 """
+_PACKED = f"{_TOKENS}_positions"
+"""What SeqIO's packing adds: the position in the example that a token comes from."""
 
 
 class DecoderOnlyConverter(seqio.FeatureConverter):
     """Makes the batches of `DecoderOnlyFeatures` inside tf.data.
 
     Args:
-      pack: several examples a row.
+      pack: several examples a row; those that say which documents they hold are rows already.
       bos_id: see `DecoderOnlyFeatures`.
       mask_documents: likewise.
     """
@@ -50,8 +52,12 @@ class DecoderOnlyConverter(seqio.FeatureConverter):
         self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
     ) -> tf.data.Dataset:
         lengths = dict.fromkeys((_TOKENS, _DOCUMENTS, _WEIGHTS), sum(task_feature_lengths.values()))
-        shifted = ds.map(self._joined, num_parallel_calls=tf.data.AUTOTUNE)
-        rows = self._pack_or_pad(shifted, lengths)
+        joined = ds.map(self._joined, num_parallel_calls=tf.data.AUTOTUNE)
+        if DOCUMENTS in ds.element_spec:
+            # Rows of documents are full. Packing would hold as many of them as a row has tokens.
+            rows = seqio.utils.trim_and_pad_dataset(joined, lengths)
+        else:
+            rows = self._pack_or_pad(joined, lengths)
         return rows.map(self._row, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _joined(self, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -77,8 +83,8 @@ class DecoderOnlyConverter(seqio.FeatureConverter):
         if self._mask_documents:
             documents = row[_DOCUMENTS]
             starts |= real & (documents != tf.concat([[0], documents[:-1]], axis=0))
-            if self.pack:
-                starts |= real & (row[f"{_TOKENS}_positions"] == 0)
+            if _PACKED in row:
+                starts |= real & (row[_PACKED] == 0)
         begins = tf.where(starts, index, 0)
         tokens = row[_TOKENS] - 1
         before = tf.concat([[self.bos_id], tokens[:-1]], axis=0)

@@ -62,7 +62,13 @@ def test_special_tokens_are_those_that_are_stated(folder, stated, ids):
 
 def test_texts_start_with_bos_or_else_eos(folder):
     assert tokenizer.start_of_text(str(folder)) == 400
+    assert [tokenizer.load(str(folder)).begins_texts(n) for n in (400, 401)] == [True, False]
     assert tokenizer.start_of_text(str(state(folder, eos_token="</s>"))) == 401
+    assert [tokenizer.load(str(folder)).begins_texts(n) for n in (0, 400, 401)] == [
+        False,
+        True,
+        True,
+    ]
     with pytest.raises(ValueError, match="states neither BOS nor EOS: add 'eos_token'"):
         tokenizer.start_of_text(str(state(folder)))
     assert tokenizer.start_of_text() == tokenizer.start_of_text("bytes") == 0

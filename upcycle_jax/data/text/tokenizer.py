@@ -181,6 +181,13 @@ class Tokenizer:
         """The text of ids, without special tokens; ids that are none are left out."""
         return self.library.decode([int(number) for number in ids], skip_special_tokens=True)
 
+    def begins_texts(self, token_id: int) -> bool:
+        """Whether a text may begin with a token: BOS, or any special token where none is stated."""
+        if self.bos_id is not None:
+            return token_id == self.bos_id
+        added = self.library.get_added_tokens_decoder().get(token_id)
+        return added is not None and added.special
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.identity == other.identity
 
