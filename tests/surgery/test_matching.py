@@ -70,7 +70,13 @@ def test_optimizer_policies(small, optimizer, policy, dense_slot, expert_slot, p
 
 
 @pytest.mark.parametrize(
-    ("step", "text"), [("keep", "copy"), ("reset", "zeros"), (1_000_000, "set to 1000000")]
+    ("step", "text"),
+    [
+        ("keep", "copy"),
+        ("keep_or_zero", "copy"),
+        ("reset", "zeros"),
+        (1_000_000, "set to 1000000"),
+    ],
 )
 def test_step_policies(small, step, text):
     plan = surgery.make_plan(small.tree(), small.tree(sparse=(1,)), surgery.Recipe(step=step))
@@ -180,12 +186,9 @@ def test_a_source_without_optimizer_state_or_step(small):
         )
     with pytest.raises(ValueError, match=r"state/step(.|\n)*Recipe\.step = 'reset' or a number"):
         surgery.make_plan(source, small.tree(sparse=(1,)))
-    assert (
-        what(
-            surgery.make_plan(source, small.tree(sparse=(1,)), surgery.Recipe(step=7)), "state/step"
-        )
-        == "set to 7"
-    )
+    for step, text in ((7, "set to 7"), ("keep_or_zero", "zeros")):
+        plan = surgery.make_plan(source, small.tree(sparse=(1,)), surgery.Recipe(step=step))
+        assert what(plan, "state/step") == text
 
 
 def test_adafactor_slots_do_not_become_adam_slots(small):

@@ -169,9 +169,7 @@ def check_function(
         logit_scale=found.scale,
         dense_loss=found.losses[0],
         sparse_loss=found.losses[1],
-        twin_difference=(
-            found.differences[-2] if claims and prediction.verdict is not Verdict.FEWER else None
-        ),
+        twin_difference=found.differences[-2] if claims and dense.config.moe is None else None,
         step_difference=step_difference if claims else None,
         first_divergence=first,
         shared_expert=parts.shared > 0,

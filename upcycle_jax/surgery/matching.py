@@ -260,7 +260,7 @@ class _Parents(_Upcycling):
 
     def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
         rest = self.init.rest
-        if name == STEP and self.recipe.step == "keep":
+        if name == STEP and self.recipe.step in ("keep", "keep_or_zero"):
             return "the step is another parent's"
         if isinstance(rest, int) and name.startswith(TARGET) and name in self.target:
             return f"taken from parent {rest}"

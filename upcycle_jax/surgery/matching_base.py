@@ -124,7 +124,8 @@ class Matching(abc.ABC):
 
     def step(self, spec: LeafSpec) -> None:
         """Adds the row of the training step."""
-        if self.recipe.step == "reset":
+        unknown = self.recipe.step == "keep_or_zero" and self.step_source() not in self.source
+        if self.recipe.step == "reset" or unknown:
             self.add(STEP, spec, Zeros(), ())
         elif isinstance(self.recipe.step, int):
             self.add(STEP, spec, Constant(self.recipe.step), ())

@@ -50,7 +50,7 @@ __all__ = [
 
 COPIES = CopyExperts()
 OPTIMIZER_STATES = ("reset", "dense_only", "tiled")
-STEPS = ("keep", "reset")
+STEPS = ("keep", "keep_or_zero", "reset")
 
 
 @runtime_checkable
@@ -176,7 +176,8 @@ class Recipe:
         those of experts at zero; 'tiled' gives every expert the MLP's slots too (paper, vision:
         figure 14). Router slots always start at zero.
       step: 'keep' lets the learning-rate schedule go on from the dense checkpoint's step (paper);
-        'reset' starts at 0; a number is that step (for sources that record none: the public T5 1.1
+        'reset' starts at 0; 'keep_or_zero' does so where the source records no step, as Hugging
+        Face folders; a number is that step (for sources that record none: the public T5 1.1
         checkpoints were trained for 1000000 steps).
       seed: seed of everything random.
       depth: how layers are repeated where the target is deeper than the source; None: numbers of
@@ -256,7 +257,7 @@ class MergeRecipe:
         router probabilities (`function_check.router_weights`).
       expert: for 'expert': which one.
       optimizer_state: 'reset' or 'dense_only' (slots of what was never upcycled).
-      step: 'keep' or 'reset'.
+      step: 'keep', 'keep_or_zero' or 'reset', as of `Recipe`.
     """
 
     how: str = "mean"

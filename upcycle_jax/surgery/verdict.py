@@ -62,10 +62,11 @@ class FunctionCheck:
       dense_loss: cross entropy per target token of the dense model on the tokens.
       sparse_loss: the same of the sparse model as configured.
       twin_difference: as `logit_difference`, of the twin with renormalised weights and room for
-        every token; None where nothing is claimed.
+        every token; None where nothing is claimed, or the source has experts itself.
       step_difference: the largest difference of a step of that twin, given what the dense model's
-        step gets, to the dense model's, in units of the largest value; None likewise. Where fewer
-        experts are chosen: of the result as configured, to the source with so many.
+        step gets, to the dense model's, in units of the largest value; None where nothing is
+        claimed. Where the source has experts: of the result as configured, to the source, with as
+        many experts per token as the verdict says.
       first_divergence: first layer (or what is between layers) that gives something else than the
         dense model's when it should not.
       shared_expert: MoE layers have one that is part of the comparison by layers.
@@ -107,9 +108,10 @@ class FunctionCheck:
                 f" most {self.step_difference:.1e} of its largest value"
             )
         elif self.step_difference is not None:
+            fewer = " with so many experts" if self.prediction.verdict is Verdict.FEWER else ""
             lines.append(
-                "  every layer, given the source's stream, is what the source's is with so many"
-                f" experts, within {self.step_difference:.1e} of its largest value"
+                f"  every layer, given the source's stream, is what the source's is{fewer}, within"
+                f" {self.step_difference:.1e} of its largest value"
             )
         for layer in self.layers:
             lines.append(
