@@ -12,7 +12,7 @@ import numpy as np
 
 from upcycle_jax.checkpoints.huggingface.decoder.config_json import read_config
 from upcycle_jax.checkpoints.huggingface.files import CONFIG
-from upcycle_jax.layers.rope import Rope
+from upcycle_jax.layers.rope import Rope, as_plain
 from upcycle_jax.models.decoder.config import DecoderConfig
 
 OF_5 = frozenset({"rope_parameters", "dtype"})
@@ -60,7 +60,8 @@ def differences(ours: DecoderConfig, read: DecoderConfig) -> Iterator[str]:
             yield f"{name} is {value!r}, read as {other[name]!r}"
     for i in range(min(ours.num_layers, read.num_layers)):
         if not _same_rope(ours, read, i):
-            yield f"the rope of layer {i} is {ours.layer_rope(i)}, read as {read.layer_rope(i)}"
+            was, now = (as_plain(config.layer_rope(i)) for config in (ours, read))
+            yield f"the rope of layer {i} is {was}, read as {now}"
 
 
 def _computed(config: DecoderConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from upcycle_jax.checkpoints.huggingface.decoder.config_writing import (
 from upcycle_jax.checkpoints.huggingface.decoder.tensors import NAMES, Place, layout
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.models import registry
+from upcycle_jax.models.base import ModelConfig
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.moe import roles
 from upcycle_jax.state_tree import TARGET
@@ -34,7 +35,7 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     stored = leaves_of(reader)
     if _FIRST not in stored or any(path.startswith(f"{TARGET}encoder/") for path in stored):
         return None
-    config = _config(reader, options, stored)
+    config = stated_model(reader, options.model)
     home = origin(reader)
     form, why = choose(
         config,
@@ -65,11 +66,17 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     )
 
 
-def _config(
-    reader: CheckpointReader, options: WritingOptions, leaves: Mapping[str, Leaf]
-) -> DecoderConfig:
-    """The model: as given, as the checkpoint states it, or what the leaves of a dense one imply."""
-    config = options.model or reader.model_config()
+def stated_model(reader: CheckpointReader, given: ModelConfig | None = None) -> DecoderConfig:
+    """The model of a checkpoint.
+
+    Args:
+      reader: the checkpoint.
+      given: the model; None: what the checkpoint states, or what the leaves of a dense one imply.
+
+    Raises:
+      ValueError: it is no language model, or nothing says which.
+    """
+    config = given or reader.model_config()
     if isinstance(config, DecoderConfig):
         return config
     if config is not None:
@@ -77,13 +84,18 @@ def _config(
             f"{reader.path} holds a decoder-only language model, the model given is a"
             f" {type(config).__name__}: name its own model file"
         )
-    specs = roles.inferred({path: leaf.spec for path, leaf in leaves.items()})
+    specs = roles.inferred(
+        {path: spec for path, spec in reader.specs().items() if path.startswith(TARGET)}
+    )
     if any(spec.role != Role.DENSE for spec in specs.values()):
         raise ValueError(
             f"{reader.path} is a Mixture-of-Experts and does not state its router: name its model"
             " file with --gin_file"
         )
-    return registry.infer_dense(specs, reader.model_settings())
+    found = registry.infer_dense(specs, reader.model_settings())
+    if not isinstance(found, DecoderConfig):
+        raise ValueError(f"{reader.path} holds no decoder-only language model")
+    return found
 
 
 def _check_leaves(
