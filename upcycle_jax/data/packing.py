@@ -24,10 +24,15 @@ def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
 
     Returns:
       int64: the first example of each row, and N.
+
+    >>> row_starts(np.array([[3], [2], [4], [1]]), [6])  # rows of 3 + 2, 4 + 1 tokens
+    array([0, 2, 4])
     """
     fitted = np.minimum(lengths, np.asarray(capacity))
+    # [N + 1, R]: tokens before each example, and all of them.
     ends = np.concatenate([np.zeros((1, fitted.shape[1]), np.int64), np.cumsum(fitted, axis=0)])
-    # From each example as a row's first: the first that does not fit any more.
+    # [N]: from each example as a row's first, the first that does not fit any more. Every sequence
+    # of a row has to have room, so that the fullest decides.
     following = np.min(
         [
             np.searchsorted(ends[:, column], ends[:-1, column] + room, side="right") - 1
@@ -35,6 +40,7 @@ def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
         ],
         axis=0,
     )
+    # A chain through `following`; an example that no row has room for still makes one.
     starts = [0]
     while starts[-1] < len(lengths):
         starts.append(max(int(following[starts[-1]]), starts[-1] + 1))
@@ -43,6 +49,12 @@ def row_starts(lengths: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
 
 class PackingPlan:
     """Which examples of an endless stream each row holds.
+
+        examples   0 ....... 4095 | 4096 ....... 8191 | ...      windows of `WINDOW` examples
+        rows       0 ....... 1310 | 1311 ....... 2604 | ...      as many as each window fills
+
+    A row is found by the first row of its window, so windows before it are planned once, from
+    lengths, and only their numbers of rows are kept; the plans of a few windows are.
 
     Args:
       lengths: gives tokens `[count, R]` of examples `first, first + 1, ...` of the stream.
@@ -60,7 +72,7 @@ class PackingPlan:
 
     def _starts(self, window: int) -> np.ndarray:
         if window not in self._known:
-            while len(self._known) >= 8:
+            while len(self._known) >= 8:  # reading goes forwards: the earliest is done with
                 del self._known[min(self._known)]
             self._known[window] = row_starts(self._lengths(window * WINDOW, WINDOW), self._capacity)
         return self._known[window]

@@ -142,7 +142,8 @@ def _rows_times(x: jax.Array, kernels: jax.Array, sizes: jax.Array, *, contract:
         kernel = jax.lax.dynamic_index_in_dim(kernels, e, keepdims=False)
 
         def one_block(at: jax.Array, size: int, out: jax.Array) -> jax.Array:
-            block = jax.lax.dynamic_slice_in_dim(x, at, size)
+            block = jax.lax.dynamic_slice_in_dim(x, at, size)  # [size, .]
+            # contract 1: block [size, d] @ kernel [d, f]; 2: block [size, f] @ kernel.T [f, d].
             product = jax.lax.dot_general(
                 block,
                 kernel,
@@ -165,6 +166,7 @@ def _sums_of_products(x: jax.Array, grad: jax.Array, sizes: jax.Array) -> jax.Ar
 
     def one_expert(e: jax.Array, out: jax.Array) -> jax.Array:
         def one_block(at: jax.Array, size: int, total: jax.Array) -> jax.Array:
+            # [size, d] and [size, f], contracted over rows: [d, f].
             left, right = (jax.lax.dynamic_slice_in_dim(a, at, size) for a in (x, grad))
             return total + jax.lax.dot_general(
                 left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
@@ -198,7 +200,7 @@ def _over_blocks(
       at_most: all rows that there can be; larger blocks are left out.
     """
     for rows in (rows for rows in BLOCKS if rows <= at_most):
-        count = size // rows
+        count = size // rows  # a traced number: a loop, not an unrolled list, runs so many blocks
         body = functools.partial(
             lambda i, carry, rows, start: one_block(start + i * rows, rows, carry),
             rows=rows,

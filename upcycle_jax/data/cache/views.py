@@ -312,6 +312,7 @@ class TextView:
         return out
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
+        # [segments of a round, 2]: the most inputs and targets. A place's segment is one of these.
         by_turn = np.array(
             [
                 self._denoisers[turn].result_lengths(stop - start, self._lengths)
@@ -320,7 +321,7 @@ class TextView:
                 )
             ],
             np.int64,
-        )  # [segments of a round, 2]
+        )
         names = _with_lengths(self._names, self._lengths)
         columns = [(INPUTS, TARGETS).index(name) for name in names]
         return by_turn[places % len(self._turns)][:, columns]
