@@ -29,6 +29,9 @@ PATHS: dict[str, str] = {
     "DecoderMoeConfig": "models.decoder.config:DecoderMoeConfig",
     "Rope": "layers.rope:Rope",
     "DecoderModel": "models.decoder.model:DecoderModel",
+    "VitConfig": "models.vit.config:VitConfig",
+    "VitMoeConfig": "models.vit.config:VitMoeConfig",
+    "VitModel": "models.vit.model:VitModel",
     # Partitioning.
     "Partitioner": "partitioning:Partitioner",
     # Surgery.

@@ -18,10 +18,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "linear": lambda x: x,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-"""By name. 'gelu' is the tanh form, as in T5 1.1 and T5X; 'gelu_exact' the one with erf."""
+"""By name. 'gelu' is the tanh form, as in T5 1.1 and T5X; 'gelu_exact' the one with erf;
+'quick_gelu' CLIP's, with a sigmoid."""
 
 
 def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:

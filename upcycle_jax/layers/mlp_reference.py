@@ -9,6 +9,7 @@ _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu": lambda v: 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))),
     "gelu_exact": lambda v: 0.5 * v * (1 + scipy.special.erf(v / np.sqrt(2))),
     "linear": lambda v: v,
+    "quick_gelu": lambda v: v / (1 + np.exp(-1.702 * v)),
     "relu": lambda v: np.maximum(v, 0),
     "silu": lambda v: v / (1 + np.exp(-v)),
 }

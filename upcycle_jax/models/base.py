@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle_jax.features import FeatureConverter
 from upcycle_jax.models import layer_names
@@ -36,7 +37,8 @@ class Stack:
       causal: whether a position sees only those before it.
       moe: settings of its MoE layers; None without any.
       tokens: the model feature whose length is the length of the stack, e.g.
-        'encoder_input_tokens'.
+        'encoder_input_tokens'; of a stack that takes no tokens, the feature with its inputs.
+      positions: length of the stack where no feature has it, e.g. the patches of an image.
     """
 
     name: str
@@ -46,6 +48,11 @@ class Stack:
     causal: bool
     moe: MoeSettings | None
     tokens: str
+    positions: int | None = None
+
+    def length(self, features: Mapping[str, Any]) -> int:
+        """Its positions in one row of a batch; of arrays or of specs, by model feature."""
+        return self.positions or int(np.shape(features[self.tokens])[1])
 
     def layer(self, index: int) -> str:
         """Path of a layer, e.g. 'encoder/layers_1'."""
@@ -263,7 +270,7 @@ class Generative(Model, Protocol):
 def stack_lengths(model: Model, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
     """Positions that each stack works on in one row of a batch, by stack."""
     features = model.features.specs(1, task_feature_lengths)
-    return {name: features[stack.tokens].shape[1] for name, stack in model.stacks.items()}
+    return {name: stack.length(features) for name, stack in model.stacks.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Step:
     Attributes:
       name: of a layer its path, e.g. 'encoder/layers_1'; else what it does, in words.
       is_layer: it adds to the residual stream, which can be compared with another model's.
-      params: subtrees of the model's parameters that it needs, by path -> their place in what
+      params: subtrees (or leaves) of the model's parameters that it needs, by path -> their place in what
         `program` takes.
       program: see `Program`.
       experts: path of the subtree of its experts' parameters; '' without experts.
@@ -95,7 +95,7 @@ class Step:
     def place(self, path: str) -> str | None:
         """Where a parameter of the model is in what `program` takes; None where it is not in it."""
         for subtree, place in self.params.items():
-            if path.startswith(f"{subtree}/"):
+            if path == subtree or path.startswith(f"{subtree}/"):
                 return place + path[len(subtree) :]
         return None
 

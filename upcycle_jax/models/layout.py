@@ -3,7 +3,7 @@
 SparseLayout = str | tuple[int, ...]
 """One of `LAYOUTS`, or indices of layers."""
 
-LAYOUTS = ("MIXED", "BOTTOM", "MIDDLE", "TOP")
+LAYOUTS = ("MIXED", "BOTTOM", "MIDDLE", "TOP", "LAST_ODD")
 
 
 def sparse_layers(
@@ -18,8 +18,8 @@ def sparse_layers(
       num_layers: layers in the stack.
       num_sparse_layers: how many are MoE layers; None for half of them, or for as many as an
         explicit layout names.
-      layout: 'MIXED' (i % (L/n) == L/n - 1), 'BOTTOM' (first n), 'MIDDLE', 'TOP' (last n), or the
-        indices themselves.
+      layout: 'MIXED' (i % (L/n) == L/n - 1), 'BOTTOM' (first n), 'MIDDLE', 'TOP' (last n),
+        'LAST_ODD' (V-MoE's last n: of the odd indices), or the indices themselves.
       stack: 'encoder' or 'decoder', for messages.
 
     Raises:
@@ -45,6 +45,14 @@ def sparse_layers(
         return tuple(
             i for i in range(num_layers) if num_layers - count <= 2 * i < num_layers + count
         )
+    if layout == "LAST_ODD":
+        odd = tuple(range(1, num_layers, 2))
+        if count > len(odd):
+            raise ValueError(
+                f"the LAST_ODD layout has {len(odd)} odd layers of {num_layers} in the {stack}, got"
+                f" num_{stack}_sparse_layers={count}"
+            )
+        return odd[len(odd) - count :]
     if layout == "TOP":
         return tuple(range(num_layers - count, num_layers))
     if num_layers % count:

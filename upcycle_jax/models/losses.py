@@ -1,4 +1,4 @@
-"""Losses of language models."""
+"""Losses of language models and of image classifiers."""
 
 import flax.struct
 import jax
@@ -48,3 +48,21 @@ def token_losses(
     return TokenLosses(
         cross_entropy=cross_entropy, z_loss=z_loss * jnp.square(log_z), correct=correct
     )
+
+
+def sigmoid_losses(logits: jax.Array, labels: jax.Array) -> TokenLosses:
+    """Binary cross entropy of every class, summed over classes (Ridnik et al., arXiv 2104.10972;
+    V-MoE, arXiv 2106.05974), of images that have one class.
+
+    Args:
+      logits: float32 `[batch, classes]`.
+      labels: int32 `[batch]`.
+
+    Returns:
+      Float32 `[batch]` each; without a z-loss.
+    """
+    # -log(1 - sigmoid(x)) = softplus(x); for the one class -log sigmoid(x) = softplus(x) - x.
+    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    cross_entropy = jnp.sum(jax.nn.softplus(logits), axis=-1) - own
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return TokenLosses(cross_entropy, jnp.zeros_like(own), correct)

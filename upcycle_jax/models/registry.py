@@ -15,11 +15,12 @@ from upcycle_jax.models.base import Family, Model
 from upcycle_jax.models.config_json import from_json
 from upcycle_jax.models.decoder.family import DECODER
 from upcycle_jax.models.t5.family import T5
+from upcycle_jax.models.vit.family import VIT
 from upcycle_jax.moe import routing
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.trees import LeafSpec
 
-_FAMILIES: list[Family] = [T5, DECODER]
+_FAMILIES: list[Family] = [T5, DECODER, VIT]
 
 ROUTERS: tuple[type, ...] = tuple(
     kind

@@ -244,7 +244,7 @@ def _compare_logits(
     Args:
       dense: the dense model, after all steps but the last.
       lanes: the sparse models, likewise.
-      targets: int `[batch, length]`.
+      targets: int `[batch, length]`, or `[batch]`.
       is_real: bool of that shape, which of them are no padding.
       vocab_size: columns of the logits.
       dense_weights: where the parameters of the last step come from.

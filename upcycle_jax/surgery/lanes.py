@@ -100,10 +100,10 @@ def logits(lane: Lane, params: PyTree, rows: slice) -> np.ndarray:
 
 
 def row_blocks(targets: np.ndarray, vocab_size: int | None) -> list[slice]:
-    """Rows of targets `[batch, length]`, cut so that the logits of one part are at most
-    `LOGIT_BYTES`.
+    """Rows of targets `[batch, length]`, or `[batch]`, cut so that the logits of one part are at
+    most `LOGIT_BYTES`.
     """
-    rows, length = targets.shape
+    rows, length = len(targets), targets[0].size
     count = max(1, LOGIT_BYTES // (4 * length * (vocab_size or 1)))
     return [slice(start, min(rows, start + count)) for start in range(0, rows, count)]
 

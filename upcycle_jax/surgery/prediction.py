@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
-
+from upcycle_jax.features import num_rows
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model, Stack
 from upcycle_jax.models.layerwise import LayerwiseModel
@@ -258,7 +257,7 @@ def _broken_groups(
 def _crowded(stack: Stack, batch: Batch) -> list[str]:
     """Why not every token has room in a stack's MoE layers; empty where it has."""
     assert stack.router is not None and stack.moe is not None
-    rows, length = np.shape(batch[stack.tokens])
+    rows, length = num_rows(batch), stack.length(batch)
     sizes = layer_sizes(stack.moe, stack.router, rows, length, train=False)
     group, slots = sizes.grouping.group_size, sizes.slots
     if slots >= group:

@@ -1,0 +1,130 @@
+"""Batches of image classifiers: an image and its class, or its classes.
+
+Axis legend: B images, S side of an image, c channels, K classes.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from upcycle_jax.features.base import Example, HostBatch, Lengths, check_lengths
+
+if TYPE_CHECKING:
+    import jax
+    import seqio
+
+IMAGE, LABEL = "image", "label"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFeatures:
+    """See `base.FeatureConverter`. Of examples with an 'image' `[S, S, c]` and a 'label', whose
+    length is the side of the image:
+
+    images: float32 `[B, S, S, c]`; 8-bit images are put into [-1, 1].
+    labels: int32 `[B]`.
+    weights: float32 `[B]`: 1 for images, 0 for rows that fill a batch up.
+
+    Attributes:
+      size: S, which the model has positions for.
+      channels: c.
+    """
+
+    size: int
+    channels: int = 3
+
+    task_features: ClassVar[tuple[str, ...]] = (IMAGE,)
+    optional_features: ClassVar[tuple[str, ...]] = ()
+    annotations: ClassVar[tuple[str, ...]] = (LABEL,)
+    targets: ClassVar[str] = "labels"
+
+    def specs(
+        self, batch_size: int, lengths: Lengths, *, packed: bool = False
+    ) -> dict[str, "jax.ShapeDtypeStruct"]:
+        """See `base.FeatureConverter`."""
+        import jax
+
+        check_lengths(self, lengths)
+        self.check_size(lengths[IMAGE])
+        shape = (batch_size, lengths[IMAGE], lengths[IMAGE], self.channels)
+        return {
+            "images": jax.ShapeDtypeStruct(shape, np.dtype(np.float32)),
+            "labels": jax.ShapeDtypeStruct((batch_size,), np.dtype(np.int32)),
+            "weights": jax.ShapeDtypeStruct((batch_size,), np.dtype(np.float32)),
+        }
+
+    def check_size(self, size: int) -> None:
+        """Raises a ValueError where images have another size than the model."""
+        if size != self.size:
+            raise ValueError(
+                f"images are {size} pixels wide, the model takes {self.size}: set"
+                f" TASK_FEATURE_LENGTHS = {{'image': {self.size}}}, or the model's IMAGE_SIZE"
+            )
+
+    def pad(self, examples: Sequence[Example], lengths: Lengths, rows: int) -> HostBatch:
+        """See `base.FeatureConverter`.
+
+        Raises:
+          ValueError: an image has another size or dtype than the model takes.
+        """
+        shape = (lengths[IMAGE], lengths[IMAGE], self.channels)
+        images = np.zeros((rows, *shape), np.float32)
+        labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+        for row, example in enumerate(examples):
+            images[row] = _in_range(np.asarray(example[IMAGE]), shape)
+            labels[row], weights[row] = example[LABEL], 1
+        return {"images": images, "labels": labels, "weights": weights}
+
+    def pack(self, rows: Sequence[Sequence[Example]], lengths: Lengths) -> HostBatch:
+        """See `base.FeatureConverter`."""
+        raise ValueError("a row holds one image: set pack=False")
+
+    def row_capacity(self, lengths: Lengths) -> tuple[int, ...]:
+        """See `base.FeatureConverter`: a row is one image."""
+        return (1,)
+
+    def row_usage(self, sizes: np.ndarray) -> np.ndarray:
+        """See `base.FeatureConverter`."""
+        return np.ones((len(sizes), 1), np.int64)
+
+    def random(
+        self, vocab_size: int | None, *, batch_size: int = 2, length: int = 32, seed: int = 0
+    ) -> HostBatch:
+        """See `base.FeatureConverter`: noise in [-1, 1], of the model's
+        size whatever `length` is."""
+        rng = np.random.default_rng(seed)
+        shape = (batch_size, self.size, self.size, self.channels)
+        return {
+            "images": rng.uniform(-1, 1, shape).astype(np.float32),
+            "labels": np.zeros(batch_size, np.int32),
+            "weights": np.ones(batch_size, np.float32),
+        }
+
+    def real_targets(self, batch: Mapping[str, Any]) -> Any:
+        """See `base.FeatureConverter`."""
+        return batch["weights"] > 0
+
+    def describe(self, batch: Mapping[str, Any]) -> str:
+        """See `base.FeatureConverter`."""
+        rows, height, width, _ = np.shape(batch["images"])
+        return f"{rows} images of {height} x {width}"
+
+    def seqio_converter(self, *, pack: bool) -> "seqio.FeatureConverter":
+        """See `base.FeatureConverter`."""
+        raise ValueError("image tasks are not read through SeqIO")
+
+
+def _in_range(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An image as float32 in [-1, 1]."""
+    if image.shape != shape:
+        raise ValueError(
+            f"an image has the shape {list(image.shape)}, the model takes {list(shape)}: resize"
+            " images before they are batched, or set the model's IMAGE_SIZE"
+        )
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / 127.5 - 1
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"an image is of dtype {image.dtype}: uint8 or floats in [-1, 1] are read")
+    return image

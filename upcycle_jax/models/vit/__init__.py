@@ -1,0 +1,1 @@
+"""Vision transformers that classify images, dense or with MoE layers."""
