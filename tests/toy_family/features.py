@@ -21,6 +21,10 @@ class LineFeatures:
     annotations: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[str] = "line"
 
+    @property
+    def usual_lengths(self):
+        return {"text": 512}
+
     def specs(self, batch_size, lengths, *, packed=False):
         import jax
 

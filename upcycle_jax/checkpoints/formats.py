@@ -15,7 +15,8 @@ from upcycle_jax.printing import printable
 SUPPORTED = (
     "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such"
     " folders, a T5X folder with a msgpack file named 'checkpoint', a single T5X msgpack file, a"
-    " Hugging Face folder (config.json with model.safetensors), or a GGUF file or a folder with one"
+    " Hugging Face folder (config.json with model.safetensors), a GGUF file or a folder with one,"
+    " or a vision transformer in a NumPy archive (.npz)"
 )
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
@@ -32,7 +33,8 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
 
     Args:
       path: `checkpoint_<step>`, a MODEL_DIR (its latest finished step), a T5X legacy folder or
-        msgpack file, a Hugging Face folder, a GGUF file, or a folder with one.
+        msgpack file, a Hugging Face folder, a GGUF file or a folder with one, or a NumPy archive of
+        a vision transformer.
 
     Raises:
       FileNotFoundError: nothing is there; a half-written checkpoint beside it is named.
@@ -90,6 +92,8 @@ def _open_file(place: epath.Path) -> CheckpointReader:
 
     if place.name.endswith(SUFFIX):
         return _open_gguf(place)
+    if place.name.endswith(".npz"):
+        return _open_npz(place)
     if place.name == "checkpoint" and any(child.is_dir() for child in place.parent.iterdir()):
         return T5XLegacyReader(place.parent, place)  # The index of a folder, named directly.
     return T5XLegacyReader(place, place)
@@ -105,6 +109,12 @@ def _open_huggingface(place: epath.Path, names: list[str]) -> CheckpointReader:
     from upcycle_jax.checkpoints.huggingface import HuggingFaceReader
 
     return HuggingFaceReader(place)
+
+
+def _open_npz(place: epath.Path) -> CheckpointReader:
+    from upcycle_jax.checkpoints.npz import NpzReader
+
+    return NpzReader(place)
 
 
 def _open_gguf(place: epath.Path) -> CheckpointReader:

@@ -35,7 +35,7 @@ class CheckpointReader(Protocol):
 
     Attributes:
       path: the checkpoint's own folder or file (never the MODEL_DIR around it).
-      format: 'orbax', 't5x_legacy', 't5x_msgpack', 'huggingface' or 'gguf'.
+      format: 'orbax', 't5x_legacy', 't5x_msgpack', 'huggingface', 'gguf' or 'npz'.
       step: training step; 0 where the format records none.
     """
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from upcycle_jax.costs import parameters, step
 from upcycle_jax.costs.shapes import StepShape
-from upcycle_jax.features import token_features
-from upcycle_jax.models.base import Model
+from upcycle_jax.models.base import Model, stack_lengths
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 
@@ -49,10 +48,8 @@ def array_lines(specs: Mapping[str, LeafSpec], partitioner: Partitioner | None =
     ]
 
 
-REFERENCE_ROWS, REFERENCE_LENGTHS = 64, (512, 128)
-"""The batch of which `cost_lines` tells the cost where none is given: rows, and the lengths of the
-task features that a model needs, in order.
-"""
+REFERENCE_ROWS = 64
+"""Rows of the batch of which `cost_lines` tells the cost where none is given."""
 
 
 def cost_lines(
@@ -69,16 +66,16 @@ def cost_lines(
       model: the model.
       partitioner: a mesh; what is told does not depend on it.
       batch_size: rows, or None for `REFERENCE_ROWS`; it decides the routing groups.
-      lengths: of the task features, or None for `REFERENCE_LENGTHS`.
+      lengths: of the task features, or None for the `usual_lengths` of the model's features.
 
     Raises:
       ValueError: the tokens do not divide into routing groups.
     """
-    lengths = lengths or dict(zip(model.features.task_features, REFERENCE_LENGTHS, strict=False))
+    lengths = lengths or model.features.usual_lengths
     rows, counts = batch_size or REFERENCE_ROWS, parameters.count(model)
     shape = StepShape(batch_size=rows, lengths=lengths)
     costs, tokens = step.of_step(model, shape, partitioner), shape.num_tokens(model)
-    sizes = " + ".join(str(lengths[name]) for name in token_features(model.features, lengths))
+    sizes = " + ".join(map(str, stack_lengths(model, lengths).values()))
     lines = [
         f"Active parameters per token: {counts.active}",
         f"Parameters of experts: {counts.experts}, of routers: {counts.routers}",

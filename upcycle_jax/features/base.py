@@ -52,6 +52,11 @@ class FeatureConverter(Protocol):
         """The model feature that holds what the model predicts; see `real_targets`."""
         ...
 
+    @property
+    def usual_lengths(self) -> Lengths:
+        """Of a batch that costs are told of where nobody says how large it is."""
+        ...
+
     def specs(
         self, batch_size: int, lengths: Lengths, *, packed: bool = False
     ) -> dict[str, "jax.ShapeDtypeStruct"]:

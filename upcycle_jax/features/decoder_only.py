@@ -62,6 +62,11 @@ class DecoderOnlyFeatures:
         """See `base.FeatureConverter`."""
         return (DOCUMENTS,) if self.mask_documents else ()
 
+    @property
+    def usual_lengths(self) -> Lengths:
+        """See `base.FeatureConverter`."""
+        return {TARGETS: 512}
+
     def specs(
         self, batch_size: int, lengths: Lengths, *, packed: bool = False
     ) -> dict[str, "jax.ShapeDtypeStruct"]:

@@ -32,6 +32,11 @@ class EncoderDecoderFeatures:
     annotations: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[str] = "decoder_target_tokens"
 
+    @property
+    def usual_lengths(self) -> Lengths:
+        """See `base.FeatureConverter`."""
+        return {INPUTS: 512, TARGETS: 128}
+
     def specs(
         self, batch_size: int, lengths: Lengths, *, packed: bool = False
     ) -> dict[str, "jax.ShapeDtypeStruct"]:

@@ -40,6 +40,11 @@ class ImageFeatures:
     annotations: ClassVar[tuple[str, ...]] = (LABEL,)
     targets: ClassVar[str] = "labels"
 
+    @property
+    def usual_lengths(self) -> Lengths:
+        """See `base.FeatureConverter`."""
+        return {IMAGE: self.size}
+
     def specs(
         self, batch_size: int, lengths: Lengths, *, packed: bool = False
     ) -> dict[str, "jax.ShapeDtypeStruct"]:

@@ -78,8 +78,8 @@ class Step:
     Attributes:
       name: of a layer its path, e.g. 'encoder/layers_1'; else what it does, in words.
       is_layer: it adds to the residual stream, which can be compared with another model's.
-      params: subtrees (or leaves) of the model's parameters that it needs, by path -> their place in what
-        `program` takes.
+      params: subtrees (or leaves) of the model's parameters that it needs, by path -> their place
+        in what `program` takes.
       program: see `Program`.
       experts: path of the subtree of its experts' parameters; '' without experts.
       moe: the MoE layer, unbound.

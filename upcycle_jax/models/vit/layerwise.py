@@ -1,5 +1,5 @@
-"""A vision transformer's forward pass in steps (see `models.layerwise`): the embedding, every block,
-the logits. All run the modules of `network`.
+"""A vision transformer's forward pass in steps (see `models.layerwise`): the embedding, every
+block, the logits. All run the modules of `network`.
 """
 
 import dataclasses

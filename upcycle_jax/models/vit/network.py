@@ -267,4 +267,4 @@ class Head(nn.Module):
             (self.num_classes,),
             jnp.float32,
         )
-        return projection.dot(x.astype(jnp.float32), kernel) + bias
+        return projection.dot(x.astype(jnp.float32), jnp.asarray(kernel)) + jnp.asarray(bias)

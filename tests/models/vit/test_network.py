@@ -1,0 +1,112 @@
+"""The network against a NumPy forward pass that agrees with big_vision's and V-MoE's own modules,
+and against itself where two ways must give one result.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.vit.kinds import KINDS, in_big_vision, model, random_params
+from upcycle_jax import trees
+from upcycle_jax.models.vit.config import VitMoeConfig
+from upcycle_jax.models.vit.model import VitModel
+
+ORACLE = pathlib.Path(__file__).resolve().parents[4] / "shared/reference/oracles/vit_reference.py"
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    if not ORACLE.exists():
+        pytest.skip(f"the oracle is not here: {ORACLE.name}")
+    spec = importlib.util.spec_from_file_location("vit_reference", ORACLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def settings(kind, oracle):
+    """What the oracle is told of a kind."""
+    return {
+        "mean": {},
+        "class_token": {"pool": "tok"},
+        "map": {"pool": "map"},
+        "clip": {"pool": "tok", "pre_norm": True, "act": oracle.quick_gelu, "eps": 1e-5},
+        "dinov2": {"pool": "tok", "act": oracle.gelu_erf},
+        "renormalised": {"renormalise": True, "capacity": 4},
+        "two_images": {"renormalise": False, "group": 18, "capacity": 9},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_the_oracles(kind, oracle):
+    one = model(kind)
+    params = random_params(one)
+    batch = one.features.random(None, batch_size=2)
+    theirs = {
+        name: value.astype(np.float64)
+        for name, value in in_big_vision(params, one.config.num_heads).items()
+    }
+    expected = oracle.forward(theirs, batch["images"].astype(np.float64), **settings(kind, oracle))
+    logits = jax.jit(one.logits)(trees.unflatten(params), batch)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+    assert np.abs(expected).max() > 0.5
+
+
+def test_rows_that_fill_a_batch_up_take_no_expert():
+    """A group of two images, of which one is real: whatever stands in the other changes nothing."""
+    one = model("two_images")
+    ignoring = VitModel(
+        dataclasses.replace(
+            one.config, moe=dataclasses.replace(one.config.moe, ignore_padding_tokens=True)
+        )
+    )
+    params = trees.unflatten(random_params(one))
+    batch = one.features.random(None, batch_size=2)
+    batch["weights"] = np.array([1, 0], np.float32)
+    other = batch | {"images": batch["images"].copy()}
+    other["images"][1] += 1
+    apply = jax.jit(ignoring.logits)
+    np.testing.assert_array_equal(apply(params, batch)[0], apply(params, other)[0])
+
+
+def test_renormalised_copies_with_room_for_all_are_the_dense_model():
+    dense = model("mean")
+    moe = VitMoeConfig(num_experts=4, group_size=18, eval_expert_capacity_factor=4.0)
+    sparse = VitModel(dataclasses.replace(dense.config, moe=moe))
+    params = random_params(dense)
+    rng = np.random.default_rng(1)
+    copied = {}
+    for path, spec in sparse.param_specs().items():
+        if spec.twin:
+            copied[path] = np.broadcast_to(params[spec.twin], spec.shape)
+        else:
+            copied[path] = rng.normal(size=spec.shape).astype(np.float32)
+    batch = dense.features.random(None, batch_size=2)
+    expected = jax.jit(dense.logits)(trees.unflatten(params), batch)
+    logits = jax.jit(sparse.logits)(trees.unflatten(copied), batch)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"scan_layers": True}, {"remat_policy": "full"}],
+    ids=str,
+)
+def test_scan_and_remat_change_no_gradient(form):
+    plain = model("renormalised")
+    params = jax.tree.map(jnp.asarray, trees.unflatten(random_params(plain)))
+    batch = plain.features.random(None, batch_size=2)
+
+    def gradient(one):
+        denominator = one.loss_denominator(batch)
+        loss = lambda p: one.loss_fn(p, batch, None, denominator=denominator)[0]  # noqa: E731
+        return trees.flatten(jax.jit(jax.grad(loss))(params))
+
+    expected = gradient(plain)
+    for path, leaf in gradient(VitModel(dataclasses.replace(plain.config, **form))).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-5, rtol=1e-5, err_msg=path)
