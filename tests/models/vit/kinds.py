@@ -31,7 +31,7 @@ KINDS = {
         "layer_scale": True,
         "mlp_activations": ("gelu_exact",),
     },
-    # 9 tokens of an image are a group: C = round(2 * 9 / 4) = 4 (half to even) of each of 4 experts.
+    # 9 tokens of an image are a group of 4 experts: C = round(2 * 9 / 4) = 4 (half to even).
     "renormalised": {"moe": VitMoeConfig(num_experts=4, group_size=9, min_expert_capacity=1)},
     # Two images are a group: C = round(2 * 18 / 4) = 9.
     "two_images": {

@@ -33,6 +33,7 @@ class VitMoeConfig(MoeSettings):
       sparse_layout: where they are: 'TOP' (the last ones), 'MIXED', 'BOTTOM', 'MIDDLE', 'LAST_ODD'
         (V-MoE's "Last n": the last of the odd blocks), or a tuple of block indices, which decides
         alone.
+      ignore_padding_tokens: rows that fill a batch up take no expert's place.
 
     Raises:
       ValueError: a number out of range, or K > E.
@@ -41,6 +42,7 @@ class VitMoeConfig(MoeSettings):
     router: Router = dataclasses.field(default_factory=lambda: ExpertsChoose(renormalize=True))
     num_sparse_layers: checks.CountOrZero | None = None
     sparse_layout: SparseLayout = "TOP"
+    ignore_padding_tokens: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -182,13 +182,6 @@ class VisionTransformer(nn.Module):
             use_bias=config.patch_bias,
             dtype=config.activation_dtype,
         )
-        d, names = config.emb_dim, (None, None, axes.EMBED)
-        positions = nn.with_logical_partitioning(nn.initializers.normal(d**-0.5), names)
-        shape = (1, config.grid**2, d)
-        self.pos_embedding = self.param("pos_embedding", positions, shape, jnp.float32)
-        if config.pool == "class_token":
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
-            self.cls = self.param("cls", zeros, (1, 1, d), jnp.float32)
         if config.pre_norm:
             self.pre_norm = norm(config)
         self.encoder = Encoder(config)
@@ -212,6 +205,7 @@ class VisionTransformer(nn.Module):
         x = self.encoder(self.dropout(x, deterministic=not train), real, train=train)
         return self.logits(self.features(x))
 
+    @nn.compact
     def embed(
         self, images: jax.Array, valid: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -220,16 +214,25 @@ class VisionTransformer(nn.Module):
         """
         config = self.config
         x = self.embedding(images)
-        x = x + jnp.asarray(self.pos_embedding, x.dtype)
+        x = x + self._token("pos_embedding", config.grid**2, config.emb_dim**-0.5).astype(x.dtype)
         if config.pool == "class_token":
             # Positions are those of patches: big_vision adds them before the class token.
-            token = jnp.broadcast_to(jnp.asarray(self.cls, x.dtype), (x.shape[0], 1, x.shape[-1]))
+            token = self._token("cls", 1, 0.0).astype(x.dtype)
+            token = jnp.broadcast_to(token, (x.shape[0], 1, x.shape[-1]))
             x = jnp.concatenate([token, x], axis=1)
         if config.pre_norm:
             x = self.pre_norm(x)
         if valid is None:
             valid = jnp.ones(x.shape[:1], bool)
         return constrain(x, HIDDEN_AXES), jnp.broadcast_to(valid[:, None], x.shape[:2])
+
+    def _token(self, name: str, count: int, stddev: float) -> jax.Array:
+        """A parameter `[1, count, d]`."""
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(stddev), (None, None, axes.EMBED)
+        )
+        value = self.param(name, init, (1, count, self.config.emb_dim), jnp.float32)
+        return jnp.asarray(value)
 
     def features(self, encoded: jax.Array) -> jax.Array:
         """What the head sees: `[B, d]` of the stack's result `[B, N, d]`."""
