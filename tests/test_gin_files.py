@@ -25,17 +25,18 @@ from upcycle_jax.training.trainer import Trainer
 FOLDER = search.shipped_folder()
 
 
-def is_language_model(name: str) -> bool:
-    """Whether a model file is of the decoder-only family."""
-    return "include 'models/parts/decoder" in (FOLDER / name).read_text(encoding="utf-8")
+def is_of_another_family(name: str) -> bool:
+    """Whether a model file is of decoder-only models, or of vision transformers."""
+    parts = re.compile("include 'models/parts/(decoder|vit)")
+    return parts.search((FOLDER / name).read_text(encoding="utf-8")) is not None
 
 
 SHIPPED = search.shipped_files()
-# Those of language models are built and stepped in test_lm_gin_files.py.
+# The others are built and stepped in test_lm_gin_files.py and test_vit_gin_files.py.
 MODELS = [
     name
     for name in SHIPPED
-    if re.fullmatch(r"models/[^/]+\.gin", name) and not is_language_model(name)
+    if re.fullmatch(r"models/[^/]+\.gin", name) and not is_of_another_family(name)
 ]
 RUNS = [name for name in SHIPPED if re.fullmatch(r"runs/[^/]+\.gin", name)]
 RECIPES = [name for name in SHIPPED if re.fullmatch(r"recipes/[^/]+\.gin", name)]

@@ -1,0 +1,84 @@
+"""Shipped gin files of vision transformers are built, counted and stepped."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from upcycle_jax.config import load, search
+from upcycle_jax.moe.routing import ExpertsChoose
+
+FOLDER = search.shipped_folder()
+MODELS = [name for name in search.shipped_files() if re.fullmatch(r"models/vit_[^/]+\.gin", name)]
+SMALL = [
+    "IMAGE_SIZE=32",
+    "NUM_CLASSES=5",
+    "VitConfig.patch_size=8",
+    "VitConfig.emb_dim=16",
+    "VitConfig.num_layers=2",
+    "VitConfig.num_heads=2",
+    "VitConfig.mlp_dim=24",
+]
+SPARSE = [*SMALL, "NUM_EXPERTS=2", "GROUP_SIZE=32"]
+
+
+@functools.cache
+def loss_after_a_step(model) -> tuple[float, float]:
+    """The loss of a batch, and after a step down its gradient."""
+    batch = model.features.random(None, batch_size=4)
+    denominator = model.loss_denominator(batch)
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            return model.loss_fn(params, batch, None, denominator=denominator)[0]
+
+        before, gradient = jax.value_and_grad(loss)(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+        return before, loss(params)
+
+    before, after = step(jax.jit(model.init_params)(jax.random.key(0)))
+    return float(before), float(after)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_build_and_step(name):
+    sparse = "upcycled" in name
+    model = load([name], SPARSE if sparse else SMALL).macro("MODEL")
+    assert (model.config.moe is not None) == sparse
+    before, after = loss_after_a_step(model)
+    # The head starts at zero, so that every class is as likely.
+    assert before == pytest.approx(math.log(5), abs=1e-4) and after < before
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "tiny" not in name])
+def test_the_head_of_a_file_says_how_large_its_model_is(name):
+    model = load([name]).macro("MODEL")
+    count = sum(spec.size for spec in model.param_specs().values())
+    text = (FOLDER / name).read_text(encoding="utf-8").partition("#\n")[0]
+    assert f"{count:,}" in text
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "upcycled" in name])
+def test_upcycled_models_are_the_papers(name):
+    """Section 3.1 and appendix B.7 of arXiv 2212.05055: the last half of the blocks, E = 32, C = 2,
+    experts choose, weights renormalised.
+    """
+    config = load([name]).macro("MODEL").config
+    layers = config.num_layers
+    assert config.sparse_layers == tuple(range(layers - layers // 2, layers))
+    assert config.moe.num_experts == (4 if "tiny" in name else 32)
+    assert config.moe.router == ExpertsChoose(renormalize=True)
+    assert config.moe.train_expert_capacity_factor == 2.0
+
+
+def test_bfloat16_and_the_sigmoid_loss_step():
+    bindings = [*SPARSE, "ACTIVATION_DTYPE='bfloat16'", "LOSS='sigmoid'"]
+    model = load(["models/vit_tiny_upcycled.gin"], bindings).macro("MODEL")
+    before, after = loss_after_a_step(model)
+    # Five classes with logits 0: 5 log 2.
+    assert before == pytest.approx(5 * math.log(2), abs=1e-3) and after < before
+    assert model.config.activation_dtype == jnp.bfloat16
