@@ -277,3 +277,47 @@ def test_the_operative_configuration_builds_the_same_run(dense_checkpoint, tmp_p
     assert before["model"] == after["model"] and before["model"].config.moe is not None
     for part in ("optimizer", "learning_rate_fn", "parameter_groups", "max_gradient_norm"):
         assert getattr(before["trainer"], part) == getattr(after["trainer"], part)
+
+
+PAPER = "papers/language_models"
+PAPERS = [name for name in search.shipped_files() if re.fullmatch(rf"{PAPER}/[^/]+\.gin", name)]
+# Experts, choices, billions of tokens, peak and last learning rate.
+PUBLISHED = {
+    "llama_3_meets_moe": (8, 2, 100, 3e-5, 3e-7),
+    "nvidia_e8g1t2": (8, 2, 1000, 3e-4, 4.5e-7),
+    "nvidia_e8g8t8": (64, 8, 1000, 3e-4, 4.5e-7),
+    "drop_upcycling_8x1_5b": (8, 2, 500, 2e-4, 2e-5),
+    "olmoe_upcycling": (8, 2, 610, 4e-4, 4e-5),
+    "branch_train_mix": (4, 2, 80, 1e-4, 1e-5),
+}
+
+
+def paper_run(name):
+    required = ["MODEL_DIR='x'", "INITIAL_CHECKPOINT_PATH='y'", "MIXTURE_OR_TASK_NAME='z'"]
+    loaded = load([name], [*required, "DecoderConfig.num_layers=1"])
+    return loaded.build("train").keywords, loaded.unused()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_published_recipes_are_as_published(name):
+    call, unused = paper_run(name)
+    assert not [line for line in unused if PAPER in line]
+    model, data, trainer = call["model"], call["train_dataset_cfg"], call["trainer"]
+    experts, choices, tokens, peak, last = PUBLISHED[name.rpartition("/")[2][:-4]]
+    moe = model.config.moe
+    assert (moe.num_experts, moe.router.num_selected_experts) == (experts, choices)
+    rows = data.batch_size * data.task_feature_lengths["targets"]
+    assert call["total_steps"] * rows / 1e9 == pytest.approx(tokens, rel=1e-3)
+    rates = [float(trainer.learning_rate_fn(step)) for step in range(0, 3000, 50)]
+    rates += [float(trainer.learning_rate_fn(call["total_steps"]))]
+    assert max(rates) == pytest.approx(peak, rel=1e-3) and rates[-1] == pytest.approx(last)
+    # What a recipe needs of its experts fits their shapes.
+    recipe = call["checkpoint_cfg"].restore.recipe
+    for path, spec in model.param_specs().items():
+        if spec.role is trees.Role.EXPERT and "layers_0/" in path:
+            recipe.expert_init.operation(path, spec)
+    assert float(trainer.learning_rate_fn(0)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_every_published_recipe_is_there():
+    assert {name.rpartition("/")[2][:-4] for name in PAPERS} == set(PUBLISHED)
