@@ -51,7 +51,7 @@ class Keys:
 
     def refused(self, key: str, why: str) -> ValueError:
         """The error that names file, key and value."""
-        return ValueError(f"{self._where}{key} is {quoted(self._keys.get(key))}: {why}")
+        return ValueError(f"{self._where}{shown(key)} is {quoted(self._keys.get(key))}: {why}")
 
     def lacks(self, key: str, why: str) -> ValueError:
         """The error for a key that has to be there."""
@@ -86,6 +86,11 @@ class Keys:
             bound = f"between 0 and {below:g}" if below < float("inf") else "above 0"
             raise self.refused(key, f"a number {bound} belongs there")
         return float(value)
+
+    def given(self, key: str, default: float) -> float:
+        """A positive number; the default where the key is absent or null."""
+        value = self.number(key, default)
+        return default if value is None else float(value)
 
     def check_plain(self) -> None:
         """Checks what no family computes.

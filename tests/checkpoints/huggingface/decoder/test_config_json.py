@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from upcycle_jax.checkpoints.huggingface.decoder.config_json import read_config
 from upcycle_jax.checkpoints.huggingface.decoder.kinds import KINDS
@@ -295,7 +297,131 @@ def test_keys_that_change_nothing(model_type):
     assert read(model_type, **more, **theta, **noise) == read(model_type, **more, **theta)
 
 
+def test_released_files():
+    """Keys and values as they were released, at the sizes of these tests."""
+    common = {
+        "architectures": ["AForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0",
+        "use_cache": True,
+    }
+    smollm = {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "pretraining_tp": 1,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    }
+    assert read("llama", **common, **smollm).rope == Rope(1e5)
+    qwen = {
+        "max_window_layers": 24,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
+    assert read("qwen2", **common, **qwen).rope == Rope(1e6)
+    gemma = {
+        "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 224,
+        "sliding_window": 4096,
+        "sliding_window_size": 4096,
+        "rope_theta": 10000.0,
+    }
+    both = common | {"hidden_act": "gelu_pytorch_tanh"}
+    assert read("gemma2", **both, **gemma).attention_scale == 224**-0.5
+    with pytest.raises(ValueError, match="sliding_window_size is 4096: sliding_window says 8"):
+        read("gemma2", **both, **(gemma | {"sliding_window": 8}))
+    phi4 = {
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "embd_pdrop": 0.0,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1, 1.5, 2],
+            "long_factor": [1, 2, 4],
+        },
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    }
+    found = read("phi3", **common, **phi4).rope  # 32768 / 4096 = 8; 6 of 8 entries turn.
+    assert (found.kind, found.fraction, found.factor) == ("longrope", 0.75, 8.0)
+    pythia = {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-05,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "attention_probs_dropout_prob": 0,
+    }
+    assert read("gpt_neox", **(common | pythia)).parallel_residual
+
+
 # Refusals.
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats()
+    | st.sampled_from(["", "llama3", "yarn", "longrope", "silu", FULL, SLIDING, "x" * 300])
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+_KEYS = sorted(
+    {*SIZES, *MOE, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
+    | {"sliding_window", "use_sliding_window", "max_window_layers", "no_rope_layers", "clip_qkv"}
+    | {"mlp_only_layers", "decoder_sparse_step", "norm_topk_prob", "hidden_act", "rms_norm_eps"}
+    | {"attention_multiplier", "query_pre_attn_scalar", "partial_rotary_factor", "dtype"}
+    | {"shared_expert_intermediate_size", "attn_logit_softcapping", "rope_local_base_freq"}
+)
+_ROPE_KEYS = st.sampled_from(
+    ["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "short_factor", FULL, SLIDING]
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    model_type=st.sampled_from(sorted(KINDS)),
+    keys=st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=3),
+    rope=st.none() | st.dictionaries(_ROPE_KEYS, _VALUES, max_size=3),
+)
+def test_any_values_at_all_give_a_model_or_one_clear_error(model_type, keys, rope):
+    more = MOE if "qwen" in model_type and KINDS[model_type].moe else {}
+    found = {"model_type": model_type, **SIZES, **more, **keys}
+    found |= {"rope_scaling": rope} if rope is not None else {}
+    try:
+        config = read_config(FOLDER, found)
+    except ValueError as error:
+        text = str(error)
+        assert str(FOLDER) in text
+        assert "\n" not in text
+        assert text.isprintable()
+    else:
+        assert config.forward_settings
 
 
 @pytest.mark.parametrize(

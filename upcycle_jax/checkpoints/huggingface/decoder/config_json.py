@@ -158,7 +158,7 @@ class _DecoderKeys(Keys):
                 raise self.refused(kind.epsilon_key, "a number between 0 and 1 belongs there")
             return float(value)
         for key in ("layer_norm_eps", "rms_norm_eps"):
-            if self.number(key, kind.epsilon) != kind.epsilon:
+            if self.given(key, kind.epsilon) != kind.epsilon:
                 raise self.refused(key, f"this type of model has {kind.epsilon}, always")
         return kind.epsilon
 
@@ -172,12 +172,12 @@ class _DecoderKeys(Keys):
         if kind.scaled_embedding:
             out["embedding_multiplier"] = width**0.5
         if kind.query_scalar is not None:
-            out["attention_scale"] = self._given("query_pre_attn_scalar", kind.query_scalar) ** -0.5
+            out["attention_scale"] = self.given("query_pre_attn_scalar", kind.query_scalar) ** -0.5
         if kind.multipliers:
-            out["attention_scale"] = self._given("attention_multiplier", 1.0)
-            out["embedding_multiplier"] = self._given("embedding_multiplier", 1.0)
-            out["residual_multiplier"] = self._given("residual_multiplier", 1.0)
-            out["logits_divisor"] = self._given("logits_scaling", 1.0)
+            out["attention_scale"] = self.given("attention_multiplier", 1.0)
+            out["embedding_multiplier"] = self.given("embedding_multiplier", 1.0)
+            out["residual_multiplier"] = self.given("residual_multiplier", 1.0)
+            out["logits_divisor"] = self.given("logits_scaling", 1.0)
         if out.get("attention_scale") == head_dim**-0.5:
             del out["attention_scale"]
         if kind.softcaps is not None:
@@ -185,10 +185,6 @@ class _DecoderKeys(Keys):
             out["attention_softcap"] = self.number("attn_logit_softcapping", attention)
             out["logits_softcap"] = self.number("final_logit_softcapping", logits)
         return out
-
-    def _given(self, key: str, default: float) -> float:
-        value = self.number(key, default)
-        return default if value is None else float(value)
 
     # Layers.
 
@@ -233,9 +229,13 @@ class _DecoderKeys(Keys):
 
     def _window(self) -> int | None:
         value = self.get("sliding_window", int, None)
-        if "sliding_window" not in self:
-            return self._kind.window
-        return self.size("sliding_window") if value else None
+        window = self._kind.window if "sliding_window" not in self else None
+        if value:
+            window = self.size("sliding_window")
+        other = self.size("sliding_window_size")  # Gemma 2 was released with both.
+        if other not in (None, window):
+            raise self.refused("sliding_window_size", f"sliding_window says {window}. Correct one")
+        return window
 
     def _sliding(
         self,

@@ -271,6 +271,7 @@ HARMLESS = frozenset(
         # Training: initialisation, dropout, losses and their statistics.
         "initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout",
         "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "output_router_logits",
+        "attention_probs_dropout_prob", "attention_dropout_prob", "hidden_dropout_prob",
         "router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "pretraining_tp",
         "use_cache", "z_loss_coefficient",
         # How transformers runs and what it returns.
@@ -280,6 +281,8 @@ HARMLESS = frozenset(
         "prefix", "problem_type", "finetuning_task", "task_specific_params", "id2label",
         "label2id", "num_labels", "_num_labels", "transformers.js_config", "is_llama_config",
         "max_sequence_length", "seq_length", "model_max_length", "_sliding_window_pattern",
+        "tokenizer_model_max_length", "tokenizer_padding_side", "bos_token", "eos_token",
+        "pad_token", "unk_token", "full_attn_mod", "interpolate_factor",
         # Read where it matters, elsewhere without effect.
         "max_window_layers",
     }

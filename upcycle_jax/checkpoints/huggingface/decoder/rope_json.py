@@ -97,7 +97,7 @@ class _Ropes:
             return dict.fromkeys((FULL, SLIDING), full)
         local = theta
         if kind.local_theta is not None:
-            local = keys.number("rope_local_base_freq", kind.local_theta)
+            local = keys.given("rope_local_base_freq", kind.local_theta)
         return {FULL: full, SLIDING: self._rope({}, "rope_scaling", local)}
 
     def _new(self, found: Mapping[str, Any]) -> dict[str, Rope]:
@@ -184,9 +184,9 @@ class _Ropes:
 
     def _fraction(self, part: Keys) -> float:
         default = self._kind.fraction
-        whole = self._keys.number(self._fraction_key, 1.0 if default is None else default)
+        whole = self._keys.given(self._fraction_key, 1.0 if default is None else default)
         key = "partial_rotary_factor"
-        fraction: float = part.number(key, whole)
+        fraction = part.given(key, whole)
         if default is None and fraction != 1.0:
             raise ValueError(
                 f"{self._folder}: {key} in config.json is {fraction}: this type of model rotates"
@@ -220,8 +220,8 @@ class _Ropes:
             amplitude = one / other
         return {
             "attention_factor": amplitude,
-            "beta_fast": part.number("beta_fast", None) or 32.0,
-            "beta_slow": part.number("beta_slow", None) or 1.0,
+            "beta_fast": part.given("beta_fast", 32.0),
+            "beta_slow": part.given("beta_slow", 1.0),
             "truncate": part.get("truncate", bool, True),
         }
 
