@@ -195,6 +195,14 @@ def test_plain_mlps_with_biases_are_exact_too(small, name):
     assert outcome.prediction.verdict is Verdict.EXACT and outcome.ok, outcome.text()
 
 
+def test_halves_must_add_up(small):
+    model = moe_model(expert_mlp_dim=20, shared_expert_mlp_dim=10)
+    with pytest.raises(
+        ValueError, match="SHARED_EXPERT_MLP_DIM must add up to the dense MLP's hidden size"
+    ):
+        converted(small, model, recipe(expert_init=surgery.SplitExperts()))
+
+
 MLP = "target/decoder/layers_1/mlp"
 
 

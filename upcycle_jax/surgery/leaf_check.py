@@ -244,11 +244,13 @@ def twin_of(actual: np.ndarray, row: Row, region: Region, source: Reader) -> str
     if inner.size < 2 or not np.any(inner):
         return ""
     part = region[1:] if row.operation.stacked else region
+    if row.operation.picks_experts:
+        part = row.operation.source_region(part, 0, region[0].start)
     for name, spec in source.specs().items():
-        if name in row.sources or spec.dtype != row.spec.dtype or len(spec.shape) != inner.ndim:
+        if name in row.sources or spec.dtype != row.spec.dtype or len(spec.shape) != len(part):
             continue
         if all(s.stop <= n for s, n in zip(part, spec.shape, strict=True)) and np.array_equal(
-            bits_of(source.read(name, part)), bits_of(inner)
+            bits_of(source.read(name, part)).reshape(inner.shape), bits_of(inner)
         ):
             return name
     return ""
