@@ -6,9 +6,9 @@ import importlib
 
 import pytest
 
-from upcycle_jax.data import DatasetConfig, configure, resolve, shipped_tasks
+from upcycle_jax.data import DatasetConfig, configure, fingerprints, resolve, shipped_tasks
 from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.features import DecoderOnlyFeatures, EncoderDecoderFeatures
+from upcycle_jax.features import EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
@@ -57,21 +57,15 @@ def test_unprepared_data_are_named_with_the_command_that_prepares_them(
 
 
 def test_c4_is_learnt_in_rows_by_decoder_only_models():
-    import numpy as np
-
-    importlib.import_module("upcycle_jax.tasks.c4")
-    documents = [{"text": f"Document {n} tells of {n} things. " * (1 + n % 5)} for n in range(40)]
-    config = DatasetConfig(
-        _with_examples("c4_language_modeling", documents),
-        {"targets": 64},
-        batch_size=4,
-        vocabulary="bytes",
-        seed=0,
+    for module in ("c4", "embedded_text"):
+        importlib.import_module(f"upcycle_jax.tasks.{module}")
+    c4, embedded = (
+        seqio.TaskRegistry.get(f"{name}_language_modeling") for name in ("c4", "python_source")
     )
-    batch = next(open_dataset(config, DecoderOnlyFeatures()).train_iterator())
-    tokens, segments = batch["decoder_target_tokens"], batch["decoder_segment_ids"]
-    assert (segments > 0).all()
-    np.testing.assert_array_equal(tokens[:, :-1] == 1, np.diff(segments, axis=1) == 1)
+    steps = fingerprints.preprocessors(c4)
+    assert steps[1:] == fingerprints.preprocessors(embedded)
+    assert steps[-3:] == ["append_eos", "CacheDatasetPlaceholder", "language_modeling"]
+    assert c4.output_features.keys() == embedded.output_features.keys()
 
 
 def test_super_glue_mixture_is_proportional(with_t5):

@@ -85,15 +85,16 @@ class DecoderOnlyConverter(seqio.FeatureConverter):
             starts |= real & (documents != tf.concat([[0], documents[:-1]], axis=0))
             if _PACKED in row:
                 starts |= real & (row[_PACKED] == 0)
-        begins = tf.where(starts, index, 0)
+        segments = tf.cumsum(tf.cast(starts, tf.int32))
+        firsts = tf.concat([[0], tf.boolean_mask(index, starts)], axis=0)  # of segments 0, 1, ...
         tokens = row[_TOKENS] - 1
         before = tf.concat([[self.bos_id], tokens[:-1]], axis=0)
         values = (
             tf.where(starts, self.bos_id, before),
             tokens,
             row[_WEIGHTS] - 1,
-            tf.cumsum(tf.cast(starts, tf.int32)),
-            index - tf.scan(tf.maximum, begins),
+            segments,
+            index - tf.gather(firsts, segments),
         )
         return {
             name: tf.where(real, value, 0) for name, value in zip(DECODER_ONLY, values, strict=True)
