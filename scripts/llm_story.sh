@@ -95,7 +95,7 @@ train small "$dense_steps" --gin_file=models/tiny_lm.gin --gin_file=runs/pretrai
 
 say "6/8 Upcycling it"
 sparse="$out/small_moe/checkpoint_$dense_steps"
-upcycle "$out/small/checkpoint_$dense_steps" "$sparse" small_moe.log --gin.OPTIMIZER=@AdamW\(\)
+upcycle "$out/small/checkpoint_$dense_steps" "$sparse" small_moe.log --gin.OPTIMIZER="@AdamW()" --gin.RECIPE_STEP="'keep'"
 
 say "7/8 Continuing both on the same batches, $extra_steps steps"
 train small_continued "$end" --gin_file=runs/continue_pretrain_lm.gin --gin.INITIAL_CHECKPOINT_PATH="'$out/small/checkpoint_$dense_steps'"
@@ -107,5 +107,4 @@ story load small_hf
 "$python" -m upcycle_jax.report --run=dense=small_continued --run=upcycled=small_upcycled --dense=dense --upcycled=upcycled --output_dir=report \
     --title="A small language model: dense continuation and upcycled" \
     --scale="Scaled down: a byte-level language model after $dense_steps dense steps on text from this machine, $extra_steps extra steps, on CPU. It shows the path and the shape of the curves; it is not evidence about models of useful size."
-story tables report/report.md
 say "Done. Open $out/report/report.html"
