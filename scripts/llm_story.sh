@@ -95,7 +95,7 @@ train small "$dense_steps" --gin_file=models/tiny_lm.gin --gin_file=runs/pretrai
 
 say "6/8 Upcycling it"
 sparse="$out/small_moe/checkpoint_$dense_steps"
-upcycle "$out/small/checkpoint_$dense_steps" "$sparse" small_moe.log --gin.OPTIMIZER="@AdamW()" --gin.RECIPE_STEP="'keep'"
+upcycle "$out/small/checkpoint_$dense_steps" "$sparse" small_moe.log --gin.OPTIMIZER="@AdamW()"
 
 say "7/8 Continuing both on the same batches, $extra_steps steps"
 train small_continued "$end" --gin_file=runs/continue_pretrain_lm.gin --gin.INITIAL_CHECKPOINT_PATH="'$out/small/checkpoint_$dense_steps'"
