@@ -225,9 +225,21 @@ d.join(**place, initialization_timeout=seconds, environ={})
 """
 
 
-def test_a_run_that_does_not_assemble_names_who_is_missing():
-    port = str(free_port())
-    (_, first), (_, third) = run_processes(JOIN, [[port, "0", "4", "10"], [port, "2", "4", "6"]])
+@pytest.fixture(scope="module")
+def joins():
+    """What processes say that wait in vain, all at the same time: processes 0 and 2 of 4; process
+    1 of 2 without a coordinator; processes 0 of 3 and 1 of 2 of one coordinator.
+    """
+    port, nobody, other = (str(free_port()) for _ in range(3))
+    waiting = [[port, "0", "4", "10"], [port, "2", "4", "6"], [nobody, "1", "2", "2"]]
+    disagreeing = [[other, "0", "3", "8"], [other, "1", "2", "8"]]
+    results = run_processes(JOIN, waiting + disagreeing)
+    assert all(code == 1 for code, _ in results), results
+    return [output for _, output in results]
+
+
+def test_a_run_that_does_not_assemble_names_who_is_missing(joins):
+    first, third, *_ = joins
     assert "TimeoutError: processes 1, 3 of 4 did not report to process 0 at 127.0.0.1" in first
     assert (
         "process 2 of 4 did not get together with process 0" in third
@@ -235,17 +247,10 @@ def test_a_run_that_does_not_assemble_names_who_is_missing():
     )
 
 
-def test_a_process_without_a_coordinator_says_so_and_another_count_is_refused():
-    port, other = str(free_port()), str(free_port())
-    results = run_processes(
-        JOIN, [[port, "1", "2", "2"], [other, "0", "3", "8"], [other, "1", "2", "8"]]
-    )
-    assert (
-        "process 1 of 2 did not get together with process 0" in results[0][1]
-        and "refused" in results[0][1]
-    )
+def test_a_process_without_a_coordinator_says_so_and_another_count_is_refused(joins):
+    _, _, alone, _, refused = joins
+    assert "process 1 of 2 did not get together with process 0" in alone and "refused" in alone
     assert (
         "was started with --process_count=2, but process 0 was started with --process_count=3"
-        in results[2][1]
+        in refused
     )
-    assert all(code == 1 for code, _ in results)

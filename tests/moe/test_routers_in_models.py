@@ -3,6 +3,7 @@ padding nor on the mesh.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -116,8 +117,14 @@ def trainer(num_microbatches=None):
     )
 
 
+def biases_of(state):
+    """The selection biases of routers, by path."""
+    flat = trees.flatten(state.params)
+    return {path: np.asarray(leaf) for path, leaf in flat.items() if path.endswith("router/bias")}
+
+
 def train(model, steps, *, partitioner=None, num_microbatches=None, batch=None):
-    """The state and the outputs of some steps on one batch."""
+    """The biases after each of some steps on one batch, and the outputs of the steps."""
     partitioner = partitioner or Partitioner(devices=(jax.devices()[0],))
     setup = trainer(num_microbatches)
     shardings = partitioner.shardings(state_specs(model, setup.optimizer))
@@ -125,17 +132,24 @@ def train(model, steps, *, partitioner=None, num_microbatches=None, batch=None):
     with partitioner.activate():
         state = initial_state(model, setup.optimizer, seed=0, shardings=shardings)
         step = jitted_train_step(model, setup, partitioner=partitioner, shardings=shardings, seed=0)
-        batch, outputs = jax.device_put(batch, partitioner.batch_sharding), []
+        batch, outputs, biases = jax.device_put(batch, partitioner.batch_sharding), [], []
         for _ in range(steps):
             state, output = step(state, batch)
             outputs.append(jax.device_get(output))
-    return state, outputs
+            biases.append(biases_of(state))
+    return biases, outputs
+
+
+@functools.cache
+def trained(router):
+    """25 steps on one device, which several tests look at."""
+    return train(make_model(router), 25)
 
 
 @pytest.mark.parametrize("router", LONG)
 def test_the_loss_falls(router):
     model = make_model(router)
-    state, outputs = train(model, 25)
+    biases, outputs = trained(router)
     losses = [float(output.loss) for output in outputs]
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0], losses
     values = metrics.compute(outputs[-1].metrics)
@@ -150,7 +164,7 @@ def test_the_loss_falls(router):
         (f"{layer}/mlp/router/bias", rate) for layer, rate in balance_rates(model.stacks).items()
     ):
         # Weight decay and momentum leave the bias alone: it is a sum of whole steps.
-        steps = np.asarray(trees.flatten(state.params)[path]) / rate
+        steps = biases[-1][path] / rate
         assert np.abs(steps).max() > 0
         np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
 
@@ -199,32 +213,29 @@ def test_cached_decoding_equals_the_full_pass(router):
 
 @pytest.mark.parametrize("router", LONG)
 def test_eight_devices_equal_one(router):
-    model = make_model(router)
-    one, eight = (
-        train(model, 3, partitioner=p) for p in (None, Partitioner(num_expert_partitions=4))
-    )
-    for first, second in zip(one[1], eight[1], strict=True):
+    biases, outputs = trained(router)
+    on_eight = Partitioner(num_expert_partitions=4)
+    biases_of_eight, outputs_of_eight = train(make_model(router), 3, partitioner=on_eight)
+    for first, second in zip(outputs[:3], outputs_of_eight, strict=True):
         np.testing.assert_allclose(second.loss, first.loss, rtol=1e-4)
         want, got = (metrics.compute(output.metrics) for output in (first, second))
         for name in want:
             np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    for path, leaf in trees.flatten(one[0].params).items():
-        if path.endswith("router/bias"):
-            np.testing.assert_array_equal(trees.flatten(eight[0].params)[path], leaf, err_msg=path)
+    for path, bias in biases[2].items():
+        np.testing.assert_array_equal(biases_of_eight[2][path], bias, err_msg=path)
 
 
 def test_the_bias_follows_the_whole_batch_whatever_its_division():
     model = make_model(LossFreeTopK(update_rate=0.25), group_size=8)
-    biases = []
+    found = []
     for parts in (None, 4):
-        state, outputs = train(model, 1, num_microbatches=parts)
+        biases, outputs = train(model, 1, num_microbatches=parts)
         chosen = np.asarray(outputs[0].metrics["experts/encoder/layers_0/chosen"].total)
         # Two choices of each of 45 real tokens; padding wants nobody.
         assert chosen.sum() == 2 * 45
-        bias = np.asarray(trees.flatten(state.params)[BIAS])
-        np.testing.assert_array_equal(bias, 0.25 * np.sign(chosen.mean() - chosen))
-        biases.append(bias)
-    np.testing.assert_array_equal(*biases)
+        np.testing.assert_array_equal(biases[0][BIAS], 0.25 * np.sign(chosen.mean() - chosen))
+        found.append(biases[0][BIAS])
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_biased_router_balances_a_skewed_load():
