@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from upcycle_jax import surgery
+from upcycle_jax.models.t5.config import MoeConfig
+from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.moe.routing import TokensChoose
+from upcycle_jax.surgery.recipe_json import from_json, to_json
 
 ROUTER = "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
 
@@ -117,3 +121,34 @@ def test_router_files_that_cannot_be_used_are_named(kind, message, small, tmp_pa
     recipe = surgery.Recipe(router_init=surgery.GivenRouter(str(write_router_file(kind, tmp_path))))
     with pytest.raises(ValueError, match=message):
         surgery.make_plan(small.tree(), small.tree(sparse=(1,)), recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "preserves"),
+    [
+        # Factors on all matrices, (8 / 2)^(1/3) for one group: NVIDIA's E8G1T2.
+        ({"granularity": 1, "top_k": 2}, False),
+        ({"granularity": 1, "softmax_order": "after_top_k"}, True),
+        ({"granularity": 1, "scale_weights": False}, True),
+        ({"granularity": 2, "scale_weights": False}, False),
+        ({"granularity": 2, "softmax_order": "after_top_k"}, False),
+        ({"granularity": 2, "softmax_order": "after_top_k", "scaled": "output"}, True),
+        ({"granularity": 2, "scaled": "output"}, False),
+    ],
+)
+def test_virtual_groups_that_may_be_exact(settings, preserves):
+    assert surgery.VirtualGroups(**settings).preserves_function == preserves
+
+
+def test_records_of_earlier_versions_read_the_same():
+    """What was added later is recorded where it is set."""
+    plain = to_json(surgery.Recipe(expert_init=surgery.VirtualGroups()))
+    assert "shared_expert" not in plain and "scaled" not in plain["expert_init"]
+    init = surgery.VirtualGroups(softmax_order="after_top_k", scaled="output")
+    recipe = surgery.Recipe(expert_init=init, shared_expert="zeros")
+    assert to_json(recipe)["shared_expert"] == "zeros"
+    assert from_json(to_json(recipe)) == recipe
+    assert "aux_loss" not in to_json(MoeSettings()) and "aux_loss=" not in repr(MoeConfig())
+    assert repr(MoeConfig(aux_loss="joint", encoder_router=TokensChoose())).endswith(
+        "independent=False, aux_loss='joint')"
+    )

@@ -177,9 +177,11 @@ class VirtualGroups:
 
     @property
     def preserves_function(self) -> bool:
-        """Where `wo` alone carries the factor G, and routers choose whole groups."""
-        whole = self.softmax_order == "after_top_k" and self.scale_weights
-        return self.granularity == 1 or (self.scaled == "output" and whole)
+        """Where `wo` alone carries the factor G, if routers choose whole groups."""
+        if not self.scale_weights:
+            return self.granularity == 1
+        whole = self.scaled == "output" or self.granularity == 1
+        return whole and self.softmax_order == "after_top_k"
 
     def __post_init__(self):
         checks.check_fields(self)

@@ -216,8 +216,8 @@ def _experts(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     out: dict[str, Any] = {
         "num_experts_per_tok": chosen,
         "output_router_logits": False,
-        # Their balanced loss is K, summed over all choices; ours is 1.
-        "router_aux_loss_coef": moe.aux_loss_factor / chosen,
+        # Both losses count all K choices and are K at perfect balance: docs/routers.md.
+        "router_aux_loss_coef": moe.aux_loss_factor,
     }
     if holder.weights == "unit":
         out["num_local_experts"] = moe.num_experts
