@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints.huggingface.base import Sources
+from upcycle_jax.checkpoints.huggingface.base import Source, Sources
 from upcycle_jax.checkpoints.huggingface.comparing import compare, few, numbered
 from upcycle_jax.checkpoints.huggingface.decoder.config_json import SIZES, read_config
 from upcycle_jax.checkpoints.huggingface.decoder.tensors import (
     EMBEDDING,
     IN_MEMORY,
     NAMES,
-    Names,
+    Place,
     layout,
     shapes_of,
 )
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles
+from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles, shown
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.state_tree import TARGET
 
@@ -75,51 +75,49 @@ class _Placing:
         self._type: str = keys["model_type"]
         sizes = [(key, keys.get(key)) for key in (*SIZES, *_MORE_SIZES)]
         self._given = ", ".join(f"{key} {value}" for key, value in sizes if value is not None)
-        self._in_memory = self._is_in_memory()
-        names = (IN_MEMORY if self._in_memory else NAMES)[self._type]
-        self._names = names if self._has(names.base) else _without_base(names)
+        names = (IN_MEMORY if self._is_in_memory() else NAMES)[self._type]
+        self._names = names if self._has(names.base) else dataclasses.replace(names, base="")
 
     def sources(self) -> dict[str, Sources]:
         self._check_depth()
         self._check_experts()
-        head = f"{self._names.head}.weight"
-        embedding = f"{self._names.base}{self._names.embedding}.weight"
-        places = list(layout(self._type, self._config, self._names))
-        expected = shapes_of(places)
-        renamed = {}
-        ignored = {name for name in self._weights.tensors if _UNUSED.fullmatch(name)}
-        ignored |= self._empty_shared()
-        if self._config.logits_via_embedding:
-            if embedding not in self._weights.tensors and head in self._weights.tensors:
-                renamed[embedding] = head  # One matrix under the other of its names.
-                expected[head] = expected.pop(embedding)
-            else:
-                self._check_tied(embedding, head)
-                ignored.add(head)
-        elif head not in self._weights.tensors:
-            raise ValueError(
-                f"{self._folder} has no {head}, but tie_word_embeddings in {CONFIG} is false (given"
-                " or by default): the output matrix is missing, as where a model was saved without"
-                f" its head. Save the whole model, or set it to true where {embedding} is the"
-                " output matrix"
-            )
-        config, moe = self._config, self._config.moe
-        experts = (
-            f", {len(config.sparse_layers)} of them with {moe.num_experts} experts" if moe else ""
-        )
+        tensors, config, moe = self._weights.tensors, self._config, self._config.moe
+        places, copies = self._places()
+        unused = {name for name in tensors if _UNUSED.fullmatch(name)}
+        experts = f", {len(config.sparse_layers)} of them with {moe.num_experts}" if moe else ""
         compare(
             self._folder,
             self._weights,
-            expected,
-            ignored=ignored,
+            shapes_of(places),
+            ignored=unused | copies | self._empty_shared(),
             kind=f"a {self._type} model",
-            describes=f"{config.num_layers} layers{experts}",
+            describes=f"{config.num_layers} layers{f'{experts} experts' if moe else ''}",
             given=self._given,
         )
-        out = {TARGET + place.path: place.sources for place in places}
-        if renamed:
-            out[TARGET + EMBEDDING] = _renamed(out[TARGET + EMBEDDING], renamed)
-        return out
+        return {TARGET + place.path: place.sources for place in places}
+
+    def _places(self) -> tuple[list[Place], set[str]]:
+        """Where every parameter is, and the tensors that are copies of those."""
+        places = list(layout(self._type, self._config, self._names))
+        head = f"{self._names.head}.weight"
+        embedding = f"{self._names.base}{self._names.embedding}.weight"
+        if not self._config.logits_via_embedding:
+            if head not in self._weights.tensors:
+                raise ValueError(
+                    f"{self._folder} has no {head}, but tie_word_embeddings in {CONFIG} is false"
+                    " (given or by default): the output matrix is missing, as where a model was"
+                    " saved without its head. Save the whole model, or set it to true where"
+                    f" {embedding} is the output matrix"
+                )
+            return places, set()
+        if embedding in self._weights.tensors or head not in self._weights.tensors:
+            self._check_tied(embedding, head)
+            return places, {head}
+        # One matrix under the other of its names.
+        named = [
+            dataclasses.replace(p, sources=Source(head)) for p in places if p.path == EMBEDDING
+        ]
+        return [*named, *(p for p in places if p.path != EMBEDDING)], set()
 
     def _has(self, start: str) -> bool:
         return any(name.startswith(start) for name in self._weights.tensors)
@@ -139,6 +137,13 @@ class _Placing:
         start, _, end = f"{self._names.base}{self._names.layer}".partition("{n}")
         pattern = re.compile(rf"{re.escape(start)}(0|[1-9]\d{{0,8}}){re.escape(end)}\.")
         layers, depth = numbered(self._weights, pattern), self._config.num_layers
+        if not layers:
+            first = min(self._weights.tensors, default="none at all")
+            raise ValueError(
+                f"{self._folder} has no tensor of a layer, {NAMES[self._type].base}layers.0, as a"
+                f" {self._type} model has (the first tensor is {shown(first)}): {CONFIG} is of"
+                " another model"
+            )
         if layers != set(range(depth)):
             raise ValueError(
                 f"{self._folder} has tensors of the layers {few(layers)}, but num_hidden_layers in"
@@ -182,13 +187,3 @@ class _Placing:
                 f" tie_word_embeddings in {CONFIG} is true (given or by default): set it to false"
                 f" where {head} counts, or remove {head} where the embedding does"
             )
-
-
-def _without_base(names: Names) -> Names:
-    """Names in a folder that was saved without its head."""
-    return dataclasses.replace(names, base="")
-
-
-def _renamed(sources: Sources, names: Mapping[str, str]) -> Sources:
-    assert not isinstance(sources, tuple)
-    return dataclasses.replace(sources, tensor=names.get(sources.tensor, sources.tensor))
