@@ -56,7 +56,7 @@ def differences(ours: DecoderConfig, read: DecoderConfig) -> Iterator[str]:
     """What two models compute differently, as far as the settings say."""
     one, other = _computed(ours), _computed(read)
     for name, value in one.items():
-        if not _equal(value, other[name]):
+        if name in other and not _equal(value, other[name]):
             yield f"{name} is {value!r}, read as {other[name]!r}"
     for i in range(min(ours.num_layers, read.num_layers)):
         if not _same_rope(ours, read, i):
