@@ -16,11 +16,13 @@ from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, inner_file, load_json, shown
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
+GENERATION = "generation_config.json"
+
 NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION,
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",

@@ -49,7 +49,7 @@ def run(folder: Path, tokens: np.ndarray, num_experts: int | None) -> TheirRun:
         model, info = auto.from_pretrained(
             str(folder),
             attn_implementation="eager",  # The others ignore soft-caps.
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

@@ -180,6 +180,12 @@ class _Folder:
         found = compare(OurModel(self._reader, self._config, tokens), seen, centred=centred)
         for line in _lines(found, tokens):
             report(f"served: {line}")
+        window, length = self._config.sliding_window, tokens.shape[1]
+        if window is not None and window >= length:
+            report(
+                f"served: note: its window of {window} positions is not felt in {length} tokens; it"
+                f" was compared in {CONFIG}"
+            )
         return found.first is None
 
 

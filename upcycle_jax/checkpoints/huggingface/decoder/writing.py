@@ -9,7 +9,7 @@ import numpy as np
 
 from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
 from upcycle_jax.checkpoints.huggingface.base import Export, Leaf, WritingOptions, leaves_of
-from upcycle_jax.checkpoints.huggingface.carried import Home, home_at, origin
+from upcycle_jax.checkpoints.huggingface.carried import GENERATION, Home, home_at, origin
 from upcycle_jax.checkpoints.huggingface.decoder import reading_back, verdicts
 from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose
 from upcycle_jax.checkpoints.huggingface.decoder.config_writing import (
@@ -126,6 +126,8 @@ def _beside(
     try:
         copied = home.files(config.vocab_size)
         line = f"tokenizer from {home.place}"
+        if set(copied) <= {GENERATION}:
+            line = f"{GENERATION} from {home.place}, which has no tokenizer: {name_it}"
     except NoTokenizer as error:
         if options.tokenizer is not None:
             raise
