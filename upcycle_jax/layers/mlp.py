@@ -26,6 +26,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 'quick_gelu' CLIP's, with a sigmoid."""
 
 
+def are_activations(value: object) -> bool:
+    """Whether a value out of a file names the activations of an MLP."""
+    names = value if isinstance(value, list | tuple) else ()
+    return bool(names) and all(isinstance(name, str) and name in ACTIVATIONS for name in names)
+
+
 def input_kernel_names(activations: Sequence[str]) -> tuple[str, ...]:
     """Names of the kernels before the hidden axis, one per activation: `wi`, or `wi_0`, `wi_1`, ...
     where there are several.

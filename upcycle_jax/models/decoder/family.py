@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from upcycle_jax import checks
+from upcycle_jax.layers.mlp import are_activations
 from upcycle_jax.layers.rope import Rope
 from upcycle_jax.models.base import Family
 from upcycle_jax.models.decoder.config import (
@@ -43,6 +44,7 @@ DECODER = Family(
     from_specs=from_specs,
     settings={
         **{name: functools.partial(_is_setting, name) for name in STATED},
+        "mlp_activations": are_activations,
         **dict.fromkeys(STATED_ROPES, _is_rope),
     },
     parts=(Rope,),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from upcycle_jax.layers.mlp import ACTIVATIONS
+from upcycle_jax.layers.mlp import are_activations
 from upcycle_jax.models.base import Family
 from upcycle_jax.models.t5.config import MoeConfig, T5Config
 from upcycle_jax.models.t5.from_specs import from_specs
@@ -16,11 +16,6 @@ def _build(config: T5Config) -> EncoderDecoderModel:
 
 def _is_number(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _are_activations(value: object) -> bool:
-    names = value if isinstance(value, list | tuple) else ()
-    return bool(names) and all(isinstance(name, str) and name in ACTIVATIONS for name in names)
 
 
 def _is_epsilon(value: Any) -> bool:
@@ -38,7 +33,7 @@ T5 = Family(
     build=_build,
     from_specs=from_specs,
     settings={
-        "mlp_activations": _are_activations,
+        "mlp_activations": are_activations,
         "layer_norm_epsilon": _is_epsilon,
         "relative_attention_max_distance": _is_distance,
     },

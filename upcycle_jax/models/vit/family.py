@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from upcycle_jax import checks
+from upcycle_jax.layers.mlp import are_activations
 from upcycle_jax.models.base import Family
 from upcycle_jax.models.vit.config import STATED, VitConfig, VitMoeConfig
 from upcycle_jax.models.vit.from_specs import from_specs
@@ -25,5 +26,8 @@ VIT = Family(
     moe=VitMoeConfig,
     build=VitModel,
     from_specs=from_specs,
-    settings={name: functools.partial(_is_setting, name) for name in STATED},
+    settings={
+        **{name: functools.partial(_is_setting, name) for name in STATED},
+        "mlp_activations": are_activations,
+    },
 )
