@@ -219,9 +219,14 @@ def test_layers_without_a_rope():
 
 
 def test_moe_layers():
-    mixtral = read("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    mixtral = read("mixtral", num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02)
     router = DroplessTopK(num_selected_experts=2, renormalize=True)
-    assert mixtral.moe == DecoderMoeConfig(num_experts=4, router=router)
+    assert mixtral.moe == DecoderMoeConfig(
+        num_experts=4, router=router, aux_loss_factor=0.02, aux_loss="joint"
+    )
+    assert read("mixtral", **EXPERTS).moe.aux_loss_factor == 0.001
+    assert read("olmoe", **EXPERTS).moe.aux_loss_factor == 0.01
+    assert read("olmoe", **EXPERTS, router_aux_loss_coef=0).moe.aux_loss_factor == 0
     assert mixtral.sparse_layers == (0, 1, 2, 3)
     shared = {"shared_expert_intermediate_size": 16}
     qwen = read("qwen2_moe", **MOE, **shared, decoder_sparse_step=2, mlp_only_layers=[3])
@@ -233,6 +238,8 @@ def test_moe_layers():
         shared_expert_mlp_dim=16,
         shared_expert_gate=True,
         sparse_layout=(1,),
+        aux_loss_factor=0.001,
+        aux_loss="joint",
     )
     assert qwen.qkv_bias
     assert not read("qwen2_moe", **MOE, qkv_bias=False).qkv_bias
@@ -287,7 +294,7 @@ def test_keys_that_change_nothing(model_type):
         "use_cache": True,
         "attention_dropout": 0.1,
         "initializer_range": 0.02,
-        "router_aux_loss_coef": 0.01,
+        "router_jitter_noise": 0.01,
         "something_new_that_is_off": False,
         "another": None,
     }

@@ -89,6 +89,36 @@ def test_logits_of_every_type(written, tmp_path, name):
         np.testing.assert_allclose(ours[0], reference, atol=1e-4)
 
 
+def test_the_loss_that_transformers_trains_an_moe_with(written):
+    """Cross-entropy, and `router_aux_loss_coef` times what balances experts."""
+    torch, _ = oracle.torch_and_transformers()
+    theirs, folder = written("qwen3_moe")
+    reader = open_checkpoint(folder)
+    model = uj.build_model(str(folder))
+    next_tokens = np.roll(TOKENS, -1, axis=1)
+    weights = np.ones_like(TOKENS)
+    weights[:, -1] = 0  # Nothing follows the last one.
+    batch = {
+        "decoder_input_tokens": TOKENS,
+        "decoder_target_tokens": next_tokens,
+        "decoder_loss_weights": weights,
+        "decoder_segment_ids": np.ones_like(TOKENS),
+        "decoder_positions": np.tile(np.arange(TOKENS.shape[1]), (2, 1)),
+    }
+
+    @jax.jit
+    def loss(params):
+        denominator = model.loss_denominator(batch)
+        return model.loss_fn(params, batch, None, denominator=denominator)[0]
+
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        plain = theirs(tokens, labels=tokens, output_router_logits=False).loss.item()
+        balanced = theirs(tokens, labels=tokens, output_router_logits=True).loss.item()
+    assert balanced - plain > 1e-3
+    assert float(loss(read_params(reader))) == pytest.approx(balanced, abs=1e-5)
+
+
 def gradients_of(model, tmp_path):
     """Torch's gradients, read as the leaves of a folder in which they stand for the tensors: what
     is behind a leaf is no arithmetic, so its gradient has the same way.

@@ -29,8 +29,8 @@ _LAYER_TYPES: Mapping[str, LayerType] = {FULL: "full", SLIDING: "sliding"}
 
 
 def read_config(folder: Path, keys: Mapping[str, Any]) -> DecoderConfig:
-    """The model that config.json states; dropout, dtype and what concerns training alone are the
-    defaults.
+    """The model that config.json states, with the load-balancing loss of transformers; dropout and
+    dtype are the defaults.
 
     Args:
       folder: for messages.
@@ -312,6 +312,8 @@ class _DecoderKeys(Keys):
                 expert_mlp_dim=width if width != sizes["intermediate_size"] else None,
                 shared_expert_mlp_dim=shared or None,
                 shared_expert_gate=kind.shared_gate and bool(shared),
+                aux_loss_factor=self._aux_loss(kind),
+                aux_loss="joint",  # The form of transformers.
                 sparse_layout=sparse if len(sparse) < layers else "MIXED",
             )
         except ValueError as error:
@@ -329,6 +331,11 @@ class _DecoderKeys(Keys):
         if not values:
             raise self.lacks("num_experts", "it is the number of experts")
         return values.pop()
+
+    def _aux_loss(self, kind: MoeKind) -> float:
+        """Weight of the load-balancing loss."""
+        key = "router_aux_loss_coef"
+        return 0.0 if self.value(key) == 0 else self.given(key, kind.aux_loss)
 
     def _sparse_layers(self, layers: int) -> tuple[int, ...]:
         """Indices of the MoE layers."""
@@ -357,7 +364,10 @@ class _DecoderKeys(Keys):
 
     def _refuse_unknown(self) -> None:
         """Refuses keys that nobody asked for, unless they say that something is off."""
-        for key in ("max_position_embeddings", "original_max_position_embeddings", "layer_types"):
+        for key in (
+            *("max_position_embeddings", "original_max_position_embeddings", "layer_types"),
+            "router_aux_loss_coef",
+        ):
             self.value(key)
         for key in sorted(self._keys.keys() - self.asked - HARMLESS):
             value = self._keys[key]

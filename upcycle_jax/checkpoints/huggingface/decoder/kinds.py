@@ -32,6 +32,7 @@ class MoeKind:
       steps: `decoder_sparse_step` and `mlp_only_layers` say which layers are MoE layers; else all.
       shared: key of the shared expert's hidden size; '' where the type has none.
       shared_gate: the shared expert has a gate.
+      aux_loss: default of `router_aux_loss_coef`.
     """
 
     width: str = "intermediate_size"
@@ -40,6 +41,7 @@ class MoeKind:
     steps: bool = False
     shared: str = ""
     shared_gate: bool = False
+    aux_loss: float = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +223,10 @@ KINDS: Mapping[str, Kind] = {
     "qwen3_moe": Kind(
         qk_norm="head", kv_heads=4, windows="all if used", window=4096, moe=_QWEN_MOE
     ),
-    "olmoe": Kind(epsilon=1e-5, qk_norm="projection", clips=True, moe=MoeKind()),
-    "flex_olmo": Kind(norm_place="post", qk_norm="projection", theta=5e5, moe=MoeKind()),
+    "olmoe": Kind(epsilon=1e-5, qk_norm="projection", clips=True, moe=MoeKind(aux_loss=0.01)),
+    "flex_olmo": Kind(
+        norm_place="post", qk_norm="projection", theta=5e5, moe=MoeKind(aux_loss=0.01)
+    ),
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": dataclasses.replace(
         _GRANITE_MOE, moe=MoeKind(after_top_k=True, shared="shared_intermediate_size")
@@ -272,7 +276,7 @@ HARMLESS = frozenset(
         "initializer_range", "initializer_factor", "attention_dropout", "hidden_dropout",
         "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "output_router_logits",
         "attention_probs_dropout_prob", "attention_dropout_prob", "hidden_dropout_prob",
-        "router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "pretraining_tp",
+        "router_jitter_noise", "gradient_checkpointing", "pretraining_tp",
         "use_cache", "z_loss_coefficient",
         # How transformers runs and what it returns.
         "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
