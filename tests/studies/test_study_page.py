@@ -7,12 +7,13 @@ import pathlib
 import re
 import shlex
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from upcycle_jax.config import load
 from upcycle_jax.report import main
-from upcycle_jax.studies import figures, study_page, study_results
+from upcycle_jax.studies import figures, plots, study_page, study_results
 from upcycle_jax.studies.run_results import Run, read_rows
 from upcycle_jax.studies.study_results import Study
 
@@ -143,6 +144,13 @@ def write_sweep(root, losses=LOSSES, baseline="dense_continued"):
 
 
 @pytest.fixture
+def page(monkeypatch):
+    """Makes the page of a sweep folder for its words and numbers: no picture is drawn."""
+    monkeypatch.setattr(plots, "png", lambda figure: plt.close(figure) or b"no picture")
+    return lambda folder: study_page.report(Study.load(folder))
+
+
+@pytest.fixture
 def sweep(tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
@@ -155,8 +163,8 @@ def cells(text, heading, first):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_tables_hold_means_and_paired_intervals(sweep):
-    text = study_page.report(Study.load(sweep)).markdown
+def test_tables_hold_means_and_paired_intervals(sweep, page):
+    text = page(sweep).markdown
     row = cells(text, "## Summary after 20 extra steps", "upcycled, capacity factor 2")
     assert row[1:7] == ["2", "step 100", "1,234", "600", "2,000.00", "0.25"]
     # Task means lie 0.5 above `code`: 1.9 and 2.11; s / sqrt(2) = 0.105, times 12.7062.
@@ -175,8 +183,8 @@ def test_tables_hold_means_and_paired_intervals(sweep):
     )  # 1.3 and 1.2
 
 
-def test_words_follow_from_the_intervals(sweep):
-    text = study_page.report(Study.load(sweep)).markdown
+def test_words_follow_from_the_intervals(sweep, page):
+    text = page(sweep).markdown
     findings = text.split("## What came out")[1].split("## Summary")[0]
     assert (
         "**upcycled, capacity factor 2** against **dense continued**: after 20 extra steps the loss"
@@ -196,8 +204,8 @@ def test_words_follow_from_the_intervals(sweep):
     )
 
 
-def test_a_reader_of_the_file_alone_learns_scale_seeds_hardware_and_load(sweep):
-    text = study_page.report(Study.load(sweep)).markdown
+def test_a_reader_of_the_file_alone_learns_scale_seeds_hardware_and_load(sweep, page):
+    text = page(sweep).markdown
     for part in (
         "Tiny.",
         "seeds 0, 1",
@@ -210,9 +218,9 @@ def test_a_reader_of_the_file_alone_learns_scale_seeds_hardware_and_load(sweep):
     assert "NOT FINISHED" not in text
 
 
-def test_an_unfinished_sweep_says_so_and_compares_where_all_have_been(tmp_path):
+def test_an_unfinished_sweep_says_so_and_compares_where_all_have_been(tmp_path, page):
     losses = LOSSES | {("upcycled", "2", 1): None, ("upcycled", "2", 0): [2.4, 1.6]}
-    text = study_page.report(Study.load(write_sweep(tmp_path, losses))).markdown
+    text = page(write_sweep(tmp_path, losses)).markdown
     assert (
         "**NOT FINISHED**: `upcycled-capacity_factor=2-seed=0` (at step 110),"
         " `upcycled-capacity_factor=2-seed=1` (at step 100)." in text
@@ -222,7 +230,7 @@ def test_an_unfinished_sweep_says_so_and_compares_where_all_have_been(tmp_path):
     assert row[2] == "-0.2000 (one seed)" and "of one seed: no claim" in text
 
 
-def test_a_failed_cell_is_named_and_does_not_shorten_the_comparison(tmp_path):
+def test_a_failed_cell_is_named_and_does_not_shorten_the_comparison(tmp_path, page):
     """It failed after 10 of 20 steps: the others are compared after 20, over the seeds that are
     left.
     """
@@ -237,7 +245,7 @@ def test_a_failed_cell_is_named_and_does_not_shorten_the_comparison(tmp_path):
         stream.write(
             "".join(json.dumps({"time": 2, "load": [1, 1, 1], **event}) + "\n" for event in events)
         )
-    text = study_page.report(Study.load(folder)).markdown
+    text = page(folder).markdown
     assert (
         f"**FAILED**, and left out of every comparison: `{name}` (code 1, at step 110)." in text
         and "NOT FINISHED" not in text
@@ -258,13 +266,10 @@ def test_a_failed_cell_is_named_and_does_not_shorten_the_comparison(tmp_path):
         stream.write(
             json.dumps({"time": 3, "load": [1, 1, 1], "event": "start", "cell": name}) + "\n"
         )
-    assert (
-        f"**NOT FINISHED**: `{name}` (at step 110)"
-        in study_page.report(Study.load(folder)).markdown
-    )
+    assert f"**NOT FINISHED**: `{name}` (at step 110)" in page(folder).markdown
 
 
-def test_a_loss_that_is_no_number_is_named_and_not_averaged(sweep):
+def test_a_loss_that_is_no_number_is_named_and_not_averaged(sweep, page):
     """The metric writers leave null for NaN, in vectors as well."""
     for task in TASKS:
         path = (
@@ -282,7 +287,7 @@ def test_a_loss_that_is_no_number_is_named_and_not_averaged(sweep):
             "experts/encoder/layers_1/load": [0.1, None, 0.3, 0.4],
         }
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = study_page.report(Study.load(sweep))
+    made = page(sweep)
     assert (
         "**NOT A NUMBER**: the loss of upcycled, capacity factor 2, seed 1 where runs are compared."
         in made.markdown
@@ -296,19 +301,16 @@ def test_a_loss_that_is_no_number_is_named_and_not_averaged(sweep):
     json.loads(made.files["figures.json"], parse_constant=refuse)
 
 
-def test_a_run_killed_in_its_first_evaluation_is_not_finished(sweep):
+def test_a_run_killed_in_its_first_evaluation_is_not_finished(sweep, page):
     folder = sweep / "cells" / "scratch-seed=1" / "training_eval"
     (folder / "prose" / "metrics.jsonl").write_text("")
-    assert (
-        "**NOT FINISHED**: `scratch-seed=1` (at step 0)."
-        in study_page.report(Study.load(sweep)).markdown
-    )
+    assert "**NOT FINISHED**: `scratch-seed=1` (at step 0)." in page(sweep).markdown
 
 
-def test_longer_runs_are_compared_at_their_own_ends_as_well(tmp_path):
+def test_longer_runs_are_compared_at_their_own_ends_as_well(tmp_path, page):
     """Budgets of 10 and of 20 steps beside a dense continuation of 20: common are 10."""
     losses = {key: value[:2] if key[1] == "1" else value for key, value in LOSSES.items()}
-    text = study_page.report(Study.load(write_sweep(tmp_path, losses))).markdown
+    text = page(write_sweep(tmp_path, losses)).markdown
     row = cells(text, "### Differences to the baseline", "upcycled, capacity factor 2")
     assert (
         row[2] == "-0.2000 ± 0.0000" and row[-1] == "-0.2950 ± 0.0635 (20)"
@@ -321,25 +323,23 @@ def test_longer_runs_are_compared_at_their_own_ends_as_well(tmp_path):
     )
 
 
-def test_runs_without_a_seed_in_common_are_no_claim(tmp_path):
+def test_runs_without_a_seed_in_common_are_no_claim(tmp_path, page):
     losses = {
         key: value
         for key, value in LOSSES.items()
         if key[0] != "scratch" and key[2] == (1 if key[1] == "1" else 0)
     }
-    text = study_page.report(Study.load(write_sweep(tmp_path, losses))).markdown
+    text = page(write_sweep(tmp_path, losses)).markdown
     assert (
         "The first minus the second: not known, because no seed has both." in text
         and "nan" not in text.split("## How it was made")[0]
     )
 
 
-def test_different_data_are_named(sweep):
+def test_different_data_are_named(sweep, page):
     path = sweep / "cells" / "scratch-seed=1" / "manifest.json"
     path.write_text(path.read_text().replace('"sha": "x"', '"sha": "y"'))
-    assert (
-        "**the runs read 2 different data sets**" in study_page.report(Study.load(sweep)).markdown
-    )
+    assert "**the runs read 2 different data sets**" in page(sweep).markdown
 
 
 def test_routing_over_training_is_the_mean_over_tasks(sweep):
@@ -356,7 +356,7 @@ def test_routing_over_training_is_the_mean_over_tasks(sweep):
     assert figures.routing(Run.load("x", sweep / "cells" / "dense")) is None
 
 
-def test_captions_say_of_routers_what_the_manifests_say(sweep):
+def test_captions_say_of_routers_what_the_manifests_say(sweep, page):
     """Loads are even by construction where experts choose, and there only."""
     path = sweep / "cells" / "scratch-seed=0" / "manifest.json"
     routers = {
@@ -364,7 +364,7 @@ def test_captions_say_of_routers_what_the_manifests_say(sweep):
         "decoder_router": {"type": "TokensChoose"},
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"moe": routers}}))
-    text = study_page.report(Study.load(sweep)).markdown
+    text = page(sweep).markdown
     said = [
         line.partition(",")[0]
         for line in text.splitlines()
@@ -381,7 +381,9 @@ def test_similarity_is_shown_where_runs_report_it(sweep):
     }
 
 
-def test_stored_results_are_small_say_nothing_of_places_and_give_the_same_report(sweep, tmp_path):
+def test_stored_results_are_small_say_nothing_of_places_and_give_the_same_report(
+    sweep, tmp_path, page
+):
     (sweep / "cells" / "dense" / "config.gin").write_text(
         f"# Read from: /some/where/gin_configs/a.gin\nMODEL_DIR = '{sweep}/cells/dense'\n"
     )
@@ -390,7 +392,7 @@ def test_stored_results_are_small_say_nothing_of_places_and_give_the_same_report
     config = (stored / "cells" / "dense" / "config.gin").read_text()
     assert config == "# Read from: gin_configs/a.gin\nMODEL_DIR = '{SWEEP_DIR}/cells/dense'\n"
     assert not list(stored.rglob("checkpoint*"))
-    assert study_page.report(Study.load(stored)) == study_page.report(Study.load(sweep))
+    assert page(stored) == page(sweep)
 
 
 def test_command_writes_the_page_twice_alike(sweep, tmp_path, capsys):
