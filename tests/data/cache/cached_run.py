@@ -14,6 +14,7 @@ REFUSED = (
     "tensorflow_datasets",
     "tensorflow_text",
     "sentencepiece",
+    "tokenizers",
     "torch",
     "transformers",
 )

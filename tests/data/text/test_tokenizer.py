@@ -106,8 +106,25 @@ def test_what_is_no_tokenizer_is_told(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "_MAX_BYTES", {"tokenizer.json": 10})
     refused(ValueError, "more than 10: it is no tokenizer's file")
     monkeypatch.undo()
+    made = json.loads((folder / "tokenizer.json").read_text())
+    made["model"]["vocab"]["!"] = 2**32 - 1
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    refused(ValueError, "has a token of id 4294967295, which no model has")
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     refused(ValueError, r"tokenizer\.json is no tokenizer \(.*\): give 'bytes'")
     (folder / "tokenizer.json").unlink()
     refused(FileNotFoundError, r"the folder has no tokenizer\.json.*save_pretrained")
     refused(FileNotFoundError, "no such file; give 'bytes'", tmp_path / "absent.json")
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_same_ids(tokenizer_folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
+    ours = tokenizer.load(str(tokenizer_folder))
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    assert len(theirs) == ours.size
+    for text in [*TEXTS, "a</s>b"]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)

@@ -24,6 +24,7 @@ _MODEL_CONFIG = "config.json"
 _ROLES = ("bos", "eos", "pad", "unk")
 _MAX_BYTES = {TOKENIZER_FILE: 512 << 20}
 _MAX_JSON_BYTES = 64 << 20
+_MOST_IDS = 2**24
 
 _FORMS = (
     "'bytes', a folder with tokenizer.json (or that file), or the path of a SentencePiece model"
@@ -32,7 +33,9 @@ _FORMS = (
 
 def is_named(vocabulary: str) -> bool:
     """Whether VOCABULARY names a Hugging Face tokenizer: a folder, or a `.json` file."""
-    return vocabulary.endswith(".json") or epath.Path(vocabulary).is_dir()
+    if vocabulary.endswith((".json", ".model")):  # the folder need not be asked
+        return vocabulary.endswith(".json")
+    return epath.Path(vocabulary).is_dir()
 
 
 def file_of(vocabulary: str) -> epath.Path:
@@ -145,7 +148,9 @@ class Tokenizer:
         path = file_of(vocabulary)
         try:
             library = tokenizers.Tokenizer.from_buffer(_read(path))
-        except Exception as error:  # the only type that the package raises
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Exception itself, or a panic, which is none
             raise ValueError(
                 f"vocabulary {vocabulary!r}: {path} is no tokenizer ({error}): give {_FORMS}"
             ) from error
@@ -154,6 +159,11 @@ class Tokenizer:
         library.no_padding()
         ids = library.get_vocab(with_added_tokens=True)
         size = 1 + max(ids.values(), default=-1)
+        if size > _MOST_IDS:
+            raise ValueError(
+                f"vocabulary {vocabulary!r}: {path} has a token of id {size - 1}, which no model"
+                f" has: give {_FORMS}"
+            )
         special: dict[str, int] = {}
         for role, token in found["special_tokens"].items():
             special[role] = ids.get(token, -1) if isinstance(token, str) else token
