@@ -54,6 +54,7 @@ PATHS: dict[str, str] = {
     "MergeRecipe": "surgery:MergeRecipe",
     # Data.
     "DatasetConfig": "data:DatasetConfig",
+    "ImageDatasetConfig": "data.images:ImageDatasetConfig",
     "DecoderOnlyFeatures": "features:DecoderOnlyFeatures",
     "FewShot": "data.prompts:FewShot",
     "start_of_text": "data.text.tokenizer:start_of_text",

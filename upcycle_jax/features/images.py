@@ -30,10 +30,12 @@ class ImageFeatures:
     Attributes:
       size: S, which the model has positions for.
       channels: c.
+      num_classes: labels are below it; 0 where the model has no head.
     """
 
     size: int
     channels: int = 3
+    num_classes: int = 0
 
     task_features: ClassVar[tuple[str, ...]] = (IMAGE,)
     optional_features: ClassVar[tuple[str, ...]] = ()
@@ -75,12 +77,31 @@ class ImageFeatures:
           ValueError: an image has another size or dtype than the model takes.
         """
         shape = (lengths[IMAGE], lengths[IMAGE], self.channels)
-        images = np.zeros((rows, *shape), np.float32)
-        labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
-        for row, example in enumerate(examples):
-            images[row] = _in_range(np.asarray(example[IMAGE]), shape)
-            labels[row], weights[row] = example[LABEL], 1
-        return {"images": images, "labels": labels, "weights": weights}
+        images = [_in_range(np.asarray(example[IMAGE]), shape) for example in examples]
+        labels = np.asarray([example[LABEL] for example in examples], np.int32)
+        found = np.stack(images) if images else np.zeros((0, *shape), np.float32)
+        return self.batch(found, labels, rows)
+
+    def batch(self, images: np.ndarray, labels: np.ndarray, rows: int) -> HostBatch:
+        """A batch of float32 images `[n, S, S, c]` and int32 labels `[n]`; rows beyond are zeros
+        without weight.
+
+        Raises:
+          ValueError: a label is no class of the model.
+        """
+        if self.num_classes and len(labels) and not 0 <= labels.max() < self.num_classes:
+            raise ValueError(
+                f"an image has the label {labels.max()}, the model {self.num_classes} classes: set"
+                " NUM_CLASSES to more"
+            )
+        missing = rows - len(images)
+        weights = np.zeros(rows, np.float32)
+        weights[: len(images)] = 1
+        return {
+            "images": np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+            "labels": np.pad(labels.astype(np.int32), (0, missing)),
+            "weights": weights,
+        }
 
     def pack(self, rows: Sequence[Sequence[Example]], lengths: Lengths) -> HostBatch:
         """See `base.FeatureConverter`."""

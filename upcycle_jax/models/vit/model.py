@@ -52,7 +52,7 @@ class VitModel:
         shared.check_normalizer(loss_normalizing_factor)
         self.config = config
         self.module = VisionTransformer(config)
-        self.features = ImageFeatures(config.image_size, config.channels)
+        self.features = ImageFeatures(config.image_size, config.channels, config.num_classes)
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.loss_normalizing_factor = loss_normalizing_factor
