@@ -45,7 +45,7 @@ REQUIREMENTS = [
     "seqio>=0.0.20,<0.1",
     "tensorboard>=2.19,<3",
     "tensorstore>=0.1.84,<0.2",
-    "tokenizers>=0.22,<0.24",
+    "tokenizers>=0.20,<0.24",
 ]
 
 EXTRAS = {

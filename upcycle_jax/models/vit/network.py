@@ -248,7 +248,8 @@ class VisionTransformer(nn.Module):
 
 
 class Head(nn.Module):
-    """The classifier: `x @ kernel + bias`, zeros at first.
+    """The classifier: `x @ kernel + bias`, zeros at first. Classes are not divided over a mesh:
+    their number may be any, as the 18,291 of JFT-300M.
 
     Attributes:
       num_classes: columns.
@@ -261,12 +262,12 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Float32 logits `[B, classes]` of `[B, d]`."""
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED, axes.VOCAB))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED, axes.UNMODELED))
         kernel = self.param("kernel", zeros, (x.shape[-1], self.num_classes), jnp.float32)
         constant = nn.initializers.constant(self.bias_init)
         bias = self.param(
             "bias",
-            nn.with_logical_partitioning(constant, (axes.VOCAB,)),
+            nn.with_logical_partitioning(constant, (axes.UNMODELED,)),
             (self.num_classes,),
             jnp.float32,
         )

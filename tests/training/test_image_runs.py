@@ -1,0 +1,94 @@
+"""Runs of vision transformers: trained, stopped and resumed, upcycled while they restore."""
+
+import json
+
+import numpy as np
+import pytest
+
+from upcycle_jax import train, trees
+from upcycle_jax.checkpoints import open_checkpoint
+
+SHAPE = [
+    "--gin.IMAGE_SIZE=8",
+    "--gin.NUM_CLASSES=3",
+    "--gin.VitConfig.patch_size=4",
+    "--gin.VitConfig.emb_dim=8",
+    "--gin.VitConfig.num_layers=2",
+    "--gin.VitConfig.num_heads=2",
+    "--gin.VitConfig.mlp_dim=16",
+    "--gin.VitConfig.channels=1",
+]
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (12, 8, 8), np.uint8)
+    labels = np.arange(12) % 3
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(
+        path,
+        train_images=images,
+        train_labels=labels,
+        validation_images=images,
+        validation_labels=labels,
+    )
+    return path
+
+
+def flags(arrays, folder, steps, *more, model="vit_tiny", run="pretrain_images"):
+    return [
+        f"--gin_file=models/{model}.gin",
+        f"--gin_file=runs/{run}.gin",
+        *SHAPE,
+        "--gin.MIXTURE_OR_TASK_NAME='mine'",
+        f"--gin.IMAGE_ARRAYS='{arrays}'",
+        f"--gin.MODEL_DIR='{folder}'",
+        f"--gin.TRAIN_STEPS={steps}",
+        "--gin.BATCH_SIZE=8",
+        "--gin.EVAL_PERIOD=100",
+        "--gin.EVAL_STEPS=1",
+        "--gin.STATS_PERIOD=1",
+        *more,
+    ]
+
+
+def losses(folder):
+    lines = (folder / "train" / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def dense(arrays, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dense"
+    assert train.main(flags(arrays, folder, 4, "--gin.SAVING_PERIOD=2")) == 0
+    return folder
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(arrays, dense, tmp_path):
+    parts = tmp_path / "parts"
+    assert train.main(flags(arrays, parts, 2)) == 0
+    assert train.main(flags(arrays, parts, 4)) == 0
+    assert losses(parts) == losses(dense)
+    found, expected = (open_checkpoint(run / "checkpoint_4") for run in (parts, dense))
+    assert not trees.diff(found.specs(), expected.specs())
+    for name in expected.specs():
+        np.testing.assert_array_equal(found.read(name), expected.read(name), err_msg=name)
+
+
+def test_a_dense_run_goes_on_with_experts(arrays, dense, tmp_path):
+    """With room for all and renormalised weights, the sparse model's first loss is the dense one's
+    next.
+    """
+    sparse = tmp_path / "sparse"
+    room = ["--gin.NUM_EXPERTS=2", "--gin.GROUP_SIZE=16", "--gin.TRAIN_EXPERT_CAPACITY_FACTOR=2.0"]
+    more = [
+        *room,
+        f"--gin.INITIAL_CHECKPOINT_PATH='{dense}/checkpoint_2'",
+        "--gin.RECIPE=@Recipe()",
+    ]
+    settings = {"model": "vit_tiny_upcycled", "run": "continue_pretrain_images"}
+    assert train.main(flags(arrays, sparse, 3, *more, **settings)) == 0
+    assert losses(sparse)[3] == pytest.approx(losses(dense)[3], rel=1e-5)
+    kernel = open_checkpoint(sparse).read("target/encoder/layers_1/mlp/expert/wi/kernel")
+    assert kernel.shape == (2, 8, 16)
