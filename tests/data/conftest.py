@@ -68,6 +68,6 @@ def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": {"content": "<s>", "special": True}, "eos_token": "</s>"})
+        json.dumps({"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>"})
     )
     return folder

@@ -123,7 +123,6 @@ def test_transformers_reads_the_same_ids(tokenizer_folder):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tokenizer_folder))
     ours = tokenizer.load(str(tokenizer_folder))
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-    assert len(theirs) == ours.size
     for text in [*TEXTS, "a</s>b"]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids
