@@ -91,7 +91,7 @@ def test_scores_are_the_models(checkpoint, tmp_path, capsys):
     rows = files[f"{NAME}-score.jsonl-00000-of-00001"]
     _, model, params = checkpoint
     (task,) = task_examples(DatasetConfig(NAME, LENGTHS, split="validation"), FEATURES)
-    want = model.score_batch(params, task.batch(list(task.examples()), 11))
+    want = jax.jit(model.score_batch)(params, task.batch(list(task.examples()), 11))
     np.testing.assert_allclose([row["score"] for row in rows], want, atol=1e-4)
     # b'even' in ByT5's ids is byte + 3, then EOS.
     assert rows[0]["inputs"]["targets"] == [104, 121, 104, 113, 1] and rows[0]["inputs"]["idx"] == 0

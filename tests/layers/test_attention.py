@@ -77,7 +77,7 @@ def test_query_kernel_starts_scaled_by_head_dim():
     # Fan-in initialisation has std 1 / sqrt(d); the query's has std 1 / sqrt(d * head_dim).
     attention = MultiHeadDotProductAttention(num_heads=8, head_dim=16)
     x = jnp.ones((1, 2, 64))
-    params = nn.meta.unbox(attention.init(jax.random.key(0), x, x))["params"]
+    params = nn.meta.unbox(jax.jit(attention.init)(jax.random.key(0), x, x))["params"]
     assert abs(params["key"]["kernel"].std() * 8 - 1) < 0.05
     assert abs(params["query"]["kernel"].std() * 8 * 4 - 1) < 0.05
 
@@ -85,12 +85,14 @@ def test_query_kernel_starts_scaled_by_head_dim():
 def test_dropout_is_shared_by_the_queries_of_a_head():
     attention = MultiHeadDotProductAttention(num_heads=1, head_dim=4, dropout_rate=0.5)
     x = jax.random.normal(jax.random.key(0), (1, 16, 4))
-    params = attention.init(jax.random.key(1), x, x)
+    params = jax.jit(attention.init)(jax.random.key(1), x, x)
+
+    @jax.jit
+    def attend(key):
+        return attention.apply(params, same, x, deterministic=False, rngs={"dropout": key})
+
     # Identical queries see identical weights and, with a shared mask, identical results.
     same = jnp.broadcast_to(x[:, :1], x.shape)
-    y = attention.apply(params, same, x, deterministic=False, rngs={"dropout": jax.random.key(2)})
+    y = attend(jax.random.key(2))
     np.testing.assert_allclose(y, jnp.broadcast_to(y[:, :1], y.shape), atol=1e-6)
-    other = attention.apply(
-        params, same, x, deterministic=False, rngs={"dropout": jax.random.key(3)}
-    )
-    assert np.abs(y - other).max() > 1e-3
+    assert np.abs(y - attend(jax.random.key(3))).max() > 1e-3

@@ -130,9 +130,11 @@ def test_one_step_of_adamw_by_hand(bags):
         model, trainer.optimizer, seed=0, shardings=bags.one_device.shardings(specs)
     )
     denominator = model.loss_denominator(data.batch(0))
-    grads = jax.grad(lambda p: model.loss_fn(p, data.batch(0), None, denominator=denominator)[0])(
-        before.params
-    )
+
+    def loss(params):
+        return model.loss_fn(params, data.batch(0), None, denominator=denominator)[0]
+
+    grads = jax.jit(jax.grad(loss))(before.params)
     _, after = run_steps(model, trainer, bags.one_device, [data.batch(0)])
     for path, grad in trees.flatten(grads).items():
         clear = np.abs(grad) > 1e-4
