@@ -16,6 +16,7 @@ from upcycle_jax.data.cache import lookup
 from upcycle_jax.data.cache.batches import CachedDataset
 from upcycle_jax.data.cache.format import CachedTask
 from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.data.token_bytes import token_bytes
 from upcycle_jax.features import FeatureConverter, HostBatch, check_all_read, token_features
 
 Example = dict[str, Any]
@@ -93,6 +94,10 @@ class TaskExamples:
     def target_length(self) -> int:
         """Tokens that a target may have."""
         return self._config.task_feature_lengths[_TARGETS]
+
+    def target_texts(self) -> list[bytes] | None:
+        """The text of each id of targets, see `token_bytes`."""
+        return token_bytes(self._target_feature.vocabulary)
 
     def examples(
         self, limit: int | None = None, *, shard: int = 0, num_shards: int = 1

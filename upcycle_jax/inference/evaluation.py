@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from etils import epath
 
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader, loading
+from upcycle_jax.features import HostBatch
 from upcycle_jax.files import write_whole
-from upcycle_jax.inference import ranking, running
+from upcycle_jax.inference import perplexity, ranking, running
 from upcycle_jax.inference.inference_settings import InferenceSettings
 from upcycle_jax.inference.json_lines import json_line
 from upcycle_jax.training import batches, full_disk, holding, prepare
@@ -51,7 +52,8 @@ class Evaluate(InferenceSettings):
     `metrics.jsonl` and TensorBoard events, and `<task>-<step>.jsonl`, one line per example:
     `{"input": ..., "target": ..., "prediction" and/or "score": ...}`. Metrics are the task's own
     (computed from predictions, or from scores for rank classification) and, as
-    `teacher_forced/<name>`, those of evaluation during training. A mixture of several tasks gets a
+    `teacher_forced/<name>`, those of evaluation during training, with those of `perplexity` for
+    language models. A mixture of several tasks gets a
     folder of its own with `average`: the mean over tasks of the mean of each task's own metrics, as
     SuperGLUE averages.
 
@@ -197,7 +199,7 @@ def _one_checkpoint(
             own[name] = dict(result.metrics)
         values: dict[str, Any] = dict(own.get(name, {}))
         if name in given:
-            forced = evaluator.evaluate(params, {name: given[name]})[name]
+            forced = task.teacher_forced(params, evaluator, given[name])
             values |= {
                 f"{TEACHER_FORCED}{key}": value
                 for key, value in forced.items()
@@ -229,6 +231,7 @@ class _Task:
             and self._check_options()
         )
         self._examples: list[Example] | None = None
+        self._counter: perplexity.TextCounter | None = None
         if self._outputs:
             self._runner = running.Runner(
                 running.generative(evaluation.model),
@@ -263,6 +266,19 @@ class _Task:
                 return False
             self._task.options(example, self._evaluation.rank_options)
         return True
+
+    def teacher_forced(
+        self, params: PyTree, evaluator: Evaluator, batches: Callable[[], Iterable[HostBatch]]
+    ) -> dict[str, Any]:
+        """Metrics of the given targets; with perplexities where the model is a language model."""
+        if not perplexity.is_language_model(self._evaluation.model):
+            return evaluator.evaluate(params, {self._task.name: batches})[self._task.name]
+        if self._counter is None:
+            self._counter = perplexity.TextCounter(self._task.target_texts())
+        counted = {self._task.name: self._counter.counting(batches)}
+        values = evaluator.evaluate(params, counted)[self._task.name]
+        counts = perplexity.over_processes(self._counter.counts, evaluator.num_shards)
+        return values | perplexity.perplexities(float(values[perplexity.LOSS]), counts)
 
     def run(self, params: PyTree, step: int) -> "TaskResult | None":
         """Predicts and scores what the task's metrics need and computes them; None where the task

@@ -26,7 +26,7 @@ class Evaluator:
     """
 
     def __init__(self, model: Model, partitioner: Partitioner, *, num_shards: int = 1):
-        self._partitioner, self._num_shards = partitioner, num_shards
+        self._partitioner, self.num_shards = partitioner, num_shards
         self._metrics = jax.jit(model.eval_fn, out_shardings=partitioner.replicated)
         self._merge = jax.jit(metrics.merge, donate_argnums=0)
         specs = model.param_specs()
@@ -59,7 +59,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         started, total = time.monotonic(), None
         for batch in make_batches():
-            on_device = batches.to_global(batch, self._partitioner, self._num_shards)
+            on_device = batches.to_global(batch, self._partitioner, self.num_shards)
             with self._partitioner.activate():
                 more = self._metrics(params, on_device)
                 total = more if total is None else self._merge(total, more)
