@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from upcycle_jax.models.base import Family, Model
+from upcycle_jax.models.base import Family, Model, ModelConfig
 from upcycle_jax.models.config_json import from_json
 from upcycle_jax.models.decoder.family import DECODER
 from upcycle_jax.models.t5.family import T5
@@ -87,6 +87,20 @@ def infer_dense(specs: Mapping[str, LeafSpec], stated: Mapping[str, Any]) -> Any
             return dense
     known = " or ".join(f"a dense {family.name}" for family in _FAMILIES)
     raise ValueError(f"the leaves are not those of {known}: name the model's file with --gin_file")
+
+
+def with_moe(config: ModelConfig, moe: MoeSettings | None = None, **changes: Any) -> Model:
+    """The model of a configuration with other MoE layers, and its family's usual loss.
+
+    Args:
+      config: of a model.
+      moe: in place of its own; None for its own.
+      **changes: settings of them, by name.
+    """
+    layers = config.moe if moe is None else moe
+    assert layers is not None  # There is something to change.
+    other = dataclasses.replace(layers, **changes)
+    return build(dataclasses.replace(config, moe=other))  # type: ignore[type-var]
 
 
 def infer(

@@ -173,10 +173,7 @@ def selecting(router: Router, count: int | None) -> Router:
 
 def with_moe(model: LayerwiseModel, **changes: Any) -> LayerwiseModel:
     """The same model with other settings of its MoE layers, and its family's usual loss."""
-    config: Any = model.config
-    built = registry.build(
-        dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
-    )
+    built = registry.with_moe(model.config, **changes)
     assert isinstance(built, LayerwiseModel)  # It is of the family of one.
     return built
 

@@ -4,15 +4,18 @@ import dataclasses
 from typing import Any
 
 from upcycle_jax.checkpoints import model_settings
+from upcycle_jax.layers.mlp import hidden_axis
 from upcycle_jax.models import registry
 from upcycle_jax.models.base import Model, ModelConfig
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import Router
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.surgery.matching_base import refuse_experts
 from upcycle_jax.surgery.model_record import model_from_json
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.prediction import selecting
 from upcycle_jax.surgery.recipe import MergeRecipe, MoreExperts, Recipe
+from upcycle_jax.trees import Role
 
 _NAME_IT = "name a model file"
 
@@ -60,7 +63,7 @@ def inferred_model(
         refuse_experts(source.specs())
         specs = {name.removeprefix("parent_0/"): spec for name, spec in source.specs().items()}
         return registry.infer(specs, model_settings.stated_by(source), moe)
-    config: Any = stated_config(source)
+    config = stated_config(source)
     what = "MergeRecipe" if isinstance(recipe, MergeRecipe) else "MoreExperts"
     if config is None:
         raise ValueError(
@@ -75,8 +78,9 @@ def inferred_model(
     if isinstance(recipe, MergeRecipe):
         return registry.build(config.dense)
     assert isinstance(recipe.expert_init, MoreExperts)
-    layers = _enlarged(config, recipe.expert_init) if moe is None else moe
-    return registry.build(dataclasses.replace(config, moe=layers))
+    if moe is not None:
+        return registry.with_moe(config, moe)
+    return registry.with_moe(config, **_enlarged(source, config.moe, recipe.expert_init))
 
 
 def resolved(recipe: Recipe | MergeRecipe, source: Reader) -> Recipe | MergeRecipe:
@@ -92,31 +96,34 @@ def resolved(recipe: Recipe | MergeRecipe, source: Reader) -> Recipe | MergeReci
     return dataclasses.replace(recipe, expert_init=init)
 
 
-def _enlarged(config: Any, init: MoreExperts) -> MoeSettings:
-    """The source's MoE layers with more experts."""
-    moe: Any = config.moe
-    routers = {}
+def _enlarged(source: Reader, moe: MoeSettings, init: MoreExperts) -> dict[str, Any]:
+    """What is different in the source's MoE layers when they have more experts."""
+    changes: dict[str, Any] = {"num_experts": moe.num_experts * init.copies}
     for name, router in _routers(moe).items():
         count = router.selected_per_token
         wanted = init.selected or (count * init.copies if count is not None else None)
-        routers[name] = selecting(router, wanted)
-    width = moe.expert_mlp_dim
+        changes[name] = selecting(router, wanted)
     if init.split:
-        whole = config.expert_mlp_dim
+        whole = _expert_width(source)
         if whole % init.copies:
             raise ValueError(
                 f"the source's experts of {whole} hidden units do not split into"
                 f" {init.copies} parts: choose other MoreExperts.copies"
             )
-        width = whole // init.copies
-    enlarged = dataclasses.replace(
-        moe, num_experts=moe.num_experts * init.copies, expert_mlp_dim=width, **routers
+        changes["expert_mlp_dim"] = whole // init.copies
+    return changes
+
+
+def _expert_width(source: Reader) -> int:
+    """Hidden units of an expert of a source that has experts."""
+    return next(
+        spec.shape[1 + hidden_axis(path, spec.axes, len(spec.shape) - 1)]
+        for path, spec in source.specs().items()
+        if spec.role is Role.EXPERT and path.startswith(TARGET) and path.endswith("/kernel")
     )
-    assert isinstance(enlarged, MoeSettings)  # `replace` keeps the class.
-    return enlarged
 
 
-def _routers(moe: Any) -> dict[str, Router]:
+def _routers(moe: MoeSettings | None) -> dict[str, Router]:
     """The routers of MoE settings, by field."""
     if moe is None:
         return {}
