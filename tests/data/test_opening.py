@@ -10,7 +10,13 @@ import pytest
 
 from upcycle_jax.data import DatasetConfig, configure
 from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.features import EncoderDecoderFeatures, FeatureConverter, check_lengths, sequences
+from upcycle_jax.features import (
+    DecoderOnlyFeatures,
+    EncoderDecoderFeatures,
+    FeatureConverter,
+    check_lengths,
+    sequences,
+)
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
 
@@ -108,6 +114,26 @@ def test_a_decoder_reads_the_targets_alone(sums, use_cached, pack):
         assert batch["decoder_segment_ids"].max() > 1
         begins = batch["decoder_positions"] == 0
         assert not batch["decoder_input_tokens"][begins].any()
+
+
+@pytest.mark.parametrize("use_cached", [False, True])
+def test_questions_and_answers_share_rows(sums, use_cached):
+    """'7 + 0' and 'is 7', each with EOS, of a decoder-only model: 6 + 5 tokens, or two more."""
+    lengths = {"inputs": 24, "targets": 16}
+    config = sums(use_cached=use_cached, pack=True, task_feature_lengths=lengths, batch_size=8)
+    features = DecoderOnlyFeatures()
+    batch = next(open_dataset(config, features).train_iterator())
+    tokens, segments = batch["decoder_target_tokens"], batch["decoder_segment_ids"]
+    assert tokens.shape == (8, 40) and (segments.max(axis=1) >= 2).all()
+    for row in range(8):
+        for segment in range(1, segments[row].max() + 1):
+            here = segments[row] == segment
+            learnt = batch["decoder_loss_weights"][row][here] == 1
+            text = bytes(max(0, int(token) - 3) for token in tokens[row][here]).decode()
+            question, answer, end = text.split("\0")
+            first, second = map(int, question.split(" + "))
+            assert (answer, end) == (f"is {first + second}", "") and second == first % 7
+            assert learnt.tolist() == [False] * (len(question) + 1) + [True] * (len(answer) + 1)
 
 
 def test_the_cache_gives_what_seqio_gives(sums):

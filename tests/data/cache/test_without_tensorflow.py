@@ -147,3 +147,36 @@ def test_what_is_missing_is_told(folder, tmp_path, cached, message):
     )
     assert done.returncode == 2 and message.format(folder=folder) in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_language_models_need_neither_nor_the_tokenizer(tmp_path, text_folder, tokenizer_folder):
+    from upcycle_jax import cache_tasks
+
+    flags = [
+        "--gin_file=models/tiny_lm.gin",
+        "--gin_file=runs/pretrain_lm.gin",
+        "--gin.MIXTURE_OR_TASK_NAME='rows'",
+        f"--gin.TEXT_FILES={[str(text_folder / '*.txt')]!r}",
+        f"--gin.VOCABULARY={str(tokenizer_folder)!r}",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 32}",
+        "--gin.BATCH_SIZE=8",
+        "--gin.EVAL_STEPS=1",
+        "--gin.TRAIN_STEPS=4",
+        "--gin.WARMUP_STEPS=1",
+        f"--gin.MODEL_DIR='{tmp_path / 'run'}'",
+    ]
+    assert cache_tasks.main([*flags, f"--output_cache_dir={tmp_path}"]) == 0
+    command = [sys.executable, str(RUN), "0", *flags, "--gin.USE_CACHED_TASKS=True"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [*command, f"--seqio_additional_cache_dirs={tmp_path}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "imported: []" in done.stdout, done.stderr
