@@ -14,9 +14,23 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 24
+FAMILIES = {
+    "t5": [
+        "--gin_file=models/t5_1_1_tiny_upcycled.gin",
+        "--gin_file=runs/pretrain.gin",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
+    ],
+    "language_model": [
+        "--gin_file=models/tiny_lm_upcycled.gin",
+        "--gin_file=runs/pretrain_lm.gin",
+        "--gin.TASK_FEATURE_LENGTHS={'targets': 32}",
+        "--gin.WARMUP_STEPS=4",
+        "--gin.FSDP=True",
+    ],
+}
 
 
-def command(model_dir: pathlib.Path, text: pathlib.Path, *, retries: int) -> list[str]:
+def command(family: str, model_dir: pathlib.Path, text: pathlib.Path, *, retries: int) -> list[str]:
     """A tiny model with eight experts over four expert partitions, on a 2 x 4 mesh over both
     processes.
     """
@@ -27,15 +41,13 @@ def command(model_dir: pathlib.Path, text: pathlib.Path, *, retries: int) -> lis
         f"--retries={retries}",
         "--grace=3",
         "train",
-        "--gin_file=models/t5_1_1_tiny_upcycled.gin",
-        "--gin_file=runs/pretrain.gin",
+        *FAMILIES[family],
         "--gin.NUM_EXPERTS=8",
         "--gin.NUM_EXPERT_PARTITIONS=4",
         "--gin.GROUP_SIZE=32",
         "--gin.MIXTURE_OR_TASK_NAME='lines'",
         f"--gin.TEXT_FILES={[str(text)]!r}",
         f"--gin.MODEL_DIR={str(model_dir)!r}",
-        "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
         "--gin.BATCH_SIZE=16",
         f"--gin.TRAIN_STEPS={STEPS}",
         "--gin.SAVING_PERIOD=4",
@@ -68,11 +80,12 @@ def process_ids(model_dir: pathlib.Path, index: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/cmdline").exists(),
     reason="finds the process to kill through /proc, which this system lacks",
 )
-def test_killing_one_of_two_processes_loses_nothing(tmp_path):
+def test_killing_one_of_two_processes_loses_nothing(family, tmp_path):
     text = tmp_path / "lines.txt"
     text.write_text(
         "\n".join(
@@ -87,7 +100,7 @@ def test_killing_one_of_two_processes_loses_nothing(tmp_path):
     }
 
     whole = subprocess.run(
-        command(tmp_path / "whole", text, retries=0),
+        command(family, tmp_path / "whole", text, retries=0),
         env=environ,
         capture_output=True,
         text=True,
@@ -100,7 +113,7 @@ def test_killing_one_of_two_processes_loses_nothing(tmp_path):
     assert expected[STEPS] < expected[1]
 
     with subprocess.Popen(
-        command(tmp_path / "cut", text, retries=2),
+        command(family, tmp_path / "cut", text, retries=2),
         env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

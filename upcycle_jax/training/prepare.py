@@ -21,7 +21,7 @@ from upcycle_jax.moe import grouping
 from upcycle_jax.text import size
 from upcycle_jax.training import batches, expert_slots, manifest, parameter_groups, restore
 from upcycle_jax.training.restore import Source, Start
-from upcycle_jax.training.run_start import RUN_START, STATE_START, Starts, recorded
+from upcycle_jax.training.run_start import RUN_START, Starts, recorded, state_start
 from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import state_specs
 from upcycle_jax.training.trainer import Trainer
@@ -69,13 +69,13 @@ def starts(settings: TrainSettings, source: Source) -> Starts:
       ValueError: nothing says it.
     """
     record = source.reader.metadata() if source.reader is not None else {}
-    state = recorded(record, STATE_START, at_most=source.step)
+    state = state_start(record, at_most=source.step)
     if source.start != Start.RESUME:
         fresh = source.fresh_optimizer or (
             source.plan is not None
             and getattr(source.plan.recipe, "optimizer_state", "") == "reset"
         )
-        return Starts(run=source.step, state=source.step if fresh else state or 0)
+        return Starts(run=source.step, state=source.step if fresh else state)
     run = recorded(record, RUN_START, at_most=source.step)
     if run is None:  # Nothing counted from there when that checkpoint was written.
         found = manifest.read(settings.folder)
@@ -86,7 +86,7 @@ def starts(settings: TrainSettings, source: Source) -> Starts:
             f" {source.path} nor the {manifest.MANIFEST_FILE} of {settings.folder} says at which"
             " step it started: set step_offset to that step"
         )
-    return Starts(run=run, state=state or 0)
+    return Starts(run=run, state=state)
 
 
 def prepare(settings: TrainSettings) -> PreparedRun:

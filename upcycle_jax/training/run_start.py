@@ -41,6 +41,22 @@ def recorded(record: Mapping[str, Any], name: str, *, at_most: int) -> int | Non
     return found if isinstance(found, int) and 0 <= found <= at_most else None
 
 
+def state_start(record: Mapping[str, Any], *, at_most: int) -> int:
+    """The step at which the optimizer state of a checkpoint started afresh: as recorded by the run
+    that saved it, or the step of the conversion that made it; 0 where neither says so.
+    """
+    found = recorded(record, STATE_START, at_most=at_most)
+    if found is not None:
+        return found
+    surgery: Any = record.get("surgery")
+    recipe: Any = surgery.get("recipe") if isinstance(surgery, dict) else None
+    if not isinstance(recipe, dict) or recipe.get("optimizer_state") != "reset":
+        return 0
+    step = {"reset": 0}.get(str(recipe.get("step")), recipe.get("step"))
+    where = {"step": step if isinstance(step, int) else surgery.get("source_step")}
+    return recorded(where, "step", at_most=at_most) or 0
+
+
 def counted_from(offset: StepOrStart, start: int | None) -> int:
     """The global step that an offset stands for.
 
