@@ -2,6 +2,7 @@
 norms and biases too, so that none can be left out or taken for another unseen.
 """
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -42,7 +43,6 @@ LONGROPE = {
     "rope_theta": 1e4,
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 5.0],
-    "factor": 4.0,
 }
 WINDOW = {"sliding_window": 5}
 HEADS = {"head_dim": 8}
@@ -94,7 +94,14 @@ CASES = {
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "granite": ("granite", GRANITE),
-    "phi3": ("phi3", {**WINDOW, "rope_parameters": LONGROPE}),
+    "phi3": (
+        "phi3",
+        {**WINDOW, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    ),
+    "phi3 beyond its first context": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
+    ),
     "gpt_neox": ("gpt_neox", {**NEOX, "rotary_pct": 0.5}),
     "gpt_neox in sequence": (
         "gpt_neox",
@@ -135,7 +142,8 @@ def torch_and_transformers():
 def random_model(model_type, settings, seed=0):
     """A model of transformers with random tensors of everyday size."""
     torch, transformers = torch_and_transformers()
-    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    keys = copy.deepcopy({**SIZES, **settings})  # transformers writes into objects of these.
+    config = transformers.AutoConfig.for_model(model_type, **keys)
     generator = torch.Generator().manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():

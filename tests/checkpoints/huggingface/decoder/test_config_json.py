@@ -505,6 +505,19 @@ def test_any_values_at_all_give_a_model_or_one_clear_error(model_type, keys, rop
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "rope_scaling.short_factor is .*: 4 positive numbers",
         ),
+        (
+            "phi3",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "factor": 8.0,
+                },
+            },
+            "rope_scaling.factor is 8.0: .* is 4; transformers 4 takes that, 5 takes factor",
+        ),
         # MoE layers.
         ("mixtral", {"num_experts_per_tok": 2}, "num_experts is missing"),
         ("mixtral", {"num_local_experts": 4}, "num_experts_per_tok is missing"),

@@ -226,12 +226,18 @@ class _Ropes:
         }
 
     def _longrope(self, part: Keys, original: int, fraction: float) -> dict[str, Any]:
-        factor = part.number("factor", None)
-        if factor is None:
-            longest = self._keys.size("max_position_embeddings")
-            if longest is None:
-                raise self._keys.lacks("max_position_embeddings", "longrope needs it")
-            factor = longest / original
+        longest = self._keys.size("max_position_embeddings")
+        stated, outer = part.number("factor", None), "original_max_position_embeddings"
+        if longest is None and stated is None:
+            raise self._keys.lacks("max_position_embeddings", "longrope needs it")
+        ratio = stated if longest is None else longest / original
+        if stated is not None and outer in self._keys and stated != ratio:
+            raise part.refused(
+                "factor",
+                f"max_position_embeddings / {outer} is {ratio:g}; transformers 4 takes that, 5"
+                " takes factor. Correct one of them",
+            )
+        factor = ratio if stated is None else stated
         out: dict[str, Any] = {
             "factor": factor,
             "attention_factor": part.number("attention_factor", None),
