@@ -231,17 +231,16 @@ class _Ropes:
         if longest is None and stated is None:
             raise self._keys.lacks("max_position_embeddings", "longrope needs it")
         ratio = stated if longest is None else longest / original
-        if stated is not None and outer in self._keys and stated != ratio:
+        amplitude = part.number("attention_factor", None)  # The factor is for this alone.
+        differs = stated is not None and outer in self._keys and stated != ratio
+        if differs and amplitude is None:
             raise part.refused(
                 "factor",
                 f"max_position_embeddings / {outer} is {ratio:g}; transformers 4 takes that, 5"
                 " takes factor. Correct one of them",
             )
         factor = ratio if stated is None else stated
-        out: dict[str, Any] = {
-            "factor": factor,
-            "attention_factor": part.number("attention_factor", None),
-        }
+        out: dict[str, Any] = {"factor": factor, "attention_factor": amplitude}
         pairs = int(self._head_dim * fraction) // 2
         for key, name in (("short_factor", "short_factors"), ("long_factor", "long_factors")):
             values = part.get(key, list, [])
