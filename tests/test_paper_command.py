@@ -21,9 +21,17 @@ def test_table1_is_counted_and_equals_the_printed_sizes(capsys):
     assert len(language) == 6 and all(
         row["equal"] and row["rounded"] == row["printed"] for row in language.values()
     )
-    vision = [row for row in rows if row["modality"] == "vision"]
-    assert len(vision) == 8 and all(
-        row["parameters"] is None and row["equal"] is None for row in vision
+    vision = {(row["size"], row["method"]): row for row in rows if row["modality"] == "vision"}
+    assert len(vision) == 8 and all(row["equal"] for row in vision.values())
+    # 12 blocks of 4 (768^2 + 768) + 4 x 768 and an MLP of 2 x 768 x 3072 + 3072 + 768; patches of
+    # 16 x 16 x 3, 196 positions, a norm, a head of 18291 classes.
+    block = 4 * (768**2 + 768) + 4 * 768 + 2 * 768 * 3072 + 3072 + 768
+    b16 = 12 * block + 769 * 18291 + 768 * (16 * 16 * 3 + 1 + 196 + 2)
+    assert vision["B/16", "dense"]["parameters"] == b16 == 99_862_899
+    # 101,519,475 and 3,447,116,659 are cut off in print, not rounded.
+    assert (vision["B/32", "dense"]["rounded"], vision["B/32", "dense"]["printed"]) == (
+        "102M",
+        "101M",
     )
 
 

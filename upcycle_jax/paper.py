@@ -10,8 +10,8 @@ Examples:
 Each number of the paper says how it is known: printed, read off a figure's image, or estimated by
 eye. Runs are found below the results folder by what their manifests say: those of the paper's
 models on C4 stand beside the paper's values, with the mean and the 95 % interval over seeds; runs
-at other scales are compared by their gain over the dense continuation. Vision has data and no runs:
-it is not yet supported.
+at other scales are compared by their gain over the dense continuation. Of vision, sizes are compared;
+its experiments are not yet supported.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from upcycle_jax.printing import printable_lines, show
 
 if TYPE_CHECKING:
-    from upcycle_jax.models.t5.config import T5Config
+    from upcycle_jax.models.base import ModelConfig
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @functools.cache
-def _load_config(gin_file: str) -> "T5Config":
+def _load_config(gin_file: str) -> "ModelConfig":
     from upcycle_jax import config
 
     return config.load([gin_file]).macro("MODEL").config

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from upcycle_jax.models.t5.config import T5Config
+from upcycle_jax.models.base import ModelConfig
 from upcycle_jax.papers.commands import Command, Places, commands
 from upcycle_jax.papers.exhibits import Exhibit, Method, Point, Series
 from upcycle_jax.papers.runs import (
@@ -126,7 +126,7 @@ def compare(
     exhibit: Exhibit,
     *,
     results: str | Path | None,
-    load_config: Callable[[str], T5Config],
+    load_config: Callable[[str], ModelConfig],
     places: Places = Places(),
 ) -> Comparison:
     """Puts this project's results beside a table or figure.

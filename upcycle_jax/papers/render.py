@@ -58,15 +58,7 @@ def _sizes(comparison: Comparison) -> Table:
     for row in comparison.sizes:
         point = row.point
         layers, experts = point.setting.get("moe_layers", "-"), point.setting.get("experts", "-")
-        counted = "-" if row.parameters is None else f"{row.parameters:,}"
-        verdict = (
-            NOT_SUPPORTED
-            if row.parameters is None
-            else "equal"
-            if row.equal
-            else f"DIFFERENT: {row.rounded}"
-        )
-        source = row.gin_file or "-"
+        verdict = "equal" if row.equal else f"DIFFERENT: {row.rounded}"
         rows.append(
             [
                 point.modality,
@@ -75,9 +67,9 @@ def _sizes(comparison: Comparison) -> Table:
                 layers,
                 experts,
                 point.printed,
-                counted,
+                f"{row.parameters:,}",
                 verdict,
-                source,
+                row.gin_file,
             ]
         )
     header = [
