@@ -158,7 +158,8 @@ def check_all_read(
         raise ValueError(
             f"{what} has {unread}, which task_feature_lengths {dict(lengths)} does not name, so"
             " that the model would not see them: give a length, for example"
-            f" {dict.fromkeys((*unread, *asked), 512)}"
+            f" {dict.fromkeys((*unread, *asked), 512)}, or learn plain text by OBJECTIVE ="
+            " 'language_modeling'"
         )
 
 
