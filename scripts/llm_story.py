@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,8 @@ def compare(dense: pathlib.Path, moe: pathlib.Path, text: pathlib.Path) -> bool:
     same = float((logits[0].argmax(-1) == logits[1].argmax(-1)).mean())
     print(f"logits differ by at most {difference:.1e}; the largest is {largest:.1f}")
     print(f"the most likely next token is the same at {same:.1%} of the positions")
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"memory for this step: at most {kibibytes / 2**20:.1f} GiB")
     return difference <= 1e-4 * largest and sentences[0] == sentences[1]
 
 

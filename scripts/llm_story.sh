@@ -13,7 +13,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-dense_steps=800 extra_steps=400 eval_period=100 smoke=
+dense_steps=500 extra_steps=250 eval_period=50 smoke=
 sizes=(--gin.VOCAB_SIZE=384 --gin.DecoderConfig.emb_dim=128 --gin.DecoderConfig.num_layers=4 --gin.DecoderConfig.head_dim=32 --gin.DecoderConfig.mlp_dim=384)
 out="${STORY_DIR:-$root/llm_story}"
 if [ "${1:-}" = --smoke ]; then
@@ -56,7 +56,8 @@ upcycle() {
     local source="$1" result="$2" log="$3"
     shift 3
     made "$result/proof.json" "$python" -m upcycle_jax.upcycle --gin_file=runs/upcycle.gin --gin_file=recipes/mixtral.gin \
-        --gin.INITIAL_CHECKPOINT_PATH="'$source'" --gin.OUTPUT_CHECKPOINT_PATH="'$result'" "$@" 2>&1 | tee "$log" |
+        --gin.INITIAL_CHECKPOINT_PATH="'$source'" --gin.OUTPUT_CHECKPOINT_PATH="'$result'" \
+        --gin.FUNCTION_CHECK_DATASET="@function_check/DatasetConfig()" "$@" 2>&1 | tee "$log" |
         grep -Ev '^(target|state)/|^  target/|% ' || { tail -20 "$log" >&2; return 1; }
 }
 
@@ -80,11 +81,13 @@ else
     made random.gguf story random random.gguf --large
 fi
 
-say "2/8 Upcycling it to 8 experts: plan, conversion, proof"
-upcycle "$source" "$out/moe" moe.log --gin.OPTIMIZER=None
-
-say "3/8 Both as Hugging Face folders, with what each reader makes of them"
+say "2/8 As a Hugging Face folder, with its tokenizer and what each reader makes of it"
 made dense_hf "$python" -m upcycle_jax.convert "$source" "$out/dense_hf" --to huggingface
+
+say "3/8 Upcycling to 8 experts: plan, conversion, proof on real text; and the folder of the mixture"
+upcycle "$source" "$out/moe" moe.log --gin.OPTIMIZER=None --gin.MIXTURE_OR_TASK_NAME="'readme'" --gin.TEXT_FILES="['$root/README.md']" \
+    --gin.OBJECTIVE="'language_modeling'" --gin.VOCABULARY="'$out/dense_hf'" --gin.EVAL_SPLIT="'train'" \
+    --gin.TASK_FEATURE_LENGTHS="{'targets': 64}" --gin.BATCH_SIZE=2
 made moe_hf "$python" -m upcycle_jax.convert "$out/moe" "$out/moe_hf" --to huggingface
 
 say "4/8 Both in transformers: logits on real text, and a sentence"
@@ -95,7 +98,8 @@ train small "$dense_steps" --gin_file=models/tiny_lm.gin --gin_file=runs/pretrai
 
 say "6/8 Upcycling it"
 sparse="$out/small_moe/checkpoint_$dense_steps"
-upcycle "$out/small/checkpoint_$dense_steps" "$sparse" small_moe.log --gin.OPTIMIZER="@AdamW()"
+upcycle "$out/small/checkpoint_$dense_steps" "$sparse" small_moe.log --gin.OPTIMIZER="@AdamW()" --gin.MIXTURE_OR_TASK_NAME="'embedded_text_language_modeling'" \
+    --gin.TASK_FEATURE_LENGTHS="{'targets': 128}"
 
 say "7/8 Continuing both on the same batches, $extra_steps steps"
 train small_continued "$end" --gin_file=runs/continue_pretrain_lm.gin --gin.INITIAL_CHECKPOINT_PATH="'$out/small/checkpoint_$dense_steps'"
