@@ -81,7 +81,7 @@ class Measurement:
 
 
 @dataclasses.dataclass
-class _Program:
+class Program:
     """A compiled program; `call` executes it."""
 
     call: Callable[[], Any]
@@ -90,7 +90,7 @@ class _Program:
 
 
 def compare(
-    programs: Mapping[str, _Program], *, baseline: str, tokens: int, rounds: int
+    programs: Mapping[str, Program], *, baseline: str, tokens: int, rounds: int
 ) -> list[Measurement]:
     """Runs the programs in turns. A program that is not the baseline runs directly after it in
     every round, and is compared with that execution: both then see the same state of the machine.
@@ -131,13 +131,13 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _program(function: Callable[..., Any], *arguments: Any) -> _Program:
+def _program(function: Callable[..., Any], *arguments: Any) -> Program:
     started = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     assert memory is not None  # every backend that is benchmarked has the analysis
-    return _Program(lambda: compiled(*arguments), seconds, int(memory.temp_size_in_bytes))
+    return Program(lambda: compiled(*arguments), seconds, int(memory.temp_size_in_bytes))
 
 
 def layer(
@@ -195,7 +195,7 @@ def _moe_settings(shape: LayerShape) -> MoeSettings:
     )
 
 
-def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) -> _Program:
+def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) -> Program:
     params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(1), x)["params"])
 
     def forward(params: Any, x: jax.Array) -> Any:
@@ -206,7 +206,7 @@ def _layer_program(module: MlpBlock | MoeLayer, x: jax.Array, backward: bool) ->
     return _differentiated(forward, params, x, backward)
 
 
-def _experts_program(shape: LayerShape, backward: bool) -> _Program:
+def _experts_program(shape: LayerShape, backward: bool) -> Program:
     """The experts on slots `[1, E, C, d]`, each with a token of its own, as a layer would apply
     them here.
     """
@@ -230,7 +230,7 @@ def _experts_program(shape: LayerShape, backward: bool) -> _Program:
 
 def _differentiated(
     forward: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array, backward: bool
-) -> _Program:
+) -> Program:
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(forward(params, x).astype(jnp.float32)))
 
@@ -306,7 +306,7 @@ def train_steps(
 
 def _step_program(
     model: Model, trainer: Trainer, batch_size: int, lengths: Mapping[str, int]
-) -> _Program:
+) -> Program:
     partitioner = Partitioner(devices=(jax.devices()[0],))
     shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
     rng = np.random.default_rng(3)
@@ -332,7 +332,7 @@ def _step_program(
         )  # the state is donated: each execution goes on from the last
         return output.loss
 
-    return _Program(call, seconds, int(compiled.memory_analysis().temp_size_in_bytes))
+    return Program(call, seconds, int(compiled.memory_analysis().temp_size_in_bytes))
 
 
 def layer_table(measured: Sequence[Measurement]) -> str:

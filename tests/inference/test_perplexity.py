@@ -2,8 +2,10 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from upcycle_jax.features import DecoderOnlyFeatures
 from upcycle_jax.inference.perplexity import Counts, TextCounter, over_processes, perplexities
@@ -63,3 +65,18 @@ def test_counts_are_those_of_the_last_pass():
         np.testing.assert_equal(len(list(batches())), 2)
         assert counter.counts == Counts(tokens=2, text_bytes=6, words=2)
     assert over_processes(counter.counts, 1) == counter.counts
+
+
+@pytest.mark.parametrize(("num_shards", "tokens"), [(2, 12 + 2**40), (1, (12 + 2**40) // 2)])
+def test_counts_of_processes_are_added(num_shards, tokens, monkeypatch):
+    """Two processes read a part each, or both the whole. Numbers are kept that jax would cut."""
+    own, other = Counts(10, 4, 2), Counts(2 + 2**40, 4, 2)
+
+    def gathered(values):
+        theirs = np.array([other.tokens, other.text_bytes, other.words], np.int64)
+        return np.stack([values, theirs.view(np.uint8)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    whole = Counts(tokens, 4 * num_shards, 2 * num_shards)
+    assert over_processes(own, num_shards) == whole

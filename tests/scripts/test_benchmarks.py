@@ -48,7 +48,7 @@ def test_each_program_is_compared_with_the_baseline_that_ran_beside_it():
     # The baseline takes 1, 2 and 4 units, the other always twice as long: a drifting machine does
     # not change the ratio.
     clock = iter([0, 1, 1, 3, 3, 5, 5, 9, 9, 13, 13, 21])
-    program = benchmarks._Program(lambda: 0, 0.0, 0)
+    program = benchmarks.Program(lambda: 0, 0.0, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks.time, "perf_counter", lambda: next(clock))
         base, other = benchmarks.compare(
