@@ -86,7 +86,7 @@ def test_forms_that_settings_ask_for():
     slots, choices = routed(TokensChoose(), logits), routed(DroplessTopK(), logits)
     kinds = {
         form: [
-            type(jax.vmap(lambda one, form=form: one.in_form(form, S))(made))
+            type(jax.eval_shape(jax.vmap(lambda one, form=form: one.in_form(form, S)), made))
             for made in (slots, choices)
         ]
         for form in ("auto", "sorted", "gather", "one_hot")

@@ -34,9 +34,10 @@ def route(router: Router, probabilities, *, capacity, real=None, counted=None) -
 def as_dense(assignment: Assignment, group_size: int) -> np.ndarray:
     """Combine weights `[S, E]`; a token that is dispatched with weight 0 would show as 0."""
     dense = np.zeros((group_size + 1, assignment.token_index.shape[0]), np.float32)
+    weight = np.asarray(assignment.combine_weight)
     for expert, row in enumerate(np.asarray(assignment.token_index)):
         for slot, token in enumerate(row):
-            dense[token, expert] += assignment.combine_weight[expert, slot]
+            dense[token, expert] += weight[expert, slot]
     return dense[:group_size]
 
 
@@ -269,12 +270,11 @@ def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised
     router = TokensChoose(num_selected_experts=k, batch_prioritized=prioritised)
     routing = router.route(as_group(logits, real), capacity=capacity)
     experts, p = reference_tokens_choose(logits, k, capacity, real, prioritised)
+    index = np.asarray(routing.dispatcher.token_index)
+    weight = np.asarray(routing.dispatcher.combine_weight)
     for e, tokens in enumerate(experts):
-        row = np.asarray(routing.dispatcher.token_index[e])
-        np.testing.assert_array_equal(row, tokens + [len(p)] * (capacity - len(tokens)))
-        np.testing.assert_allclose(
-            routing.dispatcher.combine_weight[e, : len(tokens)], p[tokens, e], rtol=1e-5
-        )
+        np.testing.assert_array_equal(index[e], tokens + [len(p)] * (capacity - len(tokens)))
+        np.testing.assert_allclose(weight[e, : len(tokens)], p[tokens, e], rtol=1e-5)
     assert float(routing.offered - routing.dropped) == sum(len(tokens) for tokens in experts)
 
 
