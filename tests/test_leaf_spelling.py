@@ -19,8 +19,10 @@ MAY_SPELL = (
     # A family, and its readers and writers of foreign checkpoints, know their own names.
     "models/decoder/",
     "models/t5/",
+    "models/vit/",
     "checkpoints/huggingface/decoder/",
     "checkpoints/huggingface/t5/",
+    "checkpoints/npz/",
 )
 """Files and folders of the library that may write them."""
 

@@ -16,6 +16,7 @@ from upcycle_jax import trees
 from upcycle_jax.checkpoints import CheckpointReader
 from upcycle_jax.layers.causal_attention import GroupedQueryAttention
 from upcycle_jax.layers.mlp import MlpBlock
+from upcycle_jax.models import layer_names
 from upcycle_jax.models.decoder import network
 from upcycle_jax.models.decoder.config import STACK, DecoderConfig
 from upcycle_jax.models.decoder.layerwise import steps
@@ -92,7 +93,7 @@ class OurModel:
           Activations with a leading N.
         """
         module = network.layer(self.config, index, parent=None)
-        params = trees.unflatten(self._params(f"{STACK}/layers_{index}"))
+        params = trees.unflatten(self._params(layer_names.layer(STACK, index)))
         return _run_layer(module, params, streams, self._inputs[1])
 
     def logits(self, streams: jax.Array) -> jax.Array:
