@@ -10,8 +10,8 @@ Examples:
 Each number of the paper says how it is known: printed, read off a figure's image, or estimated by
 eye. Runs are found below the results folder by what their manifests say: those of the paper's
 models on C4 stand beside the paper's values, with the mean and the 95 % interval over seeds; runs
-at other scales are compared by their gain over the dense continuation. Of vision, sizes are compared;
-its experiments are not yet supported.
+at other scales are compared by their gain over the dense continuation. Of vision, sizes are
+compared; its experiments are not yet supported.
 """
 
 import argparse
