@@ -28,9 +28,10 @@ FLAGGED = of(qk_norm="head", moe=dataclasses.replace(UNIT, num_experts=5))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of two models: their own checkpoints, and what faults are put into copies of."""
+    """Folders of some models: their own checkpoints, and what faults are put into copies of."""
     root = tmp_path_factory.mktemp("served")
-    for name, config in (("mixtral", WINDOWED), ("qwen3_moe", FLAGGED)):
+    models = {name: FAMILIES[name] for name in ("gpt_neox", "granitemoeshared")}
+    for name, config in ({"mixtral": WINDOWED, "qwen3_moe": FLAGGED} | models).items():
         options = WritingOptions(model_type=name)
         write_huggingface(Held(config), root / name, options=options)
     return root
@@ -43,7 +44,7 @@ def check(capsys, path, *flags):
     return code, said.out + said.err
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_neox", "granitemoeshared"])
 def test_a_sound_folder(name, folders, capsys):
     code, said = check(capsys, folders / name, f"--served={folders / name}")
     assert code == 0, said

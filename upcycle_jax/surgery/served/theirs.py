@@ -1,6 +1,7 @@
 """What transformers computes from a folder, watched from inside."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def run(folder: Path, tokens: np.ndarray, num_experts: int | None) -> TheirRun:
 
 
 def _imported() -> tuple[Any, Any]:
+    os.environ.setdefault("USE_TF", "0")  # 4.57 imports TensorFlow, too, where it is installed.
     try:
         import torch
         import transformers
