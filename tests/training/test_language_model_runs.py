@@ -139,6 +139,9 @@ def test_an_upcycled_folder_is_trained_and_resumed_with_the_same_bits(start, fol
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         np.testing.assert_array_equal(parts[name], value, err_msg=name)
+    # Each states the whole model, so that it can be written as a folder again.
+    stated = open_checkpoint(tmp_path / "whole" / "checkpoint_5").model_config()
+    assert isinstance(stated, DecoderConfig) and stated.moe == MOE
     # What was frozen until step 2 is the folder's until then; the routers' bias moves at each step.
     frozen, tensors = saved(tmp_path / "parts", 2), folder[1]
     layer = "target/decoder/layers_0/mlp"
