@@ -31,6 +31,14 @@ OF_FAMILY = {
         "upcycle_jax/checkpoints/huggingface/decoder/",
         "upcycle_jax/checkpoints/gguf/",
         "upcycle_jax/features/decoder_only",
+        # Compares a served language model with its checkpoint.
+        "upcycle_jax/surgery/served/",
+    ),
+    "vit": (
+        "upcycle_jax/models/vit/",
+        "upcycle_jax/checkpoints/huggingface/vit/",
+        "upcycle_jax/checkpoints/npz/",
+        "upcycle_jax/features/images.py",
     ),
 }
 """The family itself, its converter and its foreign checkpoints; for T5 also the paper, which is
@@ -39,6 +47,7 @@ about it.
 NAMES = {
     "t5": r"\b(T5Config|EncoderDecoderModel|MoeConfig\(|models\.t5)",
     "decoder": r"\b(DecoderConfig|DecoderModel|DecoderMoeConfig|models\.decoder)",
+    "vit": r"\b(VitConfig|VitModel|VitMoeConfig|models\.vit)",
 }
 """What belongs to a family, as a pattern."""
 JOINTS = {

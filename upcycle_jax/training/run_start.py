@@ -49,10 +49,10 @@ def state_start(record: Mapping[str, Any], *, at_most: int) -> int:
     if found is not None:
         return found
     surgery: Any = record.get("surgery")
-    recipe: Any = surgery.get("recipe") if isinstance(surgery, dict) else None
-    if not isinstance(recipe, dict) or recipe.get("optimizer_state") != "reset":
+    done: Any = surgery.get("recipe") if isinstance(surgery, dict) else None
+    if not isinstance(done, dict) or done.get("optimizer_state") != "reset":
         return 0
-    step = {"reset": 0}.get(str(recipe.get("step")), recipe.get("step"))
+    step = {"reset": 0}.get(str(done.get("step")), done.get("step"))
     where = {"step": step if isinstance(step, int) else surgery.get("source_step")}
     return recorded(where, "step", at_most=at_most) or 0
 

@@ -101,11 +101,11 @@ def _array(tensor: Any) -> np.ndarray:
 class _Watched:
     """Hooks on the layers of a model."""
 
-    def __init__(self, model: Any, num_experts: int | None):
+    def __init__(self, served: Any, num_experts: int | None):
         self.embedded = np.zeros(0)
         self._num_experts = num_experts
         self._seen: list[dict[str, np.ndarray]] = []
-        for number, layer in enumerate(model.base_model.layers):
+        for number, layer in enumerate(served.base_model.layers):
             self._seen.append({})
             if number == 0:
                 layer.register_forward_pre_hook(self._embedding, with_kwargs=True)
