@@ -26,6 +26,8 @@ FAMILIES = {
         "--gin.TASK_FEATURE_LENGTHS={'targets': 32}",
         "--gin.WARMUP_STEPS=4",
         "--gin.FSDP=True",
+        "--gin.ROUTER=@TokensChoose()",
+        "--gin.TokensChoose.renormalize=True",
     ],
 }
 
