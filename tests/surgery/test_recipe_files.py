@@ -51,13 +51,17 @@ def upcycle(source, output, *files, bindings=(), **options):
     paths = [f"INITIAL_CHECKPOINT_PATH='{source}'", f"OUTPUT_CHECKPOINT_PATH='{output}'"]
     names = ["runs/upcycle.gin", *(f"recipes/{name}.gin" for name in files)]
     loaded = load(names, [*paths, "OPTIMIZER=None", *bindings])
-    return loaded.build("upcycle")().run(report=lambda line: None, **options)
+    return loaded.build("upcycle")().run(**{"report": lambda line: None, **options})
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_plans_what_it_says(dense, tmp_path, name):
     bindings, leaf, operation = FILES[name]
-    done = upcycle(dense, tmp_path / "out", name, bindings=bindings, dry_run=True)
+    said: list[str] = []
+    done = upcycle(
+        dense, tmp_path / "out", name, bindings=bindings, dry_run=True, report=said.append
+    )
+    assert "its function, as predicted: exact" in "\n".join(said)
     assert done.plan.row(f"target/decoder/layers_1/mlp/{leaf}").operation == operation
     assert not (tmp_path / "out").exists()
 

@@ -121,10 +121,11 @@ def convert(
     check_model(source, model.config)
     plan = make_plan(source.specs(), target_specs, recipe)
     report(plan_text(plan, all_leaves=all_leaves))
-    if tokens is not None and not why_no_function_check(plan, check):
-        function_check.predict(
-            plan, model, tokens.batch
-        )  # Refuses a batch that does not divide into routing groups.
+    if not why_no_function_check(plan, check) and isinstance(model, LayerwiseModel):
+        probe = tokens if tokens is not None else ProbeBatch.random(model)
+        # Refuses a batch that does not divide into routing groups.
+        prediction = function_check.predict(plan, model, probe.batch)
+        report(f"its function, as predicted: {prediction.verdict} ({prediction.reason})")
     unproved = is_unproved_result(plan, source, output_path)
     _require(
         unproved or not Path(output_path).exists(),
