@@ -1,16 +1,28 @@
 """Every family of decoder-only models, written and loaded by transformers."""
 
+import dataclasses
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
-from random_decoders import FAMILIES, UNIT, Held, of, our_logits, their_logits
+from random_decoders import ALL, FAMILIES, GEMMA, MIXED, UNIT, Held, of, our_logits, their_logits
 
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 from upcycle_jax.checkpoints.huggingface.decoder.reading_back import differences
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
+from upcycle_jax.layers.rope import Rope
+
+GATED = dataclasses.replace(UNIT, shared_expert_mlp_dim=16, shared_expert_gate=True)
+YARN = Rope(
+    kind="yarn",
+    factor=4.0,
+    original_length=32,
+    attention_factor=1.3,
+    beta_fast=20.0,
+    truncate=False,
+)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -23,6 +35,23 @@ def test_transformers_computes_the_same(model_type, tmp_path):
     ours, theirs = our_logits(held.config, held.leaves), their_logits(folder)
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("gemma2", of(GEMMA, norm_place="both")),
+        ("smollm3", of(no_rope_layers=(0,), **MIXED)),
+        ("qwen2_moe", of(moe=GATED, **ALL)),
+        ("llama", of(rope=YARN)),
+    ],
+    ids=["gemma2 without windows", "smollm3 with some", "qwen2_moe with all", "a yarn of its own"],
+)
+def test_what_few_models_of_a_type_are(model_type, config, tmp_path):
+    held = Held(config)
+    options = WritingOptions(model_type=model_type)
+    theirs = their_logits(write_huggingface(held, tmp_path / "out", options=options))
+    np.testing.assert_allclose(our_logits(config, held.leaves), theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -1,11 +1,13 @@
 """Writes parameters as a Hugging Face folder that transformers and serving engines load."""
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from upcycle_jax import leases
@@ -33,6 +35,7 @@ def write_huggingface(
     reader: CheckpointReader,
     output: os.PathLike | str,
     *,
+    dtype: np.dtype | None = None,
     options: WritingOptions = WritingOptions(),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     dry_run: bool = False,
@@ -44,6 +47,7 @@ def write_huggingface(
     Args:
       reader: a model of one of `families`.
       output: a folder that does not exist; it appears when complete.
+      dtype: of the tensors; None: that of `options`.
       options: what is written.
       shard_bytes: at most so many bytes are held in memory and written to one file, or one tensor
         if that is larger.
@@ -57,6 +61,8 @@ def write_huggingface(
         the source. Nothing is left at `output`.
       FileExistsError: there is something at `output`.
     """
+    if dtype is not None:
+        options = dataclasses.replace(options, dtype=dtype)
     if not storage.is_local(output):
         raise ValueError(
             f"{output}: a Hugging Face folder is written to a local disk; write it there and"

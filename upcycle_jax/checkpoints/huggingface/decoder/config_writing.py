@@ -135,6 +135,8 @@ def _windows(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     if how == "none":
         return {}
     size = max((window for window in found if window), default=None)
+    if model_type in ("gemma2", "gemma3_text", "olmo3"):
+        size = size or DEFAULT_POSITIONS  # They make a mask of it even where no layer has one.
     out: dict[str, Any] = {"sliding_window": size}
     if model_type.startswith("qwen") or model_type == "smollm3":
         out["use_sliding_window"] = size is not None

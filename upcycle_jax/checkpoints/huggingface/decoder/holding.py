@@ -225,7 +225,7 @@ def _blocks(kind: str, holder: Holder, config: DecoderConfig) -> list[str]:
     if kind == "olmo" and config.norm_epsilon != OLMO_EPSILON:
         out.append(f"its norms add {OLMO_EPSILON}, the model's {config.norm_epsilon}")
     gated = len(config.mlp_activations) == 2 and config.mlp_activations[1] == "linear"
-    if config.sparse_layers != tuple(range(config.num_layers)) and gated != holder.gated:
+    if gated != holder.gated:
         out.append(f"its MLPs are {'gated' if holder.gated else 'plain'}, the model's not")
     activation = config.mlp_activations[0]
     if activation not in ACTIVATIONS or len(config.mlp_activations) > 2:
