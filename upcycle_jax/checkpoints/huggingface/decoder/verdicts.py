@@ -184,7 +184,7 @@ def _vllm(model_type: str, config: DecoderConfig) -> Iterator[Finding]:
     if model_type == "mixtral" and (_scaled(config) or not _joined(config)):
         yield Kind.EXACT, "versions of 2025 and earlier ignore rope scaling and head_dim"
     if model_type.startswith("granitemoe") and _scaled(config):
-        yield Kind.DIFFERS, "it takes rope_theta alone and ignores rope scaling"
+        yield Kind.EXACT, "versions of 2025 and earlier ignore rope scaling"
     if model_type == "olmoe":
         yield from _olmoe(config)
     if model_type == "flex_olmo" and moe.router.unit_weights:
