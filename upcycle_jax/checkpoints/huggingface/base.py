@@ -85,6 +85,23 @@ Sources = Source | tuple[Source, ...]
 """What is behind a leaf: one tensor, or several of one shape, stacked along a first axis."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """A leaf that is computed from whole tensors, which are held meanwhile: a small one.
+
+    Attributes:
+      shape: of the leaf.
+      compute: the leaf, given the tensors in order, in the leaf's dtype.
+      tensors: their shapes, by name; none where the leaf is a constant.
+      widened: the leaf is of float32 at least, since its values may not fit into fewer bits.
+    """
+
+    shape: tuple[int, ...]
+    compute: Callable[..., np.ndarray]
+    tensors: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    widened: bool = False
+
+
 def row_axis(rank: int) -> int:
     """The axis of a tensor that `Source.rows` means."""
     return max(rank - 2, 0)
@@ -101,7 +118,7 @@ class Layout(Protocol):
     def config(self) -> ModelConfig | None:
         """See `CheckpointReader.model_config`."""
 
-    def sources(self, weights: WeightFiles) -> dict[str, Sources]:
+    def sources(self, weights: WeightFiles) -> Mapping[str, Sources | Computed]:
         """What is behind every leaf, by full path.
 
         Raises:

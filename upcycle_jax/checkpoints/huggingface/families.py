@@ -12,6 +12,9 @@ from upcycle_jax.checkpoints.huggingface.files import shown
 from upcycle_jax.checkpoints.huggingface.t5.config_json import MODEL_TYPES, NOT_READ
 from upcycle_jax.checkpoints.huggingface.t5.reading import T5Layout
 from upcycle_jax.checkpoints.huggingface.t5.writing import export
+from upcycle_jax.checkpoints.huggingface.vit.config_json import KINDS as VIT_KINDS
+from upcycle_jax.checkpoints.huggingface.vit.config_json import NOT_READ as VIT_NOT_READ
+from upcycle_jax.checkpoints.huggingface.vit.reading import VitLayout, not_written
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
 FAMILIES = [
@@ -23,6 +26,7 @@ FAMILIES = [
         DecoderLayout,
         decoder_writing.export,
     ),
+    FolderFamily("vision", tuple(VIT_KINDS), VIT_NOT_READ, VitLayout, not_written),
 ]
 
 

@@ -1,6 +1,6 @@
 """Typed access to the keys of a config.json, which is not trusted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +108,22 @@ class Keys:
         for key in ("torch_dtype", "dtype"):
             if self.get(key, str, "float32").removeprefix("torch.") not in DTYPES:
                 raise self.refused(key, f"known are {', '.join(DTYPES)}")
+
+    def refuse_unknown(self, model_type: str, harmless: Set[str]) -> None:
+        """Refuses keys that nobody asked for, unless they say that something is off.
+
+        Args:
+          model_type: for messages.
+          harmless: keys that change nothing.
+
+        Raises:
+          ValueError: there is one.
+        """
+        for key in sorted(self._keys.keys() - self.asked - harmless):
+            if self._keys[key] in (None, False, 0, "", [], {}):
+                continue
+            raise self.refused(
+                key,
+                f"models of type {model_type!r} have no such key here, and it may change what they"
+                f" compute. Remove it from config.json where it does not",
+            )

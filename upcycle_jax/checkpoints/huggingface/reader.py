@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.huggingface.base import Sources
+from upcycle_jax.checkpoints.huggingface.base import Computed, Sources
 from upcycle_jax.checkpoints.huggingface.families import family_of
 from upcycle_jax.checkpoints.huggingface.files import (
     CONFIG,
@@ -63,11 +63,15 @@ class HuggingFaceReader(ReaderBase):
             }
         )
 
-    def _leaf_spec(self, name: str, sources: Sources) -> LeafSpec:
+    def _leaf_spec(self, name: str, sources: Sources | Computed) -> LeafSpec:
         """
         Raises:
           ValueError: tensors that are stacked have different shapes.
         """
+        if isinstance(sources, Computed):
+            found = [self._weights.dtype(tensor) for tensor in sources.tensors]
+            least = [np.dtype(np.float32)] if sources.widened or not found else []
+            return LeafSpec(sources.shape, functools.reduce(np.promote_types, [*found, *least]))
         parts = sources if isinstance(sources, tuple) else (sources,)
         shapes = {part.leaf_shape(self._weights.tensors[part.tensor].shape) for part in parts}
         if len(shapes) != 1:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from upcycle_jax.checkpoints.huggingface.base import Source, Sources, row_axis
+from upcycle_jax.checkpoints.huggingface.base import Computed, Source, Sources, row_axis
 from upcycle_jax.checkpoints.huggingface.transposing import transposed
 from upcycle_jax.checkpoints.reader import Index, index_shape
 
@@ -18,7 +18,9 @@ _GAP = 4
 """Rows that nobody asked for are read along where no more than so many lie between two others."""
 
 
-def read_leaf(sources: Sources, read: ReadTensor, index: Index, dtype: np.dtype) -> np.ndarray:
+def read_leaf(
+    sources: Sources | Computed, read: ReadTensor, index: Index, dtype: np.dtype
+) -> np.ndarray:
     """A part of a leaf, contiguous. Little is held beside it, unless it is a part of a tensor's
     rows as they are, or times a factor: then as much again.
 
@@ -28,6 +30,10 @@ def read_leaf(sources: Sources, read: ReadTensor, index: Index, dtype: np.dtype)
       index: one slice with explicit bounds per dimension of the leaf.
       dtype: of the leaf.
     """
+    if isinstance(sources, Computed):
+        whole = [read(name, _all(shape)) for name, shape in sources.tensors.items()]
+        value = sources.compute(*(tensor.astype(dtype, copy=False) for tensor in whole))
+        return np.ascontiguousarray(value[index], dtype)
     parts = sources[index[0]] if isinstance(sources, tuple) else (sources,)
     inner = index[1:] if isinstance(sources, tuple) else index
     if not isinstance(sources, tuple) and not sources.transposed:
@@ -41,6 +47,10 @@ def read_leaf(sources: Sources, read: ReadTensor, index: Index, dtype: np.dtype)
         else:
             target[...] = _plain(source, read, inner, dtype)
     return out
+
+
+def _all(shape: tuple[int, ...]) -> Index:
+    return tuple(slice(0, size) for size in shape)
 
 
 def _plain(source: Source, read: ReadTensor, index: Index, dtype: np.dtype) -> np.ndarray:

@@ -369,12 +369,4 @@ class _DecoderKeys(Keys):
             "router_aux_loss_coef",
         ):
             self.value(key)
-        for key in sorted(self._keys.keys() - self.asked - HARMLESS):
-            value = self._keys[key]
-            if value in (None, False, 0, "", [], {}):
-                continue
-            raise self.refused(
-                key,
-                f"models of type {self._type!r} have no such key here, and it may change what they"
-                f" compute. Remove it from config.json where it does not",
-            )
+        self.refuse_unknown(self._type, HARMLESS)

@@ -1,0 +1,219 @@
+"""What config.json says of the function that a vision transformer computes: every key that changes
+it is read, and what cannot be computed here, or is not known, is refused.
+
+Source: the configuration and modeling files of transformers 5.24.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycle_jax.checkpoints.huggingface.keys import Keys
+from upcycle_jax.checkpoints.huggingface.t5 import config_json as t5
+from upcycle_jax.models.vit.config import Pool, VitConfig
+
+ACTIVATIONS = {**t5.ACTIVATIONS, "quick_gelu": "quick_gelu"}
+"""transformers' names of activations -> those of `layers.mlp.ACTIVATIONS`."""
+
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("mlp_ratio", "image_size", "patch_size", "num_channels", "projection_dim"),
+)
+"""Keys of sizes, for messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a type of models has in common.
+
+    Attributes:
+      epsilon: `layer_norm_eps` where nothing is said.
+      patch_size: the same.
+      activation: `hidden_act`, the same.
+      pool: what its features are.
+      settings: of `VitConfig`, where they are not the defaults.
+      mlp_ratio: `mlp_ratio` where nothing is said; None: `intermediate_size` states the MLP.
+    """
+
+    epsilon: float
+    patch_size: int
+    activation: str = "gelu"
+    pool: Pool = "class_token"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mlp_ratio: int | None = None
+
+
+KINDS: Mapping[str, Kind] = {
+    "vit": Kind(1e-12, 16),
+    "siglip_vision_model": Kind(1e-6, 16, "gelu_pytorch_tanh", "map"),
+    "clip_vision_model": Kind(
+        1e-5, 32, "quick_gelu", settings={"pre_norm": True, "patch_bias": False}
+    ),
+    "dinov2": Kind(1e-6, 14, settings={"layer_scale": True}, mlp_ratio=4),
+}
+"""By `model_type`."""
+
+NOT_READ = {
+    "clip": "it also has a text tower; save its vision_model alone (type clip_vision_model)",
+    "siglip": "it also has a text tower; save its vision_model alone (type siglip_vision_model)",
+    "siglip2_vision_model": "its images have any shape, and there is one size here",
+    "dinov2_with_registers": "its register tokens have no counterpart here",
+    "dinov3_vit": "its positions are rotary, and they are a learned table here",
+    "deit": "its distillation token has no counterpart here",
+    "beit": "its attention has relative positions, and they are a learned table here",
+    "vit_mae": "it is trained without most patches; load it as a ViTModel and save that",
+    "vit_msn": "it is no plain ViT; load it as a ViTModel and save that",
+}
+"""Types near to these -> why they are not read."""
+
+HARMLESS = frozenset(
+    {
+        # Where the file comes from.
+        "_name_or_path", "_commit_hash", "architectures", "auto_map", "model_type",
+        "transformers_version", "license",
+        # Training: initialisation and dropout.
+        "initializer_range", "initializer_factor", "attention_dropout", "dropout",
+        "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate",
+        "layerscale_value", "gradient_checkpointing", "problem_type", "finetuning_task",
+        # How transformers runs and what it returns.
+        "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+        "return_dict", "output_attentions", "output_hidden_states", "torchscript",
+        "use_bfloat16", "chunk_size_feed_forward", "label2id", "transformers.js_config",
+        # Masked images, the pooler after the class token, feature maps of single layers.
+        "encoder_stride", "use_mask_token", "pooler_act", "pooler_output_size",
+        "out_features", "out_indices", "stage_names", "apply_layernorm",
+        "reshape_hidden_states", "num_image_tokens",
+        # Text generation, which old versions wrote into every file.
+        "max_length", "min_length", "temperature", "top_k", "top_p", "typical_p", "num_beams",
+        "num_beam_groups", "num_return_sequences", "repetition_penalty", "length_penalty",
+    }
+)  # fmt: skip
+"""Keys that do not change what a model computes from pixels to features or logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What config.json states.
+
+    Attributes:
+      config: the model, without a head.
+      qkv_bias: queries, keys and values have biases; those of others are zero here.
+      num_labels: classes; None where it says nothing.
+      projection_dim: columns of a projection; None where it says nothing.
+      classifies: the folder is that of a classifier.
+    """
+
+    config: VitConfig
+    qkv_bias: bool
+    num_labels: int | None
+    projection_dim: int | None
+    classifies: bool
+
+
+def read_config(folder: Path, keys: Mapping[str, Any]) -> Stated:
+    """What config.json states.
+
+    Args:
+      folder: for messages.
+      keys: content of config.json, whose `model_type` is one of `KINDS`.
+
+    Raises:
+      ValueError: it is damaged, contradicts itself, or describes what cannot be computed here; the
+        message names file, key, value and remedy.
+    """
+    return _VitKeys(folder, keys).stated()
+
+
+class _VitKeys(Keys):
+    """What the keys of a vision transformer's config.json state."""
+
+    def __init__(self, folder: Path, keys: Mapping[str, Any]):
+        super().__init__(folder, keys)
+        self._type: str = keys["model_type"]
+        self._kind = KINDS[self._type]
+
+    def stated(self) -> Stated:
+        self.check_plain()
+        kind = self._kind
+        patch = self._side("patch_size", kind.patch_size)
+        image = self._side("image_size", 224)
+        if image < patch:
+            raise self.refused("image_size", f"an image is smaller than a patch, {patch}")
+        heads, width = self._size("num_attention_heads"), self._size("hidden_size")
+        if width % heads:
+            raise self.refused(
+                "num_attention_heads", f"hidden_size {width} does not divide into so many"
+            )
+        mlp_dim, activations = self._mlp(width)
+        config = VitConfig(
+            num_classes=0,
+            # The convolution does not see what is beyond the last whole patch.
+            image_size=image // patch * patch,
+            patch_size=patch,
+            emb_dim=width,
+            num_layers=self._size("num_hidden_layers"),
+            num_heads=heads,
+            mlp_dim=mlp_dim,
+            pool=kind.pool,
+            mlp_activations=activations,
+            norm_epsilon=self.number("layer_norm_eps", kind.epsilon, below=1) or kind.epsilon,
+            channels=self.size("num_channels") or 3,
+            **kind.settings,
+        )
+        stated = Stated(
+            config,
+            qkv_bias=self.get("qkv_bias", bool, True) if self._type in ("vit", "dinov2") else True,
+            num_labels=self._num_labels(),
+            projection_dim=self.size("projection_dim"),
+            classifies=any(
+                isinstance(name, str) and name.endswith("ForImageClassification")
+                for name in self.get("architectures", list, [])
+            ),
+        )
+        if kind.pool == "map" and not self.get("vision_use_head", bool, True):
+            raise self.refused(
+                "vision_use_head", "without its attention pooling the model has no features"
+            )
+        self.refuse_unknown(self._type, HARMLESS)
+        return stated
+
+    def _size(self, key: str) -> int:
+        value = self.size(key)
+        if value is None:
+            raise self.lacks(key, "it cannot be seen in the tensors. Copy the file again")
+        return value
+
+    def _side(self, key: str, default: int) -> int:
+        """The side of a square, stated once or for height and width."""
+        value = self.value(key)
+        if not isinstance(value, list):
+            return self.size(key) or default
+        if len(value) != 2 or value[0] != value[1]:
+            raise self.refused(key, "images and patches are squares here")
+        return Keys(self._folder, {key: value[0]}).size(key) or default
+
+    def _mlp(self, width: int) -> tuple[int, tuple[str, ...]]:
+        """The hidden size of MLPs, and their activations."""
+        kind, name = self._kind, self.get("hidden_act", str, self._kind.activation)
+        if name not in ACTIVATIONS:
+            raise self.refused(
+                "hidden_act",
+                f"this activation is not supported; known are {', '.join(sorted(ACTIVATIONS))}",
+            )
+        if kind.mlp_ratio is None:
+            return self._size("intermediate_size"), (ACTIVATIONS[name],)
+        if self.value("intermediate_size") is not None:
+            raise self.refused("intermediate_size", "this type of model states its mlp_ratio")
+        inner = int(width * self.given("mlp_ratio", kind.mlp_ratio))
+        if self.get("use_swiglu_ffn", bool, False):
+            # hidden_act is not asked then; widths are multiples of 8.
+            return (int(inner * 2 / 3) + 7) // 8 * 8, ("silu", "linear")
+        return inner, (ACTIVATIONS[name],)
+
+    def _num_labels(self) -> int | None:
+        """Classes that are named, or counted."""
+        labels, count = self.get("id2label", dict, None), self.size("num_labels")
+        if labels and count is not None and len(labels) != count:
+            raise self.refused("num_labels", f"id2label names {len(labels)}. Correct one of them")
+        return len(labels) if labels else count
