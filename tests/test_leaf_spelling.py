@@ -7,14 +7,13 @@ import pathlib
 import re
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "upcycle_jax"
-SPELT = re.compile(r"\b(shared_)?expert/|\brouter/|\bmlp/|\blayers_")
+SPELT = re.compile(r"\b(shared_)?expert/|\brouter/|\bmlp/|\b(layers|encoderblock)_")
 """Words of the paths of an MoE layer's parameters, and of layers."""
 
 MAY_SPELL = (
     "moe/roles.py",
     "models/layer_names.py",
-    # Make, and read the reports of, the linen modules of those names.
-    "models/stacking.py",
+    # Reads the reports of the linen modules of those names.
     "models/shared.py",
     # A family, and its readers and writers of foreign checkpoints, know their own names.
     "models/decoder/",

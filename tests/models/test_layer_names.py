@@ -8,15 +8,19 @@ from upcycle_jax.models import layer_names
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("encoder/layers_1", ("encoder", 1, "")),
-        ("encoder/layers_10/mlp/wo/kernel", ("encoder", 10, "mlp/wo/kernel")),
-        ("target/decoder/layers_0/norm/scale", ("target/decoder", 0, "norm/scale")),
+        ("encoder/layers_1", ("encoder", 1, "", "layers")),
+        ("encoder/layers_10/mlp/wo/kernel", ("encoder", 10, "mlp/wo/kernel", "layers")),
+        ("target/decoder/layers_0/norm/scale", ("target/decoder", 0, "norm/scale", "layers")),
+        ("Transformer/encoderblock_2/norm", ("Transformer", 2, "norm", "encoderblock")),
     ],
 )
 def test_a_path_of_a_layer_is_taken_apart(path, expected):
     found = layer_names.split(path)
     assert found == expected
-    assert path.startswith(found.layer) and found.layer == layer_names.layer(*expected[:2])
+    stack, number, rest, called = expected
+    assert path.startswith(found.layer)
+    assert found.layer == layer_names.layer(stack, number, called)
+    assert not rest or found.in_layer(number) == path
 
 
 @pytest.mark.parametrize("path", ["token_embedder/embedding", "layers_1/mlp", "a/layers_x/b", ""])

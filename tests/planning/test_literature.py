@@ -14,7 +14,7 @@ CASE = literature.Case(
     batch_tokens=163_840,
     num_experts=32,
     capacity_factor=2.0,
-    encoder_router="experts_choose",
+    router="experts_choose",
     renormalize=False,
     sparse_share=0.5,
 )
@@ -54,7 +54,7 @@ def test_the_papers_own_case_is_supported():
         ({"num_experts": 8}, "number of experts", literature.Stance.OUTSIDE),
         ({"num_experts": 256}, "number of experts", literature.Stance.WARNS),
         ({"sparse_share": 1.0}, "MoE layers", literature.Stance.OUTSIDE),
-        ({"encoder_router": "tokens_choose"}, "routing", literature.Stance.WARNS),
+        ({"router": "tokens_choose"}, "routing", literature.Stance.WARNS),
         ({"renormalize": True}, "routing", literature.Stance.WARNS),
     ],
 )

@@ -97,7 +97,7 @@ class Tower(nn.Module):
     def __call__(self, x, valid, *, train):
         sparse = self.config.moe.sparse_layers if self.config.moe else ()
         for i in range(self.config.num_layers):
-            x = Layer(self.config, i in sparse, name=f"layers_{i}")(x, valid, train=train)
+            x = Layer(self.config, i in sparse, name=f"encoderblock_{i}")(x, valid, train=train)
         return x
 
 
@@ -133,7 +133,10 @@ class ToyModel:
         config, moe = self.config, self.config.moe
         sparse = moe.sparse_layers if moe else ()
         router = moe.router if moe else None
-        return {"tower": Stack("tower", config.num_layers, sparse, router, True, moe, "line")}
+        stack = Stack(
+            "tower", config.num_layers, sparse, router, True, moe, "line", called="encoderblock"
+        )
+        return {"tower": stack}
 
     @property
     def dense(self):
@@ -187,7 +190,7 @@ def from_specs(specs: Any, stated: Any) -> ToyConfig | None:
     """A dense tower has an embedding called `embed` and two kernels in each MLP."""
     table, kernel = (
         specs.get(f"target/{path}")
-        for path in ("embed/embedding", "tower/layers_0/mlp/wi_0/kernel")
+        for path in ("embed/embedding", "tower/encoderblock_0/mlp/wi_0/kernel")
     )
     if table is None or kernel is None:
         return None

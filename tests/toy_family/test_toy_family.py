@@ -121,10 +121,10 @@ def dense_run(tmp_path_factory):
 
 def test_leaves_have_roles_and_twins():
     specs = SPARSE.param_specs()
-    kernel = specs["tower/layers_1/mlp/expert/wi_0/kernel"]
-    assert (kernel.role, kernel.twin) == (Role.EXPERT, "tower/layers_1/mlp/wi_0/kernel")
-    assert specs["tower/layers_1/mlp/router/router_weights/w/kernel"].role == Role.ROUTER
-    assert specs["tower/layers_0/mlp/wi_0/kernel"].role == Role.DENSE
+    kernel = specs["tower/encoderblock_1/mlp/expert/wi_0/kernel"]
+    assert (kernel.role, kernel.twin) == (Role.EXPERT, "tower/encoderblock_1/mlp/wi_0/kernel")
+    assert specs["tower/encoderblock_1/mlp/router/router_weights/w/kernel"].role == Role.ROUTER
+    assert specs["tower/encoderblock_0/mlp/wi_0/kernel"].role == Role.DENSE
 
 
 def test_it_trains_and_its_loss_falls(dense_run):
@@ -145,8 +145,10 @@ def test_it_is_upcycled_without_a_model_file_and_proved_again(dense_run, tmp_pat
     done = Upcycle(initial_checkpoint_path=str(folder), **settings).run(report=said.append)
     assert done.ok and done.proof.ok
     dense, sparse = open_checkpoint(folder), open_checkpoint(output)
-    kernel = sparse.read("target/tower/layers_1/mlp/expert/wo/kernel")
-    np.testing.assert_array_equal(kernel, [dense.read("target/tower/layers_1/mlp/wo/kernel")] * 4)
+    kernel = sparse.read("target/tower/encoderblock_1/mlp/expert/wo/kernel")
+    np.testing.assert_array_equal(
+        kernel, [dense.read("target/tower/encoderblock_1/mlp/wo/kernel")] * 4
+    )
     assert Verify(output_checkpoint_path=str(output)).run(report=said.append).ok
 
 
@@ -157,8 +159,8 @@ def test_it_is_upcycled_while_restoring_and_trains_on(dense_run, tmp_path):
     assert (result.start, result.step) == ("upcycle", 24)
     names = result.evaluation["lines"]
     assert names["cross_ent_loss"] < before.evaluation["lines"]["cross_ent_loss"] + 0.2
-    assert names["experts/tower/layers_1/load"].shape == (4,)
-    assert names["experts/tower/layers_1/similarity"] > 0.9
+    assert names["experts/tower/encoderblock_1/load"].shape == (4,)
+    assert names["experts/tower/encoderblock_1/similarity"] > 0.9
 
 
 GIN = """
@@ -179,7 +181,7 @@ def test_a_gin_file_names_it_and_it_is_counted(tmp_path, capsys):
     said = capsys.readouterr().out
     # 8 x 16 and 16 x 8 weights in an expert, of which a token meets two of four.
     assert "Parameters of experts: 1536, of routers: 32" in said
-    assert "tower/layers_1/mlp/expert/wi_0/kernel" in said and "FLOPs per token: " in said
+    assert "tower/encoderblock_1/mlp/expert/wi_0/kernel" in said and "FLOPs per token: " in said
 
 
 def test_its_conversion_is_planned():

@@ -39,6 +39,7 @@ class Stack:
       tokens: the model feature whose length is the length of the stack, e.g.
         'encoder_input_tokens'; of a stack that takes no tokens, the feature with its inputs.
       positions: length of the stack where no feature has it, e.g. the patches of an image.
+      called: what its layers are called in paths, one of `layer_names.CALLED`.
     """
 
     name: str
@@ -49,6 +50,11 @@ class Stack:
     moe: MoeSettings | None
     tokens: str
     positions: int | None = None
+    called: str = layer_names.LAYERS
+
+    def layer_name(self, index: int) -> str:
+        """Name of a layer within the stack, e.g. 'layers_1'."""
+        return layer_names.name(index, self.called)
 
     def length(self, features: Mapping[str, Any]) -> int:
         """Its positions in one row of a batch; of arrays or of specs, by model feature."""
@@ -56,7 +62,7 @@ class Stack:
 
     def layer(self, index: int) -> str:
         """Path of a layer, e.g. 'encoder/layers_1'."""
-        return layer_names.layer(self.name, index)
+        return layer_names.layer(self.name, index, self.called)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def moe_reports(variables: Any, stacks: Mapping[str, Stack]) -> dict[str, LayerS
     that an application of the model with `mutable=[LAYER_STATS]` returned.
     """
     return {
-        stack.layer(i): variables[LAYER_STATS][stack.name][f"layers_{i}"]["mlp"]["stats"]
+        stack.layer(i): variables[LAYER_STATS][stack.name][stack.layer_name(i)]["mlp"]["stats"]
         for stack in stacks.values()
         for i in stack.sparse_layers
     }

@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from upcycle_jax.models import layer_names
+
 RematPolicy = Literal["none", "minimal", "full"]
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -97,6 +99,7 @@ def run_layers(
     kinds: Sequence[Any],
     scan: bool = False,
     remat_policy: RematPolicy = "none",
+    called: str = layer_names.LAYERS,
 ) -> jax.Array:
     """Runs all layers of a stack on the residual stream `[batch, length, d]`.
 
@@ -114,6 +117,7 @@ def run_layers(
         parameters.
       scan: loop over the blocks that repeat.
       remat_policy: see `REMAT_POLICIES`.
+      called: what layers are called, as the model's `Stack` says.
     """
     if not scan or stack.is_initializing():
         parts: tuple[Segment, ...] = tuple(Segment(i, 1, 1) for i in range(len(kinds)))
@@ -121,9 +125,9 @@ def run_layers(
         parts = segments(kinds)
     for part in parts:
         if part.repeats > 1:
-            x = _scanned(stack, make, call, x, part, remat_policy)
+            x = _scanned(stack, make, call, x, part, remat_policy, called)
             continue
-        layer = make(part.start, name=f"layers_{part.start}")
+        layer = make(part.start, name=layer_names.name(part.start, called))
         if remat_policy == "none":
             x = call(layer, x)
         else:
@@ -138,6 +142,7 @@ def _scanned(
     x: jax.Array,
     part: Segment,
     remat_policy: RematPolicy,
+    called: str,
 ) -> jax.Array:
     """A loop over the repeats of a block. What its layers leave in variable collections is put
     where single layers would have put it.
@@ -156,18 +161,15 @@ def _scanned(
     collections = [
         name
         for name, content in variables.items()
-        if any(f"layers_{i}" in content for i in part.layers)
+        if any(layer_names.name(i, called) in content for i in part.layers)
     ]
     # [layers] keys of each kind ('dropout', 'jitter'), so that each repeat draws from its own.
     keys = {name: jax.random.split(stack.make_rng(name), len(part.layers)) for name in scope.rngs}
 
     def of_layer(i: int) -> Any:
         """Variables and random keys of one layer."""
-        mine = {
-            name: variables[name][f"layers_{i}"]
-            for name in collections
-            if f"layers_{i}" in variables[name]
-        }
+        layer = layer_names.name(i, called)
+        mine = {name: variables[name][layer] for name in collections if layer in variables[name]}
         return mine, {name: key[i - part.start] for name, key in keys.items()}
 
     def layer_at(position: int) -> Any:
@@ -212,7 +214,7 @@ def _scanned(
             for name, content in updates.items():
                 stack.put_variable(
                     name,
-                    f"layers_{i}",
+                    layer_names.name(i, called),
                     jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], content),
                 )
     return x

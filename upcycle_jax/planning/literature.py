@@ -56,7 +56,7 @@ class Case:
       batch_tokens: positions of a batch.
       num_experts: E.
       capacity_factor: of training.
-      encoder_router: 'experts_choose' or 'tokens_choose'.
+      router: 'experts_choose' or 'tokens_choose': that of the first stack with MoE layers.
       renormalize: combine weights of either stack are scaled to sum 1.
       sparse_share: MoE layers over all layers.
     """
@@ -67,7 +67,7 @@ class Case:
     batch_tokens: int
     num_experts: int
     capacity_factor: float
-    encoder_router: str
+    router: str
     renormalize: bool
     sparse_share: float
 
@@ -249,7 +249,7 @@ def _layers(case: Case) -> list[Advice]:
 
 def _routing(case: Case) -> list[Advice]:
     topic = "routing"
-    choose = case.encoder_router == "experts_choose"
+    choose = case.router == "experts_choose"
     text = (
         "T5 Base at 31 core-days: expert choice 70.3, top-2 with batch priority 69.8, top-1 69.1 %"
         " C4 accuracy"

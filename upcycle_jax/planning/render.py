@@ -22,7 +22,7 @@ def case_of(plan: Plan) -> literature.Case:
         batch_tokens=plan.tokens_per_step,
         num_experts=moe.num_experts,
         capacity_factor=moe.train_expert_capacity_factor,
-        encoder_router="experts_choose" if routers[0].fills_capacity else "tokens_choose",
+        router="experts_choose" if routers[0].fills_capacity else "tokens_choose",
         renormalize=any(getattr(router, "renormalize", False) for router in routers),
         sparse_share=sum(len(stack.sparse_layers) for stack in stacks)
         / sum(stack.num_layers for stack in stacks),

@@ -121,7 +121,7 @@ class _Upcycling(Matching):
         if not num_source:
             return path
         number = self.recipe.depth.source_layer(place.number, num_source, num_target)
-        return f"{layer_names.layer(place.stack, number)}/{place.rest}"
+        return place.in_layer(number)
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
         match spec.role:

@@ -54,7 +54,7 @@ def _kind(row: Row) -> Hashable:
 def _any_layer(path: str) -> Hashable:
     """A path without the number of its layer."""
     found = layer_names.split(path)
-    return (found.stack, found.rest) if found else path
+    return (found.stack, found.called, found.rest) if found else path
 
 
 def _cells(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -297,7 +297,9 @@ class DecoderModel:
         )
         outputs = variables[RESIDUALS][STACK]
         stack = self.stacks[STACK]
-        return {stack.layer(i): outputs[f"layers_{i}"]["output"] for i in range(stack.num_layers)}
+        return {
+            stack.layer(i): outputs[stack.layer_name(i)]["output"] for i in range(stack.num_layers)
+        }
 
     def layer_steps(self) -> Sequence[Step]:
         """See `layerwise.LayerwiseModel`."""

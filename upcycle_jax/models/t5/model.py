@@ -325,7 +325,7 @@ class EncoderDecoderModel:
         )
         outputs = variables[RESIDUALS]
         return {
-            stack.layer(i): outputs[stack.name][f"layers_{i}"]["output"]
+            stack.layer(i): outputs[stack.name][stack.layer_name(i)]["output"]
             for stack in self.stacks.values()
             for i in range(stack.num_layers)
         }
