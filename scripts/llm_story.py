@@ -133,10 +133,11 @@ def compare(dense: pathlib.Path, moe: pathlib.Path, text: pathlib.Path) -> bool:
     import transformers
 
     logits, sentences = [], []
+    read = text.read_text(encoding="utf-8")
     for folder in (dense, moe):
         model = _model(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+        ids = tokenizer(read, return_tensors="pt")["input_ids"]
         ids = ids[:, :TEXT_TOKENS]
         with torch.no_grad():
             found = model(ids).logits[0]

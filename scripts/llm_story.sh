@@ -13,7 +13,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-dense_steps=500 extra_steps=250 eval_period=50 smoke=
+dense_steps=400 extra_steps=200 eval_period=50 smoke=
 sizes=(--gin.VOCAB_SIZE=384 --gin.DecoderConfig.emb_dim=128 --gin.DecoderConfig.num_layers=4 --gin.DecoderConfig.head_dim=32 --gin.DecoderConfig.mlp_dim=384)
 out="${STORY_DIR:-$root/llm_story}"
 if [ "${1:-}" = --smoke ]; then
