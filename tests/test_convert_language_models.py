@@ -67,8 +67,10 @@ def test_tokenizer_files_are_carried_byte_for_byte(tmp_path, capsys):
     keys = json.loads((folder / "config.json").read_text())
     keys |= {"max_position_embeddings": 131072, "eos_token_id": [2, 95], "bos_token_id": 4096}
     (folder / "config.json").write_text(json.dumps(keys))
-    # Through Orbax: the record names the folder.
-    assert run(folder, tmp_path / "orbax", "--quiet") == 0
+    # Through two Orbax checkpoints: the record of the second names the first, that of the first
+    # the folder.
+    assert run(folder, tmp_path / "first", "--quiet") == 0
+    assert run(tmp_path / "first", tmp_path / "orbax", "--quiet") == 0
     assert run(tmp_path / "orbax", tmp_path / "out", "--to=huggingface") == 0
     assert f"tokenizer from {folder}" in capsys.readouterr().err
     for name, content in files.items():

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.gguf.files import SUFFIX, GgufFile
 from upcycle_jax.checkpoints.gguf.folder import carried_texts, config_keys
 from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, inner_file, load_json, shown
+from upcycle_jax.checkpoints.orbax_metadata import STEP_METADATA, read_record
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
 GENERATION = "generation_config.json"
@@ -35,6 +38,9 @@ NAMES = (
 """Names of such files."""
 
 TOKENIZER = "tokenizer.json"
+
+_MAX_STEPS = 16
+"""Checkpoints that are looked at on the way to the folder: records may go in a circle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +107,20 @@ def carried_files(folder: Path) -> dict[str, Path]:
 
 def origin(reader: CheckpointReader) -> Home | None:
     """The Hugging Face folder or GGUF file that a checkpoint is, or that its record says it was
-    made from, if it is still there.
+    made from, directly or by way of other checkpoints, if it is still there.
 
     Raises:
       ValueError: it is damaged.
     """
     if reader.format in ("huggingface", "gguf"):
         return home_at(Path(reader.path))
-    for path in map(Path, filter(storage.is_local, _named(reader.metadata()))):
-        if (path / CONFIG).is_file() or (path.name.endswith(SUFFIX) and path.is_file()):
-            return home_at(path)
+    records = [reader.metadata()]
+    for record in records:
+        for path in map(Path, filter(storage.is_local, _named(record))):
+            if (path / CONFIG).is_file() or (path.name.endswith(SUFFIX) and path.is_file()):
+                return home_at(path)
+            if len(records) < _MAX_STEPS and (path / STEP_METADATA).is_file():
+                records.append(read_record(epath.Path(path / STEP_METADATA)))
     return None
 
 
@@ -119,7 +129,8 @@ def _named(record: dict[str, Any]) -> Iterator[str]:
     surgery, source = record.get("surgery"), record.get("source")
     if isinstance(surgery, dict):
         sources = surgery.get("sources")
-        yield from (path for path in sources or () if isinstance(path, str))
+        listed = sources if isinstance(sources, list) else ()
+        yield from (path for path in listed if isinstance(path, str))
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         yield source["path"]
 
