@@ -35,7 +35,7 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     """See `base.FolderFamily.export`."""
     leaves = leaves_of(reader)
     stacks = {path.removeprefix(TARGET).partition("/")[0] for path in leaves}
-    if "decoder" in stacks and "encoder" not in stacks:
+    if "pos_embedding" in stacks or ("decoder" in stacks and "encoder" not in stacks):
         return None
     if options.model_type not in (None, "t5") or options.readers:
         raise ValueError(

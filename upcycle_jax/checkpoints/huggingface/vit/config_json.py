@@ -101,14 +101,14 @@ class Stated:
       qkv_bias: queries, keys and values have biases; those of others are zero here.
       num_labels: classes; None where it says nothing.
       projection_dim: columns of a projection; None where it says nothing.
-      classifies: the folder is that of a classifier.
+      has_head: the folder is that of a classifier, or has a projection.
     """
 
     config: VitConfig
     qkv_bias: bool
     num_labels: int | None
     projection_dim: int | None
-    classifies: bool
+    has_head: bool
 
 
 def read_config(folder: Path, keys: Mapping[str, Any]) -> Stated:
@@ -146,28 +146,35 @@ class _VitKeys(Keys):
                 "num_attention_heads", f"hidden_size {width} does not divide into so many"
             )
         mlp_dim, activations = self._mlp(width)
-        config = VitConfig(
-            num_classes=0,
+        settings: dict[str, Any] = {
+            "num_classes": 0,
             # The convolution does not see what is beyond the last whole patch.
-            image_size=image // patch * patch,
-            patch_size=patch,
-            emb_dim=width,
-            num_layers=self._size("num_hidden_layers"),
-            num_heads=heads,
-            mlp_dim=mlp_dim,
-            pool=kind.pool,
-            mlp_activations=activations,
-            norm_epsilon=self.number("layer_norm_eps", kind.epsilon, below=1) or kind.epsilon,
-            channels=self.size("num_channels") or 3,
+            "image_size": image // patch * patch,
+            "patch_size": patch,
+            "emb_dim": width,
+            "num_layers": self._size("num_hidden_layers"),
+            "num_heads": heads,
+            "mlp_dim": mlp_dim,
+            "pool": kind.pool,
+            "mlp_activations": activations,
+            "norm_epsilon": self.number("layer_norm_eps", kind.epsilon, below=1) or kind.epsilon,
+            "channels": self.size("num_channels") or 3,
             **kind.settings,
-        )
+        }
+        try:
+            config = VitConfig(**settings)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._folder}: its config.json is no vision transformer's: {error}"
+            ) from None
         stated = Stated(
             config,
             qkv_bias=self.get("qkv_bias", bool, True) if self._type in ("vit", "dinov2") else True,
             num_labels=self._num_labels(),
             projection_dim=self.size("projection_dim"),
-            classifies=any(
-                isinstance(name, str) and name.endswith("ForImageClassification")
+            has_head=any(
+                isinstance(name, str)
+                and name.endswith(("ForImageClassification", "WithProjection"))
                 for name in self.get("architectures", list, [])
             ),
         )
@@ -189,7 +196,7 @@ class _VitKeys(Keys):
         value = self.value(key)
         if not isinstance(value, list):
             return self.size(key) or default
-        if len(value) != 2 or value[0] != value[1]:
+        if len(value) != 2 or value[0] != value[1] or value[0] is None:
             raise self.refused(key, "images and patches are squares here")
         return Keys(self._folder, {key: value[0]}).size(key) or default
 
@@ -205,7 +212,8 @@ class _VitKeys(Keys):
             return self._size("intermediate_size"), (ACTIVATIONS[name],)
         if self.value("intermediate_size") is not None:
             raise self.refused("intermediate_size", "this type of model states its mlp_ratio")
-        inner = int(width * self.given("mlp_ratio", kind.mlp_ratio))
+        ratio = self.number("mlp_ratio", kind.mlp_ratio, below=1 << 16) or kind.mlp_ratio
+        inner = int(width * ratio)
         if self.get("use_swiglu_ffn", bool, False):
             # hidden_act is not asked then; widths are multiples of 8.
             return (int(inner * 2 / 3) + 7) // 8 * 8, ("silu", "linear")

@@ -109,7 +109,7 @@ class _Placing:
                 )
             return 0
         stored = self._weights.tensors.get(f"{self._names.head}.weight")
-        if stored is None and not self._stated.classifies:
+        if stored is None and not self._stated.has_head:
             return 0
         projects = not self._names.head_bias
         said = self._stated.projection_dim if projects else self._stated.num_labels
