@@ -25,6 +25,7 @@ BUILDS = {
     "check": "train",
     "eval": "evaluate",
     "infer": "infer",
+    "few_shot": "few_shot",
     "upcycle": "upcycle",
     "verify": "verify",
 }

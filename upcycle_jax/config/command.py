@@ -32,7 +32,7 @@ TRACEBACK_VARIABLE = "UPCYCLE_JAX_TRACEBACK"
 
 # Commands that compute on all devices of a pod. The others run on one machine of it, unless flags
 # say otherwise.
-LOOK_FOR_CLUSTER = frozenset({"train", "eval", "infer"})
+LOOK_FOR_CLUSTER = frozenset({"train", "eval", "infer", "few_shot"})
 
 
 USERS_TO_MEND = frozenset(

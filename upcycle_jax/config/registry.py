@@ -77,6 +77,7 @@ PATHS: dict[str, str] = {
     "BeamSearch": "inference.beam_search:BeamSearch",
     "evaluate": "inference.evaluation:Evaluate",
     "infer": "inference.predictions:Infer",
+    "few_shot": "inference.few_shot_evaluation:EvaluateFewShot",
     # Studies.
     "Sweep": "studies.sweep:Sweep",
     "Stage": "studies.sweep:Stage",
@@ -86,7 +87,7 @@ PATHS: dict[str, str] = {
 }
 """Name -> module (below `upcycle_jax`) and attribute."""
 
-FUNCTIONS = ("train", "evaluate", "infer", "upcycle", "verify")
+FUNCTIONS = ("train", "evaluate", "infer", "few_shot", "upcycle", "verify")
 """What commands call. Files of one are often given to a command that reads a part of it."""
 
 

@@ -306,3 +306,11 @@ class Family:
     settings: Mapping[str, Callable[[Any], bool]]
     parts: tuple[type, ...] = ()
     states_model: bool = False
+
+
+@runtime_checkable
+class FeatureModel(Model, Protocol):
+    """A model with a head over one vector of features for each example."""
+
+    def pre_logits(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Float32 `[batch, d]`: what the head sees, without dropout, with evaluation capacity."""

@@ -104,7 +104,7 @@ def check_run(
         if isinstance(run, Train):
             _check_training(found, run, device_memory=device_memory, read_data=read_data)
             found.attempt("MODEL_DIR", lambda: _model_dir(run), stops=not elsewhere)
-        elif function in ("evaluate", "infer"):
+        elif function in ("evaluate", "infer", "few_shot"):
             found.attempt("plan of the run", lambda: _plan(run))
         found.warnings += [f"{line} is not used by {function}" for line in loaded.unused()]
     return found

@@ -170,6 +170,13 @@ class VitModel:
         """Float32 logits `[batch, classes]`."""
         return self._forward(params, batch, train=train, dropout_rng=dropout_rng)[0]
 
+    def pre_logits(self, params: PyTree, batch: Batch) -> jax.Array:
+        """See `base.FeatureModel`."""
+        features, _ = self._apply(
+            params, batch, train=False, dropout_rng=None, mutable=[LAYER_STATS], method="pre_logits"
+        )
+        return features.astype(jnp.float32)
+
     def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """The residual stream `[batch, tokens, d]` after every block, 'encoder/layers_0' first, in
         evaluation mode.
@@ -206,6 +213,7 @@ class VitModel:
         train: bool,
         dropout_rng: jax.Array | None,
         mutable: list[str],
+        method: str = "__call__",
     ) -> tuple[Any, Any]:
         module, rngs = self.module, None
         self.check_batch(batch)
@@ -221,6 +229,7 @@ class VitModel:
             train=train,
             rngs=rngs,
             mutable=mutable,
+            method=method,
         )
 
     def _forward(

@@ -201,9 +201,15 @@ class VisionTransformer(nn.Module):
           valid: bool `[B]`, real images; None: all are. Others take no expert's place.
           train: dropout and training capacity.
         """
+        return self.logits(self.pre_logits(images, valid, train=train))
+
+    def pre_logits(
+        self, images: jax.Array, valid: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """What the head sees, `[B, d]`; arguments as of `__call__`."""
         x, real = self.embed(images, valid)
         x = self.encoder(self.dropout(x, deterministic=not train), real, train=train)
-        return self.logits(self.features(x))
+        return self.features(x)
 
     @nn.compact
     def embed(

@@ -1,0 +1,200 @@
+"""Few-shot evaluation of checkpoints on images of classes that were not trained on."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from upcycle_jax import checks, distributed
+from upcycle_jax.checkpoints import CheckpointReader, loading
+from upcycle_jax.data.images import ImageDataset, ImageDatasetConfig
+from upcycle_jax.features.images import ImageFeatures
+from upcycle_jax.files import write_whole
+from upcycle_jax.inference import few_shot, running
+from upcycle_jax.inference.json_lines import json_line
+from upcycle_jax.models.base import FeatureModel, Model
+from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import batches, full_disk, holding
+from upcycle_jax.types import PyTree
+
+_log = logging.getLogger(__name__)
+
+FOLDER = "few_shot"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateFewShot:
+    """Classifies images by a few examples of each class: least squares on the features below the
+    model's head (`inference.few_shot`), whose own classes do not matter.
+
+    Writes `<output_dir>/few_shot/<task>-<split>-<shots>_shots-<step>.json`.
+
+    Attributes:
+      model: a model of images with features below its head.
+      dataset_cfg: `ImageDatasetConfig` of what to evaluate on; its batch size is that of features,
+        its seed that of views.
+      checkpoint_path: a checkpoint, or a MODEL_DIR.
+      output_dir: usually the MODEL_DIR; made if need be.
+      steps: which checkpoints of a MODEL_DIR: 'latest', 'all', a step or several.
+      shots: images of each class to learn from; all others are classified.
+      num_seeds: draws of those, of the seeds 0, 1, ..., to average over.
+      l2: strength of regularisation.
+      views: of each image, all warped differently; a class has that many times its images. The
+        views of an image may be on both sides of a draw.
+      partitioner: the mesh.
+      verify: compare the parameters with the checksums that were saved with them.
+      files: small text files to leave beside the results (name -> content), e.g. 'config.gin'.
+
+    Raises:
+      ValueError: the model has no images or no features, or the data are no images.
+    """
+
+    model: Model
+    dataset_cfg: checks.Dataset
+    checkpoint_path: checks.PathText | os.PathLike
+    output_dir: checks.PathText | os.PathLike
+    steps: str | checks.CountOrZero | tuple[checks.CountOrZero, ...] = "latest"
+    shots: checks.Count = 10
+    num_seeds: checks.Count = 5
+    l2: Annotated[float, checks.Range(above=0)] = few_shot.L2
+    views: checks.Count = 1
+    partitioner: Partitioner = dataclasses.field(default_factory=Partitioner)
+    verify: bool = True
+    files: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        checks.check_fields(self)
+        self._features()
+        if not isinstance(self.dataset_cfg, ImageDatasetConfig):
+            raise ValueError(
+                f"few-shot evaluation reads images, not {type(self.dataset_cfg).__name__}: give"
+                " @ImageDatasetConfig()"
+            )
+
+    def run(self, *, dry_run: bool = False) -> dict[int, dict[str, Any]]:
+        """Returns results by step: `accuracy`, the mean over seeds, `accuracies`, of each seed, and
+        what they were measured on.
+
+        Args:
+          dry_run: say what would be done and return; nothing is written.
+
+        Raises:
+          FileNotFoundError: no checkpoint is there.
+          ValueError: settings that cannot run, fewer images of a class than shots, a checkpoint of
+            another model, a damaged one, a full disk, or another evaluation that is at work in
+            output_dir.
+        """
+        data = self.dataset_cfg
+        layout = batches.data_layout(self.partitioner, data.batch_size)
+        readers = running.checkpoints(self.checkpoint_path, self.steps)
+        for reader in readers:
+            loading.check_params(reader, self.model)
+        # The classes are not those of the model's head.
+        images = ImageDataset(data, dataclasses.replace(self._features(), num_classes=0))
+        labels = np.tile(images.images.labels, self.views)
+        for seed in range(self.num_seeds):
+            few_shot.draw(labels, self.shots, seed)  # Says what is missing before features are.
+        if dry_run:
+            print(self._plan(readers, labels))
+            return {}
+        folder = epath.Path(self.output_dir) / FOLDER
+        with (
+            full_disk.explained(str(folder), kept="Finished steps are kept"),
+            holding.hold_results(folder, self._name, setting="EVAL_OUTPUT_DIR"),
+        ):
+            if distributed.is_first():
+                for name, text in (self.files or {}).items():
+                    write_whole(folder / name, text)
+            compute = self._compute(images, layout)
+            results = {}
+            for reader in readers:
+                params = loading.load_params(
+                    reader, self.model, self.partitioner, verify=self.verify
+                )
+                result = self._result(reader, compute(params), labels)
+                results[reader.step] = result
+                if distributed.is_first():
+                    write_whole(folder / f"{self._name}-{reader.step}.json", json_line(result))
+        return results
+
+    @property
+    def _name(self) -> str:
+        data = self.dataset_cfg
+        return f"{data.mixture_or_task_name}-{data.split}-{self.shots}_shots"
+
+    def _features(self) -> ImageFeatures:
+        features = self.model.features
+        if not isinstance(features, ImageFeatures) or not isinstance(self.model, FeatureModel):
+            raise ValueError(
+                f"{type(self.model).__name__} has no features of images: few-shot evaluation is for"
+                " vision transformers. Give one of models/vit_*.gin"
+            )
+        return features
+
+    def _compute(self, images: ImageDataset, layout: batches.DataLayout) -> Any:
+        """A function of parameters: float32 features `[views * N, d]`, view by view, on every
+        process; compiled once.
+        """
+        model, partitioner = self.model, self.partitioner
+        assert isinstance(model, FeatureModel)
+        forward = jax.jit(model.pre_logits, out_shardings=partitioner.replicated)
+        count, size = len(images.images.labels), self.dataset_cfg.batch_size
+        # Routing groups hold several images: an order that mixes classes.
+        order = np.random.default_rng(0).permutation(count * self.views)
+        local = size // layout.num_shards
+        mine = slice(layout.shard * local, (layout.shard + 1) * local)
+
+        def compute(params: PyTree) -> np.ndarray:
+            found: np.ndarray | None = None
+            for first in range(0, len(order), size):
+                numbers = order[first : first + size]
+                rows = numbers[mine]
+                batch = images.batch(rows % count, rows, self.dataset_cfg.seed, local)
+                placed = batches.to_global(batch, partitioner, layout.num_shards)
+                with partitioner.activate():
+                    features = np.asarray(forward(params, placed))
+                if found is None:
+                    found = np.empty((len(order), features.shape[-1]), np.float32)
+                found[numbers] = features[: len(numbers)]
+            assert found is not None
+            return found
+
+        return compute
+
+    def _result(
+        self, reader: CheckpointReader, features: np.ndarray, labels: np.ndarray
+    ) -> dict[str, Any]:
+        data = self.dataset_cfg
+        accuracies = [
+            few_shot.accuracy(features, labels, shots=self.shots, seed=seed, l2=self.l2)
+            for seed in range(self.num_seeds)
+        ]
+        classes = len(np.unique(labels))
+        return {
+            "step": reader.step,
+            "task": data.mixture_or_task_name,
+            "split": data.split,
+            "shots": self.shots,
+            "accuracy": float(np.mean(accuracies)),
+            "accuracies": accuracies,
+            "classes": classes,
+            "evaluated_images": len(labels) - self.shots * classes,
+            "views": self.views,
+            "l2": self.l2,
+        }
+
+    def _plan(self, readers: list[CheckpointReader], labels: np.ndarray) -> str:
+        """What would be done, in words."""
+        data, classes = self.dataset_cfg, len(np.unique(labels))
+        what = readers[0].path.parent if len(readers) > 1 else readers[0].path
+        return (
+            f"evaluate {what} (steps {', '.join(str(reader.step) for reader in readers)}) on"
+            f" {data.mixture_or_task_name!r}, split {data.split!r}: {self.shots} shots of each of"
+            f" {classes} classes, {len(labels) - self.shots * classes} other images,"
+            f" {self.num_seeds} draws, to {self.output_dir}/{FOLDER}"
+        )
