@@ -1,10 +1,15 @@
-"""Tiny vision transformers of transformers, every tensor random."""
+"""Tiny vision transformers of transformers, every tensor random, and changed copies of their
+folders.
+"""
 
 import functools
+import json
+import shutil
 
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 SHAPE = {
     "hidden_size": 16,
@@ -89,3 +94,15 @@ def theirs(name, images):
     with torch.no_grad():
         pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         return CASES[name][3](random_model(name)(pixel_values=pixels)).numpy()
+
+
+def edited(folder, target, tensors=lambda found: found, **keys):
+    """A copy of a folder with other tensors, and with these keys in its config.json; None removes
+    one.
+    """
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text()) | keys
+    config = {key: value for key, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(tensors(load_file(folder / "model.safetensors")), target / "model.safetensors")
+    return target
