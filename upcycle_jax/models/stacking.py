@@ -19,6 +19,11 @@ import jax.numpy as jnp
 
 from upcycle_jax.models import layer_names
 
+RESIDUALS = "residuals"
+"""The variable collection in which every layer leaves the residual stream after it (under the name
+`output`).
+"""
+
 RematPolicy = Literal["none", "minimal", "full"]
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -30,6 +35,11 @@ meaning. 'minimal' keeps the results of matrix products that have no batch dimen
 projections, dense MLPs and router logits; attention's products and experts are computed again.
 'full' keeps the residual stream between layers alone.
 """
+
+
+def leave_residual(layer: nn.Module, x: jax.Array) -> None:
+    """Leaves the residual stream after a layer in `RESIDUALS`, where that is asked for."""
+    layer.sow(RESIDUALS, "output", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 LayerFactory = Callable[..., nn.Module]

@@ -1,36 +1,33 @@
-"""A decoder-only language model as `models.base` has it: parameters, loss, metrics, logits."""
+"""A decoder-only language model as `models.base` has it: its batches, losses, decoding, and the
+steps of its forward pass.
+"""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax import checks
 from upcycle_jax.features import DecoderOnlyFeatures
-from upcycle_jax.layers import mlp_reference
 from upcycle_jax.models import losses, shared
 from upcycle_jax.models.base import Stack
 from upcycle_jax.models.decoder import decoding, layerwise
 from upcycle_jax.models.decoder.config import STACK, DecoderConfig
-from upcycle_jax.models.decoder.network import RESIDUALS, LanguageModel
+from upcycle_jax.models.decoder.network import LanguageModel
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.layerwise import Step
-from upcycle_jax.models.metrics import Metrics
-from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.models.stacked import StackedModel
 from upcycle_jax.types import Array, Batch, PyTree
 
 
-class DecoderModel:
+class DecoderModel(StackedModel[DecoderConfig]):
     """A decoder-only language model and its loss.
 
     Attributes:
       config: shape and numerics.
-      module: the linen module, a `LanguageModel`.
+      module: the linen network, a `LanguageModel`.
       features: what its batches hold.
       label_smoothing: see `losses.token_losses`.
       z_loss: factor of log(Z)^2 of the output logits.
@@ -48,29 +45,19 @@ class DecoderModel:
         z_loss: checks.NotNegative = 0.0,
         loss_normalizing_factor: shared.LossNormalizer = "NUM_REAL_TARGET_TOKENS",
     ):
-        shared.check_normalizer(loss_normalizing_factor)
-        self.config = config
-        self.module = LanguageModel(config)
+        super().__init__(config, loss_normalizing_factor)
         self.features = DecoderOnlyFeatures() if features is None else features
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-        self.loss_normalizing_factor = loss_normalizing_factor
 
     @property
-    def _identity(self) -> tuple[Any, ...]:
-        """What decides its programs: models of equal settings share what is traced once."""
-        loss = self.label_smoothing, self.z_loss, self.loss_normalizing_factor
-        return self.config, self.features, *loss
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, DecoderModel) and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def param_specs(self) -> dict[str, LeafSpec]:
-        """See `base.Model`."""
-        return dict(_param_specs(self.config))
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "features": self.features,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "loss_normalizing_factor": self.loss_normalizing_factor,
+        }
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -93,28 +80,6 @@ class DecoderModel:
         """Rows of the embedding: ids are below it."""
         return self.config.vocab_size
 
-    @property
-    def dense(self) -> "DecoderModel":
-        """The dense model that this one is upcycled from, with the same loss."""
-        return self._of(self.config.dense)
-
-    def _of(self, config: DecoderConfig) -> "DecoderModel":
-        """A model with these settings and the loss of this one."""
-        return DecoderModel(
-            config,
-            features=self.features,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            loss_normalizing_factor=self.loss_normalizing_factor,
-        )
-
-    def init_params(self, rng: jax.Array) -> PyTree:
-        """See `base.Model`."""
-        return nn.meta.unbox(self._init_boxed(rng))
-
-    def _init_boxed(self, rng: jax.Array) -> PyTree:
-        return self.module.init({"params": rng}, jnp.ones((1, 1), jnp.int32))["params"]
-
     def input_specs(
         self, batch_size: int, task_feature_lengths: Mapping[str, int], *, packed: bool = False
     ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -129,49 +94,6 @@ class DecoderModel:
         reason = router.not_packable_because if router is not None else None
         if reason:
             raise ValueError(f"{type(router).__name__} cannot route packed rows: {reason}.")
-
-    def loss_denominator(self, batch: Batch) -> jax.Array:
-        """See `base.Model`."""
-        return shared.loss_denominator(self.loss_normalizing_factor, _loss_weights(batch))
-
-    def loss_fn(
-        self,
-        params: PyTree,
-        batch: Batch,
-        dropout_rng: jax.Array | None,
-        *,
-        denominator: jax.Array,
-        aux_scale: jax.Array | float = 1.0,
-    ) -> tuple[jax.Array, Metrics]:
-        """See `base.Model` and `shared.training_loss`."""
-        logits, reports = self._forward(params, batch, train=True, dropout_rng=dropout_rng)
-        return shared.training_loss(
-            self.stacks,
-            self._token_losses(logits, batch),
-            _loss_weights(batch),
-            reports,
-            denominator=denominator,
-            aux_scale=aux_scale,
-        )
-
-    def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
-        """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token,
-        auxiliary losses included.
-        """
-        logits, reports = self._forward(params, batch, train=False)
-        tokens, weights = self._token_losses(logits, batch), _loss_weights(batch)
-        return shared.evaluation_metrics(self.stacks, tokens, weights, reports)
-
-    def logits(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        train: bool = False,
-        dropout_rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """Float32 logits `[batch, length, vocab]` with teacher forcing."""
-        return self._forward(params, batch, train=train, dropout_rng=dropout_rng)[0]
 
     def token_logits(
         self,
@@ -288,19 +210,6 @@ class DecoderModel:
         """Decodes one more position; see `generation.NextLogits`."""
         return decoding.step(self.config, params, tokens, index, cache)
 
-    def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The residual stream `[batch, length, d]` after every layer, 'decoder/layers_0' first, in
-        evaluation mode.
-        """
-        _, variables = self._apply(
-            params, batch, train=False, dropout_rng=None, mutable=[RESIDUALS]
-        )
-        outputs = variables[RESIDUALS][STACK]
-        stack = self.stacks[STACK]
-        return {
-            stack.layer(i): outputs[stack.layer_name(i)]["output"] for i in range(stack.num_layers)
-        }
-
     def layer_steps(self) -> Sequence[Step]:
         """See `layerwise.LayerwiseModel`."""
         return layerwise.steps(self.config)
@@ -309,65 +218,21 @@ class DecoderModel:
         """See `layerwise.LayerwiseModel`."""
         return layerwise.row_bytes(self.config, batch)
 
-    def in_float32(self, *, renormalised: bool = False) -> "DecoderModel":
-        """See `LayerwiseModel.in_float32`."""
-        return self._of(self.config.in_float32(renormalised=renormalised))
+    def _network(self, config: DecoderConfig) -> LanguageModel:
+        return LanguageModel(config)
 
-    def reference_mlp(
-        self, x: np.ndarray, kernels: Mapping[str, np.ndarray], *, units: int | None = None
-    ) -> np.ndarray:
-        """See `LayerwiseModel.reference_mlp`."""
-        return mlp_reference.mlp(x, kernels, self.config.mlp_activations, units=units)
+    def _shapes(self) -> tuple[jax.Array]:
+        return (jnp.ones((1, 1), jnp.int32),)
 
-    def _apply(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        train: bool,
-        dropout_rng: jax.Array | None,
-        mutable: list[str],
-    ) -> tuple[Any, Any]:
-        module, rngs = self.module, None
-        self.check_batch(batch)
-        if train and dropout_rng is not None:
-            dropout_key, jitter_key = jax.random.split(dropout_rng)
-            rngs = {"dropout": dropout_key, "jitter": jitter_key}
-        elif train:
-            module = LanguageModel(self.config.without_dropout)
-        return module.apply(
-            {"params": params},
-            batch["decoder_input_tokens"],
-            batch["decoder_segment_ids"],
-            batch["decoder_positions"],
-            train=train,
-            rngs=rngs,
-            mutable=mutable,
-        )
+    def _arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = ("input_tokens", "segment_ids", "positions")
+        return tuple(batch[f"decoder_{name}"] for name in names), {}
 
-    def _forward(
-        self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, LayerStats]]:
-        """Logits, and the report of every MoE layer by layer ('decoder/layers_1'), in order."""
-        logits, variables = self._apply(
-            params, batch, train=train, dropout_rng=dropout_rng, mutable=[LAYER_STATS]
-        )
-        return logits, shared.moe_reports(variables, self.stacks)
+    def _weights(self, batch: Batch) -> jax.Array:
+        return jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
 
-    def _token_losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
+    def _losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
         targets = jnp.asarray(batch["decoder_target_tokens"])
         return losses.token_losses(
             logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _param_specs(config: DecoderConfig) -> dict[str, LeafSpec]:
-    """Traced once for a configuration: a run asks for its parameters many times."""
-    model = DecoderModel(config)
-    return shared.param_specs(jax.eval_shape(model._init_boxed, jax.random.key(0)), model.stacks)
-
-
-def _loss_weights(batch: Batch) -> jax.Array:
-    """Float32 `[batch, length]`."""
-    return jnp.asarray(batch["decoder_loss_weights"], jnp.float32)

@@ -28,11 +28,6 @@ from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.partitioning import constrain
 
-RESIDUALS = "residuals"
-"""The variable collection in which every layer leaves the residual stream after it (under the name
-`output`).
-"""
-
 EMBEDDING_STDDEV = 0.02
 """Of a fresh embedding, as in GPT-2 and Llama."""
 
@@ -121,7 +116,7 @@ class DecoderLayer(nn.Module):
         read = x if self.config.parallel_residual else after_attention
         y = self._after(self._mlp(self._before(read, "mlp"), where, train), "mlp", train)
         y = constrain(after_attention + y, HIDDEN_AXES)
-        self.sow(RESIDUALS, "output", y, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        stacking.leave_residual(self, y)
         return y
 
     def _before(self, x: jax.Array, sublayer: str) -> jax.Array:

@@ -1,28 +1,24 @@
-"""A T5 1.1 encoder-decoder as `models.base` has it: parameters, loss, metrics, decoding."""
+"""A T5 1.1 encoder-decoder as `models.base` has it: its batches, losses, decoding, and the steps of
+its forward pass.
+"""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from upcycle_jax import checks
 from upcycle_jax.features import EncoderDecoderFeatures
-from upcycle_jax.layers import mlp_reference
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import losses, shared
 from upcycle_jax.models.base import Stack
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
 from upcycle_jax.models.layerwise import Step
-from upcycle_jax.models.metrics import Metrics
+from upcycle_jax.models.stacked import StackedModel
 from upcycle_jax.models.t5 import layerwise
 from upcycle_jax.models.t5.config import STACKS, T5Config
-from upcycle_jax.models.t5.network import RESIDUALS, Transformer
-from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.models.t5.network import Transformer
 from upcycle_jax.types import Batch, PyTree
 
 BOS_ID, EOS_ID = 0, 1
@@ -31,12 +27,12 @@ vocabularies.
 """
 
 
-class EncoderDecoderModel:
+class EncoderDecoderModel(StackedModel[T5Config]):
     """A T5 1.1 encoder-decoder and its loss.
 
     Attributes:
       config: shape and numerics.
-      module: the linen module, a `Transformer`.
+      module: the linen network, a `Transformer`.
       features: what its batches hold.
       label_smoothing: see `losses.token_losses`.
       z_loss: factor of log(Z)^2 of the output logits.
@@ -55,29 +51,17 @@ class EncoderDecoderModel:
         z_loss: checks.NotNegative = 1e-4,
         loss_normalizing_factor: shared.LossNormalizer = None,
     ):
-        shared.check_normalizer(loss_normalizing_factor)
-        self.config = config
-        self.module = Transformer(config)
+        super().__init__(config, loss_normalizing_factor)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-        self.loss_normalizing_factor = loss_normalizing_factor
 
     @property
-    def _identity(self) -> tuple[Any, ...]:
-        """What decides its programs: models of equal settings share what is traced once."""
-        return self.config, self.label_smoothing, self.z_loss, self.loss_normalizing_factor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, EncoderDecoderModel) and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    def param_specs(self) -> dict[str, LeafSpec]:
-        """Shape, dtype, logical axes, role and dense twin of every parameter, by path without
-        `target/`. Allocates nothing.
-        """
-        return dict(_param_specs(self.config))
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "loss_normalizing_factor": self.loss_normalizing_factor,
+        }
 
     @property
     def stacks(self) -> dict[str, Stack]:
@@ -101,30 +85,6 @@ class EncoderDecoderModel:
         """Rows of the embedding: ids are below it."""
         return self.config.vocab_size
 
-    @property
-    def dense(self) -> "EncoderDecoderModel":
-        """The dense model that this one is upcycled from, with the same loss."""
-        return self._of(self.config.dense)
-
-    def _of(self, config: T5Config) -> "EncoderDecoderModel":
-        """A model with these settings and the loss of this one."""
-        return EncoderDecoderModel(
-            config,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            loss_normalizing_factor=self.loss_normalizing_factor,
-        )
-
-    def init_params(self, rng: jax.Array) -> PyTree:
-        """Fresh parameters as nested dicts; a pure function that may be jitted with output
-        shardings.
-        """
-        return nn.meta.unbox(self._init_boxed(rng))
-
-    def _init_boxed(self, rng: jax.Array) -> PyTree:
-        tokens = jnp.ones((1, 1), jnp.int32)
-        return self.module.init({"params": rng}, tokens, tokens, tokens)["params"]
-
     def input_specs(
         self, batch_size: int, task_feature_lengths: Mapping[str, int], *, packed: bool = False
     ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -136,53 +96,6 @@ class EncoderDecoderModel:
           packed: several examples per row, with segment ids and positions.
         """
         return self.features.specs(batch_size, task_feature_lengths, packed=packed)
-
-    def loss_denominator(self, batch: Batch) -> jax.Array:
-        """What token losses are divided by: a float32 scalar.
-
-        Computed over the whole batch, before it is split into microbatches, so that splitting does
-        not change the loss.
-        """
-        return shared.loss_denominator(self.loss_normalizing_factor, _loss_weights(batch))
-
-    def loss_fn(
-        self,
-        params: PyTree,
-        batch: Batch,
-        dropout_rng: jax.Array | None,
-        *,
-        denominator: jax.Array,
-        aux_scale: jax.Array | float = 1.0,
-    ) -> tuple[jax.Array, Metrics]:
-        """See `base.Model` and `shared.training_loss`."""
-        logits, reports = self._forward(params, batch, train=True, dropout_rng=dropout_rng)
-        return shared.training_loss(
-            self.stacks,
-            self._token_losses(logits, batch),
-            _loss_weights(batch),
-            reports,
-            denominator=denominator,
-            aux_scale=aux_scale,
-        )
-
-    def eval_fn(self, params: PyTree, batch: Batch) -> Metrics:
-        """Metrics of a batch without dropout, with evaluation capacity. `loss` is per target token,
-        auxiliary losses included.
-        """
-        logits, reports = self._forward(params, batch, train=False)
-        tokens, weights = self._token_losses(logits, batch), _loss_weights(batch)
-        return shared.evaluation_metrics(self.stacks, tokens, weights, reports)
-
-    def logits(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        train: bool = False,
-        dropout_rng: jax.Array | None = None,
-    ) -> jax.Array:
-        """Float32 logits `[batch, target length, vocab]` with teacher forcing."""
-        return self._forward(params, batch, train=train, dropout_rng=dropout_rng)[0]
 
     def predict_batch(
         self,
@@ -257,7 +170,7 @@ class EncoderDecoderModel:
         )
         targets = jnp.asarray(batch["decoder_target_tokens"])
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * _loss_weights(batch), axis=-1)
+        return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * self._weights(batch), axis=-1)
 
     def start_decoding(
         self, params: PyTree, inputs: jax.Array, *, max_length: int
@@ -316,20 +229,6 @@ class EncoderDecoderModel:
     def _inference_module(self) -> Transformer:
         return Transformer(self.config.for_inference)
 
-    def layer_outputs(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The residual stream `[batch, length, d]` after every layer, 'encoder/layers_0' first, in
-        evaluation mode.
-        """
-        _, variables = self._apply(
-            params, batch, train=False, dropout_rng=None, mutable=[RESIDUALS]
-        )
-        outputs = variables[RESIDUALS]
-        return {
-            stack.layer(i): outputs[stack.name][stack.layer_name(i)]["output"]
-            for stack in self.stacks.values()
-            for i in range(stack.num_layers)
-        }
-
     def check_batch(self, batch: Batch) -> None:
         """Raises ValueError if the model cannot be run on such a batch: packed rows may not pass
         every router.
@@ -348,67 +247,24 @@ class EncoderDecoderModel:
         """See `layerwise.LayerwiseModel`."""
         return layerwise.row_bytes(self.config, batch)
 
-    def in_float32(self, *, renormalised: bool = False) -> "EncoderDecoderModel":
-        """See `LayerwiseModel.in_float32`."""
-        return self._of(self.config.in_float32(renormalised=renormalised))
+    def _network(self, config: T5Config) -> Transformer:
+        return Transformer(config)
 
-    def reference_mlp(
-        self, x: np.ndarray, kernels: Mapping[str, np.ndarray], *, units: int | None = None
-    ) -> np.ndarray:
-        """See `LayerwiseModel.reference_mlp`."""
-        return mlp_reference.mlp(x, kernels, self.config.mlp_activations, units=units)
+    def _shapes(self) -> tuple[jax.Array, ...]:
+        return (jnp.ones((1, 1), jnp.int32),) * 3
 
-    def _apply(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        train: bool,
-        dropout_rng: jax.Array | None,
-        mutable: list[str],
-    ) -> tuple[Any, Any]:
-        module, rngs = self.module, None
-        self.check_batch(batch)
-        if train and dropout_rng is not None:
-            dropout_key, jitter_key = jax.random.split(dropout_rng)
-            rngs = {"dropout": dropout_key, "jitter": jitter_key}
-        elif train:
-            module = Transformer(self.config.without_dropout)
-        return module.apply(
-            {"params": params},
-            batch["encoder_input_tokens"],
-            batch["decoder_input_tokens"],
-            batch["decoder_target_tokens"],
-            encoder_segment_ids=batch.get("encoder_segment_ids"),
-            decoder_segment_ids=batch.get("decoder_segment_ids"),
-            train=train,
-            rngs=rngs,
-            mutable=mutable,
+    def _arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = ("encoder_input_tokens", "decoder_input_tokens", "decoder_target_tokens")
+        segments = ("encoder_segment_ids", "decoder_segment_ids")
+        return tuple(batch[name] for name in names), {name: batch.get(name) for name in segments}
+
+    def _weights(self, batch: Batch) -> jax.Array:
+        return shared.loss_weights(
+            batch["decoder_target_tokens"], batch.get("decoder_loss_weights")
         )
 
-    def _forward(
-        self, params: PyTree, batch: Batch, *, train: bool, dropout_rng: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, LayerStats]]:
-        """Logits, and the report of every MoE layer by layer ('encoder/layers_1'), in order."""
-        logits, variables = self._apply(
-            params, batch, train=train, dropout_rng=dropout_rng, mutable=[LAYER_STATS]
-        )
-        return logits, shared.moe_reports(variables, self.stacks)
-
-    def _token_losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
+    def _losses(self, logits: jax.Array, batch: Batch) -> losses.TokenLosses:
         targets = jnp.asarray(batch["decoder_target_tokens"])
         return losses.token_losses(
             logits, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _param_specs(config: T5Config) -> dict[str, LeafSpec]:
-    """Traced once for a configuration: a run asks for its parameters many times."""
-    model = EncoderDecoderModel(config)
-    return shared.param_specs(jax.eval_shape(model._init_boxed, jax.random.key(0)), model.stacks)
-
-
-def _loss_weights(batch: Batch) -> jax.Array:
-    """Float32 `[batch, target length]`."""
-    return shared.loss_weights(batch["decoder_target_tokens"], batch.get("decoder_loss_weights"))

@@ -20,11 +20,6 @@ from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.partitioning import constrain
 
-RESIDUALS = "residuals"
-"""The variable collection in which every layer leaves the residual stream after it (under the name
-`output`).
-"""
-
 HIDDEN_AXES = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
 
 
@@ -115,7 +110,7 @@ def _feed_forward(
         y = added(x, moe_layer(config, stack, name="mlp")(y, valid, token_ids, train=train))
         if config.moe.extra_mlp:
             y = added(y, dense(normed(y, "pre_extra_mlp_layer_norm"), "extra_mlp"))
-    layer.sow(RESIDUALS, "output", y, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    stacking.leave_residual(layer, y)
     return y
 
 

@@ -21,11 +21,6 @@ from upcycle_jax.models.vit.config import VitConfig
 from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.partitioning import constrain
 
-RESIDUALS = "residuals"
-"""The variable collection in which every block leaves the residual stream after it (under the name
-`output`).
-"""
-
 HIDDEN_AXES = (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
 
 
@@ -91,7 +86,7 @@ class EncoderLayer(nn.Module):
         else:
             y = dense_mlp(config, "mlp")(y, not train)
         x = constrain(x + self._after(y, "mlp_scale", train), HIDDEN_AXES)
-        self.sow(RESIDUALS, "output", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        stacking.leave_residual(self, x)
         return x
 
     def _after(self, y: jax.Array, name: str, train: bool) -> jax.Array:
