@@ -119,7 +119,8 @@ class EvaluateFewShot:
                 result = self._result(reader, compute(params), labels)
                 results[reader.step] = result
                 if distributed.is_first():
-                    write_whole(folder / f"{self._name}-{reader.step}.json", json_line(result))
+                    path = folder / f"{self._name}-{reader.step}.json"
+                    write_whole(path, json_line(result) + "\n")
         return results
 
     @property
