@@ -13,7 +13,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-dense_steps=2000 extra_steps=1000 eval_period=200 shots=10 unseen=None
+dense_steps=1600 extra_steps=800 eval_period=200 shots=10 unseen=None
 out="${STORY_DIR:-$root/vision_story}"
 if [ "${1:-}" = --smoke ]; then
     shift
