@@ -21,6 +21,7 @@ MAY_SPELL = (
     "models/vit/",
     "checkpoints/huggingface/decoder/",
     "checkpoints/huggingface/t5/",
+    "checkpoints/huggingface/vit/",
     "checkpoints/npz/",
 )
 """Files and folders of the library that may write them."""

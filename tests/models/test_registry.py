@@ -39,6 +39,8 @@ OF_FAMILY = {
         "upcycle_jax/checkpoints/huggingface/vit/",
         "upcycle_jax/checkpoints/npz/",
         "upcycle_jax/features/images.py",
+        # Its own evaluation.
+        "upcycle_jax/few_shot.py",
     ),
 }
 """The family itself, its converter and its foreign checkpoints; for T5 also the paper, which is
