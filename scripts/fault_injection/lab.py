@@ -123,7 +123,10 @@ class Lab:
                 break
             time.sleep(0.002)
         code = os.waitstatus_to_exitcode(status)
-        return Done(code, log.read_text(errors="replace"), time.monotonic() - started)
+        done = Done(code, log.read_text(errors="replace"), time.monotonic() - started)
+        if done.has_traceback:  # The next trial writes over the log.
+            shutil.copy2(log, self.folder / f"traceback-{time.time_ns()}.txt")
+        return done
 
     def in_child(self, function: Callable[[], Any]) -> Any:
         """The result of a function that may start a JAX backend, computed in a child; JSON types.
