@@ -89,7 +89,9 @@ class StackedModel(abc.ABC, Generic[ConfigT]):
         return self.config, *self._settings.items()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._identity() == other._identity()  # type: ignore[attr-defined]
+        if not isinstance(other, StackedModel) or type(other) is not type(self):
+            return False
+        return self._identity() == other._identity()
 
     def __hash__(self) -> int:
         return hash(self._identity())

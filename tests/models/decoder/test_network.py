@@ -113,7 +113,7 @@ def tensors(params, config):
 @pytest.fixture(scope="module")
 def oracle():
     if not ORACLE.exists():
-        pytest.skip(f"the oracle is not here: {ORACLE.name}")
+        pytest.skip(f"{ORACLE.name} lies beside some checkouts alone, not beside this one")
     spec = importlib.util.spec_from_file_location("reference_forward", ORACLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -22,7 +22,7 @@ ORACLE = pathlib.Path(__file__).resolve().parents[4] / "shared/reference/oracles
 @pytest.fixture(scope="module")
 def oracle():
     if not ORACLE.exists():
-        pytest.skip(f"the oracle is not here: {ORACLE.name}")
+        pytest.skip(f"{ORACLE.name} lies beside some checkouts alone, not beside this one")
     spec = importlib.util.spec_from_file_location("vit_reference", ORACLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -182,7 +182,7 @@ def reference():
         / "reference_forward.py"
     )
     if not place.is_file():
-        pytest.skip(f"{place} is not there")
+        pytest.skip(f"{place.name} lies beside some checkouts alone, not beside this one")
     spec = importlib.util.spec_from_file_location("reference_forward", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
