@@ -27,6 +27,8 @@ from upcycle_jax.training.schedules import create_learning_rate_scheduler
         ("constant*cosine_decay", 1000, 0.5),
         ("linear_decay", 500, 0.25),
         ("linear_decay", 1002, 0.5 * (1 + 0.5 * -2)),
+        ("rsqrt_timescale", 999, 1.0),
+        ("constant * rsqrt_timescale", 31_000, 0.5 / math.sqrt(1 + 3)),  # timescale 10,000
     ],
 )
 def test_values(factors, step, want):
@@ -103,6 +105,55 @@ def test_schedules_with_an_end(factors, step, want, offset):
     np.testing.assert_allclose(schedule(offset + step), want, rtol=1e-6)
 
 
+VISION = {"base_learning_rate": 4e-4, "warmup_steps": 10_000, "timescale": 100_000}
+TRUNK = "constant * linear_warmup * rsqrt_timescale"
+
+
+def vision_rate(step, *, total=None, straight=False):
+    """The schedule of the paper's vision models in float64: V-MoE's tail or big_vision's."""
+    first = step if total is None else min(step, total - 50_000)
+    held = first if straight else step
+    rate = 4e-4 * min(1.0, step / 10_000) / math.sqrt(1 + max(0, held - 10_000) / 100_000)
+    return rate if total is None else rate * min(1.0, (total - step) / 50_000)
+
+
+@pytest.mark.parametrize("step", [1, 5_000, 10_000, 110_000, 519_999, 520_000, 540_000, 570_000])
+def test_the_schedule_of_vision_transformers(step):
+    """A warm-up of 10k steps to 4e-4, a timescale of 100k, a cool-down of 50k from 520k on."""
+    trunk = create_learning_rate_scheduler(TRUNK, **VISION, min_learning_rate=0.0)
+    np.testing.assert_allclose(trunk(step), vision_rate(step), rtol=1e-6)
+    for factor in ("linear_cooldown", "straight_cooldown"):
+        schedule = create_learning_rate_scheduler(
+            f"{TRUNK} * {factor}",
+            **VISION,
+            min_learning_rate=0.0,
+            total_steps=570_000,
+            cooldown_steps=50_000,
+        )
+        want = vision_rate(step, total=570_000, straight=factor == "straight_cooldown")
+        np.testing.assert_allclose(schedule(step), want, rtol=1e-5)
+        assert schedule(step) == 0 if step == 570_000 else schedule(step) > 0
+    # By hand: 4e-4 / sqrt(1 + 510/100) = 1.6195e-4 at 520k; 60 % of that at 540k in a straight
+    # line, and 60 % of 4e-4 / sqrt(1 + 530/100) = 1.5937e-4 by the product.
+    if step == 540_000:
+        assert want == pytest.approx(0.6 * 1.6195e-4, rel=1e-4)
+        assert vision_rate(step, total=570_000) == pytest.approx(0.6 * 1.5937e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", ["linear_cooldown", "straight_cooldown", "sqrt_cooldown"])
+def test_a_branch_leaves_the_trunk_where_its_cool_down_begins(factor):
+    """Nothing before the cool-down depends on where a run ends."""
+    settings = {"base_learning_rate": 1.0, "warmup_steps": 10, "timescale": 20}
+    trunk = create_learning_rate_scheduler(TRUNK, **settings)
+    for end in (60, 90):
+        branch = create_learning_rate_scheduler(
+            f"{TRUNK} * {factor}", **settings, total_steps=end, cooldown_steps=15
+        )
+        for step in range(end - 15 + 1):
+            assert branch(step) == trunk(step)
+        assert branch(end - 14) < trunk(end - 14)
+
+
 def test_a_schedule_that_starts_with_the_run():
     schedule = ending("constant * linear_warmup * cosine_anneal", step_offset="start")
     assert schedule.started_at(0) == ending("constant * linear_warmup * cosine_anneal")
@@ -119,6 +170,8 @@ def test_a_schedule_that_starts_with_the_run():
         ({"total_steps": None}, "cosine_anneal ends at total_steps, which is not set"),
         ({"total_steps": 10}, "its warm-up takes 10: raise TRAIN_STEPS"),
         ({"factors": "constant * sqrt_cooldown"}, "sqrt_cooldown lasts cooldown_steps, which is 0"),
+        ({"factors": "constant * straight_cooldown"}, "straight_cooldown lasts cooldown_steps"),
+        ({"timescale": 0}, "timescale"),
         (
             {"factors": "linear_warmup * linear_cooldown", "cooldown_steps": 101},
             "takes 10 and its cool-down 101",

@@ -13,7 +13,9 @@ from upcycle_jax.trees import LeafSpec, Role
 
 _KNOWN_OPTIMIZERS = {
     frozenset({"m", "v", "v_row", "v_col"}): "Adafactor",
+    frozenset({"count", "m", "v", "v_row", "v_col"}): "Adafactor (big_vision)",
     frozenset({"mu", "nu"}): "AdamW",
+    frozenset({"m"}): "SGD",
 }
 _UNUSED = (1,)  # T5X stores every slot of every parameter; those that are not used have this shape.
 
@@ -41,7 +43,8 @@ class Summary:
       parameters: elements under `target/`.
       parameter_bytes: their uncompressed bytes.
       expert_counts: leading axes of the expert kernels, each once; empty for a dense model.
-      optimizer: 'Adafactor', 'AdamW', 'unknown' or 'none', told by the slots' names.
+      optimizer: 'Adafactor', 'Adafactor (big_vision)', 'AdamW', 'SGD', 'unknown' or 'none', told by
+        the slots' names.
       slots: the optimizer's slots.
       state_bytes: uncompressed bytes under `state/`.
       metadata: this library's record, empty where there is none.

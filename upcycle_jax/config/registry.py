@@ -61,6 +61,8 @@ PATHS: dict[str, str] = {
     # Training.
     "Adafactor": "training.optimizers:Adafactor",
     "AdamW": "training.optimizers:AdamW",
+    "BigVisionAdafactor": "training.big_vision_adafactor:BigVisionAdafactor",
+    "Sgd": "training.sgd:Sgd",
     "create_learning_rate_scheduler": "training.schedules:create_learning_rate_scheduler",
     "model_of_checkpoint": "training.model_of_checkpoint:model_of_checkpoint",
     "ParameterGroup": "training.parameter_groups:ParameterGroup",

@@ -302,16 +302,9 @@ class Adafactor(Optimizer):
         return ("m", "v", "v_col", "v_row")
 
     def slot_specs(self, spec: LeafSpec) -> dict[str, LeafSpec]:
-        float32 = np.dtype(np.float32)
-        used = {"v": LeafSpec(spec.shape, float32, spec.axes)}
-        # optax's choice, restated because a spec tree must be known before any array exists; a test
-        # keeps the two together.
-        if self.factored and len(spec.shape) >= 2:
-            small, large = _factored_dims(spec.shape)
-            if spec.shape[small] >= self.min_dim_size_to_factor:
-                used = {"v_row": _without(spec, large), "v_col": _without(spec, small)}
+        used = factored_slot_specs(spec, self.min_dim_size_to_factor if self.factored else None)
         if self.beta1 is not None:
-            used["m"] = LeafSpec(spec.shape, float32, spec.axes)
+            used["m"] = LeafSpec(spec.shape, np.dtype(np.float32), spec.axes)
         return used
 
     def update(
@@ -447,6 +440,20 @@ def is_expert(spec: LeafSpec) -> bool:
 
 def _slice_spec(spec: LeafSpec) -> LeafSpec:
     return LeafSpec(spec.shape[1:], spec.dtype, spec.axes[1:])
+
+
+def factored_slot_specs(spec: LeafSpec, min_dim_size: int | None) -> dict[str, LeafSpec]:
+    """Specs of the second moments of a parameter: `v_row` and `v_col` where its two largest
+    dimensions have at least `min_dim_size` elements, else, and for None, `v`.
+
+    optax's choice, restated because a spec tree must be known before any array exists; a test keeps
+    the two together.
+    """
+    if min_dim_size is not None and len(spec.shape) >= 2:
+        small, large = _factored_dims(spec.shape)
+        if spec.shape[small] >= min_dim_size:
+            return {"v_row": _without(spec, large), "v_col": _without(spec, small)}
+    return {"v": LeafSpec(spec.shape, np.dtype(np.float32), spec.axes)}
 
 
 def _factored_dims(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class LearningRateSchedule:
     total_steps: checks.Count | None = None
     cooldown_steps: checks.CountOrZero = 0
     final_factor: checks.Share = 0.0
+    timescale: checks.Count = 10_000
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -41,9 +42,12 @@ class LearningRateSchedule:
         """The learning rate of the update that follows `step` updates, float32 scalar."""
         offset = counted_from(self.step_offset, None)
         since = jnp.maximum(0, jnp.asarray(step) - offset).astype(jnp.float32)
+        held = since
+        if _STRAIGHT in self.factors:
+            held = jnp.minimum(since, self.num_steps - self.cooldown_steps)
         rate = jnp.ones((), jnp.float32)
         for name in self.factors:
-            rate = rate * _FACTORS[name](self, since)
+            rate = rate * _FACTORS[name](self, since if name == _STRAIGHT else held)
         return jnp.maximum(rate, self.min_learning_rate).astype(jnp.float32)
 
     def started_at(self, step: int) -> "LearningRateSchedule":
@@ -100,6 +104,11 @@ def _rsqrt_decay(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
     return 1.0 / jnp.sqrt(jnp.maximum(step, schedule.warmup_steps))
 
 
+def _rsqrt_timescale(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
+    after = jnp.maximum(0.0, step - schedule.warmup_steps)
+    return 1.0 / jnp.sqrt(1.0 + after / schedule.timescale)
+
+
 def _cosine_decay(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array:
     cycles = jnp.maximum(0.0, (step - schedule.warmup_steps) / schedule.steps_per_cycle)
     return 0.5 * (1.0 + jnp.cos(jnp.pi * (cycles % 1.0)))
@@ -126,6 +135,9 @@ def _sqrt_cooldown(schedule: LearningRateSchedule, step: jax.Array) -> jax.Array
     return 1.0 - (1.0 - schedule.final_factor) * jnp.sqrt(_cooled(schedule, step))
 
 
+_STRAIGHT = "straight_cooldown"
+"""The factor during which the others stay as they are."""
+
 _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
     "constant": lambda schedule, step: jnp.asarray(schedule.base_learning_rate, jnp.float32),
     "linear_warmup": _linear_warmup,
@@ -134,6 +146,7 @@ _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
     "rsqrt_normalized_decay": (
         lambda schedule, step: _rsqrt_decay(schedule, step) * schedule.warmup_steps**0.5
     ),
+    "rsqrt_timescale": _rsqrt_timescale,
     "decay_every": (
         lambda schedule, step: schedule.decay_factor ** (step // schedule.steps_per_decay)
     ),
@@ -141,9 +154,10 @@ _FACTORS: dict[str, Callable[[LearningRateSchedule, jax.Array], jax.Array]] = {
     "cosine_anneal": _cosine_anneal,
     "linear_cooldown": _linear_cooldown,
     "sqrt_cooldown": _sqrt_cooldown,
+    _STRAIGHT: _linear_cooldown,
 }
 
-_END = ("cosine_anneal", "linear_cooldown", "sqrt_cooldown")
+_END = ("cosine_anneal", "linear_cooldown", "sqrt_cooldown", _STRAIGHT)
 """Factors that end at `total_steps`."""
 
 _DIVIDE_BY_WARMUP = (
@@ -167,6 +181,7 @@ def create_learning_rate_scheduler(
     total_steps: checks.Count | None = None,
     cooldown_steps: checks.CountOrZero = 0,
     final_factor: checks.Share = 0.0,
+    timescale: checks.Count = 10_000,
 ) -> LearningRateSchedule:
     """A schedule from factors joined by `*` (T5X's names and formulas).
 
@@ -177,16 +192,21 @@ def create_learning_rate_scheduler(
         s)); contains the two above.
       rsqrt_decay: 1 / sqrt(max(s, warmup_steps)).
       rsqrt_normalized_decay: the same times sqrt(warmup_steps), so 1 until the end of the warm-up.
+      rsqrt_timescale: 1 / sqrt(1 + max(0, s - warmup_steps) / timescale), big_vision's for vision
+        transformers; with `constant * linear_warmup` it falls from the peak without a jump.
       decay_every: decay_factor ** (s // steps_per_decay).
       cosine_decay: half a cosine from 1 to 0 in every steps_per_cycle steps after the warm-up.
 
-    Three more end at total_steps, and stay there; T = total_steps - step_offset:
+    Four more end at total_steps, and stay there; T = total_steps - step_offset:
       cosine_anneal: half a cosine from 1 at the end of the warm-up to final_factor at T; with
         `constant * linear_warmup` the usual schedule of language models.
       linear_cooldown: 1 until T - cooldown_steps, then a line to final_factor at T; with `constant
         * linear_warmup` it is warm-up, stable, decay (WSD).
       sqrt_cooldown: the same with 1 - (1 - final_factor) * sqrt(x), x the share of the cool-down
         that is done ("1-sqrt", Hägele et al. 2024, arXiv 2405.18392).
+      straight_cooldown: as linear_cooldown, and all other factors stay as they are where it begins:
+        whatever they are, the learning rate itself falls in a straight line (V-MoE's tail;
+        `linear_cooldown`, with which they go on falling, is big_vision's).
 
     Continuing from a dense checkpoint keeps the global step, so the schedule goes on where the
     dense run left it; with step_offset 'start' it begins anew.
@@ -205,7 +225,8 @@ def create_learning_rate_scheduler(
       min_learning_rate: lower bound.
       total_steps: the global step at which the schedule ends, usually TRAIN_STEPS.
       cooldown_steps: length of the cool-down, the last steps before total_steps.
-      final_factor: what the last three factors are at the end, 0.1 for a tenth of the peak.
+      final_factor: what the last four factors are at the end, 0.1 for a tenth of the peak.
+      timescale: steps in which `rsqrt_timescale` falls to 1 / sqrt(2).
 
     Raises:
       ValueError: an unknown factor (the message lists the known ones), a value out of range, no
@@ -236,4 +257,5 @@ def create_learning_rate_scheduler(
         total_steps,
         cooldown_steps,
         final_factor,
+        timescale,
     )

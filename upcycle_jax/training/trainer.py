@@ -26,7 +26,7 @@ class Trainer:
     """Optimizer, schedule and the way in which gradients are gathered.
 
     Attributes:
-      optimizer: `Adafactor` or `AdamW`.
+      optimizer: `Adafactor`, `AdamW`, `BigVisionAdafactor` or `Sgd`.
       learning_rate_fn: global step -> learning rate, e.g. from `create_learning_rate_scheduler`.
       num_microbatches: split each batch into this many parts that are differentiated one after the
         other, for less activation memory; None is 1. The loss and the gradients are those of the
