@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from upcycle_jax.config import load, search
-from upcycle_jax.moe.routing import ExpertsChoose
+from upcycle_jax.moe.policy import layer_sizes
+from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
 
 FOLDER = search.shipped_folder()
 MODELS = [name for name in search.shipped_files() if re.fullmatch(r"models/vit_[^/]+\.gin", name)]
@@ -46,7 +47,7 @@ def loss_after_a_step(model) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_build_and_step(name):
-    sparse = "upcycled" in name
+    sparse = "upcycled" in name or "vmoe" in name
     model = load([name], SPARSE if sparse else SMALL).macro("MODEL")
     assert (model.config.moe is not None) == sparse
     before, after = loss_after_a_step(model)
@@ -73,6 +74,22 @@ def test_upcycled_models_are_the_papers(name):
     assert config.moe.num_experts == (4 if "tiny" in name else 32)
     assert config.moe.router == ExpertsChoose(renormalize=True)
     assert config.moe.train_expert_capacity_factor == 2.0
+
+
+def test_v_moe_is_that_of_its_paper():
+    """arXiv 2106.05974, section 2 and appendix A, and its public configurations."""
+    config = load(["models/vit_b16_vmoe.gin"]).macro("MODEL").config
+    moe = config.moe
+    assert config.sparse_layers == (1, 3, 5, 7, 9, 11)
+    assert moe.router == TokensChoose(num_selected_experts=2, batch_prioritized=True, noise_std=1.0)
+    assert (moe.aux_loss_factor, moe.importance_loss_factor, moe.load_loss_factor) == (
+        0.0,
+        0.005,
+        0.005,
+    )
+    assert (moe.fresh_experts, moe.capacity_rounding, moe.capacity_multiple) == ("equal", "ceil", 4)
+    # 2 * 1.05 * 1568 / 32 = 102.9 slots, filled up to 104.
+    assert layer_sizes(moe, moe.router, 8, 196, train=True).capacity == 104
 
 
 def test_bfloat16_and_the_sigmoid_loss_step():

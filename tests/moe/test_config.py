@@ -52,6 +52,21 @@ from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
             {"decoder_router": TokensChoose(batch_prioritized=True)},
             "TokensChoose cannot be the decoder's router: .*batch_prioritized=False",
         ),
+        (
+            {"importance_loss_factor": 0.005},
+            r"importance_loss_factor=0\.005 weighs .* by a softmax, and ExpertsChoose is no such",
+        ),
+        (
+            {"encoder_router": TokensChoose(), "load_loss_factor": 0.005},
+            r"load_loss_factor=0\.005 weighs .* under noise, and the TokensChoose .*noise_std",
+        ),
+        ({"t5x_mode": True, "capacity_rounding": "ceil"}, "t5x_mode follows Flaxformer.*'ceil'"),
+        ({"capacity_rounding": "up"}, "capacity_rounding must be"),
+        ({"capacity_multiple": 0}, "capacity_multiple must be at least 1, got 0"),
+        (
+            {"t5x_mode": True, "encoder_router": ExpertsChoose(noise_std=1.0)},
+            "t5x_mode follows Flaxformer, which has no",
+        ),
         ({"decoder_router": "TokensChoose"}, "decoder_router must be a Router, got 'TokensChoose'"),
     ],
 )

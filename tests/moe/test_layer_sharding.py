@@ -179,7 +179,7 @@ def test_groups_that_do_not_divide_gather_no_logits(router):
 
 
 UNEVEN = {
-    "12 groups": (TokensChoose(jitter_noise=0.1), 24, {}),
+    "12 groups": (TokensChoose(jitter_noise=0.1, noise_std=1.0), 24, {}),
     "4 groups": (ExpertsChoose(renormalize=True), 16, {"group_size": 128}),
     "1 group": (LossFreeTopK(), 16, {"group_size": 512}),
     "3 sequences": (ExpertsChoose(), 3, {"independent": True}),

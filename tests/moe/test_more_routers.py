@@ -4,12 +4,13 @@ by hand.
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from upcycle_jax.moe import balance
+from upcycle_jax.moe import balance, losses
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import (
@@ -311,6 +312,61 @@ def test_jitter_acts_in_training_alone():
     assert np.abs(preferred(train=True, key=2) - preferred(train=True, key=3)).max() > 1e-2
 
 
+def test_noise_is_normal_over_the_number_of_experts_and_in_training_alone():
+    """Logits of 0 have the entropy log 8. Noise of deviation 1 / 8 lowers it by half the variance
+    of the logits within a token, (1 / 8)^2 * 7 / 8.
+    """
+    layer = MoeLayer(MoeSettings(num_experts=8), ExpertsChoose(noise_std=1.0), hidden=8)
+    x = jnp.zeros((2, 512, 8))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def entropy(key, *, train):
+        rngs = {"jitter": jax.random.key(key)}
+        _, stats = layer.apply({"params": params}, x, train=train, rngs=rngs, mutable=[LAYER_STATS])
+        return stats[LAYER_STATS]["stats"].entropy / 1024
+
+    assert entropy(2, train=False) == pytest.approx(np.log(8), abs=1e-6)
+    lowered = np.log(8) - entropy(2, train=True)
+    assert lowered == pytest.approx(7 / 8 / 64 / 2, rel=0.1)
+    assert entropy(2, train=True) == entropy(2, train=True) != entropy(3, train=True)
+
+
+def test_the_losses_of_v_moe_enter_the_report():
+    """Losses of the layer are the means of its two groups'; the noise is what the layer drew."""
+    settings = MoeSettings(
+        num_experts=4, group_size=16, importance_loss_factor=0.005, load_loss_factor=0.005
+    )
+    layer = MoeLayer(settings, TokensChoose(noise_std=1.0), hidden=8)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 8))
+    params = {"params": jax.jit(layer.init)(jax.random.key(1), x)["params"]}
+    kernel = nn.meta.unbox(params["params"]["router"]["router_weights"]["w"]["kernel"])
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def report(*, train):
+        rngs = {"jitter": jax.random.key(2)}
+        _, stats = layer.apply(params, x, train=train, rngs=rngs, mutable=[LAYER_STATS])
+        return stats[LAYER_STATS]["stats"]
+
+    clean = x @ kernel
+    expected = np.mean([losses.importance_loss(one, counted=jnp.ones(16)) for one in clean])
+    for train in (True, False):
+        assert float(report(train=train).importance_loss) == pytest.approx(expected, rel=1e-4)
+    assert report(train=True).load_loss > 0
+    assert report(train=False).load_loss == 0
+
+
+def test_fresh_experts_are_different_or_equal():
+    x = jnp.zeros((1, 4, 8))
+    for fresh, equal in (("different", False), ("equal", True)):
+        layer = MoeLayer(MoeSettings(num_experts=4, fresh_experts=fresh), TokensChoose(), hidden=8)
+        params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), x)["params"]["expert"])
+        for name in ("wi_0", "wo"):
+            kernel = np.asarray(params[name]["kernel"])
+            assert (np.ptp(kernel, axis=0) == 0).all() == equal
+            assert np.std(kernel) > 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -323,6 +379,8 @@ def test_jitter_acts_in_training_alone():
         (lambda: LossFreeTopK(update_rate=-1.0), "update_rate must be at least 0, got -1"),
         (lambda: SoftMoe(0), "slots_per_expert must be at least 1, got 0"),
         (lambda: HashTop1(jitter_noise=0.1), "jitter_noise=0.1 has nothing to act on"),
+        (lambda: HashTop1(noise_std=1.0), r"noise_std=1\.0 has nothing to act on"),
+        (lambda: ExpertsChoose(noise_std=-1.0), r"noise_std must be at least 0, got -1"),
         (lambda: DroplessTopK(dropless=False), "use TokensChoose"),
         (
             lambda: TokensChoose(batch_prioritized=True, dropless=True),

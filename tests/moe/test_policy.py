@@ -51,6 +51,33 @@ def test_minimum_capacity_is_a_setting():
     assert expert_capacity(16, num_experts=32, capacity_factor=1.0, min_expert_capacity=1) == 1
 
 
+@pytest.mark.parametrize(
+    ("group_size", "rounding", "multiple", "expected", "effective"),
+    [
+        # ViT-B/32 has 49 tokens: 2 * 49 / 32 = 3.0625 slots.
+        (49, "round", 1, 3, 1.96),  # 3 * 32 / 49
+        (49, "ceil", 1, 4, 2.61),  # 4 * 32 / 49
+        (49, "ceil", 4, 4, 2.61),
+        # ViT-B/16 has 196: 12.25 slots.
+        (196, "round", 1, 12, 1.96),  # 12 * 32 / 196
+        (196, "ceil", 1, 13, 2.12),  # 13 * 32 / 196
+        (196, "ceil", 4, 16, 2.61),  # V-MoE's default: 16 * 32 / 196
+        (196, "floor", 1, 12, 1.96),
+        (1568, "ceil", 4, 100, 2.04),  # 8 images: 98 slots, filled up to 100
+    ],
+)
+def test_capacity_is_rounded_as_asked_for(group_size, rounding, multiple, expected, effective):
+    settings = MoeSettings(
+        group_size=group_size,
+        min_expert_capacity=1,
+        capacity_rounding=rounding,
+        capacity_multiple=multiple,
+    )
+    sizes = layer_sizes(settings, ExpertsChoose(), 1, group_size, train=True)
+    assert sizes.capacity == expected
+    assert round(sizes.effective_factor, 2) == effective
+
+
 def test_sizes_by_hand():
     # 4 rows of 8 tokens, groups of 16, 8 experts at capacity factor 2: 2 groups, 4 slots each.
     config = MoeSettings(num_experts=8, group_size=16, min_expert_capacity=1)

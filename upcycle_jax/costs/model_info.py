@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 
-from upcycle_jax.costs import parameters, step
+from upcycle_jax.costs import capacities, parameters, step
 from upcycle_jax.costs.shapes import StepShape
 from upcycle_jax.models.base import Model, stack_lengths
 from upcycle_jax.partitioning import Partitioner
@@ -60,7 +60,7 @@ def cost_lines(
     lengths: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What a model costs: parameters that process a token, bytes, FLOPs per token forward and in
-    training.
+    training; and what the capacity factor of its MoE layers comes to.
 
     Args:
       model: the model.
@@ -86,6 +86,8 @@ def cost_lines(
             f" {sizes} tokens)"
         ),
     ]
+    texts = capacities.capacity_texts(model, batch_size=rows, lengths=lengths)
+    lines += [f"Capacity of the {text}" for text in texts]
     if costs.recomputed_flops:
         lines.append(
             f"FLOPs per token computed again under remat_policy {model.config.remat_policy!r}:"

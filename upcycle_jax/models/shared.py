@@ -8,6 +8,7 @@ microbatches add up to the batch):
   cross_ent_loss, z_loss, accuracy: per target token (weighted by the loss weights).
   target_tokens: the count of target tokens (M).
   experts/auxiliary_loss, experts/router_z_loss: with their factors, as they enter the loss (M).
+  experts/importance_loss, experts/load_loss: likewise, where their factors are not 0.
 
 `expert_metrics` adds those of single MoE layers.
 """
@@ -107,7 +108,7 @@ def training_loss(
     The auxiliary losses are aux_loss_factor * the load-balancing loss and router_z_loss_factor *
     the router z-loss, each averaged over all MoE layers of all stacks; experts-choose layers report
     a load-balancing loss of 0 and are part of that mean, as in T5X. `MoeSettings.aux_loss` may take
-    all layers together instead.
+    all layers together instead. Those of V-MoE are added where their factors are not 0.
 
     Args:
       stacks: of the model.
@@ -163,12 +164,25 @@ def _auxiliary_losses(
         )
     else:
         balance = layer_mean(r.auxiliary_loss for r in reports.values())
-    return {
+    found = {
         "experts/auxiliary_loss": moe.aux_loss_factor * balance,
         "experts/router_z_loss": (
             moe.router_z_loss_factor * layer_mean(r.router_z_loss for r in reports.values())
         ),
     }
+    if moe.importance_loss_factor > 0:
+        importance = layer_mean(_given(r.importance_loss) for r in reports.values())
+        found["experts/importance_loss"] = moe.importance_loss_factor * importance
+    if moe.load_loss_factor > 0:
+        load = layer_mean(_given(r.load_loss) for r in reports.values())
+        found["experts/load_loss"] = moe.load_loss_factor * load
+    return found
+
+
+def _given(loss: jax.Array | None) -> jax.Array:
+    """A loss that the settings ask for, which layers therefore report."""
+    assert loss is not None
+    return loss
 
 
 def _token_metrics(

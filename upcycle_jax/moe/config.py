@@ -19,6 +19,9 @@ CapacityFactor = Annotated[
     ),
 ]
 
+CapacityRounding = Literal["round", "ceil", "floor"]
+"""See `MoeSettings.capacity_rounding`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeSettings:
@@ -78,6 +81,17 @@ class MoeSettings:
         layer, averaged. 'joint': one for all tokens of all layers together, as transformers
         computes it (`moe.losses.joint_load_balancing_loss`); what layers prefer may then cancel,
         and no factor turns one into the other. For routers with such a loss alone.
+      capacity_rounding: how capacity factor * S / E becomes a number of slots: 'round' (half to
+        even, as Flaxformer and V-MoE's soft_moe configurations), 'ceil' (V-MoE's default) or
+        'floor'. Of small groups it decides the effective factor, which is logged: 2 * 49 / 32 slots
+        are 3 or 4, experts per token 1.96 or 2.61.
+      capacity_multiple: slots are filled up to a multiple of it (V-MoE's default is 4).
+      importance_loss_factor: weight of V-MoE's importance loss (`moe.losses.importance_loss`),
+        averaged over all MoE layers: V-MoE's is 0.005, beside an `aux_loss_factor` of 0.
+      load_loss_factor: weight of V-MoE's load loss (`moe.losses.load_loss`), likewise; it is 0 in
+        evaluation, which has no noise.
+      fresh_experts: experts that are made from scratch are 'different', or all 'equal' to the first
+        of them (every configuration of V-MoE; the router alone then tells them apart).
 
     Raises:
       ValueError: a number out of range, or an unknown dispatch.
@@ -105,6 +119,15 @@ class MoeSettings:
     aux_loss: Literal["per_layer", "joint"] = dataclasses.field(
         default="per_layer", metadata=checks.ADDED
     )
+    capacity_rounding: CapacityRounding = dataclasses.field(default="round", metadata=checks.ADDED)
+    capacity_multiple: checks.Size = dataclasses.field(default=1, metadata=checks.ADDED)
+    importance_loss_factor: checks.NotNegative = dataclasses.field(
+        default=0.0, metadata=checks.ADDED
+    )
+    load_loss_factor: checks.NotNegative = dataclasses.field(default=0.0, metadata=checks.ADDED)
+    fresh_experts: Literal["different", "equal"] = dataclasses.field(
+        default="different", metadata=checks.ADDED
+    )
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -116,6 +139,12 @@ class MoeSettings:
             raise ValueError(
                 "shared_expert_gate=True without a shared expert: set shared_expert_mlp_dim"
                 " (SHARED_EXPERT_MLP_DIM) to its hidden size, or shared_expert_gate=False"
+            )
+        if self.t5x_mode and (self.capacity_rounding, self.capacity_multiple) != ("round", 1):
+            raise ValueError(
+                f"t5x_mode follows Flaxformer, which rounds capacities to the nearest number: leave"
+                f" capacity_rounding={self.capacity_rounding!r} at 'round' and"
+                f" capacity_multiple={self.capacity_multiple} at 1, or set t5x_mode=False"
             )
 
     def check_routers(self, routers: Sequence[Router]) -> None:
@@ -142,7 +171,28 @@ class MoeSettings:
                     f"t5x_mode follows Flaxformer, which has no {router}: use ExpertsChoose,"
                     " TokensChoose or SwitchTop1 with a capacity, or set t5x_mode=False"
                 )
+            self._check_softmax_losses(router)
             router.check(self.num_experts)
+
+    def _check_softmax_losses(self, router: Router) -> None:
+        """Raises ValueError where a router cannot have the losses of V-MoE that are asked for."""
+        asked = [
+            name
+            for name in ("importance_loss_factor", "load_loss_factor")
+            if getattr(self, name) > 0
+        ]
+        if asked and not router.chooses_by_softmax:
+            raise ValueError(
+                f"{asked[0]}={getattr(self, asked[0])} weighs a loss of tokens that choose by a"
+                f" softmax, and {type(router).__name__} is no such router: set it to 0, or use"
+                " TokensChoose()"
+            )
+        if self.load_loss_factor > 0 and not router.logit_noise:
+            raise ValueError(
+                f"load_loss_factor={self.load_loss_factor} weighs the probability of being chosen"
+                f" under noise, and the {type(router).__name__} has none: give it a noise_std"
+                " (V-MoE's is 1.0), or set load_loss_factor to 0"
+            )
 
     def capacity_factor(self, *, train: bool) -> float:
         """The capacity factor of training or of evaluation."""

@@ -24,14 +24,16 @@ from upcycle_jax.moe.grouped_experts import Dispatch
 from upcycle_jax.partitioning import constrain
 
 
-def init_experts(expert: MlpBlock, *, num_experts: int, emb_dim: int) -> None:
-    """Makes the parameters of E experts: those of `expert`, a bound module, with a leading E."""
+def init_experts(expert: MlpBlock, *, num_experts: int, emb_dim: int, equal: bool = False) -> None:
+    """Makes the parameters of E experts: those of `expert`, a bound module, with a leading E; all
+    of them `equal`, or each with draws of its own.
+    """
     lifted = nn.vmap(
         lambda expert, x: expert(x),
         in_axes=0,
         axis_size=num_experts,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": not equal},
         metadata_params={nn.PARTITION_NAME: axes.EXPERT},
     )
     lifted(expert, jnp.zeros((num_experts, 1, 1, emb_dim), expert.dtype))

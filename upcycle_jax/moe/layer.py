@@ -71,7 +71,7 @@ class MoeLayer(nn.Module):
           x: tokens; zero vectors at padded positions.
           valid: bool `[batch, length]`, real tokens; None if all are.
           token_ids: int32 `[batch, length]`, for routers that need them.
-          train: training capacity, dropout and router jitter.
+          train: training capacity, dropout, and jitter and noise of routers.
 
         Raises:
           ValueError: the token count does not divide into groups, or the router needs token ids and
@@ -122,7 +122,7 @@ class MoeLayer(nn.Module):
           real: bool `[G, S]`, tokens that are no padding.
           token_ids: int32 `[G, S]`, for routers that need them.
           sizes: of the layer.
-          train: with router jitter; capacities of training.
+          train: with jitter and noise of routers; capacities of training.
 
         Returns:
           A dispatcher whose arrays have a leading G.
@@ -130,9 +130,11 @@ class MoeLayer(nn.Module):
         router, policy, num_experts = self.router, self.policy, self.config.num_experts
         biased_experts = 0 if router.balance_rate is None else num_experts
         module = RouterLogits(router.logit_columns(num_experts), biased_experts, name="router")
-        logits = constrain(
+        clean = constrain(
             module(self._with_jitter(tokens, train=train)), (axes.EXPERT_GROUP, None, None)
         )
+        noise = self._noise(clean, sizes.grouping, train=train)
+        logits = clean if noise is None else clean + noise
         reported_rows = policy.reported_rows(sizes)
 
         def route_group(
@@ -140,6 +142,7 @@ class MoeLayer(nn.Module):
             real: jax.Array,  # [S]
             limit: jax.Array | None,  # []
             token_ids: jax.Array | None,  # [S]
+            clean: jax.Array | None,  # [S, columns]
             *,
             bias: jax.Array | None,  # [E]
         ) -> tuple[Dispatcher, LayerStats]:
@@ -153,16 +156,23 @@ class MoeLayer(nn.Module):
                 limit=limit,
                 bias=bias,
                 token_ids=token_ids,
+                clean_logits=clean,
             )
             routing = router.route(group, capacity=sizes.slots)
-            z_loss = policy.router_z_loss(group)
-            stats = layer_stats.of_group(routing, group, z_loss, rows=reported_rows)
+            losses = policy.logit_losses(group)
+            stats = layer_stats.of_group(routing, group, losses, rows=reported_rows)
             return routing.dispatcher, stats
 
         # Every device routes its own groups; logits are not gathered.
         dispatcher, stats = on_batch_shards(
             lambda groups, bias: jax.vmap(functools.partial(route_group, bias=bias))(*groups),
-            (logits, real, policy.limits(real, train=train), token_ids),
+            (
+                logits,
+                real,
+                policy.limits(real, train=train),
+                token_ids,
+                None if noise is None else clean,
+            ),
             module.selection_bias(),
         )
         stats = jax.tree.map(lambda leaf: leaf[: sizes.grouping.num_groups], stats)
@@ -212,7 +222,12 @@ class MoeLayer(nn.Module):
             use_bias=self.use_bias,
             name=roles.EXPERT,
         )
-        init_experts(expert, num_experts=self.config.num_experts, emb_dim=emb_dim)
+        init_experts(
+            expert,
+            num_experts=self.config.num_experts,
+            emb_dim=emb_dim,
+            equal=self.config.fresh_experts == "equal",
+        )
 
     def _experts(self, num_groups: int, *, train: bool) -> ExpertBank:
         """The experts, with dropout masks for `num_groups` groups."""
@@ -266,6 +281,17 @@ class MoeLayer(nn.Module):
             self.make_rng("jitter"), tokens.shape, minval=1.0 - jitter, maxval=1.0 + jitter
         )
         return tokens * noise
+
+    def _noise(self, logits: jax.Array, grouping: Grouping, *, train: bool) -> jax.Array | None:
+        """Float32 `[G, S, columns]`, see `Router.logit_noise`; None for none."""
+        std = self.router.logit_noise / self.config.num_experts
+        if not (train and std > 0 and self.has_rng("jitter")):
+            return None
+        # Drawn for the groups of the batch, so that it does not depend on spare ones of a mesh.
+        shape = (grouping.num_groups, *logits.shape[1:])
+        noise = std * jax.random.normal(self.make_rng("jitter"), shape)
+        noise = jnp.pad(noise, [(0, grouping.spare_groups), (0, 0), (0, 0)])
+        return constrain(noise, (axes.EXPERT_GROUP, None, None))
 
     def _needed(self, token_ids: jax.Array | None) -> jax.Array | None:
         """The token ids if the router needs them, else None. Raises ValueError if missing."""

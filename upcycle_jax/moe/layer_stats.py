@@ -11,6 +11,9 @@ LAYER_STATS = "layer_stats"
 name `stats`).
 """
 
+_LOSSES = ("auxiliary_loss", "router_z_loss", "importance_loss", "load_loss")
+"""Fields of `LayerStats` that are means over groups."""
+
 
 @flax.struct.dataclass
 class LayerStats:
@@ -22,6 +25,8 @@ class LayerStats:
     Attributes:
       auxiliary_loss: load-balancing loss, the mean over the groups that hold a counted token.
       router_z_loss: likewise.
+      importance_loss: likewise; None where nobody asks for it.
+      load_loss: likewise.
       tokens: counted tokens.
       left_behind: counted tokens that no expert processed.
       capacity: slots of all experts and groups.
@@ -38,6 +43,8 @@ class LayerStats:
 
     auxiliary_loss: jax.Array
     router_z_loss: jax.Array
+    importance_loss: jax.Array | None
+    load_loss: jax.Array | None
     tokens: jax.Array
     left_behind: jax.Array
     capacity: jax.Array
@@ -51,14 +58,27 @@ class LayerStats:
     non_finite: jax.Array
 
 
-def of_group(routing: Routing, group: Group, z_loss: jax.Array, *, rows: int) -> LayerStats:
+@flax.struct.dataclass
+class LogitLosses:
+    """Losses of one group that follow from the router's logits alone, float32 scalars; see
+    `LayerStats`.
+    """
+
+    router_z_loss: jax.Array
+    importance_loss: jax.Array | None
+    load_loss: jax.Array | None
+
+
+def of_group(routing: Routing, group: Group, losses: LogitLosses, *, rows: int) -> LayerStats:
     """The statistics of one group, whose experts compute `rows` vectors."""
     group_size, counted = group.counted.size, group.counted
     experts_per_token = routing.dispatcher.experts_per_token(group_size)
     entropy = jnp.sum(jax.scipy.special.entr(routing.probabilities), axis=-1)
     return LayerStats(
         auxiliary_loss=routing.auxiliary_loss,
-        router_z_loss=z_loss,
+        router_z_loss=losses.router_z_loss,
+        importance_loss=losses.importance_loss,
+        load_loss=losses.load_loss,
         tokens=jnp.sum(counted),
         left_behind=jnp.sum(counted * (experts_per_token == 0)),
         capacity=jnp.float32(rows),
@@ -83,6 +103,9 @@ def over_groups(stats: LayerStats, *, every_group: bool) -> LayerStats:
     num_groups = jnp.maximum(jnp.sum(weight), 1.0)
     summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
     return summed.replace(
-        auxiliary_loss=jnp.sum(stats.auxiliary_loss * weight) / num_groups,
-        router_z_loss=jnp.sum(stats.router_z_loss * weight) / num_groups,
+        **{
+            name: jnp.sum(loss * weight) / num_groups
+            for name in _LOSSES
+            if (loss := getattr(stats, name)) is not None
+        }
     )

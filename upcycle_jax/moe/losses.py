@@ -56,6 +56,53 @@ def joint_load_balancing_loss(
     return chosen.size * jnp.sum((chosen * scale) * (probability * scale))
 
 
+def importance_loss(logits: jax.Array, *, counted: jax.Array) -> jax.Array:
+    """The importance loss of V-MoE (arXiv 2106.05974, appendix A; from Shazeer et al., arXiv
+    1701.06538): the squared coefficient of variation, over experts, of the router probabilities
+    summed over tokens. 0 where all experts matter alike.
+
+    Args:
+      logits: float32 `[S, E]`, without noise.
+      counted: float32 `[S]`, 1 for tokens that count and 0 for those that do not. A group without
+        any gives 0.
+    """
+    return _squared_variation(jnp.einsum("se,s->e", jax.nn.softmax(logits, axis=-1), counted))
+
+
+def load_loss(
+    logits: jax.Array,
+    noisy_logits: jax.Array,
+    *,
+    selected: int,
+    noise_std: float,
+    counted: jax.Array,
+) -> jax.Array:
+    """The load loss of V-MoE (arXiv 2106.05974, appendix A): the squared coefficient of variation,
+    over experts, of the probability that a token chooses an expert, were its noise drawn anew,
+    summed over tokens.
+
+    An expert is chosen where its noisy logit reaches the token's K-th largest noisy logit t: that
+    has the probability Phi((logit - t) / noise_std).
+
+    Args:
+      logits: float32 `[S, E]`, without noise.
+      noisy_logits: float32 `[S, E]`, with the noise that the tokens chose under.
+      selected: K.
+      noise_std: standard deviation of the noise.
+      counted: float32 `[S]`, 1 for tokens that count and 0 for those that do not. A group without
+        any gives 0.
+    """
+    threshold = jax.lax.top_k(noisy_logits, selected)[0][:, -1:]  # [S, 1]
+    probability = jax.scipy.stats.norm.cdf((logits - threshold) / noise_std)  # [S, E]
+    return _squared_variation(jnp.einsum("se,s->e", probability, counted))
+
+
+def _squared_variation(values: jax.Array) -> jax.Array:
+    """(standard deviation / mean)^2 of float32 `[E]`; 0 where all are 0."""
+    mean = jnp.mean(values)
+    return jnp.where(mean > 0, jnp.var(values) / jnp.square(jnp.where(mean > 0, mean, 1.0)), 0.0)
+
+
 def router_z_loss(logits: jax.Array, *, counted: jax.Array, count: jax.Array) -> jax.Array:
     """Mean over tokens of logsumexp(logits)^2 (ST-MoE, equation 5): keeps router logits small.
 

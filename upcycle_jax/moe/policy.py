@@ -10,15 +10,16 @@ Axis legend: G groups, S tokens per group, E experts, C capacity (slots per expe
 import abc
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax.moe import losses
-from upcycle_jax.moe.config import MoeSettings
+from upcycle_jax.moe.config import CapacityRounding, MoeSettings
 from upcycle_jax.moe.grouping import Grouping, ample_grouping, even_grouping, t5x_grouping
-from upcycle_jax.moe.layer_stats import LayerStats
+from upcycle_jax.moe.layer_stats import LayerStats, LogitLosses
 from upcycle_jax.moe.routing import Group, Router
 
 ROOM_FOR_SKEW = 4.0
@@ -44,6 +45,11 @@ class LayerSizes:
     capacity: int
     slots: int
     rows: int
+
+    @property
+    def effective_factor(self) -> float:
+        """The capacity factor that these sizes come to: vectors that experts compute per token."""
+        return self.rows / (self.grouping.num_groups * self.grouping.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,8 @@ class RoutingPolicy(abc.ABC):
             num_experts=self.settings.num_experts,
             capacity_factor=self.settings.capacity_factor(train=train),
             min_expert_capacity=at_least,
+            rounding=self.settings.capacity_rounding,
+            multiple=self.settings.capacity_multiple,
         )
 
     def sizes(
@@ -125,6 +133,25 @@ class RoutingPolicy(abc.ABC):
         if not group.logits.size:
             return jnp.zeros((), jnp.float32)
         return losses.router_z_loss(group.logits, counted=group.counted, count=group.count)
+
+    def logit_losses(self, group: Group) -> LogitLosses:
+        """The losses of a group's logits; those of V-MoE where they are asked for."""
+        settings, importance, load = self.settings, None, None
+        clean = group.logits if group.clean_logits is None else group.clean_logits
+        if settings.importance_loss_factor > 0:
+            importance = losses.importance_loss(clean, counted=group.counted)
+        if settings.load_loss_factor > 0:
+            load = jnp.zeros((), jnp.float32)
+            selected = self.router.selected_per_token
+            if group.clean_logits is not None and selected is not None:
+                load = losses.load_loss(
+                    clean,
+                    group.logits,
+                    selected=selected,
+                    noise_std=self.router.logit_noise / group.num_experts,
+                    counted=group.counted,
+                )
+        return LogitLosses(self.router_z_loss(group), importance, load)
 
     @property
     def empty_groups_count(self) -> bool:
@@ -274,16 +301,31 @@ def layer_sizes(
     return policy.sizes(batch_size, length, train=train, batch_shards=batch_shards)
 
 
+_ROUNDINGS: Mapping[CapacityRounding, Callable[[float], int]] = {
+    "round": round,  # half to even, as in Flaxformer
+    "ceil": math.ceil,
+    "floor": math.floor,
+}
+
+
 def expert_capacity(
-    group_size: int, *, num_experts: int, capacity_factor: float, min_expert_capacity: int = 4
+    group_size: int,
+    *,
+    num_experts: int,
+    capacity_factor: float,
+    min_expert_capacity: int = 4,
+    rounding: CapacityRounding = "round",
+    multiple: int = 1,
 ) -> int:
-    """C = max(round(capacity_factor * S / E), min_expert_capacity), with Python's rounding (half to
-    even) as in Flaxformer.
+    """C = max(rounded capacity_factor * S / E, min_expert_capacity), filled up to a multiple.
 
     Args:
       group_size: S.
       num_experts: E.
       capacity_factor: 1.0 gives every expert room for its even share of the tokens.
       min_expert_capacity: lower bound for C.
+      rounding: see `MoeSettings.capacity_rounding`.
+      multiple: see `MoeSettings.capacity_multiple`.
     """
-    return max(round(capacity_factor * group_size / num_experts), min_expert_capacity)
+    slots = _ROUNDINGS[rounding](capacity_factor * group_size / num_experts)
+    return -(-max(slots, min_expert_capacity) // multiple) * multiple

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
+from upcycle_jax.costs import capacities
 from upcycle_jax.planning import literature
 from upcycle_jax.planning.compilation import gib
 from upcycle_jax.planning.estimate import MFU_SOURCE, MOE_SLOWDOWN, Fit, Kind, Plan, Range, Spending
@@ -53,6 +54,10 @@ def _frame(plan: Plan) -> str:
         if plan.extra_share is not None
         else ""
     )
+    parts = work.trainer.num_microbatches or 1
+    routed = capacities.capacity_texts(
+        work.model, batch_size=work.batch_size // parts, lengths=work.task_feature_lengths
+    )
     return "\n".join(
         [
             (
@@ -62,8 +67,9 @@ def _frame(plan: Plan) -> str:
             ),
             (
                 f"batch     {work.batch_size} rows ({lengths}): {plan.tokens_per_step:,} positions;"
-                f" {work.trainer.num_microbatches or 1} microbatches"
+                f" {parts} microbatches"
             ),
+            *(f"capacity  {text}" for text in routed),
             f"steps     dense checkpoint {dense}, extra {plan.extra_steps:,}{assumed}{share}",
         ]
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from upcycle_jax.costs import exchange, parameters
+from upcycle_jax.costs import capacities, exchange, parameters
 from upcycle_jax.costs.parameters import Bytes
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery.plan_text import plan_text, totals
@@ -107,6 +107,7 @@ def describe(run: PreparedRun, cost: Costs, *, whole_plan: bool = True) -> str:
         ),
         f"checkpoint     {size(cost.checkpoint_bytes)}{_saving(settings)}",
         f"batch          {_batch(settings)}",
+        *(f"capacity       {text}" for text in _capacities(settings)),
         f"optimizer      {settings.trainer.optimizer}",
         f"evaluation     {_evaluation(settings)}",
         *(f"group          {group}" for group in run.trainer.parameter_groups),
@@ -159,6 +160,13 @@ def _batch(settings: TrainSettings) -> str:
         else ""
     )
     return f"{cfg.batch_size} rows of {cfg.mixture_or_task_name} ({lengths}){parts}"
+
+
+def _capacities(settings: TrainSettings) -> list[str]:
+    cfg, parts = settings.train_dataset_cfg, settings.trainer.num_microbatches or 1
+    return capacities.capacity_texts(
+        settings.model, batch_size=cfg.batch_size // parts, lengths=cfg.task_feature_lengths
+    )
 
 
 def _evaluation(settings: TrainSettings) -> str:

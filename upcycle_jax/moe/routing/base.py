@@ -32,6 +32,7 @@ class Group:
       bias: float32 `[E]`, added to the scores that select experts, for routers with a
         `Router.balance_rate`; None for zeros.
       token_ids: int32 `[S]`, for routers with `Router.needs_token_ids`.
+      clean_logits: float32 `[S, columns]`, `logits` before noise was added; None where none was.
     """
 
     logits: jax.Array
@@ -42,6 +43,7 @@ class Group:
     limit: jax.Array | None = None
     bias: jax.Array | None = None
     token_ids: jax.Array | None = None
+    clean_logits: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -95,6 +97,11 @@ class Router(abc.ABC):
         """During training the router's inputs are multiplied by uniform noise in [1 - jitter, 1 +
         jitter]; 0 for none.
         """
+        return 0.0
+
+    @property
+    def logit_noise(self) -> float:
+        """During training N(0, (logit_noise / E)^2) is added to the logits; 0 for none."""
         return 0.0
 
     @property
@@ -155,6 +162,13 @@ class Router(abc.ABC):
     @property
     def has_balance_loss(self) -> bool:
         """Whether a load-balancing loss of choices and probabilities balances experts."""
+        return False
+
+    @property
+    def chooses_by_softmax(self) -> bool:
+        """Whether tokens choose the experts of their largest logits, whose weights are a softmax's:
+        what V-MoE's importance and load losses are about.
+        """
         return False
 
     @property

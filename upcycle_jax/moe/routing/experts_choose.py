@@ -23,10 +23,14 @@ class ExpertsChoose(Router):
       renormalize: scale each token's combine weights to sum 1. Off, a weight is the plain softmax
         probability over all experts. The paper: on for vision, off for language.
       jitter_noise: see `Router.input_jitter`.
+      noise_std: see `Router.logit_noise`; 1.0 in V-MoE's `NoisyTopItemsPerExpertRouter`.
     """
 
     renormalize: bool = False
     jitter_noise: float = 0.0
+    noise_std: checks.NotNegative = dataclasses.field(
+        default=0.0, metadata=checks.ADDED, repr=False
+    )
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -42,11 +46,15 @@ class ExpertsChoose(Router):
 
     @property
     def in_flaxformer(self) -> bool:
-        return True
+        return not self.noise_std
 
     @property
     def input_jitter(self) -> float:
         return self.jitter_noise
+
+    @property
+    def logit_noise(self) -> float:
+        return self.noise_std
 
     @property
     def fills_capacity(self) -> bool:

@@ -30,11 +30,12 @@ class HashTop1(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.jitter_noise:
-            raise ValueError(
-                f"jitter_noise={self.jitter_noise} has nothing to act on: a hash has no router"
-                " inputs. Leave it at 0"
-            )
+        for name in ("jitter_noise", "noise_std"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has nothing to act on: a hash has no router"
+                    " inputs. Leave it at 0"
+                )
 
     @property
     def selected(self) -> int:

@@ -46,10 +46,14 @@ class TokenChoice(Router):
       dropless: there is no capacity: every token goes to all of its K experts, at any load
         (MegaBlocks, arXiv 2211.15841). Capacity factors then do nothing, and `MoeConfig.dispatch`
         says how tokens are moved. Padding is not routed. Causal for every K.
+      noise_std: see `Router.logit_noise`; 1.0 in V-MoE's `NoisyTopExpertsPerItemRouter`.
     """
 
     jitter_noise: float = 0.0
     dropless: bool = False
+    noise_std: checks.NotNegative = dataclasses.field(
+        default=0.0, metadata=checks.ADDED, repr=False
+    )
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -95,6 +99,10 @@ class TokenChoice(Router):
     @property
     def input_jitter(self) -> float:
         return self.jitter_noise
+
+    @property
+    def logit_noise(self) -> float:
+        return self.noise_std
 
     @property
     def selected_per_token(self) -> int | None:
@@ -231,7 +239,7 @@ class TokensChoose(TokenChoice):
 
     @property
     def in_flaxformer(self) -> bool:
-        return not self.dropless
+        return not (self.dropless or self.noise_std)
 
     @property
     def normalizes_granted(self) -> bool:
@@ -240,6 +248,10 @@ class TokensChoose(TokenChoice):
     @property
     def unit_weights(self) -> bool:
         return self.renormalize or self.softmax_order == "after_top_k"
+
+    @property
+    def chooses_by_softmax(self) -> bool:
+        return True
 
     @property
     def follows_copies(self) -> bool:
@@ -303,13 +315,18 @@ class SwitchTop1(TokenChoice):
 
     @property
     def in_flaxformer(self) -> bool:
-        return not self.dropless
+        return not (self.dropless or self.noise_std)
+
+    @property
+    def chooses_by_softmax(self) -> bool:
+        return True
 
     def renormalized(self) -> Router:
         return TokensChoose(
             num_selected_experts=1,
             renormalize=True,
             jitter_noise=self.jitter_noise,
+            noise_std=self.noise_std,
             dropless=self.dropless,
         )
 
