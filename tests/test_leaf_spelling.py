@@ -22,7 +22,7 @@ MAY_SPELL = (
     "checkpoints/huggingface/decoder/",
     "checkpoints/huggingface/t5/",
     "checkpoints/huggingface/vit/",
-    "checkpoints/npz/",
+    "checkpoints/vit/",
 )
 """Files and folders of the library that may write them."""
 

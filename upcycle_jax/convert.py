@@ -1,5 +1,6 @@
 """Converts checkpoints between formats without changing the model: anything readable to Orbax;
-dense T5, and decoder-only language models with experts or without, to Hugging Face.
+dense T5 and vision transformers, and decoder-only language models with experts or without, to
+Hugging Face; vision transformers to NumPy archives, and with experts or without to V-MoE's files.
 
 Examples:
 
@@ -8,6 +9,8 @@ Examples:
     python -m upcycle_jax.convert /runs/t5/checkpoint_5000 ~/t5-hf --to huggingface --dtype bfloat16
     python -m upcycle_jax.convert /runs/llama-8x1b ~/llama-8x1b --to huggingface --reader vllm \\
         --tokenizer ~/Llama-3.2-1B
+    python -m upcycle_jax.convert /runs/vit-b16-32x ~/vit-b16-32x --to vmoe
+    python -m upcycle_jax.convert /runs/vit-b16 ~/vit-b16.npz --to npz --dtype bfloat16
 
 Before a language model is written, it is said what each reader of the folder makes of it:
 transformers 5 and 4.57, vLLM, SGLang, llama.cpp. `--reader` refuses what that one cannot read.
@@ -32,12 +35,6 @@ if TYPE_CHECKING:
 
     from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 
-_HUGGINGFACE_ALONE = (
-    *("model_type", "reader", "tokenizer", "max_position_embeddings", "dry_run"),
-    *("gin_file", "gin_bindings"),
-)
-"""Flags that say nothing where another format is written."""
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -49,16 +46,19 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         help=(
             "checkpoint_<step>, MODEL_DIR, legacy T5X folder or msgpack file, Hugging Face folder,"
-            " or GGUF file"
+            " GGUF file, NumPy archive or folder of big_vision's, or prefix of V-MoE's files"
         ),
     )
     parser.add_argument(
         "output",
-        help="checkpoint_<step> or the MODEL_DIR to hold it; a new folder for --to huggingface",
+        help=(
+            "checkpoint_<step> or the MODEL_DIR to hold it; a new folder for --to huggingface, a"
+            " file for --to npz, the prefix of files for --to vmoe"
+        ),
     )
     parser.add_argument(
         "--to",
-        choices=("orbax", "huggingface"),
+        choices=("orbax", "huggingface", "npz", "vmoe"),
         default="orbax",
         help="format to write (default: %(default)s)",
     )
@@ -91,10 +91,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_huggingface(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("language models, for --to huggingface")
+    group = parser.add_argument_group("for --to huggingface")
     group.add_argument(
         "--model_type",
-        help="type to write, such as mixtral or qwen3_moe; default: chosen, and the choice is said",
+        help=(
+            "type to write, such as mixtral, qwen3_moe or vit; default: chosen, and the choice is"
+            " said. For --to npz whose names arrays have: big_vision (the default) or vit_jax"
+        ),
     )
     group.add_argument(
         "--reader",
@@ -129,8 +132,8 @@ def _convert(arguments: argparse.Namespace) -> str:
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
     import numpy as np
 
+    from upcycle_jax.checkpoints import other_formats
     from upcycle_jax.checkpoints.formats import open_checkpoint
-    from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
     from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
     from upcycle_jax.state_tree import PARAM_STATES, TARGET
 
@@ -141,26 +144,21 @@ def _convert(arguments: argparse.Namespace) -> str:
         if not arguments.quiet:
             print(printable(name), file=sys.stderr)
 
-    if arguments.to == "huggingface":
-        if arguments.step is not None or arguments.optimizer_state == "adafactor":
-            raise ValueError(
-                "a Hugging Face folder holds neither a step nor optimizer state: leave out --step"
-                " and --optimizer_state"
-            )
-        path = write_huggingface(
+    given = [name for name in other_formats.FLAGS["huggingface"] if getattr(arguments, name)]
+    given += ["step"] if arguments.step is not None else []
+    given += ["optimizer_state"] if arguments.optimizer_state == "adafactor" else []
+    other_formats.check_flags(arguments.to, given)
+    if arguments.to != "orbax":
+        path = other_formats.write(
             reader,
             arguments.output,
+            to=arguments.to,
             options=_options(arguments, dtype),
-            shard_bytes=arguments.max_memory,
+            file_bytes=arguments.max_memory,
             dry_run=arguments.dry_run,
             progress=progress,
         )
         return f"dry run: nothing was written to {path}" if arguments.dry_run else f"wrote {path}"
-    if any(getattr(arguments, name) for name in _HUGGINGFACE_ALONE):
-        raise ValueError(
-            f"{', '.join(f'--{name}' for name in _HUGGINGFACE_ALONE)} say how a Hugging Face folder"
-            " is written: leave them out, or add --to huggingface"
-        )
     fresh = None
     if arguments.optimizer_state == "adafactor":
         from upcycle_jax import state_tree

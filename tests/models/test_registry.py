@@ -37,7 +37,7 @@ OF_FAMILY = {
     "vit": (
         "upcycle_jax/models/vit/",
         "upcycle_jax/checkpoints/huggingface/vit/",
-        "upcycle_jax/checkpoints/npz/",
+        "upcycle_jax/checkpoints/vit/",
         "upcycle_jax/features/images.py",
         # Its own evaluation.
         "upcycle_jax/few_shot.py",

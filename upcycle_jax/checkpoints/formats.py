@@ -8,15 +8,24 @@ from etils import epath
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.gguf.files import SUFFIX
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader, find_item
-from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.checkpoints.reader import CheckpointReader, ReaderBase
 from upcycle_jax.checkpoints.steps import checkpoint_steps, latest_checkpoint
+from upcycle_jax.checkpoints.vit.arrays import TreeArrays
+from upcycle_jax.checkpoints.vit.names import prefix_of
+from upcycle_jax.checkpoints.vit.npz import NpzArrays
+from upcycle_jax.checkpoints.vit.reader import TreeReader
+from upcycle_jax.checkpoints.vit.vmoe import INDEX as VMOE_INDEX
+from upcycle_jax.checkpoints.vit.vmoe import VMoeFiles
+from upcycle_jax.checkpoints.vit.zarr_folder import ZarrFolder, is_zarr_folder, newest
 from upcycle_jax.printing import printable
+from upcycle_jax.state_tree import TARGET
 
 SUPPORTED = (
     "an Orbax checkpoint (checkpoint_<step>/ with state/_METADATA), a MODEL_DIR that holds such"
     " folders, a T5X folder with a msgpack file named 'checkpoint', a single T5X msgpack file, a"
     " Hugging Face folder (config.json with model.safetensors), a GGUF file or a folder with one,"
-    " or a vision transformer in a NumPy archive (.npz)"
+    " or a vision transformer in a NumPy archive (.npz), in a folder of big_vision's, or in the"
+    " files PREFIX.index and PREFIX.data-* of V-MoE"
 )
 ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 PARTIAL_SUFFIX = ".partial"
@@ -33,8 +42,9 @@ def open_checkpoint(path: os.PathLike | str) -> CheckpointReader:
 
     Args:
       path: `checkpoint_<step>`, a MODEL_DIR (its latest finished step), a T5X legacy folder or
-        msgpack file, a Hugging Face folder, a GGUF file or a folder with one, or a NumPy archive of
-        a vision transformer.
+        msgpack file, a Hugging Face folder, a GGUF file or a folder with one, or a vision
+        transformer in a NumPy archive, in a folder of big_vision's or in files of V-MoE's, whose
+        prefix is named.
 
     Raises:
       FileNotFoundError: nothing is there; a half-written checkpoint beside it is named.
@@ -59,7 +69,10 @@ def _open(place: epath.Path) -> CheckpointReader:
             " another step"
         )
     if not place.exists():
-        raise FileNotFoundError(_nothing_there(place))
+        named = _named_by_prefix(place)
+        if named is None:
+            raise FileNotFoundError(_nothing_there(place))
+        return named
     if place.is_file():
         return _open_file(place)
     names = sorted(child.name for child in place.iterdir())
@@ -80,7 +93,9 @@ def _open(place: epath.Path) -> CheckpointReader:
             raise ValueError(
                 f"{place} has no commit_success.txt: the save never finished. Open another step"
             )
-        return OrbaxReader(place, item)
+        return _as_vision(OrbaxReader(place, item))
+    if is_zarr_folder(names):
+        return TreeReader(ZarrFolder(place))
     latest = latest_checkpoint(place)
     if latest is not None:
         return _open(latest)
@@ -93,28 +108,43 @@ def _open_file(place: epath.Path) -> CheckpointReader:
     if place.name.endswith(SUFFIX):
         return _open_gguf(place)
     if place.name.endswith(".npz"):
-        return _open_npz(place)
+        return TreeReader(NpzArrays(place))
+    if place.name.endswith(VMOE_INDEX):
+        return TreeReader(VMoeFiles(place))
     if place.name == "checkpoint" and any(child.is_dir() for child in place.parent.iterdir()):
-        return T5XLegacyReader(place.parent, place)  # The index of a folder, named directly.
-    return T5XLegacyReader(place, place)
+        # The index of a folder, named directly.
+        return _as_vision(T5XLegacyReader(place.parent, place))
+    return _as_vision(T5XLegacyReader(place, place))
+
+
+def _named_by_prefix(place: epath.Path) -> CheckpointReader | None:
+    """The checkpoint whose files' names begin with that of a path, which is none itself."""
+    if place.with_name(place.name + VMOE_INDEX).exists():
+        return TreeReader(VMoeFiles(place))
+    last = newest(place)
+    return None if last is None else _open(last)
+
+
+def _as_vision(reader: ReaderBase) -> CheckpointReader:
+    """The reader itself; that of a vision transformer where its tree is one under the names of
+    other projects.
+    """
+    names = reader.names()
+    if any(name.startswith(TARGET) for name in names) or prefix_of(names) is None:
+        return reader
+    return TreeReader(TreeArrays(reader))
 
 
 def _open_legacy(place: epath.Path) -> CheckpointReader:
     from upcycle_jax.checkpoints.t5x_legacy import T5XLegacyReader
 
-    return T5XLegacyReader(place, place / "checkpoint")
+    return _as_vision(T5XLegacyReader(place, place / "checkpoint"))
 
 
 def _open_huggingface(place: epath.Path, names: list[str]) -> CheckpointReader:
     from upcycle_jax.checkpoints.huggingface import HuggingFaceReader
 
     return HuggingFaceReader(place)
-
-
-def _open_npz(place: epath.Path) -> CheckpointReader:
-    from upcycle_jax.checkpoints.npz import NpzReader
-
-    return NpzReader(place)
 
 
 def _open_gguf(place: epath.Path) -> CheckpointReader:

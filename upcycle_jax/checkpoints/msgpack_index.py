@@ -82,7 +82,14 @@ class ChunkedArray:
         return np.array(flat.reshape(-1, *self.shape[1:])[(slice(None), *index[1:])])
 
 
-class _Walker:
+class Walker:
+    """Walks the entries of a msgpack file.
+
+    Args:
+      buffer: the whole file.
+      path: for messages.
+    """
+
     def __init__(self, buffer: Any, path: epath.Path):
         self.buffer, self.path, self.at, self.depth = buffer, path, 0, 0
 
@@ -206,6 +213,23 @@ class _Walker:
             return value
 
 
+def opened(path: epath.Path) -> Any:
+    """The bytes of a file, memory-mapped where it is local.
+
+    Raises:
+      ValueError: it is empty or cannot be read.
+    """
+    try:
+        if path.stat().length == 0:
+            raise ValueError(f"{path} is empty: copy the checkpoint again")
+        with path.open("rb") as stream:
+            if storage.is_local(path):
+                return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return stream.read()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def load_index(path: epath.Path) -> dict[str, Any]:
     """The tree of a msgpack file with its arrays left in the file.
 
@@ -216,22 +240,13 @@ def load_index(path: epath.Path) -> dict[str, Any]:
     Raises:
       ValueError: the file is truncated, or is no flax msgpack file.
     """
-    try:
-        if path.stat().length == 0:
-            raise ValueError(f"{path} is empty: copy the checkpoint again")
-        with path.open("rb") as stream:
-            local = storage.is_local(path)
-            buffer = (
-                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if local else stream.read()
-            )
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    buffer = opened(path)
     if buffer[0] & 0xF0 != 0x80 and buffer[0] not in _MAP_LENGTH:
         raise ValueError(
             f"{path} is no T5X checkpoint: a msgpack file begins with a map, this one with byte"
             f" {buffer[0]:#04x}"
         )
-    walker = _Walker(buffer, path)
+    walker = Walker(buffer, path)
     tree = walker.value()
     if not isinstance(tree, dict):
         raise walker.damaged("one array and no tree")

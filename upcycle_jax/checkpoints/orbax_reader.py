@@ -4,7 +4,7 @@ TensorStore.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,6 +185,9 @@ class OrbaxReader(ReaderBase):
                 for name, layout in self._layouts.items()
             }
         )
+
+    def names(self) -> Iterable[str]:
+        return self._keys
 
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)

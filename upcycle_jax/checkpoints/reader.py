@@ -35,7 +35,8 @@ class CheckpointReader(Protocol):
 
     Attributes:
       path: the checkpoint's own folder or file (never the MODEL_DIR around it).
-      format: 'orbax', 't5x_legacy', 't5x_msgpack', 'huggingface', 'gguf' or 'npz'.
+      format: 'orbax', 't5x_legacy', 't5x_msgpack', 'huggingface', 'gguf', 'npz', 'big_vision' or
+        'vmoe'.
       step: training step; 0 where the format records none.
     """
 
@@ -105,6 +106,10 @@ class ReaderBase(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """See `CheckpointReader.read`."""
+
+    def names(self) -> Iterable[str]:
+        """The names of all leaves; cheaper than `specs` where it can be."""
+        return self.specs()
 
     def _files(self) -> Iterable[epath.Path]:
         return sorted(

@@ -4,10 +4,13 @@ one msgpack file.
 The index has `version` (3 is the last; absent is 0) and `optimizer` (or `_optimizer`) with `target`
 and `state`. A leaf is an array in the index itself, the TensorStore spec of an array in its own
 folder, or `PLACEHOLDER://<folder>`.
+
+Early versions of Orbax wrote such folders, too, of any tree: what has `params` and no optimizer is
+read under its own names.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -149,7 +152,10 @@ class T5XLegacyReader(ReaderBase):
             untrusted.stored_bytes(path)  # First of all, so that no link out of it is followed.
         tree = load_index(index)
         root = next((tree[name] for name in ("optimizer", "_optimizer") if name in tree), None)
-        if not isinstance(root, dict) or not {"target", "state"} & root.keys():
+        parts: tuple[str, ...] = ("target", "state")
+        if root is None and isinstance(tree.get("params"), dict):
+            root, parts = tree, tuple(tree.keys() - {"version"})  # An early Orbax tree.
+        if not isinstance(root, dict) or not set(parts) & root.keys():
             raise ValueError(
                 f"{index} is msgpack but no T5X checkpoint: it has"
                 f" {printable(', '.join(sorted(tree)) or 'nothing')}, and not optimizer/target and"
@@ -157,7 +163,7 @@ class T5XLegacyReader(ReaderBase):
             )
         self.version = _version(tree.get("version", 0), index)
         self._nodes: dict[str, Any] = {}
-        for part in ("target", "state"):
+        for part in sorted(parts):
             self._collect(root.get(part), part)
         self._nodes = dict(sorted(self._nodes.items()))
         self._leaves: dict[str, InlineArray | ChunkedArray | StoredArray] = {}
@@ -215,6 +221,9 @@ class T5XLegacyReader(ReaderBase):
             return StoredArray(self._folder / folder, spec, self.version, self._context)
         except ValueError as error:
             raise ValueError(f"leaf {printable(name)}: {error}") from None
+
+    def names(self) -> Iterable[str]:
+        return self._nodes
 
     def specs(self) -> dict[str, LeafSpec]:
         leaves = {name: self._leaf(name) for name in self._nodes}

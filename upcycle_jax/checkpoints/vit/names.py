@@ -1,6 +1,6 @@
-"""Where the arrays of a vision transformer's archive belong.
+"""Where the arrays of a vision transformer belong, and what they are called.
 
-Four projects write such archives, under nearly the same names:
+Four projects store them, under nearly the same names:
 
     vit_jax, AugReg   Transformer/encoderblock_0/{LayerNorm_0, MultiHeadDotProductAttention_1,
                       LayerNorm_2, MlpBlock_3}; positions in Transformer/posembed_input, those of
@@ -9,17 +9,30 @@ Four projects write such archives, under nearly the same names:
                       LayerNorm_1, MlpBlock_0}, or all blocks in Transformer/encoderblock with a
                       leading axis of layers; positions of patches alone in pos_embedding
     V-MoE             Encoder/encoderblock_0/{LayerNorm_0, SelfAttention, LayerNorm_1, Mlp}, and
-                      Moe/{Router, Mlp} in place of Mlp
+                      Moe/{Router, Mlp} in place of Mlp; positions in Encoder/posembed_input,
+                      those of the class token first
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-PREFIXES = ("params/img/", "opt/target/", "params/", "")
+FIRST = "embedding/kernel"
+"""An array that every vision transformer has."""
+
+PREFIXES = ("params/img/", "opt/target/", "optimizer/target/", "params/", "")
 """What may stand before every name of the model, tried in this order."""
 
-UNUSED = re.compile(r"opt/.*|opt_state.*|states?/.*|extra/.*|step|params/(?:txt/.*|t|b)")
+UNUSED = re.compile(
+    r"(?:opt|optimizer|states?|extra|rngs|chrono)/.*|opt_state.*|step|params/(?:txt/.*|t|b)"
+)
 """What training states and image-text models hold beside the image model."""
+
+STEPS = ("step", "opt/state/step", "optimizer/state/step")
+"""Where the number of a training step may stand."""
+
+ARITHMETIC: Mapping[str, Any] = {"mlp_activations": ("gelu",), "norm_epsilon": 1e-6}
+"""What all these projects compute, and no array shows."""
 
 HEADS, JOINED = "heads", "joined"
 """How an attention array is joined: `[..., H, D]` over its last two axes, or a kernel `[H, D, d]`
@@ -70,8 +83,14 @@ class Place(NamedTuple):
     joined: str | None = None
 
 
+def prefix_of(arrays: Iterable[str]) -> str | None:
+    """What stands before every name of the model; None where there is no vision transformer."""
+    found = {array.removesuffix(FIRST) for array in arrays if array.endswith(FIRST)}
+    return next((prefix for prefix in PREFIXES if prefix in found), None)
+
+
 def place(name: str) -> Place | None:
-    """Where an array belongs, of which `name` is without the archive's prefix; None for nowhere.
+    """Where an array belongs, of which `name` is without the prefix; None for nowhere.
 
     >>> place("Transformer/encoderblock_3/MlpBlock_3/Dense_0/kernel")
     Place(path='encoder/layers_3/mlp/wi/kernel', joined=None)

@@ -1,20 +1,17 @@
-"""Archives of vision transformers, under the names of each project that writes them."""
-
-import zipfile
+"""Vision transformers under the names of each project that stores them."""
 
 import jax
-import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from tests.checkpoints.vit.forms import HEADS, in_v_moe, in_vit_jax, nested, scanned
 from tests.models.vit.kinds import in_big_vision, model, random_params
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.models import registry
 from upcycle_jax.models.vit.config import VitMoeConfig
 from upcycle_jax.state_tree import TARGET
-
-HEADS = 4
 
 
 @pytest.fixture
@@ -26,47 +23,6 @@ def written(tmp_path):
         return open_checkpoint(tmp_path / "model.npz")
 
     return write
-
-
-def in_vit_jax(arrays):
-    """big_vision's arrays under vit_jax's names, with a position for the class token."""
-    out = {}
-    for name, value in arrays.items():
-        name = name.replace("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1")
-        name = name.replace("LayerNorm_1", "LayerNorm_2").replace("MlpBlock_0", "MlpBlock_3")
-        if name == "pos_embedding":
-            token = np.full((1, 1, value.shape[2]), 0.25, np.float32)
-            out["Transformer/posembed_input/pos_embedding"] = np.concatenate([token, value], 1)
-        elif name == "cls":
-            out["cls"] = value - np.float32(0.25)
-        else:
-            out[name] = value
-    return out
-
-
-def in_v_moe(arrays):
-    out = {}
-    for name, value in arrays.items():
-        name = name.replace("Transformer/", "Encoder/").replace("MlpBlock_0", "Mlp")
-        name = name.replace("MultiHeadDotProductAttention_0", "SelfAttention")
-        name = "Encoder/posembed_input/pos_embedding" if name == "pos_embedding" else name
-        out[name] = value
-    return out
-
-
-def scanned(arrays):
-    """All blocks side by side, as big_vision's scan has them."""
-    out, blocks = {}, {}
-    for name, value in arrays.items():
-        if "encoderblock_" in name:
-            _, block, rest = name.split("/", 2)
-            blocks.setdefault(rest, {})[int(block.removeprefix("encoderblock_"))] = value
-        else:
-            out[name] = value
-    for rest, by_number in blocks.items():
-        stacked = np.stack([by_number[number] for number in sorted(by_number)])
-        out[f"Transformer/encoderblock/{rest}"] = stacked
-    return out
 
 
 FORMS = {
@@ -121,16 +77,6 @@ def test_the_model_is_read_off_the_archive(written):
     )
 
 
-def test_bfloat16_is_read(written):
-    params = random_params(model("mean"))
-    arrays = in_big_vision(params, HEADS)
-    arrays["head/kernel"] = arrays["head/kernel"].astype(ml_dtypes.bfloat16)
-    reader = written({**arrays, "head/kernel": arrays["head/kernel"].view("V2")})
-    found = reader.read(f"{TARGET}head/kernel")
-    assert found.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(found, arrays["head/kernel"])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -152,15 +98,39 @@ def test_archives_of_other_things_are_refused(change, message, written):
         written(change(arrays))
 
 
-def test_damaged_archives_are_refused(tmp_path):
-    path = tmp_path / "model.npz"
-    np.savez(path, **in_big_vision(random_params(model("mean")), HEADS))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is no NumPy archive, or a part of one"):
-        open_checkpoint(path)
-    header = np.lib.format.header_data_from_array_1_0(np.zeros(3)) | {"shape": (1 << 40,)}
-    with zipfile.ZipFile(path, "w") as members, members.open("embedding/kernel.npy", "w") as out:
-        np.lib.format.write_array_header_1_0(out, header)
-    with pytest.raises(ValueError, match="its size is not that of its shape"):
-        open_checkpoint(path)
+def in_orbax(folder, tree):
+    """As Orbax stores any tree."""
+    ocp.PyTreeCheckpointer().save(folder, tree)
+
+
+def in_early_orbax(folder, tree):
+    """As its first versions did: the tree in one file, arrays in folders that it names."""
+    import msgpack
+    import tensorstore as ts
+
+    folder.mkdir()
+    flat = trees.flatten(tree)
+    for name, value in flat.items():
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(folder / name.replace("/", "."))},
+        }
+        store = ts.open(spec, create=True, dtype=value.dtype, shape=value.shape).result()
+        store.write(value).result()
+    placeholders = {name: f"PLACEHOLDER://{name.replace('/', '.')}" for name in flat}
+    (folder / "checkpoint").write_bytes(msgpack.packb(nested(placeholders)))
+
+
+@pytest.mark.parametrize("store", [in_orbax, in_early_orbax])
+def test_v_moe_s_orbax_trees_are_read(store, tmp_path):
+    """A training state whose model has experts."""
+    params = random_params(model("renormalised"))
+    state = {f"params/{k}": v for k, v in in_v_moe(in_big_vision(params, HEADS)).items()}
+    state |= {"opt_state/0/trace/head/bias": np.ones(7, np.float32)}
+    state["step"] = np.asarray(11, np.int32)
+    store(tmp_path / "ckpt_11", nested(state))
+    reader = open_checkpoint(tmp_path / "ckpt_11")
+    assert reader.step == 11
+    assert {name.removeprefix(TARGET) for name in reader.specs()} == set(params)
+    for path, value in params.items():
+        np.testing.assert_array_equal(reader.read(TARGET + path), value)

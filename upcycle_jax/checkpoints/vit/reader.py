@@ -1,24 +1,23 @@
-"""Reads archives of vision transformers as if they were T5X checkpoints."""
+"""Reads the arrays of vision transformers as if they were T5X checkpoints."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from upcycle_jax.checkpoints import storage
-from upcycle_jax.checkpoints.npz import names
-from upcycle_jax.checkpoints.npz.archive import Archive
 from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index
+from upcycle_jax.checkpoints.vit import names
+from upcycle_jax.checkpoints.vit.arrays import Arrays, Stored
 from upcycle_jax.moe import roles
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import TARGET
 from upcycle_jax.trees import LeafSpec
 
 _CLS, _POSITIONS = f"{TARGET}cls", f"{TARGET}pos_embedding"
+_MAX_LAYERS = 4096
+"""Of arrays with an axis of layers: a claim beyond it would only cost memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class _Source:
     """The array behind a leaf.
 
     Attributes:
-      array: its name in the archive.
+      array: its name.
       layer: which entry of its first axis; None for the whole array.
       joined: see `names.Place`.
     """
@@ -42,28 +41,46 @@ class _Source:
             return (*shape[:-2], math.prod(shape[-2:]))
         return (math.prod(shape[:-1]), shape[-1]) if self.joined == names.JOINED else shape
 
+    def read(self, arrays: Arrays, index: Index) -> np.ndarray:
+        """The part of the leaf that `index` selects."""
+        inner = arrays.arrays[self.array].shape[self.layer is not None :]
+        before = () if self.layer is None else (slice(self.layer, self.layer + 1),)
 
-class NpzReader(ReaderBase):
-    """A vision transformer in a NumPy archive, as vit_jax, AugReg, big_vision and V-MoE write it:
-    the parameters, with one of `names.PREFIXES` before their names.
+        def part(*wanted: slice) -> np.ndarray:
+            value = arrays.read(self.array, (*before, *wanted))
+            return value if self.layer is None else value[0]
+
+        if self.joined == names.HEADS:
+            heads, size = inner[-2:]
+            value = part(*index[:-1], slice(0, heads), slice(0, size))
+            return value.reshape(*value.shape[:-2], heads * size)[..., index[-1]]
+        if self.joined == names.JOINED:
+            (_, size, width), rows = inner, index[0]
+            first, last = rows.start // size, -(-rows.stop // size)
+            value = part(slice(first, max(first, last)), slice(0, size), index[1])
+            flat = value.reshape(-1, index[1].stop - index[1].start) if width else value
+            return flat[rows.start - first * size : rows.stop - first * size]
+        return part(*index)
+
+
+class TreeReader(ReaderBase):
+    """A vision transformer under the names of vit_jax, AugReg, big_vision or V-MoE, dense or with
+    experts: the parameters, with one of `names.PREFIXES` before their names.
 
     Attention arrays are flattened to `[d, H * D]`. Where the class token has a position of its own
-    (vit_jax), that is added to the token, so that positions are those of patches.
+    (vit_jax, V-MoE), that is added to the token, so that positions are those of patches. Optimizer
+    states are not read.
 
     Args:
-      path: the archive.
+      arrays: what is stored.
 
     Raises:
       ValueError: it is damaged, holds an array that has no place, or lacks one.
     """
 
-    format = "npz"
-
-    def __init__(self, path: epath.Path):
-        self.path = path
-        if not storage.is_local(path):
-            raise ValueError(f"{path}: copy the archive to a local disk first")
-        self._archive = Archive(Path(path))
+    def __init__(self, arrays: Arrays):
+        self.path, self.format = arrays.path, arrays.format
+        self._arrays = arrays
         self._heads = 0
         self._sources = self._find()
         self._token_has_position = self._find_positions()
@@ -73,11 +90,11 @@ class NpzReader(ReaderBase):
 
     def _find(self) -> dict[str, _Source]:
         """The array behind every leaf, by full path."""
-        arrays = self._archive.arrays
-        prefix = next((one for one in names.PREFIXES if f"{one}embedding/kernel" in arrays), None)
+        arrays = self._arrays.arrays
+        prefix = names.prefix_of(arrays)
         if prefix is None:
             raise ValueError(
-                f"{self.path} holds no vision transformer: no embedding/kernel, with or without"
+                f"{self.path} holds no vision transformer: no {names.FIRST}, with or without"
                 f" {', '.join(filter(None, names.PREFIXES))} before it, among"
                 f" {printable(', '.join(sorted(arrays)[:5]))} ..."
             )
@@ -91,21 +108,42 @@ class NpzReader(ReaderBase):
                     f"{self.path}: the array {printable(array)} has no place in a vision"
                     f" transformer{_hint(array)}"
                 )
-            if place.joined == names.HEADS and len(stored.shape) >= 2:
+            self._check_rank(array, stored, place)
+            if place.joined == names.HEADS:
                 self._heads = stored.shape[-2]
             numbers: Iterable[int | None] = [None]
             if "{layer}" in place.path:
-                numbers = range(stored.shape[0] if stored.shape else 0)
+                numbers = range(self._depth(array, stored))
             for number in numbers:
                 leaf = TARGET + place.path.format(layer=number)
                 if leaf in found:
                     raise ValueError(
-                        f"{self.path}: {printable(array)} and {found[leaf].array} are both"
-                        f" {leaf}: the archive is of two models"
+                        f"{self.path}: {printable(array)} and {printable(found[leaf].array)} are"
+                        f" both {leaf}: the checkpoint is of two models"
                     )
                 found[leaf] = _Source(array, number, place.joined)
         self._check(found)
         return found
+
+    def _check_rank(self, array: str, stored: Stored, place: names.Place) -> None:
+        """Raises a ValueError where an array of heads has too few axes."""
+        least = {names.HEADS: 2, names.JOINED: 3}.get(place.joined or "", 0)
+        if len(stored.shape) - ("{layer}" in place.path) < least:
+            raise self._misshapen(array, stored, least)
+
+    def _misshapen(self, array: str, stored: Stored, rank: int) -> ValueError:
+        return ValueError(
+            f"{self.path}: {printable(array)} has the shape {list(stored.shape)}, an array of"
+            f" {rank} axes belongs there"
+        )
+
+    def _depth(self, array: str, stored: Stored) -> int:
+        if not stored.shape or stored.shape[0] > _MAX_LAYERS:
+            raise ValueError(
+                f"{self.path}: {printable(array)} has the shape {list(stored.shape)}, whose first"
+                " axis is no number of layers"
+            )
+        return stored.shape[0]
 
     def _check(self, found: Mapping[str, _Source]) -> None:
         """Raises a ValueError where arrays that every vision transformer has are missing, or have
@@ -124,16 +162,13 @@ class NpzReader(ReaderBase):
         ranks = {needed[0]: 4, needed[1]: 3, needed[2]: 3}
         for leaf, rank in ranks.items():
             source = found[leaf]
-            shape = self._archive.arrays[source.array].shape
-            if len(shape) - (source.layer is not None) != rank:
-                raise ValueError(
-                    f"{self.path}: {source.array} has the shape {list(shape)}, an array of"
-                    f" {rank} axes belongs there"
-                )
+            stored = self._arrays.arrays[source.array]
+            if len(stored.shape) - (source.layer is not None) != rank:
+                raise self._misshapen(source.array, stored, rank)
 
     def _find_positions(self) -> bool:
         """Whether the class token has a position, before those of patches."""
-        count = self._archive.arrays[self._sources[_POSITIONS].array].shape[1]
+        count = self._arrays.arrays[self._sources[_POSITIONS].array].shape[1]
         if math.isqrt(count) ** 2 == count:
             return False
         if _CLS in self._sources and math.isqrt(count - 1) ** 2 == count - 1:
@@ -144,11 +179,20 @@ class NpzReader(ReaderBase):
         )
 
     def _spec(self, name: str, source: _Source) -> LeafSpec:
-        stored = self._archive.arrays[source.array]
+        stored = self._arrays.arrays[source.array]
         shape = source.shape(stored.shape)
         if name == _POSITIONS and self._token_has_position:
             shape = (shape[0], shape[1] - 1, *shape[2:])
         return LeafSpec(shape, stored.dtype)
+
+    @property
+    def step(self) -> int:
+        """Of the training state, where there is one; else 0."""
+        for name in names.STEPS:
+            stored = self._arrays.arrays.get(name)
+            if stored is not None and stored.shape == () and stored.dtype.kind in "iu":
+                return max(0, int(self._arrays.read(name, ())))
+        return 0
 
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)
@@ -157,30 +201,26 @@ class NpzReader(ReaderBase):
         spec = self.spec(name)
         index = checked_index(name, spec.shape, index)
         source = self._sources[name]
-        value = self._archive.read(source.array)
-        value = value if source.layer is None else value[source.layer]
         if self._token_has_position and name == _POSITIONS:
-            value = value[:, 1:]
-        elif self._token_has_position and name == _CLS:
-            value = value + self._archive.read(self._sources[_POSITIONS].array)[:, :1]
-        return np.ascontiguousarray(value.reshape(spec.shape)[index])
+            first, rows, *rest = index
+            index = (first, slice(rows.start + 1, rows.stop + 1), *rest)
+        value = source.read(self._arrays, index)
+        if self._token_has_position and name == _CLS:
+            # One token, whose position is the first.
+            value = value + self._sources[_POSITIONS].read(self._arrays, index)
+        return np.ascontiguousarray(value)
 
     def model_settings(self) -> Mapping[str, Any]:
-        """The arithmetic of the projects that write such archives: tanh GELU, epsilon 1e-6."""
+        """The arithmetic of the projects that write such checkpoints: tanh GELU, epsilon 1e-6."""
         pool = "mean"
         if f"{TARGET}map_head/probe" in self._sources:
             pool = "map"
         elif _CLS in self._sources:
             pool = "class_token"
-        return {
-            "num_heads": self._heads,
-            "mlp_activations": ("gelu",),
-            "norm_epsilon": 1e-6,
-            "pool": pool,
-        }
+        return {**names.ARITHMETIC, "num_heads": self._heads, "pool": pool}
 
-    def _files(self) -> Iterable[epath.Path]:
-        return [self.path]
+    def fingerprint(self) -> str:
+        return self._arrays.fingerprint()
 
 
 def _hint(array: str) -> str:
