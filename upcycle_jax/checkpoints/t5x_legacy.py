@@ -5,8 +5,8 @@ The index has `version` (3 is the last; absent is 0) and `optimizer` (or `_optim
 and `state`. A leaf is an array in the index itself, the TensorStore spec of an array in its own
 folder, or `PLACEHOLDER://<folder>`.
 
-Early versions of Orbax wrote such folders, too, of any tree: what has `params` and no optimizer is
-read under its own names.
+Early versions of Orbax wrote such folders, too, of any tree: what has `params` in folders and
+no optimizer is read under its own names.
 """
 
 import os
@@ -131,6 +131,13 @@ def _version(value: Any, index: epath.Path) -> int:
     return value
 
 
+def _names_folders(node: Any) -> bool:
+    """Whether the arrays of a tree lie in folders of their own."""
+    if isinstance(node, dict):
+        return any(map(_names_folders, node.values()))
+    return isinstance(node, str) and node.startswith(_PLACEHOLDER)
+
+
 class T5XLegacyReader(ReaderBase):
     """A legacy T5X folder ('t5x_legacy') or single msgpack file ('t5x_msgpack'); arrays are read
     when asked for.
@@ -153,7 +160,7 @@ class T5XLegacyReader(ReaderBase):
         tree = load_index(index)
         root = next((tree[name] for name in ("optimizer", "_optimizer") if name in tree), None)
         parts: tuple[str, ...] = ("target", "state")
-        if root is None and isinstance(tree.get("params"), dict):
+        if root is None and _names_folders(tree.get("params")):
             root, parts = tree, tuple(tree.keys() - {"version"})  # An early Orbax tree.
         if not isinstance(root, dict) or not set(parts) & root.keys():
             raise ValueError(
