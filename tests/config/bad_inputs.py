@@ -126,7 +126,6 @@ SWITCHES = {
         "T5Config.logits_via_embedding",
         "SCAN_LAYERS",
         "MoeConfig.t5x_mode",
-        "MoeConfig.ignore_padding_tokens",
         "TokensChoose.renormalize",
         "USE_CACHED_TASKS",
         "SHUFFLE_TRAIN_EXAMPLES",
@@ -136,6 +135,7 @@ SWITCHES = {
     ),
     "upcycle": ("upcycle.materialize",),
 }
+OPTIONAL_SWITCHES = {"train": ("MoeConfig.ignore_padding_tokens",)}
 PATHS = {
     "train": ("MODEL_DIR", "INITIAL_CHECKPOINT_PATH"),
     "eval": ("EVAL_OUTPUT_DIR",),
@@ -199,6 +199,7 @@ def rows() -> Iterator[BadInput]:
         (OPTIONAL_COUNTS, (*NO_INT, *INT_TOO_SMALL, *INT_TOO_LARGE)),
         (NUMBERS, (*NO_FLOAT, "None", "-1.0")),
         (SWITCHES, NO_BOOL),
+        (OPTIONAL_SWITCHES, tuple(value for value in NO_BOOL if value != "None")),
         (PATHS, NO_PATH),
         (OBJECTS, NO_OBJECT),
         (

@@ -97,15 +97,16 @@ def test_a_sequence_has_the_capacity_of_its_own_length():
     np.testing.assert_array_equal(policy.limits(real, train=False), [4, 2, 1])
 
 
-def test_padding_counts_in_t5x_mode_alone():
+def test_padding_is_routed_and_counts_in_t5x_mode_alone():
     real = jnp.array([True, True, False, False])
-    ours, theirs, ignoring = (
-        routing_policy(MoeSettings(**settings), TokensChoose())
-        for settings in ({}, {"t5x_mode": True}, {"t5x_mode": True, "ignore_padding_tokens": True})
+    off = {"ignore_padding_tokens": False}
+    kinds = ({}, off, {"t5x_mode": True}, {"t5x_mode": True, "ignore_padding_tokens": True})
+    ours, asked, theirs, ignoring = (
+        routing_policy(MoeSettings(**settings), TokensChoose()) for settings in kinds
     )
-    assert ours.routable(real).tolist() == theirs.routable(real).tolist() == [True] * 4
-    assert ignoring.routable(real).tolist() == real.tolist()
-    for policy, counted, count in ((ours, 2, 2), (theirs, 4, 4), (ignoring, 2, 4)):
+    assert asked.routable(real).tolist() == theirs.routable(real).tolist() == [True] * 4
+    assert ours.routable(real).tolist() == ignoring.routable(real).tolist() == real.tolist()
+    for policy, counted, count in ((ours, 2, 2), (asked, 2, 2), (theirs, 4, 4), (ignoring, 2, 4)):
         found = policy.counted(real)
         assert (float(jnp.sum(found[0])), float(found[1])) == (counted, count)
 

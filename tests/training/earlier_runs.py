@@ -35,6 +35,8 @@ SMALL = (
     "--gin.VOCAB_SIZE=384",
     "--gin.LOSS_NORMALIZING_FACTOR='NUM_REAL_TARGET_TOKENS'",
 )
+# The default of the version that made the files; a later one has another.
+ROUTED_PADDING = "--gin.MoeConfig.ignore_padding_tokens=False"
 RUN = (
     "--gin.MIXTURE_OR_TASK_NAME='squares'",
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 16}",
@@ -63,6 +65,7 @@ def train_flags(model: str, folder: pathlib.Path, model_dir: pathlib.Path, steps
         "--gin_file=runs/pretrain.gin",
         *SMALL,
         *RUN,
+        *([ROUTED_PADDING] if model == SPARSE else []),
         f"--gin.TEXT_FILES={{'squares': ['{folder}/squares.txt']}}",
         f"--gin.MODEL_DIR='{model_dir}'",
         f"--gin.TRAIN_STEPS={steps}",
@@ -111,7 +114,7 @@ def programs(devices: int) -> dict[str, dict[str, object]]:
     """
     found: dict[str, dict[str, object]] = {}
     for name in (DENSE, SPARSE) if devices == 1 else (SPARSE,):
-        groups = () if name == DENSE else ("--gin.GROUP_SIZE=32",)
+        groups = () if name == DENSE else ("--gin.GROUP_SIZE=32", ROUTED_PADDING)
         bindings = [flag.removeprefix("--gin.") for flag in (*SMALL, *groups)]
         model = load([f"models/{name}.gin"], bindings).macro("MODEL")
         partitioner = Partitioner(

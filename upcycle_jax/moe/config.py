@@ -58,8 +58,9 @@ class MoeSettings:
         'ragged_dot' where that is one grouped product, else 'sorted', and the choice is logged.
         'one_hot': as 'gather', by products with masks `[S, E, C]`, as T5X does: slow, to compare
         with.
-      ignore_padding_tokens: padding takes no expert capacity. Off (as in T5X), padded positions are
-        routed as zero vectors.
+      ignore_padding_tokens: padding takes no expert's place. Off, padded positions are routed as
+        zero vectors: their logits tie, ties go to the lowest index, and the first experts fill up
+        with padding. None: on, but off in T5X mode, as Flaxformer has it.
       t5x_mode: group, pad, and count padding in losses and metrics exactly as Flaxformer does, and
         keep the decoder's first padded position where it does; results then depend on the mesh.
       num_expert_replicas: devices / (expert partitions x model partitions); used in T5X mode only.
@@ -109,7 +110,7 @@ class MoeSettings:
     router_z_loss_factor: checks.NotNegative = 0.0
     expert_dropout_rate: checks.BelowOne | None = None
     dispatch: Dispatch = "auto"
-    ignore_padding_tokens: bool = False
+    ignore_padding_tokens: bool | None = None
     t5x_mode: bool = False
     num_expert_replicas: checks.Size = 1
     inference_routing: Literal["independent", "grouped"] = "independent"

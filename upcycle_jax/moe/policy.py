@@ -115,7 +115,7 @@ class RoutingPolicy(abc.ABC):
     @property
     def skips_padding(self) -> bool:
         """Whether padding takes no places."""
-        return self.settings.ignore_padding_tokens or self.router.skips_padding
+        return self.settings.ignore_padding_tokens is not False or self.router.skips_padding
 
     def routable(self, real: jax.Array) -> jax.Array:
         """Bool `[S]`, the tokens of a group that may take a place; `real` is bool `[S]`."""
@@ -202,6 +202,11 @@ class T5x(Grouped):
             num_experts=self.settings.num_experts,
             num_expert_replicas=self.settings.num_expert_replicas,
         )
+
+    @property
+    def skips_padding(self) -> bool:
+        # Flaxformer's default: padding is routed.
+        return self.settings.ignore_padding_tokens is True
 
     def counted(self, real: jax.Array) -> tuple[jax.Array, jax.Array]:
         # T5X divides by all positions even where it ignores padding.

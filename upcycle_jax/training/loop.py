@@ -214,6 +214,14 @@ def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: An
             " fingerprint now",
             folder,
         )
+    changed = manifest.model_changes(previous, identity)
+    if changed:
+        _log.warning(
+            "%s goes on with other settings of its model than it began with: %s. If that is not"
+            " wanted, set what it was",
+            folder,
+            "; ".join(changed),
+        )
     manifest.write(folder, manifest.start(previous, identity=identity, this_start=this_start))
 
 

@@ -108,6 +108,26 @@ def update(model_dir: epath.PathLike, **entries: Any) -> None:
     write(model_dir, read(model_dir) | entries)
 
 
+def model_changes(previous: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Settings of the model that are not what the manifest so far says, one text each; nothing
+    where there is none.
+
+    >>> model_changes({"model": {"moe": {"a": 1, "b": 2}}}, {"model": {"moe": {"a": 1, "b": None}}})
+    ['model.moe.b was 2 and is None']
+    """
+    if not previous.get("model"):
+        return []
+    return _differences(previous["model"], as_json(identity["model"]), "model")
+
+
+def _differences(before: Any, now: Any, name: str) -> list[str]:
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [] if before == now else [f"{name} was {before!r} and is {now!r}"]
+    keys = dict.fromkeys([*before, *now])
+    found = [_differences(before.get(key), now.get(key), f"{name}.{key}") for key in keys]
+    return [text for texts in found for text in texts]
+
+
 def start(
     previous: Mapping[str, Any], *, identity: Mapping[str, Any], this_start: Mapping[str, Any]
 ) -> dict[str, Any]:
