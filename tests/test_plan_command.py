@@ -70,3 +70,24 @@ def test_the_command_takes_steps_from_the_configuration(capsys):
 def test_the_command_refuses_bad_input(words, message, capsys):
     assert run(*words) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_images_per_second_are_rows_over_step_times(capsys):
+    words = [
+        "--hardware=tpu_v5e:8",
+        "--gin_file=models/vit_tiny_upcycled.gin",
+        "--gin_file=runs/continue_pretrain_images.gin",
+        "--gin.RECIPE=@Recipe()",
+        "--gin.BATCH_SIZE=32",
+        "--gin.NUM_EXPERT_PARTITIONS=4",
+    ]
+    assert plan.main([*words, "--format=json"]) == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]["upcycled"]
+    seconds, images = costs["step_seconds"]["total"], costs["images_per_second"]
+    assert images["low"] == pytest.approx(32 / seconds["high"])
+    assert images["high"] == pytest.approx(32 / seconds["low"])
+    assert plan.main(words) == 0
+    said = capsys.readouterr().out
+    # Four images are 64 tokens; 2 * 64 / 4 slots.
+    assert "groups of 64 tokens, 32 slots of each of 4 experts: capacity factor 2 (2 asked" in said
+    assert "images per second" in said

@@ -57,6 +57,42 @@ def test_models_build_and_step(name):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "tiny" not in name])
 def test_the_head_of_a_file_says_how_large_its_model_is(name):
+    config = load([name]).macro("MODEL").config
+    p, d, f, classes = config.patch_size, config.emb_dim, config.mlp_dim, config.num_classes
+    # Patch embedding and positions; blocks of four projections, two norms and an MLP; the last
+    # norm and the head.
+    mlp = 2 * d * f + f + d
+    count = p * p * 3 * d + d + (224 // p) ** 2 * d
+    count += config.num_layers * (4 * (d * d + d) + 4 * d + mlp) + 2 * d + classes * (d + 1)
+    # Of a sparse block 31 more MLPs, and a router without a bias.
+    count += len(config.sparse_layers) * (31 * mlp + 32 * d)
+    text = (FOLDER / name).read_text(encoding="utf-8").partition("#\n")[0]
+    assert f"{count:,}" in text
+    assert (config.image_size, classes) == (224, 18_291)
+
+
+# Width, depth, heads, hidden size: `decode_variant` of big_vision.
+SIZES = {
+    "ti": (192, 12, 3, 768),
+    "s": (384, 12, 6, 1536),
+    "b": (768, 12, 12, 3072),
+    "l": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "h": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if re.search(r"\d\.gin$", name)])
+def test_sizes_are_big_visions(name):
+    size, patch = re.fullmatch(r"models/vit_(.+?)(\d\d)\.gin", name).groups()
+    config = load([name]).macro("MODEL").config
+    found = (config.emb_dim, config.num_layers, config.num_heads, config.mlp_dim)
+    assert (found, config.patch_size) == (SIZES[size], int(patch))
+
+
+@pytest.mark.parametrize("name", ["models/vit_ti16.gin", "models/vit_h14_upcycled.gin"])
+def test_the_formula_counts_what_a_model_has(name):
     model = load([name]).macro("MODEL")
     count = sum(spec.size for spec in model.param_specs().values())
     text = (FOLDER / name).read_text(encoding="utf-8").partition("#\n")[0]

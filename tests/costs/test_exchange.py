@@ -5,6 +5,8 @@ import dataclasses
 from upcycle_jax.costs import exchange
 from upcycle_jax.costs.shapes import StepShape
 from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.models.vit.config import VitConfig, VitMoeConfig
+from upcycle_jax.models.vit.model import VitModel
 from upcycle_jax.moe.routing import DroplessTopK
 from upcycle_jax.partitioning import Partitioner
 
@@ -43,3 +45,12 @@ def test_a_dropless_router_by_hand(tiny):
     assert sent(narrow, shape) == (64 + 32) * ((32 + 16) + 64 + 64 + (32 + 8))
     assert sent(model, shape, partitions=1) == 0
     assert exchange.follows_load(model)
+
+
+def test_experts_with_biases_by_hand():
+    # 8 images of 16 patches, groups of 32, capacity 2 * 32 / 4 = 16 slots of 4 experts: 256 slots
+    # of 24 float32, four times, shared by eight devices.
+    moe = VitMoeConfig(num_experts=4, group_size=32)
+    model = VitModel(VitConfig(5, 32, 8, 24, 2, 2, 40, moe=moe))
+    shape = StepShape(batch_size=8, lengths={"image": 32})
+    assert sent(model, shape) == 4 * 256 * 24 * 4 // 8

@@ -85,6 +85,8 @@ def _width(model: Model, stack: Stack) -> int:
     leaf = next(
         leaf
         for path, leaf in model.param_specs().items()
-        if leaf.role == Role.EXPERT and path.startswith(f"{stack.name}/")
+        if leaf.role == Role.EXPERT
+        and path.startswith(f"{stack.name}/")
+        and axes.EMBED in leaf.axes  # Biases of hidden units have none.
     )
     return leaf.shape[leaf.axes.index(axes.EMBED)]

@@ -17,6 +17,7 @@ from upcycle_jax import axes
 from upcycle_jax.costs import hardware, parameters
 from upcycle_jax.costs.hardware import Accelerator
 from upcycle_jax.costs.shapes import StepShape
+from upcycle_jax.features.images import ImageFeatures
 from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, Partitioner
 from upcycle_jax.planning import compilation
 from upcycle_jax.planning.compilation import State, Workload
@@ -248,6 +249,15 @@ class Plan:
             devices / SECONDS_PER_DAY
         )
         return Spending(kind, steps, steps * cost.flops, steps * self.tokens_per_step, days)
+
+    def images_per_second(self, kind: Kind) -> Range | None:
+        """Images that training of a kind goes through; None of models of something else."""
+        if not isinstance(self.workload.model.features, ImageFeatures):
+            return None
+        seconds = self.costs[kind].time.total
+        return Range(
+            self.workload.batch_size / seconds.high, self.workload.batch_size / seconds.low
+        )
 
     def equal_steps(self) -> list[Spending]:
         """Every kind trained for the extra steps."""

@@ -96,6 +96,9 @@ def costs_table(plan: Plan) -> Table:
         ["  memory traffic, at least", *(f"{cost.time.memory * 1e3:.3g}" for cost in costs)],
         ["  network, at least", *(f"{cost.time.network * 1e3:.3g}" for cost in costs)],
     ]
+    speeds = [plan.images_per_second(kind) for kind in plan.costs]
+    if any(speeds):
+        rows.append(["images per second", *(_range(speed, "{:,.0f}") for speed in speeds if speed)])
     return Table("Cost of a step", ["", *(str(cost.kind) for cost in costs)], rows)
 
 
@@ -168,7 +171,7 @@ def advice_table(plan: Plan) -> Table:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything as plain JSON; bytes, seconds, FLOPs, days."""
-    costs = {}
+    costs: dict[str, dict[str, Any]] = {}
     for kind, cost in plan.costs.items():
         memory, time = cost.memory, cost.time
         costs[str(kind)] = {
@@ -191,6 +194,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "network": time.network,
             },
         }
+        if (speed := plan.images_per_second(kind)) is not None:
+            costs[str(kind)]["images_per_second"] = dataclasses.asdict(speed)
     named = {
         "equal_steps": plan.equal_steps(),
         "equal_flops": plan.equal_flops(),
