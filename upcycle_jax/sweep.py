@@ -139,21 +139,25 @@ def _check(cells: "Sequence[Cell]", flags: Flags) -> None:
 
     from upcycle_jax import config
     from upcycle_jax.config.parse import ConfigError
+    from upcycle_jax.studies import branching
     from upcycle_jax.studies.sweep import COMMANDS
 
     if flags.extra.devices:
         jax.config.update("jax_num_cpu_devices", flags.extra.devices)
-    problems = []
+    problems, saves = [], {}
     for cell in cells:
         if cell.command not in COMMANDS:
             continue
         files, bindings = cell.gin
         try:
-            config.load(files, bindings, flags.gin_search_paths).build(cell.command)
+            built = config.load(files, bindings, flags.gin_search_paths).build(cell.command)
+            if cell.command == "train":
+                saves[cell.name] = built.keywords["checkpoint_cfg"].save
         except ConfigError as error:
             problems += [f"cell {cell.name}: {problem}" for problem in error.problems]
         except (ValueError, FileNotFoundError) as error:
             problems.append(f"cell {cell.name}: {error}")
+    problems += branching.lost_starts(cells, saves)
     if problems:
         raise ConfigError(problems)
 

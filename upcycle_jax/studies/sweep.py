@@ -21,6 +21,7 @@ from upcycle_jax.step_names import step_name
 
 SEED_AXIS = "seed"
 STEPS_KEY = "steps"
+START_KEY = "start_after"
 COMMANDS = ("train", "upcycle")
 CACHE = "cache_tasks"
 ROOT_MARK = "{SWEEP_DIR}"
@@ -42,6 +43,9 @@ class Stage:
       steps: updates that a cell does; an axis may bind 'steps' instead. Not for 'upcycle'.
       start_from: stage whose checkpoint a cell continues or converts: binds
         INITIAL_CHECKPOINT_PATH, and TRAIN_STEPS counts on from it.
+      start_after: how many updates of `start_from` that checkpoint has, None for all: a run may
+        have several branches, each with a cool-down of its own. An axis may bind 'start_after'
+        instead. Checkpoints have to be there: SAVING_PERIOD and KEEP_CHECKPOINTS of `start_from`.
       batches_after: stage after which the data goes on, for a run from scratch that shall see the
         batches of a continuation (FIRST_BATCH).
       command: 'train' or 'upcycle'.
@@ -54,6 +58,7 @@ class Stage:
     axes: Sequence[str] = ()
     steps: checks.CountOrZero | None = None
     start_from: str | None = None
+    start_after: checks.Count | None = None
     batches_after: str | None = None
     command: str = "train"
     label: str | None = None
@@ -69,6 +74,11 @@ class Stage:
         if not self.gin_files:
             raise ValueError(
                 f"Stage.gin_files of {self.name!r} is {self.gin_files!r}: give a list of gin files"
+            )
+        if self.start_after is not None and self.start_from is None:
+            raise ValueError(
+                f"Stage.start_after of {self.name!r} is {self.start_after}, without a stage that it"
+                " starts from: set Stage.start_from"
             )
         if self.command == "upcycle" and (self.steps is not None or self.start_from is None):
             raise ValueError(
@@ -134,7 +144,8 @@ class Sweep:
       sweep_dir: folder of everything: `cells/`, `logs/`, `sweep.json`, `table.jsonl`.
       stages: the stages; one that others start from comes before them.
       axes: axis -> choices. Choices are a list of values of the gin name that the axis is called,
-        or label -> bindings; a binding 'steps' sets `Stage.steps`.
+        or label -> bindings; a binding 'steps' sets `Stage.steps`, 'start_after'
+        `Stage.start_after`.
       seeds: values of the axis 'seed', which binds RANDOM_SEED: of parameters, dropout and data
         order.
       points: None for the full grid, or a list of {axis: label}: only cells that agree with one of
@@ -335,9 +346,9 @@ class _Planner:
                 own.update(self._choices[axis][labels[axis]])
         steps = own.pop(STEPS_KEY, stage.steps)
         parent = done[self._name(stage.start_from, labels)] if stage.start_from else None
-        start = parent.end_step if parent else 0
+        start = self._start(name, own.pop(START_KEY, stage.start_after), parent)
         if parent:
-            own["INITIAL_CHECKPOINT_PATH"] = parent.checkpoint
+            own["INITIAL_CHECKPOINT_PATH"] = f"{parent.folder}/{step_name(start)}"
         if stage.batches_after:
             own["FIRST_BATCH"] = done[self._name(stage.batches_after, labels)].end_step
         if stage.command == "upcycle":
@@ -370,6 +381,18 @@ class _Planner:
             end_step=end,
             needs=tuple(needs),
         )
+
+    def _start(self, name: str, after: Any, parent: Cell | None) -> int:
+        """The step that a cell starts from."""
+        if parent is None or after is None:
+            return parent.end_step if parent else 0
+        done = parent.end_step - parent.start_step
+        if not isinstance(after, int) or not 0 < after <= done or parent.command != "train":
+            raise ValueError(
+                f"cell {name!r} has start_after = {after!r}, and {parent.name!r} does {done}"
+                f" updates: give a number from 1 to {done}, or leave it out"
+            )
+        return parent.start_step + after
 
 
 def _flags(gin_files: Sequence[str], bindings: Bindings) -> list[str]:
