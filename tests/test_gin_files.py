@@ -65,7 +65,7 @@ FLAXFORMERS = {
     "models/st_moe_32b.gin": 269_104_613_376,
 }
 PAPER = "papers/sparse_upcycling"
-PAPERS = [name for name in SHIPPED if re.fullmatch(rf"{PAPER}/[^/]+\.gin", name)]
+PAPERS = [name for name in SHIPPED if re.fullmatch(rf"{PAPER}/(?!vit_)[^/]+\.gin", name)]
 
 SMALL = [
     "VOCAB_SIZE=512",
