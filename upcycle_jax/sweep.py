@@ -191,7 +191,7 @@ def _further_flags(flags: Flags) -> list[str]:
 def _run_here(
     sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment: Mapping[str, str], text: str
 ) -> int:
-    from upcycle_jax.studies import state
+    from upcycle_jax.studies import choice, state
     from upcycle_jax.studies.runner import Runner
 
     if "://" in sweep.root:
@@ -211,6 +211,8 @@ def _run_here(
     write_whole(Path(sweep.root) / "config.gin", state.portable(text, sweep.root), shared=True)
     outcome = runner.run()
     print(state.save_table(sweep, sweep.cells()))
+    if chosen := choice.save_choices(sweep, sweep.cells(), state.table(sweep.cells())):
+        print(f"\n{chosen}")
     for failure in outcome.failures:
         print(f"\n{printable_lines(failure.text())}", file=sys.stderr)
     return outcome.exit_code

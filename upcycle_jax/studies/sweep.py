@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from upcycle_jax import checks
 from upcycle_jax.step_names import step_name
@@ -156,6 +156,9 @@ class Sweep:
         from that cache by all others; none by default.
       baseline: stage that differences are taken against, e.g. dense continuation; None for no
         differences.
+      chosen_over: axes over whose settings each stage is tuned: the command names the best of them
+        on the validation split, over all seeds, and writes them to `chosen.json`.
+      chosen_by: 'accuracy' (the highest) or 'cross_ent_loss' (the lowest).
       title: heading of the report.
       scale: sentences that say at which scale and on which data this was measured.
     """
@@ -171,6 +174,8 @@ class Sweep:
     bindings: Bindings = dataclasses.field(default_factory=dict)
     cached_tasks: Sequence[str] = ()
     baseline: str | None = None
+    chosen_over: Sequence[str] = ()
+    chosen_by: Literal["accuracy", "cross_ent_loss"] = "accuracy"
     title: str = ""
     scale: str = ""
 
@@ -189,6 +194,11 @@ class Sweep:
             raise ValueError(f"Sweep.seeds is {list(self.seeds)}: give different whole numbers")
         if SEED_AXIS in self.axes:
             raise ValueError(f"Sweep.axes names {SEED_AXIS!r}: give Sweep.seeds instead")
+        for axis in self.chosen_over:
+            if axis not in self.axes:
+                raise ValueError(
+                    f"Sweep.chosen_over names {axis!r}; the axes are {list(self.axes)}"
+                )
         for index, stage in enumerate(self.stages):
             for axis in stage.axes:
                 if axis != SEED_AXIS and axis not in self.axes:
