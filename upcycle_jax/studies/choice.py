@@ -53,8 +53,10 @@ def choose(sweep: Sweep, cells: Sequence[Cell], rows: Sequence[Row]) -> list[Cho
     for cell in cells:
         tuned = {axis: cell.labels[axis] for axis in sweep.chosen_over if axis in cell.labels}
         if tuned and cell.stage in sweep.compared:
-            rest = {a: v for a, v in cell.labels.items() if a not in tuned and a != SEED_AXIS}
-            table = settings.setdefault((cell.stage, _labels(rest)), collections.defaultdict(list))
+            rest = _labels(
+                {a: v for a, v in cell.labels.items() if a not in tuned and a != SEED_AXIS}
+            )
+            table = settings.setdefault((cell.stage, rest), collections.defaultdict(list))
             table[_labels(tuned)].append(cell)
     best = []
     for (stage, rest), table in settings.items():
