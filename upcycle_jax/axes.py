@@ -14,6 +14,7 @@ EXPERT_MLP = "expert_mlp"
 HEADS = "heads"
 JOINED_KV = "joined_kv"  # heads * head_dim, the flattened output axis of an attention projection
 RELPOS_BUCKETS = "relpos_buckets"
+POSITIONS = "positions"  # of the patches of an image, row by row
 UNMODELED = "unmodeled"  # never split: the expert axis of a router kernel
 
 # Activations.

@@ -37,6 +37,7 @@ STANDARD_RULES: Rules = (
     (axes.HEADS, MODEL),
     (axes.JOINED_KV, MODEL),
     (axes.RELPOS_BUCKETS, None),
+    (axes.POSITIONS, None),
     (axes.UNMODELED, None),
     # Activations.
     (axes.BATCH, (DATA, EXPERT)),

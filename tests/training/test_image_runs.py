@@ -7,6 +7,7 @@ import pytest
 
 from upcycle_jax import train, trees
 from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.layers.position_grids import interpolate
 
 SHAPE = [
     "--gin.IMAGE_SIZE=8",
@@ -92,3 +93,30 @@ def test_a_dense_run_goes_on_with_experts(arrays, dense, tmp_path):
     assert losses(sparse)[3] == pytest.approx(losses(dense)[3], rel=1e-5)
     kernel = open_checkpoint(sparse).read("target/encoder/layers_1/mlp/expert/wi/kernel")
     assert kernel.shape == (2, 8, 16)
+
+
+def test_a_run_goes_on_with_larger_images(arrays, dense, tmp_path, capsys):
+    """2 x 2 positions become 4 x 4 while they restore; their optimizer slots start afresh."""
+    wide = tmp_path / "wide.npz"
+    with np.load(arrays) as small:
+        images = {name: values for name, values in small.items() if "labels" in name}
+        for name in ("train_images", "validation_images"):
+            images[name] = small[name].repeat(2, axis=1).repeat(2, axis=2)
+    np.savez(wide, **images)
+    more = [
+        f"--gin.INITIAL_CHECKPOINT_PATH='{dense}/checkpoint_4'",
+        "--gin.IMAGE_SIZE=16",
+        "--gin.LEARNING_RATE=1e-9",
+    ]
+    words = flags(wide, tmp_path / "run", 5, *more, run="continue_pretrain_images")
+    assert train.main(words) == 2
+    assert "of images of another size: set RestoreCheckpointConfig" in capsys.readouterr().err
+    recipe = [
+        "--gin.RECIPE=@Recipe()",
+        "--gin.Recipe.position_interpolation='bicubic'",
+        "--gin.Recipe.optimizer_state='tiled'",
+    ]
+    assert train.main([*words, *recipe]) == 0
+    before = open_checkpoint(dense / "checkpoint_4").read("target/pos_embedding")
+    after = open_checkpoint(tmp_path / "run/checkpoint_5").read("target/pos_embedding")
+    np.testing.assert_allclose(after, interpolate(before, 4, "bicubic"), atol=1e-6)

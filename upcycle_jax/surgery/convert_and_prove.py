@@ -265,8 +265,11 @@ def why_no_function_check(plan: Plan, check: str) -> str:
         return "there is no single dense parent to compare with"
     if plan.recipe.depth is not None:
         return "the source has another depth"
-    if not any(row.spec.role is Role.EXPERT for row in plan.rows):
+    experts = [row for row in plan.rows if row.spec.role is Role.EXPERT]
+    if not experts:
         return "the target has no experts"
+    if plan.interpolated and not any(row.operation.stacked for row in experts):
+        return "the source's experts are carried over as they are"
     return ""
 
 

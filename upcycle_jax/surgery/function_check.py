@@ -39,6 +39,7 @@ from upcycle_jax.progress import Meter, Progress
 from upcycle_jax.surgery.lanes import Lane, advance, logits, moe_calls, row_blocks
 from upcycle_jax.surgery.layer_weights import LayerWeights
 from upcycle_jax.surgery.offline import DEFAULT_MAX_MEMORY
+from upcycle_jax.surgery.overlaid import Overlaid
 from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.prediction import Parts, Sources, predict, twin_of
@@ -105,6 +106,9 @@ def check_function(
     sources, configured = Sources.of(plan, sparse), sparse.in_float32()
     dense, parts = sources.source.in_float32(), Parts.of(plan.recipe, sparse.config.moe)
     block_bytes = max_memory // 8
+    if plan.interpolated:
+        replaced = [row.target for row in plan.interpolated]
+        dense_reader = Overlaid(dense_reader, sparse_reader, replaced)
     dense_weights, sparse_weights = (
         LayerWeights(reader, model.param_specs(), block_bytes=block_bytes)
         for reader, model in ((dense_reader, dense), (sparse_reader, configured))

@@ -193,7 +193,7 @@ def _check_expectation(
         worst = float(np.abs(rest).max(initial=0) / scale)
         limit = 1e-2 if row.spec.dtype.itemsize < 4 else 1e-5
         return (
-            f"differs from the mean of its sources by {worst:.2g} of their size"
+            f"differs from {expected.described} by {worst:.2g} of their size"
             if worst > limit
             else ""
         )

@@ -16,6 +16,7 @@ from upcycle_jax.surgery.matching_base import (
     ROUTING,
     Matching,
     Specs,
+    has_experts,
     parameter_of,
     refuse_experts,
 )
@@ -68,6 +69,8 @@ def make_plan(
         matching = Enlarging(source, target, recipe, recipe.expert_init)
     elif isinstance(recipe.expert_init, ParentExperts):
         matching = _Parents(source, target, recipe, recipe.expert_init)
+    elif recipe.position_interpolation is not None and has_experts(source):
+        matching = _Carrying(source, target, recipe)
     else:
         matching = _Upcycling(source, target, recipe)
     return matching.plan()
@@ -179,7 +182,7 @@ class _Upcycling(Matching):
 
     def dense(self, path: str, spec: LeafSpec) -> None:
         """Adds the row of a parameter that stays dense."""
-        self.add(path, spec, Copy(), (self.origin(path, spec),))
+        self.carry(path, spec, self.origin(path, spec))
 
     def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
         is_expert = spec.role is Role.EXPERT
@@ -196,6 +199,26 @@ class _Upcycling(Matching):
     def is_converted(self, slot: str) -> bool:
         parameter = parameter_of(slot)
         return any(parameter in row.sources and row.spec.role is Role.EXPERT for row in self.rows)
+
+
+class _Carrying(Matching):
+    """A model with experts for images of another size: everything else stays."""
+
+    def check(self) -> None:
+        if not has_experts(self.target):
+            raise ValueError(
+                "the source has experts and the model has none: choose the upcycled model file, or"
+                " merge the experts first (MergeRecipe)"
+            )
+
+    def parameter(self, path: str, spec: LeafSpec) -> None:
+        self.carry(path, spec, path)
+
+    def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
+        return Copy(), (path,)
+
+    def is_converted(self, slot: str) -> bool:
+        return False
 
 
 class _Parents(_Upcycling):

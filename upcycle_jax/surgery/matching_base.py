@@ -4,8 +4,16 @@ import abc
 import re
 from collections.abc import Mapping, Sequence
 
+from upcycle_jax import axes
+from upcycle_jax.layers import position_grids
 from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
-from upcycle_jax.surgery.operations import Constant, Copy, Operation, Zeros
+from upcycle_jax.surgery.operations import (
+    Constant,
+    Copy,
+    InterpolatePositions,
+    Operation,
+    Zeros,
+)
 from upcycle_jax.surgery.plan import Dropped, Plan, Row
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.text import shorten
@@ -16,6 +24,11 @@ PARENT = re.compile(r"parent_(\d+)/(.+)")
 ROUTING = (Role.ROUTER, Role.ROUTER_BIAS)
 
 Specs = Mapping[str, LeafSpec]
+
+
+def has_experts(tree: Specs) -> bool:
+    """Whether a tree has leaves of experts."""
+    return any(spec.role is Role.EXPERT for spec in tree.values())
 
 
 def refuse_experts(source: Specs) -> None:
@@ -105,6 +118,8 @@ class Matching(abc.ABC):
             self.remedies.append("Remedy: set Recipe.optimizer_state = 'reset'.")
             return
         operation, sources = self.slot_origin(path, spec)
+        if sources and parameter_of(sources[0]) in self.regridded:
+            operation, sources = Zeros(), ()
         # A slot of shape (1,) is Adafactor's mark for "unused": it is carried as it is, never
         # tiled.
         if (
@@ -120,6 +135,44 @@ class Matching(abc.ABC):
             operation,
             sources,
             "Remedy: the optimizers differ; set Recipe.optimizer_state = 'reset'.",
+        )
+
+    def carry(self, path: str, spec: LeafSpec, source: str) -> None:
+        """Adds the row of a parameter that stays: as it is or, of positions of patches, on the grid
+        of the target's images.
+        """
+        found = self.source.get(source)
+        if found is None or not self.is_regridded(spec, found):
+            self.add(path, spec, Copy(), (source,))
+            return
+        method = getattr(self.recipe, "position_interpolation", None)
+        if method is None:
+            remedy = (
+                "Remedy: images of the model have another size than the source's: set IMAGE_SIZE to"
+                " the source's, or Recipe.position_interpolation = 'bilinear' (as big_vision and"
+                " V-MoE), 'bicubic' (Hugging Face) or 'bicubic_antialiased' (timm)."
+            )
+            self.add(path, spec, Copy(), (source,), remedy)
+            return
+        try:
+            before, after = (position_grids.side(one.shape[1]) for one in (found, spec))
+        except ValueError as error:
+            self.faults.append(f"! {path}: {error}")
+            return
+        self.add(path, spec, InterpolatePositions(method, before, after), (source,))
+
+    def is_regridded(self, spec: LeafSpec, source: LeafSpec) -> bool:
+        """Whether a parameter holds positions, and of another number of patches than its source."""
+        return axes.POSITIONS in spec.axes and spec.shape != source.shape
+
+    @property
+    def regridded(self) -> frozenset[str]:
+        """Source leaves of positions that are interpolated."""
+        return frozenset(
+            name
+            for row in self.rows
+            if isinstance(row.operation, InterpolatePositions)
+            for name in row.sources
         )
 
     def step(self, spec: LeafSpec) -> None:
@@ -223,6 +276,8 @@ class Matching(abc.ABC):
                 return "the target keeps no optimizer state"
             if self.recipe.optimizer_state == "reset":
                 return "optimizer state starts afresh"
+            if parameter_of(name) in self.regridded:
+                return "slots of interpolated positions start afresh"
             if self.recipe.optimizer_state == "dense_only" and self.is_converted(name):
                 return "slots of converted MLPs start afresh"
         return None

@@ -7,7 +7,7 @@ import numpy as np
 
 from upcycle_jax.state_tree import TARGET
 from upcycle_jax.surgery.keys import KeySource, key_source
-from upcycle_jax.surgery.operations import Movement, Operation, Tile
+from upcycle_jax.surgery.operations import InterpolatePositions, Movement, Operation, Tile
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.trees import LeafSpec
@@ -144,6 +144,11 @@ class Plan:
         grow.
         """
         return all(row.moves_bits for row in self.rows if row.operation.stacked)
+
+    @property
+    def interpolated(self) -> tuple[Row, ...]:
+        """The rows of positions that are interpolated to another grid."""
+        return tuple(row for row in self.rows if isinstance(row.operation, InterpolatePositions))
 
     def json(self) -> dict[str, Any]:
         """The plan as plain JSON; nothing is abbreviated."""

@@ -25,12 +25,23 @@ from upcycle_jax.types import Batch
 
 
 def predict(plan: Plan, sparse: Model, batch: Batch) -> Prediction:
-    """What the sparse model's function should be to the source's on such a batch.
+    """What the sparse model's function should be to the source's on such a batch. Where positions
+    are interpolated, the source has the result's.
 
     Raises:
       ValueError: the batch does not divide into routing groups, or `MoreExperts` cannot tell how
         many experts per token the source chose.
     """
+    found = _predict(plan, sparse, batch)
+    if not plan.interpolated:
+        return found
+    how = plan.interpolated[0].what
+    reason = f"{found.reason}; the source with the result's positions ({how})"
+    return dataclasses.replace(found, reason=reason)
+
+
+def _predict(plan: Plan, sparse: Model, batch: Batch) -> Prediction:
+    """See `predict`."""
     recipe = plan.recipe
     if isinstance(recipe, MergeRecipe):
         return Prediction(Verdict.NOT_PRESERVED, "experts are merged")

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Hint
+from upcycle_jax.layers.position_grids import Interpolation
 from upcycle_jax.surgery import operations
 from upcycle_jax.surgery.expert_inits import (
     CopyExperts,
@@ -186,6 +187,12 @@ class Recipe:
         is); they are listed in the plan.
       shared_expert: 'dense': a shared expert is the dense MLP. 'zeros': its `wo` is zero, so that
         it adds nothing at the start and learns from there.
+      position_interpolation: how the positions of a vision transformer's patches are taken over
+        where the target's images have another size (`position_grids.Interpolation`): 'bilinear'
+        as big_vision, vit_jax and V-MoE, 'bicubic' as Hugging Face, 'bicubic_antialiased' as timm.
+        The position of a class token stays. None: sizes must agree. Where it is set, the source
+        may have experts already: they are carried over as they are. Optimizer slots of
+        interpolated positions start at zero.
     """
 
     expert_init: Annotated[
@@ -200,9 +207,20 @@ class Recipe:
     shared_expert: Literal["dense", "zeros"] = dataclasses.field(
         default="dense", metadata=checks.ADDED
     )
+    position_interpolation: Interpolation | None = dataclasses.field(
+        default=None, metadata=checks.ADDED
+    )
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
+        if self.position_interpolation is not None and isinstance(
+            self.expert_init, MoreExperts | ParentExperts
+        ):
+            raise ValueError(
+                f"Recipe.position_interpolation={self.position_interpolation!r} is for one source"
+                f" at a time, without {type(self.expert_init).__name__}: leave it None, and change"
+                " the image size of the result afterwards"
+            )
         if isinstance(self.router_init, ExpertInit):
             raise ValueError(
                 f"Recipe.router_init is {self.router_init!r}, which initialises experts: write"

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from upcycle_jax import surgery, trees
+from upcycle_jax import axes, surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.checksums import checksum
 from upcycle_jax.checkpoints.loading import load_leaves
@@ -369,6 +369,15 @@ def _remedy(expected: Mapping[str, LeafSpec], actual: Mapping[str, LeafSpec]) ->
         return (
             "The checkpoint has experts and the model has none: choose the upcycled model file, or"
             " merge the experts with a MergeRecipe"
+        )
+    if any(
+        axes.POSITIONS in spec.axes and path in actual and actual[path].shape != spec.shape
+        for path, spec in expected.items()
+    ):
+        return (
+            "The checkpoint is of images of another size: set RestoreCheckpointConfig.recipe ="
+            " @Recipe() with Recipe.position_interpolation = 'bilinear' (as big_vision and V-MoE)"
+            " or 'bicubic' (Hugging Face), or IMAGE_SIZE to the checkpoint's"
         )
     parameters = [{path for path in side if path.startswith(TARGET)} for side in (expected, actual)]
     shapes_agree = parameters[0] == parameters[1] and all(

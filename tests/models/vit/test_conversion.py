@@ -19,9 +19,9 @@ def archive(tmp_path):
     return tmp_path / "model.npz"
 
 
-def words(archive, output, *more):
+def words(archive, output, *more, size=12):
     files = ["models/vit_tiny_upcycled.gin", "runs/upcycle.gin", "recipes/paper_vision.gin"]
-    shape = {"IMAGE_SIZE": 12, "NUM_CLASSES": 7, "GROUP_SIZE": 18}
+    shape = {"IMAGE_SIZE": size, "NUM_CLASSES": 7, "GROUP_SIZE": 2 * (size // 4) ** 2}
     shape |= {f"VitConfig.{name}": SHAPE[name] for name in SHAPE if name not in (
         "image_size", "num_classes")}  # fmt: skip
     return [
@@ -59,3 +59,53 @@ def test_the_drop_at_a_small_capacity_is_told(archive, tmp_path, capsys):
     assert "proof: PASSED" in said and "predicted: scaled by the gate sum" in said
     proof = json.loads((output / "proof.json").read_text())
     assert proof
+
+
+BILINEAR = "--gin.Recipe.position_interpolation='bilinear'"
+
+
+def test_images_of_another_size_take_interpolated_positions(archive, tmp_path, capsys):
+    """3 x 3 positions become 5 x 5; with them the source is the function that copies keep."""
+    output = tmp_path / "sparse"
+    room = "--gin.EVAL_EXPERT_CAPACITY_FACTOR=4.0"
+    assert upcycle.main(words(archive, output, room, BILINEAR, size=20)) == 0
+    said = capsys.readouterr().out
+    assert "bilinear 3 x 3 -> 5 x 5" in said and "proof: PASSED" in said
+    assert "2 images of 20 x 20" in said and "function check: PASSED; predicted: exact" in said
+    plan = json.loads((output / "plan.json").read_text())
+    assert plan["recipe"]["position_interpolation"] == "bilinear"
+    result, source = open_checkpoint(output), open_checkpoint(archive)
+    grid = source.read("target/pos_embedding").reshape(3, 3, -1)
+    found = result.read("target/pos_embedding").reshape(5, 5, -1)
+    # Corners stay; the third of five lies on the second of three, the second half way before it.
+    np.testing.assert_array_equal(found[::4, ::4], grid[::2, ::2])
+    np.testing.assert_allclose(found[2, 1], (grid[1, 0] + grid[1, 1]) / 2, rtol=1e-6)
+
+    assert "bilinear 3 x 3 -> 5 x 5" in (output / "proof.json").read_text()
+
+    # The record says how, whatever is asked for later.
+    cubic = BILINEAR.replace("bilinear", "bicubic")
+    assert verify.main(words(archive, output, room, cubic, size=20)) == 0
+    assert "position_interpolation is 'bicubic', recorded 'bilinear'" in capsys.readouterr().out
+
+
+def test_without_the_setting_another_size_is_refused(archive, tmp_path, capsys):
+    assert upcycle.main(words(archive, tmp_path / "sparse", size=20)) == 2
+    said = capsys.readouterr().err
+    assert "target/pos_embedding: copy of float32[1,9,16] gives shape [1, 9, 16]" in said
+    assert "Recipe.position_interpolation = 'bilinear'" in said
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_experts_are_carried_to_another_size(archive, tmp_path, capsys):
+    first, second = tmp_path / "small", tmp_path / "large"
+    assert upcycle.main(words(archive, first, "--gin.upcycle.function_check='off'")) == 0
+    assert upcycle.main(words(first, second, BILINEAR, size=20)) == 0
+    said = capsys.readouterr().out
+    assert "the source's experts are carried over as they are" in said and "PASSED" in said
+    before, after = open_checkpoint(first), open_checkpoint(second)
+    for name, spec in after.specs().items():
+        if "pos_embedding" not in name:
+            np.testing.assert_array_equal(after.read(name), before.read(name))
+        else:
+            assert spec.shape == (1, 25, 16)

@@ -215,7 +215,10 @@ class VisionTransformer(nn.Module):
         """
         config = self.config
         x = self.embedding(images)
-        x = x + self._token("pos_embedding", config.grid**2, config.emb_dim**-0.5).astype(x.dtype)
+        positions = self._token(
+            "pos_embedding", config.grid**2, config.emb_dim**-0.5, axis=axes.POSITIONS
+        )
+        x = x + positions.astype(x.dtype)
         if config.pool == "class_token":
             # Positions are those of patches: big_vision adds them before the class token.
             token = self._token("cls", 1, 0.0).astype(x.dtype)
@@ -227,10 +230,10 @@ class VisionTransformer(nn.Module):
             valid = jnp.ones(x.shape[:1], bool)
         return constrain(x, HIDDEN_AXES), jnp.broadcast_to(valid[:, None], x.shape[:2])
 
-    def _token(self, name: str, count: int, stddev: float) -> jax.Array:
-        """A parameter `[1, count, d]`."""
+    def _token(self, name: str, count: int, stddev: float, *, axis: str | None = None) -> jax.Array:
+        """A parameter `[1, count, d]`; `axis` names its second axis."""
         init = nn.with_logical_partitioning(
-            nn.initializers.normal(stddev), (None, None, axes.EMBED)
+            nn.initializers.normal(stddev), (None, axis, axes.EMBED)
         )
         value = self.param(name, init, (1, count, self.config.emb_dim), jnp.float32)
         return jnp.asarray(value)

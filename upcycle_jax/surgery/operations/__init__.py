@@ -24,6 +24,7 @@ from upcycle_jax.surgery.operations.movements import (
     TileFirstUnits,
     Zeros,
 )
+from upcycle_jax.surgery.operations.positions import InterpolatePositions
 from upcycle_jax.surgery.operations.routers import Given, RouterNormal, RouterUniform
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "FromParents",
     "Given",
     "HiddenUnits",
+    "InterpolatePositions",
     "LastUnits",
     "Mean",
     "MergeExperts",

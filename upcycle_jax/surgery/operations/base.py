@@ -42,6 +42,7 @@ class Expectation:
       mean: expected mean of the other entries (of their difference to `values` where `additive`).
       std: expected standard deviation of the same.
       additive: the other entries are `values` plus a draw.
+      described: what `values` are, where nothing is drawn and rounding alone is allowed for.
     """
 
     values: np.ndarray | None
@@ -49,6 +50,7 @@ class Expectation:
     mean: float = 0.0
     std: float = 0.0
     additive: bool = False
+    described: str = "the mean of its sources"
 
 
 @dataclasses.dataclass(frozen=True)
