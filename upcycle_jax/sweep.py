@@ -57,6 +57,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="run only these cells and what they need; repeat for more",
     )
     own.add_argument(
+        "--reuse",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of another sweep whose finished cells are taken over where their command is"
+        " the same; repeat for more",
+    )
+    own.add_argument(
         "--write_jobs",
         choices=("slurm", "xpk"),
         help="write job scripts to SWEEP_DIR/jobs instead of running",
@@ -191,7 +199,7 @@ def _further_flags(flags: Flags) -> list[str]:
 def _run_here(
     sweep: "Sweep", cells: "Sequence[Cell]", flags: Flags, environment: Mapping[str, str], text: str
 ) -> int:
-    from upcycle_jax.studies import choice, state
+    from upcycle_jax.studies import choice, reuse, state
     from upcycle_jax.studies.runner import Runner
 
     if "://" in sweep.root:
@@ -209,6 +217,9 @@ def _run_here(
     )
     state.save_plan(sweep, sweep.cells())
     write_whole(Path(sweep.root) / "config.gin", state.portable(text, sweep.root), shared=True)
+    for folder in flags.extra.reuse:
+        for name in reuse.take_over(cells, sweep.root, folder):
+            print(f"{name}: taken over from {folder}")
     outcome = runner.run()
     print(state.save_table(sweep, sweep.cells()))
     if chosen := choice.save_choices(sweep, sweep.cells(), state.table(sweep.cells())):
