@@ -15,6 +15,7 @@ from upcycle_jax.checkpoints import model_settings, storage
 from upcycle_jax.checkpoints.casting import OverflowingCast, cast
 from upcycle_jax.checkpoints.chunk_copy import CopyMode, Reference, copied_layouts, copy_leaves
 from upcycle_jax.checkpoints.formats import open_checkpoint
+from upcycle_jax.checkpoints.huggingface.beside import carry
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.reader import CheckpointReader
@@ -121,6 +122,7 @@ def convert_to_orbax(
     if place.exists() and tidy_finished(place):
         found = open_checkpoint(place)
         if found.metadata() == record and found.step == step:
+            carry(reader, place)
             return place  # This very call was killed between its last rename and its end.
     begun = create_checkpoint(
         place,
@@ -148,7 +150,11 @@ def convert_to_orbax(
                     else np.zeros(shape, spec.dtype)
                 )
                 writer.write(name, index, value)
-        return writer.finalize()
+        result = writer.finalize()
+    for line in carry(reader, result):
+        if progress:
+            progress(line)
+    return result
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from upcycle_jax.checkpoints import model_settings, open_checkpoint
+from upcycle_jax.checkpoints.huggingface.beside import carry
 from upcycle_jax.checkpoints.model_settings import check_model
 from upcycle_jax.checkpoints.output import checked_output, tidy_finished
 from upcycle_jax.checkpoints.to_orbax import checkpoint_path
@@ -161,6 +162,8 @@ def convert(
             },
             progress=report,
         )
+    for line in carry(source, path):
+        report(line)
     proof = verify(
         plan,
         source,

@@ -201,12 +201,17 @@ def small_files(target: Reader) -> dict[str, str]:
     if folder is None:
         return {}
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): _sha256(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and path.parent.name not in DATA_FOLDERS
         and path.parent / path.stem != folder / "proof"  # Nor what it is renamed from.
     }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def changed_files(target: Reader, recorded: Recorded) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from random_decoders import FAMILIES, GEMMA, TOKENS, UNIT, Held, of, our_logits
 
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
-from upcycle_jax.checkpoints.huggingface.decoder.verdicts import UNUSABLE
+from upcycle_jax.checkpoints.huggingface.verdict import UNUSABLE
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
 
 PACKAGES = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")

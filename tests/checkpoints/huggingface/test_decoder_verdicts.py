@@ -12,7 +12,8 @@ from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose, forms
 from upcycle_jax.checkpoints.huggingface.decoder.config_writing import config_json
 from upcycle_jax.checkpoints.huggingface.decoder.holding import router_refused, why_not
 from upcycle_jax.checkpoints.huggingface.decoder.reading_back import check
-from upcycle_jax.checkpoints.huggingface.decoder.verdicts import READERS, Kind, table, verdicts
+from upcycle_jax.checkpoints.huggingface.decoder.verdicts import READERS, verdicts
+from upcycle_jax.checkpoints.huggingface.verdict import Kind, table
 from upcycle_jax.layers.rope import Rope
 from upcycle_jax.moe.routing import (
     DroplessTopK,

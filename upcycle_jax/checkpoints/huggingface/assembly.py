@@ -81,7 +81,7 @@ class Tensor:
           ValueError: a leaf is damaged, or the dtype cannot hold a value of it.
         """
         if self.pieces[0].source.rows is None:
-            return np.ascontiguousarray(self.pieces[0].read(self.dtype))
+            return np.asarray(self.pieces[0].read(self.dtype), order="C")  # Scalars stay so.
         out = np.empty(self.shape, self.dtype)
         rows = np.moveaxis(out, row_axis(out.ndim), 0)
         for piece in self.pieces:

@@ -114,14 +114,22 @@ def origin(reader: CheckpointReader) -> Home | None:
     """
     if reader.format in ("huggingface", "gguf"):
         return home_at(Path(reader.path))
+    for path in came_from(reader):
+        if (path / CONFIG).is_file() or (path.name.endswith(SUFFIX) and path.is_file()):
+            return home_at(path)
+    return None
+
+
+def came_from(reader: CheckpointReader) -> Iterator[Path]:
+    """Where a checkpoint was made from, directly or by way of other checkpoints, as their records
+    say. What is there now, nobody knows.
+    """
     records = [reader.metadata()]
     for record in records:
         for path in map(Path, filter(storage.is_local, _named(record))):
-            if (path / CONFIG).is_file() or (path.name.endswith(SUFFIX) and path.is_file()):
-                return home_at(path)
+            yield path
             if len(records) < _MAX_STEPS and (path / STEP_METADATA).is_file():
                 records.append(read_record(epath.Path(path / STEP_METADATA)))
-    return None
 
 
 def _named(record: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,9 @@ from upcycle_jax.checkpoints.huggingface.t5.reading import T5Layout
 from upcycle_jax.checkpoints.huggingface.t5.writing import export
 from upcycle_jax.checkpoints.huggingface.vit.config_json import KINDS as VIT_KINDS
 from upcycle_jax.checkpoints.huggingface.vit.config_json import NOT_READ as VIT_NOT_READ
-from upcycle_jax.checkpoints.huggingface.vit.reading import VitLayout, not_written
+from upcycle_jax.checkpoints.huggingface.vit.config_json import WHOLE
+from upcycle_jax.checkpoints.huggingface.vit.reading import VitLayout
+from upcycle_jax.checkpoints.huggingface.vit.writing import export as vit_export
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
 FAMILIES = [
@@ -26,7 +28,7 @@ FAMILIES = [
         DecoderLayout,
         decoder_writing.export,
     ),
-    FolderFamily("vision", tuple(VIT_KINDS), VIT_NOT_READ, VitLayout, not_written),
+    FolderFamily("vision", (*VIT_KINDS, *WHOLE), VIT_NOT_READ, VitLayout, vit_export),
 ]
 
 

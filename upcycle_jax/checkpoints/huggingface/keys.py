@@ -9,6 +9,20 @@ from upcycle_jax.checkpoints.huggingface.files import CONFIG, shown
 DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 """What `dtype` and `torch_dtype` may say."""
 
+ACTIVATIONS = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_python_tanh": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_accurate": "gelu",
+    "gelu": "gelu_exact",
+    "gelu_python": "gelu_exact",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""transformers' names of activations -> those of `layers.mlp.ACTIVATIONS`."""
+
 _MAX_SIZE = 1 << 31
 _KINDS = {
     int: "an integer",
@@ -72,6 +86,28 @@ class Keys:
         if value is not None and not 1 <= value < _MAX_SIZE:
             raise self.refused(key, "a positive size belongs there. Copy the file again")
         return value
+
+    def needed(self, key: str) -> int:
+        """A positive integer that has to be there."""
+        value = self.size(key)
+        if value is None:
+            raise self.lacks(key, "it cannot be seen in the tensors. Copy the file again")
+        return value
+
+    def check_heads(self, width: int, heads: int) -> None:
+        """Raises a ValueError where heads do not divide the width."""
+        if width % heads:
+            raise self.refused(
+                "num_attention_heads", f"hidden_size {width} does not divide into so many"
+            )
+
+    def activation(self, key: str, name: str, known: Mapping[str, str] = ACTIVATIONS) -> str:
+        """Our name of an activation that is stated under `key`; `known` are theirs -> ours."""
+        if name not in known:
+            raise self.refused(
+                key, f"this activation is not supported; known are {', '.join(sorted(known))}"
+            )
+        return known[name]
 
     def number(self, key: str, default: float | None, *, below: float = float("inf")) -> Any:
         """A positive number below a bound; the default where the key is absent, None where it is

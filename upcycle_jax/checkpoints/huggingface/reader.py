@@ -14,6 +14,7 @@ from etils import epath
 
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.huggingface.base import Computed, Sources
+from upcycle_jax.checkpoints.huggingface.beside import Beside, LayoutWithMore
 from upcycle_jax.checkpoints.huggingface.families import family_of
 from upcycle_jax.checkpoints.huggingface.files import (
     CONFIG,
@@ -102,6 +103,12 @@ class HuggingFaceReader(ReaderBase):
 
     def model_config(self) -> ModelConfig | None:
         return self._layout.config
+
+    def beside(self) -> Beside | None:
+        """What the folder holds beside the model; None where its family's hold nothing more."""
+        if not isinstance(self._layout, LayoutWithMore):
+            return None
+        return self._layout.beside(self._weights, self._sources)
 
     def _files(self) -> Iterable[epath.Path]:
         # The files that are read, and no others: a link beside them may lead anywhere.

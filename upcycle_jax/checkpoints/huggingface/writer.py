@@ -1,32 +1,34 @@
 """Writes parameters as a Hugging Face folder that transformers and serving engines load."""
 
 import dataclasses
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from upcycle_jax import leases
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.formats import PARTIAL_SUFFIX
 from upcycle_jax.checkpoints.huggingface.assembly import Tensor, tensors_of
 from upcycle_jax.checkpoints.huggingface.base import Export, WritingOptions
-from upcycle_jax.checkpoints.huggingface.carried import NAMES
+from upcycle_jax.checkpoints.huggingface.beside import FILES
 from upcycle_jax.checkpoints.huggingface.families import exported
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from upcycle_jax.checkpoints.huggingface.files import CONFIG
+from upcycle_jax.checkpoints.huggingface.shards import (
+    DEFAULT_SHARD_BYTES,
+    write_json,
+    write_tensors,
+)
 from upcycle_jax.checkpoints.output import check_unfinished, checked_output
 from upcycle_jax.checkpoints.reader import CheckpointReader
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-DEFAULT_SHARD_BYTES = 1 << 30
 VERDICTS = "verdicts.json"
 """What each reader makes of the folder, as it was predicted."""
 
-_COPIED = "|".join(name.replace(".", r"\.") for name in NAMES)
+_COPIED = "|".join(name.replace(".", r"\.") for name in FILES)
 HUGGINGFACE_FILES = rf"config\.json|verdicts\.json|model.*\.(safetensors|json)|{_COPIED}"
 """Names of the files that are written, as a pattern."""
 
@@ -114,42 +116,11 @@ def _write(
     progress: Callable[[str], None] | None,
 ) -> None:
     if folder.verdicts is not None:
-        _write_json(place / VERDICTS, folder.verdicts)
+        write_json(place / VERDICTS, folder.verdicts)
     for name, source in folder.copied.items():
         if isinstance(source, Path):
             shutil.copyfile(source, place / name)
         else:
             (place / name).write_text(source, encoding="utf-8")
-    shards = list(_shards(tensors, shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = (
-            WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        values = {tensor.name: tensor.read() for tensor in shard}
-        # transformers 4 refuses other formats than 'pt'.
-        save_file(values, place / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(values, file)
-        if progress:
-            progress(file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(place / WEIGHTS_INDEX, index)
-    _write_json(place / CONFIG, folder.config)
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(tensors: Sequence[Tensor], shard_bytes: int) -> Iterator[list[Tensor]]:
-    shard: list[Tensor] = []
-    held = 0
-    for tensor in tensors:
-        if shard and held + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, held = [], 0
-        shard.append(tensor)
-        held += tensor.nbytes
-    yield shard
+    write_tensors(tensors, place, shard_bytes, progress)
+    write_json(place / CONFIG, folder.config)

@@ -8,10 +8,9 @@ from etils import epath
 from safetensors.numpy import load_file
 
 import upcycle_jax as uj
-from tests.checkpoints.huggingface.vit.oracle import CASES, edited, images, random_model, theirs
+from tests.checkpoints.huggingface.vit.oracle import CASES, edited, image_size, images, theirs
 from upcycle_jax import trees, upcycle, verify
 from upcycle_jax.checkpoints import open_checkpoint
-from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
 from upcycle_jax.state_tree import TARGET
 
 
@@ -30,7 +29,7 @@ def ours(folder, pixels):
 
 @pytest.mark.parametrize("name", CASES)
 def test_features_and_logits_are_those_of_transformers(name, written):
-    pixels = images(random_model(name).config.image_size)
+    pixels = images(image_size(name))
     # What is beyond the last whole patch is seen by neither.
     found = ours(written(name), pixels[:, :12, :12])
     np.testing.assert_allclose(found, theirs(name, pixels), rtol=1e-5, atol=1e-5)
@@ -112,12 +111,6 @@ def test_a_tower_becomes_experts_and_is_proved(written, tmp_path, capsys):
     np.testing.assert_array_equal(experts[31], dense["target/encoder/layers_1/mlp/wi/kernel"])
 
 
-def test_folders_of_vision_transformers_are_not_written(written, tmp_path):
-    reader = open_checkpoint(epath.Path(written("siglip")))
-    with pytest.raises(ValueError, match="vision transformer: these are not written"):
-        write_huggingface(reader, tmp_path / "out")
-
-
 BLOCK = "vit.encoder.layer.1."
 REFUSED = {
     "a tensor without a place": (
@@ -161,7 +154,16 @@ OTHERS = {
         "clip", {"architectures": ["CLIPVisionModelWithProjection"]}, "lacks .*visual_projection",
     ),
     "dinov2, gated": ("dinov2", {"use_swiglu_ffn": True}, "no place .*gated MLPs"),
-    "siglip, both towers": ("siglip", {"model_type": "siglip"}, "save its vision_model alone"),
+    "clip, a tower of another type": (
+        "clip with its text",
+        {"vision_config": {"model_type": "siglip_vision_model"}},
+        "vision_config is .*: its model_type should be clip_vision_model",
+    ),
+    "clip, another width inside": (
+        "clip with its text",
+        {"vision_config": {"hidden_size": 3}},
+        "vision_config.num_attention_heads is missing",
+    ),
 }  # fmt: skip
 
 

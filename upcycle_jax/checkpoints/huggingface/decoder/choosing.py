@@ -19,7 +19,8 @@ from upcycle_jax.checkpoints.huggingface.decoder.rewriting import (
     ZeroBiases,
     ZeroSharedExpert,
 )
-from upcycle_jax.checkpoints.huggingface.decoder.verdicts import READERS, UNUSABLE, Kind, Verdict
+from upcycle_jax.checkpoints.huggingface.decoder.verdicts import READERS
+from upcycle_jax.checkpoints.huggingface.verdict import UNUSABLE, Kind, Verdict
 from upcycle_jax.models.decoder.config import DecoderConfig
 
 

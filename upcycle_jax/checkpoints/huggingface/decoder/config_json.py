@@ -11,8 +11,7 @@ from typing import Any
 
 from upcycle_jax.checkpoints.huggingface.decoder.kinds import HARMLESS, KINDS, MoeKind
 from upcycle_jax.checkpoints.huggingface.decoder.rope_json import FULL, SLIDING, read_ropes
-from upcycle_jax.checkpoints.huggingface.keys import Keys
-from upcycle_jax.checkpoints.huggingface.t5.config_json import ACTIVATIONS
+from upcycle_jax.checkpoints.huggingface.keys import ACTIVATIONS, Keys
 from upcycle_jax.models.decoder.config import DecoderConfig, DecoderMoeConfig, LayerType
 from upcycle_jax.moe.routing import DroplessTopK
 
@@ -97,13 +96,7 @@ class _DecoderKeys(Keys):
     # What every type has.
 
     def _sizes(self) -> dict[str, int]:
-        out = {}
-        for key in SIZES:
-            value = self.size(key)
-            if value is None:
-                raise self.lacks(key, "it cannot be seen in the tensors. Copy the file again")
-            out[key] = value
-        return out
+        return {key: self.needed(key) for key in SIZES}
 
     def _head_dim(self, sizes: Mapping[str, int]) -> int:
         width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -114,10 +107,7 @@ class _DecoderKeys(Keys):
             stated = None
         head_dim = stated or self._kind.head_dim
         if head_dim is None:
-            if width % heads:
-                raise self.refused(
-                    "num_attention_heads", f"hidden_size {width} does not divide into so many"
-                )
+            self.check_heads(width, heads)
             head_dim = width // heads
         if head_dim % 2:
             raise self.refused("head_dim", f"heads of {head_dim} do not rotate by pairs")
@@ -140,14 +130,10 @@ class _DecoderKeys(Keys):
         given = names[key] or kind.activation
         if self._type == "gemma" and given == "gelu":
             given = kind.activation  # Gemma 1 was trained with tanh's gelu, whatever its files say.
-        if given not in ACTIVATIONS:
-            raise self.refused(
-                key, f"this activation is not supported; known are {', '.join(sorted(ACTIVATIONS))}"
-            )
+        ours = self.activation(key, given)
         for other, name in names.items():
-            if name is not None and other != key and ACTIVATIONS.get(name) != ACTIVATIONS[given]:
+            if name is not None and other != key and ACTIVATIONS.get(name) != ours:
                 raise self.refused(other, f"{key} means {given!r}. Correct one of them")
-        ours = ACTIVATIONS[given]
         return (ours, "linear") if kind.gated else (ours,)
 
     def _epsilon(self) -> float:

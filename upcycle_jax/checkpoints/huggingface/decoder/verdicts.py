@@ -4,53 +4,17 @@ The facts about engines are those of their code as of mid 2026, see docs/hugging
 change: a verdict is a prediction, `verify --served` is the test.
 """
 
-import dataclasses
-import enum
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from upcycle_jax.checkpoints.huggingface.decoder.holding import HOLDERS, windows
+from upcycle_jax.checkpoints.huggingface.verdict import Kind, Verdict
 from upcycle_jax.models.decoder.config import DecoderConfig, DecoderMoeConfig
-from upcycle_jax.text import Table
 
 READERS = ("transformers5", "transformers4", "vllm", "sglang", "llama.cpp")
 """transformers 5, transformers 4.57, and the engines."""
 
 
-class Kind(enum.StrEnum):
-    """How a reader's function compares with the model's, the best first."""
-
-    EXACT = "exact"
-    REWRITTEN = "exact after rewriting"
-    NEAR = "near"
-    UNKNOWN = "unknown"
-    DIFFERS = "differs"
-    REFUSED = "refused"
-
-
-UNUSABLE = (Kind.DIFFERS, Kind.REFUSED)
-"""Kinds that `--reader` does not accept."""
-
 Finding = tuple[Kind, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What one reader makes of a folder.
-
-    Attributes:
-      reader: one of `READERS`.
-      kind: the worst of what was found.
-      reasons: one line each, the worst first.
-    """
-
-    reader: str
-    kind: Kind
-    reasons: tuple[str, ...] = ()
-
-    def json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {"reader": self.reader, "verdict": str(self.kind), "reasons": list(self.reasons)}
 
 
 def verdicts(
@@ -77,12 +41,6 @@ def _verdict(
     if rewritings and kind in (Kind.EXACT, Kind.REWRITTEN):
         kind, reasons = Kind.REWRITTEN, (", ".join(rewritings), *reasons)
     return Verdict(reader, kind, reasons)
-
-
-def table(model_type: str, found: Sequence[Verdict]) -> Table:
-    """The verdicts, for people."""
-    rows = [(one.reader, str(one.kind), "; ".join(one.reasons)) for one in found]
-    return Table(f"verdicts on {model_type}", ("reader", "verdict", "why"), rows)
 
 
 def _everywhere(config: DecoderConfig) -> Iterator[Finding]:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
+from upcycle_jax.checkpoints.huggingface import verdict
 from upcycle_jax.checkpoints.huggingface.base import Export, Leaf, WritingOptions, leaves_of
 from upcycle_jax.checkpoints.huggingface.carried import GENERATION, Home, home_at, origin
-from upcycle_jax.checkpoints.huggingface.decoder import reading_back, verdicts
+from upcycle_jax.checkpoints.huggingface.decoder import reading_back
 from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose
 from upcycle_jax.checkpoints.huggingface.decoder.config_writing import (
     SPECIAL_TOKENS,
@@ -52,10 +53,10 @@ def export(reader: CheckpointReader, options: WritingOptions) -> Export | None:
     if options.tokenizer is not None:
         home = home_at(options.tokenizer)
     beside, copied, of_tokenizer = _beside(home, options, config)
-    table = verdicts.table(form.model_type, form.verdicts).render(Format.TEXT)
+    table = verdict.table(form.model_type, form.verdicts).render(Format.TEXT)
     content = config_json(form.config, form.model_type, np.dtype(dtype), beside)
     of_4 = form.verdict("transformers4")
-    reading_back.check(content, form.config, by_4=of_4.kind not in verdicts.UNUSABLE)
+    reading_back.check(content, form.config, by_4=of_4.kind not in verdict.UNUSABLE)
     return Export(
         config=content,
         tensors={TARGET + place.path: place.sources for place in places},

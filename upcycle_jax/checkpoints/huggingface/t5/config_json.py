@@ -14,24 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints.huggingface.keys import Keys
+from upcycle_jax.checkpoints.huggingface.keys import ACTIVATIONS, Keys
 
 MODEL_TYPES = {"t5": "relu", "mt5": "gated-gelu"}
 """Types of models that are read -> their `feed_forward_proj` where config.json has none."""
-
-ACTIVATIONS = {
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "gelu_python_tanh": "gelu",
-    "gelu_fast": "gelu",
-    "gelu_accurate": "gelu",
-    "gelu": "gelu_exact",
-    "gelu_python": "gelu_exact",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-"""transformers' names of activations -> those of `layers.mlp.ACTIVATIONS`."""
 
 SIZES = {
     "vocab_size": "",
@@ -160,7 +146,6 @@ class _T5Keys(Keys):
     def _activations(self, default: str) -> tuple[str, tuple[str, ...]]:
         """`feed_forward_proj`, and our names of its activations."""
         name = self.get("feed_forward_proj", str, None)
-        known = ", ".join(sorted(ACTIVATIONS))
         key = "feed_forward_proj"
         parts = (name or default).split("-")
         gated, function = parts[:-1] == ["gated"], parts[-1]
@@ -174,13 +159,11 @@ class _T5Keys(Keys):
         is_gated = self.get("is_gated_act", bool, None)
         if name is None and is_gated is not None:
             gated = is_gated
-        if function not in ACTIVATIONS:
-            raise self.refused(key, f"this activation is not supported; known are {known}")
-        if stored is not None and ACTIVATIONS.get(stored) != ACTIVATIONS[function]:
+        ours = self.activation(key, function)
+        if stored is not None and ACTIVATIONS.get(stored) != ours:
             raise self.refused("dense_act_fn", f"feed_forward_proj {name!r} means {function!r}")
         if is_gated is not None and is_gated != gated:
             raise self.refused("is_gated_act", f"feed_forward_proj {name!r} says {gated}")
-        ours = ACTIVATIONS[function]
         text = name or f"{'gated-' if gated else ''}{function}"
         return text, (ours, "linear") if gated else (ours,)
 

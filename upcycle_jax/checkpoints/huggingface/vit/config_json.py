@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from upcycle_jax.checkpoints.huggingface import keys as shared
 from upcycle_jax.checkpoints.huggingface.keys import Keys
-from upcycle_jax.checkpoints.huggingface.t5 import config_json as t5
 from upcycle_jax.models.vit.config import Pool, VitConfig
 
-ACTIVATIONS = {**t5.ACTIVATIONS, "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {**shared.ACTIVATIONS, "quick_gelu": "quick_gelu"}
 """transformers' names of activations -> those of `layers.mlp.ACTIVATIONS`."""
 
 SIZES = (
@@ -54,9 +54,14 @@ KINDS: Mapping[str, Kind] = {
 }
 """By `model_type`."""
 
+WHOLE: Mapping[str, str] = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+"""Types of models with a text tower, or with a classifier on a vision tower -> that tower's type.
+"""
+
+CLASSIFIER = "SiglipForImageClassification"
+"""A vision tower whose head sees the mean of all tokens, and no text tower."""
+
 NOT_READ = {
-    "clip": "it also has a text tower; save its vision_model alone (type clip_vision_model)",
-    "siglip": "it also has a text tower; save its vision_model alone (type siglip_vision_model)",
     "siglip2_vision_model": "its images have any shape, and there is one size here",
     "dinov2_with_registers": "its register tokens have no counterpart here",
     "dinov3_vit": "its positions are rotary, and they are a learned table here",
@@ -84,6 +89,8 @@ HARMLESS = frozenset(
         "encoder_stride", "use_mask_token", "pooler_act", "pooler_output_size",
         "out_features", "out_indices", "stage_names", "apply_layernorm",
         "reshape_hidden_states", "num_image_tokens",
+        # The text tower, and the scale of a contrastive loss at first.
+        "text_config", "text_config_dict", "logit_scale_init_value",
         # Text generation, which old versions wrote into every file.
         "max_length", "min_length", "temperature", "top_k", "top_p", "typical_p", "num_beams",
         "num_beam_groups", "num_return_sequences", "repetition_penalty", "length_penalty",
@@ -102,6 +109,7 @@ class Stated:
       num_labels: classes; None where it says nothing.
       projection_dim: columns of a projection; None where it says nothing.
       has_head: the folder is that of a classifier, or has a projection.
+      tower: the type of the vision tower; `model_type` where that is all there is.
     """
 
     config: VitConfig
@@ -109,6 +117,7 @@ class Stated:
     num_labels: int | None
     projection_dim: int | None
     has_head: bool
+    tower: str
 
 
 def read_config(folder: Path, keys: Mapping[str, Any]) -> Stated:
@@ -116,35 +125,61 @@ def read_config(folder: Path, keys: Mapping[str, Any]) -> Stated:
 
     Args:
       folder: for messages.
-      keys: content of config.json, whose `model_type` is one of `KINDS`.
+      keys: content of config.json, whose `model_type` is one of `KINDS` or `WHOLE`.
 
     Raises:
       ValueError: it is damaged, contradicts itself, or describes what cannot be computed here; the
         message names file, key, value and remedy.
     """
+    if keys["model_type"] in WHOLE:
+        return _whole(folder, keys)
     return _VitKeys(folder, keys).stated()
+
+
+def _whole(folder: Path, keys: Mapping[str, Any]) -> Stated:
+    """What the config.json of a model with a text tower, or of SigLIP's classifier, states."""
+    outer, kind = Keys(folder, keys), keys["model_type"]
+    outer.check_plain()
+    names = [name for name in outer.get("architectures", list, []) if isinstance(name, str)]
+    # What old versions wrote beside it decides, as in transformers.
+    inside = "vision_config_dict" if keys.get("vision_config_dict") else "vision_config"
+    tower = {"model_type": WHOLE[kind], **outer.get(inside, dict, {})}
+    outer.value("vision_config")
+    if tower["model_type"] != WHOLE[kind]:
+        raise outer.refused(inside, f"its model_type should be {WHOLE[kind]}")
+    classifies = kind == "siglip" and CLASSIFIER in names
+    stated = _VitKeys(folder, tower, inside).stated(pooled=not classifies)
+    labels = _num_labels(outer)
+    projection = outer.size("projection_dim") or 512 if kind == "clip" else None
+    outer.refuse_unknown(kind, HARMLESS)
+    pool: Pool = "mean" if classifies else stated.config.pool
+    return dataclasses.replace(
+        stated,
+        config=dataclasses.replace(stated.config, pool=pool),
+        num_labels=labels if classifies else None,
+        projection_dim=projection,
+        has_head=classifies or "CLIPModel" in names,
+    )
 
 
 class _VitKeys(Keys):
     """What the keys of a vision transformer's config.json state."""
 
-    def __init__(self, folder: Path, keys: Mapping[str, Any]):
-        super().__init__(folder, keys)
+    def __init__(self, folder: Path, keys: Mapping[str, Any], inside: str = ""):
+        super().__init__(folder, keys, inside)
         self._type: str = keys["model_type"]
         self._kind = KINDS[self._type]
 
-    def stated(self) -> Stated:
+    def stated(self, *, pooled: bool = True) -> Stated:
+        """What they state; `pooled` where SigLIP's attention pooling counts."""
         self.check_plain()
         kind = self._kind
         patch = self._side("patch_size", kind.patch_size)
         image = self._side("image_size", 224)
         if image < patch:
             raise self.refused("image_size", f"an image is smaller than a patch, {patch}")
-        heads, width = self._size("num_attention_heads"), self._size("hidden_size")
-        if width % heads:
-            raise self.refused(
-                "num_attention_heads", f"hidden_size {width} does not divide into so many"
-            )
+        heads, width = self.needed("num_attention_heads"), self.needed("hidden_size")
+        self.check_heads(width, heads)
         mlp_dim, activations = self._mlp(width)
         settings: dict[str, Any] = {
             "num_classes": 0,
@@ -152,7 +187,7 @@ class _VitKeys(Keys):
             "image_size": image // patch * patch,
             "patch_size": patch,
             "emb_dim": width,
-            "num_layers": self._size("num_hidden_layers"),
+            "num_layers": self.needed("num_hidden_layers"),
             "num_heads": heads,
             "mlp_dim": mlp_dim,
             "pool": kind.pool,
@@ -170,26 +205,21 @@ class _VitKeys(Keys):
         stated = Stated(
             config,
             qkv_bias=self.get("qkv_bias", bool, True) if self._type in ("vit", "dinov2") else True,
-            num_labels=self._num_labels(),
+            num_labels=_num_labels(self),
             projection_dim=self.size("projection_dim"),
             has_head=any(
                 isinstance(name, str)
                 and name.endswith(("ForImageClassification", "WithProjection"))
                 for name in self.get("architectures", list, [])
             ),
+            tower=self._type,
         )
-        if kind.pool == "map" and not self.get("vision_use_head", bool, True):
+        if kind.pool == "map" and not self.get("vision_use_head", bool, True) and pooled:
             raise self.refused(
                 "vision_use_head", "without its attention pooling the model has no features"
             )
         self.refuse_unknown(self._type, HARMLESS)
         return stated
-
-    def _size(self, key: str) -> int:
-        value = self.size(key)
-        if value is None:
-            raise self.lacks(key, "it cannot be seen in the tensors. Copy the file again")
-        return value
 
     def _side(self, key: str, default: int) -> int:
         """The side of a square, stated once or for height and width."""
@@ -202,26 +232,28 @@ class _VitKeys(Keys):
 
     def _mlp(self, width: int) -> tuple[int, tuple[str, ...]]:
         """The hidden size of MLPs, and their activations."""
-        kind, name = self._kind, self.get("hidden_act", str, self._kind.activation)
-        if name not in ACTIVATIONS:
-            raise self.refused(
-                "hidden_act",
-                f"this activation is not supported; known are {', '.join(sorted(ACTIVATIONS))}",
-            )
+        kind, key = self._kind, "hidden_act"
+        ours = self.activation(key, self.get(key, str, kind.activation), ACTIVATIONS)
         if kind.mlp_ratio is None:
-            return self._size("intermediate_size"), (ACTIVATIONS[name],)
+            return self.needed("intermediate_size"), (ours,)
         if self.value("intermediate_size") is not None:
             raise self.refused("intermediate_size", "this type of model states its mlp_ratio")
         ratio = self.number("mlp_ratio", kind.mlp_ratio, below=1 << 16) or kind.mlp_ratio
-        inner = int(width * ratio)
-        if self.get("use_swiglu_ffn", bool, False):
-            # hidden_act is not asked then; widths are multiples of 8.
-            return (int(inner * 2 / 3) + 7) // 8 * 8, ("silu", "linear")
-        return inner, (ACTIVATIONS[name],)
+        gated = self.get("use_swiglu_ffn", bool, False)
+        inner = gated_width(int(width * ratio), gated=gated)
+        if gated:  # hidden_act is not asked then.
+            return inner, ("silu", "linear")
+        return inner, (ours,)
 
-    def _num_labels(self) -> int | None:
-        """Classes that are named, or counted."""
-        labels, count = self.get("id2label", dict, None), self.size("num_labels")
-        if labels and count is not None and len(labels) != count:
-            raise self.refused("num_labels", f"id2label names {len(labels)}. Correct one of them")
-        return len(labels) if labels else count
+
+def gated_width(inner: int, *, gated: bool) -> int:
+    """Hidden units of DINOv2's MLPs: of those that are gated two thirds, a multiple of 8."""
+    return (int(inner * 2 / 3) + 7) // 8 * 8 if gated else inner
+
+
+def _num_labels(keys: Keys) -> int | None:
+    """Classes that are named, or counted."""
+    labels, count = keys.get("id2label", dict, None), keys.size("num_labels")
+    if labels and count is not None and len(labels) != count:
+        raise keys.refused("num_labels", f"id2label names {len(labels)}. Correct one of them")
+    return len(labels) if labels else count

@@ -7,18 +7,25 @@ config.json says otherwise.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.checkpoints.huggingface.base import Computed, Export, Sources, WritingOptions
+from upcycle_jax.checkpoints.huggingface.base import Computed, Leaf, Sources
+from upcycle_jax.checkpoints.huggingface.beside import FOLDER, Beside, at, tensors_behind
 from upcycle_jax.checkpoints.huggingface.comparing import compare, few, numbered
-from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles, shown
-from upcycle_jax.checkpoints.huggingface.vit.config_json import SIZES, Stated, read_config
-from upcycle_jax.checkpoints.huggingface.vit.tensors import NAMES, layout
-from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.checkpoints.huggingface.files import CONFIG, WeightFiles, load_json, shown
+from upcycle_jax.checkpoints.huggingface.vit.config_json import (
+    KINDS,
+    SIZES,
+    WHOLE,
+    Stated,
+    read_config,
+)
+from upcycle_jax.checkpoints.huggingface.vit.tensors import layout, names_of
 from upcycle_jax.models.vit.config import VitConfig
 from upcycle_jax.state_tree import TARGET
+from upcycle_jax.trees import LeafSpec
 
 _UNUSED = re.compile(
     r"(?:\w+\.)?(?:embeddings\.(?:position_ids|mask_token)|pooler\.dense\.(?:weight|bias))"
@@ -26,6 +33,14 @@ _UNUSED = re.compile(
 """The numbers of positions, the stand-in for masked patches, and ViT's pooler, a layer behind the
 features that no classifier uses.
 """
+
+_NUMBERS = "position_ids"
+"""The end of the names of tables of numbers, which nobody needs."""
+
+_TEXT = re.compile(
+    r"text_model\..+|text_projection\.(?:weight|bias)|logit_scale|logit_bias|vision_model\.head\..+"
+)
+"""What a model has beside its vision tower, and what a classifier has and does not use."""
 
 
 class VitLayout:
@@ -55,19 +70,44 @@ class VitLayout:
     def sources(self, weights: WeightFiles) -> dict[str, Sources | Computed]:
         return _Placing(self._folder, self._keys, self._stated, weights).sources()
 
+    def beside(self, weights: WeightFiles, sources: Mapping[str, Sources | Computed]) -> Beside:
+        """See `beside.LayoutWithMore`."""
+        return Beside(
+            self._folder, self._keys, tensors_beside(weights, tensors_behind(sources.values()))
+        )
 
-def not_written(reader: CheckpointReader, options: WritingOptions) -> Export | None:
-    """See `base.FolderFamily.export`.
+
+def in_folder(folder: Path) -> Beside | None:
+    """What lies beside the vision transformer in a folder, of Hugging Face or as `beside.carry`
+    wrote it; None where there is none.
 
     Raises:
-      ValueError: it is a vision transformer: their folders are read alone.
+      FileNotFoundError: there is no config.json.
+      ValueError: it is damaged.
     """
-    if f"{TARGET}embedding/kernel" not in reader.specs():
+    keys = load_json(folder, CONFIG)
+    if keys.get("model_type") not in (*KINDS, *WHOLE):
         return None
-    raise ValueError(
-        f"{reader.path} is a vision transformer: these are not written as Hugging Face folders;"
-        " convert it to orbax"
-    )
+    if folder.name == FOLDER:
+        return at(folder)
+    found, weights = VitLayout(folder, keys), WeightFiles(folder)
+    return found.beside(weights, found.sources(weights))
+
+
+def tensors_beside(weights: WeightFiles, placed: Set[str]) -> dict[str, Leaf]:
+    """What a folder holds beside the vision transformer: its text tower, a pooler, a mask token.
+
+    Args:
+      weights: of the folder.
+      placed: names of the tensors that leaves are made of.
+    """
+
+    def leaf(name: str) -> Leaf:
+        spec = LeafSpec(weights.tensors[name].shape, weights.dtype(name))
+        return Leaf(spec, lambda index: weights.read(name, index))
+
+    names = sorted(weights.tensors.keys() - placed)
+    return {name: leaf(name) for name in names if not name.endswith(_NUMBERS)}
 
 
 class _Placing:
@@ -76,9 +116,10 @@ class _Placing:
     def __init__(self, folder: Path, keys: Mapping[str, Any], stated: Stated, weights: WeightFiles):
         self._folder, self._stated, self._weights = folder, stated, weights
         self._type: str = keys["model_type"]
-        sizes = [(key, keys.get(key)) for key in SIZES]
+        tower = (keys.get("vision_config") or {}) if self._type in WHOLE else {}
+        sizes = [(key, {**keys, **tower}.get(key)) for key in SIZES]
         self._given = ", ".join(f"{key} {value}" for key, value in sizes if value is not None)
-        names = NAMES[self._type]
+        names = names_of(stated, self._type)
         has_base = any(name.startswith(names.base) for name in weights.tensors)
         self._names = names if has_base else dataclasses.replace(names, base="")
 
@@ -87,11 +128,14 @@ class _Placing:
         tensors, stated = self._weights.tensors, self._stated
         config = dataclasses.replace(stated.config, num_classes=self._num_classes())
         places = layout(self._names, config, qkv_bias=stated.qkv_bias)
+        unused = {name for name in tensors if _UNUSED.fullmatch(name)}
+        if self._type in WHOLE:
+            unused |= {name for name in tensors if _TEXT.fullmatch(name)}
         compare(
             self._folder,
             self._weights,
             places.shapes,
-            ignored={name for name in tensors if _UNUSED.fullmatch(name)},
+            ignored=unused,
             kind=f"a {self._type} model",
             describes=_words(config, stated),
             given=self._given,
@@ -100,13 +144,13 @@ class _Placing:
 
     def _num_classes(self) -> int:
         """Columns of the head; 0 for none."""
+        if self._names.head != "classifier" and "classifier.weight" in self._weights.tensors:
+            raise ValueError(
+                f"{self._folder} is a classifier of type {self._type}, whose head sees more than"
+                " the features (of DINOv2 the mean of all patches beside the class token, of CLIP"
+                " that mean alone). Save the model inside it alone"
+            )
         if self._names.head is None:
-            if "classifier.weight" in self._weights.tensors:
-                raise ValueError(
-                    f"{self._folder} is a classifier of type {self._type}, whose head sees more"
-                    " than the features (of DINOv2 the mean of all patches beside the class token)."
-                    " Save the model inside it alone"
-                )
             return 0
         stored = self._weights.tensors.get(f"{self._names.head}.weight")
         if stored is None and not self._stated.has_head:

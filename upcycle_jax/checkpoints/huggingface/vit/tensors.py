@@ -17,6 +17,7 @@ from upcycle_jax.checkpoints.huggingface.base import (
     Sources,
     consecutive,
 )
+from upcycle_jax.checkpoints.huggingface.vit.config_json import Stated
 from upcycle_jax.layers.mlp import input_kernel_names
 from upcycle_jax.models.vit.config import STACK, VitConfig
 
@@ -104,6 +105,20 @@ NAMES: Mapping[str, Names] = {
     ),
 }
 """By `model_type`."""
+
+
+def names_of(stated: Stated, model_type: str) -> Names:
+    """The names of a model's tensors.
+
+    Args:
+      stated: by config.json.
+      model_type: the model's; not that of its tower.
+    """
+    names = NAMES[stated.tower]
+    if model_type == "siglip" and stated.has_head:
+        return dataclasses.replace(names, head="classifier")
+    return names
+
 
 _POOLING = "head."
 """SigLIP's attention pooling."""
