@@ -34,6 +34,7 @@ from upcycle_jax.training.metric_writers import MetricWriter, progress_line
 from upcycle_jax.training.prepare import PreparedRun
 from upcycle_jax.training.progress import LossWatch, Window
 from upcycle_jax.training.restore import RECENT_LOSSES, Source, Start
+from upcycle_jax.training.routing_check import RoutingCheck
 from upcycle_jax.training.run_start import RUN_START
 from upcycle_jax.training.saving import Saver
 from upcycle_jax.training.spikes import LossHistory, OnSpike
@@ -276,6 +277,7 @@ class _Loop:
             batch_size=settings.train_dataset_cfg.batch_size,
             flops_per_step=cost.train_flops_per_step,
         )
+        self._routing = RoutingCheck(settings.model.stacks.values())
         self._utilisation = Utilisation.of_run(
             model_flops=cost.train_flops_per_step,
             hardware_flops=cost.hardware_flops_per_step,
@@ -422,6 +424,7 @@ class _Loop:
         if self._watch.skipped:
             values["skipped_updates"] = float(self._watch.skipped)
         self._write("train", values)
+        self._routing.look(values)
         speed, tokens = values["timing/steps_per_second"], values["timing/target_tokens_per_second"]
         _log.info(
             "%s",
