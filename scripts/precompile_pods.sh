@@ -18,6 +18,7 @@ if ! (($#)); then
     set -- base_dense base_upcycled large_dense large_upcycled xl_dense xl_upcycled
     set -- "$@" llama_3_2_1b_{dense,upcycled} llama_3_8b_{dense,upcycled}
     set -- "$@" qwen3_0_6b_{dense,upcycled} qwen3_8b_{dense,upcycled}
+    set -- "$@" vit_b16_{dense,upcycled} vit_l16_{dense,upcycled}
 fi
 head=1
 for name in "$@"; do

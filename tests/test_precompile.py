@@ -12,8 +12,9 @@ import pytest
 
 from upcycle_jax import config, precompile
 from upcycle_jax.config.search import shipped_files, shipped_folder
-from upcycle_jax.config.stand_ins import STAND_INS
+from upcycle_jax.config.stand_ins import stand_ins
 from upcycle_jax.costs.hardware import GIB
+from upcycle_jax.models.base import stack_lengths
 from upcycle_jax.planning import topologies
 from upcycle_jax.planning.topologies import Chip, Topology
 
@@ -50,7 +51,7 @@ def test_a_slice_must_be_named(on_cpu, capsys):
 
 def test_there_is_a_pod_configuration_for_every_model():
     sizes = {
-        "sparse_upcycling": ("base", "large", "xl"),
+        "sparse_upcycling": ("base", "large", "xl", "vit_b16", "vit_l16"),
         "language_models": ("llama_3_2_1b", "llama_3_8b", "qwen3_0_6b", "qwen3_8b"),
     }
     assert set(PODS) == {
@@ -63,8 +64,7 @@ def test_there_is_a_pod_configuration_for_every_model():
 
 @pytest.mark.parametrize("name", PODS)
 def test_pod_configurations_build_and_divide_over_their_slice(name):
-    bindings = [f"{macro}={value!r}" for macro, value in STAND_INS.items()]
-    loaded = config.load([name], bindings)
+    loaded = config.load([name], stand_ins(config.load([name])))
     run = loaded.build("train").keywords
     generation, _, shape = loaded.macro("TOPOLOGY").partition(":")
     devices = math.prod(map(int, shape.split("x")))
@@ -79,10 +79,8 @@ def test_pod_configurations_build_and_divide_over_their_slice(name):
         == (run["checkpoint_cfg"].restore.recipe is not None)
     )
     if moe is not None:
-        tokens = [
-            dataset.batch_size // devices * length
-            for length in dataset.task_feature_lengths.values()
-        ]
+        stacks = stack_lengths(run["model"], dataset.task_feature_lengths)
+        tokens = [dataset.batch_size // devices * length for length in stacks.values()]
         assert all(count % moe.group_size == 0 for count in tokens), (
             "groups lie whole on one device"
         )

@@ -12,14 +12,17 @@ STAND_INS = {
     "INITIAL_CHECKPOINT_PATH": "none",
 }
 """Macros that are needed to build a run, and of no consequence for its programs."""
+_OF_IMAGES = {"MIXTURE_OR_TASK_NAME": "glyphs"}
+"""The same of runs on images, which know tasks by name."""
 
 
 def stand_ins(loaded: Config) -> list[str]:
     """Bindings of those macros that the files ask for and nothing sets."""
     macros = loaded.bindings.macros
+    values = STAND_INS | (_OF_IMAGES if "IMAGE_ARRAYS" in macros else {})
     return [
         f"{name}={value!r}"
-        for name, value in STAND_INS.items()
+        for name, value in values.items()
         if name in macros and not loaded.has_macro(name)
     ]
 
