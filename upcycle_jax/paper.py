@@ -6,6 +6,7 @@ Examples:
     python -m upcycle_jax.paper list
     python -m upcycle_jax.paper table1
     python -m upcycle_jax.paper figure2 --results=/data/runs --format=markdown
+    python -m upcycle_jax.paper findings
 
 Each number of the paper says how it is known: printed, read off a figure's image, or estimated by
 eye. Runs are found below the results folder by what their manifests say: those of the paper's
@@ -38,9 +39,14 @@ def _parser() -> argparse.ArgumentParser:
         "exhibit",
         nargs="+",
         metavar="TABLE|FIGURE",
-        help="'list', 'all', or names such as table1, figure2, b7",
+        help="'list', 'all', 'findings', or names such as table1, figure2, b7",
     )
-    parser.add_argument("--results", metavar="DIR", help="folder with MODEL_DIRs, at any depth")
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        help="folder with MODEL_DIRs, at any depth; of 'findings': with stored studies (default"
+        " results/findings)",
+    )
     parser.add_argument(
         "--format", choices=("text", "markdown", "json"), default="text", help="default text"
     )
@@ -67,6 +73,23 @@ def _load_config(gin_file: str) -> "ModelConfig":
     return config.load([gin_file]).macro("MODEL").config
 
 
+def _findings(folder: str, style: str) -> int:
+    """Prints every claim of the paper with what the studies stored in `folder` say to it."""
+    from upcycle_jax.papers import findings, findings_text
+    from upcycle_jax.text import Format, json_text
+
+    try:
+        found = findings.findings(folder)
+    except ValueError as error:
+        print(f"upcycle_jax.paper: error: {printable_lines(error)}", file=sys.stderr)
+        return 2
+    if Format(style) == Format.JSON:
+        print(json_text(findings_text.as_json(found, folder)))
+    else:
+        show(findings_text.render(found, folder, Format(style)))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the exhibits and returns the exit code: 1 where a size of table 1 differs from the
     printed one, 2 for bad input.
@@ -75,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "JAX_PLATFORMS", "cpu"
     )  # only shapes are computed: do not take hold of an accelerator
     arguments = _parser().parse_args(argv)
+    if arguments.exhibit == ["findings"]:
+        return _findings(arguments.results or "results/findings", arguments.format)
 
     from upcycle_jax.papers import exhibits
     from upcycle_jax.papers.commands import Places
