@@ -10,6 +10,7 @@ from upcycle_jax.models.t5.config import MoeConfig
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import TokensChoose
 from upcycle_jax.surgery.recipe_json import from_json, to_json
+from upcycle_jax.trees import LeafSpec
 
 ROUTER = "target/encoder/layers_1/mlp/router/router_weights/w/kernel"
 
@@ -152,3 +153,28 @@ def test_records_of_earlier_versions_read_the_same():
     assert repr(MoeConfig(aux_loss="joint", encoder_router=TokensChoose())).endswith(
         "independent=False, aux_loss='joint')"
     )
+
+
+HEAD = ("target/head/kernel", *(f"state/param_states/head/kernel/{s}" for s in ("m", "v")))
+
+
+def test_a_head_for_other_classes_starts_at_zero(small):
+    """Of another size than the source's, which is dropped, with its slots; all else is carried."""
+    source, target = (small.tree(sparse=sparse) for sparse in ((), (1,)))
+    for tree, classes in ((source, 7), (target, 3)):
+        tree |= {path: LeafSpec((8, classes), np.dtype(np.float32)) for path in HEAD}
+    recipe = surgery.Recipe(optimizer_state="tiled", zeroed="head/.*")
+    assert recipe.zeroed == ("head/.*",) and from_json(to_json(recipe)) == recipe
+    plan = surgery.make_plan(source, target, recipe)
+    rows = {row.target: row for row in plan.rows}
+    assert {(rows[path].operation.name, rows[path].sources) for path in HEAD} == {("zeros", ())}
+    reason = "the recipe starts it at zero"
+    assert {item.source: item.reason for item in plan.dropped} == dict.fromkeys(HEAD, reason)
+    with pytest.raises(
+        ValueError, match=r"A head for other classes .* Recipe.zeroed = 'head/\.\*'"
+    ):
+        surgery.make_plan(source, target, surgery.Recipe())
+    with pytest.raises(ValueError, match="Recipe.zeroed: 'heads' fits no parameter of the model"):
+        surgery.make_plan(source, target, surgery.Recipe(zeroed="heads"))
+    with pytest.raises(ValueError, match=r"Recipe.zeroed: 'head\(' is no regular expression"):
+        surgery.Recipe(zeroed="head(")

@@ -51,6 +51,11 @@ def parameter_of(slot: str) -> str:
     return TARGET + slot.removeprefix(PARAM_STATES).rpartition("/")[0]
 
 
+def _of_parameter(name: str) -> str:
+    """Full path of the parameter that a leaf is, or belongs to."""
+    return parameter_of(name) if name.startswith(PARAM_STATES) else name
+
+
 class Matching(abc.ABC):
     """What every kind of conversion shares: collecting rows, uses, drops and faults."""
 
@@ -60,6 +65,7 @@ class Matching(abc.ABC):
         self.faults: list[str] = []
         self.remedies: list[str] = []
         self.drops: dict[str, str] = {}
+        self.zeroed = tuple(re.compile(pattern) for pattern in getattr(recipe, "zeroed", ()))
 
     def plan(self) -> Plan:
         """The plan.
@@ -68,6 +74,7 @@ class Matching(abc.ABC):
           ValueError: see `make_plan`.
         """
         self.check()
+        self.check_zeroed()
         for path, spec in sorted(
             self.target.items(), key=lambda item: (item[0].startswith(STATE), item[0])
         ):
@@ -76,6 +83,8 @@ class Matching(abc.ABC):
             elif path.startswith(PARAM_STATES):
                 if not self.faults:  # Slots of parameters that do not fit would only repeat it.
                     self.slot(path, spec)
+            elif self.is_zeroed(path):
+                self.add(path, spec, Zeros(), ())
             else:
                 self.parameter(path, spec)
         self.account()
@@ -94,6 +103,22 @@ class Matching(abc.ABC):
     def check(self) -> None:
         """Raises a ValueError where the two trees are not of this kind of conversion."""
 
+    def check_zeroed(self) -> None:
+        """Raises ValueError where the recipe starts nothing of the target at zero that it names."""
+        parameters = [path.removeprefix(TARGET) for path in self.target if path.startswith(TARGET)]
+        for pattern in self.zeroed:
+            if not any(pattern.fullmatch(path) for path in parameters):
+                raise ValueError(
+                    f"Recipe.zeroed: {pattern.pattern!r} fits no parameter of the model, such as"
+                    f" {min(parameters, default='none')}: it must fit a whole path (python -m"
+                    " upcycle_jax.model_info lists them)"
+                )
+
+    def is_zeroed(self, path: str) -> bool:
+        """Whether the recipe starts a parameter, by full path, at zero."""
+        bare = path.removeprefix(TARGET)
+        return any(pattern.fullmatch(bare) for pattern in self.zeroed)
+
     @abc.abstractmethod
     def parameter(self, path: str, spec: LeafSpec) -> None:
         """Adds the row of a parameter of the target."""
@@ -108,7 +133,7 @@ class Matching(abc.ABC):
 
     def slot(self, path: str, spec: LeafSpec) -> None:
         """Adds the row of an optimizer slot of the target."""
-        if self.recipe.optimizer_state == "reset":
+        if self.recipe.optimizer_state == "reset" or self.is_zeroed(parameter_of(path)):
             self.add(path, spec, Zeros(), ())
             return
         if not any(name.startswith(PARAM_STATES) for name in self.source):
@@ -238,7 +263,7 @@ class Matching(abc.ABC):
             self.remedies.append(
                 remedy
                 or "Remedy: choose the model file of the source's size, or the source of the"
-                " model's."
+                " model's. A head for other classes starts at zero with Recipe.zeroed = 'head/.*'."
             )
         self.rows.append(Row(path, spec, operation, tuple(sources), specs, layer))
 
@@ -251,7 +276,10 @@ class Matching(abc.ABC):
             if name in used or (not parameters_fit and PARAM_STATES in name):
                 continue
             bare = PARENT.fullmatch(name)
-            reason = self.drop_reason(bare.group(2) if bare else name, spec)
+            bare_name = bare.group(2) if bare else name
+            reason = self.drop_reason(bare_name, spec)
+            if reason is None and self.is_zeroed(_of_parameter(bare_name)):
+                reason = "the recipe starts it at zero"
             if reason is None and any(pattern.fullmatch(name) for pattern in drop):
                 reason = "named in Recipe.drop"
             if reason is not None:

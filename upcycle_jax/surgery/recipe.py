@@ -190,9 +190,12 @@ class Recipe:
       position_interpolation: how the positions of a vision transformer's patches are taken over
         where the target's images have another size (`position_grids.Interpolation`): 'bilinear'
         as big_vision, vit_jax and V-MoE, 'bicubic' as Hugging Face, 'bicubic_antialiased' as timm.
-        The position of a class token stays. None: sizes must agree. Where it is set, the source
-        may have experts already: they are carried over as they are. Optimizer slots of
+        The position of a class token stays. None: sizes must agree. Where this or `zeroed` is set,
+        the source may have experts already: they are carried over as they are. Optimizer slots of
         interpolated positions start at zero.
+      zeroed: regular expressions of the model's parameters that start at zero, whatever the source
+        has, as a head for other classes: 'head/.*'. What the source has in their place is dropped;
+        their optimizer slots start at zero.
     """
 
     expert_init: Annotated[
@@ -210,6 +213,7 @@ class Recipe:
     position_interpolation: Interpolation | None = dataclasses.field(
         default=None, metadata=checks.ADDED
     )
+    zeroed: str | tuple[str, ...] = dataclasses.field(default=(), metadata=checks.ADDED)
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -226,17 +230,8 @@ class Recipe:
                 f"Recipe.router_init is {self.router_init!r}, which initialises experts: write"
                 " @NormalRouter() or another router's, and Recipe.expert_init for this"
             )
-        object.__setattr__(
-            self, "drop", (self.drop,) if isinstance(self.drop, str) else tuple(self.drop)
-        )
-        for pattern in self.drop:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"Recipe.drop: {pattern!r} is no regular expression ({error}); a dot is"
-                    " written \\."
-                ) from None
+        self._set_patterns("drop")
+        self._set_patterns("zeroed")
         if self.optimizer_state not in OPTIMIZER_STATES:
             raise ValueError(
                 f"Recipe.optimizer_state is {self.optimizer_state!r}: choose one of"
@@ -263,6 +258,24 @@ class Recipe:
                 "optimizer_state='tiled' needs experts of the dense MLP's shape, which"
                 f" {type(self.expert_init).__name__} does not give: choose 'dense_only' or 'reset'"
             )
+
+    def _set_patterns(self, name: str) -> None:
+        """Makes a field a tuple of regular expressions.
+
+        Raises:
+          ValueError: one is none.
+        """
+        given = getattr(self, name)
+        patterns = (given,) if isinstance(given, str) else tuple(given)
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Recipe.{name}: {pattern!r} is no regular expression ({error}); a dot is"
+                    " written \\."
+                ) from None
+        object.__setattr__(self, name, patterns)
 
 
 @dataclasses.dataclass(frozen=True)
