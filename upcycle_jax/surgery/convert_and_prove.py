@@ -271,7 +271,7 @@ def why_no_function_check(plan: Plan, check: str) -> str:
     experts = [row for row in plan.rows if row.spec.role is Role.EXPERT]
     if not experts:
         return "the target has no experts"
-    if plan.interpolated and not any(row.operation.stacked for row in experts):
+    if plan.replaced and not any(row.operation.stacked for row in experts):
         return "the source's experts are carried over as they are"
     return ""
 

@@ -106,8 +106,8 @@ def check_function(
     sources, configured = Sources.of(plan, sparse), sparse.in_float32()
     dense, parts = sources.source.in_float32(), Parts.of(plan.recipe, sparse.config.moe)
     block_bytes = max_memory // 8
-    if plan.interpolated:
-        replaced = [row.target for row in plan.interpolated]
+    if plan.replaced:
+        replaced = [row.target for row in plan.replaced]
         dense_reader = Overlaid(dense_reader, sparse_reader, replaced)
     dense_weights, sparse_weights = (
         LayerWeights(reader, model.param_specs(), block_bytes=block_bytes)

@@ -69,7 +69,7 @@ def make_plan(
         matching = Enlarging(source, target, recipe, recipe.expert_init)
     elif isinstance(recipe.expert_init, ParentExperts):
         matching = _Parents(source, target, recipe, recipe.expert_init)
-    elif recipe.position_interpolation is not None and has_experts(source):
+    elif (recipe.position_interpolation or recipe.zeroed) and has_experts(source):
         matching = _Carrying(source, target, recipe)
     else:
         matching = _Upcycling(source, target, recipe)
@@ -202,7 +202,9 @@ class _Upcycling(Matching):
 
 
 class _Carrying(Matching):
-    """A model with experts for images of another size: everything else stays."""
+    """A model with experts for images of another size, or for other classes: everything else
+    stays.
+    """
 
     def check(self) -> None:
         if not has_experts(self.target):

@@ -12,7 +12,7 @@ from upcycle_jax.trees import LeafSpec
 
 class Overlaid:
     """A reader with leaves of another: a source whose positions are those of the result, so that
-    both take images of one size.
+    both take images of one size, or whose head is.
 
     Attributes:
       reader: the checkpoint.
@@ -31,10 +31,7 @@ class Overlaid:
     def specs(self) -> dict[str, LeafSpec]:
         """Specs of its leaves."""
         others = self.other.specs()
-        return {
-            name: others[name] if name in self.replaced else spec
-            for name, spec in self.reader.specs().items()
-        }
+        return {**self.reader.specs(), **{name: others[name] for name in self.replaced}}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A leaf, or a part of it."""

@@ -1,6 +1,7 @@
 """The plan: one row per target leaf, before anything is read or written."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from upcycle_jax.surgery.keys import KeySource, key_source
 from upcycle_jax.surgery.operations import InterpolatePositions, Movement, Operation, Tile
 from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.surgery.recipe_json import to_json
-from upcycle_jax.trees import LeafSpec
+from upcycle_jax.trees import LeafSpec, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,24 @@ class Plan:
     def interpolated(self) -> tuple[Row, ...]:
         """The rows of positions that are interpolated to another grid."""
         return tuple(row for row in self.rows if isinstance(row.operation, InterpolatePositions))
+
+    @property
+    def zeroed(self) -> tuple[Row, ...]:
+        """The rows of parameters that start at zero because the recipe names them."""
+        patterns = getattr(self.recipe, "zeroed", ())
+        return tuple(
+            row
+            for row in self.rows
+            if row.is_parameter
+            and any(re.fullmatch(pattern, row.target.removeprefix(TARGET)) for pattern in patterns)
+        )
+
+    @property
+    def replaced(self) -> tuple[Row, ...]:
+        """The rows of dense parameters that are no longer the source's: a source is compared with
+        the result that has the result's.
+        """
+        return (*self.interpolated, *(row for row in self.zeroed if row.spec.role is Role.DENSE))
 
     def json(self) -> dict[str, Any]:
         """The plan as plain JSON; nothing is abbreviated."""

@@ -10,6 +10,7 @@ from upcycle_jax.models.layerwise import LayerwiseModel
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.policy import layer_sizes
 from upcycle_jax.moe.routing import Router
+from upcycle_jax.state_tree import TARGET
 from upcycle_jax.surgery.plan import Plan
 from upcycle_jax.surgery.recipe import (
     MergeRecipe,
@@ -21,22 +22,26 @@ from upcycle_jax.surgery.recipe import (
     ZeroRouter,
 )
 from upcycle_jax.surgery.verdict import Prediction, Verdict
+from upcycle_jax.trees import Role
 from upcycle_jax.types import Batch
 
 
 def predict(plan: Plan, sparse: Model, batch: Batch) -> Prediction:
     """What the sparse model's function should be to the source's on such a batch. Where positions
-    are interpolated, the source has the result's.
+    are interpolated, or a head starts at zero, the source has the result's.
 
     Raises:
       ValueError: the batch does not divide into routing groups, or `MoreExperts` cannot tell how
         many experts per token the source chose.
     """
     found = _predict(plan, sparse, batch)
-    if not plan.interpolated:
-        return found
-    how = plan.interpolated[0].what
-    reason = f"{found.reason}; the source with the result's positions ({how})"
+    reason = found.reason
+    if plan.interpolated:
+        how = plan.interpolated[0].what
+        reason += f"; the source with the result's positions ({how})"
+    if plan.zeroed:
+        paths = ", ".join(row.target.removeprefix(TARGET) for row in plan.zeroed)
+        reason += f"; the source with {paths} at zero, too"
     return dataclasses.replace(found, reason=reason)
 
 
@@ -47,6 +52,8 @@ def _predict(plan: Plan, sparse: Model, batch: Batch) -> Prediction:
         return Prediction(Verdict.NOT_PRESERVED, "experts are merged")
     if recipe.depth is not None:
         return Prediction(Verdict.NOT_PRESERVED, "the depth changes")
+    if any(row.spec.role is not Role.DENSE for row in plan.zeroed):
+        return Prediction(Verdict.NOT_PRESERVED, "parameters of MoE layers start at zero")
     if not recipe.expert_init.preserves_function:
         return Prediction(
             Verdict.NOT_PRESERVED, f"{type(recipe.expert_init).__name__} changes the experts"

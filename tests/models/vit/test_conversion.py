@@ -109,3 +109,25 @@ def test_experts_are_carried_to_another_size(archive, tmp_path, capsys):
             np.testing.assert_array_equal(after.read(name), before.read(name))
         else:
             assert spec.shape == (1, 25, 16)
+
+
+def test_a_head_for_other_classes_starts_at_zero(archive, tmp_path, capsys):
+    """The rest is compared with the source, whose head is at zero too; the experts are carried to
+    yet other classes.
+    """
+    first, second = tmp_path / "three", tmp_path / "four"
+    head = "--gin.Recipe.zeroed='head/.*'"
+    room = "--gin.EVAL_EXPERT_CAPACITY_FACTOR=4.0"
+    assert upcycle.main(words(archive, first, head, room, "--gin.NUM_CLASSES=3")) == 0
+    said = capsys.readouterr().out
+    assert "function check: PASSED; predicted: exact" in said
+    assert "the source with head/bias, head/kernel at zero, too" in said
+    assert (open_checkpoint(first).read("target/head/kernel") == np.zeros((16, 3))).all()
+
+    assert upcycle.main(words(first, second, "--gin.NUM_CLASSES=4")) == 2
+    assert upcycle.main(words(first, second, head, "--gin.NUM_CLASSES=4")) == 0
+    before, after = open_checkpoint(first), open_checkpoint(second)
+    assert after.spec("target/head/kernel").shape == (16, 4)
+    for name in after.specs():
+        if "head/" not in name:
+            np.testing.assert_array_equal(after.read(name), before.read(name))
