@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step", type=int, help="step to record; default: the source's (orbax only)"
     )
+    parser.add_argument("--image_size", type=int, help="of a vision transformer, if another one")
+    how = "how positions are taken over to it: bilinear (big_vision), bicubic (Hugging Face)"
+    parser.add_argument("--position_interpolation", help=f"{how}, bicubic_antialiased (timm)")
     parser.add_argument(
         "--max_memory",
         type=byte_sizes.flag,
@@ -134,6 +137,7 @@ def _convert(arguments: argparse.Namespace) -> str:
 
     from upcycle_jax.checkpoints import other_formats
     from upcycle_jax.checkpoints.formats import open_checkpoint
+    from upcycle_jax.checkpoints.regridded import with_image_size
     from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
     from upcycle_jax.state_tree import PARAM_STATES, TARGET
 
@@ -148,12 +152,16 @@ def _convert(arguments: argparse.Namespace) -> str:
     given += ["step"] if arguments.step is not None else []
     given += ["optimizer_state"] if arguments.optimizer_state == "adafactor" else []
     other_formats.check_flags(arguments.to, given)
+    options = _options(arguments, dtype)
+    size, how = arguments.image_size, arguments.position_interpolation
+    keeps = arguments.to == "orbax" and arguments.optimizer_state == "keep"
+    reader, more = with_image_size(reader, size, how, keeps, model=options.model, say=progress)
     if arguments.to != "orbax":
         path = other_formats.write(
             reader,
             arguments.output,
             to=arguments.to,
-            options=_options(arguments, dtype),
+            options=options,
             file_bytes=arguments.max_memory,
             dry_run=arguments.dry_run,
             progress=progress,
@@ -178,6 +186,7 @@ def _convert(arguments: argparse.Namespace) -> str:
         dtype=dtype,
         keep_optimizer=arguments.optimizer_state == "keep",
         fresh_state=fresh,
+        metadata=more,
         max_memory=arguments.max_memory,
         progress=progress,
     )
