@@ -134,13 +134,15 @@ def free_port() -> int:
 
 
 def run_processes(
-    code: str, arguments: list[list[str]], *, timeout: float = 100
+    code: str, arguments: list[list[str]], *, devices: int = 2, timeout: float = 100
 ) -> list[tuple[int, str]]:
     """Exit code and output of processes that run `code` at the same time."""
     environ = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": (
+            f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        ),
         "PYTHONPATH": str(ROOT),
     }
     started = [
@@ -214,6 +216,39 @@ def test_two_processes_compute_together_agree_and_name_who_is_missing():
         assert f"decided {'by 0' if index == 0 else None}" in output
         assert "process 0 says no" in output
     assert "barrier 'a/b': process 1 did not come within 1 s (1 of 2 there)" in results[0][1]
+
+
+MANY_PROGRAMS = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from upcycle_jax import distributed as d
+from upcycle_jax.checkpoints.checksums import checksum, device_summaries
+port, index = sys.argv[1], int(sys.argv[2])
+place = {"coordinator_address": f"127.0.0.1:{port}", "process_count": 2, "process_index": index}
+d.join(**place, initialization_timeout=60, environ={})
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "expert"))
+splits = [PartitionSpec("data"), PartitionSpec("expert", "data"), PartitionSpec(None, "data")]
+leaves = {f"{i}": np.full((8, 16), i, np.float32) for i in range(66)}
+arrays = {
+    name: jax.make_array_from_callback(
+        leaf.shape, NamedSharding(mesh, splits[i % 3]), lambda at, leaf=leaf: leaf[at]
+    )
+    for i, (name, leaf) in enumerate(leaves.items())
+}
+for _ in range(4):
+    found = {name: summary.checksum for name, summary in device_summaries(arrays).items()}
+print(found == {name: checksum(leaf) for name, leaf in leaves.items()})
+d.barrier("end")
+"""
+
+
+def test_many_programs_of_two_processes_do_not_wait_for_each_other_for_ever():
+    """One program for each leaf: unless each waits for the one before it, this never ends."""
+    port = str(free_port())
+    results = run_processes(MANY_PROGRAMS, [[port, "0"], [port, "1"]], devices=4)
+    for code, output in results:
+        assert code == 0 and output.endswith("True\n"), output
 
 
 JOIN = """

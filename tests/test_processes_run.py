@@ -26,8 +26,6 @@ FAMILIES = {
         "--gin.TASK_FEATURE_LENGTHS={'targets': 32}",
         "--gin.WARMUP_STEPS=4",
         "--gin.FSDP=True",
-        "--gin.ROUTER=@TokensChoose()",
-        "--gin.TokensChoose.renormalize=True",
     ],
 }
 
@@ -82,6 +80,7 @@ def process_ids(model_dir: pathlib.Path, index: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # four starts of two processes; each has a limit of its own
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/cmdline").exists(),

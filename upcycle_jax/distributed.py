@@ -84,6 +84,23 @@ def is_first() -> bool:
     return process_index() == 0
 
 
+def in_turn(values: T) -> T:
+    """The results of a program that all processes run, when they may start the next one: at once,
+    but for CPU devices of several processes, where the values are waited for.
+
+    XLA for CPUs runs each device's part of a program on a thread of a pool that is as large as the
+    number of devices or cores. A part that waits in a collective keeps its thread. With several
+    programs under way the threads of one process may all wait in a later program than those of
+    another, for ever.
+
+    Args:
+      values: arrays, in any tree.
+    """
+    if process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(values)
+    return values
+
+
 def detect(environ: Mapping[str, str] = os.environ) -> Cluster:
     """The cluster that the environment describes, if it has more than one process; reads variables
     only.

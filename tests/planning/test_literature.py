@@ -51,6 +51,7 @@ def test_the_papers_own_case_is_supported():
         ({"dense_parameters": 70_000_000_000}, "upcycle or scratch", literature.Stance.OUTSIDE),
         ({"capacity_factor": 4.0}, "capacity factor", literature.Stance.WARNS),
         ({"capacity_factor": 1.0}, "capacity factor", literature.Stance.OUTSIDE),
+        ({"capacity_factor": None}, "capacity factor", literature.Stance.NOTE),
         ({"num_experts": 8}, "number of experts", literature.Stance.OUTSIDE),
         ({"num_experts": 256}, "number of experts", literature.Stance.WARNS),
         ({"sparse_share": 1.0}, "MoE layers", literature.Stance.OUTSIDE),

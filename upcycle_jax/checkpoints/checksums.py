@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax import trees
+from upcycle_jax.distributed import in_turn
 from upcycle_jax.types import PyTree
 
 PREFIX = "sum64:"
@@ -166,7 +167,7 @@ def device_summaries(tree: PyTree) -> dict[str, LeafSummary]:
         _words_per_element(np.dtype(leaf.dtype))
     on_device = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.Array)}
     # Compiled once for every kind of leaf, of which a model has few.
-    sums = jax.device_get({path: _leaf_sums(leaf) for path, leaf in on_device.items()})
+    sums = jax.device_get({path: in_turn(_leaf_sums(leaf)) for path, leaf in on_device.items()})
     summaries = {}
     for path, leaf in flat.items():
         if path in sums:

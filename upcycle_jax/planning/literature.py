@@ -30,6 +30,7 @@ class Stance(enum.StrEnum):
 SPARSE_UPCYCLING = "Sparse Upcycling, arXiv 2212.05055"
 NVIDIA = "Upcycling LLMs into MoE, arXiv 2410.07524"
 SKYWORK = "Skywork-MoE, arXiv 2406.06563"
+MEGABLOCKS = "MegaBlocks, arXiv 2211.15841"
 OLMOE = "OLMoE, arXiv 2409.02060"
 LLAMA = "Llama 3 Meets MoE, arXiv 2412.09952"
 DROP = "Drop-Upcycling, arXiv 2502.19261"
@@ -55,7 +56,7 @@ class Case:
         not known.
       batch_tokens: positions of a batch.
       num_experts: E.
-      capacity_factor: of training.
+      capacity_factor: of training; None for routers that drop nothing and have none.
       router: 'experts_choose' or 'tokens_choose': that of the first stack with MoE layers.
       renormalize: combine weights of either stack are scaled to sum 1.
       sparse_share: MoE layers over all layers.
@@ -66,7 +67,7 @@ class Case:
     extra_share: float | None
     batch_tokens: int
     num_experts: int
-    capacity_factor: float
+    capacity_factor: float | None
     router: str
     renormalize: bool
     sparse_share: float
@@ -174,6 +175,12 @@ def _scratch(case: Case) -> list[Advice]:
 
 def _capacity(case: Case) -> list[Advice]:
     topic, c = "capacity factor", case.capacity_factor
+    if c is None:
+        text = (
+            "the router is dropless: no capacity is to be chosen, no token is dropped, and memory"
+            " is reserved for any load"
+        )
+        return [Advice(topic, Stance.NOTE, text, MEGABLOCKS, Kind.PRINTED)]
     tried = (1.25, 2.0, 4.0, 6.0)
     stance = (
         Stance.SUPPORTS

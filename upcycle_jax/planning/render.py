@@ -22,7 +22,11 @@ def case_of(plan: Plan) -> literature.Case:
         extra_share=plan.extra_share,
         batch_tokens=plan.tokens_per_step,
         num_experts=moe.num_experts,
-        capacity_factor=moe.train_expert_capacity_factor,
+        capacity_factor=(
+            None
+            if all(router.has_room_for_all for router in routers)
+            else moe.train_expert_capacity_factor
+        ),
         router="experts_choose" if routers[0].fills_capacity else "tokens_choose",
         renormalize=any(getattr(router, "renormalize", False) for router in routers),
         sparse_share=sum(len(stack.sparse_layers) for stack in stacks)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from upcycle_jax.distributed import in_turn
 from upcycle_jax.models import expert_similarity, metrics
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
@@ -61,7 +62,7 @@ class Evaluator:
         for batch in make_batches():
             on_device = batches.to_global(batch, self._partitioner, self.num_shards)
             with self._partitioner.activate():
-                more = self._metrics(params, on_device)
+                more = in_turn(self._metrics(params, on_device))
                 total = more if total is None else self._merge(total, more)
         if total is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.costs.mfu import Utilisation
 from upcycle_jax.costs.model_info import model_info
 from upcycle_jax.data import BatchIterator
+from upcycle_jax.distributed import in_turn
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.text import duration
@@ -311,7 +312,7 @@ class _Loop:
             on_device = batches.to_global(
                 batch, settings.partitioner, self._run.train_layout.num_shards
             )
-            self._state, output = train_step(self._state, on_device, *self._loss_limit())
+            self._state, output = in_turn(train_step(self._state, on_device, *self._loss_limit()))
             self.step += 1
             self._hold.require()
             self._saver.check()
