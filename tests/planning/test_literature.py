@@ -51,7 +51,6 @@ def test_the_papers_own_case_is_supported():
         ({"dense_parameters": 70_000_000_000}, "upcycle or scratch", literature.Stance.OUTSIDE),
         ({"capacity_factor": 4.0}, "capacity factor", literature.Stance.WARNS),
         ({"capacity_factor": 1.0}, "capacity factor", literature.Stance.OUTSIDE),
-        ({"capacity_factor": None}, "capacity factor", literature.Stance.NOTE),
         ({"num_experts": 8}, "number of experts", literature.Stance.OUTSIDE),
         ({"num_experts": 256}, "number of experts", literature.Stance.WARNS),
         ({"sparse_share": 1.0}, "MoE layers", literature.Stance.OUTSIDE),
@@ -62,6 +61,15 @@ def test_the_papers_own_case_is_supported():
 def test_cases_outside_the_evidence_are_told(changes, topic, stance):
     assert stance in {found for (where, _), found in stances(**changes).items() if where == topic}
     assert stance not in {found for (where, _), found in stances().items() if where == topic}
+
+
+def test_no_capacity_is_judged_where_there_is_none():
+    (line,) = (
+        item
+        for item in literature.advise(dataclasses.replace(CASE, capacity_factor=None))
+        if item.topic == "capacity factor"
+    )
+    assert line.stance is literature.Stance.NOTE and "dropless" in line.text
 
 
 def test_without_dense_steps_the_question_is_put():
