@@ -7,6 +7,7 @@ import pytest
 from upcycle_jax import trees
 from upcycle_jax.models.vit.config import VitConfig, VitMoeConfig
 from upcycle_jax.models.vit.model import VitModel
+from upcycle_jax.moe.routing import ExpertsChoose
 from upcycle_jax.partitioning import Partitioner
 
 # The head is narrow on purpose: no mesh divides 7 classes.
@@ -19,7 +20,10 @@ CONFIG = VitConfig(
     num_heads=4,
     mlp_dim=32,
     pool="map",
-    moe=VitMoeConfig(num_experts=8, group_size=32),
+    # Noise is the same on every mesh.
+    moe=VitMoeConfig(
+        num_experts=8, group_size=32, router=ExpertsChoose(renormalize=True, noise_std=1.0)
+    ),
 )
 
 
@@ -30,7 +34,8 @@ def run(model, params, batch, partitioner):
 
     def value(params, batch):
         denominator = model.loss_denominator(batch)
-        return model.loss_fn(params, batch, None, denominator=denominator)[0]
+        key = jax.random.key(0)
+        return model.loss_fn(params, batch, key, denominator=denominator)[0]
 
     step = jax.jit(jax.value_and_grad(value), out_shardings=(None, shardings))
     with partitioner.activate():
