@@ -15,6 +15,7 @@ HEADS = "heads"
 JOINED_KV = "joined_kv"  # heads * head_dim, the flattened output axis of an attention projection
 RELPOS_BUCKETS = "relpos_buckets"
 POSITIONS = "positions"  # of the patches of an image, row by row
+CLASSES = "classes"  # of images: their number may be any
 UNMODELED = "unmodeled"  # never split: the expert axis of a router kernel
 
 # Activations.

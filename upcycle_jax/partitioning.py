@@ -38,6 +38,7 @@ STANDARD_RULES: Rules = (
     (axes.JOINED_KV, MODEL),
     (axes.RELPOS_BUCKETS, None),
     (axes.POSITIONS, None),
+    (axes.CLASSES, None),
     (axes.UNMODELED, None),
     # Activations.
     (axes.BATCH, (DATA, EXPERT)),

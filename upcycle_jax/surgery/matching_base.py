@@ -168,7 +168,7 @@ class Matching(abc.ABC):
         """
         found = self.source.get(source)
         if found is None or not self.is_regridded(spec, found):
-            self.add(path, spec, Copy(), (source,))
+            self.add(path, spec, Copy(), (source,), _remedy_of_classes(path, spec, found))
             return
         method = getattr(self.recipe, "position_interpolation", None)
         if method is None:
@@ -309,3 +309,17 @@ class Matching(abc.ABC):
             if self.recipe.optimizer_state == "dense_only" and self.is_converted(name):
                 return "slots of converted MLPs start afresh"
         return None
+
+
+def _remedy_of_classes(path: str, spec: LeafSpec, source: LeafSpec | None) -> str:
+    """What to do where a head has other classes than the source's; '' for other parameters."""
+    if spec.axes[-1:] != (axes.CLASSES,) or (source is not None and source.shape == spec.shape):
+        return ""
+    pattern = f"{path.removeprefix(TARGET).rpartition('/')[0]}/.*"
+    head = f"Recipe.zeroed = '{pattern}' for a new head"
+    if source is None:
+        return f"Remedy: the source has no head: set NUM_CLASSES = 0, or {head}."
+    return (
+        f"Remedy: the source's head has {source.shape[-1]} classes, the model's {spec.shape[-1]}:"
+        f" set NUM_CLASSES = {source.shape[-1]}, or {head}."
+    )

@@ -266,12 +266,12 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Float32 logits `[B, classes]` of `[B, d]`."""
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED, axes.UNMODELED))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED, axes.CLASSES))
         kernel = self.param("kernel", zeros, (x.shape[-1], self.num_classes), jnp.float32)
         constant = nn.initializers.constant(self.bias_init)
         bias = self.param(
             "bias",
-            nn.with_logical_partitioning(constant, (axes.UNMODELED,)),
+            nn.with_logical_partitioning(constant, (axes.CLASSES,)),
             (self.num_classes,),
             jnp.float32,
         )
