@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax import axes
+from upcycle_jax.checkpoints.huggingface.beside import Beside, of_reader
 from upcycle_jax.checkpoints.reader import CheckpointReader, Index, ReaderBase, checked_index
 from upcycle_jax.checkpoints.vit.model import dense_model
 from upcycle_jax.layers import position_grids
@@ -106,6 +107,10 @@ class Regridded(ReaderBase):
 
     def model_config(self) -> ModelConfig | None:
         return None  # A vision transformer shows in its leaves.
+
+    def beside(self) -> Beside | None:
+        """See `huggingface.beside.of_reader`."""
+        return of_reader(self._reader)
 
     def _files(self) -> Iterable[epath.Path]:
         return ()

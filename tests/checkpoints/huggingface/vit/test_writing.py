@@ -103,6 +103,18 @@ def test_what_lies_beside_the_model_goes_along(name, written, tmp_path, capsys):
         assert "pooler.dense.weight" in stored
 
 
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_images_of_another_size_keep_the_text_tower(name, written, tmp_path):
+    size = ["--image_size=16", "--position_interpolation=bicubic"]
+    assert convert.main([str(written(name)), str(tmp_path / "run"), *size]) == 0
+    assert convert.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to=huggingface"]) == 0
+    found = loaded(name, tmp_path / "out")
+    assert found.config.vision_config.image_size == 16
+    assert_same_rest(found, random_model(name))
+    side = json.loads((tmp_path / "out/preprocessor_config.json").read_text())["size"]
+    assert side == {"height": 16, "width": 16}
+
+
 def words(source, output, recipe):
     return [
         "--gin_file=runs/upcycle.gin",
