@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from upcycle_jax import surgery, trees
+from upcycle_jax import surgery, trees, upcycle
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.checkpoints.summary import summarize
 from upcycle_jax.models.vit.config import VitConfig, VitMoeConfig
 from upcycle_jax.models.vit.model import VitModel
 from upcycle_jax.moe.routing import ExpertsChoose
@@ -137,7 +138,7 @@ def test_the_state_on_disk_is_that_of_a_run_that_restores(dense_checkpoint, tmp_
         np.testing.assert_array_equal(reader.read(path), np.asarray(online[path]), err_msg=path)
 
 
-def one_step(num_experts, state, expert_gradient_scale=None):
+def one_step(num_experts, state, expert_gradient_scale=None, partitioner=None):
     """The state after a train step on four images."""
     net = model(num_experts)
     optimizer = BigVisionAdafactor(expert_gradient_scale=expert_gradient_scale)
@@ -152,7 +153,8 @@ def one_step(num_experts, state, expert_gradient_scale=None):
         "weights": np.ones(4, np.float32),
     }
     arrays = {path: jnp.asarray(value) for path, value in state.items()}
-    with Partitioner(devices=(jax.devices()[0],)).activate():
+    partitioner = partitioner or Partitioner(devices=(jax.devices()[0],))
+    with partitioner.activate():
         step = jax.jit(make_train_step(net, trainer, seed=0))
         after, output = step(from_state_dict(arrays), batch)
     return trees.flatten(after.state_dict()), output
@@ -185,3 +187,47 @@ def test_the_first_update_is_the_dense_networks(dense_checkpoint):
     assert got["state/param_states/encoder/layers_1/mlp/expert/wi/kernel/count"].tolist() == (
         [STEP + 1] * 4
     )
+
+
+def test_eight_devices_compute_what_one_does(dense_checkpoint):
+    """Experts, their counts too, over four rows of the mesh, the batch over two."""
+    specs = state_specs(model(4), OPTIMIZER)
+    plan = surgery.make_plan(dense_checkpoint.specs(), specs, TILED)
+    partitioner = Partitioner(num_expert_partitions=4)
+    state = surgery.apply_online(plan, dense_checkpoint, partitioner.shardings(specs))
+    want, _ = one_step(4, made(plan, dense_checkpoint))
+    got, _ = one_step(4, state, partitioner=partitioner)
+    for path in specs:
+        atol = 0.02 if path.endswith("/m") else 1e-5
+        np.testing.assert_allclose(
+            np.asarray(got[path], np.float32),
+            np.asarray(want[path], np.float32),
+            atol=1e-3 if "router" in path and path.startswith("target/") else atol,
+            rtol=1e-4,
+            err_msg=path,
+        )
+
+
+def test_the_command_converts_and_proves_it(dense_checkpoint, tmp_path, capsys):
+    names = {"emb_dim": 32, "num_layers": 2, "num_heads": 2, "mlp_dim": 48, "patch_size": 4}
+    words = [
+        "--gin_file=models/vit_tiny_upcycled.gin",
+        "--gin_file=runs/upcycle.gin",
+        "--gin_file=recipes/paper_vision_state.gin",
+        *(f"--gin.VitConfig.{name}={value}" for name, value in names.items()),
+        "--gin.IMAGE_SIZE=8",
+        "--gin.NUM_CLASSES=5",
+        "--gin.NUM_EXPERTS=2",
+        "--gin.FUNCTION_CHECK='off'",
+        f"--gin.INITIAL_CHECKPOINT_PATH='{dense_checkpoint.path}'",
+        f"--gin.OUTPUT_CHECKPOINT_PATH='{tmp_path}/checkpoint_{STEP}'",
+    ]
+    assert upcycle.main(words) == 2
+    assert "set OPTIMIZER to the source's" in capsys.readouterr().err
+    assert upcycle.main([*words, "--gin.OPTIMIZER=@BigVisionAdafactor()"]) == 0
+    assert "proof: PASSED" in capsys.readouterr().out
+    found = open_checkpoint(tmp_path / f"checkpoint_{STEP}")
+    assert summarize(found).optimizer == "Adafactor (big_vision)"
+    slots = "state/param_states/encoder/layers_1/mlp"
+    assert found.read(f"{slots}/expert/wo/bias/count").tolist() == [STEP, STEP]
+    assert found.read(f"{slots}/router/router_weights/w/kernel/count") == 0

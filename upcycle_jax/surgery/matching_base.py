@@ -159,7 +159,8 @@ class Matching(abc.ABC):
             spec,
             operation,
             sources,
-            "Remedy: the optimizers differ; set Recipe.optimizer_state = 'reset'.",
+            "Remedy: the optimizers differ; set OPTIMIZER to the source's, or"
+            " Recipe.optimizer_state = 'reset'.",
         )
 
     def carry(self, path: str, spec: LeafSpec, source: str) -> None:
