@@ -264,7 +264,7 @@ class Matching(abc.ABC):
             self.remedies.append(
                 remedy
                 or "Remedy: choose the model file of the source's size, or the source of the"
-                " model's. A head for other classes starts at zero with Recipe.zeroed = 'head/.*'."
+                " model's."
             )
         self.rows.append(Row(path, spec, operation, tuple(sources), specs, layer))
 
