@@ -35,14 +35,13 @@ def test_table1_is_counted_and_equals_the_printed_sizes(capsys):
     )
 
 
-def test_vision_is_there_and_marked(capsys):
+def test_vision_has_numbers_and_commands(capsys):
     assert paper.main(["table2", "figure6"]) == 0
     out = capsys.readouterr().out
-    assert (
-        out.count("Vision: not yet supported by this project") == 2
-        and "49.60" in out
-        and "L/32 upcycled router=top_k C=2" in out
-    )
+    assert "not yet supported" not in out
+    assert "49.60" in out and "L/32 upcycled router=top_k C=2" in out
+    assert "--gin.TokensChoose.num_selected_experts=2" in out
+    assert "/data/dense/vit_b16/checkpoint_100000" in out and "--gin.TRAIN_STEPS=300000" in out
 
 
 def test_everything_fits_the_terminal(capsys, monkeypatch):
@@ -66,6 +65,9 @@ def test_everything_fits_the_terminal(capsys, monkeypatch):
     [
         (["figure99"], "no numbers of 'figure99'"),
         (["figure2", "--results=/nowhere"], "/nowhere is not a folder: --results takes a folder"),
+        (["figure2", "--checkpoint=/nowhere"], "--checkpoint is for figure13 and figure15"),
+        (["figure15", "--checkpoint=/nowhere"], "/nowhere is no MODEL_DIR with a config.gin"),
+        (["figure15", "--output_dir=x"], "--output_dir is for --checkpoint=PATH"),
     ],
 )
 def test_bad_input_is_one_clear_error(words, message, capsys):

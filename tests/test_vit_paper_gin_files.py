@@ -32,7 +32,8 @@ SMALL = [
 ]
 SPARSE = [*SMALL, "NUM_EXPERTS=2", "GROUP_SIZE=32"]
 PAPER = "papers/sparse_upcycling"
-PAPERS = [f"{PAPER}/vit_{size}{kind}.gin" for size in SIZES for kind in ("", "_upcycled")]
+KINDS = ("", "_upcycled", "_moe_from_scratch")
+PAPERS = [f"{PAPER}/vit_{size}{kind}.gin" for size in SIZES for kind in KINDS]
 GIVEN = ["MODEL_DIR='x'", "MIXTURE_OR_TASK_NAME='mine'", "IMAGE_ARRAYS='y.npz'"]
 TRUNK = ("constant", "linear_warmup", "rsqrt_timescale")
 
@@ -64,7 +65,7 @@ def loss_of_a_train_step(config, loss, optimizer, groups) -> float:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_files_build_and_step(name):
-    sparse = "upcycled" in name
+    sparse = "upcycled" in name or "moe" in name
     call, unused = paper_run(name, *(SPARSE if sparse else SMALL))
     assert unused == [] and (call["model"].config.moe is not None) == sparse
     trainer = call["trainer"]
@@ -109,6 +110,16 @@ def test_pre_training_is_the_papers(size):
     recipe = sparse["checkpoint_cfg"].restore.recipe
     assert (recipe.optimizer_state, recipe.step) == ("tiled", "keep")
     assert recipe.router_init == NormalRouter(0.02)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_from_scratch_is_the_upcycled_model_for_as_many_epochs(size):
+    upcycled, scratch = (
+        paper_run(f"{PAPER}/vit_{size}{kind}.gin")[0] for kind in ("_upcycled", "_moe_from_scratch")
+    )
+    assert scratch["model"].config == upcycled["model"].config
+    assert scratch["total_steps"] == upcycled["total_steps"]
+    assert scratch["checkpoint_cfg"].restore is None
 
 
 @pytest.mark.parametrize("name", PAPERS[:2])

@@ -8,6 +8,10 @@ Examples:
         --gin.MIXTURE_OR_TASK_NAME="'my_text'" --gin.TEXT_FILES="{'c4': ['/data/c4/*.jsonl.gz']}" \\
         --gin.VOCABULARY="'/data/spiece.model'" --output_cache_dir=/data/cache
 
+    python -m upcycle_jax.cache_tasks --gin_file=runs/cache_images.gin \\
+        --gin.MIXTURE_OR_TASK_NAME="'birds'" --gin.IMAGE_FOLDER="'/data/birds'" \\
+        --output_cache_dir=/data/cache
+
 Then train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs=<output_cache_dir>. Noise
 (span corruption and its kin) is not cached: it is drawn anew each time a segment is read. Killed
 and started again, the command goes on after the last whole file; a finished cache is left alone.
@@ -84,6 +88,8 @@ def _run(flags: Flags, loaded: "Config") -> int:
     asked = flags.extra
     if asked.num_shards is not None and asked.num_shards < 1:
         raise ValueError(f"--num_shards is {asked.num_shards}: give at least 1")
+    if loaded.bindings.effective("ImageDatasetConfig", ()):
+        return _cache_images(flags, loaded)
     bound = loaded.bindings.effective("DatasetConfig", ())
     given: dict[str, Any] = {"use_cached": False}
     if asked.module_import:
@@ -111,11 +117,36 @@ def _run(flags: Flags, loaded: "Config") -> int:
     )
     for config in configs:
         writer.write_caches(config, options, dry_run=flags.dry_run)
-    print(
-        "train with --gin.USE_CACHED_TASKS=True"
-        f" --seqio_additional_cache_dirs={asked.output_cache_dir}"
-    )
+    print(_train_with(asked.output_cache_dir))
     return 0
+
+
+def _cache_images(flags: Flags, loaded: "Config") -> int:
+    asked = flags.extra
+    given: dict[str, Any] = {"use_cached": False}
+    if asked.module_import:
+        given["module"] = tuple(asked.module_import)
+    chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]
+    configs = [loaded.build("ImageDatasetConfig", **given, **name)() for name in chosen]
+    command.say_unused(loaded, name="cache_tasks", other_functions=registry.FUNCTIONS)
+    from upcycle_jax.data.images import records_writing
+
+    for config in configs:
+        records_writing.write(
+            config,
+            asked.output_cache_dir,
+            splits=asked.splits,
+            num_shards=asked.num_shards,
+            overwrite=asked.overwrite,
+            verify=asked.verify,
+            dry_run=flags.dry_run,
+        )
+    print(_train_with(asked.output_cache_dir))
+    return 0
+
+
+def _train_with(folder: str) -> str:
+    return f"train with --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs={folder}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

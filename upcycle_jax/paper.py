@@ -7,12 +7,15 @@ Examples:
     python -m upcycle_jax.paper table1
     python -m upcycle_jax.paper figure2 --results=/data/runs --format=markdown
     python -m upcycle_jax.paper findings
+    python -m upcycle_jax.paper figure13 figure15 --checkpoint=/data/runs/vit --output_dir=drop
 
 Each number of the paper says how it is known: printed, read off a figure's image, or estimated by
 eye. Runs are found below the results folder by what their manifests say: those of the paper's
-models on C4 stand beside the paper's values, with the mean and the 95 % interval over seeds; runs
-at other scales are compared by their gain over the dense continuation. Of vision, sizes are
-compared; its experiments are not yet supported.
+models on its data (C4, JFT-300M) stand beside the paper's values, with the mean and the 95 %
+interval over seeds; runs at other scales are compared by their gain over the dense continuation.
+With --checkpoint, figures 13 and 15 are computed from a dense vision transformer as it is upcycled,
+without training. Its MODEL_DIR names model and images; for other formats give a model file and
+runs/initial_drop.gin.
 """
 
 import argparse
@@ -22,6 +25,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from upcycle_jax.config.flags import plain_words
+from upcycle_jax.papers import drop_flags
 from upcycle_jax.printing import printable_lines, show
 
 if TYPE_CHECKING:
@@ -60,9 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         default="/data/dense",
         help=(
-            "where the printed commands find t5_1_1_<size>/checkpoint_1000000 (default /data/dense)"
+            "where the printed commands find t5_1_1_<size>/checkpoint_1000000 and"
+            " vit_<size>/checkpoint_<step> (default /data/dense)"
         ),
     )
+    drop_flags.add(parser)
     return parser
 
 
@@ -92,17 +99,17 @@ def _findings(folder: str, style: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the exhibits and returns the exit code: 1 where a size of table 1 differs from the
-    printed one, 2 for bad input.
+    printed one or an upcycled model that must equal the dense one does not, 2 for bad input.
     """
-    os.environ.setdefault(
-        "JAX_PLATFORMS", "cpu"
-    )  # only shapes are computed: do not take hold of an accelerator
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(plain_words(sys.argv[1:] if argv is None else argv))
+    if arguments.checkpoint is None:
+        # Only shapes are computed: do not take hold of an accelerator.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if arguments.exhibit == ["findings"]:
         return _findings(arguments.results or "results/findings", arguments.format)
 
     from upcycle_jax.papers import exhibits
-    from upcycle_jax.papers.commands import Places
+    from upcycle_jax.papers.command_lines import Places
     from upcycle_jax.papers.compare import compare
     from upcycle_jax.papers.render import as_json, render
     from upcycle_jax.text import Format, Table, json_text
@@ -124,10 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         places = Places(
             arguments.runs_dir or arguments.results or Places.results, arguments.dense_checkpoints
         )
+        drops = drop_flags.measured(arguments, [one.name for one in chosen])
         found = [
-            compare(one, results=arguments.results, load_config=_load_config, places=places)
+            compare(
+                one,
+                results=arguments.results,
+                load_config=_load_config,
+                places=places,
+                drops=drops.get(one.name),
+            )
             for one in chosen
         ]
+        for one in found if arguments.output_dir else ():
+            drop_flags.write(arguments.output_dir, one)
     except (ValueError, FileNotFoundError) as error:
         print(f"upcycle_jax.paper: error: {printable_lines(error)}", file=sys.stderr)
         return 2
@@ -135,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json_text([as_json(one) for one in found] if len(found) > 1 else as_json(found[0])))
     else:
         show("\n\n".join(render(one, style).rstrip() for one in found))
-    return 1 if any(row.equal is False for one in found for row in one.sizes) else 0
+    differs = any(row.equal is False for one in found for row in one.sizes)
+    return 1 if differs or any(not one.drops_hold for one in found) else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """Commands for what is missing: they resolve, and write where results are looked for."""
 
+import dataclasses
 import shlex
 
 import pytest
 
 from upcycle_jax import config
 from upcycle_jax.config import flags
-from upcycle_jax.papers.commands import Places, commands
+from upcycle_jax.models.config_json import to_json
+from upcycle_jax.papers import vision_runs
+from upcycle_jax.papers.command_lines import Places
+from upcycle_jax.papers.commands import commands
 from upcycle_jax.papers.exhibits import Method, exhibit, exhibits
+from upcycle_jax.papers.runs import paper_setting
+from upcycle_jax.surgery.recipe_json import to_json as recipe_json
 
 LANGUAGE = [(one.name, series) for one in exhibits().values() for series in one.series("language")]
 
@@ -95,3 +101,36 @@ def test_commands_write_where_results_are_looked_for():
         " \"--gin.INITIAL_CHECKPOINT_PATH='in/t5_1_1_base/checkpoint_1000000'\""
         " --gin.NUM_EXPERT_PARTITIONS=32 --gin.GROUP_SIZE=512"
     )
+
+
+VISION = [(one.name, series) for one in exhibits().values() for series in one.series("vision")]
+
+
+def test_every_vision_curve_names_commands_that_resolve():
+    """One of each kind of setting is built; the others differ in numbers and paths."""
+    seen = set()
+    for name, series in VISION:
+        found = commands(series, Places("runs", "dense"))
+        assert found or name == "table1"
+        head = series.head
+        for command in found:
+            assert shlex.split(command.text()) == list(command.words)
+        shape = (head.method, tuple(head.setting), head.setting.get("router"))
+        if not found or shape in seen:
+            continue
+        seen.add(shape)
+        parsed = flags.parse("x", found[0].words[3:], description="")
+        loaded = config.load(parsed.gin_file, parsed.gin_bindings)
+        built = loaded.build("train").keywords
+        moe = built["model"].config.moe
+        assert (moe is not None) == (head.method in (Method.UPCYCLED, Method.SCRATCH))
+        assert vision_runs.size(dataclasses.asdict(built["model"].config)) == head.size
+        if moe is None:
+            continue
+        described = {"model": to_json(built["model"].config), "recipe": None}
+        if built["checkpoint_cfg"].restore is not None:
+            described["recipe"] = recipe_json(built["checkpoint_cfg"].restore.recipe)
+        setting = vision_runs.setting(
+            described["model"], described["recipe"] or {}, new=head.method == Method.SCRATCH
+        )
+        assert setting == paper_setting(head)

@@ -105,7 +105,8 @@ def test_results_at_the_papers_scale_stand_beside_its_numbers(tmp_path):
     assert lines["Base upcycled", 300_000].ours is None  # not trained so far
     assert lines["Base dense continuation", 100_000].ours.mean == pytest.approx(68.1)
     assert lines["Base dense checkpoint (start)", 0].ours.mean == pytest.approx(68.0)
-    assert {curve.series.label for curve in found.missing} == {
+    missing = [curve.series for curve in found.missing if curve.series.head.modality != "vision"]
+    assert {series.label for series in missing} == {
         *(
             f"{size} {what}"
             for size in ("Large", "XL")

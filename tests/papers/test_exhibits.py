@@ -15,7 +15,7 @@ REFERENCE = (
 
 def test_every_number_has_a_kind_and_a_place():
     for name, one in exhibits().items():
-        assert one.points and one.title
+        assert (one.points or one.claims) and one.title
         for point in one.points:
             assert (
                 point.kind in Kind
@@ -23,6 +23,7 @@ def test_every_number_has_a_kind_and_a_place():
                 and point.modality in ("language", "vision")
             )
             assert point.place == name and (point.printed != "") == (point.kind == Kind.PRINTED)
+            assert (point.value is None) == (point.kind == Kind.NOT_KNOWN)
     by_kind = {
         kind: sum(point.kind == kind for one in exhibits().values() for point in one.points)
         for kind in Kind

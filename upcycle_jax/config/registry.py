@@ -80,6 +80,8 @@ PATHS: dict[str, str] = {
     "evaluate": "inference.evaluation:Evaluate",
     "infer": "inference.predictions:Infer",
     "few_shot": "inference.few_shot_evaluation:EvaluateFewShot",
+    # The paper's exhibits.
+    "initial_drop": "papers.initial_drop:InitialDrop",
     # Studies.
     "Sweep": "studies.sweep:Sweep",
     "Stage": "studies.sweep:Stage",

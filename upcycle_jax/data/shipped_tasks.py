@@ -19,6 +19,7 @@ MODULES = {
         "c4_language_modeling",
         "c4_v220_span_corruption",
     ),
+    "upcycle_jax.tasks.images": ("imagenet2012", "cifar10", "cifar100"),
     "upcycle_jax.tasks.super_glue": (
         "super_glue_v102_proportional",
         *(

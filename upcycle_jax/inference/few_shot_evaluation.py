@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -90,7 +90,7 @@ class EvaluateFewShot:
             output_dir.
         """
         data = self.dataset_cfg
-        layout = batches.data_layout(self.partitioner, data.batch_size)
+        batches.data_layout(self.partitioner, data.batch_size)  # Says what does not divide.
         readers = running.checkpoints(self.checkpoint_path, self.steps)
         for reader in readers:
             loading.check_params(reader, self.model)
@@ -110,7 +110,7 @@ class EvaluateFewShot:
             if distributed.is_first():
                 for name, text in (self.files or {}).items():
                     write_whole(folder / name, text)
-            compute = self._compute(images, layout)
+            compute = feature_function(self.model, self.partitioner, images, views=self.views)
             results = {}
             for reader in readers:
                 params = loading.load_params(
@@ -136,36 +136,6 @@ class EvaluateFewShot:
                 " vision transformers. Give one of models/vit_*.gin"
             )
         return features
-
-    def _compute(self, images: ImageDataset, layout: batches.DataLayout) -> Any:
-        """A function of parameters: float32 features `[views * N, d]`, view by view, on every
-        process; compiled once.
-        """
-        model, partitioner = self.model, self.partitioner
-        assert isinstance(model, FeatureModel)
-        forward = jax.jit(model.pre_logits, out_shardings=partitioner.replicated)
-        count, size = len(images.images.labels), self.dataset_cfg.batch_size
-        # Routing groups hold several images: an order that mixes classes.
-        order = np.random.default_rng(0).permutation(count * self.views)
-        local = size // layout.num_shards
-        mine = slice(layout.shard * local, (layout.shard + 1) * local)
-
-        def compute(params: PyTree) -> np.ndarray:
-            found: np.ndarray | None = None
-            for first in range(0, len(order), size):
-                numbers = order[first : first + size]
-                rows = numbers[mine]
-                batch = images.batch(rows % count, rows, self.dataset_cfg.seed, local)
-                placed = batches.to_global(batch, partitioner, layout.num_shards)
-                with partitioner.activate():
-                    features = np.asarray(forward(params, placed))
-                if found is None:
-                    found = np.empty((len(order), features.shape[-1]), np.float32)
-                found[numbers] = features[: len(numbers)]
-            assert found is not None
-            return found
-
-        return compute
 
     def _result(
         self, reader: CheckpointReader, features: np.ndarray, labels: np.ndarray
@@ -199,3 +169,43 @@ class EvaluateFewShot:
             f" {classes} classes, {len(labels) - self.shots * classes} other images,"
             f" {self.num_seeds} draws, to {self.output_dir}/{FOLDER}"
         )
+
+
+def feature_function(
+    model: Model, partitioner: Partitioner, images: ImageDataset, *, views: int
+) -> Callable[[PyTree], np.ndarray]:
+    """A function of parameters: float32 features `[views * N, d]` of all images, view by view, on
+    every process; compiled once.
+
+    Args:
+      model: a `FeatureModel`.
+      partitioner: the mesh.
+      images: N of them; the batch size is that of features, the seed that of views.
+      views: of each image.
+    """
+    assert isinstance(model, FeatureModel)
+    forward = jax.jit(model.pre_logits, out_shardings=partitioner.replicated)
+    config = images.config
+    count, size, seed = len(images.images.labels), config.batch_size, config.seed or 0
+    layout = batches.data_layout(partitioner, size)
+    # Routing groups hold several images: an order that mixes classes.
+    order = np.random.default_rng(0).permutation(count * views)
+    local = size // layout.num_shards
+    mine = slice(layout.shard * local, (layout.shard + 1) * local)
+
+    def compute(params: PyTree) -> np.ndarray:
+        found: np.ndarray | None = None
+        for first in range(0, len(order), size):
+            numbers = order[first : first + size]
+            rows = numbers[mine]
+            batch = images.batch(rows % count, rows, seed, local)
+            placed = batches.to_global(batch, partitioner, layout.num_shards)
+            with partitioner.activate():
+                features = np.asarray(forward(params, placed))
+            if found is None:
+                found = np.empty((len(order), features.shape[-1]), np.float32)
+            found[numbers] = features[: len(numbers)]
+        assert found is not None
+        return found
+
+    return compute

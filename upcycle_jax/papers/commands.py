@@ -2,9 +2,8 @@
 `gin_configs/papers/sparse_upcycling/` files.
 """
 
-import dataclasses
-import shlex
-
+from upcycle_jax.papers import vision_commands
+from upcycle_jax.papers.command_lines import Command, Places
 from upcycle_jax.papers.exhibits import Method, Point, Series
 from upcycle_jax.papers.runs import START_STEP, paper_setting
 from upcycle_jax.step_names import step_name
@@ -38,54 +37,9 @@ SETTINGS = {
 """A setting that is not the default of the paper's language models -> bindings."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the commands read and write.
-
-    Attributes:
-      results: folder of the runs; each gets a MODEL_DIR below it.
-      dense_checkpoints: folder with `t5_1_1_<size>/checkpoint_1000000`, the dense checkpoints (any
-        readable format).
-    """
-
-    results: str = "results/paper"
-    dense_checkpoints: str = "/data/dense"
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One command line.
-
-    Attributes:
-      words: from 'python' on.
-      makes: what it gives, in words.
-    """
-
-    words: tuple[str, ...]
-    makes: str
-
-    @property
-    def gin_files(self) -> list[str]:
-        """The gin files it reads."""
-        return [
-            word.removeprefix("--gin_file=")
-            for word in self.words
-            if word.startswith("--gin_file=")
-        ]
-
-    def text(self) -> str:
-        """The line as a shell takes it."""
-        return " ".join(map(quoted_word, self.words))
-
-
-def quoted_word(word: str) -> str:
-    """A word as a shell takes it; gin's quoted text in double quotes, which people can read."""
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
-
-
 def _bindings(point: Point) -> list[str]:
     bound: list[str] = []
-    for key, value in paper_setting(point.setting).items():
+    for key, value in paper_setting(point).items():
         if key == "C":
             bound += [
                 f"TRAIN_EXPERT_CAPACITY_FACTOR={value}",
@@ -99,9 +53,7 @@ def _bindings(point: Point) -> list[str]:
 def _name(point: Point) -> str:
     """Folder of the run; curves of several figures that are one run share it."""
     name = f"{point.size.lower()}_{GIN_FILES[point.method]}"
-    return "_".join(
-        [name, *(f"{key}_{value}" for key, value in paper_setting(point.setting).items())]
-    )
+    return "_".join([name, *(f"{key}_{value}" for key, value in paper_setting(point).items())])
 
 
 def _train(gin: str, *bindings: str) -> tuple[str, ...]:
@@ -115,14 +67,16 @@ def _train(gin: str, *bindings: str) -> tuple[str, ...]:
 
 
 def commands(series: Series, places: Places = Places()) -> list[Command]:
-    """What produces a language curve; empty for table 1 (`model_info`) and for vision.
+    """What produces a curve; empty for table 1 (`model_info`).
 
     A pre-training run gives all points of its curve, because it is evaluated as it goes. A
     SuperGLUE score needs a fine-tuning run per point and seed, of the checkpoint that the
     pre-training run left there, and its evaluation.
     """
     head = series.head
-    if head.modality != "language" or head.metric == "parameters":
+    if head.modality == "vision":
+        return vision_commands.commands(series, places)
+    if head.metric == "parameters":
         return []
     name, gin = _name(head), f"{head.size.lower()}_{GIN_FILES[head.method]}"
     model_dir = f"{places.results}/{name}"

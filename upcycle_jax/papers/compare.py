@@ -3,13 +3,17 @@ differences against differences at others.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from upcycle_jax.models.base import ModelConfig
-from upcycle_jax.papers.commands import Command, Places, commands
-from upcycle_jax.papers.exhibits import Exhibit, Method, Point, Series
+from upcycle_jax.papers import vision_runs
+from upcycle_jax.papers.command_lines import Command, Places
+from upcycle_jax.papers.commands import commands
+from upcycle_jax.papers.exhibits import MODALITIES, Exhibit, Method, Point, Series
+from upcycle_jax.papers.initial_drop import Drops
 from upcycle_jax.papers.runs import (
     Found,
     extra_steps_before,
@@ -22,6 +26,9 @@ from upcycle_jax.studies.intervals import Interval, mean_interval, paired_differ
 
 DENSE, DEFAULT = "dense continuation", "upcycled as in the paper"
 """What gains are counted from."""
+
+TRAINED = ("c4_accuracy", "jft_precision_at_1")
+"""Metrics that evaluations of pre-training runs give."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Line:
     @property
     def delta(self) -> float | None:
         """Ours minus the paper's."""
-        return None if self.ours is None else self.ours.mean - self.point.value
+        paper = self.point.value
+        return None if self.ours is None or paper is None else self.ours.mean - paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +81,14 @@ class Scaled:
       num_experts: E, 0 for dense models.
       extra_steps: steps after which `end` and `gain` are taken: the fewest of the runs that are
         compared.
-      start: token accuracy before the first update, percent.
-      end: token accuracy at the end, percent.
+      start: accuracy (of tokens, of images precision at 1) before the first update, percent.
+      end: accuracy at the end, percent.
       gain: `end` minus that of the reference after as many extra steps, paired by seed, in points;
         None for the reference.
       reference: what `gain` is counted from, e.g. 'dense continuation'.
       paper_gain: the same difference in the paper's curve of that method at its last common point,
         by size.
+      modality: 'language' or 'vision'.
     """
 
     label: str
@@ -92,6 +101,7 @@ class Scaled:
     gain: Interval | None
     reference: str
     paper_gain: dict[str, float]
+    modality: str = "language"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +111,9 @@ class Comparison:
     Attributes:
       exhibit: the paper's.
       sizes: rows of table 1; empty for the others.
-      curves: language curves.
+      curves: those of language and of vision.
       scaled: this project's runs of the same methods at other scales.
-      vision: the paper's vision numbers, which this project does not support.
+      drops: what was computed from a dense checkpoint, or None.
       results: the folder that was searched, or None.
       num_runs: evaluated runs in it.
     """
@@ -112,14 +122,20 @@ class Comparison:
     sizes: tuple[SizeRow, ...]
     curves: tuple[Curve, ...]
     scaled: tuple[Scaled, ...]
-    vision: tuple[Series, ...]
     results: str | None
     num_runs: int
+    drops: Drops | None = None
 
     @property
     def missing(self) -> list[Curve]:
         """Curves that no run gives."""
         return [curve for curve in self.curves if curve.is_missing]
+
+    @property
+    def drops_hold(self) -> bool:
+        """Whether every upcycled model that must equal the dense one does."""
+        drops = self.drops
+        return drops is None or all(map(drops.is_equal, drops.expected_equal))
 
 
 def compare(
@@ -128,6 +144,7 @@ def compare(
     results: str | Path | None,
     load_config: Callable[[str], ModelConfig],
     places: Places = Places(),
+    drops: Drops | None = None,
 ) -> Comparison:
     """Puts this project's results beside a table or figure.
 
@@ -136,12 +153,13 @@ def compare(
       results: folder with MODEL_DIRs, at any depth; None for no results.
       load_config: the model of a shipped model file, for table 1.
       places: where the commands for what is missing read and write.
+      drops: what was computed from a dense checkpoint.
 
     Raises:
       FileNotFoundError: the results folder does not exist.
     """
     found = find_runs(results) if results is not None else []
-    series = exhibit.series("language")
+    series = [one for modality in MODALITIES for one in exhibit.series(modality)]
     is_table_of_sizes = any(point.metric == "parameters" for point in exhibit.points)
     curves = (
         []
@@ -159,15 +177,17 @@ def compare(
                 [one for one in found if not one.at_paper_scale and not one.fine_tuned],
             )
         ),
-        vision=tuple(exhibit.series("vision")) if not is_table_of_sizes else (),
         results=None if results is None else str(results),
         num_runs=len(found),
+        drops=drops,
     )
 
 
 def _matches(one: Found, head: Point) -> bool:
     method = Method.DENSE if head.method == Method.START else head.method
-    return one.method == method and dict(one.setting) == paper_setting(head.setting)
+    if one.modality != head.modality:
+        return False
+    return one.method == method and dict(one.setting) == paper_setting(head)
 
 
 def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
@@ -180,11 +200,19 @@ def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
             Line(point, _score(point, [one for one in chosen if one.fine_tuned], found))
             for point in series.points
         )
-    pretrained = _twins([one for one in chosen if not one.fine_tuned])
+    tunes = head.metric == "imagenet_full_finetune"
+    values = _few_shot if head.metric == "imagenet_10shot" else _accuracy
+    runs = [one for one in chosen if one.fine_tuned == tunes]
     return tuple(
-        Line(point, _accuracy(point, point is series.points[-1], pretrained))
+        Line(point, values(point, point is series.points[-1], _twins(_started_from(point, runs))))
         for point in series.points
     )
+
+
+def _started_from(point: Point, runs: Sequence[Found]) -> list[Found]:
+    """The runs that start where a point says: figure 6 varies that."""
+    varies = point.x_unit == "dense steps"
+    return [one for one in runs if not varies or one.run.start_step == point.x]
 
 
 def _twins(found: Sequence[Found]) -> list[Found]:
@@ -213,6 +241,18 @@ def _accuracy(point: Point, is_last: bool, runs: Sequence[Found]) -> Interval | 
     return _percent(values)
 
 
+def _few_shot(point: Point, is_last: bool, runs: Sequence[Found]) -> Interval | None:
+    """10-shot accuracy in percent at the point's extra steps, else of a run's last checkpoint."""
+    values = []
+    for one in runs:
+        found = vision_runs.few_shot(one.folder)
+        if point.extra_steps is not None:
+            values.append(found.get(one.run.start_step + point.extra_steps, math.nan))
+        elif found and is_last:
+            values.append(found[max(found)])
+    return _percent(values)
+
+
 def _percent(values: Sequence[float]) -> Interval | None:
     known = [100 * value for value in values if value == value]
     return mean_interval(known) if known else None
@@ -232,7 +272,7 @@ def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Inter
 
 def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -> list[Scaled]:
     """Groups of runs that differ in their seed only, each against the reference of its family."""
-    heads = [curve.series.head for curve in curves if curve.series.head.metric != "superglue"]
+    heads = [curve.series.head for curve in curves if curve.series.head.metric in TRAINED]
     wanted = [
         one
         for one in found
@@ -315,6 +355,7 @@ def _scaled_row(
         gain=paired_difference(ours, theirs) if paired else None,
         reference=reference if paired else "",
         paper_gain=_paper_gains(first, reference, curves) if paired else {},
+        modality=first.modality,
     )
 
 
@@ -341,7 +382,7 @@ def _paper_gains(one: Found, reference: str, curves: Sequence[Curve]) -> dict[st
                 head.x_unit,
             )
             is_reference = there.method == (Method.DENSE if reference == DENSE else Method.UPCYCLED)
-            if same and other is not curve and is_reference and not paper_setting(there.setting):
+            if same and other is not curve and is_reference and not paper_setting(there):
                 gain = _last_difference(curve.series, other.series)
                 if gain is not None:
                     gains[head.size] = gain
@@ -352,12 +393,17 @@ def _last_difference(one: Series, other: Series) -> float | None:
     """Value of one curve minus that of the other at the most extra steps that both have; at their
     ends where steps are not known.
     """
-    values = {
-        point.extra_steps: point.value for point in other.points if point.extra_steps is not None
-    }
-    mine = {point.extra_steps: point.value for point in one.points if point.extra_steps is not None}
+    values, mine = (
+        {
+            point.extra_steps: point.value
+            for point in series.points
+            if point.extra_steps is not None and point.value is not None
+        }
+        for series in (other, one)
+    )
     common = mine.keys() & values.keys()
     if common:
         return mine[max(common)] - values[max(common)]
     known = all(point.extra_steps is not None for point in (*one.points, *other.points))
-    return None if known else one.points[-1].value - other.points[-1].value
+    ends = one.points[-1].value, other.points[-1].value
+    return None if known or ends[0] is None or ends[1] is None else ends[0] - ends[1]

@@ -11,7 +11,6 @@ import difflib
 import enum
 import functools
 import importlib.resources
-import itertools
 from collections.abc import Mapping, Sequence
 
 PAPER = "Komatsuzaki et al., Sparse Upcycling, ICLR 2023 (arXiv 2212.05055)"
@@ -23,12 +22,14 @@ class Kind(enum.StrEnum):
     PRINTED = "printed"
     READ_OFF = "read off"
     BY_EYE = "by eye"
+    NOT_KNOWN = "not known"
 
 
 KIND_NOTES = {
     Kind.PRINTED: "stands in the paper's text or a table",
     Kind.READ_OFF: "measured in the figure's image: about 0.1 point in y, 1 % in x",
     Kind.BY_EYE: "estimated from the figure: about 0.1 to 0.3 point",
+    Kind.NOT_KNOWN: "the paper plots it, its value is not known here",
 }
 
 
@@ -51,6 +52,8 @@ METHOD_LABELS = {
     Method.DEPTH_TILED: "depth-tiled dense",
     Method.SPARSE: "MoE",
 }
+
+MODALITIES = ("language", "vision")
 
 METRICS = {
     "parameters": "parameters",
@@ -78,7 +81,7 @@ class Point:
       x_unit: unit of `x`.
       extra_steps: steps after the start of upcycling; inferred (one plotted point is 100k steps),
         or None where not known.
-      value: the number; percent for accuracies, a count for parameters.
+      value: the number; percent for accuracies, a count for parameters; None where it is not known.
       printed: as the paper prints it, or ''.
       kind: how it is known.
     """
@@ -93,7 +96,7 @@ class Point:
     x: float | None
     x_unit: str
     extra_steps: int | None
-    value: float
+    value: float | None
     printed: str
     kind: Kind
 
@@ -141,21 +144,23 @@ class Exhibit:
       name: as the command takes it, e.g. 'figure2'.
       title: its place in the paper and what it shows.
       note: what a reader must know to compare.
-      points: all of its numbers that are known.
+      points: all of its curves and numbers that are known; empty where only `claims` are.
+      claims: what the paper says that it shows.
     """
 
     name: str
     title: str
     note: str
     points: tuple[Point, ...]
+    claims: tuple[str, ...] = ()
 
     def series(self, modality: str) -> list[Series]:
         """The curves of one modality, in the order of the data."""
-        chosen = [point for point in self.points if point.modality == modality]
-        return [
-            Series(tuple(group))
-            for _, group in itertools.groupby(chosen, key=lambda point: point.series)
-        ]
+        groups: dict[tuple, list[Point]] = {}
+        for point in self.points:
+            if point.modality == modality:
+                groups.setdefault(point.series, []).append(point)
+        return [Series(tuple(group)) for group in groups.values()]
 
     @property
     def modalities(self) -> list[str]:
@@ -174,7 +179,7 @@ TITLES: dict[str, tuple[str, str]] = {
         "Sizes of this project are counted from the shapes of the shipped model files.",
     ),
     "table2": ("Table 2: router, capacity and start, L/32 at equal steps", ""),
-    "table3": ("Table 3: renormalised combine weights, V-MoE-B/32 from scratch", ""),
+    "table3": ("Table 3: renormalised combine weights, V-MoE-B/32 from scratch, Expert Choice", ""),
     "figure2": (
         "Figure 2: pre-training quality against extra cost, dense continuation and upcycled",
         _STEPS,
@@ -206,11 +211,48 @@ TITLES: dict[str, tuple[str, str]] = {
         ),
     ),
     "figure9": ("Figure 9: capacity factor", "Last value of each curve."),
+    "figure10": (
+        "Figure 10: number of MoE layers, the last n blocks (B/16)",
+        (
+            "Which n are plotted is not known here: 1 to 11, because the sweep stops there (the"
+            " first block stays dense)."
+        ),
+    ),
     "figure11": ("Figure 11: number of experts (B/16, 7 extra epochs)", ""),
+    "figure12": (
+        "Figure 12: number of MoE layers, the last n blocks, at equal steps (B/16, C=1)",
+        "Which n are plotted is not known here: 1 to 11 are taken.",
+    ),
     "figure13": ("Figure 13: copied experts, at step 0 and after 600k steps (B/16)", ""),
+    "figure14": (
+        "Figure 14: with and without the dense optimizer state (B/16)",
+        "Which numbers of experts are plotted is not known here: those of figure 13 are taken.",
+    ),
+    "figure15": (
+        "Figure 15: the drop at step 0 against capacity and renormalised weights",
+        "--checkpoint=PATH computes it from a dense vision transformer, without training.",
+    ),
     "b7": ("Appendix B.7: renormalised combine weights, language, after 1M extra steps", ""),
 }
 """Exhibit -> title and note, in the order of the paper."""
+
+CLAIMS: dict[str, tuple[str, ...]] = {
+    "figure9": ("Vision: C of 2 to 3 beats 1 and 5 at equal compute.",),
+    "figure10": ("Experts in the last 5 or 6 blocks, 40 to 50 %, are best.",),
+    "figure12": ("More MoE layers are not better, even at equal steps.",),
+    "figure13": (
+        "Random experts need most of the extra budget to catch up with copies.",
+        "Copying only some experts is worse than copying all.",
+    ),
+    "figure14": ("Loading the optimizer state helps vision, with every number of experts.",),
+    "figure15": (
+        (
+            "With renormalised weights and a large capacity the upcycled model equals the dense one"
+            " at the first step."
+        ),
+    ),
+}
+"""What the paper says of figures, where a number alone does not."""
 
 
 def _point(row: Mapping[str, str]) -> Point:
@@ -225,7 +267,7 @@ def _point(row: Mapping[str, str]) -> Point:
         x=float(row["x"]) if row["x"] else None,
         x_unit=row["x_unit"],
         extra_steps=int(row["extra_steps"]) if row["extra_steps"] else None,
-        value=float(row["value"]),
+        value=float(row["value"]) if row["value"] else None,
         printed=row["printed"],
         kind=Kind(row["kind"]),
     )
@@ -241,7 +283,13 @@ def exhibits() -> Mapping[str, Exhibit]:
     )
     points = [_point(row) for row in csv.DictReader(text.splitlines())]
     return {
-        name: Exhibit(name, title, note, tuple(point for point in points if point.place == name))
+        name: Exhibit(
+            name,
+            title,
+            note,
+            tuple(point for point in points if point.place == name),
+            CLAIMS.get(name, ()),
+        )
         for name, (title, note) in TITLES.items()
     }
 
@@ -272,10 +320,11 @@ def listing(chosen: Sequence[Exhibit]) -> list[tuple[str, str, str]]:
             for kind in Kind
             if any(p.kind == kind for p in item.points)
         )
+        kinds = kinds or "none, a statement"
         vision = (
             ""
-            if "vision" not in item.modalities
-            else ("; vision only" if len(item.modalities) == 1 else "; with vision")
+            if item.modalities == ["language"]
+            else ("; with vision" if "language" in item.modalities else "; vision only")
         )
         rows.append((item.name, item.title, f"{kinds}{vision}"))
     return rows

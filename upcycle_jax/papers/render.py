@@ -7,13 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle_jax.papers.commands import quoted_word
+from upcycle_jax.papers import initial_drop
+from upcycle_jax.papers.command_lines import quoted_word
 from upcycle_jax.papers.compare import Comparison, Curve, Line, Scaled
 from upcycle_jax.papers.exhibits import KIND_NOTES, METRICS, PAPER, Kind, Point, Series
+from upcycle_jax.papers.initial_drop import Drops
 from upcycle_jax.studies.intervals import Interval
 from upcycle_jax.text import WIDTH, Format, Table, json_text
 
-NOT_SUPPORTED = "not yet supported"
 SHOWN_COMMANDS = 3
 
 
@@ -27,10 +28,13 @@ def render(comparison: Comparison, style: Format) -> str:
     kinds = [kind for kind in Kind if any(point.kind == kind for point in exhibit.points)]
     notes = [
         *([exhibit.note] if exhibit.note else []),
+        *(f"The paper says: {claim}" for claim in exhibit.claims),
         *(f"{kind}: {KIND_NOTES[kind]}." for kind in kinds),
     ]
     parts.append("\n".join(textwrap.fill(note, WIDTH) for note in notes))
     parts += [table.render(style) for table in tables(comparison)]
+    if comparison.drops is not None:
+        parts += [textwrap.fill(text, WIDTH) for text in initial_drop.claims(comparison.drops)]
     parts += [_results_line(comparison), _missing(comparison, style)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -48,8 +52,8 @@ def tables(comparison: Comparison) -> list[Table]:
         )
     if comparison.scaled:
         out.append(_scaled(comparison.scaled))
-    if comparison.vision:
-        out.append(_vision(comparison.vision))
+    if comparison.drops is not None:
+        out.append(_drops(comparison.drops))
     return out
 
 
@@ -98,7 +102,7 @@ def _position(point: Point) -> str:
 
 
 def _paper_value(point: Point) -> str:
-    return point.printed or f"{point.value:.2f}"
+    return point.printed or ("-" if point.value is None else f"{point.value:.2f}")
 
 
 def _curve_row(line: Line, series: Series) -> list[str]:
@@ -158,6 +162,8 @@ def _scaled(scaled: Sequence[Scaled]) -> Table:
                 paper or "-",
             ]
         )
+    has_images = any(row.modality == "vision" for row in scaled)
+    what = "accuracy" if has_images else "token accuracy"
     reference = (
         ", ".join(dict.fromkeys(row.reference for row in scaled if row.reference)) or "reference"
     )
@@ -172,37 +178,44 @@ def _scaled(scaled: Sequence[Scaled]) -> Table:
         "paper's gain",
     ]
     title = (
-        "This project at other scales: token accuracy in % of its own data; gain = minus"
+        f"This project at other scales: {what} in % of its own data; gain = minus"
         f" {reference}, paired by seed"
     )
     return Table(title, header, rows)
 
 
-def _vision(series: Sequence[Series]) -> Table:
+def _drops(drops: Drops) -> Table:
     rows = []
-    for one in series:
-        head, last = one.points[0], one.points[-1]
-        many = len(one.points) > 1
-        span = f"{_position(head)} to {_position(last)}" if many else _position(head)
-        values = (
-            f"{_paper_value(head)} to {_paper_value(last)} ({len(one.points)} points)"
-            if many
-            else _paper_value(head)
-        )
-        rows.append(
-            [
-                one.label,
-                METRICS[head.metric],
-                f"{span} {head.x_unit}".strip(),
-                values,
-                str(head.kind),
+    has_few_shot = drops.dense.few_shot is not None
+    for row in drops.rows:
+        cell = row.cell
+        if cell is None:
+            cells = ["dense", "-", "-", "-", "-", "-"]
+        else:
+            cells = [
+                "upcycled" if cell.init == "copy" else "random experts",
+                str(cell.num_experts),
+                f"{cell.capacity_factor:g}",
+                f"{row.actual_capacity:.2f}",
+                "yes" if cell.renormalize else "no",
+                _blocks(cell.blocks),
             ]
-        )
-    return Table(
-        f"Vision: {NOT_SUPPORTED} by this project",
-        ["curve", "metric", "at, first to last", "paper", "kind"],
-        rows,
-    )
+        loss, precision = row.loss - drops.dense.loss, row.precision - drops.dense.precision
+        cells += [f"{row.loss:.5f}", f"{loss:+.5f}", f"{row.precision:.2f}", f"{precision:+.2f}"]
+        if has_few_shot and row.few_shot is not None and drops.dense.few_shot is not None:
+            cells += [f"{row.few_shot:.2f}", f"{row.few_shot - drops.dense.few_shot:+.2f}"]
+        rows.append(cells)
+    header = [
+        *("model", "experts", "C", "actual C", "renormalised", "blocks"),
+        *("loss", "- dense", "precision@1, %", "- dense"),
+        *(("few-shot, %", "- dense") if has_few_shot else ()),
+    ]
+    return Table(f"At step 0: {drops.checkpoint}, {drops.images:,} images", header, rows)
+
+
+def _blocks(blocks: Sequence[int]) -> str:
+    """'3-5', or '0'."""
+    return str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
 
 
 def _results_line(comparison: Comparison) -> str:
@@ -293,9 +306,20 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             for row in comparison.scaled
         ],
         "vision": {
-            "status": NOT_SUPPORTED,
-            "points": [_point_json(point) for one in comparison.vision for point in one.points],
+            "status": "supported",
+            "points": [
+                _point_json(point) for point in exhibit.points if point.modality == "vision"
+            ],
         },
+        "claims": list(exhibit.claims),
+        "at_step_0": None if comparison.drops is None else _drops_json(comparison.drops),
+    }
+
+
+def _drops_json(drops: Drops) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(drops),
+        "claims": initial_drop.claims(drops),
     }
 
 

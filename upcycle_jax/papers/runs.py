@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from upcycle_jax.papers.exhibits import Method
+from upcycle_jax.papers import vision_runs
+from upcycle_jax.papers.exhibits import Method, Point
 from upcycle_jax.studies.run_list import model_dirs
 from upcycle_jax.studies.run_results import METRICS, Run, read_rows
 
@@ -75,11 +76,12 @@ class Found:
         empty for dense models.
       num_experts: E, 0 for dense models.
       fine_tuned: it was fine-tuned, not pre-trained.
-      on_c4: every task that it was evaluated on is C4's.
+      on_c4: every task that it was evaluated on is C4's, of vision JFT-300M's.
       family: equal for runs whose numbers may be subtracted: shape of the dense model, batch and
         tasks.
       identity: equal for runs that differ in their seed and their length only, whose numbers may be
         averaged.
+      modality: 'language' or 'vision'.
     """
 
     folder: Path
@@ -92,15 +94,16 @@ class Found:
     on_c4: bool
     family: tuple
     identity: str
+    modality: str = "language"
 
     @property
     def at_paper_scale(self) -> bool:
-        """Whether its numbers stand beside the paper's: same model, same number of experts, same
-        data.
+        """Whether its numbers stand beside the paper's: same model, same number of experts (of
+        vision, figures have several), same data.
         """
         return (
             self.size is not None
-            and self.num_experts in (0, NUM_EXPERTS)
+            and (self.modality == "vision" or self.num_experts in (0, NUM_EXPERTS))
             and (self.on_c4 or self.fine_tuned)
         )
 
@@ -135,6 +138,8 @@ def identify(folder: Path, run: Run) -> Found:
     model: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     moe = model.get("moe") or {}
     num_experts = int(moe.get("num_experts", 0))
+    if vision_runs.is_vision(model):
+        return _identify_vision(folder, run, model, num_experts)
     widths = tuple(
         model.get(name) for name in ("emb_dim", "mlp_dim", "num_heads", "head_dim", "vocab_size")
     )
@@ -153,6 +158,30 @@ def identify(folder: Path, run: Run) -> Found:
         on_c4=all("c4" in task for task in tasks),
         family=(*widths, batch, tuple(tasks)),
         identity=_identity(folder, manifest),
+    )
+
+
+def _identify_vision(folder: Path, run: Run, model: Mapping[str, Any], num_experts: int) -> Found:
+    manifest, tasks = run.manifest, run.tasks
+    method = _method(manifest, bool(num_experts))
+    named = [task.lower() for task in tasks]
+    converted = manifest.get("converted_by") or manifest.get("recipe") or {}
+    return Found(
+        folder=folder,
+        run=run,
+        method=method,
+        size=vision_runs.size(model),
+        setting=(
+            vision_runs.setting(model, converted, new=method == Method.SCRATCH)
+            if num_experts
+            else {}
+        ),
+        num_experts=num_experts,
+        fine_tuned=any(vision_runs.FINE_TUNING in task for task in named),
+        on_c4=all(vision_runs.PRETRAINING in task for task in named),
+        family=(*vision_runs.shape(model), manifest.get("batch_size"), tuple(tasks)),
+        identity=_identity(folder, manifest),
+        modality="vision",
     )
 
 
@@ -253,8 +282,11 @@ def _moe_layers(model: Mapping[str, Any]) -> str:
     )
 
 
-def paper_setting(setting: Mapping[str, str]) -> dict[str, str]:
-    """A setting of the paper as a difference from `DEFAULTS`."""
+def paper_setting(point: Point) -> dict[str, str]:
+    """A setting of the paper as a difference from `DEFAULTS`, those of its modality."""
+    setting = point.setting
+    if point.modality == "vision":
+        return vision_runs.differences(point.size, setting)
     return {key: value for key, value in setting.items() if DEFAULTS.get(key) != value}
 
 

@@ -145,8 +145,8 @@ def test_settings_of_text_are_refused():
         ImageDatasetConfig(pack=True)
     with pytest.raises(ValueError, match="images have train, validation, held_out"):
         ImageDatasetConfig(split="test")
-    with pytest.raises(ValueError, match="images are 'glyphs', or your own arrays"):
-        ImageDatasetConfig(mixture_or_task_name="cifar")
+    with pytest.raises(ValueError, match="no SeqIO task or mixture is named 'cifar': did you mean"):
+        open_dataset(ImageDatasetConfig(mixture_or_task_name="cifar"), ImageFeatures(32))
 
 
 def test_glyphs_are_thousands_of_distinct_classes():

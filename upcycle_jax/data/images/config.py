@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from upcycle_jax import checks
 from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.features.images import IMAGE
 
-GLYPHS = "glyphs"
+GLYPHS, FASHION_MNIST = "glyphs", "fashion_mnist"
 SPLITS = ("train", "validation", "held_out")
+
+Crop = Literal["none", "central", "inception"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +21,27 @@ class ImageDatasetConfig(DatasetConfig):
 
     Attributes:
       mixture_or_task_name: 'glyphs', the characters of the fonts that matplotlib brings (see
-        `glyphs`), or the name under which `arrays` are reported.
+        `glyphs`); 'fashion_mnist', where its files are installed (see `idx`); a cached or
+        registered task of images; or the name under which `arrays` or `folder` are reported.
       task_feature_lengths: {'image': side}.
       split: 'train'; 'validation', views of the same images that training never draws; 'held_out',
-        views of classes that are not trained on.
+        views of classes that are not trained on. Folders, caches and tasks have splits of their
+        own.
       arrays: a NumPy archive with images [N, S, S] or [N, S, S, c] (8 bits) and labels [N] of each
-        split: 'train_images', 'train_labels', 'validation_images', ...; None for glyphs.
+        split: 'train_images', 'train_labels', 'validation_images', ...; None for others.
+      folder: images as files, `<folder>/<split>/<class>/<name>.png` or `.jpg`: the folders of the
+        training split are the classes, in the order of their names; None for others.
+      use_cached: read the images that `python -m upcycle_jax.cache_tasks` wrote.
       num_classes: of glyphs: the first so many of the training classes; None for all.
-      warp: how strongly views are warped: 0 for the images as they are, 1 for rotations of up to
-        12 degrees, scales of 0.75 to 1.15, shears of up to 0.15, shifts of up to a tenth of the
-        side, changed contrast and some noise.
+      warp: how strongly views of glyphs and arrays are warped: 0 for the images as they are, 1 for
+        rotations of up to 12 degrees, scales of 0.75 to 1.15, shears of up to 0.15, shifts of up to
+        a tenth of the side, changed contrast and some noise. Files are never warped.
+      crop: which part of an image a view shows: 'none', all of it, which has the model's size
+        already (glyphs and arrays are scaled); 'central', the middle of an image whose shorter side
+        is scaled to 8/7 of the model's (256 pixels for 224), as big_vision and V-MoE evaluate;
+        'inception', a random part of 5 to 100 % of the area and a width of 3/4 to 4/3 of the
+        height, as they train. Scaled bilinearly.
+      flip: show every second view mirrored, by chance.
 
     Raises:
       ValueError: an unknown split, or settings that are text's.
@@ -41,15 +54,31 @@ class ImageDatasetConfig(DatasetConfig):
     arrays: checks.PathText | None = None
     num_classes: checks.Count | None = None
     warp: checks.Share = 1.0
+    folder: checks.PathText | None = None
+    crop: Crop = "none"
+    flip: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pack or self.text_files is not None:
             raise ValueError("pack and text_files are for text: leave them out of images")
-        if self.split not in SPLITS:
+        if self.has_shipped_splits and self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}: images have {', '.join(SPLITS)}")
-        if self.arrays is None and self.mixture_or_task_name != GLYPHS:
-            raise ValueError(
-                f"mixture_or_task_name is {self.mixture_or_task_name!r}: images are {GLYPHS!r}, or"
-                " your own arrays (IMAGE_ARRAYS) under any name"
+        named = [
+            name
+            for name, given in (
+                ("arrays (IMAGE_ARRAYS)", self.arrays is not None),
+                ("folder (IMAGE_FOLDER)", self.folder is not None),
+                ("use_cached (USE_CACHED_TASKS)", self.use_cached),
             )
+            if given
+        ]
+        if len(named) > 1:
+            raise ValueError(f"images are read from one place, not from {' and '.join(named)}")
+
+    @property
+    def has_shipped_splits(self) -> bool:
+        """Whether the splits are `SPLITS`."""
+        return not self.use_cached and (
+            self.arrays is not None or (self.folder is None and self.mixture_or_task_name == GLYPHS)
+        )

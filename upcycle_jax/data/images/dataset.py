@@ -2,48 +2,30 @@
 every time to evaluate on. No TensorFlow.
 """
 
-import dataclasses
+import concurrent.futures
 import functools
-import hashlib
-import zipfile
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grain
 import numpy as np
 from etils import epath
 
-from upcycle_jax.data.images import glyphs, views
+from upcycle_jax.data.images import crops, views
 from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images.opening import open_source
+from upcycle_jax.data.images.sources import Images, Source
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.data.stream import Stream, describe, eval_rows
 from upcycle_jax.features import FeatureConverter, HostBatch, check_lengths
 from upcycle_jax.features.images import IMAGE, ImageFeatures
 
 _EVALUATION_SEED = 0x5EED
-_LARGEST = 1 << 34
-"""Bytes of one array of the user's: more does not fit into memory here."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Labelled images of one split.
-
-    Attributes:
-      images: uint8 `[N, S, S, c]`.
-      labels: int32 `[N]`.
-      num_classes: labels are below it.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    num_classes: int
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Sha256 of images and labels."""
-        found = hashlib.sha256(np.ascontiguousarray(self.images).data)
-        found.update(np.ascontiguousarray(self.labels).data)
-        return found.hexdigest()
+_THREADS = min(4, os.cpu_count() or 1)
+_READ = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=4)
+"""Threads that make batches, and batches made ahead."""
 
 
 class ImageDataset:
@@ -64,7 +46,7 @@ class ImageDataset:
         check_lengths(features, config.task_feature_lengths)
         features.check_size(config.task_feature_lengths[IMAGE])
         self.config, self.features = config, features
-        self.images = _glyphs(config) if config.arrays is None else _arrays(config)
+        self.images: Source = open_source(config)
         if features.num_classes and self.images.num_classes > features.num_classes:
             raise ValueError(
                 f"{config.mixture_or_task_name} has {self.images.num_classes} classes, the model"
@@ -80,16 +62,46 @@ class ImageDataset:
           seed: of the views.
           rows: of the batch, n at least; the others are zeros without weight.
         """
-        seen = views.views(
-            self.images.images[which],
-            self.features.size,
-            seed=seed,
-            numbers=numbers,
-            warp=self.config.warp,
-        )
-        if seen.shape[-1] != self.features.channels:
-            seen = np.repeat(seen, self.features.channels, axis=-1)
+        seen = self._views(which, numbers, seed)
         return self.features.batch(seen, self.images.labels[which], rows)
+
+    def _views(self, which: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Float32 `[n, T, T, c]` in [-1, 1]."""
+        config, side, source = self.config, self.features.size, self.images
+        if isinstance(source, Images):
+            pixels = source.images[which]
+            if config.crop != "none" or config.flip:
+                pixels = self._cropped(which, numbers, seed)
+            seen = views.views(pixels, side, seed=seed, numbers=numbers, warp=config.warp)
+            if seen.shape[-1] != self.features.channels:
+                seen = np.repeat(seen, self.features.channels, axis=-1)
+            return seen
+        return self._cropped(which, numbers, seed).astype(np.float32) / 127.5 - 1
+
+    def _cropped(self, which: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Uint8 `[n, T, T, c]`, by several threads: decoding and scaling leave Python's lock."""
+        config, features, source = self.config, self.features, self.images
+        side, crop = features.size, config.crop
+        channels, at_least = features.channels, crops.least_side(side, crop)
+        if isinstance(source, Images):
+            channels = source.images.shape[-1]
+            side = source.images.shape[1] if crop == "none" else side
+
+        def one(place: int, draws: np.ndarray) -> np.ndarray:
+            image = source.image(int(place), channels=channels, at_least=at_least)
+            if crop == "none" and image.size != (side, side):
+                raise ValueError(
+                    f"image {place} of {config.mixture_or_task_name!r} is {image.size[0]} x"
+                    f" {image.size[1]} pixels, the model takes {side} x {side}: set IMAGE_CROP to"
+                    " 'central' or, to train, 'inception'"
+                )
+            return crops.view(image, side, crop, config.flip, draws)
+
+        draws = crops.drawn(seed, numbers)
+        out = np.empty((len(which), side, side, channels), np.uint8)
+        for row, found in enumerate(_pool().map(one, which, draws)):
+            out[row] = found
+        return out
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> "ImageStream":
         """See `Dataset`."""
@@ -131,9 +143,11 @@ class ImageDataset:
         task = {
             "images": len(self.images.labels),
             "classes": self.images.num_classes,
-            "sha256": self.images.digest,
+            **self.images.identity,
             "warp": config.warp,
         }
+        if config.crop != "none" or config.flip:
+            task |= {"crop": config.crop, "flip": config.flip}
         return describe(
             config,
             tasks={config.mixture_or_task_name: task},
@@ -142,37 +156,63 @@ class ImageDataset:
         )
 
     def verify(self) -> int:
-        """See `Dataset`: nothing is cached in parts."""
-        return self.images.images.nbytes
+        """See `Dataset`."""
+        return self.images.verify()
+
+
+class _Batches:
+    """This process's rows of each batch: what grain's threads call."""
+
+    def __init__(self, dataset: ImageDataset, *, seed: int, process_index: int, process_count: int):
+        self._dataset, self._seed = dataset, seed
+        self._local = dataset.config.local_batch_size(process_count)
+        self._first_row = process_index * self._local
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: Any) -> HostBatch:
+        config, count = self._dataset.config, len(self._dataset.images.labels)
+        first = int(number) * config.batch_size + self._first_row
+        numbers = np.arange(first, first + self._local)
+        epochs, places = np.divmod(numbers, count)
+        which = places
+        if config.shuffle:
+            which = np.empty(self._local, np.int64)
+            for epoch in np.unique(epochs):
+                mine = epochs == epoch
+                which[mine] = _permutation(self._seed, int(epoch), count)[places[mine]]
+        return self._dataset.batch(which, numbers, self._seed, self._local)
 
 
 class ImageStream(Stream):
-    """An endless stream of views: every image once in each epoch, in an order of its own."""
+    """An endless stream of views: every image once in each epoch, in an order of its own. A batch
+    depends on seed and number alone; some are made ahead.
+    """
 
     def __init__(self, dataset: ImageDataset, *, process_index: int, process_count: int):
         super().__init__(dataset, process_index=process_index, process_count=process_count)
         self._images = dataset
+        self._open()
 
     def __next__(self) -> HostBatch:
-        size, count = self._config.batch_size, len(self._images.images.labels)
-        local = self._config.local_batch_size(self._process_count)
-        first = self._batches * size + self._process_index * local
-        numbers = np.arange(first, first + local)
-        epochs, places = np.divmod(numbers, count)
-        which = places
-        if self._config.shuffle:
-            which = np.empty(local, np.int64)
-            for epoch in np.unique(epochs):
-                mine = epochs == epoch
-                which[mine] = _permutation(self.seed, int(epoch), count)[places[mine]]
+        batch: HostBatch = next(self._iterator)
         self._batches += 1
-        return self._images.batch(which, numbers, self.seed, local)
+        return batch
 
     def _open(self) -> None:
-        """See `Stream`: a batch depends on seed and number alone."""
+        source: Any = _Batches(
+            self._images,
+            seed=self._seed,
+            process_index=self._process_index,
+            process_count=self._process_count,
+        )
+        self._iterator: Any = iter(grain.MapDataset.source(source).to_iter_dataset(_READ))
+        self._move(0)
 
     def _move(self, num_batches: int) -> None:
         self._batches = num_batches
+        self._iterator.set_state({"next_index": num_batches})
 
     def save(self, directory: epath.PathLike) -> None:
         """See `BatchIterator`."""
@@ -180,67 +220,18 @@ class ImageStream(Stream):
 
     def restore(self, directory: epath.PathLike) -> None:
         """See `BatchIterator`."""
-        self._batches = self._read_position(directory).batches
+        self._move(self._read_position(directory).batches)
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Int64 `[count]`, the order of an epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def _glyphs(config: ImageDatasetConfig) -> Images:
-    """Glyphs of a split. Classes are numbered anew: those trained on, or those held out."""
-    found = glyphs.load()
-    held_out = config.split == "held_out"
-    numbers = np.arange(len(found.code_points))
-    kept = numbers[glyphs.is_held_out(numbers) == held_out]
-    if config.num_classes is not None:
-        if config.num_classes > len(kept):
-            raise ValueError(
-                f"num_classes is {config.num_classes}: glyphs have {len(kept)} classes in the split"
-                f" {config.split!r}"
-            )
-        kept = kept[: config.num_classes]
-    wanted = np.isin(found.classes, kept)
-    labels = np.searchsorted(kept, found.classes[wanted]).astype(np.int32)
-    return Images(found.images[wanted][..., None], labels, len(kept))
-
-
-def _arrays(config: ImageDatasetConfig) -> Images:
-    """The user's own images of a split."""
-    path = config.arrays
-    try:
-        with np.load(str(path), allow_pickle=False) as archive:
-            names = [f"{config.split}_{kind}" for kind in ("images", "labels")]
-            missing = [name for name in names if name not in archive.files]
-            if missing:
-                raise ValueError(f"has no array {missing[0]}, only {', '.join(archive.files[:8])}")
-            sizes = archive.zip.infolist()
-            if max(info.file_size for info in sizes) > _LARGEST:
-                raise ValueError("holds an array that is too large for this way of reading")
-            images, labels = (archive[name] for name in names)
-            everywhere = [archive[n] for n in archive.files if n.endswith("_labels")]
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {error}") from None
-    images = images[..., None] if images.ndim == 3 else images
-    problem = _problem(images, labels)
-    if problem:
-        raise ValueError(f"{path}: {problem}")
-    count = 1 + max(int(found.max(initial=0)) for found in everywhere)
-    return Images(images, labels.astype(np.int32), count)
-
-
-def _problem(images: np.ndarray, labels: np.ndarray) -> str | None:
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] != images.shape[2]:
-        return f"images are {images.dtype} {list(images.shape)}: uint8 [N, S, S, c] are read"
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
-        return f"labels are {labels.dtype} {list(labels.shape)}, of {len(images)} images"
-    if int(labels.min()) < 0:
-        return f"a label is {int(labels.min())}: classes are counted from 0"
-    return None
 
 
 @open_dataset.register

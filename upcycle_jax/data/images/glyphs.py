@@ -15,6 +15,8 @@ import zipfile
 
 import numpy as np
 
+NAME = "glyphs"
+
 SIDE = 48
 """Pixels of an image."""
 FACES = (

@@ -1,0 +1,61 @@
+"""PNG and JPEG files as images, by Pillow. They are not trusted: their size is looked at before
+anything is decoded.
+"""
+
+import io
+import pathlib
+from typing import Any
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+_FORMATS = ("PNG", "JPEG")
+_LARGEST_FILE = 1 << 28
+_MOST_PIXELS = 1 << 27
+"""Of a file and of an image: far above photographs, and what a machine decodes without trouble."""
+_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def decode(encoded: bytes, *, what: object, channels: int, at_least: int) -> Any:
+    """An image of mode 'L' (1 channel) or 'RGB' (3); transparency is left out.
+
+    Args:
+      encoded: a PNG or JPEG file.
+      what: its name, for messages.
+      channels: 1 or 3.
+      at_least: a JPEG's shorter side may be halved while it is decoded, but not below this.
+
+    Raises:
+      ValueError: it is none, damaged, too large, or not of 8 bits.
+    """
+    from PIL import Image
+
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > _MOST_PIXELS:
+                raise ValueError(f"it has {width} x {height} pixels, too many to be read")
+            if image.mode not in _EIGHT_BITS:
+                raise ValueError(f"its values are of mode {image.mode}: images of 8 bits are read")
+            image.draft(mode, (at_least, at_least))
+            return image.convert(mode)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"the image {what} cannot be read ({error}): mend it or take it out"
+        ) from None
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+      ValueError: it cannot be read, or is too large.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the image {path} cannot be read ({error}): mend it or take it out"
+        ) from None
