@@ -73,6 +73,15 @@ def test_a_fresh_model_gives_every_class_alike():
     assert float(loss.total / loss.weight) == pytest.approx(np.log(7), abs=1e-5)
 
 
+def test_groups_need_not_divide_one_image():
+    """9 tokens of an image, groups of 6: two images are three groups."""
+    moe = VitMoeConfig(num_experts=2, group_size=6)
+    one = VitModel(VitConfig(**SHAPE | {"moe": moe}))
+    params = jax.jit(one.init_params)(jax.random.key(0))
+    logits = jax.jit(one.logits)(params, one.features.random(None, batch_size=2))
+    assert logits.shape == (2, 7)
+
+
 def test_sigmoid_loss_by_hand():
     # Classes 0 and 1 with logits 0 and log 3; the image is of class 1:
     # -log(1 - 1/2) - log(3/4) = log 2 + log 4/3 = log 8/3.

@@ -2,6 +2,7 @@
 pass.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -111,8 +112,12 @@ class VitModel(StackedModel[VitConfig]):
         return VisionTransformer(config)
 
     def _shapes(self) -> tuple[jax.Array]:
-        size, channels = self.config.image_size, self.config.channels
-        return (jnp.zeros((1, size, size, channels), jnp.float32),)
+        size, channels, rows = self.config.image_size, self.config.channels, 1
+        if self.config.moe is not None:
+            # As few images as fill groups of a size that one image does not divide into.
+            group, tokens = self.config.moe.group_size, self.config.num_tokens
+            rows = 1 if tokens <= group else group // math.gcd(group, tokens)
+        return (jnp.zeros((rows, size, size, channels), jnp.float32),)
 
     def _arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (batch["images"], batch["weights"] > 0), {}
