@@ -3,7 +3,8 @@
 experts/fraction_tokens_left_behind, experts/expert_usage, experts/router_confidence: averaged
   over MoE layers (M), as T5X does.
 experts/effective_capacity_factor: vectors that experts compute per real token, over all MoE layers:
-  what the capacity factor comes to after rounding, and with padding that takes no place.
+  what the capacity factor comes to after rounding. Of stacks that are all tokens, as images are;
+  elsewhere it would tell how much of a batch is padding.
 experts/<layer>/load: `[E]`, share of the processed tokens that each expert took.
 experts/<layer>/router_probability: `[E]`, mean router probability of each expert over tokens.
 experts/<layer>/entropy: of the router probabilities, in nats, per token.
@@ -57,11 +58,12 @@ def of_reports(
         "experts/fraction_tokens_left_behind": scaled_mean(layer_mean(behind), aux_scale),
         "experts/expert_usage": scaled_mean(layer_mean(usage), aux_scale),
         "experts/router_confidence": scaled_mean(layer_mean(confidence), aux_scale),
-        "experts/effective_capacity_factor": Mean(
+    }
+    if all(stack.positions is not None for stack in owners.values()):
+        metrics["experts/effective_capacity_factor"] = Mean(
             total=jnp.sum(jnp.stack([report.capacity for report in reports.values()])),
             weight=jnp.sum(jnp.stack([report.tokens for report in reports.values()])),
-        ),
-    }
+        )
     for layer, report in reports.items():
         metrics[f"experts/{layer}/load"] = Mean(total=report.load, weight=jnp.sum(report.load))
         metrics[f"experts/{layer}/router_probability"] = Mean(
