@@ -13,6 +13,12 @@ continuation, the same MoE from step 0 the baseline from scratch. Where INITIAL_
 in checkpoint_<step> and TRAIN_STEPS is set, both numbers of steps follow from them. Nothing is
 compiled and no accelerator is needed. The exit code is 1 where the upcycled model does not fit.
 docs/planning.md says how the numbers are made.
+
+With --advise=RUNS, and nothing but --format beside it, the published scaling law of upcycling is
+fitted to the runs below that folder: where upcycling passes dense continuation, and where MoE from
+scratch passes upcycling, with intervals.
+
+    python -m upcycle_jax.plan --advise=/data/runs
 """
 
 import argparse
@@ -25,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.printing import printable_lines, show
 from upcycle_jax.step_names import step_of
 
 if TYPE_CHECKING:
@@ -55,6 +62,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--mfu",
         metavar="LOW,HIGH",
         help="model FLOPs utilisation of dense models (default 0.25,0.55)",
+    )
+    own.add_argument(
+        "--advise",
+        metavar="RUNS",
+        help="instead of a plan: what the dense, upcycled and from-scratch runs below this folder"
+        " say about when upcycling pays",
     )
     own.add_argument(
         "--format", choices=("text", "markdown", "json"), default="text", help="default text"
@@ -115,8 +128,31 @@ def _run(flags: Flags, loaded: "Config") -> int:
     )
 
 
+def _advise(argv: Sequence[str]) -> int:
+    """Prints the advice; the words are --advise and --format."""
+    parser = argparse.ArgumentParser(prog="python -m upcycle_jax.plan", allow_abbrev=False)
+    parser.add_argument("--advise", metavar="RUNS", required=True)
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    arguments = parser.parse_args(argv)
+    from upcycle_jax.studies import advice
+    from upcycle_jax.text import json_text
+
+    try:
+        runs = advice.read(arguments.advise)
+        found = advice.advise(runs)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"upcycle_jax.plan: error: {printable_lines(error)}", file=sys.stderr)
+        return 2
+    as_text = advice.text(runs, found) if arguments.format == "text" else ""
+    show(as_text.rstrip() or json_text(advice.as_json(runs, found)))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if any(word == "--advise" or word.startswith("--advise=") for word in words):
+        return _advise(words)
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
     )  # only shapes are computed: do not take hold of an accelerator
