@@ -12,6 +12,7 @@ from upcycle_jax.checkpoints.huggingface.files import shown
 from upcycle_jax.checkpoints.huggingface.t5.config_json import MODEL_TYPES, NOT_READ
 from upcycle_jax.checkpoints.huggingface.t5.reading import T5Layout
 from upcycle_jax.checkpoints.huggingface.t5.writing import export
+from upcycle_jax.checkpoints.huggingface.vit import timm
 from upcycle_jax.checkpoints.huggingface.vit.config_json import KINDS as VIT_KINDS
 from upcycle_jax.checkpoints.huggingface.vit.config_json import NOT_READ as VIT_NOT_READ
 from upcycle_jax.checkpoints.huggingface.vit.config_json import WHOLE
@@ -28,6 +29,7 @@ FAMILIES = [
         DecoderLayout,
         decoder_writing.export,
     ),
+    FolderFamily("timm's vision", (timm.TYPE,), {}, timm.TimmLayout, lambda reader, options: None),
     FolderFamily("vision", (*VIT_KINDS, *WHOLE), VIT_NOT_READ, VitLayout, vit_export),
 ]
 
@@ -42,7 +44,7 @@ def family_of(folder: Path, keys: Mapping[str, Any]) -> FolderFamily:
     Raises:
       ValueError: it is of no family that is read.
     """
-    kind = keys.get("model_type")
+    kind = timm.TYPE if timm.is_timm(keys) else keys.get("model_type")
     for family in FAMILIES:
         if isinstance(kind, str) and kind in family.model_types:
             return family

@@ -32,7 +32,8 @@ class Names:
       positions: the table, a parameter or the weight of an embedding.
       layer: a block, with `{n}` and a dot at the end; the next ones are inside it.
       norms: before attention and MLP.
-      attention: queries, keys, values and the output.
+      attention: queries, keys, values and the output; the first three alike where they are rows of
+        one matrix.
       mlp: the layers of an MLP.
       final_norm: after the last block.
       token: the class token, where there is one.
@@ -187,9 +188,7 @@ def layout(names: Names, config: VitConfig, *, qkv_bias: bool) -> Places:
         theirs, ours = names.base + names.layer.format(n=number), f"{STACK}/layers_{number}"
         places.norm(f"{ours}/pre_attention_layer_norm", theirs + names.norms[0], width)
         places.norm(f"{ours}/pre_mlp_layer_norm", theirs + names.norms[1], width)
-        for part, module in zip(("query", "key", "value", "out"), names.attention, strict=True):
-            bias = qkv_bias or part == "out"
-            places.linear(f"{ours}/attention/{part}", theirs + module, width, width, bias=bias)
+        _attention(places, f"{ours}/attention", theirs, names, width, qkv_bias=qkv_bias)
         _mlp(places, f"{ours}/mlp", theirs, names, config)
         if names.scales is not None:
             places.take(f"{ours}/attention_scale", theirs + names.scales[0], (width,))
@@ -230,6 +229,20 @@ def _embedding(places: Places, names: Names, config: VitConfig) -> None:
         {token: places.shapes[token], positions: shape},
         widened=True,
     )
+
+
+def _attention(
+    places: Places, ours: str, theirs: str, names: Names, width: int, *, qkv_bias: bool
+) -> None:
+    query, key, value, out = (theirs + module for module in names.attention)
+    places.linear(f"{ours}/out", out, width, width)
+    if query == key == value:
+        assert qkv_bias  # No type has a fused matrix without a bias.
+        paths = tuple(f"{ours}/{part}" for part in ("query", "key", "value"))
+        places.fused(paths, f"{query}.weight", f"{query}.bias", width, width)
+        return
+    for part, module in (("query", query), ("key", key), ("value", value)):
+        places.linear(f"{ours}/{part}", module, width, width, bias=qkv_bias)
 
 
 def _mlp(places: Places, ours: str, theirs: str, names: Names, config: VitConfig) -> None:
