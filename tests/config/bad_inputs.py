@@ -184,6 +184,12 @@ FURTHER = (
     ("upcycle", "upcycle.max_memory=0", "no size; write for example 512MiB"),
     ("upcycle", "Recipe.router_init=@CopyExperts()", "Recipe.router_init"),
     ("upcycle", "Recipe.seed=-1", "Recipe.seed"),
+    ("upcycle", "Recipe.position_interpolation='nearest'", "position_interpolation"),
+    ("train", "MoeConfig.capacity_rounding='up'", "capacity_rounding"),
+    ("train", "MoeConfig.capacity_multiple=0", "capacity_multiple"),
+    ("train", "ExpertsChoose.noise_std=-1.0", "noise_std"),
+    ("train", "MoeConfig.importance_loss_factor=0.005", "importance_loss_factor=0.005"),
+    ("train", "MoeConfig.fresh_experts='same'", "fresh_experts"),
 )
 """Command, binding, fragment: what the table of kinds does not have."""
 

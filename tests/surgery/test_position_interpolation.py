@@ -68,6 +68,22 @@ def test_experts_without_the_setting_are_refused_and_those_with_it_need_a_sparse
         make_plan(specs(12, moe=MOE), specs(20), Recipe(position_interpolation="bilinear"))
 
 
+def test_experts_go_on_with_larger_images_and_other_classes():
+    """Fine-tuning of an upcycled model: positions, head and their slots change, nothing else."""
+    recipe = Recipe(position_interpolation="bilinear", zeroed="head/.*", optimizer_state="tiled")
+    plan = make_plan(specs(12, moe=MOE), specs(20, moe=MOE, num_classes=3), recipe)
+    changed = {
+        row.target.removeprefix("target/"): row.operation.name
+        for row in plan.rows
+        if row.is_parameter and not isinstance(row.operation, Copy)
+    }
+    assert changed == {
+        "pos_embedding": "bilinear 3 x 3 -> 5 x 5",
+        "head/kernel": "zeros",
+        "head/bias": "zeros",
+    }
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="position_interpolation must be"):
         Recipe(position_interpolation="nearest")
