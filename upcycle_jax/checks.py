@@ -45,6 +45,18 @@ def is_shown(owner: Any, field: dataclasses.Field) -> bool:
     return not added or bool(getattr(owner, field.name) != field.default)
 
 
+def shown_repr(owner: Any) -> str:
+    """What dataclasses print of themselves, less the fields that `is_shown` leaves out: for
+    `__repr__` of classes with `ADDED` fields whose texts are compared with those of earlier runs.
+    """
+    fields = [
+        f"{field.name}={getattr(owner, field.name)!r}"
+        for field in dataclasses.fields(owner)
+        if is_shown(owner, field)
+    ]
+    return f"{type(owner).__qualname__}({', '.join(fields)})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is wrong with a value.

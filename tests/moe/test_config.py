@@ -3,7 +3,7 @@
 import pytest
 
 from upcycle_jax.models.t5.config import MoeConfig
-from upcycle_jax.moe.routing import ExpertsChoose, TokensChoose
+from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, SwitchTop1, TokensChoose
 
 
 @pytest.mark.parametrize(
@@ -86,3 +86,11 @@ def test_batch_priority_is_fine_in_the_encoder():
 def test_configs_are_hashable_and_equal_by_value():
     assert MoeConfig() == MoeConfig() and hash(MoeConfig()) == hash(MoeConfig())
     assert MoeConfig(encoder_sparse_layout=[1, 2]) == MoeConfig(encoder_sparse_layout=(1, 2))
+
+
+def test_texts_of_routers_show_later_settings_where_they_are_set():
+    assert repr(ExpertsChoose()) == "ExpertsChoose(renormalize=False, jitter_noise=0.0)"
+    assert repr(ExpertsChoose(noise_std=1.0)).endswith("jitter_noise=0.0, noise_std=1.0)")
+    for router in (TokensChoose, DroplessTopK, SwitchTop1):
+        assert "noise_std" not in repr(router())
+        assert "noise_std=0.5" in repr(router(noise_std=0.5)), router

@@ -14,6 +14,7 @@ import dataclasses
 import flax.struct
 import jax
 
+from upcycle_jax import checks
 from upcycle_jax.moe.dispatch import Dispatcher
 
 
@@ -74,8 +75,11 @@ class Router(abc.ABC):
     """A routing algorithm. Callers use its methods and never ask which one it is.
 
     The properties say what a router needs and promises; a subclass overrides those in which it
-    differs from a plain one.
+    differs from a plain one. Texts of routers are compared with those of earlier runs: one with
+    `checks.ADDED` fields is a dataclass with `repr=False`.
     """
+
+    __repr__ = checks.shown_repr
 
     @property
     def not_causal_because(self) -> str | None:

@@ -10,7 +10,7 @@ from upcycle_jax.moe import dispatch
 from upcycle_jax.moe.routing.base import Group, Router, Routing, check_jitter
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ExpertsChoose(Router):
     """Each expert takes its C tokens of highest router probability.
 
@@ -28,9 +28,7 @@ class ExpertsChoose(Router):
 
     renormalize: bool = False
     jitter_noise: float = 0.0
-    noise_std: checks.NotNegative = dataclasses.field(
-        default=0.0, metadata=checks.ADDED, repr=False
-    )
+    noise_std: checks.NotNegative = dataclasses.field(default=0.0, metadata=checks.ADDED)
 
     def __post_init__(self) -> None:
         checks.check_fields(self)

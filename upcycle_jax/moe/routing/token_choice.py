@@ -28,7 +28,7 @@ class TopK:
     probabilities: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class TokenChoice(Router):
     """Each token takes K experts, as long as they have room; subclasses say which, and with which
     weights.
@@ -51,9 +51,7 @@ class TokenChoice(Router):
 
     jitter_noise: float = 0.0
     dropless: bool = False
-    noise_std: checks.NotNegative = dataclasses.field(
-        default=0.0, metadata=checks.ADDED, repr=False
-    )
+    noise_std: checks.NotNegative = dataclasses.field(default=0.0, metadata=checks.ADDED)
 
     def __post_init__(self) -> None:
         checks.check_fields(self)
@@ -183,7 +181,7 @@ class TokenChoice(Router):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TokensChoose(TokenChoice):
     """Each token takes its K experts of highest router probability (top-K).
 
@@ -275,7 +273,7 @@ class TokensChoose(TokenChoice):
         return TopK(expert=expert, gate=gate, probabilities=probabilities)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class DroplessTopK(TokensChoose):
     """Top-K without a capacity: no token is ever dropped, at any load.
 
@@ -296,7 +294,7 @@ class DroplessTopK(TokensChoose):
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SwitchTop1(TokenChoice):
     """Each token takes the one expert of highest router probability, and that probability as
     weight.
