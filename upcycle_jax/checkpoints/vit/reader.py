@@ -12,7 +12,7 @@ from upcycle_jax.checkpoints.vit import names
 from upcycle_jax.checkpoints.vit.arrays import Arrays, Stored
 from upcycle_jax.moe import roles
 from upcycle_jax.printing import printable
-from upcycle_jax.state_tree import TARGET
+from upcycle_jax.state_tree import STEP, TARGET
 from upcycle_jax.trees import LeafSpec
 
 _CLS, _POSITIONS = f"{TARGET}cls", f"{TARGET}pos_embedding"
@@ -68,8 +68,8 @@ class TreeReader(ReaderBase):
     experts: the parameters, with one of `names.PREFIXES` before their names.
 
     Attention arrays are flattened to `[d, H * D]`. Where the class token has a position of its own
-    (vit_jax, V-MoE), that is added to the token, so that positions are those of patches. Optimizer
-    states are not read.
+    (vit_jax, V-MoE), that is added to the token, so that positions are those of patches. Of a
+    training state the step is read, and no optimizer state.
 
     Args:
       arrays: what is stored.
@@ -84,9 +84,11 @@ class TreeReader(ReaderBase):
         self._heads = 0
         self._sources = self._find()
         self._token_has_position = self._find_positions()
-        self._specs = roles.inferred(
-            {name: self._spec(name, source) for name, source in sorted(self._sources.items())}
-        )
+        leaves = {name: self._spec(name, source) for name, source in self._sources.items()}
+        self._step = self._find_step()
+        if self._step is not None:
+            leaves[STEP] = LeafSpec((), self._arrays.arrays[self._step].dtype)
+        self._specs = roles.inferred(dict(sorted(leaves.items())))
 
     def _find(self) -> dict[str, _Source]:
         """The array behind every leaf, by full path."""
@@ -185,14 +187,13 @@ class TreeReader(ReaderBase):
             shape = (shape[0], shape[1] - 1, *shape[2:])
         return LeafSpec(shape, stored.dtype)
 
-    @property
-    def step(self) -> int:
-        """Of the training state, where there is one; else 0."""
+    def _find_step(self) -> str | None:
+        """The array that holds the step of a training state; None where there is none."""
         for name in names.STEPS:
             stored = self._arrays.arrays.get(name)
             if stored is not None and stored.shape == () and stored.dtype.kind in "iu":
-                return max(0, int(self._arrays.read(name, ())))
-        return 0
+                return name
+        return None
 
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)
@@ -200,6 +201,9 @@ class TreeReader(ReaderBase):
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         spec = self.spec(name)
         index = checked_index(name, spec.shape, index)
+        if name == STEP:
+            assert self._step is not None  # It has a spec.
+            return np.asarray(self._arrays.read(self._step, ()))
         source = self._sources[name]
         if self._token_has_position and name == _POSITIONS:
             first, rows, *rest = index
