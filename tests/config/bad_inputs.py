@@ -193,6 +193,26 @@ FURTHER = (
 )
 """Command, binding, fragment: what the table of kinds does not have."""
 
+VISION_FILES = (
+    "models/vit_tiny_upcycled.gin",
+    "runs/continue_pretrain_images.gin",
+    "runs/parts/vision_optimizer.gin",
+    "runs/parts/cool_down.gin",
+)
+VISION = (
+    ("COUNT_BY='router'", "COUNT_BY"),
+    ("UPDATE_CLIPPING=0.0", "UPDATE_CLIPPING"),
+    ("MOMENTUM_DTYPE='float16'", "MOMENTUM_DTYPE"),
+    ("BigVisionAdafactor.momentum=1.0", "BigVisionAdafactor.momentum"),
+    ("BigVisionAdafactor.step_offset=1", "every parameter counts its own updates"),
+    ("HEAD_WEIGHT_DECAY=-3.0", "HEAD_WEIGHT_DECAY"),
+    ("TIMESCALE=0", "TIMESCALE"),
+    ("COOLDOWN_STEPS=0", "straight_cooldown lasts cooldown_steps, which is 0"),
+    ("COOLDOWN_STEPS=7", "its warm-up takes 1 and its cool-down 7"),
+    ("OPTIMIZER=@Sgd", "write it with parentheses, @Sgd()"),
+)
+"""Binding and fragment: of runs of vision transformers, which end at step 2."""
+
 
 def _row(command: str, binding: str, fragment: str) -> BadInput:
     return BadInput(command, FILES[command], (*REQUIRED[command], binding), fragment)
@@ -220,3 +240,7 @@ def rows() -> Iterator[BadInput]:
                     yield _row(command, f"{name}={value}", name)
     for command, binding, fragment in FURTHER:
         yield _row(command, binding, fragment)
+    given = ("MODEL_DIR='run'", "TRAIN_STEPS=2", "INITIAL_CHECKPOINT_PATH='dense'")
+    short = ("WARMUP_STEPS=1", "COOLDOWN_STEPS=1")
+    for binding, fragment in VISION:
+        yield BadInput("train", VISION_FILES, (*given, *short, binding), fragment)
