@@ -85,7 +85,9 @@ def test_pre_training_is_the_papers(size):
     sparse, _ = paper_run(f"{PAPER}/vit_{size}_upcycled.gin")
     epochs = 7 if size.endswith("32") else 14
     for call, half in ((dense, 1), (sparse, 2)):
-        assert call["train_dataset_cfg"].batch_size == 4096
+        data = call["train_dataset_cfg"]
+        assert (data.batch_size, data.crop, data.flip) == (4096, "inception", True)
+        assert call["train_eval_dataset_cfg"].crop == "central"
         assert call["total_steps"] * 4096 == pytest.approx(half * epochs * 303e6, rel=1e-3)
         schedule, optimizer = call["trainer"].learning_rate_fn, call["trainer"].optimizer
         assert schedule.factors == TRUNK
