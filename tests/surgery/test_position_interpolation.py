@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 
-from tests.models.vit.kinds import SHAPE
+from tests.models.vit.kinds import SHAPE, in_big_vision, random_params
 from upcycle_jax import state_tree
+from upcycle_jax.checkpoints import open_checkpoint
+from upcycle_jax.layers.position_grids import interpolate
 from upcycle_jax.models.vit.config import VitConfig, VitMoeConfig
 from upcycle_jax.models.vit.model import VitModel
+from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.surgery import MoreExperts, Recipe, make_plan
 from upcycle_jax.surgery.keys import key_source
+from upcycle_jax.surgery.online import apply_online
 from upcycle_jax.surgery.operations import Copy, InterpolatePositions, Zeros
 from upcycle_jax.training.optimizers import Adafactor
 
@@ -82,6 +86,21 @@ def test_experts_go_on_with_larger_images_and_other_classes():
         "head/kernel": "zeros",
         "head/bias": "zeros",
     }
+
+
+def test_devices_get_their_part_of_interpolated_positions(tmp_path):
+    """Eight devices hold two of sixteen columns each, as the whole table has them."""
+    params = random_params(VitModel(VitConfig(**SHAPE)))
+    np.savez(tmp_path / "model.npz", **in_big_vision(params, SHAPE["num_heads"]))
+    reader = open_checkpoint(tmp_path / "model.npz")
+    target = VitModel(VitConfig(**SHAPE | {"image_size": 20})).param_specs()
+    recipe = Recipe(position_interpolation="bicubic", step="reset")
+    plan = make_plan(reader.specs(), state_tree.specs(target, {}), recipe)
+    shardings = Partitioner(fsdp=True).shardings(plan.specs())
+    found = apply_online(plan, reader, shardings)["target/pos_embedding"]
+    assert found.addressable_shards[0].data.shape == (1, 25, 2)
+    expected = interpolate(params["pos_embedding"], 5, "bicubic")
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_bad_settings():
