@@ -153,11 +153,12 @@ def test_command_writes_a_self_contained_page(folders, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == [
         "expert_load.png",
         "learning_curves.png",
+        "paid.png",
         "report.html",
         "report.md",
     ]
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and 'src="learning' not in page
+    assert page.count("data:image/png;base64,") == 3 and 'src="learning' not in page
     assert "A scaled-down run." in page
     assert "upcycled" in capsys.readouterr().out
 

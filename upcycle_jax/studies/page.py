@@ -5,6 +5,7 @@ HTML file.
 import base64
 import dataclasses
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,24 @@ import markdown.treeprocessors
 import numpy as np
 
 from upcycle_jax import text
-from upcycle_jax.studies import plots
+from upcycle_jax.studies import paid, plots
 from upcycle_jax.studies.run_results import Run
 
 NUM_BUDGETS = 5
+FOLDED = (
+    "Learning curves in numbers",
+    "Routing over training",
+    "Similarity of experts",
+    "Every run",
+    "How it was made",
+)
+"""Sections that a reader opens who wants them."""
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0"
     " 1rem}table{border-collapse:collapse;margin:1rem"
     " 0;display:block;overflow-x:auto}pre{overflow-x:auto}td,th{border:1px solid #bbb;padding:.3rem"
     " .7rem;text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    "summary{cursor:pointer;margin:1rem 0}"
 )
 
 
@@ -90,8 +100,21 @@ class _PlainAddresses(markdown.treeprocessors.Treeprocessor):
 
 
 def to_html(text: str) -> str:
-    """A page's Markdown as HTML in which only the Markdown's own marks are elements."""
-    return markdown.markdown(text, extensions=["tables", _NoForeignHtml()])
+    """A page's Markdown as HTML in which only the Markdown's own marks are elements; long sections
+    are folded.
+    """
+    page = markdown.markdown(text, extensions=["tables", _NoForeignHtml()])
+    first, *sections = re.split(r"(?=<h2>)", page)
+    return "".join([first, *map(_folded, sections)])
+
+
+def _folded(section: str) -> str:
+    """A section that begins with its heading, folded where it is one of `FOLDED`."""
+    heading, _, body = section.partition("</h2>")
+    title = heading.removeprefix("<h2>")
+    if title not in FOLDED:
+        return section
+    return f"<details><summary><b>{title}</b></summary>{body}</details>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -194,13 +217,10 @@ def _findings(runs: Sequence[Run], dense: Run, upcycled: Run) -> str:
             f" **{upcycled.name}** is {_compared(at_steps)}; at equal extra compute"
             f" ({flops / 1e12:,.2f} TFLOP) it is {_compared(at_flops)}."
         )
-    flops_ratio, time_ratio = (
-        upcycled.flops_per_step / dense.flops_per_step,
-        upcycled.seconds_per_step / dense.seconds_per_step,
-    )
+    flops_ratio = upcycled.flops_per_step / dense.flops_per_step
     lines.append(
-        f"* A step of **{upcycled.name}** costs {flops_ratio:.2f}x the FLOPs and {time_ratio:.2f}x"
-        f" the time of a step of **{dense.name}**."
+        f"* A step of **{upcycled.name}** costs {flops_ratio:.2f}x the FLOPs"
+        f"{paid.time_words([upcycled], [dense])} of a step of **{dense.name}**."
     )
     return "\n".join(lines)
 
@@ -233,23 +253,35 @@ def compare(runs: Sequence[Run], *, dense: str, upcycled: str, title: str, scale
     if load is not None:
         images["expert_load.png"] = load
     summary = _summary_table(runs)
+    sparse = by_name[upcycled]
+    pairs = [paid.Pair(upcycled, one.name, (sparse,), (one,)) for one in runs if one is not sparse]
+    first = paid.picture([pair for pair in pairs if pair.other == dense])
+    if first is not None:
+        images[f"{paid.NAME}.png"] = first.png
     sections = [
         f"# {title}",
+        "## Did it pay?",
+        "\n".join(f"* {paid.sentence(pair)}" for pair in pairs),
+        *([f"![{paid.CAPTION}]({paid.NAME}.png)", f"*{paid.CAPTION}*"] if first else []),
+        "## What this is",
         scale,
         "Losses (cross entropy, nats per target token) and accuracies are unweighted means over the"
         " evaluation tasks ("
         + ", ".join(f"`{task}`" for task in runs[0].tasks)
         + "), teacher-forced. One seed: differences carry no error bar, so they are those of these"
         " runs and no claim about others.",
+        "Each run's settings are in `config.gin` of its MODEL_DIR, which can be given as"
+        " `--gin_file` again.",
         "## Summary",
         summary,
         "## What came out",
-        _findings(runs, by_name[dense], by_name[upcycled]),
+        _findings(runs, by_name[dense], sparse),
         "## Learning curves",
         (
             "![Evaluation loss and token accuracy against extra steps and extra"
             " compute](learning_curves.png)"
         ),
+        "## Learning curves in numbers",
         "### Evaluation loss against extra steps",
         _by_steps(runs, "cross_ent_loss"),
         "### Token accuracy against extra steps",

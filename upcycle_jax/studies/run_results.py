@@ -129,6 +129,18 @@ class Run:
         ]
         return 1.0 / float(np.median(rates)) if rates else float("nan")
 
+    @property
+    def machine_load(self) -> tuple[float, int] | None:
+        """Median load average of the machine over the reporting periods, and its cores; None where
+        the run did not record them.
+        """
+        loads = [
+            row["timing/load_average"] for row in self.training if "timing/load_average" in row
+        ]
+        starts = self.manifest.get("starts") or [{}]
+        cores = starts[-1].get("cores")
+        return (float(np.median(loads)), int(cores)) if loads and cores else None
+
     def curve(self, metric: str, task: str | None = None) -> Curve:
         """A metric of one task, or its unweighted mean over all tasks, at the steps where each has
         a value.

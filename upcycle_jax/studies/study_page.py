@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_jax.studies import figures
+from upcycle_jax.studies import figures, paid
 from upcycle_jax.studies.figures import Picture
 from upcycle_jax.studies.intervals import (
     CONFIDENCE,
@@ -20,7 +20,7 @@ from upcycle_jax.studies.intervals import (
 )
 from upcycle_jax.studies.page import Report, table
 from upcycle_jax.studies.run_results import Run
-from upcycle_jax.studies.study_results import Group, Study, at_flops, at_steps
+from upcycle_jax.studies.study_results import CONFIG, Group, Study, at_flops, at_steps
 from upcycle_jax.studies.sweep import shell_line
 
 LOSS, ACCURACY = "cross_ent_loss", "accuracy"
@@ -29,11 +29,14 @@ FIGURES_FILE = "figures.json"
 
 def report(study: Study) -> Report:
     """The page of a study; the same folder gives the same bytes."""
-    pictures = _pictures(study)
+    pairs = paid.pairs_of_study(study)
+    pictures = _pictures(study, pairs)
     images = {f"{name}.png": picture.png for name, (picture, _) in pictures.items()}
     summary = _summary(study)
     sections = [
         f"# {study.plan['title'] or study.plan['name']}",
+        *_first_screen(pictures, pairs),
+        "## What this is",
         _scale(study),
         "## What came out",
         _findings(study),
@@ -66,11 +69,20 @@ def report(study: Study) -> Report:
     return Report("\n\n".join(sections) + "\n", images, summary, files)
 
 
-def _pictures(study: Study) -> dict[str, tuple[Picture, str]]:
+def _first_screen(
+    pictures: Mapping[str, tuple[Picture, str]], pairs: Sequence[paid.Pair]
+) -> list[str]:
+    if not pairs:
+        return []
+    return ["## Did it pay?", paid.words(pairs), *_figure(pictures, paid.NAME)]
+
+
+def _pictures(study: Study, pairs: Sequence[paid.Pair]) -> dict[str, tuple[Picture, str]]:
     """Name -> figure and caption, those that there are."""
     n = len(study.plan["seeds"])
     percent = f"{100 * CONFIDENCE:g} %"
     found: dict[str, tuple[Picture | None, str]] = {
+        paid.NAME: (paid.picture(pairs), paid.CAPTION),
         "differences": (
             figures.differences(study),
             (
@@ -168,12 +180,19 @@ def _scale(study: Study) -> str:
     for name, run in study.shared.items():
         lines.append(
             f"* **Shared start**: `{name}`, {run.manifest['parameters']:,} parameters,"
-            f" {run.extra_steps:,} steps, one for all seeds."
+            f" {run.extra_steps:,} steps, one for all seeds; its loss fell by {_slope(run):.4f}"
+            " over the last tenth of them."
         )
     tasks = ", ".join(f"`{task}`" for task in first.tasks)
     lines.append(f"* **Data**: {tasks}; {_data(study)}.")
     lines.append(f"* **Hardware**: {_hardware(study)}")
     return "\n".join([*lines, *_incomplete(study)])
+
+
+def _slope(run: Run) -> float:
+    """How much the loss fell over the last tenth of the training."""
+    curve, end = run.curve(LOSS), run.start_step + run.extra_steps
+    return curve.at(end - 0.1 * run.extra_steps) - curve.last
 
 
 def _incomplete(study: Study) -> list[str]:
@@ -514,7 +533,8 @@ def _provenance(study: Study) -> str:
         f"    {shell_line(shlex.split(cell['command']))}" for cell in study.plan["cells"]
     )
     return (
-        f"Software: {shown}. `{FIGURES_FILE}` beside this page holds every number of the figures."
+        f"The study is its gin file: [config.gin](../{CONFIG}). Software: {shown}."
+        f" `{FIGURES_FILE}` beside this page holds every number of the figures."
         " The runs, as ordinary command lines (`{SWEEP_DIR}` is the study's"
         f" folder):\n\n{commands}"
     )

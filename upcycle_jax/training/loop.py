@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -207,6 +208,7 @@ def _write_start(run: PreparedRun, cost: description.Costs, data_fingerprint: An
         "restored_from": source.record(),
         "versions": manifest.versions(),
         "devices": manifest.devices(settings.partitioner.mesh),
+        "cores": os.cpu_count(),
         "config_sha256": {name: manifest.digest(text) for name, text in files.items()},
     }
     previous = manifest.read(folder) if source.start == Start.RESUME else {}

@@ -4,6 +4,7 @@ import collections
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -182,6 +183,8 @@ class Window:
         values["timing/steps_per_second"] = rate
         values["timing/seqs_per_second"] = rate * self._batch_size
         values["timing/target_tokens_per_second"] = rate * values.pop("target_tokens", 0.0)
+        # What other programs take shows in times: reports compare those of quiet machines.
+        values["timing/load_average"] = os.getloadavg()[0]
         if self._flops:
             values["timing/model_flops_per_second"] = rate * self._flops
         self._total, self._steps, self._seconds = None, 0, 0.0
