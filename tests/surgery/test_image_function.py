@@ -41,7 +41,9 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("images", SEEN)
+@pytest.mark.parametrize(
+    "images", ["upcycle_images", pytest.param("upcycle", marks=pytest.mark.slow)]
+)
 def test_renormalised_copies_keep_the_function(images, archive, tmp_path, capsys):
     given = words(archive, tmp_path / "sparse", "paper_vision", images)
     assert upcycle.main(given) == 0

@@ -52,6 +52,7 @@ def test_a_new_head_starts_at_zero(archive, tmp_path, capsys):
     assert run(archive, tmp_path / "sparse", NEW_HEAD, NUM_CLASSES=3, command=verify.main) == 0
 
 
+@pytest.mark.slow
 def test_a_head_is_left_out(archive, tmp_path, capsys):
     drop = "--gin.Recipe.drop='target/head/.*'"
     assert run(archive, tmp_path / "sparse", drop, NUM_CLASSES=0) == 0

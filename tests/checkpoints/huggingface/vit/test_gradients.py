@@ -17,7 +17,8 @@ from upcycle_jax.models.vit.model import VitModel
 from upcycle_jax.state_tree import TARGET
 
 LABELS = np.array([1, 2], np.int32)
-NAMES = ["vit", "siglip", "clip", "dinov2", "gated dinov2", "siglip classifier"]
+NAMES = ["vit", "siglip", "clip", "dinov2"]
+SLOW = ["gated dinov2", "siglip classifier"]
 
 
 def in_torch(pixels):
@@ -48,7 +49,9 @@ def parameters(folder):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_gradients_are_those_of_torch(name, written, tmp_path):
     pixels = images(image_size(name))
     expected_loss = write_gradients(name, pixels, tmp_path)
