@@ -26,7 +26,7 @@ SCHEDULE = [
     "--gin.TIMESCALE=4",
     "--gin.COOLDOWN_STEPS=3",
 ]
-OFTEN = ["--gin.SAVING_PERIOD=1", "--gin.STATS_PERIOD=1", "--gin.EVAL_PERIOD=100"]
+OFTEN = ["--gin.SAVING_PERIOD=1", "--gin.STATS_PERIOD=1"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run(arrays):
             f"--gin.MODEL_DIR='{folder}'",
             f"--gin.TRAIN_STEPS={steps}",
             "--gin.BATCH_SIZE=8",
-            "--gin.EVAL_STEPS=1",
+            "--gin.train.train_eval_dataset_cfg=None",
             *more,
         ]
         assert train.main(flags) == 0
@@ -97,6 +97,7 @@ def test_a_branch_cools_down_from_the_trunk(trunk, branch):
     np.testing.assert_allclose(trunk_rows[8]["learning_rate"], 0.01 / (1 + 5 / 4) ** 0.5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_branch_is_resumed_with_its_own_end(branch):
     last = branch() / "checkpoint_9"
     reader = open_checkpoint(last)

@@ -43,14 +43,15 @@ def pretrained(path, moe):
     return open_checkpoint(path)
 
 
-@pytest.mark.parametrize("moe", [None, MOE])
+@pytest.mark.parametrize("moe", [pytest.param(None, marks=pytest.mark.slow), MOE])
 def test_a_run_at_twice_the_resolution(moe, arrays, tmp_path):
     source = pretrained(tmp_path / "checkpoint_700", moe)
     model = "vit_tiny" if moe is None else "vit_tiny_upcycled"
     given = {"IMAGE_SIZE": 16, "NUM_CLASSES": 3, "VitConfig.channels": 1}
     given |= {f"VitConfig.{name}": value for name, value in SHAPE.items()}
     given |= {} if moe is None else {"NUM_EXPERTS": 2, "GROUP_SIZE": 16}
-    given |= {"BATCH_SIZE": 8, "EVAL_STEPS": 1, "STATS_PERIOD": 1, "SAVING_PERIOD": 1}
+    given |= {"BATCH_SIZE": 8, "STATS_PERIOD": 1, "SAVING_PERIOD": 1}
+    given |= {"train.train_eval_dataset_cfg": None}
     given |= {"LEARNING_RATE": 0.1, "WARMUP_STEPS": 1, "TRAIN_STEPS": 3}
     flags = [
         f"--gin_file=models/{model}.gin",

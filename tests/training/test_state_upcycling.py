@@ -160,15 +160,23 @@ def one_step(num_experts, state, expert_gradient_scale=None, partitioner=None):
     return trees.flatten(after.state_dict()), output
 
 
-def test_the_first_update_is_the_dense_networks(dense_checkpoint):
+@pytest.fixture(scope="module")
+def upcycled(dense_checkpoint):
+    """The plan for four experts, and the state after a step on one device, in which the gradients
+    of experts are those of the MLP.
+    """
+    plan = surgery.make_plan(dense_checkpoint.specs(), state_specs(model(4), OPTIMIZER), TILED)
+    return plan, one_step(4, made(plan, dense_checkpoint), expert_gradient_scale=4.0)
+
+
+def test_the_first_update_is_the_dense_networks(upcycled):
     """Four copies that all see all tokens, each with a weight of 1/4: the gradient of an expert is
     a quarter of the MLP's, which expert_gradient_scale makes up for. Then experts, their slots and
     all else move as in the dense network.
     """
-    specs = state_specs(model(4), OPTIMIZER)
-    plan = surgery.make_plan(dense_checkpoint.specs(), specs, TILED)
+    plan, (got, output) = upcycled
+    specs = plan.specs()
     want, dense_output = one_step(0, dense_state())
-    got, output = one_step(4, made(plan, dense_checkpoint), expert_gradient_scale=4.0)
     np.testing.assert_allclose(output.loss, dense_output.loss, atol=1e-5)
     for path, spec in specs.items():
         if spec.role is Role.ROUTER:
@@ -189,15 +197,14 @@ def test_the_first_update_is_the_dense_networks(dense_checkpoint):
     )
 
 
-def test_eight_devices_compute_what_one_does(dense_checkpoint):
+@pytest.mark.slow
+def test_eight_devices_compute_what_one_does(dense_checkpoint, upcycled):
     """Experts, their counts too, over four rows of the mesh, the batch over two."""
-    specs = state_specs(model(4), OPTIMIZER)
-    plan = surgery.make_plan(dense_checkpoint.specs(), specs, TILED)
+    plan, (want, _) = upcycled
     partitioner = Partitioner(num_expert_partitions=4)
-    state = surgery.apply_online(plan, dense_checkpoint, partitioner.shardings(specs))
-    want, _ = one_step(4, made(plan, dense_checkpoint))
-    got, _ = one_step(4, state, partitioner=partitioner)
-    for path in specs:
+    state = surgery.apply_online(plan, dense_checkpoint, partitioner.shardings(plan.specs()))
+    got, _ = one_step(4, state, expert_gradient_scale=4.0, partitioner=partitioner)
+    for path in plan.specs():
         atol = 0.02 if path.endswith("/m") else 1e-5
         np.testing.assert_allclose(
             np.asarray(got[path], np.float32),
