@@ -26,6 +26,7 @@ def test_the_effective_capacity_factor_is_that_of_the_slots():
     assert np.isfinite(found["loss"])
 
 
+@pytest.mark.slow
 def test_the_losses_of_v_moe_are_part_of_the_loss():
     plain = model("renormalised")
     moe = dataclasses.replace(
