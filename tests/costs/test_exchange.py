@@ -54,3 +54,22 @@ def test_experts_with_biases_by_hand():
     model = VitModel(VitConfig(5, 32, 8, 24, 2, 2, 40, moe=moe))
     shape = StepShape(batch_size=8, lengths={"image": 32})
     assert sent(model, shape) == 4 * 256 * 24 * 4 // 8
+
+
+def test_rows_that_dropless_experts_reserve_by_hand(tiny):
+    # Eight devices with 32 tokens of the encoder each. Four expert partitions: 4 x 32 tokens may
+    # arrive, which all choose the one expert there: 128 rows, of which an even load of two choices
+    # fills 64. One layer, computed again or not: tokens, outputs and their gradients of width 16,
+    # and for each of two input matrices and the output's the hidden units of 32 and their
+    # gradients, in float32.
+    model = tiny(num_experts=4, encoder_router=DroplessTopK(), decoder_router=DroplessTopK())
+    shape = StepShape(batch_size=4, lengths={"inputs": 64, "targets": 32})
+
+    def reserved(model, partitions=4, **changes):
+        mesh = Partitioner(num_expert_partitions=partitions)
+        return exchange.reserved_bytes(model, shape, mesh, **({"recomputes": True} | changes))
+
+    width, hidden = model.config.emb_dim, model.config.mlp_dim
+    assert reserved(model) == (128 - 64) * (6 * hidden + 4 * width) * 4
+    assert reserved(model, recomputes=False) == reserved(model)
+    assert reserved(model, partitions=1) == 0 == reserved(tiny(num_experts=4, group_size=16))

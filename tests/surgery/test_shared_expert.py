@@ -27,9 +27,9 @@ LAYER = "target/encoder/layers_1/mlp"
 NAMES = ("wi_0", "wi_1", "wo")
 
 
-def sparse_tree(small, width, *, optimizer="adafactor"):
+def sparse_tree(small, width, *, routed=None, optimizer="adafactor"):
     """The small sparse tree with a shared expert of a width in its sparse layer."""
-    tree = small.tree(sparse=(1,), optimizer=optimizer)
+    tree = small.tree(sparse=(1,), width=routed, optimizer=optimizer)
     parameters = {}
     for name in NAMES:
         shape, names = (
@@ -108,10 +108,49 @@ def test_what_does_not_fit_is_refused(small):
         ),
     ):
         surgery.make_plan(small.tree(), sparse_tree(small, 20))
+
+
+@pytest.mark.parametrize("how", ["mean", "expert"])
+def test_a_merged_layer_is_the_mean_beside_the_shared_expert(small, how, tmp_path):
+    """`act(x [A B]) [C; D] = act(x A) C + act(x B) D`, whatever acts on each hidden unit: a dense
+    MLP of 12 units is the sum of a merged one of 7 and of a shared expert of 5.
+    """
+    source = small.Reader(small.filled(sparse_tree(small, 5, routed=7)))
+    recipe = surgery.MergeRecipe(how=how, expert=1 if how == "expert" else 0)
+    source.specs = lambda: sparse_tree(small, 5, routed=7)
+    plan = surgery.make_plan(source.specs(), small.tree(), recipe)
+    surgery.apply_offline(plan, source, tmp_path / "dense")
+    written = open_checkpoint(tmp_path / "dense")
+    x = np.random.default_rng(0).normal(size=(3, small.D))
+
+    def mlp(of_name):
+        wi_0, wi_1, wo = (np.asarray(of_name(name), np.float64) for name in NAMES)
+        return (np.tanh(x @ wi_0) * (x @ wi_1)) @ wo
+
+    def routed(name):
+        experts = source.arrays[f"{LAYER}/expert/{name}/kernel"]
+        return experts[1] if how == "expert" else experts.mean(0)
+
+    both = mlp(routed) + mlp(lambda name: source.arrays[f"{LAYER}/shared_expert/{name}/kernel"])
+    np.testing.assert_allclose(
+        mlp(lambda name: written.read(f"{LAYER}/{name}/kernel")), both, rtol=1e-5, atol=1e-5
+    )
+    assert surgery.prove(plan, source, written).ok
+    damaged = {name: np.array(written.read(name)) for name in written.specs()}
+    damaged[f"{LAYER}/wo/kernel"][9, 1] += 1  # of the shared expert's units
+    proof = surgery.prove(plan, source, small.Reader(damaged))
+    assert [leaf.path for leaf in proof.leaves if not leaf.ok] == [f"{LAYER}/wo/kernel"]
+
+
+def test_what_cannot_be_merged_is_refused(small):
     with pytest.raises(
-        ValueError, match=r"the source has shared experts.*only models without them can be merged"
+        ValueError, match=r"(?s)gives shape \[8, 19\].*set the dense model's hidden size"
     ):
-        surgery.make_plan(sparse_tree(small, 12), small.tree(), surgery.MergeRecipe())
+        surgery.make_plan(sparse_tree(small, 7), small.tree(), surgery.MergeRecipe())
+    gated = sparse_tree(small, 5, routed=7)
+    gated[f"{LAYER}/shared_expert_gate/kernel"] = LeafSpec((small.D, 1), np.float32)
+    with pytest.raises(ValueError, match="have gates .*each token has another weight for them"):
+        surgery.make_plan(roles.inferred(gated), small.tree(), surgery.MergeRecipe())
 
 
 def test_of_several_parents_one_is_the_shared_expert(small):

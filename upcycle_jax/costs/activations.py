@@ -16,7 +16,12 @@ from upcycle_jax.partitioning import Partitioner
 
 
 def kept_bytes(
-    program: LossProgram, counted: Counted, partitioner: Partitioner, *, elementwise: bool
+    program: LossProgram,
+    counted: Counted,
+    partitioner: Partitioner,
+    *,
+    elementwise: bool,
+    in_layer: int = 0,
 ) -> int:
     """Bytes on one device that the backward pass finds, and the most that it computes again at
     once; parameters and the batch are left out.
@@ -26,13 +31,57 @@ def kept_bytes(
       counted: the same on the partitioner's mesh.
       partitioner: the mesh.
       elementwise: whether results of elementwise operations are kept, as on CPUs.
+      in_layer: what the trace does not show of the layers that are computed again, or of all.
+    """
+    if program.recomputes and not elementwise:
+        return _peak_of_products(program, counted, partitioner, in_layer)
+    mesh = dict(partitioner.mesh.shape)
+    kept = _kept(program) if elementwise else _kept_products(program)
+    again = counted.backward.recomputed_bytes if elementwise else 0
+    return in_layer + again + sum(flops.device_bytes(var, counted.known, mesh) for var in kept)
+
+
+def _peak_of_products(
+    program: LossProgram, counted: Counted, partitioner: Partitioner, in_layer: int
+) -> int:
+    """What the backward pass of a program that says what is computed again holds at its peak, where
+    compilers compute elementwise results again: what the forward pass left and is still needed,
+    and results of products, in the layer that is computed again or outside of it.
+
+    Logits are gone when layers are computed again. A gradient that is summed over devices takes
+    room twice.
     """
     mesh = dict(partitioner.mesh.shape)
-    kept = _kept(program) if elementwise or program.recomputes else _kept_products(program)
-    again = counted.backward.recomputed_bytes
-    if not elementwise:
-        again = counted.backward.recomputed_product_bytes
-    return again + sum(flops.device_bytes(var, counted.known, mesh) for var in kept)
+    of_batch = _following(program, program.forward.invars[len(program.params) :])
+    sizes = {
+        var: flops.device_bytes(var, counted.known, mesh)
+        for var in _kept(program)
+        if var in of_batch
+    }
+    made_from: dict[core.Var, set[core.Var]] = {}  # what the forward pass left, by views of it
+    for saved, var in zip(program.saved, program.backward.invars, strict=False):
+        made_from[var] = sizes.keys() & set(_sources(program, [saved], _is_view))
+    last: dict[core.Var, int] = {}
+    for i, equation in enumerate(program.backward.eqns):
+        operands = [var for var in equation.invars if isinstance(var, core.Var)]
+        origins: set[core.Var] = set().union(*(made_from.get(var, set()) for var in operands))
+        if flops.multiplies(equation):
+            last |= dict.fromkeys(origins, i)
+        else:  # computed where a product reads it
+            made_from |= dict.fromkeys(equation.outvars, origins)
+    copies = 2 if partitioner.mesh.size > 1 else 1
+    peak = 0
+    for i, equation in enumerate(program.backward.eqns):
+        now = sum(size for var, size in sizes.items() if last.get(var, -1) >= i)
+        if flops.recomputes(equation):
+            now += counted.backward.held_bytes + in_layer
+        elif flops.multiplies(equation):
+            results = [
+                flops.device_bytes(var, counted.backward_known, mesh) for var in equation.outvars
+            ]
+            now += copies * sum(results)
+        peak = max(peak, now)
+    return peak
 
 
 def peak_bytes(program: LossProgram, counted: Counted, partitioner: Partitioner) -> int:

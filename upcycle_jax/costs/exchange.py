@@ -1,4 +1,6 @@
-"""Bytes that MoE layers hand over in all-to-alls, from shapes."""
+"""Bytes that MoE layers hand over in all-to-alls, and that they reserve for what may arrive, from
+shapes.
+"""
 
 import math
 
@@ -36,6 +38,42 @@ def exchange_bytes(
         if stack.sparse_layers
     )
     return shape.num_microbatches * sum(of_layers)
+
+
+def reserved_bytes(
+    model: Model, shape: StepShape, partitioner: Partitioner, *, recomputes: bool
+) -> int:
+    """Bytes on one device that dropless experts reserve for the case that all tokens choose experts
+    of one device, beyond those of an even load; 0 where experts are not divided.
+
+    The backward pass of a layer holds, for every row, its token and output, the hidden units before
+    and after the activation, and the gradients of all; without recomputation every layer keeps
+    token, output and what the activation takes.
+
+    Args:
+      model: the model.
+      shape: the batch.
+      partitioner: the mesh.
+      recomputes: whether the backward pass computes layers again.
+    """
+    devices, reserved = partitioner.num_expert_partitions, 0
+    for stack in model.stacks.values():
+        moe, router = stack.moe, stack.router
+        if not stack.sparse_layers or moe is None or router is None or devices == 1:
+            continue
+        if not router.has_room_for_all or moe.dispatch in ("gather", "one_hot"):
+            continue
+        length = stack_lengths(model, shape.lengths)[stack.name]
+        tokens = math.ceil(shape.rows * length / partitioner.num_data_shards)
+        choices = round(router.active_experts(moe.capacity_factor(train=True)))
+        rows = tokens * (devices * min(choices, moe.num_experts // devices) - choices)
+        width, hidden, inputs = _expert_sizes(model, stack)
+        hidden = math.ceil(hidden / partitioner.num_model_partitions)
+        at_peak = 2 * (inputs + 1) * hidden + 4 * width
+        kept = 0 if recomputes else (len(stack.sparse_layers) - 1) * (inputs * hidden + 2 * width)
+        per_row = (at_peak + kept) * model.config.activation_dtype.itemsize
+        reserved = max(reserved, max(rows, 0) * per_row)
+    return reserved
 
 
 def follows_load(model: Model) -> bool:
@@ -82,11 +120,19 @@ def _of_layer(
 
 def _width(model: Model, stack: Stack) -> int:
     """Size of a token's vector, as the stack's experts take it."""
-    leaf = next(
-        leaf
+    return _expert_sizes(model, stack)[0]
+
+
+def _expert_sizes(model: Model, stack: Stack) -> tuple[int, int, int]:
+    """Sizes of a token's vector and of an expert's hidden axis, and how many matrices lead from one
+    to the other, of a stack's experts.
+    """
+    matrices = {
+        path: leaf
         for path, leaf in model.param_specs().items()
-        if leaf.role == Role.EXPERT
-        and path.startswith(f"{stack.name}/")
-        and axes.EMBED in leaf.axes  # Biases of hidden units have none.
-    )
-    return leaf.shape[leaf.axes.index(axes.EMBED)]
+        if leaf.role == Role.EXPERT and path.startswith(f"{stack.name}/") and len(leaf.shape) == 3
+    }
+    first = next(iter(matrices))
+    leaf, expert = matrices[first], first.rsplit("/", 2)[0]
+    width, hidden = (leaf.shape[leaf.axes.index(axis)] for axis in (axes.EMBED, axes.EXPERT_MLP))
+    return width, hidden, sum(path.startswith(f"{expert}/") for path in matrices) - 1

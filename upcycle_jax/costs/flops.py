@@ -95,14 +95,15 @@ class Work:
       device: what one device executes, elementwise operations included.
       recomputed_bytes: bytes on one device that the part of a backward pass that computes most
         again computes at once: all that its gradients are made from.
-      recomputed_product_bytes: of those the results of matrix products.
+      held_bytes: bytes on one device that such a part holds at its peak where cheap results are
+        computed again: results of matrix products, and what several products read.
     """
 
     products: int = 0
     gradient_products: int = 0
     device: float = 0.0
     recomputed_bytes: int = 0
-    recomputed_product_bytes: int = 0
+    held_bytes: int = 0
 
     def add(self, other: "Work", times: int = 1) -> None:
         """Adds another program that runs so many times."""
@@ -110,9 +111,7 @@ class Work:
         self.gradient_products += times * other.gradient_products
         self.device += times * other.device
         self.recomputed_bytes = max(self.recomputed_bytes, other.recomputed_bytes)
-        self.recomputed_product_bytes = max(
-            self.recomputed_product_bytes, other.recomputed_product_bytes
-        )
+        self.held_bytes = max(self.held_bytes, other.held_bytes)
 
 
 def count(
@@ -156,6 +155,13 @@ def multiplies(equation: core.JaxprEqn) -> bool:
     )
 
 
+def recomputes(equation: core.JaxprEqn) -> bool:
+    """Whether an equation computes results again that a model says are not kept, or holds one."""
+    return "remat" in equation.primitive.name or any(
+        recomputes(inner) for program in _programs(equation) for inner in program.eqns
+    )
+
+
 def device_bytes(var: core.Var, known: Mapping[core.Var, Value], mesh: MeshShape) -> int:
     """Bytes of an array on one device."""
     array = array_of(var)
@@ -177,11 +183,55 @@ def _recomputed(jaxpr: core.Jaxpr, known: Mapping[core.Var, Value], mesh: MeshSh
             continue
         for var in equation.outvars:
             if not known[var].is_gradient and var in read_by_gradients:
-                nbytes = device_bytes(var, known, mesh)
-                found.recomputed_bytes += nbytes
-                if multiplies(equation):
-                    found.recomputed_product_bytes += nbytes
+                found.recomputed_bytes += device_bytes(var, known, mesh)
+    if read_by_gradients:
+        found.held_bytes = _held_at_peak(jaxpr, known, mesh)
     return found
+
+
+def _held_at_peak(jaxpr: core.Jaxpr, known: Mapping[core.Var, Value], mesh: MeshShape) -> int:
+    """Bytes of results that a program holds at its peak; its operands are left out.
+
+    Kept are results of matrix products, and other results that several products read. All others
+    are computed where they are read, from what is kept.
+    """
+    sources: dict[core.Var, frozenset[core.Var]] = {}  # what is kept that an array is made from
+    seen_in: dict[core.Var, core.Var] = {}  # what a view shows
+    readers: dict[core.Var, set[int]] = {}  # products that read an array, or a view of it
+    for i, equation in enumerate(jaxpr.eqns):
+        operands = [var for var in equation.invars if isinstance(var, core.Var)]
+        if equation.primitive.name in (*VIEWS, "transpose") and operands:
+            seen_in[equation.outvars[0]] = seen_in.get(operands[0], operands[0])
+        elif multiplies(equation):
+            for var in operands:
+                readers.setdefault(seen_in.get(var, var), set()).add(i)
+    last: dict[core.Var, int] = {}
+    made: dict[int, list[core.Var]] = {}
+    for i, equation in enumerate(jaxpr.eqns):
+        operands = [var for var in equation.invars if isinstance(var, core.Var)]
+        origins: frozenset[core.Var] = frozenset().union(
+            *(sources.get(var, frozenset()) for var in operands)
+        )
+        is_product = multiplies(equation)
+        for var in equation.outvars:
+            kept = is_product or len(readers.get(var, ())) > 1
+            sources[var] = frozenset([var]) if kept else origins
+            if kept:
+                made.setdefault(i, []).append(var)
+        if i in made:
+            last |= dict.fromkeys(origins, i)
+    results = [var for var in jaxpr.outvars if isinstance(var, core.Var)]
+    for var in results:
+        last |= dict.fromkeys(sources.get(var, ()), len(jaxpr.eqns))
+    ends: dict[int, list[core.Var]] = {}
+    for var, i in last.items():
+        ends.setdefault(i, []).append(var)
+    now = peak = 0
+    for i in range(len(jaxpr.eqns)):
+        now += sum(device_bytes(var, known, mesh) for var in made.get(i, ()))
+        peak = max(peak, now)
+        now -= sum(device_bytes(var, known, mesh) for var in ends.get(i, ()))
+    return peak
 
 
 def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr | None:

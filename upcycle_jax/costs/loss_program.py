@@ -50,10 +50,10 @@ class LossProgram:
         """The equation of the forward pass that makes each of its arrays."""
         return {var: equation for equation in self.forward.eqns for var in equation.outvars}
 
-    @property
+    @functools.cached_property
     def recomputes(self) -> bool:
         """Whether the model says what the backward pass computes again."""
-        return any("remat" in equation.primitive.name for equation in self.backward.eqns)
+        return any(map(flops.recomputes, self.backward.eqns))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,8 +67,15 @@ def of_step(model: Model, shape: StepShape, partitioner: Partitioner) -> StepCos
     if parts > 1:  # gradients of a microbatch are added to those before
         held = parameters.nbytes(program.params, partitioner).per_device
         device += parts * held / 4
+    reserved = exchange.reserved_bytes(model, shape, partitioner, recomputes=program.recomputes)
     every, cheap = (
-        activations.kept_bytes(program, counted, partitioner, elementwise=elementwise)
+        activations.kept_bytes(
+            program,
+            counted,
+            partitioner,
+            elementwise=elementwise,
+            in_layer=0 if elementwise else reserved,
+        )
         for elementwise in (True, False)
     )
     return StepCosts(

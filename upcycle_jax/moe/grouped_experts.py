@@ -52,9 +52,9 @@ def resolve(dispatch: Dispatch) -> Dispatch:
         return _automatic(platform)
     if dispatch == "ragged_dot" and grouped_matmul.ragged_dot_is_masked(platform):
         raise ValueError(
-            f"MoeConfig.dispatch='ragged_dot': on this {platform} jax.lax.ragged_dot becomes one"
-            " masked product over all rows per expert, as many times the work as there are"
-            " experts. Set MoeConfig.dispatch='auto' or 'sorted'"
+            f"dispatch='ragged_dot' of MoE layers (DISPATCH): on this {platform}"
+            " jax.lax.ragged_dot becomes one masked product over all rows per expert, as many times"
+            " the work as there are experts. Set dispatch to 'auto' or 'sorted'"
         )
     return dispatch
 
@@ -63,7 +63,7 @@ def resolve(dispatch: Dispatch) -> Dispatch:
 def _automatic(platform: str) -> Dispatch:
     masked = grouped_matmul.ragged_dot_is_masked(platform)
     chosen: Dispatch = "sorted" if masked else "ragged_dot"
-    _log.info("MoeConfig.dispatch='auto': dropless routers use %r on %s", chosen, platform)
+    _log.info("dispatch='auto' of MoE layers: dropless routers use %r on %s", chosen, platform)
     return chosen
 
 

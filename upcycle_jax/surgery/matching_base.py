@@ -247,7 +247,7 @@ class Matching(abc.ABC):
         try:
             result = (
                 operation.result_shape([s.shape for s in specs], spec.shape)
-                if len(unequal) < 2
+                if len(unequal) < 2 or operation.joins_shapes
                 else None
             )
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 import functools
 
+from upcycle_jax import axes
 from upcycle_jax.models import layer_names
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery.matching_base import ROUTING, Matching, Specs
@@ -9,6 +10,7 @@ from upcycle_jax.surgery.operations import (
     CopiesOfColumns,
     CopiesOfExperts,
     Copy,
+    JoinSharedExpert,
     MergeExperts,
     Operation,
     PickExpert,
@@ -86,11 +88,12 @@ class Merging(Matching):
     def check(self) -> None:
         if not self.experts:
             raise ValueError("the source has no experts to merge: it is dense already")
-        shared = [name for name, spec in self.source.items() if spec.role is Role.SHARED_EXPERT]
-        if shared:
+        gates = [name for name, spec in self.source.items() if spec.role is Role.SHARED_GATE]
+        if gates:
             raise ValueError(
-                f"the source has shared experts (e.g. {shared[0]}), whose sum with the routed ones"
-                " is no MLP of the dense size: only models without them can be merged"
+                f"the source's shared experts have gates (e.g. {gates[0]}): each token has another"
+                " weight for them, which no dense MLP computes. Only shared experts without a gate"
+                " can be merged"
             )
         experts = [name for name, spec in self.target.items() if spec.role is Role.EXPERT]
         if experts:
@@ -103,6 +106,15 @@ class Merging(Matching):
     def experts(self) -> dict[str, str]:
         """Dense leaf -> leaf of the experts that come from it."""
         return {spec.twin: name for name, spec in self.source.items() if spec.role is Role.EXPERT}
+
+    @functools.cached_property
+    def shared(self) -> dict[str, str]:
+        """Dense leaf -> leaf of the shared expert whose hidden units it gets."""
+        return {
+            spec.twin: name
+            for name, spec in self.source.items()
+            if spec.role is Role.SHARED_EXPERT and name.startswith(TARGET)
+        }
 
     def parameter(self, path: str, spec: LeafSpec) -> None:
         if path not in self.experts:
@@ -122,13 +134,27 @@ class Merging(Matching):
                 f" {sorted(self.recipe.weights)}"
             )
             return
-        self.add(path, spec, operation, (self.experts[path],))
+        if path not in self.shared:
+            self.add(path, spec, operation, (self.experts[path],))
+        elif axes.MLP not in spec.axes:
+            self.faults.append(
+                f"! {path}: biases of the output of routed and shared experts are not merged"
+            )
+        else:
+            self.add(
+                path,
+                spec,
+                JoinSharedExpert(operation, spec.axes.index(axes.MLP)),
+                (self.experts[path], self.shared[path]),
+                "Remedy: the dense model's MLPs are as wide as an expert and the shared expert"
+                " together: set the dense model's hidden size (mlp_dim) to that sum.",
+            )
 
     def slot_origin(self, path: str, spec: LeafSpec) -> tuple[Operation, tuple[str, ...]]:
         return (Zeros(), ()) if path in self.experts else (Copy(), (path,))
 
     def is_converted(self, slot: str) -> bool:
-        return self.source[slot].role in (Role.EXPERT, *ROUTING)
+        return self.source[slot].role in (Role.EXPERT, Role.SHARED_EXPERT, *ROUTING)
 
     def drop_reason(self, name: str, spec: LeafSpec) -> str | None:
         if name.startswith(TARGET) and spec.role in ROUTING:

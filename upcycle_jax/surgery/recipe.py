@@ -282,6 +282,10 @@ class Recipe:
 class MergeRecipe:
     """How an upcycled checkpoint becomes dense again.
 
+    A shared expert's hidden units are put after those of the experts' mean (or of the chosen one):
+    the dense MLPs are then as wide as both together, and give the sum of both. With a gate, whose
+    weight every token has its own of, it cannot be merged.
+
     Attributes:
       how: 'mean' of the experts, 'weighted' mean with `weights`, or one 'expert'.
       weights: for 'weighted': layer path ('encoder/layers_1') -> weight per expert, e.g. mean

@@ -76,11 +76,30 @@ def inferred_model(
             " is dense"
         )
     if isinstance(recipe, MergeRecipe):
-        return registry.build(config.dense)
+        return registry.build(_merged(config))
     assert isinstance(recipe.expert_init, MoreExperts)
     if moe is not None:
         return registry.with_moe(config, moe)
     return registry.with_moe(config, **_enlarged(source, config.moe, recipe.expert_init))
+
+
+def _merged(config: Any) -> Any:
+    """The dense model that a merge of experts gives: its MLPs are as wide as an expert and the
+    shared expert together.
+
+    Raises:
+      ValueError: dense layers have another width, and the dense model's layers have one.
+    """
+    width = (config.moe.expert_mlp_dim or config.mlp_dim) + (config.moe.shared_expert_mlp_dim or 0)
+    if width == config.mlp_dim:
+        return config.dense
+    stacks = registry.build(config).stacks.values()
+    if any(len(stack.sparse_layers) < stack.num_layers for stack in stacks):
+        raise ValueError(
+            f"merged layers would have MLPs of {width} hidden units, and the model's dense layers"
+            f" have {config.mlp_dim}: no model of this family has both, so it cannot be merged"
+        )
+    return dataclasses.replace(config.dense, mlp_dim=width)
 
 
 def resolved(recipe: Recipe | MergeRecipe, source: Reader) -> Recipe | MergeRecipe:

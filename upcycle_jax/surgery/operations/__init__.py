@@ -12,7 +12,7 @@ from upcycle_jax.surgery.operations.base import (
 from upcycle_jax.surgery.operations.enlarging import CopiesOfColumns, CopiesOfExperts
 from upcycle_jax.surgery.operations.experts import AddNoise, RandomExperts
 from upcycle_jax.surgery.operations.hidden_units import HiddenUnits
-from upcycle_jax.surgery.operations.means import Mean, MergeExperts
+from upcycle_jax.surgery.operations.means import JoinSharedExpert, Mean, MergeExperts
 from upcycle_jax.surgery.operations.movements import (
     Constant,
     Copy,
@@ -40,6 +40,7 @@ __all__ = [
     "Given",
     "HiddenUnits",
     "InterpolatePositions",
+    "JoinSharedExpert",
     "LastUnits",
     "Mean",
     "MergeExperts",

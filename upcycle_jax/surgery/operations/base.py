@@ -64,6 +64,7 @@ class Operation(abc.ABC):
       reads_statistics: `prepare` needs the values of the sources.
       picks_experts: sources are stacked themselves, and `source_region` picks the one expert that
         an expert of the result is made of.
+      joins_shapes: sources may be of different shapes.
     """
 
     stacked: ClassVar[bool] = False
@@ -71,6 +72,7 @@ class Operation(abc.ABC):
     draws: ClassVar[bool] = False
     reads_statistics: ClassVar[bool] = False
     picks_experts: ClassVar[bool] = False
+    joins_shapes: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -1,14 +1,15 @@
-"""Means of several sources, or of the experts of a layer.
+"""Means of several sources, or of the experts of a layer, with a shared expert beside them.
 
 They are running means, `m + (x - m) / n`, so that the mean of equal arrays is that array to the
 bit.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
-from upcycle_jax.surgery.operations.base import Expectation, Operation
+from upcycle_jax.surgery.operations.base import Expectation, Operation, Reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +77,52 @@ class MergeExperts(Operation):
             std=0.0,
             additive=True,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinSharedExpert(Operation):
+    """One dense matrix from the experts of a layer and its shared expert: `[E, *D]` and `[*S]`,
+    which differ in the hidden axis, to the hidden units of both, those of the routed ones first.
+
+    `act(x [A B]) [C; D]` is `act(x A) C + act(x B) D`: the dense MLP gives the sum of both.
+
+    Attributes:
+      routed: what makes one matrix of the experts.
+      axis: the hidden axis of the dense matrix.
+    """
+
+    reach: ClassVar[Reach] = Reach.WHOLE
+    joins_shapes: ClassVar[bool] = True
+
+    routed: Operation
+    axis: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.routed.name}, and the shared expert"
+
+    def result_shape(self, sources, target):
+        experts, shared = sources
+        routed = list(self.routed.result_shape([experts], target))
+        if len(shared) != len(routed):
+            raise ValueError(f"a shared expert of shape {list(shared)} beside {list(experts)}")
+        routed[self.axis] += shared[self.axis]
+        return tuple(routed)
+
+    def make(self, sources, aux, keys, expert, shape):
+        experts, shared = sources
+        made = self.routed.make([self._read(experts)], aux, keys, expert, shape)
+        return np.concatenate([made.astype(np.float32), shared.astype(np.float32)], self.axis)
+
+    def expectation(self, sources, aux, expert, shape):
+        experts, shared = sources
+        routed = self.routed.expectation([self._read(experts)], aux, expert, shape)
+        if routed is None or routed.values is None:
+            return None
+        values = np.concatenate([routed.values, np.asarray(shared, np.float64)], self.axis)
+        return Expectation(values=values, kept=False, std=0.0, additive=True)
+
+    def _read(self, experts: np.ndarray) -> np.ndarray:
+        """The experts that one matrix is made of."""
+        everything = (slice(None),) * (experts.ndim - 1)
+        return experts[self.routed.source_region(everything, 0)]
