@@ -4,6 +4,10 @@ that train steps consume on this machine.
     python scripts/bench_input.py                                   # tiny and small, as
     runs/pretrain.gin feeds them but for the batch python scripts/bench_input.py --sizes tiny
     --inputs 128 --targets 40 --batch_size 32
+    python scripts/bench_input.py --images --sizes tiny s32 --batch_size 64   # images, below
+
+With --images: views of glyphs; and of photographs (noise of 256 x 256 pixels as JPEG files, in
+folders and cached), cropped at random and mirrored, against the steps of vision transformers.
 
 A step and its input share the processors of a CPU machine; on an accelerator's host the input has
 them to itself. The cache is written to a temporary folder first.
@@ -17,11 +21,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import benchmarks
+import numpy as np
+from PIL import Image
 
 from upcycle_jax import config
 from upcycle_jax.data import DatasetConfig, configure
+from upcycle_jax.data.images import ImageDatasetConfig, records_writing
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
+from upcycle_jax.features.images import ImageFeatures
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
@@ -70,6 +78,70 @@ def inputs(
         }
 
 
+def image_inputs(side: int, batch_size: int, *, seconds: float, files: int) -> dict[str, float]:
+    """Images a second of each way to read them."""
+    features = ImageFeatures(side)
+    given = {"task_feature_lengths": {"image": side}, "batch_size": batch_size, "seed": 0}
+    augmented: dict[str, Any] = {**given, "crop": "inception", "flip": True}
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        root = pathlib.Path(place)
+        for number in range(files):
+            path = root / "photographs" / "train" / str(number % 10) / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC).save(path)
+        folder = ImageDatasetConfig("noise", folder=str(root / "photographs"), **augmented)
+        records_writing.write(folder, root / "cache", report=lambda line: None)
+        configure(cache_dirs=[str(root / "cache")])
+        configs = {
+            "glyphs": ImageDatasetConfig(**given),
+            "folder": folder,
+            "cached": ImageDatasetConfig("noise", use_cached=True, **augmented),
+        }
+        return {
+            name: rate(open_dataset(config, features).train_iterator(), batch_size, seconds=seconds)
+            for name, config in configs.items()
+        }
+
+
+def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
+    """Input and steps of vision transformers."""
+    for size in args.sizes:
+        names = (f"models/vit_{size}.gin", f"models/vit_{size}_upcycled.gin")
+        models = [
+            config.load([name], ["NUM_EXPERTS=8"] if "upcycled" in name else []).macro("MODEL")
+            for name in names
+        ]
+        side = models[0].config.image_size
+        given = image_inputs(side, args.batch_size, seconds=args.seconds, files=args.files)
+        for name, images in given.items():
+            print(f"input {name:<12} {images:>12,.1f} images/s of {side} x {side} pixels")
+        steps = benchmarks.train_steps(
+            size,
+            models,
+            trainer,
+            batch_size=args.batch_size,
+            lengths={"image": side},
+            rounds=args.rounds,
+        )
+        _compared(size, steps, args.batch_size, given, unit="images")
+
+
+def _compared(
+    size: str, steps: Any, batch_size: int, given: dict[str, float], *, unit: str
+) -> None:
+    for kind, measured in (("dense", steps.dense), ("upcycled", steps.upcycled)):
+        needed = batch_size / measured.seconds
+        ratios = ", ".join(
+            f"{name} {examples / needed:,.3g} times that" for name, examples in given.items()
+        )
+        print(
+            f"step {size} {kind:<9} {needed:>12,.1f} {unit}/s ({1 / measured.seconds:.2f}"
+            f" steps/s): {ratios}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,13 +154,19 @@ def main() -> None:
     parser.add_argument("--group_size", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each way to read")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", action="store_true", help="of vision transformers")
+    parser.add_argument("--files", type=int, default=256, help="photographs, with --images")
     args = parser.parse_args()
+    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
+    if args.images:
+        print(f"{benchmarks.hardware()}; batches of {args.batch_size} images")
+        bench_images(args, trainer)
+        return
     lengths = {"inputs": args.inputs, "targets": args.targets}
     print(f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}")
     given = inputs(args.task, lengths, args.batch_size, seconds=args.seconds)
     for name, examples in given.items():
         print(f"input {name:<12} {examples:>12,.1f} examples/s")
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     for size in args.sizes:
         names: tuple[tuple[str, list[str]], ...] = (
             (f"models/t5_1_1_{size}.gin", []),
@@ -109,15 +187,7 @@ def main() -> None:
             lengths=lengths,
             rounds=args.rounds,
         )
-        for kind, measured in (("dense", steps.dense), ("upcycled", steps.upcycled)):
-            needed = args.batch_size / measured.seconds
-            ratios = ", ".join(
-                f"{name} {examples / needed:,.0f} times that" for name, examples in given.items()
-            )
-            print(
-                f"step {size} {kind:<9} {needed:>12,.1f} examples/s ({1 / measured.seconds:.2f}"
-                f" steps/s): {ratios}"
-            )
+        _compared(size, steps, args.batch_size, given, unit="examples")
 
 
 if __name__ == "__main__":

@@ -309,12 +309,15 @@ def _step_program(
 ) -> Program:
     partitioner = Partitioner(devices=(jax.devices()[0],))
     shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
-    rng = np.random.default_rng(3)
-    examples = [
-        {name: rng.integers(1, model.vocab_size or 2, length) for name, length in lengths.items()}
-        for _ in range(batch_size)
-    ]
-    rows = model.features.pad(examples, lengths, batch_size)
+    if model.vocab_size is None:
+        rows = model.features.random(None, batch_size=batch_size)
+    else:
+        rng = np.random.default_rng(3)
+        examples = [
+            {name: rng.integers(1, model.vocab_size, length) for name, length in lengths.items()}
+            for _ in range(batch_size)
+        ]
+        rows = model.features.pad(examples, lengths, batch_size)
     batch = {key: jax.device_put(value, partitioner.batch_sharding) for key, value in rows.items()}
     with partitioner.activate():
         state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)

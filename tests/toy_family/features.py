@@ -20,6 +20,7 @@ class LineFeatures:
     optional_features: ClassVar[tuple[str, ...]] = ()
     annotations: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[str] = "line"
+    unit: ClassVar[str] = "tokens"
 
     @property
     def usual_lengths(self):

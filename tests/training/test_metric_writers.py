@@ -76,6 +76,11 @@ def test_writing_needs_no_tensorflow(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_progress_line_of_images():
+    line = progress_line(1, 2, {}, steps_per_second=2.0, tokens_per_second=256, unit="images")
+    assert line == "step 1/2 (50%)  2 steps/s  256 images/s  0 s left"
+
+
 def test_progress_line():
     values = {"loss": 3.41159, "accuracy": 0.412, "learning_rate": 0.01}
     line = progress_line(1200, 20000, values, steps_per_second=8.0, tokens_per_second=52_000)

@@ -53,6 +53,11 @@ class FeatureConverter(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """What real targets are, in the plural, where speed is told: 'tokens'."""
+        ...
+
+    @property
     def usual_lengths(self) -> Lengths:
         """Of a batch that costs are told of where nobody says how large it is."""
         ...

@@ -53,6 +53,7 @@ class DecoderOnlyFeatures:
     task_features: ClassVar[tuple[str, ...]] = (TARGETS,)
     optional_features: ClassVar[tuple[str, ...]] = (INPUTS,)
     targets: ClassVar[str] = "decoder_target_tokens"
+    unit: ClassVar[str] = "tokens"
 
     def __post_init__(self) -> None:
         checks.check_fields(self)

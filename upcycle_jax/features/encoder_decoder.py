@@ -31,6 +31,7 @@ class EncoderDecoderFeatures:
     optional_features: ClassVar[tuple[str, ...]] = ()
     annotations: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[str] = "decoder_target_tokens"
+    unit: ClassVar[str] = "tokens"
 
     @property
     def usual_lengths(self) -> Lengths:

@@ -96,6 +96,8 @@ class EvaluateFewShot:
             loading.check_params(reader, self.model)
         # The classes are not those of the model's head.
         images = ImageDataset(data, dataclasses.replace(self._features(), num_classes=0))
+        if images.images.labels.ndim > 1:
+            raise ValueError("few-shot evaluation is of images that have one label each")
         labels = np.tile(images.images.labels, self.views)
         for seed in range(self.num_seeds):
             few_shot.draw(labels, self.shots, seed)  # Says what is missing before features are.

@@ -52,15 +52,24 @@ def token_losses(
 
 def sigmoid_losses(logits: jax.Array, labels: jax.Array) -> TokenLosses:
     """Binary cross entropy of every class, summed over classes (Ridnik et al., arXiv 2104.10972;
-    V-MoE, arXiv 2106.05974), of images that have one class.
+    V-MoE, arXiv 2106.05974), of images that have one class or several.
 
     Args:
       logits: float32 `[batch, classes]`.
-      labels: int32 `[batch]`.
+      labels: int32 `[batch]`, or `[batch, L]`, distinct ones first and -1 after them.
 
     Returns:
-      Float32 `[batch]` each; without a z-loss.
+      Float32 `[batch]` each; without a z-loss. `correct` is precision at 1: the most probable class
+      is among the labels.
     """
+    if labels.ndim == 2:
+        given = labels >= 0
+        found = jnp.take_along_axis(logits, jnp.maximum(labels, 0), axis=-1)  # [batch, L]
+        own = jnp.sum(jnp.where(given, found, 0.0), axis=-1)
+        best = jnp.argmax(logits, axis=-1)
+        correct = jnp.any(given & (labels == best[:, None]), axis=-1).astype(jnp.float32)
+        cross_entropy = jnp.sum(jax.nn.softplus(logits), axis=-1) - own
+        return TokenLosses(cross_entropy, jnp.zeros_like(own), correct)
     # -log(1 - sigmoid(x)) = softplus(x); for the one class -log sigmoid(x) = softplus(x) - x.
     own = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.sum(jax.nn.softplus(logits), axis=-1) - own

@@ -437,6 +437,7 @@ class _Loop:
                 values,
                 steps_per_second=speed,
                 tokens_per_second=tokens,
+                unit=self._settings.model.features.unit,
             ),
         )
 

@@ -140,9 +140,10 @@ def progress_line(
     *,
     steps_per_second: float,
     tokens_per_second: float,
+    unit: str = "tokens",
 ) -> str:
     """The line that the console shows, e.g. `step 1200/20000 (6%)  loss 3.412  accuracy 0.412  8.3
-    steps/s  52k tokens/s  38 min left`.
+    steps/s  52k tokens/s  38 min left`; of images `52k images/s`.
     """
     parts = [f"step {step}/{total_steps} ({100 * step // max(total_steps, 1)}%)"]
     parts += [
@@ -151,7 +152,7 @@ def progress_line(
         if name in values
     ]
     if steps_per_second > 0:
-        parts += [f"{steps_per_second:.3g} steps/s", f"{_short(tokens_per_second)} tokens/s"]
+        parts += [f"{steps_per_second:.3g} steps/s", f"{_short(tokens_per_second)} {unit}/s"]
         if "timing/mfu" in values:
             parts.append(f"MFU {float(values['timing/mfu']):.1%}")
         parts.append(f"{duration((total_steps - step) / steps_per_second)} left")

@@ -28,7 +28,8 @@ class ImageDatasetConfig(DatasetConfig):
         views of classes that are not trained on. Folders, caches and tasks have splits of their
         own.
       arrays: a NumPy archive with images [N, S, S] or [N, S, S, c] (8 bits) and labels [N] of each
-        split: 'train_images', 'train_labels', 'validation_images', ...; None for others.
+        split (or [N, L] of images with several, -1 after the last): 'train_images',
+        'train_labels', 'validation_images', ...; None for others.
       folder: images as files, `<folder>/<split>/<class>/<name>.png` or `.jpg`: the folders of the
         training split are the classes, in the order of their names; None for others.
       use_cached: read the images that `python -m upcycle_jax.cache_tasks` wrote.

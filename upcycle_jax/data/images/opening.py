@@ -77,8 +77,15 @@ def _arrays(config: ImageDatasetConfig) -> Images:
 def _problem(images: np.ndarray, labels: np.ndarray) -> str | None:
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] != images.shape[2]:
         return f"images are {images.dtype} {list(images.shape)}: uint8 [N, S, S, c] are read"
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+    if (
+        labels.shape[:1] != images.shape[:1]
+        or labels.ndim not in (1, 2)
+        or labels.dtype.kind not in "iu"
+        or not labels.size
+    ):
         return f"labels are {labels.dtype} {list(labels.shape)}, of {len(images)} images"
-    if int(labels.min()) < 0:
+    if labels.ndim == 2 and int(labels[:, 0].min()) < 0:
+        return "an image has no label: the first is below 0"
+    if labels.ndim == 1 and int(labels.min()) < 0:
         return f"a label is {int(labels.min())}: classes are counted from 0"
     return None

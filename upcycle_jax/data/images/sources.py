@@ -16,7 +16,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray:
-        """Int32 `[N]`."""
+        """Int32 `[N]`, or `[N, L]` with -1 after the last of an image."""
         ...
 
     @property
@@ -64,7 +64,7 @@ class Images:
 
     Attributes:
       images: uint8 `[N, S, S, c]`.
-      labels: int32 `[N]`.
+      labels: int32 `[N]` or `[N, L]`, see `Source`.
       num_classes: labels are below it.
     """
 

@@ -35,6 +35,8 @@ class VitModel(StackedModel[VitConfig]):
         over all classes, of which it has one (JFT-300M's images have several; see
         `losses.sigmoid_losses`).
       label_smoothing: see `losses.token_losses`; of the softmax loss.
+      labels_per_image: the most labels that an image has; more than one for the sigmoid loss alone.
+        `accuracy` then counts images whose most probable class is among their labels.
       loss_normalizing_factor: what the summed losses are divided by: a number,
         'NUM_REAL_TARGET_TOKENS' (the images of the whole batch), or None for the plain sum.
     """
@@ -46,9 +48,17 @@ class VitModel(StackedModel[VitConfig]):
         loss: Loss = "softmax",
         label_smoothing: checks.BelowOne = 0.0,
         loss_normalizing_factor: shared.LossNormalizer = "NUM_REAL_TARGET_TOKENS",
+        labels_per_image: checks.Size = 1,
     ):
         super().__init__(config, loss_normalizing_factor)
-        self.features = ImageFeatures(config.image_size, config.channels, config.num_classes)
+        if labels_per_image > 1 and loss != "sigmoid":
+            raise ValueError(
+                f"labels_per_image is {labels_per_image}: a softmax has one class of an image; set"
+                " LOSS = 'sigmoid'"
+            )
+        self.features = ImageFeatures(
+            config.image_size, config.channels, config.num_classes, labels_per_image
+        )
         self.loss = loss
         self.label_smoothing = label_smoothing
 
@@ -58,6 +68,7 @@ class VitModel(StackedModel[VitConfig]):
             "loss": self.loss,
             "label_smoothing": self.label_smoothing,
             "loss_normalizing_factor": self.loss_normalizing_factor,
+            "labels_per_image": self.features.max_labels,
         }
 
     @property
