@@ -81,8 +81,12 @@ def inputs(
 def image_inputs(side: int, batch_size: int, *, seconds: float, files: int) -> dict[str, float]:
     """Images a second of each way to read them."""
     features = ImageFeatures(side)
-    given = {"task_feature_lengths": {"image": side}, "batch_size": batch_size, "seed": 0}
-    augmented: dict[str, Any] = {**given, "crop": "inception", "flip": True}
+    given: dict[str, Any] = {
+        "task_feature_lengths": {"image": side},
+        "batch_size": batch_size,
+        "seed": 0,
+    }
+    augmented = {**given, "crop": "inception", "flip": True}
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
         root = pathlib.Path(place)

@@ -13,11 +13,11 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-dense_steps=1600 extra_steps=800 eval_period=200 shots=10 unseen=None
+dense_steps=1600 extra_steps=800 eval_period=200 saving_period=400 shots=10 unseen=None
 out="${STORY_DIR:-$root/vision_story}"
 if [ "${1:-}" = --smoke ]; then
     shift
-    dense_steps=4 extra_steps=2 eval_period=10
+    dense_steps=4 extra_steps=2 eval_period=10 saving_period=10
     shots=2 unseen=20
     out="${STORY_DIR:-$root/vision_story-smoke}"
     set -- --gin.BATCH_SIZE=64 --gin.EVAL_STEPS=1 "$@"
@@ -53,7 +53,7 @@ train() {
     shift 4
     made "$name/checkpoint_$steps/commit_success.txt" "$python" -m upcycle_jax.train --gin_file="models/$model.gin" --gin_file="runs/$run.gin" \
         --gin_file=runs/vision_story.gin --gin.MODEL_DIR="'$out/$name'" --gin.TRAIN_STEPS="$steps" --gin.EVAL_PERIOD="$eval_period" \
-        --gin.SAVING_PERIOD="$steps" "$@" "${more[@]}"
+        --gin.SAVING_PERIOD="$saving_period" "$@" "${more[@]}"
 }
 more=("$@")
 
@@ -65,27 +65,30 @@ few_shot() {
     printf '%-16s %s\n' "$1" "$(cat "$result")"
 }
 
-say "1/6 A dense vision transformer on glyphs, $dense_steps steps"
+say "1/7 A dense vision transformer on glyphs, $dense_steps steps"
 train dense vit_tiny pretrain_images "$dense_steps"
 
-say "2/6 Upcycling it, optimizer state included: plan, conversion, proof, function check on glyphs"
+say "2/7 Upcycling it, optimizer state included: plan, conversion, proof, function check on glyphs"
 sparse="$out/upcycled_checkpoint/checkpoint_$dense_steps"
 made "$sparse/proof.json" "$python" -m upcycle_jax.upcycle --gin_file=models/vit_tiny_upcycled.gin --gin_file=runs/upcycle.gin \
     --gin_file=recipes/paper_vision_state.gin --gin_file=runs/vision_story.gin --gin.FUNCTION_CHECK_DATASET="@function_check/ImageDatasetConfig()" \
     --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" --gin.OUTPUT_CHECKPOINT_PATH="'$sparse'"
 
-say "3/6 Continuing the dense model, $extra_steps steps"
+say "3/7 Continuing the dense model, $extra_steps steps"
 train dense_continued vit_tiny continue_pretrain_images "$end" --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'"
 
-say "4/6 Continuing the upcycled model on the same batches, $extra_steps steps"
+say "4/7 Continuing the upcycled model on the same batches, $extra_steps steps"
 train upcycled vit_tiny_upcycled continue_pretrain_images "$end" --gin.INITIAL_CHECKPOINT_PATH="'$sparse'"
 
-say "5/6 Few-shot accuracy on characters that neither has seen: before, dense, upcycled"
+say "5/7 Few-shot accuracy on characters that neither has seen: before, dense, upcycled"
 few_shot dense vit_tiny "$dense_steps"
 few_shot dense_continued vit_tiny "$end"
 few_shot upcycled vit_tiny_upcycled "$end"
 
-say "6/6 The report"
+say "6/7 What upcycling does before the first update: figure 15 of the paper, computed from the dense checkpoint"
+made drop/figure15.json "$python" -m upcycle_jax.paper figure15 --checkpoint="$out/dense" --output_dir=drop
+
+say "7/7 The report"
 "$python" -m upcycle_jax.report --run=dense=dense_continued --run=upcycled=upcycled --dense=dense --upcycled=upcycled --output_dir=report \
     --title="A small vision transformer: dense continuation and upcycled" \
     --scale="Scaled down: a vision transformer of 0.7 million parameters after $dense_steps dense steps on glyphs of 32 x 32 pixels, $extra_steps extra steps, on CPU. It shows the path and the shape of the curves; it is not evidence about models of useful size."
