@@ -33,11 +33,14 @@ def kept_bytes(
       elementwise: whether results of elementwise operations are kept, as on CPUs.
       in_layer: what the trace does not show of the layers that are computed again, or of all.
     """
-    if program.recomputes and not elementwise:
+    in_order = any("remat" in equation.primitive.name for equation in program.backward.eqns)
+    if program.recomputes and not in_order and not elementwise:  # layers in a loop
         return _peak_of_products(program, counted, partitioner, in_layer)
     mesh = dict(partitioner.mesh.shape)
-    kept = _kept(program) if elementwise else _kept_products(program)
-    again = counted.backward.recomputed_bytes if elementwise else 0
+    kept = _kept(program) if elementwise or in_order else _kept_products(program)
+    again = counted.backward.recomputed_bytes
+    if not elementwise:
+        again = counted.backward.recomputed_product_bytes
     return in_layer + again + sum(flops.device_bytes(var, counted.known, mesh) for var in kept)
 
 

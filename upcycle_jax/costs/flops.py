@@ -95,6 +95,7 @@ class Work:
       device: what one device executes, elementwise operations included.
       recomputed_bytes: bytes on one device that the part of a backward pass that computes most
         again computes at once: all that its gradients are made from.
+      recomputed_product_bytes: of those the results of matrix products.
       held_bytes: bytes on one device that such a part holds at its peak where cheap results are
         computed again: results of matrix products, and what several products read.
     """
@@ -103,6 +104,7 @@ class Work:
     gradient_products: int = 0
     device: float = 0.0
     recomputed_bytes: int = 0
+    recomputed_product_bytes: int = 0
     held_bytes: int = 0
 
     def add(self, other: "Work", times: int = 1) -> None:
@@ -111,6 +113,9 @@ class Work:
         self.gradient_products += times * other.gradient_products
         self.device += times * other.device
         self.recomputed_bytes = max(self.recomputed_bytes, other.recomputed_bytes)
+        self.recomputed_product_bytes = max(
+            self.recomputed_product_bytes, other.recomputed_product_bytes
+        )
         self.held_bytes = max(self.held_bytes, other.held_bytes)
 
 
@@ -183,7 +188,10 @@ def _recomputed(jaxpr: core.Jaxpr, known: Mapping[core.Var, Value], mesh: MeshSh
             continue
         for var in equation.outvars:
             if not known[var].is_gradient and var in read_by_gradients:
-                found.recomputed_bytes += device_bytes(var, known, mesh)
+                nbytes = device_bytes(var, known, mesh)
+                found.recomputed_bytes += nbytes
+                if multiplies(equation):
+                    found.recomputed_product_bytes += nbytes
     if read_by_gradients:
         found.held_bytes = _held_at_peak(jaxpr, known, mesh)
     return found
