@@ -41,10 +41,11 @@ OF_FAMILY = {
         "upcycle_jax/features/images.py",
         # Its own evaluation.
         "upcycle_jax/few_shot.py",
+        "upcycle_jax/papers/",
     ),
 }
-"""The family itself, its converter and its foreign checkpoints; for T5 also the paper, which is
-about it.
+"""The family itself, its converter and its foreign checkpoints; also the paper, for those that it is
+about.
 """
 NAMES = {
     "t5": r"\b(T5Config|EncoderDecoderModel|MoeConfig\(|models\.t5)",

@@ -109,6 +109,10 @@ class ModelConfig(Protocol):
         """The MoE layers, or None for a dense model."""
 
     @property
+    def mlp_dim(self) -> int:
+        """Hidden units of the MLPs of dense layers."""
+
+    @property
     def dtype(self) -> str:
         """Name of the dtype of activations; parameters are float32."""
 

@@ -83,13 +83,14 @@ def inferred_model(
     return registry.with_moe(config, **_enlarged(source, config.moe, recipe.expert_init))
 
 
-def _merged(config: Any) -> Any:
+def _merged(config: ModelConfig) -> ModelConfig:
     """The dense model that a merge of experts gives: its MLPs are as wide as an expert and the
     shared expert together.
 
     Raises:
       ValueError: dense layers have another width, and the dense model's layers have one.
     """
+    assert config.moe is not None
     width = (config.moe.expert_mlp_dim or config.mlp_dim) + (config.moe.shared_expert_mlp_dim or 0)
     if width == config.mlp_dim:
         return config.dense
@@ -99,7 +100,7 @@ def _merged(config: Any) -> Any:
             f"merged layers would have MLPs of {width} hidden units, and the model's dense layers"
             f" have {config.mlp_dim}: no model of this family has both, so it cannot be merged"
         )
-    return dataclasses.replace(config.dense, mlp_dim=width)
+    return dataclasses.replace(config.dense, mlp_dim=width)  # type: ignore[type-var]
 
 
 def resolved(recipe: Recipe | MergeRecipe, source: Reader) -> Recipe | MergeRecipe:
