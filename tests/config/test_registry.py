@@ -15,7 +15,9 @@ def test_names_lead_to_objects_that_can_be_bound(name):
     assert configurable is not None
     # What a command runs is bound under its name; it may be a class of that name. `FewShot` is
     # another one's.
-    called = {"few_shot": "EvaluateFewShot"}.get(name, name.capitalize())
+    called = {"few_shot": "EvaluateFewShot", "initial_drop": "InitialDrop"}.get(
+        name, name.capitalize()
+    )
     assert configurable.target.__name__ in (name, called)
     assert configurable.parameters or inspect.isclass(configurable.target)
 

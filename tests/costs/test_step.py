@@ -120,7 +120,10 @@ def test_choices_are_divided_over_devices(tiny, costs_of):
     eight = costs_of(model, 16, 16, 16, Partitioner(num_expert_partitions=4))
     assert eight.model_flops == one.model_flops
     assert one.device_flops / 8 < eight.device_flops < one.device_flops / 7.5
-    assert eight.activation_bytes * 8 == one.activation_bytes
+    # Beside them a device reserves rows for what may arrive: the encoder's 32 tokens of each of
+    # four devices could all choose the two experts of one, 256 rows; an even load fills 64.
+    reserved = (256 - 64) * (6 * 32 + 4 * 16) * 4
+    assert (eight.activation_bytes - reserved) * 8 == one.activation_bytes
 
 
 def test_a_loop_over_layers_costs_what_its_layers_cost(tiny, costs_of):

@@ -44,8 +44,8 @@ OF_FAMILY = {
         "upcycle_jax/papers/",
     ),
 }
-"""The family itself, its converter and its foreign checkpoints; also the paper, for those that it is
-about.
+"""The family itself, its converter and its foreign checkpoints; also the paper, for those that it
+is about.
 """
 NAMES = {
     "t5": r"\b(T5Config|EncoderDecoderModel|MoeConfig\(|models\.t5)",

@@ -135,7 +135,8 @@ def test_gradients_equal_those_of_a_product_with_every_expert(dispatch, activati
 def test_ragged_dot_is_refused_where_it_is_masked(caplog):
     with pytest.raises(
         ValueError,
-        match=r"dispatch='ragged_dot': on this cpu .*one masked product.*'auto' or 'sorted'",
+        match=r"dispatch='ragged_dot' of MoE layers \(DISPATCH\): on this cpu .*one masked product"
+        r".*'auto' or 'sorted'",
     ):
         grouped_experts.resolve("ragged_dot")
     grouped_experts._automatic.cache_clear()

@@ -91,7 +91,9 @@ def test_half_and_half_is_proven_exact_and_merges_are_refused(dense, tmp_path):
     assert done.ok and done.proof.function["prediction"]["verdict"] == Verdict.EXACT
     row = done.plan.row("target/decoder/layers_0/mlp/expert/wi_1/kernel")
     assert row.operation == TileFirstUnits(1, 16)
-    with pytest.raises(ValueError, match="shared experts have gates.*each token has another weight"):
+    with pytest.raises(
+        ValueError, match="shared experts have gates.*each token has another weight"
+    ):
         upcycle(tmp_path / "out", tmp_path / "merged", "merge_mean")
 
 

@@ -176,9 +176,21 @@ def literal(text: str, place: object) -> Any:
     try:
         if len(text) > 1 << 16:
             raise ValueError
-        return ast.literal_eval(text)
+        return _parsed(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise damaged(place, f"the unreadable key {_short(text)}") from None
+
+
+def _parsed(text: str) -> Any:
+    """CPython 3.11 counts the depth of what all threads parse in one number, and raises SystemError
+    where two of them meet (other libraries parse in threads, too): not at the next try.
+    """
+    for _ in range(10):
+        try:
+            return ast.literal_eval(text)
+        except SystemError:
+            continue
+    return ast.literal_eval(text)
 
 
 def _is_plain(name: str) -> bool:

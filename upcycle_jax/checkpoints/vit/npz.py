@@ -21,6 +21,8 @@ _LARGEST = 1 << 36
 """Bytes of one array: more is a damaged header, or an archive that unpacks to fill the memory."""
 _DEFLATED = 1032
 """Bytes that a byte of a deflated member stands for, at most."""
+_CHUNK = 1 << 20
+"""Bytes that are unpacked at once."""
 _LOCAL_HEADER, _LOCAL_MAGIC = 30, b"PK\x03\x04"
 _BFLOAT16, _RAW = np.dtype(ml_dtypes.bfloat16), np.dtype("V2")
 
@@ -113,13 +115,27 @@ class NpzArrays:
         return value.view(_BFLOAT16) if value.dtype == _RAW else value
 
     def _whole(self, name: str) -> np.ndarray:
-        """The array, its bytes compared with their checksum."""
+        """The array, its bytes compared with their checksum.
+
+        Leaves are read in threads, and NumPy parses headers as Python's source, which CPython 3.11
+        may fail at in several threads: the header is known since the archive was opened.
+        """
+        member = self._members[name]
+        order: Literal["F", "C"] = "F" if member.fortran else "C"
+        value = np.empty(self.arrays[name].shape, member.dtype, order)
+        data = value.reshape(-1, order="A").view(np.uint8)  # as it lies in memory
         try:
-            with zipfile.ZipFile(self._file) as members, members.open(name + _SUFFIX) as member:
-                value: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
-                return value
+            with zipfile.ZipFile(self._file) as members, members.open(member.info) as stream:
+                stream.read(member.begin)
+                for begin in range(0, data.size, _CHUNK):
+                    part = data[begin : begin + _CHUNK]
+                    read = np.frombuffer(stream.read(part.size), np.uint8)
+                    if read.size != part.size:
+                        raise EOFError("the archive ends in it")
+                    part[:] = read
         except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise self._damaged(name, str(error)) from None
+        return value
 
     def _mapped(self, name: str, member: _Member) -> np.ndarray:
         """The array of a member that is not compressed, where it lies in the file."""
