@@ -2,30 +2,22 @@
 V-MoE's own modules.
 """
 
-import importlib.util
-import pathlib
-
 import jax
 import numpy as np
 import pytest
 
+from tests import oracles
 from upcycle_jax import trees
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import ExpertsChoose
 
-ORACLE = pathlib.Path(__file__).resolve().parents[3] / "shared/reference/oracles/vit_reference.py"
 D, F, E = 16, 24, 4
 
 
 @pytest.fixture(scope="module")
 def oracle():
-    if not ORACLE.exists():
-        pytest.skip(f"{ORACLE.name} lies beside some checkouts alone, not beside this one")
-    spec = importlib.util.spec_from_file_location("vit_reference", ORACLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return oracles.load("vit_reference")
 
 
 # 9 tokens of an image, 2 * 9 / 4 = 4.5 slots; two images are 18 tokens, 9 slots.

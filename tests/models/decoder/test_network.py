@@ -4,21 +4,17 @@ agrees with transformers, and against itself where two ways must give one result
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import oracles
 from tests.models.decoder.kinds import KINDS, OTHERS, config, random_params
 from upcycle_jax import trees
 from upcycle_jax.models.decoder.model import DecoderModel
 
-ORACLE = (
-    pathlib.Path(__file__).resolve().parents[4] / "shared/reference/oracles/reference_forward.py"
-)
 _TYPES = {"llama3": "llama", "yarn": "llama", "linear": "llama", "gemma3": "gemma3_text"}
 _LAYER_TYPES = {"full": "full_attention", "sliding": "sliding_attention"}
 _MODULES = {
@@ -112,12 +108,7 @@ def tensors(params, config):
 
 @pytest.fixture(scope="module")
 def oracle():
-    if not ORACLE.exists():
-        pytest.skip(f"{ORACLE.name} lies beside some checkouts alone, not beside this one")
-    spec = importlib.util.spec_from_file_location("reference_forward", ORACLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return oracles.load("reference_forward")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,30 +3,22 @@ and against itself where two ways must give one result.
 """
 
 import dataclasses
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import oracles
 from tests.models.vit.kinds import KINDS, in_big_vision, model, random_params
 from upcycle_jax import trees
 from upcycle_jax.models.vit.config import VitMoeConfig
 from upcycle_jax.models.vit.model import VitModel
 
-ORACLE = pathlib.Path(__file__).resolve().parents[4] / "shared/reference/oracles/vit_reference.py"
-
 
 @pytest.fixture(scope="module")
 def oracle():
-    if not ORACLE.exists():
-        pytest.skip(f"{ORACLE.name} lies beside some checkouts alone, not beside this one")
-    spec = importlib.util.spec_from_file_location("vit_reference", ORACLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return oracles.load("vit_reference")
 
 
 def settings(kind, oracle):

@@ -3,13 +3,13 @@ norms and biases too, so that none can be left out or taken for another unseen.
 """
 
 import copy
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests import oracles
 
 SIZES = {
     "vocab_size": 64,
@@ -173,17 +173,4 @@ def logits_of(model, tokens):
 
 def reference():
     """The NumPy forward pass beside the project, a module."""
-    place = (
-        Path(__file__).resolve().parents[4]
-        / ".."
-        / "shared"
-        / "reference"
-        / "oracles"
-        / "reference_forward.py"
-    )
-    if not place.is_file():
-        pytest.skip(f"{place.name} lies beside some checkouts alone, not beside this one")
-    spec = importlib.util.spec_from_file_location("reference_forward", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return oracles.load("reference_forward")
