@@ -359,7 +359,8 @@ def _container_problem(
 def _class_problem(value: Any, kind: type) -> Problem | None:
     if isinstance(kind, enum.EnumType):
         choices = [str(choice) for choice in list[Any](kind)]
-        return None if value in choices else _wrong(value, Literal[tuple(choices)])  # type: ignore[valid-type]
+        wanted: Any = Literal
+        return None if value in choices else _wrong(value, wanted[tuple(choices)])
     if getattr(kind, "_is_protocol", False):
         fits = _has_members(value, kind)
     else:

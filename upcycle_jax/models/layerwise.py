@@ -10,7 +10,7 @@ which experts (`MoeCall.dispatcher`), the caller puts them through the experts, 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -190,7 +190,8 @@ def _process(
     layer: MoeLayer, kernels: PyTree, tokens: jax.Array, dispatcher: Dispatcher
 ) -> jax.Array:
     variables = {"params": {"expert": kernels}}
-    return layer.apply(variables, tokens, dispatcher, method="process")  # type: ignore[return-value]
+    outputs = layer.apply(variables, tokens, dispatcher, method="process")
+    return cast(jax.Array, outputs)
 
 
 def without_experts(

@@ -55,7 +55,8 @@ _PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"LayerNorm_[12]/(scale|bias)"), r"pre_mlp_layer_norm/\1"),
     (
         re.compile(
-            r"(?:MultiHeadDotProductAttention_[01]|SelfAttention)/(query|key|value|out)/(kernel|bias)"
+            r"(?:MultiHeadDotProductAttention_[01]|SelfAttention)"
+            r"/(query|key|value|out)/(kernel|bias)"
         ),
         r"attention/\1/\2",
     ),
