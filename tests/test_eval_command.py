@@ -177,7 +177,7 @@ def test_batches_are_those_of_seqio():
     assert set(got) == set(want)
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value, err_msg=name)
-    assert task.eos_id == 1 and task.outputs == ("prediction", "score")
+    assert task.eos_ids == (1,) and task.outputs == ("prediction", "score")
     numbers = [int(example["idx"]) for example in task.examples(9, shard=1, num_shards=3)]
     assert numbers == [1, 4, 7]
 

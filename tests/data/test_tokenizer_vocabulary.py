@@ -199,7 +199,7 @@ def test_inputs_go_on_with_targets(tokenizer_folder, vocabulary):
         assert batch[SEGMENTS][row].tolist() == [1] * count + [0] * (18 - count)
     (task,) = task_examples(config, features)
     first, second = task.examples()
-    assert task.eos_id == EOS and task.decode([0, 0]) == "!!"  # a prediction of full length
+    assert task.eos_ids == (EOS,) and task.decode([0, 0]) == "!!"  # a prediction of full length
     assert task.decode([*vocabulary.encode(" ha!!"), EOS, 0, 0]) == " ha!!"
     padded = task.padded_targets(second)
     assert padded.shape == (8,) and task.decode(padded) == " ha!!"

@@ -37,7 +37,7 @@ class Table:
             random.normal(size=(inputs, self.prefixes, vocab)) * scale, jnp.float32
         )
 
-    def decode(self, algorithm, rows=slice(None), keys=None):
+    def decode(self, algorithm, rows=slice(None), keys=None, eos=EOS):
         table = jnp.pad(
             self.table[rows], ((0, 0), (0, 0), (0, self.width - self.vocab)), constant_values=-1e4
         )
@@ -58,7 +58,7 @@ class Table:
 
         def run(keys):
             return algorithm.decode(
-                next_logits, table[:, 0], cache, max_length=self.length, eos_id=EOS, keys=keys
+                next_logits, table[:, 0], cache, max_length=self.length, eos_id=eos, keys=keys
             )
 
         return jax.tree.map(np.asarray, jax.jit(run)(keys))
@@ -123,9 +123,9 @@ def test_wide_beams_find_the_best_of_all_sequences(alpha):
             np.testing.assert_allclose(got.scores[row, place], want, rtol=1e-4)
 
 
-def beam_by_hand(model, row, beams, alpha):
+def beam_by_hand(model, row, beams, alpha, ends=(EOS,)):
     """Beam search over Python lists: live and finished sets as the class describes, without early
-    ending.
+    ending. Scores of sequences that go on after EOS are none: `ends` holds EOS.
     """
     live, finished = [((), 0.0)], []
     for _ in range(LENGTH):
@@ -133,12 +133,12 @@ def beam_by_hand(model, row, beams, alpha):
         for tokens, _ in live:
             for token in range(model.vocab):
                 extended.append(((*tokens, token), model.log_probability(row, (*tokens, token))))
-        extended = sorted(extended, key=lambda item: -item[1])[: 2 * beams]
+        extended = sorted(extended, key=lambda item: -item[1])[: (1 + len(ends)) * beams]
         finished += [
-            (t, s / float(brevity_penalty(alpha, len(t)))) for t, s in extended if t[-1] == EOS
+            (t, s / float(brevity_penalty(alpha, len(t)))) for t, s in extended if t[-1] in ends
         ]
         finished = sorted(finished, key=lambda item: -item[1])[:beams]
-        live = [item for item in extended if item[0][-1] != EOS][:beams]
+        live = [item for item in extended if item[0][-1] not in ends][:beams]
     unfinished = [(t, s / float(brevity_penalty(alpha, LENGTH))) for t, s in live]
     return (finished + sorted(unfinished, key=lambda item: -item[1]))[:beams]
 
@@ -153,6 +153,25 @@ def test_narrow_beams_equal_a_search_over_lists(beams, alpha, seed):
         for place, (tokens, score) in enumerate(beam_by_hand(model, row, beams, alpha)):
             assert tuple(got.tokens[row, place]) == filled(tokens), (row, place)
             np.testing.assert_allclose(got.scores[row, place], score, rtol=1e-4)
+
+
+def test_any_of_several_tokens_ends_a_sequence():
+    model, ends = Table(inputs=6, vocab=8, seed=5), (EOS, 4, 6)
+    greedy = model.decode(Greedy(), eos=ends)
+    endless = model.decode(Greedy(), eos=-1).tokens[:, 0]
+    for row in range(6):
+        ended = np.flatnonzero(np.isin(endless[row], ends))
+        length = ended[0] + 1 if len(ended) else LENGTH
+        assert tuple(greedy.tokens[row, 0]) == filled(endless[row, :length])
+    assert {int(token) for token in greedy.tokens.ravel()} & {4, 6}
+    # 2 beams and 3 ends: up to 6 of the best extensions end, so that 8 are looked at.
+    got = model.decode(BeamSearch(num_decodes=2), eos=ends)
+    for row in range(6):
+        for place, (tokens, score) in enumerate(beam_by_hand(model, row, 2, 0.6, ends)):
+            assert tuple(got.tokens[row, place]) == filled(tokens), (row, place)
+            np.testing.assert_allclose(got.scores[row, place], score, rtol=1e-4)
+    with pytest.raises(ValueError, match="num_decodes=3 needs a vocabulary of at least 12 tokens"):
+        model.decode(BeamSearch(num_decodes=3), eos=ends)
 
 
 @pytest.mark.parametrize(

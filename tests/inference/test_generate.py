@@ -21,7 +21,7 @@ PROMPTS = [
 ]
 
 
-def generated(model, **settings):
+def generated(model, eos=EOS, **settings):
     """`[B, NEW]` of transformers: padding stands before shorter prompts, and follows EOS."""
     torch, _ = oracle.torch_and_transformers()
     width = max(LENGTHS)
@@ -34,13 +34,13 @@ def generated(model, **settings):
             do_sample=False,
             max_new_tokens=NEW,
             pad_token_id=PAD,
-            eos_token_id=EOS,
+            eos_token_id=eos,
             **settings,
         )[:, width:].numpy()
     return np.pad(out, ((0, 0), (0, NEW - out.shape[1])))
 
 
-def predicted(folder, decoder):
+def predicted(folder, decoder, eos=EOS):
     reader = open_checkpoint(folder)
     params = {path.removeprefix("target/"): reader.read(path) for path in reader.specs()}
     model = DecoderModel(reader.model_config(), features=DecoderOnlyFeatures(bos_id=BOS))
@@ -48,7 +48,7 @@ def predicted(folder, decoder):
     batch = model.features.pad(examples, {"inputs": 12, "targets": NEW}, len(PROMPTS))
     run = jax.jit(
         lambda params, batch: model.predict_batch(
-            params, batch, decoder=decoder, eos_id=EOS, max_length=NEW
+            params, batch, decoder=decoder, eos_id=eos, max_length=NEW
         )
     )
     return np.asarray(run(trees.unflatten(params), batch))
@@ -74,3 +74,12 @@ def written(tmp_path_factory):
 def test_greedy_predictions_are_those_of_generate(written, name):
     theirs, folder = written(name)
     np.testing.assert_array_equal(predicted(folder, Greedy()), generated(theirs))
+
+
+def test_any_of_several_ids_ends_a_prediction(written):
+    theirs, folder = written("llama")
+    # The tokens that stand second without an end: each row ends there, at the latest.
+    ends = [EOS, *sorted(set(generated(theirs, eos=None)[:, 1].tolist()) - {EOS})]
+    want = generated(theirs, eos=ends)
+    assert len(ends) > 2 and np.isin(want[:, :2], ends).any(axis=1).all()
+    np.testing.assert_array_equal(predicted(folder, Greedy(), tuple(ends)), want)

@@ -86,9 +86,9 @@ class TaskExamples:
         return prompts.feature_of(self._task, _TARGETS, needed_by="predictions")
 
     @property
-    def eos_id(self) -> int:
-        """The id that ends a target."""
-        return prompts.end_id(self._target_feature.vocabulary)
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a prediction; the first is the one that ends a target."""
+        return prompts.end_ids(self._target_feature.vocabulary)
 
     @property
     def target_length(self) -> int:

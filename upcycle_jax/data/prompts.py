@@ -135,6 +135,19 @@ def end_id(vocabulary: "seqio.Vocabulary") -> int:
     return 1 if vocabulary.eos_id is None else int(vocabulary.eos_id)
 
 
+def end_ids(vocabulary: "seqio.Vocabulary") -> tuple[int, ...]:
+    """All ids that end a prediction: first that of `end_id`, then those at which a Hugging Face
+    tokenizer's folder tells generation to stop.
+
+    Raises:
+      ValueError: see `end_id`.
+    """
+    from upcycle_jax.data.tokenizer_vocabulary import TokenizerVocabulary
+
+    more = vocabulary.tokenizer.stop_ids if isinstance(vocabulary, TokenizerVocabulary) else ()
+    return tuple(dict.fromkeys((end_id(vocabulary), *more)))
+
+
 def without_padding(vocabulary: "seqio.Vocabulary", ids: np.ndarray) -> np.ndarray:
     """Ids without the zeros at their end, where 0 is padding and no token."""
     return np.trim_zeros(ids, "b") if vocabulary.pad_id == 0 else ids

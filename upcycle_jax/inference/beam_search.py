@@ -27,11 +27,12 @@ def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
 class BeamSearch(DecodingAlgorithm):
     """Keeps the N most probable unfinished sequences and the N best finished ones, as T5X does.
 
-    At each position every live beam is extended by every token. Of the 2N best extensions those
-    that end are candidates for the finished set, ranked by log-probability /
-    `brevity_penalty(alpha, tokens)`; the N best of the others live on. An input is done when no
-    live beam can still beat the worst of its N finished sequences. Sequences without EOS are
-    returned only for inputs that have fewer than N with one, and rank behind those.
+    At each position every live beam is extended by every token. Of the 2N best extensions (where
+    several tokens end sequences: N more for each) those that end are candidates for the finished
+    set, ranked by log-probability / `brevity_penalty(alpha, tokens)`; the N best of the others live
+    on. An input is done when no live beam can still beat the worst of its N finished sequences.
+    Sequences without EOS are returned only for inputs that have fewer than N with one, and rank
+    behind those.
 
     Attributes:
       num_decodes: N.
@@ -52,13 +53,13 @@ class BeamSearch(DecodingAlgorithm):
         """Scores are log-probabilities divided by the brevity penalty.
 
         Raises:
-          ValueError: 2N is more than the vocabulary.
+          ValueError: the extensions looked at are more than the vocabulary.
         """
         num_inputs, vocab_size = start.first_logits.shape
-        beams, max_length, eos_id = self.num_decodes, start.max_length, start.eos_id
-        if 2 * beams > vocab_size:
+        beams, max_length = self.num_decodes, start.max_length
+        if (least := _candidates(start, beams)) > vocab_size:
             raise ValueError(
-                f"num_decodes={beams} needs a vocabulary of at least {2 * beams} tokens, got"
+                f"num_decodes={beams} needs a vocabulary of at least {least} tokens, got"
                 f" {vocab_size}: lower num_decodes"
             )
         # All beams begin alike: only the first may be extended, so that the others do not repeat
@@ -88,24 +89,23 @@ class BeamSearch(DecodingAlgorithm):
                 state.live_tokens, state.index - 1, axis=2, keepdims=False
             )
             logits, cache = start.next_logits(last.reshape(-1), state.index, state.cache)
-            return self._extend(dataclasses.replace(state, cache=cache), logits, eos_id)
+            return self._extend(dataclasses.replace(state, cache=cache), logits, start)
 
-        state = self._extend(state, jnp.repeat(start.first_logits, beams, axis=0), eos_id)
+        state = self._extend(state, jnp.repeat(start.first_logits, beams, axis=0), start)
         state = jax.lax.while_loop(more, step, state)
         return self._ranked(state)
 
-    def _extend(self, state: "_State", logits: jax.Array, eos_id: int) -> "_State":
+    def _extend(self, state: "_State", logits: jax.Array, start: DecodingStart) -> "_State":
         """Extends all live beams by one token; logits `[B * N, V]`."""
         num_inputs, beams = state.live_scores.shape
         log_probabilities = jax.nn.log_softmax(logits, axis=-1).reshape(num_inputs, beams, -1)
         vocab_size = log_probabilities.shape[-1]
         total = (state.live_scores[..., None] + log_probabilities).reshape(num_inputs, -1)
-        # 2N candidates: even if N of them end, N live on.
-        scores, places = jax.lax.top_k(total, 2 * beams)
+        scores, places = jax.lax.top_k(total, _candidates(start, beams))
         parents, chosen = places // vocab_size, (places % vocab_size).astype(jnp.int32)
         tokens = jnp.take_along_axis(state.live_tokens, parents[..., None], axis=1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, chosen[..., None], state.index, axis=2)
-        ends = chosen == eos_id
+        ends = start.ends(chosen)
 
         live_scores, kept = jax.lax.top_k(jnp.where(ends, IMPOSSIBLE, scores), beams)
         kept_parents = jnp.take_along_axis(parents, kept, axis=1)
@@ -143,6 +143,13 @@ class BeamSearch(DecodingAlgorithm):
             tokens=jnp.take_along_axis(tokens, order[..., None], axis=1),
             scores=jnp.take_along_axis(scores, order, axis=1),
         )
+
+
+def _candidates(start: DecodingStart, beams: int) -> int:
+    """Extensions that are looked at: even if each of the N beams ends with each token that ends,
+    N live on.
+    """
+    return (1 + len(start.eos_ids)) * beams
 
 
 @flax.struct.dataclass

@@ -56,7 +56,7 @@ class Sampling(DecodingAlgorithm):
           ValueError: a temperature above 0 without keys.
         """
         first_logits, cache, keys = start.first_logits, start.cache, start.keys
-        num_inputs, max_length, eos_id = first_logits.shape[0], start.max_length, start.eos_id
+        num_inputs, max_length = first_logits.shape[0], start.max_length
         if self.temperature > 0:
             if keys is None:
                 raise ValueError(
@@ -97,7 +97,7 @@ class Sampling(DecodingAlgorithm):
                     state.tokens, chosen[:, None], state.index, axis=1
                 ),
                 scores=state.scores + jnp.where(state.ended, 0.0, gained),
-                ended=state.ended | (chosen == eos_id),
+                ended=state.ended | start.ends(chosen),
             )
 
         def step(state: _State) -> _State:

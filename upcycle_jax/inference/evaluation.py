@@ -238,7 +238,7 @@ class _Task:
                 evaluation.partitioner,
                 batch_size=evaluation.dataset_cfg.batch_size,
                 decoder=evaluation.decoder,
-                eos_id=task.eos_id,
+                eos_ids=task.eos_ids,
                 max_length=task.target_length,
                 seed=evaluation.random_seed,
             )

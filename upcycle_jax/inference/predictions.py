@@ -224,7 +224,7 @@ def _infer_chunks(infer: Infer, job: JobFiles, task: "TaskExamples", params: PyT
         infer.partitioner,
         batch_size=infer.dataset_cfg.batch_size,
         decoder=infer.decoder,
-        eos_id=task.eos_id,
+        eos_ids=task.eos_ids,
         max_length=task.target_length,
         seed=infer.random_seed,
     )

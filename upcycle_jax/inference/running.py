@@ -1,10 +1,12 @@
 """The checkpoints that are asked for, and compiled prediction and scoring over host batches."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
@@ -82,7 +84,8 @@ class Runner:
       partitioner: the mesh on which parameters live.
       batch_size: rows of a whole batch.
       decoder: how predictions are searched.
-      eos_id: the token that ends a target.
+      eos_ids: the tokens that end a prediction. Whichever has, the first one stands in its place:
+        vocabularies cut there.
       max_length: tokens of a prediction at most.
       seed: of decoders that draw. The key of an example is a fold of its number, so that it does
         not depend on batches.
@@ -98,7 +101,7 @@ class Runner:
         *,
         batch_size: int,
         decoder: DecodingAlgorithm,
-        eos_id: int,
+        eos_ids: Sequence[int],
         max_length: int,
         seed: int = 0,
     ):
@@ -109,9 +112,12 @@ class Runner:
             keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(
                 numbers
             )
-            return model.predict_batch_with_aux(
-                params, batch, decoder=decoder, keys=keys, eos_id=eos_id, max_length=max_length
+            decoded = model.predict_batch_with_aux(
+                params, batch, decoder=decoder, keys=keys, eos_id=eos_ids, max_length=max_length
             )
+            others = jnp.isin(decoded.tokens, jnp.asarray(eos_ids[1:], jnp.int32))
+            tokens = jnp.where(others, eos_ids[0], decoded.tokens)
+            return dataclasses.replace(decoded, tokens=tokens)
 
         self._predict = jax.jit(predict, out_shardings=partitioner.replicated)
         self._score = jax.jit(model.score_batch, out_shardings=partitioner.replicated)

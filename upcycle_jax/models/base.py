@@ -15,7 +15,7 @@ import numpy as np
 
 from upcycle_jax.features import FeatureConverter
 from upcycle_jax.models import layer_names
-from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, EndIds
 from upcycle_jax.models.metrics import Metrics
 from upcycle_jax.models.stacking import RematPolicy
 from upcycle_jax.moe.config import MoeSettings
@@ -233,7 +233,7 @@ class Generative(Model, Protocol):
         *,
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
-        eos_id: int = 1,
+        eos_id: EndIds = 1,
         max_length: int | None = None,
     ) -> jax.Array:
         """The best sequence of each input, int32 `[batch, length]`: EOS is its last token, 0
@@ -244,7 +244,7 @@ class Generative(Model, Protocol):
           batch: model features, not packed.
           decoder: how sequences are searched.
           keys: `[batch]` random keys for a decoder that draws.
-          eos_id: the token that ends a sequence.
+          eos_id: the token that ends a sequence, or all that do.
           max_length: tokens to produce at most: the length that targets have in the batch. None:
             what the batch's own length allows.
         """
@@ -256,7 +256,7 @@ class Generative(Model, Protocol):
         *,
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
-        eos_id: int = 1,
+        eos_id: EndIds = 1,
         max_length: int | None = None,
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax.types import PyTree
+
+EndIds = int | Sequence[int]
+"""The token that ends a sequence, or all that do, none of them twice: chat models have several."""
 
 
 @flax.struct.dataclass
@@ -78,7 +82,7 @@ class DecodingStart:
       first_logits: float32 `[batch, vocab]`, logits of the first token.
       cache: after the step that gave them.
       max_length: tokens to produce at most, EOS included.
-      eos_id: the token that ends a sequence.
+      eos_id: the token that ends a sequence, or all that do.
       keys: `[batch]` random keys, one per input, for algorithms that draw.
     """
 
@@ -86,8 +90,17 @@ class DecodingStart:
     first_logits: jax.Array
     cache: DecodingCache
     max_length: int
-    eos_id: int
+    eos_id: EndIds
     keys: Any | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end a sequence."""
+        return (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+
+    def ends(self, tokens: jax.Array) -> jax.Array:
+        """Bool, of the shape of `tokens`: which of them end a sequence."""
+        return (tokens[..., None] == jnp.asarray(self.eos_ids, jnp.int32)).any(axis=-1)
 
 
 class DecodingAlgorithm(abc.ABC):
@@ -100,7 +113,7 @@ class DecodingAlgorithm(abc.ABC):
         cache: DecodingCache,
         *,
         max_length: int,
-        eos_id: int,
+        eos_id: EndIds,
         keys: Any | None = None,
     ) -> Decoded:
         """Decodes a batch; a pure function that may be jitted. Arguments: see `DecodingStart`."""

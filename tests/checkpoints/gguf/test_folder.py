@@ -47,6 +47,14 @@ class MadeFrom:
         return {"surgery": {"sources": [str(self._source)]}}
 
 
+def test_the_end_of_a_turn_ends_as_well(tmp_path):
+    turns = {"tokenizer.ggml.eot_token_id": 257, "tokenizer.ggml.eom_token_id": "x"}
+    values = as_stored("llama", tensors("llama", sizes=BYTES))
+    write(tmp_path / "m.gguf", "llama", values, more=TOKENIZER | turns)
+    folder = write_huggingface(open_checkpoint(tmp_path / "m.gguf"), tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [0, 257]
+
+
 def test_a_folder_with_the_tokenizer(model, tmp_path):
     transformers = pytest.importorskip("transformers", reason="it reads what is written")
     said = []

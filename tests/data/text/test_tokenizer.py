@@ -60,6 +60,28 @@ def test_special_tokens_are_those_that_are_stated(folder, stated, ids):
     assert (loaded.bos_id, loaded.eos_id) == ids
 
 
+@pytest.mark.parametrize(
+    ("stated", "ids"),
+    [
+        ({"generation_config.json": [401, 7, 7], "config.json": 3}, (401, 7)),
+        ({"generation_config.json": None, "config.json": 3}, (3,)),
+        ({"config.json": [7, 402, -1]}, (7,)),  # ids that are no tokens
+        ({}, ()),
+    ],
+)
+def test_generation_stops_where_the_folder_says(folder, stated, ids):
+    before = tokenizer.load(str(folder))
+    for name, given in stated.items():
+        state(folder, name, eos_token_id=given)
+    loaded = tokenizer.load(str(folder))
+    assert loaded.stop_ids == ids and loaded.eos_id == 401
+    # No text's tokens depend on them: caches of tokens remain.
+    assert loaded == before
+    state(folder, "generation_config.json", eos_token_id="</s>")
+    with pytest.raises(ValueError, match="states '</s>' as eos_token_id: it must be an id, or a"):
+        tokenizer.load(str(folder))
+
+
 def test_texts_start_with_bos_or_else_eos(folder):
     assert tokenizer.start_of_text(str(folder)) == 400
     assert [tokenizer.load(str(folder)).begins_texts(n) for n in (400, 401)] == [True, False]

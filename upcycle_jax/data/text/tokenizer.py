@@ -21,6 +21,8 @@ _STATED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 """Files that name special tokens: the first that names one decides."""
 _MODEL_CONFIG = "config.json"
 """States ids of special tokens; asked where none of `_STATED_IN` is there."""
+_STOPS_STATED_IN = ("generation_config.json", _MODEL_CONFIG)
+"""Files that state `eos_token_id`, one or several: the first that does decides."""
 _ROLES = ("bos", "eos", "pad", "unk")
 _MAX_BYTES = {TOKENIZER_FILE: 512 << 20}
 _MAX_JSON_BYTES = 64 << 20
@@ -90,6 +92,28 @@ def special_tokens(vocabulary: str) -> dict[str, str | int]:
     return tokens
 
 
+def stop_ids(vocabulary: str) -> tuple[int, ...]:
+    """The ids at which the folder tells generation to stop, as transformers does: `eos_token_id` of
+    generation_config.json, or else of config.json. Chat models state several there.
+
+    Raises:
+      ValueError: a file is damaged, or states something else.
+    """
+    folder = file_of(vocabulary).parent
+    for name in _STOPS_STATED_IN:
+        given = (_stated(folder / name) or {}).get("eos_token_id")
+        if given is None:
+            continue
+        found = given if isinstance(given, list) else [given]
+        if not all(type(one) is int for one in found):
+            raise ValueError(
+                f"{folder / name} states {given!r} as eos_token_id: it must be an id, or a list of"
+                " ids"
+            )
+        return tuple(dict.fromkeys(found))
+    return ()
+
+
 def identity(vocabulary: str) -> dict[str, Any]:
     """What two equal tokenizers have in common: the sha256 of the file, and special tokens.
 
@@ -120,6 +144,8 @@ class Tokenizer:
       size: ids, added tokens included: the least `vocab_size` of a model.
       bos_id: id of the token that begins a text; None where none is stated.
       eos_id: of the one that ends a text, likewise.
+      stop_ids: at which generation stops, as `stop_ids` says; with or without `eos_id`. They are no
+        part of the identity: no text's tokens depend on them.
       pad_id: of padding, likewise.
       unk_id: of what is in no token, likewise.
       library: the tokenizer itself.
@@ -132,6 +158,7 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     unk_id: int | None
+    stop_ids: tuple[int, ...]
     library: "tokenizers.Tokenizer"
 
     @classmethod
@@ -177,6 +204,8 @@ class Tokenizer:
             path=vocabulary,
             identity=found,
             size=size,
+            # An id beyond the tokens is one that the model was not trained to give.
+            stop_ids=tuple(one for one in stop_ids(vocabulary) if 0 <= one < size),
             library=library,
             **{f"{role}_id": special.get(role) for role in _ROLES},
         )
@@ -206,14 +235,15 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=8)
-def _loaded(vocabulary: str, sha256: str, special: str) -> Tokenizer:
+def _loaded(vocabulary: str, sha256: str, *stated: str) -> Tokenizer:
     return Tokenizer.load(vocabulary)
 
 
 def load(vocabulary: str) -> Tokenizer:
     """As `Tokenizer.load`; read once for as long as the files do not change."""
     found = identity(vocabulary)
-    return _loaded(vocabulary, found["sha256"], json.dumps(found["special_tokens"]))
+    stated = found["special_tokens"], stop_ids(vocabulary)
+    return _loaded(vocabulary, found["sha256"], *map(json.dumps, stated))
 
 
 def start_of_text(vocabulary: str | None = None) -> int:

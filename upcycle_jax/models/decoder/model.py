@@ -16,7 +16,7 @@ from upcycle_jax.models.base import Stack
 from upcycle_jax.models.decoder import decoding, layerwise
 from upcycle_jax.models.decoder.config import STACK, DecoderConfig
 from upcycle_jax.models.decoder.network import LanguageModel
-from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, EndIds
 from upcycle_jax.models.layerwise import Step
 from upcycle_jax.models.stacked import StackedModel
 from upcycle_jax.types import Array, Batch, PyTree
@@ -116,7 +116,7 @@ class DecoderModel(StackedModel[DecoderConfig]):
         *,
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
-        eos_id: int = 1,
+        eos_id: EndIds = 1,
         max_length: int | None = None,
     ) -> jax.Array:
         """The best continuation of each prompt, int32 `[batch, max_length]`: EOS is its last token,
@@ -131,7 +131,7 @@ class DecoderModel(StackedModel[DecoderConfig]):
           batch: model features, not packed.
           decoder: how sequences are searched, e.g. `inference.decoding.Greedy()`.
           keys: `[batch]` random keys for a decoder that draws.
-          eos_id: the vocabulary's end of sequence.
+          eos_id: the vocabulary's end of sequence, or all tokens that end one.
           max_length: tokens to produce at most: the length of 'targets'. The rest of a row is the
             room for inputs, of which the last tokens are read where there are more. None: as many
             as a row has positions.
@@ -150,7 +150,7 @@ class DecoderModel(StackedModel[DecoderConfig]):
         *,
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
-        eos_id: int = 1,
+        eos_id: EndIds = 1,
         max_length: int | None = None,
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""

@@ -13,7 +13,7 @@ from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
 from upcycle_jax.models import losses, shared
 from upcycle_jax.models.base import Stack
-from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache
+from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, EndIds
 from upcycle_jax.models.layerwise import Step
 from upcycle_jax.models.stacked import StackedModel
 from upcycle_jax.models.t5 import layerwise
@@ -104,7 +104,7 @@ class EncoderDecoderModel(StackedModel[T5Config]):
         *,
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
-        eos_id: int = EOS_ID,
+        eos_id: EndIds = EOS_ID,
         max_length: int | None = None,
     ) -> jax.Array:
         """The best sequence of each input, int32 `[batch, target length]`: EOS is its last token, 0
@@ -119,7 +119,7 @@ class EncoderDecoderModel(StackedModel[T5Config]):
           batch: model features, not packed.
           decoder: how sequences are searched, e.g. `inference.decoding.Greedy()`.
           keys: `[batch]` random keys for a decoder that draws.
-          eos_id: the vocabulary's end of sequence.
+          eos_id: the vocabulary's end of sequence, or all tokens that end one.
           max_length: tokens to predict at most; None for the length of targets.
         """
         return self.predict_batch_with_aux(
@@ -133,7 +133,7 @@ class EncoderDecoderModel(StackedModel[T5Config]):
         *,
         decoder: DecodingAlgorithm,
         keys: jax.Array | None = None,
-        eos_id: int = EOS_ID,
+        eos_id: EndIds = EOS_ID,
         max_length: int | None = None,
     ) -> Decoded:
         """As `predict_batch`, with all sequences that the decoder returns, and their scores."""
