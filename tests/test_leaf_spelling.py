@@ -13,7 +13,8 @@ SPELT = re.compile(r"\b(shared_)?expert/|\brouter/|\bmlp/|\b(layers|encoderblock
 MAY_SPELL = (
     "moe/roles.py",
     "models/layer_names.py",
-    # Reads the reports of the linen modules of those names.
+    # Reports and experts' parameters of the linen modules of those names.
+    "models/layerwise.py",
     "models/shared.py",
     # A family, and its readers and writers of foreign checkpoints, know their own names.
     "models/decoder/",

@@ -9,7 +9,7 @@ which experts (`MoeCall.dispatcher`), the caller puts them through the experts, 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax.models.base import Model
+from upcycle_jax.moe import roles
 from upcycle_jax.moe.dispatch import Dispatcher
 from upcycle_jax.moe.layer import MoeLayer
 from upcycle_jax.moe.router_logits import RouterLogits
@@ -98,6 +99,43 @@ class Step:
             if path == subtree or path.startswith(f"{subtree}/"):
                 return place + path[len(subtree) :]
         return None
+
+
+def in_place(paths: Iterable[str]) -> dict[str, str]:
+    """`Step.params` of parameters that the program takes where the model has them."""
+    return {path: path for path in paths}
+
+
+def layer_step(
+    name: str, layer: nn.Module, given: tuple[str, ...], *, moe: MoeLayer | None
+) -> Step:
+    """The step of a layer.
+
+    Args:
+      name: its path, e.g. 'encoder/layers_1'.
+      layer: unbound; its first argument is the residual stream.
+      given: names in the state of its other arguments, in order.
+      moe: its MoE layer, unbound, which is its `mlp`; None in a dense layer.
+    """
+    experts = "" if moe is None else f"{name}/mlp/{roles.EXPERT}"
+    return Step(name, True, {name: "layer"}, _Layer(layer, given), experts=experts, moe=moe)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """The program of `layer_step`."""
+
+    layer: nn.Module
+    given: tuple[str, ...]
+
+    def __call__(
+        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
+    ) -> tuple[State, MoeCall | None]:
+        variables, given = {"params": params["layer"]}, (state[name] for name in self.given)
+        x, call = without_experts(
+            lambda: self.layer.apply(variables, state["x"], *given, train=False), expert_outputs
+        )
+        return {**state, "x": x}, call
 
 
 @runtime_checkable

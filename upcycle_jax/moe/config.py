@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
@@ -194,6 +194,25 @@ class MoeSettings:
                 f" under noise, and the {type(router).__name__} has none: give it a noise_std"
                 " (V-MoE's is 1.0), or set load_loss_factor to 0"
             )
+
+    @property
+    def like_dense(self) -> Self:
+        """These settings where experts that are copies give what the dense model does: combine
+        weights sum to 1 where the router can have it, every token has room in evaluation, and no
+        expert is shared.
+        """
+        routers: dict[str, Any] = {
+            field.name: router.renormalized() or router
+            for field in dataclasses.fields(self)
+            if isinstance(router := getattr(self, field.name), Router)
+        }
+        return dataclasses.replace(
+            self,
+            shared_expert_mlp_dim=None,
+            shared_expert_gate=False,
+            eval_expert_capacity_factor=float(self.num_experts),
+            **routers,
+        )
 
     def capacity_factor(self, *, train: bool) -> float:
         """The capacity factor of training or of evaluation."""

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
-
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
 from upcycle_jax.layers import rope as ropes
@@ -13,6 +11,7 @@ from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.layers.rope import Rope
 from upcycle_jax.models import layout
 from upcycle_jax.models.layout import SparseLayout
+from upcycle_jax.models.settings import StackedSettings
 from upcycle_jax.models.stacking import RematPolicy
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import DroplessTopK, Router
@@ -67,7 +66,7 @@ class DecoderMoeConfig(MoeSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(StackedSettings):
     """Shape and numerics of a decoder-only language model, dense or with MoE layers. The defaults
     are Llama's; the switches make it Mistral, Qwen, OLMo, Gemma, SmolLM, Granite, Phi-3 or
     GPT-NeoX.
@@ -226,66 +225,12 @@ class DecoderConfig:
         return layout.sparse_layers(self.num_layers, count, where, stack=STACK)
 
     @property
-    def expert_mlp_dim(self) -> int:
-        """Hidden size of one expert."""
-        return (self.moe and self.moe.expert_mlp_dim) or self.mlp_dim
-
-    @property
-    def expert_dropout_rate(self) -> float:
-        """Dropout rate inside experts."""
-        rate = self.moe.expert_dropout_rate if self.moe else None
-        return self.dropout_rate if rate is None else rate
-
-    @property
-    def activation_dtype(self) -> jnp.dtype:
-        """`dtype` as a dtype."""
-        return jnp.dtype(self.dtype)
-
-    @property
     def forward_settings(self) -> dict[str, Any]:
         """The settings that decide what a dense model computes and that the names and shapes of
         its parameters do not show, as JSON has them (tuples for lists).
         """
         plain = {name: getattr(self, name) for name in STATED}
         return plain | {name: ropes.as_plain(getattr(self, name)) for name in STATED_ROPES}
-
-    @property
-    def dense(self) -> "DecoderConfig":
-        """The same model without MoE layers: what it is upcycled from."""
-        return dataclasses.replace(self, moe=None)
-
-    @property
-    def without_dropout(self) -> "DecoderConfig":
-        """The same model with every dropout rate 0."""
-        moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
-        return dataclasses.replace(self, dropout_rate=0.0, moe=moe)
-
-    @property
-    def unrolled(self) -> "DecoderConfig":
-        """The same model run layer by layer, nothing computed twice."""
-        return dataclasses.replace(self, remat_policy="none", scan_layers=False)
-
-    def in_float32(self, *, renormalised: bool) -> "DecoderConfig":
-        """The same model, unrolled and in float32; see `LayerwiseModel.in_float32`."""
-        moe = self.moe
-        if moe is not None and renormalised:
-            moe = dataclasses.replace(
-                moe,
-                router=moe.router.renormalized() or moe.router,
-                shared_expert_mlp_dim=None,
-                shared_expert_gate=False,
-                # As many slots as tokens: nothing is dropped, nobody left out.
-                eval_expert_capacity_factor=float(moe.num_experts),
-            )
-        return dataclasses.replace(self.unrolled, moe=moe, dtype="float32")
-
-    @property
-    def for_inference(self) -> "DecoderConfig":
-        """The same model as it predicts and scores: see `MoeSettings.inference_routing`."""
-        if self.moe is None or self.moe.inference_routing != "independent":
-            return self
-        moe = dataclasses.replace(self.moe, independent=True, t5x_mode=False)
-        return dataclasses.replace(self, moe=moe)
 
 
 STATED_ROPES = ("rope", "sliding_rope")

@@ -10,9 +10,8 @@ import numpy as np
 
 from upcycle_jax.models.decoder import network
 from upcycle_jax.models.decoder.config import STACK, DecoderConfig
-from upcycle_jax.models.decoder.network import LanguageModel, Positions
-from upcycle_jax.models.layerwise import MoeCall, State, Step, without_experts
-from upcycle_jax.moe import roles
+from upcycle_jax.models.decoder.network import LanguageModel
+from upcycle_jax.models.layerwise import State, Step, in_place, layer_step
 from upcycle_jax.types import Batch, PyTree
 
 _TABLE = "token_embedder"
@@ -29,9 +28,9 @@ def steps(config: DecoderConfig) -> list[Step]:
     after = [f"{STACK}/decoder_norm"] if _has_final_norm(config) else []
     after.append(_TABLE if config.logits_via_embedding else f"{STACK}/logits_dense")
     return [
-        Step("embedding", False, {_TABLE: _TABLE}, _Inputs(dense)),
+        Step("embedding", False, in_place([_TABLE]), _Inputs(dense)),
         *(_layer(config, i) for i in range(config.num_layers)),
-        Step("logits", False, {path: path for path in after}, _Logits(dense)),
+        Step("logits", False, in_place(after), _Logits(dense)),
     ]
 
 
@@ -52,14 +51,11 @@ def _has_final_norm(config: DecoderConfig) -> bool:
 
 
 def _layer(config: DecoderConfig, index: int) -> Step:
-    name, sparse = f"{STACK}/layers_{index}", index in config.sparse_layers
-    module = network.layer(config if sparse else config.dense, index, parent=None)
-    return Step(
-        name,
-        True,
-        {name: "layer"},
-        _Layer(module),
-        experts=f"{name}/mlp/{roles.EXPERT}" if sparse else "",
+    sparse = index in config.sparse_layers
+    return layer_step(
+        f"{STACK}/layers_{index}",
+        network.layer(config if sparse else config.dense, index, parent=None),
+        ("where",),
         moe=network.moe_layer(config, parent=None) if sparse else None,
     )
 
@@ -77,21 +73,6 @@ class _Inputs:
             return {"x": x, "valid": where.valid, "where": where}
 
         return nn.apply(inputs, LanguageModel(self.config))({"params": params}, state), None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    module: network.DecoderLayer
-
-    def __call__(
-        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
-    ) -> tuple[State, MoeCall | None]:
-        where: Positions = state["where"]
-        variables = {"params": params["layer"]}
-        x, call = without_experts(
-            lambda: self.module.apply(variables, state["x"], where, train=False), expert_outputs
-        )
-        return {**state, "x": x}, call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
-
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.models import layout
 from upcycle_jax.models.layout import SparseLayout
+from upcycle_jax.models.settings import StackedSettings
 from upcycle_jax.models.stacking import RematPolicy
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import ExpertsChoose, Router, TokensChoose
@@ -78,7 +77,7 @@ class MoeConfig(MoeSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(StackedSettings):
     """Shape and numerics of a T5 1.1 model, dense or with MoE layers.
 
     Attributes:
@@ -180,11 +179,6 @@ class T5Config:
         return layout.sparse_layers(self.num_layers(stack), count, where, stack=stack)
 
     @property
-    def expert_mlp_dim(self) -> int:
-        """Hidden size of one expert."""
-        return (self.moe and self.moe.expert_mlp_dim) or self.mlp_dim
-
-    @property
     def mlp_dim_beside_experts(self) -> int:
         """Hidden units of the dense MLPs that every token passes in an MoE layer: a shared expert,
         and an MLP after the experts.
@@ -192,17 +186,6 @@ class T5Config:
         if self.moe is None:
             return 0
         return (self.moe.shared_expert_mlp_dim or 0) + (self.mlp_dim if self.moe.extra_mlp else 0)
-
-    @property
-    def expert_dropout_rate(self) -> float:
-        """Dropout rate inside experts."""
-        rate = self.moe.expert_dropout_rate if self.moe else None
-        return self.dropout_rate if rate is None else rate
-
-    @property
-    def activation_dtype(self) -> jnp.dtype:
-        """`dtype` as a dtype."""
-        return jnp.dtype(self.dtype)
 
     @property
     def forward_settings(self) -> dict[str, Any]:
@@ -214,47 +197,3 @@ class T5Config:
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "relative_attention_max_distance": self.relative_attention_max_distance,
         }
-
-    @property
-    def dense(self) -> "T5Config":
-        """The same model without MoE layers: what it is upcycled from."""
-        return dataclasses.replace(self, moe=None)
-
-    @property
-    def without_dropout(self) -> "T5Config":
-        """The same model with every dropout rate 0."""
-        moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
-        return dataclasses.replace(self, dropout_rate=0.0, moe=moe)
-
-    def in_float32(self, *, renormalised: bool) -> "T5Config":
-        """The same model, unrolled and in float32; see `LayerwiseModel.in_float32`."""
-        moe = self.moe
-        if moe is not None and renormalised:
-            routers = moe.encoder_router, moe.decoder_router
-            encoder_router, decoder_router = (one.renormalized() or one for one in routers)
-            moe = dataclasses.replace(
-                moe,
-                encoder_router=encoder_router,
-                decoder_router=decoder_router,
-                shared_expert_mlp_dim=None,
-                shared_expert_gate=False,
-                # As many slots as tokens: nothing is dropped, nobody left out.
-                eval_expert_capacity_factor=float(moe.num_experts),
-            )
-        return dataclasses.replace(self.unrolled, moe=moe, dtype="float32")
-
-    @property
-    def unrolled(self) -> "T5Config":
-        """The same model run layer by layer, nothing computed twice: for code that looks into
-        single layers.
-        """
-        return dataclasses.replace(self, remat_policy="none", scan_layers=False)
-
-    @property
-    def for_inference(self) -> "T5Config":
-        """The same model as it predicts and scores: see `MoeConfig.inference_routing`."""
-        if self.moe is None or self.moe.inference_routing != "independent":
-            return self
-        return dataclasses.replace(
-            self, moe=dataclasses.replace(self.moe, independent=True, t5x_mode=False)
-        )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from upcycle_jax.layers import masks
-from upcycle_jax.models.layerwise import MoeCall, State, Step, without_experts
+from upcycle_jax.models.layerwise import State, Step, in_place, layer_step
 from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.models.t5.network import (
     DecoderLayer,
@@ -19,7 +19,6 @@ from upcycle_jax.models.t5.network import (
     Transformer,
     moe_layer,
 )
-from upcycle_jax.moe import roles
 from upcycle_jax.types import Batch, PyTree
 
 
@@ -38,13 +37,13 @@ def steps(config: T5Config) -> list[Step]:
         Step(
             "embedding and position biases",
             False,
-            _in_place(before),
+            in_place(before),
             _Inputs(config if t5x_mode else dense),
         ),
         *(_layer(config, "encoder", i) for i in range(config.num_encoder_layers)),
-        Step("encoder_norm", False, _in_place(["encoder/encoder_norm"]), _Encoded(dense)),
+        Step("encoder_norm", False, in_place(["encoder/encoder_norm"]), _Encoded(dense)),
         *(_layer(config, "decoder", i) for i in range(config.num_decoder_layers)),
-        Step("logits", False, _in_place(after), _Logits(dense)),
+        Step("logits", False, in_place(after), _Logits(dense)),
     ]
 
 
@@ -66,19 +65,16 @@ def row_bytes(config: T5Config, batch: Batch) -> int:
 _LOGITS = "decoder/logits_dense"
 
 
-def _in_place(paths: tuple[str, ...] | list[str]) -> dict[str, str]:
-    return {path: path for path in paths}
-
-
 def _layer(config: T5Config, stack: StackName, number: int) -> Step:
-    name, sparse = f"{stack}/layers_{number}", number in config.sparse_layers(stack)
-    program = _EncoderLayer if stack == "encoder" else _DecoderLayer
-    return Step(
-        name,
-        True,
-        {name: "layer"},
-        program(config if sparse else config.dense, sparse),
-        experts=f"{name}/mlp/{roles.EXPERT}" if sparse else "",
+    sparse = number in config.sparse_layers(stack)
+    of = config if sparse else config.dense
+    shared = ("valid", "token_ids")
+    return layer_step(
+        f"{stack}/layers_{number}",
+        EncoderLayer(of, sparse, parent=None)
+        if stack == "encoder"
+        else DecoderLayer(of, sparse, parent=None),
+        ("bias", *shared) if stack == "encoder" else ("encoded", "bias", "cross_bias", *shared),
         moe=moe_layer(config, stack, parent=None) if sparse else None,
     )
 
@@ -117,22 +113,6 @@ class _Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class _EncoderLayer:
-    config: T5Config
-    sparse: bool
-
-    def __call__(
-        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
-    ) -> tuple[State, MoeCall | None]:
-        layer = EncoderLayer(self.config, self.sparse)
-        given = (state[name] for name in ("x", "bias", "valid", "token_ids"))
-        x, call = without_experts(
-            lambda: layer.apply({"params": params["layer"]}, *given, train=False), expert_outputs
-        )
-        return {**state, "x": x}, call
-
-
-@dataclasses.dataclass(frozen=True)
 class _Encoded:
     config: T5Config
 
@@ -142,23 +122,6 @@ class _Encoded:
         variables = {"params": params["encoder"]}
         encoded = Encoder(self.config).apply(variables, state["x"], state["valid"], method="finish")
         return {**state["decoder"], "encoded": encoded}, None
-
-
-@dataclasses.dataclass(frozen=True)
-class _DecoderLayer:
-    config: T5Config
-    sparse: bool
-
-    def __call__(
-        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
-    ) -> tuple[State, MoeCall | None]:
-        layer = DecoderLayer(self.config, self.sparse)
-        names = ("x", "encoded", "bias", "cross_bias", "valid", "token_ids")
-        given = (state[name] for name in names)
-        x, call = without_experts(
-            lambda: layer.apply({"params": params["layer"]}, *given, train=False), expert_outputs
-        )
-        return {**state, "x": x}, call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
-
 from upcycle_jax import checks
 from upcycle_jax.checks import Range
 from upcycle_jax.layers.mlp import ACTIVATIONS
 from upcycle_jax.models import layout
 from upcycle_jax.models.layout import SparseLayout
+from upcycle_jax.models.settings import StackedSettings
 from upcycle_jax.models.stacking import RematPolicy
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.routing import ExpertsChoose, Router
@@ -56,7 +55,7 @@ class VitMoeConfig(MoeSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class VitConfig:
+class VitConfig(StackedSettings):
     """Shape and numerics of a vision transformer (Dosovitskiy et al., arXiv 2010.11929), dense or
     with MoE layers. The defaults are big_vision's; the switches make it Hugging Face's ViT, a
     SigLIP or CLIP vision tower, or DINOv2.
@@ -153,64 +152,11 @@ class VitConfig:
         )
 
     @property
-    def expert_mlp_dim(self) -> int:
-        """Hidden size of one expert."""
-        return (self.moe and self.moe.expert_mlp_dim) or self.mlp_dim
-
-    @property
-    def expert_dropout_rate(self) -> float:
-        """Dropout rate inside experts."""
-        rate = self.moe.expert_dropout_rate if self.moe else None
-        return self.dropout_rate if rate is None else rate
-
-    @property
-    def activation_dtype(self) -> jnp.dtype:
-        """`dtype` as a dtype."""
-        return jnp.dtype(self.dtype)
-
-    @property
     def forward_settings(self) -> dict[str, Any]:
         """The settings that decide what a dense model computes and that the names and shapes of
         its parameters do not show.
         """
         return {name: getattr(self, name) for name in STATED}
-
-    @property
-    def dense(self) -> "VitConfig":
-        """The same model without MoE layers: what it is upcycled from."""
-        return dataclasses.replace(self, moe=None)
-
-    @property
-    def without_dropout(self) -> "VitConfig":
-        """The same model with every dropout rate 0."""
-        moe = self.moe and dataclasses.replace(self.moe, expert_dropout_rate=0.0)
-        return dataclasses.replace(self, dropout_rate=0.0, moe=moe)
-
-    @property
-    def unrolled(self) -> "VitConfig":
-        """The same model run block by block, nothing computed twice."""
-        return dataclasses.replace(self, remat_policy="none", scan_layers=False)
-
-    def in_float32(self, *, renormalised: bool) -> "VitConfig":
-        """The same model, unrolled and in float32; see `LayerwiseModel.in_float32`."""
-        moe = self.moe
-        if moe is not None and renormalised:
-            moe = dataclasses.replace(
-                moe,
-                router=moe.router.renormalized() or moe.router,
-                shared_expert_mlp_dim=None,
-                shared_expert_gate=False,
-                # As many slots as tokens: nothing is dropped, nobody left out.
-                eval_expert_capacity_factor=float(moe.num_experts),
-            )
-        return dataclasses.replace(self.unrolled, moe=moe, dtype="float32")
-
-    @property
-    def for_inference(self) -> "VitConfig":
-        """The same model as it predicts: see `MoeSettings.inference_routing`."""
-        if self.moe is None or self.moe.inference_routing != "independent":
-            return self
-        return dataclasses.replace(self, moe=dataclasses.replace(self.moe, independent=True))
 
 
 STATED = ("num_heads", "mlp_activations", "norm_epsilon", "pool")

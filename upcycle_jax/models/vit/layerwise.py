@@ -7,11 +7,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 
-from upcycle_jax.models.layerwise import MoeCall, State, Step, without_experts
+from upcycle_jax.models.layerwise import State, Step, in_place, layer_step
 from upcycle_jax.models.vit import network
 from upcycle_jax.models.vit.config import STACK, VitConfig
 from upcycle_jax.models.vit.network import VisionTransformer
-from upcycle_jax.moe import roles
 from upcycle_jax.types import PyTree
 
 
@@ -30,9 +29,9 @@ def steps(config: VitConfig) -> list[Step]:
     after += ["map_head"] if config.pool == "map" else []
     after += ["head"] if config.num_classes else []
     return [
-        Step("embedding", False, {path: path for path in before}, _Inputs(dense)),
+        Step("embedding", False, in_place(before), _Inputs(dense)),
         *(_layer(config, i) for i in range(config.num_layers)),
-        Step("logits", False, {path: path for path in after}, _Logits(dense)),
+        Step("logits", False, in_place(after), _Logits(dense)),
     ]
 
 
@@ -47,14 +46,11 @@ def row_bytes(config: VitConfig) -> int:
 
 
 def _layer(config: VitConfig, index: int) -> Step:
-    name, sparse = f"{STACK}/layers_{index}", index in config.sparse_layers
-    module = network.layer(config if sparse else config.dense, index, parent=None)
-    return Step(
-        name,
-        True,
-        {name: "layer"},
-        _Layer(module),
-        experts=f"{name}/mlp/{roles.EXPERT}" if sparse else "",
+    sparse = index in config.sparse_layers
+    return layer_step(
+        f"{STACK}/layers_{index}",
+        network.layer(config if sparse else config.dense, index, parent=None),
+        ("valid",),
         moe=network.moe_layer(config, parent=None) if sparse else None,
     )
 
@@ -69,21 +65,6 @@ class _Inputs:
         embed = nn.apply(VisionTransformer.embed, VisionTransformer(self.config))
         x, valid = embed({"params": params}, state["images"], state["weights"] > 0)
         return {"x": x, "valid": valid}, None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    module: network.EncoderLayer
-
-    def __call__(
-        self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
-    ) -> tuple[State, MoeCall | None]:
-        variables = {"params": params["layer"]}
-        x, call = without_experts(
-            lambda: self.module.apply(variables, state["x"], state["valid"], train=False),
-            expert_outputs,
-        )
-        return {**state, "x": x}, call
 
 
 @dataclasses.dataclass(frozen=True)
