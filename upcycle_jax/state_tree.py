@@ -22,6 +22,9 @@ STEP = "state/step"
 PARAM_STATES = "state/param_states/"
 """Before the path of a parameter and the name of one of its optimizer slots."""
 
+UNUSED_SHAPE = (1,)
+"""Shape of a slot that a parameter does not use, as in T5X."""
+
 
 def parameter_specs(parameters: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
     """Specs of parameters by full path, their twins too, of specs by path."""
@@ -49,3 +52,24 @@ def specs(parameters: Mapping[str, LeafSpec], slots: Mapping[str, LeafSpec]) -> 
         twin = of.twin and f"{PARAM_STATES}{of.twin}/{slot}"
         found[f"{PARAM_STATES}{path}"] = dataclasses.replace(spec, role=of.role, twin=twin)
     return dict(sorted(found.items()))
+
+
+def without_slots(specs: Mapping[str, LeafSpec]) -> frozenset[str]:
+    """Parameters, by path without `TARGET`, that use none of their optimizer slots: those that are
+    never trained.
+
+    Args:
+      specs: of a whole state, by full path.
+    """
+    unused: dict[str, bool] = {}
+    for path, spec in specs.items():
+        if path.startswith(PARAM_STATES):
+            parameter = path.removeprefix(PARAM_STATES).rpartition("/")[0]
+            unused[parameter] = unused.get(parameter, True) and spec.shape == UNUSED_SHAPE
+    # A parameter of one element uses slots of that shape.
+    return frozenset(
+        parameter
+        for parameter, all_unused in unused.items()
+        if all_unused
+        and ((own := specs.get(f"{TARGET}{parameter}")) is None or own.shape != UNUSED_SHAPE)
+    )

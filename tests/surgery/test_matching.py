@@ -191,6 +191,43 @@ def test_a_source_without_optimizer_state_or_step(small):
         assert what(plan, "state/step") == text
 
 
+def test_parameters_that_are_frozen_for_good_on_one_side_have_no_slots_to_carry(small):
+    full, sparse = small.tree(optimizer="adam"), small.tree(sparse=(1,), optimizer="adam")
+    attention, mlp = "encoder/layers_0/attention/query/kernel", "encoder/layers_1/mlp/wi_0/kernel"
+    expert = "encoder/layers_1/mlp/expert/wi_0/kernel"
+
+    def frozen(tree, *parameters):
+        slots = {
+            f"state/param_states/{parameter}/{slot}"
+            for parameter in parameters
+            for slot in ("mu", "nu")
+        }
+        return {
+            path: dataclasses.replace(spec, shape=(1,), axes=()) if path in slots else spec
+            for path, spec in tree.items()
+        }
+
+    tiled = surgery.Recipe(optimizer_state="tiled")
+    plan = surgery.make_plan(full, frozen(sparse, expert, attention), tiled)
+    for parameter in (expert, attention):
+        assert what(plan, f"state/param_states/{parameter}/mu") == "zeros"
+    assert what(plan, "state/param_states/encoder/layers_1/mlp/expert/wo/kernel/mu") == "tile x4"
+    dropped = {d.source: d.reason for d in plan.dropped}
+    assert dropped == {
+        f"state/param_states/{parameter}/{slot}": "slots of frozen parameters are not kept"
+        for parameter in (mlp, attention)
+        for slot in ("mu", "nu")
+    }
+    plan = surgery.make_plan(frozen(full, mlp), sparse, tiled)
+    assert (
+        plan.row(f"state/param_states/{expert}/nu").spec
+        == sparse[f"state/param_states/{expert}/nu"]
+    )
+    assert what(plan, f"state/param_states/{expert}/nu") == "zeros"
+    both = surgery.make_plan(frozen(full, mlp), frozen(sparse, expert), tiled)
+    assert what(both, f"state/param_states/{expert}/nu") == "copy" and len(both.dropped) == 2
+
+
 def test_adafactor_slots_do_not_become_adam_slots(small):
     with pytest.raises(ValueError, match="the optimizers differ"):
         surgery.make_plan(

@@ -72,7 +72,7 @@ def test_each_setting_is_that_of_the_first_group_that_states_it():
 def updates(optimizer, groups, steps=3):
     """Parameters and state after each of some updates by the same gradients of 1, from 1."""
     params = {path: jnp.ones(spec.shape) for path, spec in SPECS.items()}
-    tree, state = trees.unflatten(params), optimizer.init(SPECS)
+    tree, state = trees.unflatten(params), optimizer.init(SPECS, groups)
 
     @jax.jit
     def update(tree, state, step):
@@ -119,13 +119,14 @@ def test_frozen_leaves_and_their_state_keep_every_bit(optimizer):
     )
     plain = updates(optimizer, ())
     done = updates(optimizer, groups)
-    start = trees.flatten(optimizer.init(SPECS))
+    start = trees.flatten(optimizer.init(SPECS, groups))
     for path in SPECS:
         slots = [name for name in start if name.startswith(f"{path}/")]
         if "decoder_norm" in path or "embedding" in path:
             for params, state in done:
                 np.testing.assert_array_equal(params[path], np.ones(SPECS[path].shape))
                 for slot in slots:
+                    assert start[slot].shape == (1,)  # no memory
                     np.testing.assert_array_equal(state[slot], start[slot])
         elif "router" in path:
             for (mine, my_state), (params, state) in zip(done, plain, strict=True):
@@ -288,6 +289,56 @@ def test_steps_that_count_from_the_start_of_a_run_survive_a_resumption(start, tm
         rtol=1e-6,
     )
     assert open_checkpoint(tmp_path / "parts" / "checkpoint_7").metadata()["run_start"] == 2
+
+
+def test_what_is_frozen_for_good_has_no_optimizer_state(start, tmp_path, caplog):
+    """Of experts frozen for good no slots are kept; a state with slots goes on without them, and
+    one without them with fresh ones, from another folder or in its own.
+    """
+    frozen = {"parameter_groups": (ParameterGroup(roles=("expert",), frozen=True),)}
+    free = {"parameter_groups": ()}
+    before = {"optimizer": AdamW(), "learning_rate_fn": create_learning_rate_scheduler("constant")}
+
+    def of_experts(state):
+        slots = {name: leaf for name, leaf in state.items() if "param_states" in name}
+        return {name: leaf for name, leaf in slots.items() if "expert" in name}
+
+    caplog.set_level("INFO", "upcycle_jax")
+    start("full", steps=2, **before, **free)
+    full = saved(tmp_path / "full", 2)
+    restore = RestoreCheckpointConfig(path=str(tmp_path / "full"))
+    start("frozen", steps=3, restore=restore, **before, **frozen)
+    count = len({name.rpartition("/")[0] for name in of_experts(full)})
+    told = f"without the optimizer slots of {count} parameters"
+    assert told in caplog.text
+    start("frozen", steps=4, restore=restore, **before, **frozen)
+    after = saved(tmp_path / "frozen", 4)
+    assert all(leaf.shape == (1,) and not leaf.any() for leaf in of_experts(after).values())
+    assert all(np.any(leaf) for leaf in of_experts(full).values())
+    for name in full:
+        if name.startswith("target/") and "expert" in name:
+            np.testing.assert_array_equal(after[name], full[name])
+    # The other slots were carried on: equal to a run whose experts are frozen, and keep slots,
+    # because that would end.
+    ends = ParameterGroup(roles=("expert",), frozen=True, until_step=9)
+    start("until", steps=4, restore=restore, **before, parameter_groups=(ends,))
+    until = saved(tmp_path / "until", 4)
+    for name in after.keys() - of_experts(after).keys():
+        np.testing.assert_array_equal(after[name], until[name], err_msg=name)
+    for name, leaf in of_experts(until).items():
+        np.testing.assert_array_equal(leaf, full[name])
+    # The run itself goes on with what it had frozen, and from then on with slots; and back.
+    caplog.clear()
+    resumed = start("frozen", steps=5, restore=restore, **before, **free)
+    assert resumed.start == "resume"
+    assert resumed.start == "resume" and told in caplog.text
+    trained = of_experts(saved(tmp_path / "frozen", 5))
+    assert {name: leaf.shape for name, leaf in trained.items()} == {
+        name: leaf.shape for name, leaf in of_experts(full).items()
+    }
+    assert all(np.any(leaf) for leaf in trained.values())
+    start("frozen", steps=6, restore=restore, **before, **frozen)
+    assert all(leaf.shape == (1,) for leaf in of_experts(saved(tmp_path / "frozen", 6)).values())
 
 
 def test_a_resumed_run_that_nothing_says_the_start_of_is_refused(start, tmp_path):

@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -267,6 +267,8 @@ class CheckpointManager:
         step: int,
         specs: Mapping[str, LeafSpec],
         shardings: Mapping[str, jax.sharding.Sharding],
+        *,
+        ignored: Collection[str] = (),
     ) -> dict[str, Any]:
         """Restores a step; every process reads its own shards.
 
@@ -274,6 +276,7 @@ class CheckpointManager:
           step: a finished step.
           specs: every leaf that the run needs, by full path.
           shardings: where each leaf goes, by the same names.
+          ignored: leaves of the checkpoint that are not read, by full path.
 
         Returns:
           The nested state dict of jax arrays in the dtypes of `specs`.
@@ -290,7 +293,8 @@ class CheckpointManager:
                 " an earlier step"
             )
         reader = OrbaxReader(path, item)
-        difference = trees.diff(specs, reader.specs())
+        stored = {name: spec for name, spec in reader.specs().items() if name not in ignored}
+        difference = trees.diff(specs, stored)
         if difference:
             raise ValueError(
                 f"the run's state and {path} do not match:\n{difference}\nRestore with the model"
@@ -307,7 +311,9 @@ class CheckpointManager:
             for name, spec in specs.items()
         }
         args = ocp.args.PyTreeRestore(
-            item=trees.unflatten(wanted), restore_args=trees.unflatten(restore_args)
+            item=trees.unflatten(wanted),
+            restore_args=trees.unflatten(restore_args),
+            partial_restore=bool(ignored),
         )
         return self._manager.restore(step, args=ocp.args.Composite(state=args))[STATE_ITEM]
 

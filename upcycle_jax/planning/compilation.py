@@ -145,7 +145,8 @@ def state_bytes(workload: Workload, partitioner: Partitioner | None = None) -> S
       ValueError: an array does not divide over the mesh.
     """
     partitioner = partitioner or workload.partitioner
-    specs = state_specs(workload.model, workload.trainer.optimizer)
+    trainer = workload.trainer
+    specs = state_specs(workload.model, trainer.optimizer, trainer.parameter_groups)
     parts = [
         {path: spec for path, spec in specs.items() if path.startswith(prefix)}
         for prefix in (TARGET, PARAM_STATES)
@@ -168,7 +169,7 @@ def compile_train_step(workload: Workload) -> Compiled:
         batch_size=workload.batch_size,
         task_feature_lengths=workload.task_feature_lengths,
     )
-    specs = state_specs(workload.model, trainer.optimizer)
+    specs = state_specs(workload.model, trainer.optimizer, trainer.parameter_groups)
     shardings = partitioner.shardings(specs)
     state = from_state_dict(
         {path: _abstract(spec, shardings[path]) for path, spec in specs.items()}
@@ -197,7 +198,7 @@ def compile_upcycling(workload: Workload) -> list[Compiled]:
       ValueError: the recipe does not fit the model.
     """
     dense, optimizer = workload.model.dense, workload.trainer.optimizer
-    targets = state_specs(workload.model, optimizer)
+    targets = state_specs(workload.model, optimizer, workload.trainer.parameter_groups)
     shardings = workload.partitioner.shardings(targets)
     plan = surgery.make_plan(state_specs(dense, optimizer), targets, workload.recipe)
     done: dict[Any, Compiled] = {}

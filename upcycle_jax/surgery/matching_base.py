@@ -1,12 +1,20 @@
 """What every kind of conversion shares while it is planned: rows, uses, drops and faults."""
 
 import abc
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
 from upcycle_jax import axes
 from upcycle_jax.layers import position_grids
-from upcycle_jax.state_tree import PARAM_STATES, STATE, STEP, TARGET
+from upcycle_jax.state_tree import (
+    PARAM_STATES,
+    STATE,
+    STEP,
+    TARGET,
+    UNUSED_SHAPE,
+    without_slots,
+)
 from upcycle_jax.surgery.operations import (
     Constant,
     Copy,
@@ -19,7 +27,6 @@ from upcycle_jax.surgery.recipe import MergeRecipe, Recipe
 from upcycle_jax.text import shorten
 from upcycle_jax.trees import LeafSpec, Role
 
-PLACEHOLDER = (1,)
 PARENT = re.compile(r"parent_(\d+)/(.+)")
 ROUTING = (Role.ROUTER, Role.ROUTER_BIAS)
 
@@ -65,6 +72,7 @@ class Matching(abc.ABC):
         self.faults: list[str] = []
         self.remedies: list[str] = []
         self.drops: dict[str, str] = {}
+        self.not_carried: set[str] = set()
         self.zeroed = tuple(re.compile(pattern) for pattern in getattr(recipe, "zeroed", ()))
 
     def plan(self) -> Plan:
@@ -145,13 +153,16 @@ class Matching(abc.ABC):
         operation, sources = self.slot_origin(path, spec)
         if sources and parameter_of(sources[0]) in self.regridded:
             operation, sources = Zeros(), ()
+        if sources and self.is_frozen_on_one_side(path, sources[0]):
+            self.not_carried.update(sources)
+            operation, sources = Zeros(), ()
         # A slot of shape (1,) is Adafactor's mark for "unused": it is carried as it is, never
         # tiled.
         if (
             sources
             and sources[0] in self.source
-            and self.source[sources[0]].shape == PLACEHOLDER
-            and spec.shape == PLACEHOLDER
+            and self.source[sources[0]].shape == UNUSED_SHAPE
+            and spec.shape == UNUSED_SHAPE
         ):
             operation = Copy()
         self.add(
@@ -162,6 +173,22 @@ class Matching(abc.ABC):
             "Remedy: the optimizers differ; set OPTIMIZER to the source's, or"
             " Recipe.optimizer_state = 'reset'.",
         )
+
+    def is_frozen_on_one_side(self, slot: str, source: str) -> bool:
+        """Whether either a slot's parameter or that of its source, not both, is frozen for good,
+        so that it has no optimizer state.
+        """
+        return (parameter_of(slot) in self._target_without_slots) != (
+            parameter_of(source) in self._source_without_slots
+        )
+
+    @functools.cached_property
+    def _target_without_slots(self) -> frozenset[str]:
+        return frozenset(f"{TARGET}{path}" for path in without_slots(self.target))
+
+    @functools.cached_property
+    def _source_without_slots(self) -> frozenset[str]:
+        return frozenset(f"{TARGET}{path}" for path in without_slots(self.source))
 
     def carry(self, path: str, spec: LeafSpec, source: str) -> None:
         """Adds the row of a parameter that stays: as it is or, of positions of patches, on the grid
@@ -307,6 +334,8 @@ class Matching(abc.ABC):
                 return "optimizer state starts afresh"
             if parameter_of(name) in self.regridded:
                 return "slots of interpolated positions start afresh"
+            if name in self.not_carried:
+                return "slots of frozen parameters are not kept"
             if self.recipe.optimizer_state == "dense_only" and self.is_converted(name):
                 return "slots of converted MLPs start afresh"
         return None

@@ -13,12 +13,8 @@ import numpy as np
 import optax
 
 from upcycle_jax import checks
-from upcycle_jax.training.optimizers import (
-    UNUSED_SHAPE,
-    Optimizer,
-    Slots,
-    factored_slot_specs,
-)
+from upcycle_jax.state_tree import UNUSED_SHAPE
+from upcycle_jax.training.optimizers import Optimizer, Slots, factored_slot_specs
 from upcycle_jax.training.run_start import counted_from
 from upcycle_jax.trees import LeafSpec
 

@@ -16,7 +16,7 @@ from etils import epath
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.steps import step_folders
 from upcycle_jax.models import layer_names
-from upcycle_jax.state_tree import PARAM_STATES
+from upcycle_jax.state_tree import PARAM_STATES, without_slots
 from upcycle_jax.training import manifest
 from upcycle_jax.training.config import CheckpointConfig, OptimizerState
 from upcycle_jax.training.optimizers import Adafactor, Optimizer, is_expert
@@ -39,7 +39,7 @@ def settle(
 
     Args:
       optimizer: as configured.
-      param_specs: flat specs of the model's parameters.
+      param_specs: flat specs of the parameters that are trained.
       model_dir: the run's folder; it need not exist.
       config: what the run restores.
 
@@ -54,6 +54,9 @@ def settle(
     if reader is None:
         return optimizer.forms[0]
     found = reader.specs()
+    experts = {path: experts[path] for path in experts.keys() - without_slots(found)}
+    if not experts:
+        return optimizer.forms[0]
 
     def fits(form: Optimizer) -> bool:
         return all(

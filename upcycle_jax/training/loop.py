@@ -142,6 +142,7 @@ def _load(run: PreparedRun, saver: Saver, iterator: BatchIterator) -> tuple[Trai
                 source,
                 model=settings.model,
                 optimizer=settings.trainer.optimizer,
+                groups=settings.trainer.parameter_groups,
                 seed=settings.random_seed,
                 specs=run.specs,
                 partitioner=settings.partitioner,

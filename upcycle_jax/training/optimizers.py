@@ -22,13 +22,13 @@ import numpy as np
 import optax
 
 from upcycle_jax import axes, checks, trees
+from upcycle_jax.state_tree import UNUSED_SHAPE
 from upcycle_jax.training.parameter_groups import LeafSettings, ParameterGroup, settings_of
 from upcycle_jax.training.run_start import StepOrStart, counted_from
 from upcycle_jax.trees import LeafSpec, Role
 from upcycle_jax.types import PyTree
 
 Slots = dict[str, Any]
-UNUSED_SHAPE = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +112,19 @@ class Optimizer(abc.ABC):
         """The optimizer of one expert's slice of a kernel, `spec`."""
         return self
 
-    def state_specs(self, param_specs: Mapping[str, LeafSpec]) -> dict[str, LeafSpec]:
-        """Specs of the optimizer state, `{path/slot: spec}`, with logical axes."""
+    def state_specs(
+        self, param_specs: Mapping[str, LeafSpec], groups: Sequence[ParameterGroup] = ()
+    ) -> dict[str, LeafSpec]:
+        """Specs of the optimizer state, `{path/slot: spec}`, with logical axes. Parameters that
+        the groups never train use no slot.
+        """
         out = {}
         for path, spec in param_specs.items():
             lifted = is_expert(spec)
             one_of = _slice_spec(spec) if lifted else spec
             used = (self.for_expert(one_of) if lifted else self).slot_specs(one_of)
+            if settings_of(path, spec, groups).is_always_frozen:
+                used = {}
             for slot in self.slots:
                 if slot not in used:
                     out[f"{path}/{slot}"] = LeafSpec(UNUSED_SHAPE, np.dtype(np.float32))
@@ -131,12 +137,14 @@ class Optimizer(abc.ABC):
                     out[f"{path}/{slot}"] = used[slot]
         return dict(sorted(out.items()))
 
-    def init(self, param_specs: Mapping[str, LeafSpec]) -> PyTree:
+    def init(
+        self, param_specs: Mapping[str, LeafSpec], groups: Sequence[ParameterGroup] = ()
+    ) -> PyTree:
         """A fresh state, all zeros, nested; under jit nothing but the result is allocated."""
         return trees.unflatten(
             {
                 path: jnp.zeros(spec.shape, spec.dtype)
-                for path, spec in self.state_specs(param_specs).items()
+                for path, spec in self.state_specs(param_specs, groups).items()
             }
         )
 
@@ -156,7 +164,7 @@ class Optimizer(abc.ABC):
         Args:
           params: nested parameters.
           grads: nested gradients, any float dtype; the update is computed in float32.
-          param_states: nested state as from `init`.
+          param_states: nested state as from `init` with the same groups.
           param_specs: flat specs of `params`; their logical axes say which parameters are expert
             kernels.
           step: number of updates done before this one, int32 scalar (0 for the first).

@@ -3,7 +3,6 @@ learning rate, or not at all for some steps.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -37,7 +36,8 @@ class ParameterGroup:
       weight_decay: in place of the optimizer's.
       learning_rate_factor: of the schedule's learning rate.
       frozen: True: from `from_step` on, before `until_step`, neither the parameters nor their
-        optimizer state change, in any bit. False: in those steps they are trained, whatever later
+        optimizer state change, in any bit; parameters that are frozen in every step have none.
+        False: in those steps they are trained, whatever later
         groups say.
       from_step: first step of `frozen`, counted from `step_offset`.
       until_step: first step after it; None for no end.
@@ -195,6 +195,15 @@ def with_stopped_gradients(
     return trees.unflatten(flat)
 
 
+def trained(specs: Mapping[str, LeafSpec], groups: Sequence[ParameterGroup]) -> dict[str, LeafSpec]:
+    """Specs of the parameters that are trained in some step."""
+    return {
+        path: spec
+        for path, spec in specs.items()
+        if not settings_of(path, spec, groups).is_always_frozen
+    }
+
+
 def check(groups: Sequence[ParameterGroup], specs: Mapping[str, LeafSpec]) -> None:
     """Compares groups with the parameters of a model.
 
@@ -211,8 +220,7 @@ def check(groups: Sequence[ParameterGroup], specs: Mapping[str, LeafSpec]) -> No
                 f" {min(specs)}: it must fit a whole path (python -m upcycle_jax.model_info lists"
                 " them)"
             )
-    settings = functools.partial(settings_of, groups=groups)
-    if specs and all(settings(path, spec).is_always_frozen for path, spec in specs.items()):
+    if specs and not trained(specs, groups):
         raise ValueError(
             "every parameter is frozen in every step (ParameterGroup.frozen): nothing would be"
             " trained"

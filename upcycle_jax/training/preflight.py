@@ -138,7 +138,7 @@ def _plan(run: Any) -> None:
 
 
 def _model_dir(run: Train) -> str:
-    specs = state_specs(run.model, run.trainer.optimizer)
+    specs = state_specs(run.model, run.trainer.optimizer, run.trainer.parameter_groups)
     saves = run.checkpoint_cfg.save is not None
     size = sum(leaf.nbytes for leaf in specs.values()) if saves else 0
     found = prepare.check_model_dir(run.folder, checkpoint_bytes=size)
@@ -147,7 +147,7 @@ def _model_dir(run: Train) -> str:
 
 
 def _divides(model: Model, partitioner: Partitioner, trainer: Trainer) -> str:
-    specs = state_specs(model, trainer.optimizer)
+    specs = state_specs(model, trainer.optimizer, trainer.parameter_groups)
     partitioner.shardings(specs)
     return f"{len(specs)} arrays fit the mesh"
 
@@ -164,7 +164,7 @@ def memory_of(device: jax.Device) -> float | None:
 def _memory(
     model: Model, partitioner: Partitioner, trainer: Trainer, device_memory: float | None
 ) -> str:
-    specs = state_specs(model, trainer.optimizer)
+    specs = state_specs(model, trainer.optimizer, trainer.parameter_groups)
     params = parameters.nbytes(
         {path: spec for path, spec in specs.items() if path.startswith(TARGET)}, partitioner
     ).per_device

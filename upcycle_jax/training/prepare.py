@@ -112,12 +112,15 @@ def prepare(settings: TrainSettings) -> PreparedRun:
     param_specs = settings.model.param_specs()
     parameter_groups.check(trainer.parameter_groups, param_specs)
     optimizer = expert_slots.settle(
-        trainer.optimizer, param_specs, settings.folder, settings.checkpoint_cfg
+        trainer.optimizer,
+        parameter_groups.trained(param_specs, trainer.parameter_groups),
+        settings.folder,
+        settings.checkpoint_cfg,
     )
     settings = dataclasses.replace(
         settings, trainer=dataclasses.replace(trainer, optimizer=optimizer)
     )
-    specs = state_specs(settings.model, optimizer)
+    specs = state_specs(settings.model, optimizer, trainer.parameter_groups)
     partitioner.shardings(specs)  # raises where a dimension does not divide over its mesh axis
     source = _find_source(settings, specs)
     expert_slots.warn_of_scaled_gradients(source, optimizer, param_specs)

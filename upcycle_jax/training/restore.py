@@ -15,10 +15,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -43,7 +44,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.step_names import step_name
 from upcycle_jax.text import shorten
-from upcycle_jax.training import manifest
+from upcycle_jax.training import frozen_slots, manifest
 from upcycle_jax.training.config import (
     CheckpointConfig,
     DataPosition,
@@ -53,6 +54,7 @@ from upcycle_jax.training.config import (
     StepPolicy,
 )
 from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.training.parameter_groups import ParameterGroup
 from upcycle_jax.training.train_state import TrainState, from_state_dict, initial_state, model_hash
 from upcycle_jax.trees import LeafSpec, Role
 
@@ -85,6 +87,8 @@ class Source:
       fresh_optimizer: CONTINUE with a new optimizer state.
       damaged: checkpoints of MODEL_DIR that cannot be read and are passed over, latest first.
       verify: compare with the checksums that were saved.
+      fresh_slots: full paths of slots that start at zero beside others that are loaded: of
+        parameters that are frozen for good now and were not, or the other way about.
     """
 
     start: Start
@@ -96,6 +100,7 @@ class Source:
     fresh_optimizer: bool = False
     damaged: tuple[int, ...] = ()
     verify: bool = True
+    fresh_slots: frozenset[str] = frozenset()
 
     def describe(self) -> str:
         """One line for the log and for `--dry_run`."""
@@ -107,7 +112,9 @@ class Source:
             Start.CONTINUE: "continue from",
         }[self.start]
         fresh = ", with a fresh optimizer state" if self.fresh_optimizer else ""
-        return f"{what} {self.path}, at step {self.step}{fresh}"
+        return (
+            f"{what} {self.path}, at step {self.step}{fresh}{frozen_slots.told(self.fresh_slots)}"
+        )
 
     def record(self) -> dict[str, Any]:
         """For the manifest and for the records of later checkpoints."""
@@ -205,7 +212,8 @@ def _resume(
             damaged.append(step)
             continue
         check_name(reader)
-        difference = trees.diff(specs, found)
+        fresh = frozen_slots.of_one_side(specs, found)
+        difference = trees.diff(_but(specs, fresh), _but(found, fresh))
         if difference:
             raise ValueError(
                 f"{model_dir} belongs to another model or optimizer: its {step_name(step)} (+) and"
@@ -220,6 +228,7 @@ def _resume(
             data_position=DataPosition.CHECKPOINT,
             damaged=tuple(damaged),
             verify=verify,
+            fresh_slots=fresh,
         )
     if damaged:
         raise ValueError(
@@ -316,17 +325,15 @@ def _continue(
     fresh = restore.optimizer_state == OptimizerState.RESET or not has_optimizer
     if not has_optimizer:
         _log.info("%s holds no optimizer state: the optimizer starts afresh", reader.path)
-    wanted = {
-        path
-        for path in specs
-        if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)
-    }
-    expected = {path: specs[path] for path in wanted}
-    actual = {
-        path: spec
-        for path, spec in found.items()
-        if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)
-    }
+    of_frozen = frozenset() if fresh else frozen_slots.of_one_side(specs, found)
+    expected, actual = (
+        {
+            path: spec
+            for path, spec in _but(side, of_frozen).items()
+            if path.startswith(TARGET) or (path.startswith(PARAM_STATES) and not fresh)
+        }
+        for side in (specs, found)
+    )
     difference = trees.diff(expected, actual)
     if difference:
         raise ValueError(
@@ -342,7 +349,12 @@ def _continue(
         data_position=DataPosition(restore.data_position),
         fresh_optimizer=fresh,
         verify=verify,
+        fresh_slots=of_frozen,
     )
+
+
+def _but(specs: Mapping[str, LeafSpec], paths: Collection[str]) -> dict[str, LeafSpec]:
+    return {path: spec for path, spec in specs.items() if path not in paths}
 
 
 def _open(path: os.PathLike | str, mode: str) -> CheckpointReader:
@@ -400,6 +412,7 @@ def load(
     *,
     model: Model,
     optimizer: Optimizer,
+    groups: Sequence[ParameterGroup] = (),
     seed: int,
     specs: Mapping[str, LeafSpec],
     partitioner: Partitioner,
@@ -411,6 +424,7 @@ def load(
       source: from `find_source`.
       model: for fresh parameters.
       optimizer: for fresh slots.
+      groups: parameters that they never train have no slots.
       seed: of fresh parameters.
       specs: specs of the whole state.
       partitioner: the mesh.
@@ -424,14 +438,14 @@ def load(
     shardings = partitioner.shardings(specs)
     with partitioner.activate():
         if source.start == Start.SCRATCH:
-            return initial_state(model, optimizer, seed=seed, shardings=shardings)
+            return initial_state(model, optimizer, seed=seed, shardings=shardings, groups=groups)
         if source.start == Start.RESUME:
             assert manager is not None
             return _load_own(source, manager, specs, shardings)
         assert source.reader is not None
         if source.start == Start.UPCYCLE:
             return _load_upcycled(source, shardings)
-        return _load_equal(source, optimizer, model, specs, shardings)
+        return _load_equal(source, specs, shardings)
 
 
 def _load_own(
@@ -444,11 +458,14 @@ def _load_own(
     stored = {
         path: dataclasses.replace(specs[path], dtype=spec.dtype)
         for path, spec in source.reader.specs().items()
+        if path not in source.fresh_slots
     }
     flat, failure = {}, None
     try:
         verification = Verification(source.reader, checksums=source.verify)
-        flat = trees.flatten(manager.restore(source.step, stored, shardings))
+        flat = trees.flatten(
+            manager.restore(source.step, stored, shardings, ignored=source.fresh_slots)
+        )
     except Exception as error:  # Orbax and TensorStore raise many types
         if _is_no_damage(error):
             raise
@@ -463,6 +480,7 @@ def _load_own(
         f"The run spoilt it before it was saved: move {source.path} away to go on from the"
         " checkpoint before it, with a lower learning rate"
     )
+    flat |= _zeros(source.fresh_slots, specs, shardings)
     for path, spec in specs.items():
         if flat[path].dtype != spec.dtype:
             flat[path] = flat[path].astype(spec.dtype)
@@ -488,32 +506,36 @@ def _load_upcycled(
 
 def _load_equal(
     source: Source,
-    optimizer: Optimizer,
-    model: Model,
     specs: Mapping[str, LeafSpec],
     shardings: Mapping[str, jax.sharding.NamedSharding],
 ) -> TrainState:
     assert source.reader is not None
-    stored = (TARGET,) if source.fresh_optimizer else (TARGET, PARAM_STATES)
+    slots = {path for path in specs if path.startswith(PARAM_STATES)}
+    fresh = slots if source.fresh_optimizer else source.fresh_slots
     flat = load_leaves(
         source.reader,
-        {path: spec for path, spec in specs.items() if path.startswith(stored)},
+        {path: spec for path, spec in _but(specs, fresh).items() if path != STEP},
         shardings,
         verify=source.verify,
         remedy="Continue from another checkpoint",
     )
     flat[STEP] = jax.device_put(np.int32(source.step), shardings[STEP])
-    if source.fresh_optimizer:
-        slots = {
-            path.removeprefix(PARAM_STATES): sharding
-            for path, sharding in shardings.items()
-            if path.startswith(PARAM_STATES)
-        }
-        fresh = jax.jit(
-            lambda: optimizer.init(model.param_specs()), out_shardings=trees.unflatten(slots)
-        )()
-        flat |= {f"{PARAM_STATES}{path}": leaf for path, leaf in trees.flatten(fresh).items()}
-    return from_state_dict(flat)
+    return from_state_dict(flat | _zeros(fresh, specs, shardings))
+
+
+def _zeros(
+    paths: Collection[str],
+    specs: Mapping[str, LeafSpec],
+    shardings: Mapping[str, jax.sharding.NamedSharding],
+) -> dict[str, jax.Array]:
+    """Slots that start afresh, by full path, made where they stay."""
+    if not paths:
+        return {}
+    made: dict[str, jax.Array] = jax.jit(
+        lambda: {path: jnp.zeros(specs[path].shape, specs[path].dtype) for path in paths},
+        out_shardings={path: shardings[path] for path in paths},
+    )()
+    return made
 
 
 def place_data(

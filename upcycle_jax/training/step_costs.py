@@ -14,7 +14,7 @@ from upcycle_jax.costs.shapes import StepShape
 from upcycle_jax.costs.step import StepCosts
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.training.parameter_groups import trained
 from upcycle_jax.training.train_step import global_norm
 from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.trees import LeafSpec
@@ -42,18 +42,19 @@ def step_costs(
         num_microbatches=trainer.num_microbatches or 1,
     )
     found = step.of_step(model, shape, partitioner)
-    update = _update_flops(model, trainer.optimizer, partitioner)
+    update = _update_flops(model, trainer, partitioner)
     return dataclasses.replace(found, device_flops=found.device_flops + update)
 
 
-def _update_flops(model: Model, optimizer: Optimizer, partitioner: Partitioner) -> float:
-    """FLOPs of the update of the parameters and of the norm of their gradient on one device.
+def _update_flops(model: Model, trainer: Trainer, partitioner: Partitioner) -> float:
+    """FLOPs of the update of the parameters and of the norm of their gradient on one device; what
+    is never trained is not updated.
 
     Parameters of one kind, of which a deep model has many, cost the same: one of each is traced.
     """
-    specs = model.param_specs()
+    specs, optimizer = model.param_specs(), trainer.optimizer
     alike = collections.defaultdict(list)
-    for path, spec in specs.items():
+    for path, spec in trained(specs, trainer.parameter_groups).items():
         alike[spec.shape, spec.dtype, spec.axes, spec.role].append(path)
 
     def update_flops(param_specs: Mapping[str, LeafSpec]) -> float:

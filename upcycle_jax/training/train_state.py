@@ -1,7 +1,7 @@
 """The state of a run: step, parameters and optimizer state, in the tree that checkpoints hold."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,6 +13,7 @@ from upcycle_jax import state_tree, trees
 from upcycle_jax.models.base import Model
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.training.optimizers import Optimizer
+from upcycle_jax.training.parameter_groups import ParameterGroup
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import PyTree
 
@@ -51,14 +52,23 @@ def from_state_dict(tree: Mapping[str, Any]) -> TrainState:
     )
 
 
-def state_specs(model: Model, optimizer: Optimizer) -> dict[str, LeafSpec]:
-    """Specs of the whole state by full path, with logical axes; nothing is allocated."""
+def state_specs(
+    model: Model, optimizer: Optimizer, groups: Sequence[ParameterGroup] = ()
+) -> dict[str, LeafSpec]:
+    """Specs of the whole state by full path, with logical axes; nothing is allocated. Parameters
+    that the groups never train have no optimizer state.
+    """
     param_specs = model.param_specs()
-    return state_tree.specs(param_specs, optimizer.state_specs(param_specs))
+    return state_tree.specs(param_specs, optimizer.state_specs(param_specs, groups))
 
 
 def initial_state(
-    model: Model, optimizer: Optimizer, *, seed: int, shardings: Mapping[str, jax.sharding.Sharding]
+    model: Model,
+    optimizer: Optimizer,
+    *,
+    seed: int,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    groups: Sequence[ParameterGroup] = (),
 ) -> TrainState:
     """A state at step 0, each device computing only its own part; call it inside
     `Partitioner.activate`.
@@ -68,6 +78,7 @@ def initial_state(
       optimizer: its fresh slots.
       seed: of the parameters. Dropout draws from other folds of the same seed, see `train_step`.
       shardings: by full path.
+      groups: those never trained have no optimizer state.
     """
 
     def init() -> TrainState:
@@ -75,7 +86,7 @@ def initial_state(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            param_states=optimizer.init(model.param_specs()),
+            param_states=optimizer.init(model.param_specs(), groups),
         )
 
     return jax.jit(init, out_shardings=from_state_dict(shardings))()
