@@ -42,6 +42,12 @@ def test_products_and_elementwise_operations():
     assert work.device == work.products + 8 * 4 + 8 * 4 + 31
 
 
+def test_a_product_with_a_vector_of_ones_is_a_sum():
+    work = count(lambda x: jnp.dot(jnp.ones(8), x), shape(8, 16))
+    assert work.products == work.gradient_products == 0
+    assert work.device == 2 * 8 * 16  # as XLA counts the product
+
+
 def test_products_of_gradients_are_told_apart():
     def backward(x, k, gradient):
         hidden = x @ k  # computed again: 2 * 8 * 16 * 4

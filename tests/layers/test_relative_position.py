@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle_jax.layers.relative_position import RelativePositionBiases, relative_position_bucket
+from upcycle_jax.layers.relative_position import (
+    RelativePositionBiases,
+    relative_position_bucket,
+    with_mask,
+)
 
 
 def buckets(positions, *, bidirectional):
@@ -60,3 +64,14 @@ def test_a_single_query_gets_the_row_of_the_full_bias():
     full = module.apply(variables, jnp.arange(8), jnp.arange(8), bidirectional=False)
     row = module.apply(variables, jnp.array([5]), jnp.arange(8), bidirectional=False)
     np.testing.assert_array_equal(row[:, :, 0], full[:, :, 5])
+
+
+def test_the_bias_of_every_row_and_its_gradient():
+    # Two rows, one head, one query, two keys; row 1 may not see key 1. The gradient of what the
+    # rows share is the sum over rows: 1 + 10 and 2 + 20.
+    position = jnp.array([[[[3.0, 5.0]]]])
+    mask = jnp.array([[[[True, True]]], [[[True, False]]]])
+    bias, pull = jax.vjp(lambda position: with_mask(position, mask), position)
+    np.testing.assert_array_equal(bias[:, 0, 0], [[3, 5], [3, np.float32(-1e10)]])
+    (gradient,) = pull(jnp.array([[[[1.0, 2.0]]], [[[10.0, 20.0]]]]))
+    np.testing.assert_array_equal(gradient, [[[[11, 22]]]])

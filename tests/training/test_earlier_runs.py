@@ -34,9 +34,19 @@ def text(earlier, tmp_path_factory):
     return folder
 
 
-def tolerance(earlier) -> float:
-    """0 where this machine compiles as the one that made the record; else float32's rounding."""
-    return 0.0 if earlier.arithmetic() == RECORD["arithmetic"] else 1e-5
+ROUNDING = 1e-6
+"""Of a loss, by how much sums in another order may move it. Attention and the gradient of position
+biases are added up in another order today than when the record was made. Anything else that changes
+(a default, a batch, a schedule, a slot that is not restored) moves losses by far more.
+"""
+
+BIAS_ELEMENTS = 8 * 2 * (32 * 32 + 16 * 16)
+"""Rows, heads, and pairs of positions in both stacks: the gradient of the position biases."""
+
+
+def same_arithmetic(earlier) -> bool:
+    """Whether this machine compiles as the one that made the record."""
+    return earlier.arithmetic() == RECORD["arithmetic"]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +60,10 @@ def test_a_checkpoint_of_then_resumes_with_the_same_losses(
     flags = earlier.train_flags(getattr(earlier, model), text, model_dir, steps)
     assert train.main(flags) == 0
     now, then = earlier.scalars(model_dir), RECORD["runs"][run]
+    close = ROUNDING if same_arithmetic(earlier) else 1e-5
     assert sorted(now) == [str(step) for step in range(first, steps + 1)]
     for step, metrics in now.items():
-        assert metrics == pytest.approx(then[step], rel=tolerance(earlier), abs=0), step
+        assert metrics == pytest.approx(then[step], rel=close, abs=0), step
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -60,11 +71,15 @@ def test_programs_do_the_same_work(earlier, devices):
     assert jax.device_count() == 8
     now, then = earlier.programs(devices), RECORD["programs"][str(devices)]
     assert now.keys() == then.keys()
-    close = tolerance(earlier)
+    same = same_arithmetic(earlier)
+    # On one device the gradient of the position biases is a product with ones, 2 FLOPs an element,
+    # where it was a sum over 8 rows, 7 FLOPs for 8 elements. Each of 8 devices has one row.
+    more = (2 - 7 / 8) * BIAS_ELEMENTS if devices == 1 else 0
     for name, program in now.items():
-        assert program["flops"] == pytest.approx(then[name]["flops"], rel=0.01 if close else 0)
+        flops = then[name]["flops"] + more
+        assert program["flops"] == pytest.approx(flops, rel=0 if same else 0.01, abs=0)
         assert program["collectives"] == then[name]["collectives"]
         losses, expected = (
             [float.fromhex(loss) for loss in record["losses"]] for record in (program, then[name])
         )
-        assert losses == pytest.approx(expected, rel=close or 1e-6, abs=0)
+        assert losses == pytest.approx(expected, rel=ROUNDING if same else 1e-5, abs=0)

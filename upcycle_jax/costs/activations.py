@@ -2,7 +2,8 @@
 
 Differentiation says which arrays that are. Compilers of accelerators compute cheap elementwise
 results again rather than keep them: where a model does not say itself what is computed again, what
-remains of it are results of matrix products. Compilers for CPUs keep what differentiation keeps.
+remains of it are results of matrix products. Compilers for CPUs keep what differentiation keeps,
+but for sums and products that follow from one array that is kept, as 1 - t^2 does from t.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,9 @@ from jax.extend import core
 from upcycle_jax.costs import flops
 from upcycle_jax.costs.loss_program import Counted, LossProgram
 from upcycle_jax.partitioning import Partitioner
+
+_SIMPLE = frozenset(["add", "integer_pow", "mul", "neg", "square", "sub"])
+"""Primitives whose results XLA for CPUs rather computes twice than keeps."""
 
 
 def kept_bytes(
@@ -120,7 +124,27 @@ def _kept(program: LossProgram) -> list[core.Var]:
     """What the forward pass leaves, without views, repetitions and constants."""
     found = _sources(program, program.saved, _is_view)
     varying = _following(program, program.forward.invars)
-    return [var for var in found if var in varying]
+    kept = [var for var in found if var in varying]
+    among = set(kept)
+    return [var for var in kept if not _follows_from_one(program, var, among)]
+
+
+def _follows_from_one(program: LossProgram, var: core.Var, kept: set[core.Var]) -> bool:
+    """Whether sums and products make an array of another one that is kept, as large as it is."""
+    made_of: set[core.Var] = set()
+    seen, pending = {var}, [var]
+    while pending:
+        one = pending.pop()
+        equation = program.made_by.get(one)
+        simple = equation is not None and (equation.primitive.name in _SIMPLE or _is_view(equation))
+        if equation is None or not simple or (one in kept and one is not var):
+            made_of.add(one)
+            continue
+        before = {x for x in equation.invars if isinstance(x, core.Var)} - seen
+        seen |= before
+        pending.extend(before)
+    sizes = [flops.array_of(one).size for one in made_of]
+    return made_of <= kept - {var} and sizes == [flops.array_of(var).size]
 
 
 def _kept_products(program: LossProgram) -> list[core.Var]:

@@ -1,6 +1,7 @@
 """FLOPs of a traced program (a jaxpr), over all devices of a mesh and on one of them.
 
-Matrix products count 2 * m * k * n; loops count as often as they run. Of elementwise operations
+Matrix products count 2 * m * k * n, but those with a vector of ones, which are sums; loops count
+as often as they run. Of elementwise operations
 and reductions, which only `Work.device` holds, one FLOP per element is counted, as XLA's
 `cost_analysis` does: what moves or makes data is free, and so are roots, exponentials and the
 like, which XLA counts apart. Single operations that XLA makes of several are counted as XLA says.
@@ -263,6 +264,7 @@ class _Program:
 
     def __init__(self, mesh: MeshShape, known: dict[core.Var, Value]) -> None:
         self.mesh, self.known, self.work = mesh, known, Work()
+        self.ones: set[core.Var] = set()
 
     def run(self, equation: core.JaxprEqn) -> None:
         """Counts an equation and learns its results."""
@@ -284,9 +286,13 @@ class _Program:
     def _operation(self, equation: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
         is_gradient = any(value.is_gradient for value in values)
         given = [value.split for value in values]
+        if _is_vector_of_ones(equation):
+            self.ones.update(equation.outvars)
         if rule := _PRODUCTS.get(equation.primitive.name):
             total, local, split = rule(equation, given, self.mesh)
-            if is_gradient:
+            if any(var in self.ones for var in equation.invars if isinstance(var, core.Var)):
+                pass  # a sum, in the form that is fast on CPUs
+            elif is_gradient:
                 self.work.gradient_products += total
             else:
                 self.work.products += total
@@ -367,6 +373,14 @@ class _Program:
                 self.work.add(work, times)
                 return [*merged, *found[len(carry) :]]
             carry = merged
+
+
+def _is_vector_of_ones(equation: core.JaxprEqn) -> bool:
+    """Whether that is what an equation makes."""
+    if equation.primitive.name != "broadcast_in_dim" or len(equation.params["shape"]) != 1:
+        return False
+    value = equation.invars[0]
+    return isinstance(value, core.Literal) and bool(value.val == 1)
 
 
 def _merged(values: Sequence[Value]) -> Value:

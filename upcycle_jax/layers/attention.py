@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes
-from upcycle_jax.layers import projection
+from upcycle_jax.layers import cpu_attention, projection
 from upcycle_jax.partitioning import constrain
 
 GROWING_CACHE, FIXED_CACHE = "growing_cache", "fixed_cache"
@@ -67,6 +67,11 @@ def dot_product_attention(
     """
     if float32_logits:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    drops = dropout is not None and dropout.rate > 0 and not deterministic
+    if not drops and cpu_attention.is_faster(query, key, value):
+        logits = cpu_attention.scores(query, key)
+        logits = logits if bias is None else logits + bias.astype(logits.dtype)
+        return cpu_attention.attended(logits, value)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes
-from upcycle_jax.layers import projection
+from upcycle_jax.layers import cpu_attention, projection
 from upcycle_jax.layers.attention import GROWING_CACHE
 from upcycle_jax.layers.norm import RMSNorm
 from upcycle_jax.layers.rope import rotate
@@ -73,14 +73,21 @@ def visible(
     return allowed[None, None] if mask is None else allowed[None, None] & mask
 
 
+def masked_logits(
+    logits: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
+) -> jax.Array:
+    """cap(scale logits) where bool `mask` allows it, else a number whose softmax is zero."""
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return jnp.where(mask, logits, _FORBIDDEN)
+
+
 def attention_weights(
     logits: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
 ) -> jax.Array:
     """softmax(cap(scale logits)) over the last axis, of what bool `mask` allows; float32."""
-    logits = logits * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return jax.nn.softmax(jnp.where(mask, logits, _FORBIDDEN), axis=-1)
+    return jax.nn.softmax(masked_logits(logits, mask, scale=scale, softcap=softcap), axis=-1)
 
 
 def capped_attention(
@@ -114,6 +121,16 @@ def capped_attention(
     kv_heads = key.shape[2]
     # Query head h reads the keys of head h // (H / KV).
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
+    drops = dropout is not None and dropout.rate > 0 and not deterministic
+    if not drops and cpu_attention.is_faster(query, key, value):
+        # The H / KV heads that read the same keys, one after the other: [B, H / KV * L, KV, D].
+        stacked = grouped.transpose(0, 3, 1, 2, 4).reshape(rows, -1, kv_heads, head_dim)
+        logits = cpu_attention.scores(stacked, key)  # [B, KV, H / KV * L, M]
+        by_head = logits.reshape(rows, heads, length, -1)
+        by_head = masked_logits(by_head, mask, scale=scale, softcap=softcap)
+        attended = cpu_attention.attended(by_head.reshape(logits.shape), value)
+        attended = attended.reshape(rows, -1, length, kv_heads, head_dim)
+        return attended.transpose(0, 2, 3, 1, 4).reshape(rows, length, heads, head_dim)
     logits = jnp.einsum("blkgd,bmkd->bkglm", grouped.astype(jnp.float32), key.astype(jnp.float32))
     weights = attention_weights(logits, mask[:, :, None], scale=scale, softcap=softcap)
     weights = weights.astype(value.dtype)
@@ -218,7 +235,9 @@ class GroupedQueryAttention(nn.Module):
     ) -> jax.Array:
         """`[B, L, H, D]`, of queries and keys of the same positions."""
         drops = self.dropout_rate > 0 and not deterministic
-        if not drops and self.softcap is None:
+        plain = not drops and self.softcap is None
+        by_hand = self.implementation == "xla" and cpu_attention.is_faster(query, key, value)
+        if plain and not by_hand:
             return jax.nn.dot_product_attention(
                 query,
                 key,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle_jax import axes
-from upcycle_jax.layers import projection
+from upcycle_jax.layers import cpu_attention, projection
 from upcycle_jax.partitioning import constrain
 
 XAVIER: projection.Initializer = nn.initializers.xavier_uniform()
@@ -34,7 +34,7 @@ class FullAttention(nn.Module):
         width = queries_from.shape[-1]
         query = self._heads("query", queries_from)
         key, value = self._heads("key", keys_from), self._heads("value", keys_from)
-        attended = jax.nn.dot_product_attention(query, key, value)
+        attended = _attention(query, key, value)
         out = projection.Projection(
             width,
             (axes.JOINED_KV, axes.EMBED),
@@ -58,3 +58,11 @@ class FullAttention(nn.Module):
         )(x)
         heads = flat.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
         return constrain(heads, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_HEADS, None))
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(query key^T / sqrt(D)) value, `[B, L, H, D]`."""
+    if not cpu_attention.is_faster(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value)
+    logits = cpu_attention.scores(query, key) * query.shape[-1] ** -0.5
+    return cpu_attention.attended(logits, value)

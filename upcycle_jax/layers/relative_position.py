@@ -1,5 +1,6 @@
 """T5's relative position bias."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax import axes
+from upcycle_jax.layers import masks
+from upcycle_jax.partitioning import active_platform
 
 
 def relative_position_bucket(
@@ -90,3 +93,36 @@ class RelativePositionBiases(nn.Module):
             one_hot,
             precision=jax.lax.Precision.HIGHEST,
         )[None]
+
+
+def with_mask(position_bias: jax.Array, mask: jax.Array) -> jax.Array:
+    """The sum of both biases, float32 `[batch, heads, queries, keys]`.
+
+    Args:
+      position_bias: `[1, heads, queries, keys]`.
+      mask: bool `[batch, 1, queries, keys]`, True where attention is allowed.
+    """
+    bias = masks.to_bias(mask)
+    if active_platform() != "cpu":
+        return position_bias + bias
+    return _repeated(position_bias.astype(bias.dtype), mask.shape[0]) + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _repeated(x: jax.Array, rows: int) -> jax.Array:
+    """`[1, ...]` to `[rows, ...]`. The gradient is summed by a product with ones: XLA's reduction
+    for CPUs took a third of a small model's train step (docs/benchmarks.md).
+    """
+    return jnp.broadcast_to(x, (rows, *x.shape[1:]))
+
+
+def _repeated_forward(x: jax.Array, rows: int) -> tuple[jax.Array, None]:
+    return _repeated(x, rows), None
+
+
+def _repeated_backward(rows: int, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    ones = jnp.ones(rows, grad.dtype)
+    return (jax.lax.dot_general(ones, grad, (((0,), (0,)), ((), ())))[None],)
+
+
+_repeated.defvjp(_repeated_forward, _repeated_backward)

@@ -14,7 +14,7 @@ from upcycle_jax.layers.attention import Cached, DecodingStep, MultiHeadDotProdu
 from upcycle_jax.layers.embedding import Embed
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.layers.norm import RMSNorm
-from upcycle_jax.layers.relative_position import RelativePositionBiases
+from upcycle_jax.layers.relative_position import RelativePositionBiases, with_mask
 from upcycle_jax.models import stacking
 from upcycle_jax.models.t5.config import StackName, T5Config
 from upcycle_jax.moe.layer import MoeLayer
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
         length, length]`.
         """
         positions = jnp.arange(mask.shape[-1])
-        return self.relpos_bias(positions, positions, bidirectional=True) + masks.to_bias(mask)
+        return with_mask(self.relpos_bias(positions, positions, bidirectional=True), mask)
 
     def finish(
         self, x: jax.Array, valid: jax.Array, dropout: Callable[[jax.Array], jax.Array] = _same
@@ -312,7 +312,7 @@ class Decoder(nn.Module):
         """
         queries = jnp.arange(mask.shape[-2]) if step is None else step.index[None]
         keys = jnp.arange(mask.shape[-1])
-        return self.relpos_bias(queries, keys, bidirectional=False) + masks.to_bias(mask)
+        return with_mask(self.relpos_bias(queries, keys, bidirectional=False), mask)
 
     def finish(
         self, x: jax.Array, valid: jax.Array, dropout: Callable[[jax.Array], jax.Array] = _same
