@@ -230,6 +230,15 @@ def test_an_unfinished_sweep_says_so_and_compares_where_all_have_been(tmp_path, 
     assert row[2] == "-0.2000 (one seed)" and "of one seed: no claim" in text
 
 
+def test_the_cell_that_writes_the_cache_of_the_data_is_no_run(sweep, page):
+    plan = json.loads((sweep / "sweep.json").read_text())
+    cache = {"name": "cache_tasks", "stage": "cache_tasks", "kind": "cache_tasks", "labels": {}}
+    plan["cells"].insert(0, {**cache, "needs": [], "command": "python z"})
+    without = page(sweep).markdown
+    (sweep / "sweep.json").write_text(json.dumps(plan))
+    assert page(sweep).markdown.replace("    python z\n", "") == without
+
+
 def test_a_failed_cell_is_named_and_does_not_shorten_the_comparison(tmp_path, page):
     """It failed after 10 of 20 steps: the others are compared after 20, over the seeds that are
     left.

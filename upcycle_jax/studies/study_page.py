@@ -20,7 +20,14 @@ from upcycle_jax.studies.intervals import (
 )
 from upcycle_jax.studies.page import Report, table
 from upcycle_jax.studies.run_results import Run
-from upcycle_jax.studies.study_results import CONFIG, Group, Study, at_flops, at_steps
+from upcycle_jax.studies.study_results import (
+    CONFIG,
+    Group,
+    Study,
+    at_flops,
+    at_steps,
+    trained_cells,
+)
 from upcycle_jax.studies.sweep import shell_line
 
 LOSS, ACCURACY = "cross_ent_loss", "accuracy"
@@ -168,7 +175,7 @@ def _scale(study: Study) -> str:
     extra = sorted(
         {
             cell["end_step"] - cell["start_step"]
-            for cell in study.plan["cells"]
+            for cell in trained_cells(study.plan)
             if study.plan["stages"][cell["stage"]]["compared"]
         }
     )

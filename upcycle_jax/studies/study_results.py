@@ -96,7 +96,7 @@ class Study:
         plan = json.loads((root / SWEEP_FILE).read_text())
         runs: dict[str, Run] = {}
         unfinished: dict[str, int] = {}
-        trained = [cell for cell in plan["cells"] if cell.get("kind", "train") == "train"]
+        trained = trained_cells(plan)
         for cell in trained:
             path = root / CELLS / cell["name"]
             run = _load_run(cell["name"], path)
@@ -201,6 +201,11 @@ def _load_run(name: str, path: Path) -> Run | None:
     except FileNotFoundError:  # not started, not evaluated yet, or a conversion
         return None
     return run if run.is_evaluated else None
+
+
+def trained_cells(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The cells of a study's plan that are training runs; others write a cache, or convert."""
+    return [cell for cell in plan["cells"] if cell.get("kind", "train") == "train"]
 
 
 def _exit_codes(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
