@@ -14,11 +14,9 @@ process to one core (`taskset`): threads of torch that wait for each other suffe
 import argparse
 import dataclasses
 import tempfile
-import time
 from typing import Any
 
 import benchmarks
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -26,10 +24,8 @@ import transformers
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints import open_checkpoint
-from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.models.decoder.model import DecoderModel
-from upcycle_jax.models.generation import DecodingCache
 from upcycle_jax.types import PyTree
 
 
@@ -102,31 +98,6 @@ def theirs(model: Any, prompts: np.ndarray, work: Work) -> benchmarks.Program:
     return benchmarks.Program(call, 0.0, 0)
 
 
-def ours(model: DecoderModel, params: PyTree, prompts: np.ndarray, work: Work) -> Any:
-    """Reading the prompts and all steps as one program."""
-
-    def run(params: PyTree, prompts: jax.Array) -> jax.Array:
-        def step(
-            tokens: jax.Array, index: jax.Array, cache: DecodingCache
-        ) -> tuple[jax.Array, DecodingCache]:
-            return model.decode_step(params, tokens, index, cache)
-
-        logits, cache = model.start_decoding(params, prompts, max_length=work.new)
-        found = Greedy().decode(step, logits, cache, max_length=work.new, eos_id=-1)
-        return found.tokens[:, 0]
-
-    started = time.perf_counter()
-    compiled = jax.jit(run).lower(params, jnp.asarray(prompts)).compile()
-    seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    return benchmarks.Program(
-        lambda: np.asarray(compiled(params, jnp.asarray(prompts))),
-        seconds,
-        int(memory.temp_size_in_bytes),
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,7 +115,7 @@ def main() -> None:
     model = random_model(args)
     programs = {
         "transformers": theirs(model, prompts, work),
-        "upcycle_jax": ours(*read(model), prompts, work),
+        "upcycle_jax": benchmarks.decoding_program(*read(model), prompts, new=work.new),
     }
     results = [program.call() for program in programs.values()]
     print(

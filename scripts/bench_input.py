@@ -24,7 +24,6 @@ import benchmarks
 import numpy as np
 from PIL import Image
 
-from upcycle_jax import config
 from upcycle_jax.data import DatasetConfig, configure
 from upcycle_jax.data.images import ImageDatasetConfig, records_writing
 from upcycle_jax.data.opening import open_dataset
@@ -112,12 +111,15 @@ def image_inputs(side: int, batch_size: int, *, seconds: float, files: int) -> d
 def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
     """Input and steps of vision transformers."""
     for size in args.sizes:
-        names = (f"models/vit_{size}.gin", f"models/vit_{size}_upcycled.gin")
-        models = [
-            config.load([name], ["NUM_EXPERTS=8"] if "upcycled" in name else []).macro("MODEL")
-            for name in names
-        ]
-        side = models[0].config.image_size
+        models, lengths = benchmarks.model_pair(
+            f"vit_{size}",
+            num_experts=8,
+            group_size=args.group_size,
+            inputs=0,
+            targets=0,
+            dtype="float32",
+        )
+        side = lengths["image"]
         given = image_inputs(side, args.batch_size, seconds=args.seconds, files=args.files)
         for name, images in given.items():
             print(f"input {name:<12} {images:>12,.1f} images/s of {side} x {side} pixels")
@@ -126,7 +128,7 @@ def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
             models,
             trainer,
             batch_size=args.batch_size,
-            lengths={"image": side},
+            lengths=lengths,
             rounds=args.rounds,
         )
         _compared(size, steps, args.batch_size, given, unit="images")
@@ -172,17 +174,14 @@ def main() -> None:
     for name, examples in given.items():
         print(f"input {name:<12} {examples:>12,.1f} examples/s")
     for size in args.sizes:
-        names: tuple[tuple[str, list[str]], ...] = (
-            (f"models/t5_1_1_{size}.gin", []),
-            (
-                f"models/t5_1_1_{size}_upcycled.gin",
-                ["NUM_EXPERTS=8", f"GROUP_SIZE={args.group_size}"],
-            ),
+        models, lengths = benchmarks.model_pair(
+            size,
+            num_experts=8,
+            group_size=args.group_size,
+            inputs=args.inputs,
+            targets=args.targets,
+            dtype="float32",
         )
-        models = [
-            config.load([name], ["DROPOUT_RATE=0.0", *bindings]).macro("MODEL")
-            for name, bindings in names
-        ]
         steps = benchmarks.train_steps(
             size,
             models,

@@ -1,7 +1,8 @@
 """Prints the upcycled model's train step against the dense model's and against the ratio of their
 FLOPs, measured in one process, and the share of the FLOP/s of one large matrix product.
 
-    python scripts/bench_train_step.py      # tiny, small and base T5, tiny and small language model
+    python scripts/bench_train_step.py      # tiny, small and base T5, tiny and small language
+    model, small and base vision transformer (its batch is as many images)
     python scripts/bench_train_step.py --sizes base --batch_size=64 --inputs=512 --targets=128
     --dtype=bfloat16
 
@@ -12,19 +13,11 @@ import argparse
 
 import benchmarks
 
-from upcycle_jax import config
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
 
-SIZES = ["tiny", "small", "base", "tiny_lm", "small_lm"]
-
-
-def model_file(size: str) -> str:
-    """The dense model file of a size, without its ending: that of T5 1.1 where just a size is
-    named.
-    """
-    return f"models/{size if '_' in size else f't5_1_1_{size}'}"
+SIZES = ["tiny", "small", "base", "tiny_lm", "small_lm", "vit_s16", "vit_b16"]
 
 
 def main() -> None:
@@ -45,20 +38,16 @@ def main() -> None:
         f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}, E"
         f" {args.experts}, {args.dtype}\n"
     )
-    shared = [
-        "DROPOUT_RATE=0.0",
-        f"ACTIVATION_DTYPE={args.dtype!r}",
-        "LOSS_NORMALIZING_FACTOR='NUM_REAL_TARGET_TOKENS'",
-    ]
-    sparse = [f"NUM_EXPERTS={args.experts}", f"GROUP_SIZE={args.group_size}"]
     measured = []
     for size in args.sizes:
-        dense = model_file(size)
-        names = ((f"{dense}.gin", shared), (f"{dense}_upcycled.gin", shared + sparse))
-        lengths = {"inputs": args.inputs, "targets": args.targets}
-        if size.endswith("_lm"):  # As many tokens, in one stack.
-            lengths["targets"] += lengths.pop("inputs")
-        models = [config.load([name], bindings).macro("MODEL") for name, bindings in names]
+        models, lengths = benchmarks.model_pair(
+            size,
+            num_experts=args.experts,
+            group_size=args.group_size,
+            inputs=args.inputs,
+            targets=args.targets,
+            dtype=args.dtype,
+        )
         measured.append(
             benchmarks.train_steps(
                 size,

@@ -20,10 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from upcycle_jax import config
 from upcycle_jax.costs import step
 from upcycle_jax.costs.shapes import StepShape
+from upcycle_jax.inference.decoding import Greedy
 from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.models.base import Model, stack_lengths
+from upcycle_jax.models.decoder.model import DecoderModel
+from upcycle_jax.models.generation import DecodingCache
 from upcycle_jax.moe import grouped_experts
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.dispatch import Assignment
@@ -34,6 +38,7 @@ from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.train_state import initial_state, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
+from upcycle_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,8 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _program(function: Callable[..., Any], *arguments: Any) -> Program:
+def as_program(function: Callable[..., Any], *arguments: Any) -> Program:
+    """A function of these arguments, compiled."""
     started = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - started
@@ -141,12 +147,17 @@ def _program(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def layer(
-    shape: LayerShape, *, backward: bool, one_hot: bool = True, rounds: int = 15
+    shape: LayerShape,
+    *,
+    backward: bool,
+    one_hot: bool = True,
+    dropless: Sequence[grouped_experts.Dispatch] = ("auto",),
+    rounds: int = 15,
 ) -> list[Measurement]:
-    """An MoE layer with either router of the paper, and the dropless one in the form that 'auto'
-    takes here, against the FLOP-equal dense MLP and, where asked, against one-hot einsum dispatch.
-    The experts alone, on slots that are already filled, are what no dispatch can be faster than: as
-    many FLOPs as the dense MLP, on smaller products and on E / C times its weights.
+    """An MoE layer with either router of the paper, and the dropless one, against the FLOP-equal
+    dense MLP and, where asked, against one-hot einsum dispatch. The experts alone, on slots that
+    are already filled, are what no dispatch can be faster than: as many FLOPs as the dense MLP, on
+    smaller products and on E / C times its weights.
 
     Args:
       shape: the size.
@@ -154,6 +165,7 @@ def layer(
       one_hot: also `MoeConfig.dispatch` 'one_hot', which needs two arrays of S * E * C elements per
         group. Its masks follow from token indices by one comparison, where T5X builds them from
         one-hot choices by cumulative sums: this baseline does a little less than T5X.
+      dropless: forms of the dropless layer; 'auto' is what it takes here.
       rounds: executions of each.
     """
     x = jax.random.normal(
@@ -179,9 +191,10 @@ def layer(
                 moe.clone(config=masks), x, backward
             )
     dropless_top_k = DroplessTopK(num_selected_experts=shape.capacity_factor)
-    moe = MoeLayer(settings, dropless_top_k, hidden=shape.ff, dtype=dtype)
-    form = grouped_experts.resolve("auto")
-    programs[f"dropless top-{shape.capacity_factor}, {form}"] = _layer_program(moe, x, backward)
+    for form in dict.fromkeys(grouped_experts.resolve(form) for form in dropless):
+        sorting = dataclasses.replace(settings, dispatch=form)
+        moe = MoeLayer(sorting, dropless_top_k, hidden=shape.ff, dtype=dtype)
+        programs[f"dropless top-{shape.capacity_factor}, {form}"] = _layer_program(moe, x, backward)
     return compare(
         programs, baseline="dense MLP", tokens=shape.groups * shape.tokens, rounds=rounds
     )
@@ -234,7 +247,7 @@ def _differentiated(
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(forward(params, x).astype(jnp.float32)))
 
-    return _program(jax.grad(loss, argnums=(0, 1)) if backward else forward, params, x)
+    return as_program(jax.grad(loss, argnums=(0, 1)) if backward else forward, params, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +261,7 @@ class StepComparison:
       flop_ratio: model FLOPs of a step, upcycled over dense.
       peak_shares: of the dense and the upcycled step, model FLOP/s over those of one large matrix
         product in this process (`matmul_peak`).
+      model_flops: of both steps.
     """
 
     name: str
@@ -255,13 +269,48 @@ class StepComparison:
     upcycled: Measurement
     flop_ratio: float
     peak_shares: tuple[float, float] = (float("nan"), float("nan"))
+    model_flops: tuple[int, int] = (0, 0)
+
+
+def model_pair(
+    size: str,
+    *,
+    num_experts: int,
+    group_size: int,
+    inputs: int,
+    targets: int,
+    dtype: str,
+    bindings: Sequence[str] = (),
+) -> tuple[list[Model], dict[str, int]]:
+    """The dense and the upcycled model of a size, and the lengths of their features.
+
+    Args:
+      size: a model file without 'models/' and its ending; 'tiny', 'small', ... are those of T5 1.1.
+      num_experts: E.
+      group_size: tokens that are routed together, at most.
+      inputs: tokens of a row's encoder; of a model with one stack, more tokens of that.
+      targets: tokens of a row's decoder. Images have the model's size.
+      dtype: of the computation.
+      bindings: of gin, for both.
+    """
+    file = f"models/{size if '_' in size else f't5_1_1_{size}'}"
+    shared = ["DROPOUT_RATE=0.0", f"ACTIVATION_DTYPE={dtype!r}", *bindings]
+    sparse = [f"NUM_EXPERTS={num_experts}", f"GROUP_SIZE={group_size}"]
+    dense = config.load([f"{file}.gin"], shared).macro("MODEL")
+    upcycled = config.load([f"{file}_upcycled.gin"], shared + sparse).macro("MODEL")
+    lengths = {"inputs": inputs, "targets": targets}
+    if dense.vocab_size is None:
+        lengths = {"image": dense.config.image_size}
+    elif "inputs" not in dense.features.task_features:
+        lengths = {"targets": inputs + targets}
+    return [dense, upcycled], lengths
 
 
 @functools.cache
 def matmul_peak(dtype: str, size: int = 4096) -> float:
     """FLOP/s of a product of two square matrices: what this machine reaches at best."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-    product = _program(jnp.dot, x, x)
+    product = as_program(jnp.dot, x, x)
     jax.block_until_ready(product.call())
     return 2 * size**3 / min(_timed(product.call) for _ in range(5))
 
@@ -301,7 +350,8 @@ def train_steps(
         costs[1].model_flops / upcycled.seconds / peak,
     )
     ratio = costs[1].forward_flops / costs[0].forward_flops
-    return StepComparison(name, dense, upcycled, ratio, shares)
+    flops = (costs[0].model_flops, costs[1].model_flops)
+    return StepComparison(name, dense, upcycled, ratio, shares, flops)
 
 
 def _step_program(
@@ -336,6 +386,27 @@ def _step_program(
         return output.loss
 
     return Program(call, seconds, int(compiled.memory_analysis().temp_size_in_bytes))
+
+
+def decoding_program(
+    model: DecoderModel, params: PyTree, prompts: np.ndarray, *, new: int
+) -> Program:
+    """Reading prompts `[rows, length]` and `new` greedy steps as one program, which no token
+    ends. It gives tokens `[rows, new]`.
+    """
+
+    def run(params: PyTree, prompts: jax.Array) -> jax.Array:
+        def step(
+            tokens: jax.Array, index: jax.Array, cache: DecodingCache
+        ) -> tuple[jax.Array, DecodingCache]:
+            return model.decode_step(params, tokens, index, cache)
+
+        logits, cache = model.start_decoding(params, prompts, max_length=new)
+        found = Greedy().decode(step, logits, cache, max_length=new, eos_id=-1)
+        return found.tokens[:, 0]
+
+    program = as_program(run, params, jnp.asarray(prompts))
+    return dataclasses.replace(program, call=lambda: np.asarray(program.call()))
 
 
 def layer_table(measured: Sequence[Measurement]) -> str:

@@ -1,0 +1,75 @@
+"""The dry run of the check for accelerators: every part gives rows, whose numbers nobody reads."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import benchmarks
+import device_check
+import pytest
+
+SCRIPTS = pathlib.Path(device_check.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_large_product(monkeypatch):
+    monkeypatch.setattr(benchmarks, "matmul_peak", lambda *_: 1e11)
+
+
+def check(tmp_path, *flags):
+    code = device_check.main([f"--out={tmp_path}", "--smoke", *flags])
+    return code, json.loads((tmp_path / "device_check.json").read_text(encoding="utf-8"))
+
+
+def test_a_dry_run_gives_one_table_and_the_same_as_json(tmp_path, monkeypatch, capsys):
+    few = [("tiny_lm", 2, ("SCAN_LAYERS=True",))]
+    monkeypatch.setattr(
+        device_check, "SMOKE", device_check.dataclasses.replace(device_check.SMOKE, steps=few)
+    )
+    code, record = check(tmp_path, "--parts", "layers", "products", "steps", "decoding")
+    assert code == 0 and record["left_out"] == {} and record["smoke"]
+    parts = {row["part"] for row in record["rows"]}
+    assert parts == {"layers", "products", "steps", "decoding"}
+    names = [row["what"] for row in record["rows"] if row["part"] == "layers"]
+    assert [name.partition(": ")[2] for name in names] == [
+        "dense MLP",
+        "experts alone, slots full",
+        "experts choose",
+        "experts choose, one-hot einsum",
+        "tokens choose top-2",
+        "tokens choose top-2, one-hot einsum",
+        "dropless top-2, sorted",
+    ]
+    out = capsys.readouterr().out
+    assert out.count("\n| ") == 2 + len(record["rows"]) and "MFU >= 45%" in out
+
+
+def test_what_fails_or_has_no_time_left_is_named(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(device_check, "product_rows", fail)
+    code, record = check(tmp_path, "--parts", "products")
+    assert code == 1 and record["left_out"] == {"products: smoke": "MemoryError: out of memory"}
+    assert device_check.main([f"--out={tmp_path}", "--minutes=0", "--parts", "decoding"]) == 0
+    record = json.loads((tmp_path / "device_check.json").read_text(encoding="utf-8"))
+    assert list(record["left_out"]) == ["decoding: smollm2_135m"] and not record["rows"]
+
+
+def test_it_needs_neither_tensorflow_nor_seqio():
+    program = (
+        "import sys, device_check; print([m for m in ('tensorflow', 'seqio') if m in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=SCRIPTS
+    )
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_whole_dry_run(tmp_path):
+    code, record = check(tmp_path)
+    assert code == 0 and record["left_out"] == {}
+    study = [row["what"] for row in record["rows"] if row["part"] == "study"]
+    assert len(study) == 4 and all("glyphs" in what for what in study)
