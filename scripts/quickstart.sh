@@ -5,7 +5,8 @@
 #   installation included (an estimate: docs/benchmarks.md)
 #   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
 # Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default
-# quickstart/). Words after the options go to every training run and to the conversion, e.g.
+# quickstart/). Words after the options go to the cache of the text, to every training run and to
+# the conversion, e.g.
 # --gin.TEXT_FILES="{'mail': ['mail/*.txt'], 'code': ['src/**/*.py']}"
 # --gin.MIXTURE_OR_TASK_NAME="'mine'".
 set -euo pipefail
@@ -44,13 +45,20 @@ train() {
         return
     fi
     "$VENV/bin/python" -m upcycle_jax.train --gin_file="models/$model.gin" --gin_file="runs/$run.gin" --gin_file=runs/quickstart.gin \
-        --gin.MODEL_DIR="'$out/$name'" --gin.TRAIN_STEPS="$steps" --gin.EVAL_PERIOD="$eval_period" --gin.SAVING_PERIOD="$eval_period" "$@"
+        --gin.MODEL_DIR="'$out/$name'" --gin.TRAIN_STEPS="$steps" --gin.EVAL_PERIOD="$eval_period" --gin.SAVING_PERIOD="$eval_period" \
+        "${cached[@]}" "$@"
 }
 
-say "1/6 Pre-training the dense model, $dense_steps steps"
+say "1/7 Tokenising the text, once for all runs"
+cache="$out/cache"
+"$VENV/bin/python" -m upcycle_jax.cache_tasks --gin_file=models/t5_1_1_tiny.gin --gin_file=runs/pretrain.gin --gin_file=runs/quickstart.gin \
+    --output_cache_dir="$cache" "$@"
+cached=(--gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs="$cache")
+
+say "2/7 Pre-training the dense model, $dense_steps steps"
 train dense t5_1_1_tiny pretrain "$dense_steps" "$@"
 
-say "2/6 Upcycling its checkpoint: plan, conversion, proof"
+say "3/7 Upcycling its checkpoint: plan, conversion, proof"
 sparse="$out/upcycled_checkpoint/checkpoint_$dense_steps"
 if [ -f "$sparse/proof.json" ]; then
     echo "$sparse is complete"
@@ -60,16 +68,16 @@ else
         --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" --gin.OUTPUT_CHECKPOINT_PATH="'$sparse'" "$@"
 fi
 
-say "3/6 Continuing the dense model, $extra_steps steps"
+say "4/7 Continuing the dense model, $extra_steps steps"
 train dense_continued t5_1_1_tiny continue_pretrain "$end" --gin.INITIAL_CHECKPOINT_PATH="'$out/dense/checkpoint_$dense_steps'" "$@"
 
-say "4/6 Continuing the upcycled model on the same batches, $extra_steps steps"
+say "5/7 Continuing the upcycled model on the same batches, $extra_steps steps"
 train upcycled t5_1_1_tiny_upcycled continue_pretrain "$end" --gin.INITIAL_CHECKPOINT_PATH="'$sparse'" "$@"
 
-say "5/6 The same MoE from scratch on the same batches, $scratch_steps steps"
+say "6/7 The same MoE from scratch on the same batches, $scratch_steps steps"
 train moe_from_scratch t5_1_1_tiny_upcycled pretrain "$scratch_steps" --gin.FIRST_BATCH="$dense_steps" "$@"
 
-say "6/6 The report"
+say "7/7 The report"
 "$VENV/bin/python" -m upcycle_jax.report --run=dense="$out/dense_continued" --run=upcycled="$out/upcycled" \
     --run="MoE from scratch"="$out/moe_from_scratch" --dense=dense --upcycled=upcycled --output_dir="$out/report" \
     --title="Quickstart: dense continuation, upcycled, and MoE from scratch" \
