@@ -13,6 +13,7 @@ import argparse
 
 import benchmarks
 
+from upcycle_jax.layers import cpu_attention
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
@@ -32,7 +33,13 @@ def main() -> None:
     parser.add_argument("--group_size", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bindings", nargs="*", default=[], help="of gin, e.g. VOCAB_SIZE=384")
+    parser.add_argument(
+        "--plain_attention", action="store_true", help="on CPUs: attention as elsewhere"
+    )
     args = parser.parse_args()
+    if args.plain_attention:
+        cpu_attention.is_faster = lambda *_: False
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     print(
         f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}, E"
@@ -47,6 +54,7 @@ def main() -> None:
             inputs=args.inputs,
             targets=args.targets,
             dtype=args.dtype,
+            bindings=args.bindings,
         )
         measured.append(
             benchmarks.train_steps(

@@ -8,6 +8,7 @@ an expert's work is done C (K) times per token, so its hidden axis is C (K) time
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import platform
 import statistics
@@ -75,6 +76,8 @@ class Measurement:
       compile_seconds: tracing and compilation.
       temporary_bytes: XLA's temporaries, the memory beside arguments and results.
       tokens_per_second: at the median.
+      cpu_seconds: median of the processor time of one execution, all threads together: what to
+        compare on a machine that others use too.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Measurement:
     compile_seconds: float
     temporary_bytes: int
     tokens_per_second: float
+    cpu_seconds: float = float("nan")
 
 
 @dataclasses.dataclass
@@ -101,18 +105,20 @@ def compare(
     every round, and is compared with that execution: both then see the same state of the machine.
     """
     times: dict[str, list[float]] = {name: [] for name in programs}
+    cpu: dict[str, list[float]] = {name: [] for name in programs}
     ratios: dict[str, list[float]] = {name: [] for name in programs}
     for program in programs.values():
         for _ in range(2):
             jax.block_until_ready(program.call())
     for _ in range(rounds):
-        for name, program in programs.items():
+        for name in programs:
             if name == baseline and len(programs) > 1:
                 continue
-            before = _timed(programs[baseline].call)
-            times[baseline].append(before)
-            times[name].append(_timed(program.call))
-            ratios[name].append(times[name][-1] / before)
+            for one in (baseline,) if name == baseline else (baseline, name):
+                seconds, cpu_seconds = _timed(programs[one].call)
+                times[one].append(seconds)
+                cpu[one].append(cpu_seconds)
+            ratios[name].append(times[name][-1] / times[baseline][-1])
     out = []
     for name, program in programs.items():
         seconds = statistics.median(times[name])
@@ -125,15 +131,17 @@ def compare(
                 program.compile_seconds,
                 program.temporary_bytes,
                 tokens / seconds,
+                statistics.median(cpu[name]),
             )
         )
     return out
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def _timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of an execution, and of the processor."""
+    started, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def as_program(function: Callable[..., Any], *arguments: Any) -> Program:
@@ -287,7 +295,7 @@ def model_pair(
     Args:
       size: a model file without 'models/' and its ending; 'tiny', 'small', ... are those of T5 1.1.
       num_experts: E.
-      group_size: tokens that are routed together, at most.
+      group_size: tokens that are routed together, at most; of images, as many whole ones.
       inputs: tokens of a row's encoder; of a model with one stack, more tokens of that.
       targets: tokens of a row's decoder. Images have the model's size.
       dtype: of the computation.
@@ -295,14 +303,17 @@ def model_pair(
     """
     file = f"models/{size if '_' in size else f't5_1_1_{size}'}"
     shared = ["DROPOUT_RATE=0.0", f"ACTIVATION_DTYPE={dtype!r}", *bindings]
-    sparse = [f"NUM_EXPERTS={num_experts}", f"GROUP_SIZE={group_size}"]
     dense = config.load([f"{file}.gin"], shared).macro("MODEL")
-    upcycled = config.load([f"{file}_upcycled.gin"], shared + sparse).macro("MODEL")
     lengths = {"inputs": inputs, "targets": targets}
     if dense.vocab_size is None:
         lengths = {"image": dense.config.image_size}
+        (image,) = stack_lengths(dense, lengths).values()
+        # Groups of 1, 2, 4, ... images, which divide the batches that are measured.
+        group_size = image * 2 ** int(math.log2(max(group_size // image, 1)))
     elif "inputs" not in dense.features.task_features:
         lengths = {"targets": inputs + targets}
+    sparse = [f"NUM_EXPERTS={num_experts}", f"GROUP_SIZE={group_size}"]
+    upcycled = config.load([f"{file}_upcycled.gin"], shared + sparse).macro("MODEL")
     return [dense, upcycled], lengths
 
 
@@ -312,7 +323,7 @@ def matmul_peak(dtype: str, size: int = 4096) -> float:
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product = as_program(jnp.dot, x, x)
     jax.block_until_ready(product.call())
-    return 2 * size**3 / min(_timed(product.call) for _ in range(5))
+    return 2 * size**3 / min(_timed(product.call)[0] for _ in range(5))
 
 
 def train_steps(
@@ -428,14 +439,15 @@ def step_table(measured: Sequence[StepComparison]) -> str:
     rows = [
         (
             "| model | time, upcycled / dense | FLOPs, upcycled / dense | time ratio / FLOP ratio |"
-            " dense ms | upcycled ms | tokens/s | share of a matrix product's FLOP/s |"
+            " dense ms | upcycled ms | CPU ms | tokens/s | share of a matrix product's FLOP/s |"
         ),
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows += [
         f"| {m.name} | {m.upcycled.ratio:.2f}x | {m.flop_ratio:.2f}x |"
         f" {m.upcycled.ratio / m.flop_ratio:.2f} | {m.dense.seconds * 1e3:.0f} |"
-        f" {m.upcycled.seconds * 1e3:.0f} | {m.upcycled.tokens_per_second:,.0f} |"
+        f" {m.upcycled.seconds * 1e3:.0f} | {m.dense.cpu_seconds * 1e3:.0f},"
+        f" {m.upcycled.cpu_seconds * 1e3:.0f} | {m.upcycled.tokens_per_second:,.0f} |"
         f" {m.peak_shares[0]:.0%} dense, {m.peak_shares[1]:.0%} upcycled |"
         for m in measured
     ]

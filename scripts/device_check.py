@@ -92,7 +92,7 @@ class Sizes:
 
     Attributes:
       layers: name, shape, whether the backward pass is measured, whether one-hot dispatch is.
-      steps: model, rows of a batch, and bindings.
+      steps: model, rows of a batch, GROUP_SIZE, and bindings.
       inputs: tokens of a row's first stack.
       targets: tokens of a row's second stack.
       dtype: of layers and steps.
@@ -105,7 +105,7 @@ class Sizes:
     """
 
     layers: Sequence[tuple[str, LayerShape, bool, bool]]
-    steps: Sequence[tuple[str, int, tuple[str, ...]]]
+    steps: Sequence[tuple[str, int, int, tuple[str, ...]]]
     inputs: int = 512
     targets: int = 128
     dtype: str = "bfloat16"
@@ -134,11 +134,15 @@ DEVICE = Sizes(
         ("large, E 32", _shape("large", 32), False, False),
         ("base, E 8", _shape("base", 8), True, False),
     ),
-    steps=(("base", 64, _LOOP), ("smollm2_135m", 64, _LOOP), ("vit_b16", 256, _LOOP)),
+    steps=(
+        ("base", 64, 4096, _LOOP),
+        ("smollm2_135m", 64, 4096, _LOOP),
+        ("vit_b16", 256, 4096, _LOOP),
+    ),
 )
 SMOKE = Sizes(
     layers=(("smoke", _SMOKE, True, True),),
-    steps=(("tiny", 2, _LOOP), ("tiny_lm", 2, ()), ("vit_tiny", 4, ())),
+    steps=(("tiny", 2, 32, _LOOP), ("tiny_lm", 2, 32, ()), ("vit_tiny", 4, 64, ())),
     inputs=16,
     targets=16,
     dtype="float32",
@@ -222,17 +226,26 @@ def _share(flops_per_second: float, dtype: str) -> float:
     return flops_per_second / peak
 
 
-def step_rows(name: str, batch_size: int, bindings: Sequence[str], sizes: Sizes) -> list[Row]:
-    """Train steps of a dense and of an upcycled model."""
-    models, lengths = benchmarks.model_pair(
+def step_models(
+    name: str, group_size: int, bindings: Sequence[str], sizes: Sizes
+) -> tuple[list[Model], dict[str, int]]:
+    """See `benchmarks.model_pair`."""
+    return benchmarks.model_pair(
         name,
         num_experts=8,
-        group_size=4096,
+        group_size=group_size,
         inputs=sizes.inputs,
         targets=sizes.targets,
         dtype=sizes.dtype,
         bindings=bindings,
     )
+
+
+def step_rows(
+    name: str, batch_size: int, group_size: int, bindings: Sequence[str], sizes: Sizes
+) -> list[Row]:
+    """Train steps of a dense and of an upcycled model."""
+    models, lengths = step_models(name, group_size, bindings, sizes)
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     found = benchmarks.train_steps(
         name, models, trainer, batch_size=batch_size, lengths=lengths, rounds=sizes.rounds
@@ -379,8 +392,8 @@ def jobs(sizes: Sizes, args: argparse.Namespace) -> list[Job]:
         if place == 0:
             products = functools.partial(product_rows, name, shape, rounds=sizes.rounds)
             found.append(Job("products", name, 30, products))
-    for name, batch_size, bindings in sizes.steps:
-        measure = functools.partial(step_rows, name, batch_size, bindings, sizes)
+    for name, batch_size, group_size, bindings in sizes.steps:
+        measure = functools.partial(step_rows, name, batch_size, group_size, bindings, sizes)
         found.append(Job("steps", name, 90, measure))
     found.append(Job("decoding", sizes.decoder, 60, functools.partial(decoding_rows, sizes)))
     more = ("--gin.BATCH_SIZE=8",) if args.smoke else ()

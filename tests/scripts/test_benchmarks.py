@@ -37,10 +37,10 @@ def test_layers_are_measured_and_shown():
 
 
 def test_step_table_divides_the_time_ratio_by_the_flop_ratio():
-    dense = Measurement("dense", 0.1, 1.0, 1.0, 0, 1000.0)
-    upcycled = Measurement("upcycled", 0.18, 1.8, 1.0, 0, 555.0)
+    dense = Measurement("dense", 0.1, 1.0, 1.0, 0, 1000.0, 0.15)
+    upcycled = Measurement("upcycled", 0.18, 1.8, 1.0, 0, 555.0, 0.3)
     table = benchmarks.step_table([StepComparison("tiny", dense, upcycled, 1.5, (0.3, 0.25))])
-    row = "| tiny | 1.80x | 1.50x | 1.20 | 100 | 180 | 555 | 30% dense, 25% upcycled |"
+    row = "| tiny | 1.80x | 1.50x | 1.20 | 100 | 180 | 150, 300 | 555 | 30% dense, 25% upcycled |"
     assert table.splitlines()[2] == row
 
 

@@ -7,6 +7,7 @@ import sys
 
 import benchmarks
 import device_check
+import jax
 import pytest
 
 SCRIPTS = pathlib.Path(device_check.__file__).parent
@@ -23,7 +24,7 @@ def check(tmp_path, *flags):
 
 
 def test_a_dry_run_gives_one_table_and_the_same_as_json(tmp_path, monkeypatch, capsys):
-    few = [("tiny_lm", 2, ("SCAN_LAYERS=True",))]
+    few = [("tiny_lm", 2, 32, ("SCAN_LAYERS=True",))]
     monkeypatch.setattr(
         device_check, "SMOKE", device_check.dataclasses.replace(device_check.SMOKE, steps=few)
     )
@@ -73,3 +74,18 @@ def test_the_whole_dry_run(tmp_path):
     assert code == 0 and record["left_out"] == {}
     study = [row["what"] for row in record["rows"] if row["part"] == "study"]
     assert len(study) == 4 and all("glyphs" in what for what in study)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", device_check.DEVICE.steps, ids=lambda step: step[0])
+def test_the_steps_for_accelerators_can_be_traced(step):
+    name, rows, group_size, bindings = step
+    models, lengths = device_check.step_models(name, group_size, bindings, device_check.DEVICE)
+    for model in models:
+        params = jax.eval_shape(model.init_params, jax.random.key(0))
+
+        def loss(params, batch, model=model):
+            key, denominator = jax.random.key(0), model.loss_denominator(batch)
+            return model.loss_fn(params, batch, key, denominator=denominator, aux_scale=1.0)[0]
+
+        assert jax.eval_shape(loss, params, model.input_specs(rows, lengths)).shape == ()
