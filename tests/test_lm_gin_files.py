@@ -217,6 +217,29 @@ def test_runs_continue_without_a_model_file(bindings, start, dense_checkpoint, t
         assert model.features.bos_id == 3
 
 
+def test_a_conversion_is_compared_on_rows_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("Some words of a document.\n" * 400)
+    given = ["INITIAL_CHECKPOINT_PATH='x'", "OUTPUT_CHECKPOINT_PATH='y'", "VOCABULARY='bytes'"]
+    given += ["MIXTURE_OR_TASK_NAME='upcycled_text'", f"TEXT_FILES=['{tmp_path}/*.txt']"]
+
+    def first_batch(model, run, *more):
+        loaded = load([model, f"runs/{run}.gin"], [*given, *more])
+        return loaded.build("upcycle")().first_batch(loaded.macro("MODEL"))
+
+    found = first_batch("models/tiny_lm_upcycled.gin", "upcycle_lm")
+    assert found.origin == "first batch of upcycled_text, split validation"
+    assert found.batch["decoder_target_tokens"].shape == (2, 1024)
+    # Each kind of model has its own file; with another's, the error says so.
+    text = "FUNCTION_CHECK_DATASET=@function_check/DatasetConfig()"
+    message = "function_check_dataset upcycled_text is not for a {}: .*runs/upcycle_{}.gin"
+    for model, run, more, kind, file in (
+        ("vit_tiny_upcycled", "upcycle", [text], "VitModel", "images"),
+        ("t5_1_1_tiny_upcycled", "upcycle_lm", [], "EncoderDecoderModel", "lm"),
+    ):
+        with pytest.raises(ValueError, match=message.format(kind, file)):
+            first_batch(f"models/{model}.gin", run, *more)
+
+
 @pytest.mark.parametrize("name", ["continue_pretrain_lm", "finetune_lm"])
 def test_the_model_is_read_where_no_file_gives_it(name, dense_checkpoint):
     given = required("x", 9, f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'")

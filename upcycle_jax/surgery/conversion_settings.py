@@ -6,6 +6,7 @@ from typing import Protocol
 
 from upcycle_jax import checks
 from upcycle_jax.data.opening import open_dataset
+from upcycle_jax.features.base import check_lengths
 from upcycle_jax.models.base import Model
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.surgery.convert_and_prove import FunctionCheckMode
@@ -54,11 +55,20 @@ class ConversionSettings:
         """The first batch of `function_check_dataset`; None without one.
 
         Raises:
-          ValueError: the model's vocabulary is too small for it.
+          ValueError: it is of another kind than the model, whose vocabulary may also be too small.
         """
         dataset = self.function_check_dataset
         if dataset is None:
             return None
+        try:
+            check_lengths(model.features, dataset.task_feature_lengths)
+        except ValueError as error:
+            raise ValueError(
+                f"function_check_dataset {dataset.mixture_or_task_name} is not for a"
+                f" {type(model).__name__}: {error}. runs/upcycle_lm.gin has one for language"
+                " models, runs/upcycle_images.gin one for vision transformers; None takes random"
+                " values"
+            ) from None
         batch = next(open_dataset(dataset, model.features).train_iterator())
         # Numbers of segments and positions are no token ids.
         tokens = [
