@@ -7,6 +7,7 @@ nor on its neighbours.
 Axis legend: B rows, S positions of the prompts, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from upcycle_jax.layers.attention import GROWING_CACHE
 from upcycle_jax.layers.causal_attention import CachedStep, NextPosition, Prefill
+from upcycle_jax.models import scoring
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.models.decoder.network import LanguageModel
 from upcycle_jax.models.generation import DecodingCache
@@ -121,8 +123,12 @@ def score(config: DecoderConfig, params: PyTree, batch: Batch) -> jax.Array:
     """Float32 `[B]`: see `base.Generative.score_batch`."""
     names = ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions")
     inputs = (jnp.asarray(batch[name]) for name in names)
-    logits: Any = LanguageModel(config.for_inference).apply({"params": params}, *inputs)
-    targets = jnp.asarray(batch["decoder_target_tokens"])
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    weights = jnp.asarray(batch["decoder_loss_weights"], jnp.float32)
-    return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * weights, axis=-1)
+    module, variables = LanguageModel(config.for_inference), {"params": params}
+    stream: Any = module.apply(variables, *inputs, method="stream")
+    return scoring.summed_log_probabilities(
+        functools.partial(module.apply, variables, method="finish"),
+        (stream,),
+        jnp.asarray(batch["decoder_target_tokens"]),
+        jnp.asarray(batch["decoder_loss_weights"], jnp.float32),
+        vocab_size=config.vocab_size,
+    )

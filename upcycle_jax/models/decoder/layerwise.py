@@ -82,8 +82,5 @@ class _Logits:
     def __call__(
         self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
     ) -> tuple[State, None]:
-        def logits(module: LanguageModel, x: jax.Array) -> jax.Array:
-            return module.logits(module.decoder.finish(x))
-
-        applied = nn.apply(logits, LanguageModel(self.config))
+        applied = nn.apply(LanguageModel.finish, LanguageModel(self.config))
         return {"logits": applied({"params": params}, state["x"])}, None

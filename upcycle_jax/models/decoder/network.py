@@ -224,10 +224,12 @@ class Decoder(nn.Module):
         *,
         train: bool,
         step: CachedStep | None = None,
+        finished: bool = True,
     ) -> jax.Array:
         """Decodes `[B, L, d]` to float32 logits before `LanguageModel.logits`, or to the normed
         residual stream if the model shares its embedding table; with a `Prefill`, those of the last
-        position alone. Arguments as of `DecoderLayer`.
+        position alone; not `finished`: what `finish` makes them of. Other arguments as of
+        `DecoderLayer`.
         """
         config = self.config
         x = projection.dropout(config.dropout_rate)(embedded, deterministic=not train)
@@ -242,7 +244,8 @@ class Decoder(nn.Module):
             scan=config.scan_layers and step is None,
             remat_policy=config.remat_policy if step is None else "none",
         )
-        return self.finish(x[:, -1:] if isinstance(step, Prefill) else x)
+        x = x[:, -1:] if isinstance(step, Prefill) else x
+        return self.finish(x) if finished else x
 
 
 class LanguageModel(nn.Module):
@@ -283,6 +286,20 @@ class LanguageModel(nn.Module):
         """
         embedded, where = self.inputs(tokens, segment_ids, positions)
         return self.logits(self.decoder(embedded, where, train=train))
+
+    def stream(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """The residual stream `[B, L, d]` after the last layer; arguments as in `__call__`."""
+        embedded, where = self.inputs(tokens, segment_ids, positions)
+        return self.decoder(embedded, where, train=False, finished=False)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Float32 logits `[B, L, V]` of `stream`, each position's of itself alone."""
+        return self.logits(self.decoder.finish(x))
 
     def prefill(self, tokens: jax.Array, starts: jax.Array, step: Prefill) -> jax.Array:
         """Float32 logits `[B, V]` of the token after each row; begins `GROWING_CACHE`.

@@ -131,8 +131,5 @@ class _Logits:
     def __call__(
         self, params: PyTree, state: State, expert_outputs: jax.Array | None = None
     ) -> tuple[State, None]:
-        def logits(module: Transformer, x: jax.Array, valid: jax.Array) -> jax.Array:
-            return module.logits(module.decoder.finish(x, valid))
-
-        applied = nn.apply(logits, Transformer(self.config))
+        applied = nn.apply(Transformer.finish, Transformer(self.config))
         return {"logits": applied({"params": params}, state["x"], state["valid"])}, None

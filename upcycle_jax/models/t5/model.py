@@ -2,6 +2,7 @@
 its forward pass.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from upcycle_jax import checks
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.layers.attention import FIXED_CACHE, GROWING_CACHE, DecodingStep
-from upcycle_jax.models import losses, shared
+from upcycle_jax.models import losses, scoring, shared
 from upcycle_jax.models.base import Stack
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm, DecodingCache, EndIds
 from upcycle_jax.models.layerwise import Step
@@ -157,8 +158,9 @@ class EncoderDecoderModel(StackedModel[T5Config]):
 
         Routes as `predict_batch` does.
         """
-        logits: Any = self._inference_module.apply(
-            {"params": params},
+        module, variables = self._inference_module, {"params": params}
+        given: Any = module.apply(
+            variables,
             *(
                 jnp.asarray(batch[name])
                 for name in (
@@ -167,10 +169,15 @@ class EncoderDecoderModel(StackedModel[T5Config]):
                     "decoder_target_tokens",
                 )
             ),
+            method="stream",
         )
-        targets = jnp.asarray(batch["decoder_target_tokens"])
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum((chosen - jax.nn.logsumexp(logits, axis=-1)) * self._weights(batch), axis=-1)
+        return scoring.summed_log_probabilities(
+            functools.partial(module.apply, variables, method="finish"),
+            given,
+            jnp.asarray(batch["decoder_target_tokens"]),
+            self._weights(batch),
+            vocab_size=self.config.vocab_size,
+        )
 
     def start_decoding(
         self, params: PyTree, inputs: jax.Array, *, max_length: int

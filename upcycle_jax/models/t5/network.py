@@ -335,6 +335,7 @@ class Decoder(nn.Module):
         *,
         train: bool,
         step: DecodingStep | None = None,
+        finished: bool = True,
     ) -> jax.Array:
         """Decodes `[batch, length, d]` to float32 logits, or to the normed residual stream if the
         model shares its embedding table.
@@ -350,6 +351,7 @@ class Decoder(nn.Module):
           train: dropout and training capacity.
           step: decode this one position, with caches: length is 1, and keys are all positions that
             these have room for.
+          finished: False: what `finish` makes that of.
         """
         config = self.config
         self_bias = self.attention_bias(self_mask, step)
@@ -369,6 +371,8 @@ class Decoder(nn.Module):
             scan=config.scan_layers and step is None,
             remat_policy=config.remat_policy if step is None else "none",
         )
+        if not finished:
+            return x
         dropout = projection.dropout(config.dropout_rate)
         return self.finish(x, valid, functools.partial(dropout, deterministic=not train))
 
@@ -509,6 +513,28 @@ class Transformer(nn.Module):
                 step=step,
             )
         )[:, 0]
+
+    def stream(
+        self,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        decoder_target_tokens: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual stream `[batch, target length, d]` after the last layer of the decoder, and
+        bool `[batch, target length]`, which positions are real; arguments as in `__call__`.
+        """
+        into_encoder, into_decoder = self.inputs(
+            encoder_input_tokens, decoder_input_tokens, decoder_target_tokens
+        )
+        encoded = self.encoder(*into_encoder, train=False)
+        stream = self.decoder(
+            into_decoder.embedded, encoded, *into_decoder[1:], train=False, finished=False
+        )
+        return stream, into_decoder.valid
+
+    def finish(self, stream: jax.Array, valid: jax.Array) -> jax.Array:
+        """Float32 logits `[batch, length, vocab]` of `stream`, each position's of itself alone."""
+        return self.logits(self.decoder.finish(stream, valid))
 
     def logits(self, decoded: jax.Array) -> jax.Array:
         """Float32 `[batch, length, vocab]` of the decoder's result (`Decoder.__call__`)."""
