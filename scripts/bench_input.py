@@ -14,6 +14,7 @@ them to itself. The cache is written to a temporary folder first.
 """
 
 import argparse
+import io
 import pathlib
 import tempfile
 import time
@@ -25,13 +26,16 @@ import numpy as np
 from PIL import Image
 
 from upcycle_jax.data import DatasetConfig, configure
-from upcycle_jax.data.images import ImageDatasetConfig, records_writing
+from upcycle_jax.data.images import ImageDatasetConfig, decoding, records_writing
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.features.images import ImageFeatures
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
+
+ASKED = 50
+"""Times the examples of the fastest step that the input should give."""
 
 
 def rate(batches: Iterator[Any], batch_size: int, *, seconds: float) -> float:
@@ -108,6 +112,22 @@ def image_inputs(side: int, batch_size: int, *, seconds: float, files: int) -> d
         }
 
 
+def decoding_rate(side: int, *, seconds: float) -> float:
+    """Photographs a second that one thread decodes to at least `side` pixels: what limits the ways
+    to read that start from files.
+    """
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    held = io.BytesIO()
+    coarse.resize((256, 256), Image.Resampling.BICUBIC).save(held, "JPEG")
+    encoded = held.getvalue()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        decoding.decode(encoded, what="noise", channels=3, at_least=side)
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
 def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
     """Input and steps of vision transformers."""
     for size in args.sizes:
@@ -123,6 +143,8 @@ def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
         given = image_inputs(side, args.batch_size, seconds=args.seconds, files=args.files)
         for name, images in given.items():
             print(f"input {name:<12} {images:>12,.1f} images/s of {side} x {side} pixels")
+        decoded = decoding_rate(side, seconds=args.seconds)
+        print(f"of this decoding alone {decoded:>6,.1f} images/s of 256 x 256 pixels, one thread")
         steps = benchmarks.train_steps(
             size,
             models,
@@ -146,6 +168,9 @@ def _compared(
             f"step {size} {kind:<9} {needed:>12,.1f} {unit}/s ({1 / measured.seconds:.2f}"
             f" steps/s): {ratios}"
         )
+        slow = [name for name, examples in given.items() if examples < ASKED * needed]
+        if slow:
+            print(f"     below {ASKED} times that: {', '.join(slow)}")
 
 
 def main() -> None:
