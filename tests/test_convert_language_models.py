@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 import pytest
-from random_decoders import FAMILIES, SPARSE, UNIT, Held, of
 
+from tests.checkpoints.random_decoders import FAMILIES, SPARSE, UNIT, Held, of
 from upcycle_jax import convert as command
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
@@ -57,7 +57,8 @@ def test_to_orbax_and_back(model_type, tmp_path, capsys):
 def test_tokenizer_files_are_carried_byte_for_byte(tmp_path, capsys):
     folder = written(tmp_path / "hf", "llama")
     files = {
-        "tokenizer.json": b'{"model": {"vocab": {"a": 0, "b": 95}},  "added_tokens": []}\n',
+        "tokenizer.json": b'{"model": {"vocab": {"a": 0, "b": 95}},  "added_tokens":'
+        b' [{"id": 96, "content": "<image_soft_token>"}]}\n',
         "tokenizer_config.json": b"{}",
         "tokenizer.model": bytes(range(256)),
         "generation_config.json": b'{"temperature": 0.5}',

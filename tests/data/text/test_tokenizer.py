@@ -82,6 +82,23 @@ def test_generation_stops_where_the_folder_says(folder, stated, ids):
         tokenizer.load(str(folder))
 
 
+def test_a_token_for_images_without_a_row_is_left_out(folder):
+    """As in Gemma 3's folders of text models: 402 is beyond the embedding of 402 rows."""
+    path = folder / "tokenizer.json"
+    made, before = json.loads(path.read_text()), tokenizer.load(str(folder))
+    image = {**made["added_tokens"][-1], "id": 402, "content": "<image_soft_token>"}
+    path.write_text(json.dumps(made | {"added_tokens": [*made["added_tokens"], image]}))
+    loaded = tokenizer.load(str(folder))
+    assert loaded.size == 402 and loaded.encode("a</s>") == before.encode("a</s>")
+    spelt = loaded.encode("<image_soft_token>")
+    assert len(spelt) > 1 and max(spelt) < 402
+    # Before other tokens it has its row, and stays.
+    other = {**image, "id": 403, "content": "<other>"}
+    path.write_text(json.dumps(made | {"added_tokens": [*made["added_tokens"], image, other]}))
+    loaded = tokenizer.load(str(folder))
+    assert loaded.size == 404 and loaded.encode("<image_soft_token>") == [402]
+
+
 def test_texts_start_with_bos_or_else_eos(folder):
     assert tokenizer.start_of_text(str(folder)) == 400
     assert [tokenizer.load(str(folder)).begins_texts(n) for n in (400, 401)] == [True, False]

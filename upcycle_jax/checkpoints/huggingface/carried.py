@@ -18,6 +18,7 @@ from upcycle_jax.checkpoints.gguf.tokenizer import NoTokenizer
 from upcycle_jax.checkpoints.huggingface.files import CONFIG, inner_file, load_json, shown
 from upcycle_jax.checkpoints.orbax_metadata import STEP_METADATA, read_record
 from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.data.text.tokenizer import WITHOUT_ROW
 
 GENERATION = "generation_config.json"
 
@@ -165,7 +166,11 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
         ids.append(len(vocabulary) - 1)
     added = content.get("added_tokens")
     if isinstance(added, list):
-        ids += [token.get("id") for token in added if isinstance(token, dict)]
+        ids += [
+            token.get("id")
+            for token in added
+            if isinstance(token, dict) and token.get("content") not in WITHOUT_ROW
+        ]
     if not all(isinstance(one, int) for one in ids):
         raise ValueError(f"{folder / TOKENIZER} is damaged: ids are whole numbers")
     largest = max(ids, default=-1)

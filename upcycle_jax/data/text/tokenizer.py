@@ -24,6 +24,11 @@ _MODEL_CONFIG = "config.json"
 _STOPS_STATED_IN = ("generation_config.json", _MODEL_CONFIG)
 """Files that state `eos_token_id`, one or several: the first that does decides."""
 _ROLES = ("bos", "eos", "pad", "unk")
+WITHOUT_ROW = ("<image_soft_token>",)
+"""Added tokens for which language models have no row, though their tokenizer has them: it stands
+for images, in the tokenizer that Gemma 3's models of text share with those that see. No text gives
+such a token here.
+"""
 _MAX_BYTES = {TOKENIZER_FILE: 512 << 20}
 _MAX_JSON_BYTES = 64 << 20
 _MOST_IDS = 2**24
@@ -65,6 +70,26 @@ def _stated(path: epath.Path) -> Mapping[str, Any] | None:
     if not isinstance(found, Mapping):
         raise ValueError(f"{path} holds no object: copy it again")
     return found
+
+
+def _without_rowless(content: bytes) -> bytes:
+    """A tokenizer.json without the tokens of `WITHOUT_ROW` that come after all others."""
+    if not any(token.encode() in content for token in WITHOUT_ROW):
+        return content
+    made = json.loads(content)
+    added = made.get("added_tokens") if isinstance(made, dict) else None
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        return content
+    vocabulary = made["model"].get("vocab") if isinstance(made.get("model"), dict) else None
+    tokens = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    last_of_list = len(vocabulary) - 1 if isinstance(vocabulary, list) else -1
+    others = [token for token in added if token.get("content") not in WITHOUT_ROW]
+    known = [*tokens, last_of_list, *(token.get("id") for token in others)]
+    last = max(number for number in known if isinstance(number, int))
+    made["added_tokens"] = [
+        token for token in added if token in others or not token.get("id", -1) > last
+    ]
+    return json.dumps(made).encode()
 
 
 def special_tokens(vocabulary: str) -> dict[str, str | int]:
@@ -141,7 +166,8 @@ class Tokenizer:
     Attributes:
       path: as it was given.
       identity: see `identity`.
-      size: ids, added tokens included: the least `vocab_size` of a model.
+      size: ids, added tokens included, but those of `WITHOUT_ROW`: the least `vocab_size` of a
+        model.
       bos_id: id of the token that begins a text; None where none is stated.
       eos_id: of the one that ends a text, likewise.
       stop_ids: at which generation stops, as `stop_ids` says; with or without `eos_id`. They are no
@@ -174,7 +200,7 @@ class Tokenizer:
         found = identity(vocabulary)
         path = file_of(vocabulary)
         try:
-            library = tokenizers.Tokenizer.from_buffer(_read(path))
+            library = tokenizers.Tokenizer.from_buffer(_without_rowless(_read(path)))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # Exception itself, or a panic, which is none
