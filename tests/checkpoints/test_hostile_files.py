@@ -7,13 +7,13 @@ import os
 import resource
 import sys
 
-import hostile
 import numpy as np
 import pytest
 import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoints import hostile
 from upcycle_jax import convert, inspect
 from upcycle_jax.checkpoints import open_checkpoint, storage
 

@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from random_decoders import FAMILIES
 
+from tests.checkpoints.random_decoders import FAMILIES
 from upcycle_jax.checkpoints import model_settings
 from upcycle_jax.models.config_json import to_json
 from upcycle_jax.models.t5.config import MoeConfig, T5Config

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from gguf_models import as_stored, metadata, tensors, write
 
+from tests.checkpoints.gguf_models import as_stored, metadata, tensors, write
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.layers.rope import Rope
 from upcycle_jax.models.decoder.config import DecoderConfig

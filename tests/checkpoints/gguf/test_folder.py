@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from gguf_models import SIZES, as_stored, metadata, tensors, write
 from tokenizers import pre_tokenizers
 
+from tests.checkpoints.gguf_models import SIZES, as_stored, metadata, tensors, write
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface

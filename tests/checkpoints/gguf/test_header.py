@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
-from gguf_models import as_stored, gguf_package, tensors, write
 
+from tests.checkpoints.gguf_models import as_stored, gguf_package, tensors, write
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.gguf.header import read_header
 

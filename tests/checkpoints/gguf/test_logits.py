@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from gguf_models import as_stored, metadata, tensors, write
 
+from tests.checkpoints.gguf_models import as_stored, metadata, tensors, write
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.models.decoder.model import DecoderModel
 from upcycle_jax.state_tree import TARGET

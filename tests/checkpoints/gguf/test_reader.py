@@ -3,8 +3,16 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_models import SIZES, as_stored, gguf_package, metadata, shapes, tensors, write
 
+from tests.checkpoints.gguf_models import (
+    SIZES,
+    as_stored,
+    gguf_package,
+    metadata,
+    shapes,
+    tensors,
+    write,
+)
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.gguf.tensors import gguf_name
 from upcycle_jax.trees import LeafSpec

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from random_decoders import GEMMA, OLMO2, UNIT, Held, of
 
+from tests.checkpoints.random_decoders import GEMMA, OLMO2, UNIT, Held, of
 from upcycle_jax.checkpoints.huggingface.base import Leaf, leaves_of
 from upcycle_jax.checkpoints.huggingface.decoder.rewriting import (
     Centred,

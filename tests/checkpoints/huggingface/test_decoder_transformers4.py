@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from random_decoders import FAMILIES, GEMMA, TOKENS, UNIT, Held, of, our_logits
 
+from tests.checkpoints.random_decoders import FAMILIES, GEMMA, TOKENS, UNIT, Held, of, our_logits
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 from upcycle_jax.checkpoints.huggingface.verdict import UNUSABLE
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface

@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from random_decoders import (
+
+from tests.checkpoints.random_decoders import (
     ALL,
     BASE,
     DENSE,
@@ -23,7 +24,6 @@ from random_decoders import (
     random_leaves,
     their_logits,
 )
-
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface

@@ -6,8 +6,20 @@ import re
 
 import numpy as np
 import pytest
-from random_decoders import ALL, BASE, DENSE, GEMMA, LLAMA3, MIXED, OLMO2, PLAIN, SPARSE, UNIT, of
 
+from tests.checkpoints.random_decoders import (
+    ALL,
+    BASE,
+    DENSE,
+    GEMMA,
+    LLAMA3,
+    MIXED,
+    OLMO2,
+    PLAIN,
+    SPARSE,
+    UNIT,
+    of,
+)
 from upcycle_jax.checkpoints.huggingface.decoder.choosing import choose, forms
 from upcycle_jax.checkpoints.huggingface.decoder.config_writing import config_json
 from upcycle_jax.checkpoints.huggingface.decoder.holding import router_refused, why_not

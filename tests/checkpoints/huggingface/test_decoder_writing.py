@@ -6,8 +6,18 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from random_decoders import ALL, FAMILIES, GEMMA, MIXED, UNIT, Held, of, our_logits, their_logits
 
+from tests.checkpoints.random_decoders import (
+    ALL,
+    FAMILIES,
+    GEMMA,
+    MIXED,
+    UNIT,
+    Held,
+    of,
+    our_logits,
+    their_logits,
+)
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 from upcycle_jax.checkpoints.huggingface.decoder.reading_back import differences

@@ -10,9 +10,9 @@ import threading
 
 import numpy as np
 import pytest
-from random_decoders import FAMILIES, LLAMA3, UNIT, Held, of, our_logits
 from safetensors.numpy import load_file, save_file
 
+from tests.checkpoints.random_decoders import FAMILIES, LLAMA3, UNIT, Held, of, our_logits
 from upcycle_jax import verify
 from upcycle_jax.checkpoints.huggingface.base import WritingOptions
 from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
