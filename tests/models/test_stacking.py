@@ -218,6 +218,16 @@ def test_parameters_are_those_of_single_layers(tiny):
     )
 
 
+def test_parameters_listed_from_one_layer_of_each_kind_are_those_of_all(tiny):
+    moe = MOE | {"encoder_sparse_layout": (1, 2), "shared_expert_mlp_dim": 8}
+    model = EncoderDecoderModel(tiny(model=DEEP, **moe))
+    made = jax.eval_shape(model.init_params, jax.random.key(0))
+    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(made).items()}
+    listed = model.param_specs()
+    assert list(listed) == list(shapes)
+    assert {path: (leaf.shape, leaf.dtype) for path, leaf in listed.items()} == shapes
+
+
 def test_layer_outputs_keep_their_names(tiny, make_batch, make_params):
     config = tiny(
         model=DEEP | {"num_encoder_layers": 5},
@@ -227,9 +237,12 @@ def test_layer_outputs_keep_their_names(tiny, make_batch, make_params):
     )
     model, scanned = EncoderDecoderModel(config), EncoderDecoderModel(loop_form(config))
     params, batch = make_params(model), make_batch()
-    logits = [jax.jit(m.logits)(params, batch) for m in (model, scanned)]
-    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
-    want, have = (jax.jit(m.layer_outputs)(params, batch) for m in (model, scanned))
+
+    def run(model):
+        return jax.jit(lambda p, b: (model.logits(p, b), model.layer_outputs(p, b)))(params, batch)
+
+    (logits, want), (scanned_logits, have) = run(model), run(scanned)
+    np.testing.assert_allclose(scanned_logits, logits, atol=1e-4)
     assert set(want) == set(have) and len(have) == 9
     for name, value in want.items():
         np.testing.assert_allclose(have[name], value, atol=1e-4, err_msg=name)

@@ -15,7 +15,7 @@ from upcycle_jax.layers import mlp_reference
 from upcycle_jax.models import losses, shared
 from upcycle_jax.models.base import ModelConfig, Stack
 from upcycle_jax.models.metrics import Metrics
-from upcycle_jax.models.stacking import RESIDUALS
+from upcycle_jax.models.stacking import RESIDUALS, shapes_alone
 from upcycle_jax.moe.layer_stats import LAYER_STATS, LayerStats
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Batch, PyTree
@@ -222,5 +222,10 @@ class StackedModel(abc.ABC, Generic[ConfigT]):
 @functools.lru_cache(maxsize=64)
 def _param_specs(model: StackedModel[Any]) -> dict[str, LeafSpec]:
     """Traced once for equal models: a run asks for its parameters many times."""
-    boxed = jax.eval_shape(model.init_boxed, jax.random.key(0))
+
+    def init(key: jax.Array) -> PyTree:
+        return model.init_boxed(key)
+
+    with shapes_alone():
+        boxed = jax.eval_shape(init, jax.random.key(0))
     return shared.param_specs(boxed, model.stacks)

@@ -9,8 +9,10 @@ device one more copy of those parameters while a step runs, one more of their gr
 time to copy both; XLA also cannot move work from one layer into another.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -40,6 +42,23 @@ projections, dense MLPs and router logits; attention's products and experts are 
 def leave_residual(layer: nn.Module, x: jax.Array) -> None:
     """Leaves the residual stream after a layer in `RESIDUALS`, where that is asked for."""
     layer.sow(RESIDUALS, "output", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+_SHAPES_ALONE = contextvars.ContextVar("shapes_alone", default=False)
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within, initialisation runs one layer of each kind, whose parameters stand for those of all
+    others of that kind, too. Their shapes are right and their values are not: for
+    `jax.eval_shape` of a function that is traced nowhere else, which a deep model takes long for
+    otherwise.
+    """
+    token = _SHAPES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ALONE.reset(token)
 
 
 LayerFactory = Callable[..., nn.Module]
@@ -133,11 +152,18 @@ def run_layers(
         parts: tuple[Segment, ...] = tuple(Segment(i, 1, 1) for i in range(len(kinds)))
     else:
         parts = segments(kinds)
+    same_shapes = stack.is_initializing() and _SHAPES_ALONE.get()
     for part in parts:
         if part.repeats > 1:
             x = _scanned(stack, make, call, x, part, remat_policy, called)
             continue
-        layer = make(part.start, name=layer_names.name(part.start, called))
+        name = layer_names.name(part.start, called)
+        first = list(kinds).index(kinds[part.start])
+        if same_shapes and first < part.start:
+            like = stack.variables["params"][layer_names.name(first, called)]
+            stack.put_variable("params", name, like)
+            continue
+        layer = make(part.start, name=name)
         if remat_policy == "none":
             x = call(layer, x)
         else:
