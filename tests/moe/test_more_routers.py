@@ -39,6 +39,11 @@ def group(logits, *, num_experts=None, real=None, **more):
     return Group(logits, num_experts or logits.shape[1], real, counted, jnp.sum(counted), **more)
 
 
+@functools.partial(jax.jit, static_argnames=("router", "capacity"))
+def route(router, group, *, capacity):
+    return router.route(group, capacity=capacity)
+
+
 def logit(affinity):
     return np.log(affinity) - np.log1p(-affinity)
 
@@ -66,7 +71,7 @@ def dense(dispatcher, num_tokens=S):
 
 
 def test_switch_is_top_1_with_the_probability_as_weight():
-    routing = SwitchTop1().route(group(np.log(P)), capacity=2)
+    routing = route(SwitchTop1(), group(np.log(P)), capacity=2)
     # First choices 0, 0, 0, 1; expert 0 has two slots, so token 2 is dropped.
     np.testing.assert_allclose(
         dense(routing.dispatcher), [[0.5, 0, 0], [0.6, 0, 0], [0, 0, 0], [0, 0.7, 0]], rtol=1e-6
@@ -80,14 +85,14 @@ def test_switch_is_top_1_with_the_probability_as_weight():
 def test_switch_equals_top_k_with_k_1():
     logits = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
     one, other = (
-        router.route(group(logits), capacity=2)
+        route(router, group(logits), capacity=2)
         for router in (SwitchTop1(), TokensChoose(num_selected_experts=1))
     )
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_sigmoid_gates_are_renormalised_affinities():
-    routing = SigmoidTopK(num_selected_experts=2).route(group(logit(A)), capacity=4)
+    routing = route(SigmoidTopK(num_selected_experts=2), group(logit(A)), capacity=4)
     # Top two: 0.8, 0.4; 0.9, 0.6; 0.75, 0.5; 0.7, 0.2. Each pair over its sum.
     want = [
         [0.8 / 1.2, 0.4 / 1.2, 0],
@@ -101,19 +106,19 @@ def test_sigmoid_gates_are_renormalised_affinities():
 
 
 def test_sigmoid_gates_as_they_are_and_scaled():
-    plain = SigmoidTopK(num_selected_experts=1, renormalize=False).route(
-        group(logit(A)), capacity=4
+    plain = route(
+        SigmoidTopK(num_selected_experts=1, renormalize=False), group(logit(A)), capacity=4
     )
     np.testing.assert_allclose(
         dense(plain.dispatcher), [[0.8, 0, 0], [0.9, 0, 0], [0, 0, 0.75], [0.7, 0, 0]], rtol=1e-5
     )
-    scaled = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(
-        group(logit(A)), capacity=4
+    scaled = route(
+        SigmoidTopK(num_selected_experts=2, weight_scale=2.5), group(logit(A)), capacity=4
     )
     np.testing.assert_allclose(dense(scaled.dispatcher).sum(axis=1), [2.5] * 4, rtol=1e-5)
     # One slot each: token 0 keeps expert 0 alone, and all of the weight on it.
-    tight = SigmoidTopK(num_selected_experts=2, weight_scale=2.5).route(
-        group(logit(A[:1])), capacity=1
+    tight = route(
+        SigmoidTopK(num_selected_experts=2, weight_scale=2.5), group(logit(A[:1])), capacity=1
     )
     np.testing.assert_allclose(
         dense(tight.dispatcher, 1), [[2.5 * 0.8 / 1.2, 2.5 * 0.4 / 1.2, 0]], rtol=1e-5
@@ -121,7 +126,7 @@ def test_sigmoid_gates_as_they_are_and_scaled():
 
 
 def test_very_negative_logits_stay_finite():
-    routing = SigmoidTopK().route(group(np.full((4, 3), -200.0)), capacity=4)
+    routing = route(SigmoidTopK(), group(np.full((4, 3), -200.0)), capacity=4)
     assert np.isfinite(routing.auxiliary_loss) and np.isfinite(routing.probabilities).all()
     np.testing.assert_allclose(routing.probabilities, 1 / 3, rtol=1e-5)
 
@@ -130,22 +135,22 @@ def test_the_bias_chooses_experts_and_changes_no_weight():
     router = LossFreeTopK(num_selected_experts=1, renormalize=False)
     # 0.55 more for expert 1: 0.95, 1.15, 0.8, 0.65 against 0.8, 0.9, 0.75 (expert 2), 0.7: all but
     #   token 3 go there.
-    routing = router.route(group(logit(A), bias=jnp.array([0.0, 0.55, 0.0])), capacity=4)
+    routing = route(router, group(logit(A), bias=jnp.array([0.0, 0.55, 0.0])), capacity=4)
     np.testing.assert_allclose(
         dense(routing.dispatcher), [[0, 0.4, 0], [0, 0.6, 0], [0, 0.25, 0], [0.7, 0, 0]], rtol=1e-5
     )
     np.testing.assert_array_equal(routing.chosen, [1, 3, 0])
     assert routing.auxiliary_loss == 0
-    without = router.route(group(logit(A)), capacity=4)
+    without = route(router, group(logit(A)), capacity=4)
     np.testing.assert_array_equal(without.chosen, [3, 0, 1])
 
 
 def test_no_gradient_reaches_the_bias():
     def total(bias, logits):
-        routing = LossFreeTopK().route(group(logits, bias=bias), capacity=4)
+        routing = route(LossFreeTopK(), group(logits, bias=bias), capacity=4)
         return jnp.sum(routing.dispatcher.combine_weight**2)
 
-    of_bias, of_logits = jax.grad(total, argnums=(0, 1))(
+    of_bias, of_logits = jax.jit(jax.grad(total, argnums=(0, 1)))(
         jnp.array([0.1, 0.0, -0.1]), jnp.asarray(logit(A))
     )
     np.testing.assert_array_equal(of_bias, 0)
@@ -154,7 +159,7 @@ def test_no_gradient_reaches_the_bias():
 
 def test_softmax_scores_with_a_bias():
     router = LossFreeTopK(num_selected_experts=1, scores="softmax", renormalize=False)
-    routing = router.route(group(np.log(P), bias=jnp.array([-1.0, 0.0, 0.0])), capacity=4)
+    routing = route(router, group(np.log(P), bias=jnp.array([-1.0, 0.0, 0.0])), capacity=4)
     np.testing.assert_allclose(
         dense(routing.dispatcher), [[0, 0.3, 0], [0, 0, 0.3], [0, 0.35, 0], [0, 0.7, 0]], rtol=1e-5
     )
@@ -201,7 +206,7 @@ def test_the_hash_spreads_a_vocabulary_and_depends_on_the_seed():
 
 def test_hash_routing_follows_ids_alone():
     ids = jnp.array([5, 9, 5, 9])
-    routing = HashTop1().route(group(np.zeros((4, 0)), num_experts=3, token_ids=ids), capacity=4)
+    routing = route(HashTop1(), group(np.zeros((4, 0)), num_experts=3, token_ids=ids), capacity=4)
     weights = dense(routing.dispatcher)
     np.testing.assert_array_equal(weights.sum(axis=1), 1)
     np.testing.assert_array_equal(weights[0], weights[2])
@@ -212,7 +217,7 @@ def test_hash_routing_follows_ids_alone():
 
 
 def test_dropless_tokens_get_every_expert_they_chose():
-    routing = DroplessTopK(num_selected_experts=2).route(group(np.log(P)), capacity=4)
+    routing = route(DroplessTopK(num_selected_experts=2), group(np.log(P)), capacity=4)
     np.testing.assert_allclose(
         dense(routing.dispatcher),
         [[0.5, 0.3, 0], [0.6, 0, 0.3], [0.4, 0.35, 0], [0, 0.7, 0.2]],
@@ -234,7 +239,7 @@ def test_dropless_equals_slots_for_all(make):
     logits = np.random.default_rng(1).normal(size=(16, 5)).astype(np.float32)
     real = np.arange(16) % 5 != 3
     free, slots = (
-        make(dropless=flag).route(group(logits, real=real), capacity=16) for flag in (True, False)
+        route(make(dropless=flag), group(logits, real=real), capacity=16) for flag in (True, False)
     )
     np.testing.assert_allclose(dense(free.dispatcher, 16), dense(slots.dispatcher, 16), rtol=1e-6)
     np.testing.assert_allclose(
@@ -252,8 +257,10 @@ def test_dropless_equals_slots_for_all(make):
 def test_soft_slots_by_hand():
     # Two tokens, one expert of two slots; logits (0, log 3) and (0, 0). Over tokens: slot 0 is half
     # and half, slot 1 is 3/4 and 1/4. Over slots: token 0 takes 1/4 and 3/4, token 1 half and half.
-    routing = SoftMoe(slots_per_expert=2).route(
-        group([[0.0, np.log(3)], [0.0, 0.0]], num_experts=1), capacity=2
+    routing = route(
+        SoftMoe(slots_per_expert=2),
+        group([[0.0, np.log(3)], [0.0, 0.0]], num_experts=1),
+        capacity=2,
     )
     np.testing.assert_allclose(
         routing.dispatcher.dispatch_weight[:, 0], [[0.5, 0.75], [0.5, 0.25]], rtol=1e-6
@@ -278,15 +285,15 @@ def test_soft_slots_by_hand():
 def test_padding_has_no_part_in_soft_slots():
     logits = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     real = np.array([True, True, False, True, False, False])
-    padded = SoftMoe(2).route(group(logits, num_experts=2, real=real), capacity=2).dispatcher
-    alone = SoftMoe(2).route(group(logits[real], num_experts=2), capacity=2).dispatcher
+    padded = route(SoftMoe(2), group(logits, num_experts=2, real=real), capacity=2).dispatcher
+    alone = route(SoftMoe(2), group(logits[real], num_experts=2), capacity=2).dispatcher
     np.testing.assert_allclose(padded.dispatch_weight[real], alone.dispatch_weight, rtol=1e-6)
     np.testing.assert_allclose(padded.combine_weight[real], alone.combine_weight, rtol=1e-6)
     assert not padded.dispatch_weight[~real].any() and not padded.combine_weight[~real].any()
     np.testing.assert_allclose(padded.load(jnp.asarray(real, jnp.float32)), [2, 2], rtol=1e-6)
-    nothing = (
-        SoftMoe(2).route(group(logits, num_experts=2, real=[False] * 6), capacity=2).dispatcher
-    )
+    nothing = route(
+        SoftMoe(2), group(logits, num_experts=2, real=[False] * 6), capacity=2
+    ).dispatcher
     assert not nothing.dispatch_weight.any() and not nothing.combine_weight.any()
 
 

@@ -1,5 +1,7 @@
 """Routing of one group, worked by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +25,17 @@ P = np.array(
 )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def routed(router: Router, capacity: int, logits, real, counted) -> Routing:
+    group = Group(logits, logits.shape[1], real, counted, jnp.sum(counted))
+    return router.route(group, capacity=capacity)
+
+
 def route(router: Router, probabilities, *, capacity, real=None, counted=None) -> Routing:
     probabilities = jnp.asarray(probabilities, jnp.float32)
     real = jnp.ones(len(probabilities), bool) if real is None else jnp.asarray(real)
     counted = real.astype(jnp.float32) if counted is None else jnp.asarray(counted, jnp.float32)
-    group = Group(jnp.log(probabilities), probabilities.shape[1], real, counted, jnp.sum(counted))
-    return router.route(group, capacity=capacity)
+    return routed(router, capacity, jnp.log(probabilities), real, counted)
 
 
 def as_dense(assignment: Assignment, group_size: int) -> np.ndarray:
@@ -224,10 +231,23 @@ def test_bad_softmax_order():
         TokensChoose(softmax_order="never")
 
 
+# Tokens, experts, capacity, choices, prioritised: any two settings meet somewhere. Each row is a
+# program of its own.
+GROUPS = [
+    (5, 3, 1, 1, False),
+    (5, 3, 3, 2, True),
+    (5, 3, 5, 3, True),
+    (8, 4, 1, 2, True),
+    (8, 4, 3, 3, False),
+    (8, 4, 5, 1, True),
+    (16, 4, 1, 3, True),
+    (16, 4, 3, 1, True),
+    (16, 4, 5, 2, False),
+]
+
+
 @st.composite
-def groups(draw):
-    num_tokens, num_experts = draw(st.sampled_from([(5, 3), (8, 4), (16, 4)]))
-    capacity = draw(st.sampled_from([1, 3, 5]))
+def groups(draw, num_tokens, num_experts):
     seed = draw(st.integers(0, 2**31 - 1))
     rng = np.random.default_rng(seed)
     # Few distinct values, so that ties happen.
@@ -236,17 +256,7 @@ def groups(draw):
         if draw(st.booleans())
         else rng.normal(size=(num_tokens, num_experts))
     )
-    return np.asarray(logits, np.float32), capacity, rng.random(num_tokens) < 0.7
-
-
-def as_group(logits, real):
-    return Group(
-        jnp.asarray(logits),
-        logits.shape[1],
-        jnp.asarray(real),
-        jnp.asarray(real, jnp.float32),
-        real.sum(),
-    )
+    return np.asarray(logits, np.float32), rng.random(num_tokens) < 0.7
 
 
 def reference_tokens_choose(logits, k, capacity, real, prioritised):
@@ -263,12 +273,15 @@ def reference_tokens_choose(logits, k, capacity, real, prioritised):
     return experts, p
 
 
-@settings(deadline=None, max_examples=20)
-@given(groups(), st.sampled_from([1, 2, 3]), st.booleans())
-def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised):
-    logits, capacity, real = group
+@pytest.mark.parametrize(("num_tokens", "num_experts", "capacity", "k", "prioritised"), GROUPS)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_tokens_choose_equals_handing_out_slots_one_by_one(
+    num_tokens, num_experts, capacity, k, prioritised, data
+):
+    logits, real = data.draw(groups(num_tokens, num_experts))
     router = TokensChoose(num_selected_experts=k, batch_prioritized=prioritised)
-    routing = router.route(as_group(logits, real), capacity=capacity)
+    routing = routed(router, capacity, logits, real, np.float32(real))
     experts, p = reference_tokens_choose(logits, k, capacity, real, prioritised)
     index = np.asarray(routing.dispatcher.token_index)
     weight = np.asarray(routing.dispatcher.combine_weight)
@@ -278,11 +291,12 @@ def test_tokens_choose_equals_handing_out_slots_one_by_one(group, k, prioritised
     assert float(routing.offered - routing.dropped) == sum(len(tokens) for tokens in experts)
 
 
-@settings(deadline=None, max_examples=30)
-@given(groups())
-def test_experts_choose_fills_every_slot_it_can(group):
-    logits, capacity, real = group
-    routing = ExpertsChoose().route(as_group(logits, real), capacity=capacity)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "capacity"), [row[:3] for row in GROUPS])
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_experts_choose_fills_every_slot_it_can(num_tokens, num_experts, capacity, data):
+    logits, real = data.draw(groups(num_tokens, num_experts))
+    routing = routed(ExpertsChoose(), capacity, logits, real, np.float32(real))
     index = np.asarray(routing.dispatcher.token_index)
     assert ((index < len(logits)).sum(axis=1) == min(capacity, real.sum())).all()
     for row in index:
