@@ -205,7 +205,7 @@ def loss_and_gradients(tokens, expert, weight, kernels, scale):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(tokens, weight, kernels)
 
 
-QUICK = {("random", mesh) for mesh in MESHES} | {(load, (4, 1)) for load in LOADS}
+QUICK = {("random", mesh) for mesh in ((2, 2), (1, 8))} | {(load, (4, 1)) for load in LOADS}
 
 
 @pytest.mark.parametrize(

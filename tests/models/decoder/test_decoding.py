@@ -85,7 +85,17 @@ def whole(model, params):
     return np.take_along_axis(np.asarray(logits), at[..., None], axis=1)
 
 
-@pytest.mark.parametrize(("kind", "changes"), [*((k, {}) for k in KINDS), ("mixtral", ONE_LAYER)])
+# What OLMo clips, it clips before anything is cached.
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *(
+            pytest.param(kind, {}, marks=[pytest.mark.slow] if kind == "olmo" else [])
+            for kind in KINDS
+        ),
+        ("mixtral", ONE_LAYER),
+    ],
+)
 def test_cached_decoding_equals_the_full_forward_pass(kind, changes):
     model, params = model_of(kind, **changes)
     np.testing.assert_allclose(step_by_step(model, params), whole(model, params), atol=1e-4)
