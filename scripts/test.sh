@@ -9,6 +9,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/venv.sh"
 make_venv test
 cd "$root"
+# Tests start many Python processes, each of which would compile the library's modules anew.
+unset PYTHONDONTWRITEBYTECODE
 # worksteal keeps neighbours together, as modules' fixtures want it. The schedulers of whole files
 # (loadfile, loadscope) may wait for ever at the end of a run in which a worker has died.
 exec "$VENV/bin/python" -m pytest -n auto --dist worksteal "$@"
