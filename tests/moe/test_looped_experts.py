@@ -1,5 +1,7 @@
 """Experts applied one by one and all at once are the same function of the same parameters."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,16 @@ BOTH_WAYS = pytest.mark.parametrize(
 )
 
 
+@functools.cache
+def parameters(router, dtype):
+    """Of the layer, and what it is applied to."""
+    x = jax.random.normal(jax.random.key(0), (4, 16, 8))
+    layer = MoeLayer(SETTINGS, router, hidden=12, dtype=dtype)
+    return nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), x))["params"], x
+
+
 def outputs_and_gradients(router, dropout_rate: float = 0.0, dtype=jnp.float32):
     layer = MoeLayer(SETTINGS, router, hidden=12, dropout_rate=dropout_rate, dtype=dtype)
-    x = jax.random.normal(jax.random.key(0), (4, 16, 8))
-    variables = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(1), x))
 
     def loss(params, x):
         y, _ = layer.apply(
@@ -34,15 +42,19 @@ def outputs_and_gradients(router, dropout_rate: float = 0.0, dtype=jnp.float32):
         return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
-        variables["params"], x
+        *parameters(router, dtype)
     )
     return y, gradients
+
+
+all_at_once = functools.cache(outputs_and_gradients)
+"""Where no test has asked for the loop yet."""
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.3])
 def test_one_by_one_equals_all_at_once(monkeypatch, router, dropout_rate):
-    at_once = outputs_and_gradients(router, dropout_rate)
+    at_once = all_at_once(router, dropout_rate)
     monkeypatch.setattr(looped_experts, "LARGE", 0)
     looped = outputs_and_gradients(router, dropout_rate)
     assert jax.tree.structure(looped) == jax.tree.structure(at_once)
@@ -69,7 +81,7 @@ def test_bfloat16_experts_have_float32_gradients_either_way(monkeypatch):
 @BOTH_WAYS
 def test_a_loop_over_experts_with_groups_on_several_devices(monkeypatch, router):
     # Four rows of 16 tokens are four groups, one per device.
-    at_once = outputs_and_gradients(router)
+    at_once = all_at_once(router, 0.0)
     monkeypatch.setattr(looped_experts, "LARGE", 0)
     with Partitioner(devices=tuple(jax.devices()[:4])).activate():
         assert looped_experts.is_faster(1)

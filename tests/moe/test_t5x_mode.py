@@ -2,6 +2,8 @@
 capacity, positions, losses, metrics.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,18 @@ def oracle(x, params, router, *, padding, num_groups, capacity):
     return y, metrics
 
 
+@functools.cache
+def _initial_params():
+    layer = MoeLayer(MoeSettings(num_experts=E, t5x_mode=True), TokensChoose(), hidden=HIDDEN)
+    x = jnp.ones((4, 16, D))
+    return nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
+
+
+def initial_params():
+    """Of a layer with any of the routers, to be changed at will."""
+    return jax.tree.map(lambda leaf: leaf, _initial_params())
+
+
 ROUTERS = [
     ExpertsChoose(),
     TokensChoose(),
@@ -123,7 +137,7 @@ def test_layer_follows_the_rules(router, shape, replicas, padding, num_groups, c
     # Padding inside the batch: zero vectors, which T5X routes and counts like any token.
     valid = np.arange(shape[1]) < np.linspace(2, shape[1], shape[0]).astype(int)[:, None]
     x = x * valid[..., None]
-    params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
+    params = initial_params()
     params["router"]["router_weights"]["w"]["kernel"] *= 50
     got, variables = jax.jit(
         lambda p, x, v: layer.apply({"params": p}, x, v, mutable=[LAYER_STATS])
