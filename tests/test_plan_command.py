@@ -56,11 +56,21 @@ def test_the_command_takes_steps_from_the_configuration(capsys):
     assert len(jax.devices()) == 8  # nothing was asked of the 8 chips
 
 
+def test_other_numbers_of_chips(capsys):
+    assert run("--hardware=tpu_v5e:8", "--format=json", "--scale=8,1024") == 0
+    found = json.loads(capsys.readouterr().out)["at_scale"]
+    assert [(one["chips"], one["slices"], one["batch_size"]) for one in found] == [
+        (8, 1, 8),
+        (1024, 4, 1024),
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--hardware=nothing:8", "--extra_steps=1"], "no accelerator 'nothing' is known"),
         (["--hardware=tpu_v5e:8", "--extra_steps=1", "--mfu=fast"], "--mfu=fast is not LOW,HIGH"),
+        (["--hardware=tpu_v5e:8", "--scale=1024,all"], "--scale=1024,all is not CHIPS,CHIPS"),
         (
             ["--hardware=tpu_v5e:8", "--extra_steps=1", "--gin.NUM_EXPERT_PARTITIONS=5"],
             "Change NUM_EXPERT_PARTITIONS",

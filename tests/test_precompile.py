@@ -34,7 +34,7 @@ TINY = [
 
 def stand_in(patch):
     """Eight CPU devices stand in for whatever slice is asked for."""
-    chip = Chip("v0", GIB, 1e12, "v0")
+    chip = Chip("v0", GIB, 1e12, 1e11, 1e10, "v0")
     patch.setattr(topologies, "prepare_environment", lambda: None)
     patch.setattr(topologies, "topology", lambda name: Topology(name, chip, tuple(jax.devices())))
 

@@ -14,6 +14,9 @@ in checkpoint_<step> and TRAIN_STEPS is set, both numbers of steps follow from t
 compiled and no accelerator is needed. The exit code is 1 where the upcycled model does not fit.
 docs/planning.md says how the numbers are made.
 
+--scale=1024,8192 adds the same model on so many chips, each with the same work: what exchange and
+sums of gradients take beside compute, and whether experts must stay inside a slice.
+
 With --advise=RUNS, and nothing but --format beside it, the published scaling law of upcycling is
 fitted to the runs below that folder: where upcycling passes dense continuation, and where MoE from
 scratch passes upcycling, with intervals.
@@ -70,6 +73,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         " say about when upcycling pays",
     )
     own.add_argument(
+        "--scale",
+        metavar="CHIPS,...",
+        help="also on so many chips of the kind, e.g. 1024,8192, with the same work for each: times"
+        " of exchanges and sums of gradients beside compute, inside of slices and between them",
+    )
+    own.add_argument(
         "--format", choices=("text", "markdown", "json"), default="text", help="default text"
     )
 
@@ -102,14 +111,22 @@ def _mfu(text: str | None, default: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
+def _chips(text: str | None) -> list[int]:
+    parts = text.split(",") if text is not None else []
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise ValueError(f"--scale={text} is not CHIPS,CHIPS,..., e.g. 1024,8192")
+    return [int(part) for part in parts]
+
+
 def _run(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax.config.stand_ins import load_with_stand_ins
-    from upcycle_jax.planning import estimate
+    from upcycle_jax.planning import estimate, scale
     from upcycle_jax.planning.compilation import Workload
     from upcycle_jax.planning.render import render
     from upcycle_jax.text import Format
 
     hardware = estimate.Hardware.parse(flags.extra.hardware)
+    numbers_of_chips = _chips(flags.extra.scale)
     extra_steps, dense_steps = _steps(flags, loaded)
     opened = load_with_stand_ins(flags, loaded)
     work = Workload.of_run(opened.build("train", train_eval_dataset_cfg=None)())
@@ -122,7 +139,8 @@ def _run(flags: Flags, loaded: "Config") -> int:
         dense_steps=dense_steps,
         mfu=_mfu(flags.extra.mfu, estimate.DEFAULT_MFU),
     )
-    sys.stdout.write(render(plan, Format(flags.extra.format)))
+    at_scale = [scale.scaled(plan, chips) for chips in numbers_of_chips]
+    sys.stdout.write(render(plan, Format(flags.extra.format), at_scale))
     return (
         1 if plan.costs[estimate.Kind.UPCYCLED].memory.verdict is estimate.Fit.DOES_NOT_FIT else 0
     )

@@ -2,7 +2,7 @@
 
 import jax
 
-from upcycle_jax.planning import collectives
+from upcycle_jax.planning import collectives, hlo
 from upcycle_jax.planning.collectives import Collective, Traffic
 
 HLO = """
@@ -63,7 +63,7 @@ dimensions={0}
 
 
 def test_collectives_are_counted_as_often_as_they_run():
-    found = {(item.kind, item.shape): item for item in collectives.collectives(HLO)}
+    found = {(item.kind, item.shape): item for item in collectives.collectives(hlo.parse(HLO))}
     # Six trips of a loop, and two in each of three of another; 4 * 8 bfloat16.
     assert found["all-to-all", "bf16[4,8]"] == Collective(
         "all-to-all", "bf16[4,8]", nbytes=64, group_size=8, times=6 + 3 * 2
@@ -123,6 +123,6 @@ def test_collectives_of_a_real_program():
         .compile()
         .as_text()
     )
-    (item,) = collectives.collectives(text)
+    (item,) = collectives.collectives(hlo.parse(text))
     assert (item.kind, item.nbytes, item.group_size) == ("all-reduce", 16, 8)
     assert item.times == 3 or "known_trip_count" not in text

@@ -229,7 +229,7 @@ def test_kept_activations_of_one_layer_by_hand():
 
 def compiled_pods():
     """Rows of docs/pods.md: configuration -> GiB that XLA's compiled step needs, FLOPs per device,
-    slice, GiB that it sums.
+    slice, GiB that it sums, GiB that it exchanges.
     """
     rows = {}
     for line in (ROOT / "docs" / "pods.md").read_text(encoding="utf-8").splitlines():
@@ -244,6 +244,7 @@ def compiled_pods():
                 float(cells[9]),
                 cells[2].split()[0],
                 float(cells[11].split()[0]),
+                0.0 if cells[10] == "-" else float(cells[10].split()[0]),
             )
     return rows
 
@@ -263,7 +264,7 @@ def test_estimates_hold_what_xla_compiled(name):
     """The shipped pods were compiled (docs/pods.md): what XLA needs lies between the two ends of
     the estimate.
     """
-    needed, flops, topology, summed = compiled_pods()[name]
+    needed, flops, topology, summed, exchanged = compiled_pods()[name]
     generation, shape = topology.split(":")
     chips = 1
     for side in shape.split("x"):
@@ -277,6 +278,7 @@ def test_estimates_hold_what_xla_compiled(name):
     work = dataclasses.replace(work, partitioner=partitioner)
     # What the doc calls other collectives are the sums of gradients.
     assert sum(estimate.summed_bytes(work).values()) / GIB == pytest.approx(summed, rel=0.03)
+    assert work.costs.exchange_bytes / GIB == pytest.approx(exchanged, abs=5e-3)
     cost = estimate.cost_of(Kind.UPCYCLED, work, hardware, mfu=(0.25, 0.5))
     assert cost.memory.needed.low / GIB <= needed <= cost.memory.needed.high / GIB
     assert cost.flops / chips == pytest.approx(flops, rel=5e-3)

@@ -45,7 +45,7 @@ def test_rounds_of_unknown_number_are_reported_as_such(compiled):
 
 def stand_in(patch):
     """Eight CPU devices stand in for whatever slice is asked for."""
-    chip = Chip("v0", GIB, 1e12, "v0")
+    chip = Chip("v0", GIB, 1e12, 1e11, 1e10, "v0")
     patch.setattr(topologies, "prepare_environment", lambda: None)
     patch.setattr(topologies, "topology", lambda name: Topology(name, chip, tuple(jax.devices())))
 
@@ -105,6 +105,21 @@ def test_a_run_that_does_not_fit_fails_and_names_what_to_change(
     assert "state and gradients" in text and "instead of" in text
 
 
+def test_the_program_is_compared_with_what_the_model_needs(compiled):
+    """Nothing is computed again, and every device has its share of the work."""
+    report, text, _ = compiled
+    found = report.roofline
+    assert found is not None and 0.98 < found.waste < 1.1
+    assert f"{found.waste:.3f} times the model's; " in text
+    assert f"MFU is at most {found.mfu_bound:.0%} ({found.limit})" in text
+    place = pod_report.COLUMNS.index("program / model FLOPs")
+    assert report.cells()[place : place + 3] == [
+        f"{found.waste:.3f}",
+        f"{found.bytes_per_flop:.2g} (0.1)",
+        f"{found.mfu_bound:.0%} ({found.limit})",
+    ]
+
+
 def test_a_row_of_the_table(compiled):
     head, rule, row = pod_report.markdown([compiled[0]]).splitlines()
     assert head.count("|") == rule.count("|") == row.count("|") == len(pod_report.COLUMNS) + 1
@@ -119,7 +134,7 @@ def test_a_program_that_jax_cannot_read_is_reported_as_such(compiled):
                 " sees 3"
             )
 
-    assert compilation._traffic(Unreadable()) is None
+    assert compilation._text(Unreadable()) is None
     report = dataclasses.replace(
         compiled[0], step=dataclasses.replace(compiled[0].step, traffic=None)
     )

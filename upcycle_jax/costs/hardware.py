@@ -26,6 +26,11 @@ class Accelerator:
         its links, in one direction: half of what makers print as bidirectional.
       devices_per_chip: jax devices that one chip shows as (2 on TPU v2 and v3, whose cores are
         devices of their own).
+      torus_axes: axes of the torus that links form, two links of a chip along each; 0 where a
+        switch joins all chips.
+      slice_chips: chips that such links join at most, in one job.
+      network_bandwidth: bytes per second that one chip can send to other slices, over the network
+        of the data centre, in one direction; None where the maker prints none.
       aliases: other names in use.
       device_kinds: `jax.Device.device_kind` of this chip.
       source: where the figures are from.
@@ -37,6 +42,9 @@ class Accelerator:
     hbm_bandwidth: float
     interconnect_bandwidth: float
     devices_per_chip: int = 1
+    torus_axes: int = 0
+    slice_chips: int = 1
+    network_bandwidth: float | None = None
     aliases: tuple[str, ...] = ()
     device_kinds: tuple[str, ...] = ()
     source: str = ""
@@ -51,6 +59,11 @@ class Accelerator:
         """Memory of one jax device."""
         return self.hbm_bytes // self.devices_per_chip
 
+    @property
+    def link_bandwidth(self) -> float:
+        """Bytes per second over one link of a chip in one direction; over all, of a switch."""
+        return self.interconnect_bandwidth / (2 * self.torus_axes or 1)
+
 
 _TPU = "https://cloud.google.com/tpu/docs/"
 _A100 = "https://www.nvidia.com/en-us/data-center/a100/"
@@ -62,6 +75,8 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=16 * GIB,
         hbm_bandwidth=700e9,
         interconnect_bandwidth=4 * 62e9,  # four links of 496 Gbit/s
+        torus_axes=2,
+        slice_chips=256,
         devices_per_chip=2,
         aliases=("v2",),
         device_kinds=("TPU v2",),
@@ -73,6 +88,8 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=900e9,
         interconnect_bandwidth=4 * 82e9,  # four links of 656 Gbit/s
+        torus_axes=2,
+        slice_chips=1024,
         devices_per_chip=2,
         aliases=("v3",),
         device_kinds=("TPU v3",),
@@ -84,6 +101,8 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=1228e9,
         interconnect_bandwidth=6 * 50e9,  # six links
+        torus_axes=3,
+        slice_chips=4096,
         aliases=("v4",),
         device_kinds=("TPU v4",),
         source=f"{_TPU}v4; links: https://arxiv.org/abs/2304.01433, table 4",
@@ -94,6 +113,9 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=16 * GIB,
         hbm_bandwidth=819e9,
         interconnect_bandwidth=200e9,
+        torus_axes=2,
+        slice_chips=256,
+        network_bandwidth=3.125e9,  # 6.4 Tbit/s of 256 chips
         aliases=("v5e", "v5litepod", "tpu_v5_lite"),
         device_kinds=("TPU v5 lite", "TPU v5e"),
         source=f"{_TPU}v5e",
@@ -104,6 +126,9 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=95 * GIB,
         hbm_bandwidth=2765e9,
         interconnect_bandwidth=600e9,
+        torus_axes=3,
+        slice_chips=6144,
+        network_bandwidth=6.25e9,  # 50 Gbit/s
         aliases=("v5p",),
         device_kinds=("TPU v5", "TPU v5p"),
         source=f"{_TPU}v5p",
@@ -114,6 +139,9 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=32 * GIB,
         hbm_bandwidth=1638e9,
         interconnect_bandwidth=400e9,
+        torus_axes=2,
+        slice_chips=256,
+        network_bandwidth=12.5e9,  # 25.6 Tbit/s of 256 chips
         aliases=("v6e", "trillium", "tpu_v6_lite"),
         device_kinds=("TPU v6 lite", "TPU v6e"),
         source=f"{_TPU}v6e",
@@ -124,6 +152,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=40 * GIB,
         hbm_bandwidth=1555e9,
         interconnect_bandwidth=300e9,
+        slice_chips=8,
         device_kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
         source=_A100,
     ),
@@ -133,6 +162,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=80 * GIB,
         hbm_bandwidth=2039e9,
         interconnect_bandwidth=300e9,
+        slice_chips=8,
         aliases=("a100_80gb",),
         device_kinds=("NVIDIA A100-SXM4-80GB",),
         source=_A100,
@@ -143,6 +173,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=80 * GIB,
         hbm_bandwidth=3350e9,
         interconnect_bandwidth=450e9,
+        slice_chips=8,
         aliases=("h100_sxm", "h100_80gb"),
         device_kinds=("NVIDIA H100 80GB HBM3",),
         source="https://www.nvidia.com/en-us/data-center/h100/",
@@ -153,6 +184,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bytes=139 * GIB,  # what jax sees of the 141 GB on the data sheet
         hbm_bandwidth=4800e9,
         interconnect_bandwidth=450e9,
+        slice_chips=8,
         aliases=("h200_sxm",),
         device_kinds=("NVIDIA H200",),
         source="https://www.nvidia.com/en-us/data-center/h200/",

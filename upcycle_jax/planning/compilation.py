@@ -20,8 +20,9 @@ from upcycle_jax.costs import parameters
 from upcycle_jax.costs.step import StepCosts
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.planning import collectives
-from upcycle_jax.planning.collectives import Traffic
+from upcycle_jax.planning import hlo, program_work
+from upcycle_jax.planning.collectives import Traffic, collectives, summary
+from upcycle_jax.planning.program_work import Work
 from upcycle_jax.state_tree import PARAM_STATES, TARGET
 from upcycle_jax.surgery import MergeRecipe, Recipe, online
 from upcycle_jax.training import batches, prepare
@@ -107,6 +108,8 @@ class Compiled:
       flops: as XLA counts them, a loop's body once; 0 where it does not say.
       traffic: collectives by kind, or None where jax cannot read the program (a libtpu that is
         newer than jax).
+      work: FLOPs of its matrix products and bytes that it moves, loops as often as they run; None
+        where jax cannot read the program.
       fits: whether the compiler found room, apart from any comparison made here.
     """
 
@@ -117,6 +120,7 @@ class Compiled:
     temporary_bytes: int = 0
     flops: float = 0.0
     traffic: tuple[Traffic, ...] | None = ()
+    work: Work | None = None
     fits: bool = True
 
 
@@ -240,6 +244,8 @@ def _compiled(name: str, lower: Any) -> Compiled:
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     arguments, temporaries = int(memory.argument_size_in_bytes), int(memory.temp_size_in_bytes)
     results = int(memory.output_size_in_bytes) - int(memory.alias_size_in_bytes)
+    text = _text(program)
+    read = None if text is None else hlo.parse(text)
     return Compiled(
         name,
         seconds,
@@ -250,16 +256,17 @@ def _compiled(name: str, lower: Any) -> Compiled:
         argument_bytes=arguments,
         temporary_bytes=temporaries,
         flops=float(cost.get("flops", 0.0)),
-        traffic=_traffic(program),
+        traffic=None if read is None else tuple(summary(collectives(read))),
+        work=None if read is None else program_work.work(read),
     )
 
 
-def _traffic(program: Any) -> tuple[Traffic, ...] | None:
+def _text(program: Any) -> str | None:
+    """A compiled program's HLO, or None where jax cannot read it."""
     try:
-        text = program.as_text()
+        return program.as_text()
     except jax.errors.JaxRuntimeError:
         return None
-    return tuple(collectives.summary(collectives.collectives(text)))
 
 
 def advice(workload: Workload, needed_bytes: int, memory_bytes: int) -> list[str]:

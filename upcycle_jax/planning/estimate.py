@@ -392,12 +392,11 @@ def cost_of(
       ValueError: an array or the groups do not divide over the mesh.
     """
     counts, costs = parameters.count(workload.model), workload.costs
-    state = compilation.state_bytes(workload)
     chip = hardware.chip
     per_device = workload.device_model_flops
-    memory = Memory(state, costs.activation_bytes, chip.device_hbm_bytes)
+    memory = memory_of(workload, chip)
     # Parameters, slots and gradients are each read and written once.
-    moved = 2 * state.with_gradients
+    moved = 2 * memory.state.with_gradients
     sent = costs.exchange_bytes + gradient_bytes(workload)
     time = StepTime(
         compute=Range(
@@ -408,6 +407,17 @@ def cost_of(
         network=sent / (chip.interconnect_bandwidth / chip.devices_per_chip),
     )
     return Cost(kind, counts.total, counts.active, per_device * hardware.num_devices, memory, time)
+
+
+def memory_of(workload: Workload, chip: Accelerator) -> Memory:
+    """What a device needs and has.
+
+    Raises:
+      ValueError: an array or the groups do not divide over the mesh.
+    """
+    return Memory(
+        compilation.state_bytes(workload), workload.costs.activation_bytes, chip.device_hbm_bytes
+    )
 
 
 def summed_bytes(workload: Workload) -> dict[int, int]:

@@ -3,9 +3,10 @@
 import dataclasses
 
 from upcycle_jax.costs import exchange, parameters
-from upcycle_jax.planning import compilation
+from upcycle_jax.planning import compilation, roofline
 from upcycle_jax.planning.collectives import Traffic
 from upcycle_jax.planning.compilation import Compiled, State, Workload, gib
+from upcycle_jax.planning.roofline import Roofline
 from upcycle_jax.planning.topologies import Topology
 
 COLUMNS = (
@@ -21,9 +22,14 @@ COLUMNS = (
     "model FLOPs / device / step",
     "all-to-all / device / step",
     "other collectives / device / step",
+    "program / model FLOPs",
+    "bytes / FLOP (chip)",
+    "MFU at most",
     "restore needs / device",
     "compile time",
 )
+
+_ROUNDS = "; per round of loops whose length only the running program knows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,17 @@ class PodReport:
             and max(self.step.needed_bytes, self.restore_bytes) <= memory
         )
 
+    @property
+    def roofline(self) -> Roofline | None:
+        """Bounds on the speed of the step; None where the program could not be read, or has no
+        products.
+        """
+        work, traffic = self.step.work, self.step.traffic
+        if work is None or traffic is None or not work.flops:
+            return None
+        sent = roofline.sent_bytes(traffic, len(self.topology.devices))
+        return Roofline(self.workload.device_model_flops, work, sent, self.topology.chip)
+
     def text(self) -> str:
         """Everything, for people; ends with what to change where it does not fit."""
         work, chip = self.workload, self.topology.chip
@@ -99,6 +116,7 @@ class PodReport:
             + (" at even load" if exchange.follows_load(work.model) else ""),
             "",
             *self._program(self.step),
+            *self._roofline(),
         ]
         for program in self.restores:
             lines += self._program(program)
@@ -131,6 +149,32 @@ class PodReport:
             ]
         lines += [f"  {_traffic_line(item)}" for item in program.traffic]
         return lines if program.traffic else [*lines, "  no collectives"]
+
+    def _roofline(self) -> list[str]:
+        """What the step's program does, beside what the model needs and the chip can do."""
+        found = self.roofline
+        if found is None:
+            return []
+        times = ", ".join(f"{name} {1e3 * time:.1f} ms" for name, time in found.seconds.items())
+        return [
+            (
+                f"  {found.work.flops:.4g} FLOPs of matrix products, {found.waste:.3f} times the"
+                f" model's; {found.bytes_per_flop:.2g} bytes moved per FLOP, the chip's ratio is"
+                f" {found.chip_bytes_per_flop:.2g}" + (_ROUNDS if found.work.open_ended else "")
+            ),
+            f"  at least {times}: MFU is at most {found.mfu_bound:.0%} ({found.limit})",
+        ]
+
+    def _bounds(self) -> list[str]:
+        """The cells of `_roofline`."""
+        found = self.roofline
+        if found is None:
+            return ["unknown"] * 3
+        return [
+            f"{found.waste:.3f}" + (" per round" if found.work.open_ended else ""),
+            f"{found.bytes_per_flop:.2g} ({found.chip_bytes_per_flop:.2g})",
+            f"{found.mfu_bound:.0%} ({found.limit})",
+        ]
 
     def _verdict(self) -> list[str]:
         memory = self.topology.chip.memory_bytes
@@ -168,6 +212,7 @@ class PodReport:
             f"{work.device_model_flops:.3g}",
             exchanged,
             other,
+            *self._bounds(),
             gib(self.restore_bytes) if self.restores else "-",
             f"{self.step.seconds + sum(p.seconds for p in self.restores):.0f} s",
         ]
@@ -199,11 +244,7 @@ def build(name: str, topology: Topology, workload: Workload) -> PodReport:
 
 def _traffic_line(item: Traffic) -> str:
     among = f"groups of {item.group_size}" if item.group_size else "all devices"
-    rounds = (
-        "; per round of loops whose length only the running program knows"
-        if item.open_ended
-        else ""
-    )
+    rounds = _ROUNDS if item.open_ended else ""
     return (
         f"{item.kind:<20} {item.count:>5} x, {gib(item.nbytes):>10} per device, among"
         f" {among}{rounds}"

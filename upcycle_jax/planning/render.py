@@ -2,12 +2,14 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from upcycle_jax.costs import capacities
-from upcycle_jax.planning import literature
+from upcycle_jax.planning import literature, scale
 from upcycle_jax.planning.compilation import gib
 from upcycle_jax.planning.estimate import MFU_SOURCE, MOE_SLOWDOWN, Fit, Kind, Plan, Range, Spending
+from upcycle_jax.planning.scale import Scaled
 from upcycle_jax.text import WIDTH, Format, Table, json_text
 
 
@@ -34,14 +36,20 @@ def case_of(plan: Plan) -> literature.Case:
     )
 
 
-def render(plan: Plan, style: Format) -> str:
-    """The plan, with a newline at its end."""
+def render(plan: Plan, style: Format, at_scale: Sequence[Scaled] = ()) -> str:
+    """The plan, with a newline at its end; with what was scaled to other numbers of chips."""
     if style == Format.JSON:
-        return json_text(as_json(plan)) + "\n"
+        found = as_json(plan)
+        if at_scale:
+            found["at_scale"] = [scale.as_json(one) for one in at_scale]
+        return json_text(found) + "\n"
     heading = f"Plan of {plan.name} on {plan.hardware.num_chips} x {plan.hardware.chip.name}"
     parts = [f"## {heading}" if style == Format.MARKDOWN else heading, _frame(plan)]
     parts += [table.render(style) for table in (costs_table(plan), *spending_tables(plan))]
     parts.append(textwrap.fill(f"Step times: {MFU_SOURCE}.", WIDTH))
+    if at_scale:
+        parts.append(scale.table(plan, at_scale).render(style))
+        parts.append("\n".join(scale.arithmetic(plan, at_scale[-1])))
     parts.append(_verdict(plan))
     parts.append(advice_table(plan).render(style))
     return "\n\n".join(part for part in parts if part) + "\n"

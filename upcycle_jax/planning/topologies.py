@@ -17,6 +17,8 @@ class Chip:
       name: the generation, as in topology names.
       memory_bytes: high-bandwidth memory of one device; XLA keeps a few per cent of it for itself.
       peak_flops: bfloat16 FLOPs per second of one device.
+      memory_bandwidth: bytes per second between that memory and one device.
+      link_bandwidth: bytes per second that one device sends over all of its links.
       accelerator: prefix of Cloud TPU's accelerator type.
       cores_per_device: TensorCores per device; accelerator types of v2 to v5p count cores.
       options: for libtpu's topology description.
@@ -25,6 +27,8 @@ class Chip:
     name: str
     memory_bytes: int
     peak_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
     accelerator: str
     cores_per_device: int = 1
     options: tuple[tuple[str, Any], ...] = ()
@@ -37,7 +41,15 @@ class Chip:
 def _chip(name: str, accelerator: str, **others: Any) -> Chip:
     """A generation of the table of accelerators."""
     known = hardware.accelerator(name)
-    return Chip(name, known.device_hbm_bytes, known.device_peak_flops, accelerator, **others)
+    return Chip(
+        name,
+        memory_bytes=known.device_hbm_bytes,
+        peak_flops=known.device_peak_flops,
+        memory_bandwidth=known.hbm_bandwidth / known.devices_per_chip,
+        link_bandwidth=known.interconnect_bandwidth / known.devices_per_chip,
+        accelerator=accelerator,
+        **others,
+    )
 
 
 CHIPS = {
