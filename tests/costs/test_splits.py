@@ -23,6 +23,23 @@ def test_specs_are_read():
 
 
 @pytest.mark.parametrize(
+    ("shape", "elements"),
+    [
+        # Columns of 196 take 256; the 64 or 16 others are multiples of 8.
+        ((64, 16, 196, 196), 64 * 16 * 196 * 256),
+        # Rows of 196 take 200, columns of 1024 are whole tiles.
+        ((1, 196, 1024), 200 * 1024),
+        # 256 tokens as columns and heads of 64 as rows: no padding.
+        ((256, 12, 64), 256 * 12 * 64),
+        ((300, 1), 300),
+        ((3, 5), 8 * 128),
+    ],
+)
+def test_tiles_pad_the_order_of_axes_that_they_pad_least(shape, elements):
+    assert splits.tiled_size(shape, (8, 128)) == elements
+
+
+@pytest.mark.parametrize(
     ("before", "split", "after", "expected"),
     [
         # [batch, length, d] <-> [batch * length, d], divided over the batch.

@@ -5,12 +5,13 @@ verdicts and errors.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 
 import pytest
 
-from upcycle_jax import config
+from upcycle_jax import axes, config
 from upcycle_jax.config.stand_ins import stand_ins
 from upcycle_jax.costs.hardware import Accelerator
 from upcycle_jax.planning import estimate
@@ -192,6 +193,25 @@ def test_memory_and_network_follow_the_mesh():
     # The batch is split over the same four devices.
     alone = sparse(1, groups)[1].activations
     assert one.activations == four.activations == pytest.approx(alone / 4, abs=1)
+
+
+def test_parameters_that_the_data_axis_divides_are_gathered_and_scattered():
+    """Four devices, FSDP: each has a quarter of the parameters with an axis of the embedding.
+    Without recomputation they are gathered once for each microbatch, and their gradients scattered
+    once, 3 / 4 of them each time.
+    """
+    work = workload("NUM_MICROBATCHES=2", "GROUP_SIZE=8")
+    mesh = estimate.AbstractPartitioner(fsdp=True, num_devices=4)
+    work = dataclasses.replace(work, partitioner=mesh)
+    specs = work.model.param_specs()
+    divided = [leaf for leaf in specs.values() if axes.EMBED in leaf.axes]
+    sizes = [math.prod(leaf.shape) * (4 if axes.VOCAB in leaf.axes else 2) for leaf in divided]
+    assert estimate.divided_bytes(work) == sum(sizes)
+    others = sum(math.prod(leaf.shape) * 2 for leaf in specs.values() if leaf not in divided)
+    assert estimate.passes_over_divided(work) == 2 * 2
+    assert estimate.gradient_bytes(work) == pytest.approx(
+        4 * sum(sizes) * 3 / 4 + 2 * others * 3 / 4, abs=1
+    )
 
 
 def test_microbatches_and_rematerialisation_take_less_memory():

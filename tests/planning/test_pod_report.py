@@ -120,6 +120,15 @@ def test_the_program_is_compared_with_what_the_model_needs(compiled):
     ]
 
 
+def test_nothing_is_sent_that_is_not_expected(compiled):
+    report, text, _ = compiled
+    assert "every collective is an exchange of experts, a sum, or FSDP's" in text
+    gather = Traffic("all-gather", 4, 3, 2**20)
+    traffic = (*report.step.traffic, gather)
+    report = dataclasses.replace(report, step=dataclasses.replace(report.step, traffic=traffic))
+    assert "  NOT EXPECTED: all-gather               3 x," in report.text()
+
+
 def test_a_row_of_the_table(compiled):
     head, rule, row = pod_report.markdown([compiled[0]]).splitlines()
     assert head.count("|") == rule.count("|") == row.count("|") == len(pod_report.COLUMNS) + 1

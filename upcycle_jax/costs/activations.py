@@ -26,6 +26,7 @@ def kept_bytes(
     *,
     elementwise: bool,
     in_layer: int = 0,
+    tile: tuple[int, int] | None = None,
 ) -> int:
     """Bytes on one device that the backward pass finds, and the most that it computes again at
     once; parameters and the batch are left out.
@@ -36,20 +37,27 @@ def kept_bytes(
       partitioner: the mesh.
       elementwise: whether results of elementwise operations are kept, as on CPUs.
       in_layer: what the trace does not show of the layers that are computed again, or of all.
+      tile: what arrays are padded to, see `Accelerator.tile`.
     """
     in_order = any("remat" in equation.primitive.name for equation in program.backward.eqns)
     if program.recomputes and not in_order and not elementwise:  # layers in a loop
-        return _peak_of_products(program, counted, partitioner, in_layer)
+        return _peak_of_products(program, counted, partitioner, in_layer, tile)
     mesh = dict(partitioner.mesh.shape)
     kept = _kept(program) if elementwise or in_order else _kept_products(program)
     again = counted.backward.recomputed_bytes
     if not elementwise:
         again = counted.backward.recomputed_product_bytes
-    return in_layer + again + sum(flops.device_bytes(var, counted.known, mesh) for var in kept)
+    return (
+        in_layer + again + sum(flops.device_bytes(var, counted.known, mesh, tile) for var in kept)
+    )
 
 
 def _peak_of_products(
-    program: LossProgram, counted: Counted, partitioner: Partitioner, in_layer: int
+    program: LossProgram,
+    counted: Counted,
+    partitioner: Partitioner,
+    in_layer: int,
+    tile: tuple[int, int] | None,
 ) -> int:
     """What the backward pass of a program that says what is computed again holds at its peak, where
     compilers compute elementwise results again: what the forward pass left and is still needed,
@@ -61,7 +69,7 @@ def _peak_of_products(
     mesh = dict(partitioner.mesh.shape)
     of_batch = _following(program, program.forward.invars[len(program.params) :])
     sizes = {
-        var: flops.device_bytes(var, counted.known, mesh)
+        var: flops.device_bytes(var, counted.known, mesh, tile)
         for var in _kept(program)
         if var in of_batch
     }
@@ -84,7 +92,8 @@ def _peak_of_products(
             now += counted.backward.held_bytes + in_layer
         elif flops.multiplies(equation):
             results = [
-                flops.device_bytes(var, counted.backward_known, mesh) for var in equation.outvars
+                flops.device_bytes(var, counted.backward_known, mesh, tile)
+                for var in equation.outvars
             ]
             now += copies * sum(results)
         peak = max(peak, now)
@@ -148,10 +157,14 @@ def _follows_from_one(program: LossProgram, var: core.Var, kept: set[core.Var]) 
 
 
 def _kept_products(program: LossProgram) -> list[core.Var]:
-    """Matrix products from which all that the forward pass leaves can be computed; what follows
-    from parameters alone is left out.
+    """Matrix products and moves by index from which all that the forward pass leaves can be
+    computed; what follows from parameters alone is left out.
     """
-    found = _sources(program, program.saved, lambda equation: not flops.multiplies(equation))
+    found = _sources(
+        program,
+        program.saved,
+        lambda equation: not (flops.multiplies(equation) or flops.moves_by_index(equation)),
+    )
     of_batch = _following(program, program.forward.invars[len(program.params) :])
     return [var for var in found if var in of_batch]
 

@@ -168,10 +168,27 @@ def recomputes(equation: core.JaxprEqn) -> bool:
     )
 
 
-def device_bytes(var: core.Var, known: Mapping[core.Var, Value], mesh: MeshShape) -> int:
-    """Bytes of an array on one device."""
+def moves_by_index(equation: core.JaxprEqn) -> bool:
+    """Whether an equation moves elements to where other arrays say, or holds one that does."""
+    return equation.primitive.name.startswith(("gather", "scatter")) or any(
+        moves_by_index(inner) for program in _programs(equation) for inner in program.eqns
+    )
+
+
+def device_bytes(
+    var: core.Var,
+    known: Mapping[core.Var, Value],
+    mesh: MeshShape,
+    tile: tuple[int, int] | None = None,
+) -> int:
+    """Bytes of an array on one device; where arrays are padded to tiles, in the layout that pads it
+    least.
+    """
     array = array_of(var)
-    return math.prod(splits.local_shape(array.shape, known[var].split, mesh)) * array.dtype.itemsize
+    shape = splits.local_shape(array.shape, known[var].split, mesh)
+    return (math.prod(shape) if tile is None else splits.tiled_size(shape, tile)) * (
+        array.dtype.itemsize
+    )
 
 
 def _recomputed(jaxpr: core.Jaxpr, known: Mapping[core.Var, Value], mesh: MeshShape) -> Work:

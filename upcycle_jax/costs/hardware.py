@@ -29,6 +29,8 @@ class Accelerator:
       torus_axes: axes of the torus that links form, two links of a chip along each; 0 where a
         switch joins all chips.
       slice_chips: chips that such links join at most, in one job.
+      tile: rows and columns of the tiles that the last two axes of an array's layout are padded to;
+        None where they are not (https://openxla.org/xla/tiled_layout).
       network_bandwidth: bytes per second that one chip can send to other slices, over the network
         of the data centre, in one direction; None where the maker prints none.
       aliases: other names in use.
@@ -44,6 +46,7 @@ class Accelerator:
     devices_per_chip: int = 1
     torus_axes: int = 0
     slice_chips: int = 1
+    tile: tuple[int, int] | None = None
     network_bandwidth: float | None = None
     aliases: tuple[str, ...] = ()
     device_kinds: tuple[str, ...] = ()
@@ -65,6 +68,7 @@ class Accelerator:
         return self.interconnect_bandwidth / (2 * self.torus_axes or 1)
 
 
+TPU_TILE = (8, 128)
 _TPU = "https://cloud.google.com/tpu/docs/"
 _A100 = "https://www.nvidia.com/en-us/data-center/a100/"
 
@@ -76,6 +80,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bandwidth=700e9,
         interconnect_bandwidth=4 * 62e9,  # four links of 496 Gbit/s
         torus_axes=2,
+        tile=TPU_TILE,
         slice_chips=256,
         devices_per_chip=2,
         aliases=("v2",),
@@ -89,6 +94,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bandwidth=900e9,
         interconnect_bandwidth=4 * 82e9,  # four links of 656 Gbit/s
         torus_axes=2,
+        tile=TPU_TILE,
         slice_chips=1024,
         devices_per_chip=2,
         aliases=("v3",),
@@ -102,6 +108,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bandwidth=1228e9,
         interconnect_bandwidth=6 * 50e9,  # six links
         torus_axes=3,
+        tile=TPU_TILE,
         slice_chips=4096,
         aliases=("v4",),
         device_kinds=("TPU v4",),
@@ -114,6 +121,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bandwidth=819e9,
         interconnect_bandwidth=200e9,
         torus_axes=2,
+        tile=TPU_TILE,
         slice_chips=256,
         network_bandwidth=3.125e9,  # 6.4 Tbit/s of 256 chips
         aliases=("v5e", "v5litepod", "tpu_v5_lite"),
@@ -127,6 +135,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bandwidth=2765e9,
         interconnect_bandwidth=600e9,
         torus_axes=3,
+        tile=TPU_TILE,
         slice_chips=6144,
         network_bandwidth=6.25e9,  # 50 Gbit/s
         aliases=("v5p",),
@@ -140,6 +149,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         hbm_bandwidth=1638e9,
         interconnect_bandwidth=400e9,
         torus_axes=2,
+        tile=TPU_TILE,
         slice_chips=256,
         network_bandwidth=12.5e9,  # 25.6 Tbit/s of 256 chips
         aliases=("v6e", "trillium", "tpu_v6_lite"),

@@ -6,6 +6,7 @@ does not know is whole on every device, so that work is counted too high rather 
 inside programs (`sharding_constraint`) are not needed: programs are traced without a mesh.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,26 @@ def local_shape(shape: Sequence[int], split: Split, mesh: MeshShape) -> tuple[in
         math.ceil(size / math.prod(mesh.get(axis, 1) for axis in axes))
         for size, axes in zip(shape, split, strict=True)
     )
+
+
+def tiled_size(shape: Sequence[int], tile: tuple[int, int]) -> int:
+    """Elements of an array whose last two axes in memory are padded to multiples of a tile, of the
+    order of its axes that has the fewest. Axes of one element are merged into others.
+    """
+    sizes = [size for size in shape if size > 1]
+    if len(sizes) < 2:
+        return math.prod(sizes)
+    rows, columns = tile
+
+    def padded(i: int, j: int) -> int:
+        others = math.prod(size for k, size in enumerate(sizes) if k not in (i, j))
+        return others * _up(sizes[i], rows) * _up(sizes[j], columns)
+
+    return min(padded(i, j) for i, j in itertools.permutations(range(len(sizes)), 2))
+
+
+def _up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
 
 
 def joined(splits: Iterable[Split], ndim: int) -> Split:

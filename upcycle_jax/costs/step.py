@@ -53,8 +53,20 @@ class StepCosts:
         return self.model_flops + self.recomputed_flops
 
 
-def of_step(model: Model, shape: StepShape, partitioner: Partitioner) -> StepCosts:
+def of_step(
+    model: Model,
+    shape: StepShape,
+    partitioner: Partitioner,
+    *,
+    tile: tuple[int, int] | None = None,
+) -> StepCosts:
     """Counts a step of a model on a mesh.
+
+    Args:
+      model: the model.
+      shape: the batch.
+      partitioner: the mesh.
+      tile: what arrays are padded to in an accelerator's memory, see `Accelerator.tile`.
 
     Raises:
       ValueError: the tokens do not divide into routing groups.
@@ -75,6 +87,7 @@ def of_step(model: Model, shape: StepShape, partitioner: Partitioner) -> StepCos
             partitioner,
             elementwise=elementwise,
             in_layer=0 if elementwise else reserved,
+            tile=None if elementwise else tile,
         )
         for elementwise in (True, False)
     )

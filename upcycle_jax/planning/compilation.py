@@ -48,6 +48,7 @@ class Workload:
       task_feature_lengths: lengths of the features that the model needs.
       packed: whether batches carry segments.
       recipe: how a dense checkpoint becomes the model, or None for no upcycling.
+      tile: what arrays are padded to, see `Accelerator.tile`; None: not known.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Workload:
     task_feature_lengths: Mapping[str, int]
     packed: bool = False
     recipe: Recipe | MergeRecipe | None = None
+    tile: tuple[int, int] | None = None
 
     @classmethod
     def of_run(cls, run: TrainSettings) -> "Workload":
@@ -86,6 +88,7 @@ class Workload:
             batch_size=self.batch_size,
             lengths=self.task_feature_lengths,
             packed=self.packed,
+            tile=self.tile,
         )
 
     @property
@@ -105,6 +108,8 @@ class Compiled:
         code.
       argument_bytes: of its arguments.
       temporary_bytes: of its temporaries.
+      live_bytes: the most that is in use at once; what is needed beyond it lies unused between
+        buffers. 0 where XLA does not say.
       flops: as XLA counts them, a loop's body once; 0 where it does not say.
       traffic: collectives by kind, or None where jax cannot read the program (a libtpu that is
         newer than jax).
@@ -118,6 +123,7 @@ class Compiled:
     needed_bytes: int
     argument_bytes: int = 0
     temporary_bytes: int = 0
+    live_bytes: int = 0
     flops: float = 0.0
     traffic: tuple[Traffic, ...] | None = ()
     work: Work | None = None
@@ -255,6 +261,7 @@ def _compiled(name: str, lower: Any) -> Compiled:
         + int(memory.generated_code_size_in_bytes),
         argument_bytes=arguments,
         temporary_bytes=temporaries,
+        live_bytes=int(getattr(memory, "peak_memory_in_bytes", 0)),
         flops=float(cost.get("flops", 0.0)),
         traffic=None if read is None else tuple(summary(collectives(read))),
         work=None if read is None else program_work.work(read),

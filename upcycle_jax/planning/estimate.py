@@ -22,6 +22,7 @@ from upcycle_jax.partitioning import DATA, EXPERT, MESH_AXES, Partitioner
 from upcycle_jax.planning import compilation
 from upcycle_jax.planning.compilation import State, Workload
 from upcycle_jax.training import batches, prepare
+from upcycle_jax.trees import LeafSpec
 
 SECONDS_PER_DAY = 86_400
 ASSUMED_EXTRA_STEPS = 100_000
@@ -342,7 +343,7 @@ def make_plan(
         rules=old.rules,
         num_devices=hardware.num_devices,
     )
-    sparse = dataclasses.replace(workload, partitioner=partitioner)
+    sparse = dataclasses.replace(workload, partitioner=partitioner, tile=hardware.chip.tile)
     batches.check_batch_size(sparse.batch_size, sparse.trainer.num_microbatches or 1, partitioner)
     prepare.check_microbatch_groups(
         sparse.model,
@@ -391,8 +392,10 @@ def cost_of(
     Raises:
       ValueError: an array or the groups do not divide over the mesh.
     """
-    counts, costs = parameters.count(workload.model), workload.costs
     chip = hardware.chip
+    if workload.tile != chip.tile:
+        workload = dataclasses.replace(workload, tile=chip.tile)
+    counts, costs = parameters.count(workload.model), workload.costs
     per_device = workload.device_model_flops
     memory = memory_of(workload, chip)
     # Parameters, slots and gradients are each read and written once.
@@ -410,7 +413,7 @@ def cost_of(
 
 
 def memory_of(workload: Workload, chip: Accelerator) -> Memory:
-    """What a device needs and has.
+    """What a device needs and has; `Workload.tile` is the chip's.
 
     Raises:
       ValueError: an array or the groups do not divide over the mesh.
@@ -425,27 +428,65 @@ def summed_bytes(workload: Workload) -> dict[int, int]:
     are summed over (1: none).
 
     Gradients of experts are summed over the data axis, all others over the data and the expert
-    axis. They are summed in the activations' dtype, as XLA does it, but for the embedding and the
-    logits, whose gradients are float32.
+    axis; those of parameters that the data axis divides (`divided_bytes`) only over the latter.
+    They are summed in the activations' dtype, as XLA does it, but for the embedding and the logits,
+    whose gradients are float32.
     """
-    partitioner = workload.partitioner
-    sizes = partitioner.mesh.shape
-    narrow = workload.model.config.activation_dtype.itemsize
+    sizes = workload.partitioner.mesh.shape
     found: dict[int, int] = {}
-    for path, leaf in workload.model.param_specs().items():
-        replicas = sizes[DATA] if axes.EXPERT in leaf.axes else sizes[DATA] * sizes[EXPERT]
-        itemsize = 4 if axes.VOCAB in leaf.axes else narrow
-        shard = partitioner.shardings({path: leaf})[path].shard_shape(leaf.shape)
-        found[replicas] = found.get(replicas, 0) + math.prod(shard) * itemsize
+    for leaf in workload.model.param_specs().values():
+        replicas = 1 if _is_divided(leaf, workload) else sizes[DATA]
+        replicas *= 1 if axes.EXPERT in leaf.axes else sizes[EXPERT]
+        found[replicas] = found.get(replicas, 0) + _shard_bytes(leaf, workload)
     return found
+
+
+def divided_bytes(workload: Workload) -> int:
+    """Bytes of the parameters that the data axis divides (FSDP), in the dtype in which they are
+    gathered and their gradients are scattered: all of that axis together, of one device's part of
+    the others.
+    """
+    shards = (
+        _shard_bytes(leaf, workload)
+        for leaf in workload.model.param_specs().values()
+        if _is_divided(leaf, workload)
+    )
+    return workload.partitioner.mesh.shape[DATA] * sum(shards)
+
+
+def passes_over_divided(workload: Workload) -> int:
+    """How often a step moves the parameters that the data axis divides, or their gradients: in each
+    microbatch they are gathered for the forward pass, again where the backward pass computes layers
+    again, and their gradients are scattered.
+    """
+    again = 1 if workload.costs.recomputed_flops else 0
+    return (workload.trainer.num_microbatches or 1) * (2 + again)
+
+
+def _is_divided(leaf: LeafSpec, workload: Workload) -> bool:
+    return any(
+        DATA in ((entry,) if isinstance(entry, str) else entry or ())
+        for entry in workload.partitioner.spec(leaf.axes)
+    )
+
+
+def _shard_bytes(leaf: LeafSpec, workload: Workload) -> int:
+    itemsize = 4 if axes.VOCAB in leaf.axes else workload.model.config.activation_dtype.itemsize
+    shard = workload.partitioner.shardings({"": leaf})[""].shard_shape(leaf.shape)
+    return math.prod(shard) * itemsize
 
 
 def gradient_bytes(workload: Workload) -> int:
     """Bytes that one device sends in a step so that gradients are summed over replicas: 2 (n - 1) /
-    n of each, a ring's.
+    n of each, a ring's; and, where the data axis divides parameters, that they are gathered and
+    their gradients scattered: (n - 1) / n of them in each pass.
     """
+    n = workload.partitioner.mesh.shape[DATA]
+    divided = divided_bytes(workload)
+    moved = passes_over_divided(workload) * divided * (n - 1) / n if divided else 0
     return round(
-        sum(
+        moved
+        + sum(
             2 * nbytes * (replicas - 1) / replicas
             for replicas, nbytes in summed_bytes(workload).items()
         )

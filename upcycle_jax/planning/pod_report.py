@@ -3,7 +3,7 @@
 import dataclasses
 
 from upcycle_jax.costs import exchange, parameters
-from upcycle_jax.planning import compilation, roofline
+from upcycle_jax.planning import compilation, declared, roofline
 from upcycle_jax.planning.collectives import Traffic
 from upcycle_jax.planning.compilation import Compiled, State, Workload, gib
 from upcycle_jax.planning.roofline import Roofline
@@ -117,6 +117,7 @@ class PodReport:
             "",
             *self._program(self.step),
             *self._roofline(),
+            *self._undeclared(),
         ]
         for program in self.restores:
             lines += self._program(program)
@@ -138,6 +139,7 @@ class PodReport:
         lines = [
             f"{head}; per device {gib(program.needed_bytes)}: arguments"
             f" {gib(program.argument_bytes)}, temporaries {gib(program.temporary_bytes)}"
+            + (f"; in use at once {gib(program.live_bytes)}" if program.live_bytes else "")
         ]
         if program.traffic is None:
             return [
@@ -164,6 +166,15 @@ class PodReport:
             ),
             f"  at least {times}: MFU is at most {found.mfu_bound:.0%} ({found.limit})",
         ]
+
+    def _undeclared(self) -> list[str]:
+        """Whether the step sends anything that it is not expected to send."""
+        if self.step.traffic is None:
+            return []
+        found = declared.undeclared(self.workload, self.step.traffic)
+        if not found:
+            return ["  every collective is an exchange of experts, a sum, or FSDP's"]
+        return [f"  NOT EXPECTED: {_traffic_line(item)}" for item in found]
 
     def _bounds(self) -> list[str]:
         """The cells of `_roofline`."""

@@ -13,14 +13,16 @@ from typing import Any
 from upcycle_jax.costs import exchange, interconnect
 from upcycle_jax.costs.hardware import Accelerator
 from upcycle_jax.costs.interconnect import Slices
-from upcycle_jax.partitioning import MODEL
+from upcycle_jax.partitioning import DATA, MODEL
 from upcycle_jax.planning.compilation import Workload, gib
 from upcycle_jax.planning.estimate import (
     AbstractPartitioner,
     Hardware,
     Memory,
     Plan,
+    divided_bytes,
     memory_of,
+    passes_over_divided,
     summed_bytes,
 )
 from upcycle_jax.text import Table
@@ -42,7 +44,8 @@ class Scaled:
         partitions do not fit into one.
       exchange_across: where experts are divided over all slices; None where the network's speed is
         not printed, 0 with one slice.
-      sums_inside: sums of gradients inside of slices.
+      sums_inside: sums of gradients inside of slices, and gathers of parameters that the data
+        axis divides.
       sums_across: the part that goes between slices; None where the network's speed is not printed.
       most_rows: rows of a device's microbatch that there is room for; 0 where not even the state
         fits.
@@ -135,7 +138,9 @@ def _sums(work: Workload, chip: Accelerator, slices: Slices) -> tuple[float, flo
     """Seconds that sums of gradients take inside of slices and between them.
 
     In a slice each device scatters and gathers its gradients over the replicas there, a ring's 2 (n
-    - 1) / n of them; between slices it sums the n-th part that it then holds, likewise.
+    - 1) / n of them; between slices it sums the n-th part that it then holds, likewise. Parameters
+    that the data axis divides are gathered, and their gradients scattered, first between slices, of
+    which each has what its own devices hold, then inside.
     """
     shape = work.partitioner.mesh.shape
     per_slice = slices.chips * chip.devices_per_chip
@@ -147,6 +152,12 @@ def _sums(work: Workload, chip: Accelerator, slices: Slices) -> tuple[float, flo
         inside += 2 * nbytes * (here - 1) / here
         there = replicas // here
         across += 2 * nbytes / here * (there - 1) / there
+    data = shape[DATA]
+    here, passes = max(data // slices.count, 1), 0
+    if divided := divided_bytes(work):
+        passes = passes_over_divided(work)
+    inside += passes * divided * (here - 1) / here
+    across += passes * divided * (data // here - 1) / data
     if slices.count == 1:
         return inside / links, 0.0
     if chip.network_bandwidth is None:
@@ -227,11 +238,11 @@ def table(plan: Plan, found: Sequence[Scaled]) -> Table:
                 *(milliseconds(one.exchange_across, one.compute) for one in found),
             ),
             row(
-                "gradient sums inside slices",
+                "sums and gathers inside slices",
                 *(milliseconds(one.sums_inside, one.compute) for one in found),
             ),
             row(
-                "gradient sums between slices",
+                "sums and gathers between slices",
                 *(milliseconds(one.sums_across, one.compute) for one in found),
             ),
             row("must experts stay in a slice?", *(one.verdict for one in found)),
@@ -273,7 +284,8 @@ def arithmetic(plan: Plan, one: Scaled) -> list[str]:
     at_once = rows // (work.trainer.num_microbatches or 1) / work.partitioner.num_data_shards
     lines.append(
         f"memory     ({gib(one.memory.available)} - {gib(state)} of state and gradients) /"
-        f" ({gib(one.memory.activations)} of activations / {at_once:g} rows) = {one.most_rows} rows"
+        f" ({gib(one.memory.activations)} of activations / {at_once:g} at once) ="
+        f" {one.most_rows} rows"
     )
     follows = " at even load" if exchange.follows_load(work.model) else ""
     return [

@@ -29,6 +29,7 @@ def step_costs(
     batch_size: int,
     lengths: Mapping[str, int],
     packed: bool = False,
+    tile: tuple[int, int] | None = None,
 ) -> StepCosts:
     """Counts a step; `StepCosts.device_flops` includes the update.
 
@@ -41,7 +42,7 @@ def step_costs(
         packed=packed,
         num_microbatches=trainer.num_microbatches or 1,
     )
-    found = step.of_step(model, shape, partitioner)
+    found = step.of_step(model, shape, partitioner, tile=tile)
     update = _update_flops(model, trainer, partitioner)
     return dataclasses.replace(found, device_flops=found.device_flops + update)
 
