@@ -95,13 +95,13 @@ def test_rows_that_there_is_room_for(plan):
 def test_whether_experts_must_stay_in_a_slice(plan):
     slow = dataclasses.replace(CHIP, network_bandwidth=1e6)
     fast = dataclasses.replace(CHIP, network_bandwidth=1e12)
-    assert scale.scaled(plan_on(slow), 16).verdict == ("yes: across, it takes longer than compute")
-    assert scale.scaled(plan_on(fast), 16).verdict.startswith("no: across, it takes ")
+    assert scale.scaled(plan_on(slow), 16).verdict == "yes"
+    assert scale.scaled(plan_on(fast), 16).verdict == "no"
     assert scale.scaled(plan, 4).verdict == "one slice"
     unknown = scale.scaled(plan_on(dataclasses.replace(CHIP, network_bandwidth=None)), 16)
     assert (unknown.verdict, unknown.sums_across) == ("not known", None)
     lone = scale.scaled(plan_on(dataclasses.replace(CHIP, slice_chips=2)), 16)
-    assert lone.exchange_inside is None and lone.verdict.startswith("cannot: more partitions")
+    assert lone.exchange_inside is None and lone.verdict.startswith("cannot")
 
 
 def test_the_table_and_its_arithmetic(plan):

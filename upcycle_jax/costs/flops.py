@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from upcycle_jax.costs import splits
@@ -169,7 +170,11 @@ def recomputes(equation: core.JaxprEqn) -> bool:
 
 
 def moves_by_index(equation: core.JaxprEqn) -> bool:
-    """Whether an equation moves elements to where other arrays say, or holds one that does."""
+    """Whether an equation moves values to where other arrays say, or holds one that does; indices
+    are no values.
+    """
+    if not any(jnp.issubdtype(array_of(var).dtype, jnp.inexact) for var in equation.outvars):
+        return False
     return equation.primitive.name.startswith(("gather", "scatter")) or any(
         moves_by_index(inner) for program in _programs(equation) for inner in program.eqns
     )

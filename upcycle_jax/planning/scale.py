@@ -69,18 +69,18 @@ class Scaled:
 
     @property
     def verdict(self) -> str:
-        """Whether experts may be divided over slices."""
+        """Whether experts must be divided inside a slice: where an exchange across slices takes
+        longer than compute.
+        """
         if not self.exchange_bytes:
             return "no exchange"
         if self.exchange_inside is None:
-            return "cannot: more partitions than a slice has chips"
+            return "cannot: it is too small"
         if self.slices.count == 1:
             return "one slice"
         if self.exchange_across is None:
             return "not known"
-        if self.exchange_across > self.compute:
-            return "yes: across, it takes longer than compute"
-        return f"no: across, it takes {self.exchange_across / self.compute:.0%} of compute"
+        return "yes" if self.exchange_across > self.compute else "no"
 
 
 def scaled(plan: Plan, num_chips: int) -> Scaled:
@@ -196,8 +196,8 @@ def table(plan: Plan, found: Sequence[Scaled]) -> Table:
     """One column for each number of chips."""
 
     def milliseconds(seconds: float | None, compute: float) -> str:
-        if seconds is None:
-            return "not known"
+        if not seconds:
+            return "not known" if seconds is None else "-"
         return f"{1e3 * seconds:.3g} ms ({seconds / compute:.0%} of compute)"
 
     def row(name: str, *cells: str) -> list[str]:
