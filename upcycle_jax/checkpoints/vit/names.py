@@ -31,6 +31,14 @@ UNUSED = re.compile(
 STEPS = ("step", "opt/state/step", "optimizer/state/step")
 """Where the number of a training step may stand."""
 
+_OPTIMIZER_STATE = re.compile(r"(?:opt|optimizer)/(?!target/).*|opt_state.*")
+
+
+def is_optimizer_state(name: str) -> bool:
+    """Whether an array of a training state is of its optimizer, and no step."""
+    return _OPTIMIZER_STATE.fullmatch(name) is not None and name not in STEPS
+
+
 ARITHMETIC: Mapping[str, Any] = {"mlp_activations": ("gelu",), "norm_epsilon": 1e-6}
 """What all these projects compute, and no array shows."""
 

@@ -1,6 +1,8 @@
 """Reads the arrays of vision transformers as if they were T5X checkpoints."""
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +16,8 @@ from upcycle_jax.moe import roles
 from upcycle_jax.printing import printable
 from upcycle_jax.state_tree import STEP, TARGET
 from upcycle_jax.trees import LeafSpec
+
+_log = logging.getLogger(__name__)
 
 _CLS, _POSITIONS = f"{TARGET}cls", f"{TARGET}pos_embedding"
 _MAX_LAYERS = 4096
@@ -69,7 +73,7 @@ class TreeReader(ReaderBase):
 
     Attention arrays are flattened to `[d, H * D]`. Where the class token has a position of its own
     (vit_jax, V-MoE), that is added to the token, so that positions are those of patches. Of a
-    training state the step is read, and no optimizer state.
+    training state the step is read, and no optimizer state, which the log says.
 
     Args:
       arrays: what is stored.
@@ -83,6 +87,9 @@ class TreeReader(ReaderBase):
         self._arrays = arrays
         self._heads = 0
         self._sources = self._find()
+        slots = sum(1 for name in arrays.arrays if names.is_optimizer_state(name))
+        if slots:
+            _tell_of_optimizer_state(self.path, slots)
         self._token_has_position = self._find_positions()
         leaves = {name: self._spec(name, source) for name, source in self._sources.items()}
         self._step = self._find_step()
@@ -225,6 +232,17 @@ class TreeReader(ReaderBase):
 
     def fingerprint(self) -> str:
         return self._arrays.fingerprint()
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_of_optimizer_state(path: str, count: int) -> None:
+    """Logs once what is left out."""
+    _log.warning(
+        "%s holds its optimizer's state (arrays: %d), which is not read: what goes on from it"
+        " starts with a fresh one",
+        path,
+        count,
+    )
 
 
 def _hint(array: str) -> str:
