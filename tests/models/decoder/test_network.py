@@ -111,25 +111,33 @@ def oracle():
     return oracles.load("reference_forward")
 
 
+@functools.cache
+def compiled(kind):
+    """A model, its parameters by path, and `logits_of` it: tests that ask for logits of one shape
+    share a program.
+    """
+    model = DecoderModel(config(kind))
+    return model, random_params(model), logits_of(model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_oracles(kind, oracle, monkeypatch):
-    model = DecoderModel(config(kind))
-    params = random_params(model)
+    model, params, logits = compiled(kind)
     tokens = np.random.default_rng(1).integers(0, 50, (1, 17), np.int32)
     given = settings(kind, model.config), tensors(params, model.config)
     monkeypatch.setattr(oracle, "load", lambda folder: given)
     expected = oracle.forward("", tokens[0])
-    logits = logits_of(model)(trees.unflatten(params), tokens)[0]
-    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    found = logits(trees.unflatten(params), tokens)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     # The model uses what the oracle was given: another window or rope would show.
     assert np.abs(expected).max() > 0.5
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_later_tokens_change_nothing_before_them(kind):
-    model = DecoderModel(config(kind))
-    apply = functools.partial(logits_of(model), trees.unflatten(random_params(model)))
-    tokens = np.random.default_rng(2).integers(0, 50, (1, 12), np.int32)
+    _, params, logits = compiled(kind)
+    apply = functools.partial(logits, trees.unflatten(params))
+    tokens = np.random.default_rng(2).integers(0, 50, (1, 17), np.int32)
     changed = tokens.copy()
     changed[:, 7:] = (changed[:, 7:] + 1) % 50
     before, after = apply(tokens)[0], apply(changed)[0]
@@ -170,31 +178,39 @@ def test_padding_takes_no_expert_capacity():
     np.testing.assert_array_equal(with_padding, apply(params, other, segments, None)[1])
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "capacity", "gpt_neox"])
+@functools.cache
+def gradient(kind, **form):
+    """By path, of a model of four layers in a form."""
+    types = ("sliding", "full") * 2 if config(kind).layer_types else ()
+    settings = dataclasses.replace(config(kind), num_layers=4, layer_types=types, **form)
+    model = DecoderModel(settings)
+    params = jax.tree.map(jnp.asarray, trees.unflatten(random_params(model)))
+    batch = model.features.random(50, batch_size=2, length=16)
+    denominator = model.loss_denominator(batch)
+    loss = lambda p: model.loss_fn(p, batch, None, denominator=denominator)[0]
+    return trees.flatten(jax.jit(jax.grad(loss))(params))
+
+
+FORMS = [
+    {"scan_layers": True, "remat_policy": "minimal"},
+    {"scan_layers": True},
+    {"remat_policy": "full"},
+]
+
+
 @pytest.mark.parametrize(
-    "form",
+    ("kind", "form"),
     [
-        {"scan_layers": True},
-        {"remat_policy": "full"},
-        {"scan_layers": True, "remat_policy": "minimal"},
+        # Both at once with every kind; each by itself with one in every run.
+        pytest.param(
+            kind, form, marks=[pytest.mark.slow] if len(form) == 1 and kind != "capacity" else []
+        )
+        for kind in ("gemma3", "capacity", "gpt_neox")
+        for form in FORMS
     ],
     ids=str,
 )
 def test_scan_and_remat_change_no_gradient(kind, form):
-    types = ("sliding", "full") * 2 if config(kind).layer_types else ()
-    plain = dataclasses.replace(config(kind), num_layers=4, layer_types=types)
-    model = DecoderModel(plain)
-    params = jax.tree.map(jnp.asarray, trees.unflatten(random_params(model)))
-    batch = model.features.random(50, batch_size=2, length=16)
-
-    def gradient(config):
-        one = DecoderModel(config)
-        denominator = one.loss_denominator(batch)
-        return jax.jit(jax.grad(lambda p: one.loss_fn(p, batch, None, denominator=denominator)[0]))(
-            params
-        )
-
-    expected = gradient(plain)
-    for path, leaf in trees.flatten(gradient(dataclasses.replace(plain, **form))).items():
-        reference = trees.flatten(expected)[path]
-        np.testing.assert_allclose(leaf, reference, atol=1e-5, rtol=1e-5, err_msg=path)
+    expected = gradient(kind)
+    for path, leaf in gradient(kind, **form).items():
+        np.testing.assert_allclose(leaf, expected[path], atol=1e-5, rtol=1e-5, err_msg=path)
