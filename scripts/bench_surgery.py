@@ -7,6 +7,12 @@ checkpoint.
 The plain copy reads the dense file, writes as many bytes as the materialised result has, and calls
 fsync: the ratio of a way is that copy's time / its time, so 1.0 is as fast as the disk path allows
 and more is faster. Every way runs in a process of its own.
+
+    python scripts/bench_surgery.py --megabytes 400 --ways read_folder,write_folder --rounds 5
+
+reads a Hugging Face folder of a decoder-only model into an Orbax checkpoint, and writes it back, by
+turns with a plain copy of the same bytes, in one process; medians of the rounds, and of their
+ratios.
 """
 
 import argparse
@@ -21,11 +27,13 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
+import folder_speed
 import numpy as np
 
 if TYPE_CHECKING:
     from upcycle_jax.trees import LeafSpec
 
+FOLDER_WAYS = {"read_folder", "write_folder"}
 WAYS = ("reference", "encoded", "streaming", "noise", "online", "naive")
 D_MODEL, LAYERS = 1024, 4
 """Layers 1 and 3 become sparse; the MLP's width follows from the size asked for."""
@@ -160,13 +168,20 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
+    parser.add_argument("--rounds", type=int, default=5, help="of reading and writing folders")
+    parser.add_argument("--max_memory", type=int, default=1 << 30, help="bytes, of the same")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         run_way(args.one, pathlib.Path(args.folder), args.megabytes, args.experts)
         return
     folder = pathlib.Path(tempfile.mkdtemp(dir=args.folder))
+    ways = [way for way in args.ways.split(",") if way not in FOLDER_WAYS]
     try:
+        if len(ways) < len(args.ways.split(",")):
+            folder_speed.main(folder, args.megabytes, args.rounds, args.max_memory)
+        if not ways:
+            return
         write_dense(folder / "dense", args.megabytes, args.experts)
         total = sum(spec.nbytes for spec in trees(args.megabytes, args.experts)[1].values())
         copy = plain_copy(folder, total)
@@ -178,7 +193,7 @@ def main() -> None:
             f"{'way':<10} {'seconds':>8} {'with sync':>10} {'ratio':>7} {'peak MiB':>9}"
             f" {'new MiB':>8}"
         )
-        for way in args.ways.split(","):
+        for way in ways:
             command = [
                 sys.executable,
                 __file__,

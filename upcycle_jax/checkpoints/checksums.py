@@ -34,8 +34,8 @@ PREFIX = "sum64:"
 """What the text of a checksum begins with; 16 hexadecimal digits follow."""
 
 _SCATTER = 0x9E3779B1
-_SLAB = 1 << 16
-"""Elements that the host treats at a time: they stay in the processor's cache."""
+_SLAB = 1 << 15
+"""Words that the host treats at a time: they stay in the processor's cache."""
 
 
 def checksum(array: np.ndarray) -> str:
@@ -91,8 +91,9 @@ class Accumulator:
                 f" {self._dtype.name}{list(wanted)}"
             )
         first = sum(at * stride for (at, _, _), stride in zip(bounds, self._strides, strict=True))
-        for offset, slab in _slabs(block, self._strides):
-            self._add(slab, first + offset)
+        scratch = _Scratch(min(block.size * self._words_per_element, _SLAB))
+        for offset, slab in _slabs(block, self._strides, _SLAB // self._words_per_element):
+            self._add(slab, first + offset, scratch)
         self._elements += block.size
 
     def merge(self, other: "Accumulator") -> None:
@@ -123,18 +124,70 @@ class Accumulator:
             raise ValueError(f"{self._elements} elements were added up, the array has {size}")
         return _text(self._lanes, self._shape, self._dtype)
 
-    def _add(self, slab: np.ndarray, first: int) -> None:
+    def _add(self, slab: np.ndarray, first: int, scratch: "_Scratch") -> None:
         """Adds the words of a small block whose first element has the linear index `first`."""
-        each = self._words_per_element
-        where: np.ndarray = np.full((1,) * slab.ndim, first * each % 2**32, np.uint32)
-        for axis, (size, stride) in enumerate(zip(slab.shape, self._strides, strict=True)):
-            steps = np.arange(size, dtype=np.uint32) * np.uint32(stride * each % 2**32)
-            where = where + steps.reshape((-1,) + (1,) * (slab.ndim - 1 - axis))
-        if each > 1:
-            where = where[..., None] + np.arange(each, dtype=np.uint32)
-        mixed = _mix(_host_words(slab))
-        for lane, weights in enumerate(_weights(where.reshape(-1))):
-            self._lanes[lane] += int(np.sum(np.multiply(mixed, weights, out=weights), dtype="u4"))
+        each, words = self._words_per_element, _host_words(slab)
+        where, mixed, spare = (part[: words.size] for part in scratch.parts)
+        if _is_run(slab.shape, self._strides):
+            np.add(scratch.counted[: words.size], np.uint32(first * each % 2**32), out=where)
+        else:
+            places: np.ndarray = np.full((1,) * slab.ndim, first * each % 2**32, np.uint32)
+            for axis, (size, stride) in enumerate(zip(slab.shape, self._strides, strict=True)):
+                steps = np.arange(size, dtype=np.uint32) * np.uint32(stride * each % 2**32)
+                places = places + steps.reshape((-1,) + (1,) * (slab.ndim - 1 - axis))
+            places = places[..., None] + np.arange(each, dtype=np.uint32)
+            where[...] = places.reshape(-1)
+        _mix_into(where, where, spare)
+        _mix_into(words, mixed, spare)
+        for lane, weigh in enumerate((_first_weights, _second_weights)):
+            weights = weigh(where, spare)
+            np.multiply(mixed, weights, out=weights)
+            self._lanes[lane] += int(np.sum(weights, dtype=np.uint32))
+
+
+class _Scratch:
+    """Room for the words of one slab: memory that is taken anew for every step of the arithmetic
+    would cost ten times as much as that.
+    """
+
+    def __init__(self, words: int):
+        self.counted = np.arange(words, dtype=np.uint32)
+        self.parts = tuple(np.empty(words, np.uint32) for _ in range(3))
+
+
+def _mix_into(words: np.ndarray, out: np.ndarray, spare: np.ndarray) -> None:
+    """`_mix` of uint32 words, into `out`, which may be `words`; `spare` is overwritten."""
+    source = words
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        np.right_shift(source, np.uint32(shift), out=spare)
+        np.bitwise_xor(source, spare, out=out)
+        np.multiply(out, np.uint32(factor), out=out)
+        source = out
+    np.right_shift(out, np.uint32(16), out=spare)
+    np.bitwise_xor(out, spare, out=out)
+
+
+def _first_weights(spread: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`_weights` of the first lane, of mixed positions, into `out`."""
+    return np.bitwise_or(spread, np.uint32(1), out=out)
+
+
+def _second_weights(spread: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`_weights` of the second lane, of mixed positions, into `out`; `spread` is used up."""
+    np.multiply(spread, np.uint32(_SCATTER), out=out)
+    np.right_shift(spread, np.uint32(16), out=spread)
+    np.bitwise_xor(out, spread, out=out)
+    return np.bitwise_or(out, np.uint32(1), out=out)
+
+
+def _is_run(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a block of an array with these strides is one run of its elements."""
+    counted = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != counted:
+            return False
+        counted *= size
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +242,17 @@ def nonfinite_count(array: np.ndarray) -> int:
     array = np.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return 0
+    exponent = _EXPONENT_BITS.get(array.dtype.name)
+    if (
+        exponent is not None and array.dtype.isnative
+    ):  # NumPy's own test of these goes element by element.
+        bits = array.view(np.uint16) & exponent
+        return int(np.count_nonzero(bits == exponent))
     return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+_EXPONENT_BITS = {"float16": np.uint16(0x7C00), "bfloat16": np.uint16(0x7F80)}
+"""All of them are set where a number is NaN or infinite."""
 
 
 @jax.jit
@@ -218,9 +281,9 @@ def _leaf_sums(leaf: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _mix(words: Any) -> Any:
+def _mix(words: jax.Array) -> jax.Array:
     """A bijection of 32-bit words in which every bit of the result depends on every bit of the
-    input; NumPy and jax arrays alike.
+    input.
     """
     words = words ^ (words >> 16)
     words = words * np.uint32(0x7FEB352D)
@@ -229,27 +292,27 @@ def _mix(words: Any) -> Any:
     return words ^ (words >> 16)
 
 
-def _weights(where: Any) -> tuple[Any, Any]:
+def _weights(where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The odd weights of both lanes at the given positions."""
     spread = _mix(where)
     return spread | 1, ((spread * np.uint32(_SCATTER)) ^ (spread >> 16)) | 1
 
 
 def _slabs(
-    block: np.ndarray, strides: Sequence[int], axis: int = 0
+    block: np.ndarray, strides: Sequence[int], most: int, axis: int = 0
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Cuts a block into small ones; with each, its linear distance from the block's first element
-    in the array whose strides (in elements) are given.
+    """Cuts a block into small ones of at most so many elements; with each, its linear distance from
+    the block's first element in the array whose strides (in elements) are given.
     """
     if not block.size:
         return
-    if block.size <= _SLAB:
+    if block.size <= most:
         yield 0, block
         return
-    rows = max(1, _SLAB // math.prod(block.shape[axis + 1 :]))
+    rows = max(1, most // math.prod(block.shape[axis + 1 :]))
     for first in range(0, block.shape[axis], rows):
         part = block[(slice(None),) * axis + (slice(first, first + rows),)]
-        for offset, slab in _slabs(part, strides, axis + 1):
+        for offset, slab in _slabs(part, strides, most, axis + 1):
             yield first * strides[axis] + offset, slab
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from upcycle_jax import trees
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
+from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.models.layerwise import Step
 from upcycle_jax.progress import Meter
 from upcycle_jax.surgery.parents import Reader
-from upcycle_jax.surgery.workers import threads
 from upcycle_jax.types import PyTree
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from upcycle_jax.checkpoints.checksums import Accumulator, nonfinite_count
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.progress import Meter, Progress
 from upcycle_jax.surgery.operations import Region
 from upcycle_jax.surgery.parents import JoinedReader, Reader
-from upcycle_jax.surgery.workers import threads
 from upcycle_jax.trees import LeafSpec
 
 BLOCK_BYTES = 32 << 20

@@ -12,6 +12,7 @@ import numpy as np
 import upcycle_jax
 from upcycle_jax.checkpoints import CheckpointWriter, chunk_copy, create_checkpoint, model_settings
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.progress import Meter, Progress
 from upcycle_jax.state_tree import STEP
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, leaf_sums
@@ -21,7 +22,6 @@ from upcycle_jax.surgery.parents import Reader, source_paths
 from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import sealed, source_leaves
-from upcycle_jax.surgery.workers import threads
 
 DEFAULT_MAX_MEMORY = 2 << 30
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax import trees
+from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.files import write_whole
 from upcycle_jax.progress import Meter
 from upcycle_jax.surgery.leaf_check import LeafVerdict
@@ -35,7 +36,6 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     sealed,
 )
-from upcycle_jax.surgery.workers import threads
 from upcycle_jax.text import shorten, size
 
 MAX_MEMORY = 2 << 30

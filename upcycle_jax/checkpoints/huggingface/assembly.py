@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from upcycle_jax.checkpoints.casting import cast
 from upcycle_jax.checkpoints.huggingface.base import Export, Leaf, Source, row_axis
-from upcycle_jax.checkpoints.huggingface.transposing import transposed
+from upcycle_jax.checkpoints.huggingface.transposing import transposed, transposed_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,16 @@ class Piece:
 
     def read(self, dtype: np.dtype) -> np.ndarray:
         """The part of the tensor; see `Tensor.read`."""
+        value = self.values(dtype)
+        return transposed(value) if self.source.transposed else value
+
+    def values(self, dtype: np.dtype) -> np.ndarray:
+        """The part of the leaf that is behind it, as the leaf has it; see `Tensor.read`."""
         whole = [slice(0, size) for size in self.leaf.spec.shape]
         if self.expert is not None:
             whole[0] = slice(self.expert, self.expert + 1)
         value = cast(self.path, self.leaf.read(tuple(whole)), dtype, tuple(whole))
-        value = value if self.expert is None else value[0]
-        return transposed(value) if self.source.transposed else value
+        return value if self.expert is None else value[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,27 @@ class Tensor:
     def nbytes(self) -> int:
         """Its bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """About what is held while it is read: leaves as they are stored and decoded, and what is
+        made of them.
+        """
+        leaves = sum(math.prod(part.shape) * part.leaf.spec.dtype.itemsize for part in self.pieces)
+        return 2 * leaves + self.nbytes
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """What `read` gives, in contiguous parts in C order, each of which is overwritten by the
+        next; holds less memory.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        first = self.pieces[0]
+        if first.source.rows is None and first.source.transposed:
+            yield from transposed_parts(first.values(self.dtype))
+        else:
+            yield self.read()
 
     def read(self) -> np.ndarray:
         """Its values, contiguous.
