@@ -45,6 +45,18 @@ def make_config(text_folder):
     return make
 
 
+@pytest.fixture(scope="module")
+def short_shuffle():
+    """Streams of text shuffle 50 segments at a time instead of 1000 per domain, all of which are
+    tokenised and corrupted before the first batch. Returns how many.
+    """
+    from upcycle_jax.data import sources
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "SHUFFLE_BUFFER", 50)
+        yield sources.SHUFFLE_BUFFER
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A folder with a small byte-level tokenizer as Hugging Face writes it. Id 0 is '!', and its

@@ -15,18 +15,18 @@ tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 preprocessors = pytest.importorskip("upcycle_jax.data.objectives.preprocessors")
 
+pytestmark = pytest.mark.usefixtures("short_shuffle")
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 FEATURES = {name: seqio.Feature(VOCABULARY) for name in ("inputs", "targets")}
 
 
 def _segments(objective, lengths, *, documents=60, size=700, **settings):
     texts = [
-        np.random.default_rng(n).integers(100, 259, size=size + n).astype(np.int32)
+        np.random.default_rng(n).integers(100, 259, size=size + n % 60).astype(np.int32)
         for n in range(documents)
     ]
-    dataset = tf.data.Dataset.from_tensor_slices(tf.ragged.constant(texts)).map(
-        lambda tokens: {"targets": tokens}
-    )
+    ragged = tf.RaggedTensor.from_row_lengths(np.concatenate(texts), [len(text) for text in texts])
+    dataset = tf.data.Dataset.from_tensor_slices(ragged).map(lambda tokens: {"targets": tokens})
     with seqio.utils.map_seed_manager(3):
         return texts, list(objective(dataset, lengths, FEATURES, **settings).as_numpy_iterator())
 
@@ -55,7 +55,7 @@ def test_prefix_lm_with_short_targets():
 
 def test_ul2_tells_the_mode_and_keeps_the_shares():
     lengths = {"inputs": 128, "targets": 128}
-    _, segments = _segments(preprocessors.ul2, lengths, documents=1600)
+    _, segments = _segments(preprocessors.ul2, lengths, documents=1600, size=300)
     modes = collections.Counter(
         VOCABULARY.decode(segment["inputs"][:6].tolist()) for segment in segments
     )
