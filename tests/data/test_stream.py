@@ -18,6 +18,7 @@ from upcycle_jax.features import EncoderDecoderFeatures
 
 pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
+pytestmark = pytest.mark.usefixtures("short_shuffle")
 FEATURES = EncoderDecoderFeatures()
 BATCHES = 12
 SAVED_AT = 5
@@ -37,7 +38,7 @@ def take(iterator, count):
 
 
 @pytest.fixture(scope="module")
-def saved(make_config, tmp_path_factory):
+def saved(make_config, tmp_path_factory, short_shuffle):
     """Twelve batches of an uninterrupted run that saved its position after the fifth, and the
     folder it saved to.
     """
@@ -69,7 +70,7 @@ def test_features_are_seqios(saved):
 
 
 @pytest.fixture(scope="module")
-def iterator(make_config):
+def iterator(make_config, short_shuffle):
     """One iterator of the same stream for the tests that move it about: building one takes a second
     or more.
     """
@@ -101,13 +102,14 @@ def test_seek_agrees_with_restore_forwards_and_backwards(saved, iterator):
         iterator.seek(-1)
 
 
-def test_another_process_restores_the_same_stream(saved, make_config, tmp_path):
+def test_another_process_restores_the_same_stream(saved, make_config, tmp_path, short_shuffle):
     """Nothing of the position lives in the memory of the process that saved it."""
     batches, folder = saved
     config = make_config()
     program = f"""
 import numpy as np
-from upcycle_jax.data import DatasetConfig
+from upcycle_jax.data import DatasetConfig, sources
+sources.SHUFFLE_BUFFER = {short_shuffle}
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
 config = DatasetConfig({config.mixture_or_task_name!r}, {config.task_feature_lengths!r},
