@@ -15,6 +15,7 @@ from upcycle_jax.features import DecoderOnlyFeatures, EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="caches are written by SeqIO")
 
+pytestmark = pytest.mark.usefixtures("short_shuffle")
 FEATURES = DecoderOnlyFeatures()
 TOKENS, SEGMENTS = "decoder_target_tokens", "decoder_segment_ids"
 LENGTH, EOS = 32, 1
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make_config(folder):
+def make_config(folder, short_shuffle):
     """Makes configurations of two domains, which are cached too."""
     from upcycle_jax.data.cache import writer
 

@@ -12,6 +12,7 @@ from upcycle_jax.features import EncoderDecoderFeatures
 
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 
+pytestmark = pytest.mark.usefixtures("short_shuffle")
 FEATURES = EncoderDecoderFeatures()
 LENGTHS = {"inputs": 64, "targets": 16}
 

@@ -14,7 +14,7 @@ SHAPE = [
     "--gin.NUM_CLASSES=3",
     "--gin.VitConfig.patch_size=4",
     "--gin.VitConfig.emb_dim=32",
-    "--gin.VitConfig.num_layers=2",
+    "--gin.VitConfig.num_layers=1",
     "--gin.VitConfig.num_heads=2",
     "--gin.VitConfig.mlp_dim=32",
     "--gin.VitConfig.channels=1",
@@ -68,7 +68,7 @@ def run(arrays):
 
 @pytest.fixture(scope="module")
 def trunk(run, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("runs") / "trunk", 8)
+    return run(tmp_path_factory.mktemp("runs") / "trunk", 8, "--gin.SAVING_PERIOD=6")
 
 
 @pytest.fixture(scope="module")
