@@ -1,9 +1,9 @@
-"""Prints what loops over layers (SCAN_LAYERS) and recomputation (REMAT_POLICY) do to a train step:
+r"""Prints what loops over layers (SCAN_LAYERS) and recomputation (REMAT_POLICY) do to a train step:
 compile time, memory, FLOPs.
 
-    python scripts/bench_layers.py --model=t5_1_1_small --batch_size=64 python
-    scripts/bench_layers.py --model=t5_1_1_large_upcycled --batch_size=8 --forms unscanned scanned
-    --gin.NUM_EXPERTS=8
+    python scripts/bench_layers.py --model=t5_1_1_small --batch_size=64
+    python scripts/bench_layers.py --model=t5_1_1_large_upcycled --batch_size=8 \
+        --forms unscanned scanned --gin.NUM_EXPERTS=8
 
 Nothing is executed, so any size can be asked for; the programs are those of one device of this
 machine's kind. `peak` is what the step needs beside its arguments, `estimate` the same from shapes

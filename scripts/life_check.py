@@ -1,15 +1,17 @@
 """What scripts/life.sh asserts, one line each: prints what holds, or says on standard error what
 does not and exits with 1.
 
-python scripts/life_check.py same_losses RUN REFERENCE     every step's loss is equal, bit for bit
-python scripts/life_check.py state RUN STATE               `upcycle_jax.runs` says so python
-scripts/life_check.py restarted RUN PERIOD          the run was started again at a multiple of the
-save period, and finished python scripts/life_check.py falls RUN                     the training
-loss fell python scripts/life_check.py proof CHECKPOINT              the conversion's proof holds
-python scripts/life_check.py continued RUN CHECKPOINT      the run begins with that checkpoint's
-step python scripts/life_check.py evaluated FOLDER METRIC       inference evaluation wrote the
-metric of every task and step python scripts/life_check.py interleaved WHOLE PART...     the parts
-of an inference are the whole, each example once
+    python scripts/life_check.py same_losses RUN REFERENCE   every step's loss is equal, bit for bit
+    python scripts/life_check.py state RUN STATE             `upcycle_jax.runs` says so
+    python scripts/life_check.py restarted RUN PERIOD        the run was started again at a multiple
+                                                             of the save period, and finished
+    python scripts/life_check.py falls RUN                   the training loss fell
+    python scripts/life_check.py proof CHECKPOINT            the conversion's proof holds
+    python scripts/life_check.py continued RUN CHECKPOINT    the run begins with its step
+    python scripts/life_check.py evaluated FOLDER METRIC     evaluation wrote the metric of every
+                                                             task and step
+    python scripts/life_check.py interleaved WHOLE PART...   the parts of an inference are the
+                                                             whole, each example once
 """
 
 import json
