@@ -10,7 +10,7 @@ from upcycle_jax.models.expert_similarity import mean_pairwise_cosine
 from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.planning import collectives
+from upcycle_jax.planning import collectives, hlo
 
 
 def all_pairs(kernel):
@@ -79,7 +79,7 @@ def test_experts_stay_where_they_are():
     program = (
         jax.jit(mean_pairwise_cosine, out_shardings=partitioner.replicated).lower(placed).compile()
     )
-    sent = collectives.collectives(program.as_text())
+    sent = collectives.collectives(hlo.parse(program.as_text()))
     assert {item.kind for item in sent} == {"all-reduce"}
     assert sum(item.nbytes for item in sent) <= 4 * (
         16 * 32 + 8

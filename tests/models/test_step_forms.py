@@ -67,7 +67,7 @@ class Recording(Adafactor):
     min_dim_size_to_factor: int = 8
     updates: bool = True
 
-    def state_specs(self, param_specs):
+    def state_specs(self, param_specs, groups=()):
         return {f"{path}/gradient": spec for path, spec in param_specs.items()}
 
     def apply(self, params, grads, param_states, *, param_specs, **kwargs):
