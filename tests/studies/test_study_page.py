@@ -19,6 +19,7 @@ from upcycle_jax.studies.study_results import Study
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STORED = ROOT / "results" / "capacity_factor"
+REPORTS = [path.parent for path in sorted((ROOT / "results").glob("**/report")) if path.is_dir()]
 TASKS = ("code", "prose")
 
 # Loss after 0, 10 and 20 extra steps of the task `code`, by stage and seed; `prose` lies 1 above.
@@ -455,20 +456,17 @@ def test_flags_that_do_not_go_together(words, capsys):
     assert "--sweep" in capsys.readouterr().err or "--dense" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    not (STORED / "report").is_dir(),
-    reason="results/capacity_factor/report is not in this checkout",
-)
-def test_the_stored_report_is_what_the_stored_results_give(tmp_path):
+@pytest.mark.parametrize("stored", REPORTS, ids=lambda folder: folder.name)
+def test_the_stored_report_is_what_the_stored_results_give(stored, tmp_path):
     """Text byte for byte, pages too; figures by their numbers, because PNG bytes depend on the
     versions of matplotlib and its fonts.
     """
-    made = study_page.report(Study.load(STORED))
-    assert made.markdown == (STORED / "report" / "report.md").read_text()
-    assert made.files["figures.json"] == (STORED / "report" / "figures.json").read_text()
-    assert sorted(made.images) == sorted(path.name for path in (STORED / "report").glob("*.png"))
+    made = study_page.report(Study.load(stored))
+    assert made.markdown == (stored / "report" / "report.md").read_text()
+    assert made.files["figures.json"] == (stored / "report" / "figures.json").read_text()
+    assert sorted(made.images) == sorted(path.name for path in (stored / "report").glob("*.png"))
     made.write(tmp_path)
-    pages = [(folder / "report.html").read_text() for folder in (tmp_path, STORED / "report")]
+    pages = [(folder / "report.html").read_text() for folder in (tmp_path, stored / "report")]
     bare = [re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "PNG", page) for page in pages]
     assert bare[0] == bare[1] and bare[0].count('src="PNG"') == len(made.images)
 
