@@ -120,6 +120,7 @@ def test_a_stored_study_decides(tmp_path, capsys):
         {
             "dense_continued": [(2.0, 1.9), (2.0, 1.9), (2.0, 1.9)],
             "upcycled": [(2.2, 1.80), (2.2, 1.79), (2.2, 1.78)],
+            "upcycled_renormalized": [(2.0, 1.80), (2.0, 1.79), (2.0, 1.78)],
             "moe_from_scratch": [(6.0, 1.7), (6.0, 1.89), (6.0, 1.78)],
         },
     )

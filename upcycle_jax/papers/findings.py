@@ -222,9 +222,12 @@ def _measure(comparison: Comparison, study: Study | None) -> Measured:
     )
     if study is None or left is None or right is None:
         return Measured(comparison, None, 0, False, Verdict.NOT_RUN)
-    steps = 0 if comparison.at == "start" else study.common_steps
-    value = at_flops(LOSS, study.common_flops) if comparison.at == "compute" else None
-    value = value or at_steps(LOSS, steps)
+    runs = (*left.runs.values(), *right.runs.values())
+    steps = 0 if comparison.at == "start" else min(run.extra_steps for run in runs)
+    if comparison.at == "compute":
+        value = at_flops(LOSS, min(run.extra_steps * run.flops_per_step for run in runs))
+    else:
+        value = at_steps(LOSS, steps)
     difference = paired_difference(left.per_seed(value), right.per_seed(value))
     verdict = verdict_of(difference, comparison.expect, comparison.margin)
     return Measured(comparison, difference, steps, not study.unfinished, verdict)
