@@ -132,7 +132,7 @@ def _cache_images(flags: Flags, loaded: "Config") -> int:
     from upcycle_jax.data.images import records_writing
 
     for config in configs:
-        records_writing.write(
+        records_writing.write_sets(
             config,
             asked.output_cache_dir,
             splits=asked.splits,

@@ -1,6 +1,7 @@
 """Runs of vision transformers: trained, stopped and resumed, upcycled while they restore."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(arrays, dense, tmp_path):
     assert not trees.diff(found.specs(), expected.specs())
     for name in expected.specs():
         np.testing.assert_array_equal(found.read(name), expected.read(name), err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_a_mixture_is_the_uninterrupted_one(arrays, tmp_path):
+    """Glyphs and images, one to three, killed after step 2."""
+    mixture = f"--gin.IMAGE_MIXTURE={{'mine': ('{arrays}', 3), 'glyphs': 1}}"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = [mixture, "--gin.MIXTURE_OR_TASK_NAME='both'", "--gin.GLYPH_CLASSES=3"]
+    more.append("--gin.IMAGE_ARRAYS=None")  # Refused beside a mixture.
+    assert train.main(flags(arrays, whole, 4, "--gin.SAVING_PERIOD=2", *more)) == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoint_4")
+    assert train.main(flags(arrays, parts, 4, *more)) == 0
+    assert losses(parts) == losses(whole)
+    assert (whole / "training_eval" / "glyphs").is_dir()
+    assert (whole / "training_eval" / "mine").is_dir()
 
 
 def test_a_dense_run_goes_on_with_experts(arrays, dense, tmp_path):

@@ -76,6 +76,51 @@ def test_a_task_is_read_and_cached_alike(task, tmp_path):
         data_folders.configure()
 
 
+@pytest.fixture
+def mixture(task):
+    """The task and one of other images, three to one."""
+    seqio.TaskRegistry.add(
+        "test_of_other_images",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
+                {"image": [png(240), png(250)], "label": [0, 1]}
+            ),
+            splits=("train",),
+            num_input_examples={"train": 2},
+        ),
+        preprocessors=[tasks.image_and_label],
+        output_features=tasks.features(3),
+        metric_fns=[],
+    )
+    name = "test_mixture_of_images"
+    seqio.MixtureRegistry.add(name, [(task, 3), ("test_of_other_images", 1)])
+    yield name
+    seqio.MixtureRegistry.remove(name)
+    seqio.TaskRegistry.remove("test_of_other_images")
+
+
+def test_a_registered_mixture_is_read_and_cached_alike(mixture, task, tmp_path):
+    data = opened(mixture)
+    batch = next(data.train_iterator())
+    greys = np.rint((batch["images"][:, 0, 0, 0] + 1) * 127.5)
+    assert sorted(greys) == [0, 30, 60, 240]
+    assert data.fingerprint()["tasks"]["test_of_other_images"]["rate"] == 1
+    assert list(opened(mixture, split="validation").eval_batches()) == [task]
+    records_writing.write_sets(ImageDatasetConfig(mixture), tmp_path, report=str)
+    data_folders.configure(cache_dirs=[str(tmp_path)])
+    try:
+        cached = opened(mixture, use_cached=True).train_iterator()
+        again = data.train_iterator()
+        for _ in range(3):
+            one, other = next(again), next(cached)
+            np.testing.assert_array_equal(one["images"], other["images"])
+        (tmp_path / mixture / "mixture.json").write_text("[")
+        with pytest.raises(ValueError, match="cache the mixture again"):
+            opened(mixture, use_cached=True)
+    finally:
+        data_folders.configure()
+
+
 def test_what_cannot_be_read(task, monkeypatch):
     with pytest.raises(ValueError, match="has no split 'test': it has"):
         opened(task, split="test")

@@ -14,6 +14,16 @@ SPLITS = ("train", "validation", "held_out")
 Crop = Literal["none", "central", "inception"]
 
 
+class NoSuchSplitError(ValueError):
+    """Images are there, and a split of that name is not."""
+
+
+Share = checks.Positive | tuple[checks.PathText, checks.Positive]
+"""Of a set in a mixture: how often it is shown, with the place of its images where they have
+one.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageDatasetConfig(DatasetConfig):
     """Labelled images. What it shares with text is `DatasetConfig`; the other fields of that do
@@ -43,6 +53,13 @@ class ImageDatasetConfig(DatasetConfig):
         'inception', a random part of 5 to 100 % of the area and a width of 3/4 to 4/3 of the
         height, as they train. Scaled bilinearly.
       flip: show every second view mirrored, by chance.
+      mixture: several sets of images instead of one: how often images of each are shown, by its
+        name, {'birds': 3, 'planes': 1}, or where it lies and how often, {'birds': ('/data/birds',
+        3), 'planes': ('/data/planes.npz', 1)}: a folder as `folder`, an archive as `arrays`. A name
+        alone is 'glyphs', 'fashion_mnist', or a cached or registered task. With `use_cached` the
+        images of folders and tasks are read from the cache of that name. All have the same classes.
+        `mixture_or_task_name` is what the mixture is called; each set is evaluated by itself. A
+        registered mixture of SeqIO is read by its name alone.
 
     Raises:
       ValueError: an unknown split, or settings that are text's.
@@ -58,13 +75,17 @@ class ImageDatasetConfig(DatasetConfig):
     folder: checks.PathText | None = None
     crop: Crop = "none"
     flip: bool = False
+    mixture: (
+        Annotated[Mapping[str, Share], checks.Hint("{'birds': 3, 'planes': ('/data/planes', 1)}")]
+        | None
+    ) = dataclasses.field(default=None, metadata=checks.ADDED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pack or self.text_files is not None:
             raise ValueError("pack and text_files are for text: leave them out of images")
         if self.has_shipped_splits and self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}: images have {', '.join(SPLITS)}")
+            raise NoSuchSplitError(f"split is {self.split!r}: images have {', '.join(SPLITS)}")
         named = [
             name
             for name, given in (
@@ -76,10 +97,29 @@ class ImageDatasetConfig(DatasetConfig):
         ]
         if len(named) > 1:
             raise ValueError(f"images are read from one place, not from {' and '.join(named)}")
+        if self.mixture is not None:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        if self.arrays is not None or self.folder is not None:
+            raise ValueError(
+                "the sets of a mixture have places of their own: write mixture (IMAGE_MIXTURE)"
+                " {'name': ('/data/images', 1), ...} and leave out arrays (IMAGE_ARRAYS) and folder"
+                " (IMAGE_FOLDER)"
+            )
+        if not self.mixture:
+            raise ValueError("mixture (IMAGE_MIXTURE) is empty: name a set, or leave it out")
+        if self.mixture_or_task_name in self.mixture:
+            raise ValueError(
+                f"mixture_or_task_name is {self.mixture_or_task_name!r}, one of the sets of the"
+                " mixture: give the mixture a name of its own (MIXTURE_OR_TASK_NAME)"
+            )
 
     @property
     def has_shipped_splits(self) -> bool:
         """Whether the splits are `SPLITS`."""
-        return not self.use_cached and (
-            self.arrays is not None or (self.folder is None and self.mixture_or_task_name == GLYPHS)
+        if self.use_cached or self.mixture is not None:
+            return False
+        return self.arrays is not None or (
+            self.folder is None and self.mixture_or_task_name == GLYPHS
         )

@@ -1,31 +1,26 @@
-"""Labelled images as a `Dataset`: an endless stream of warped views to train on, the same views
-every time to evaluate on. No TensorFlow.
+"""Labelled images of one set as a `Dataset`: an endless stream of warped views to train on, the
+same views every time to evaluate on. No TensorFlow.
 """
 
 import concurrent.futures
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import numpy as np
-from etils import epath
 
 from upcycle_jax.data.images import crops, views
 from upcycle_jax.data.images.config import ImageDatasetConfig
 from upcycle_jax.data.images.opening import open_source
 from upcycle_jax.data.images.sources import Images, Source
-from upcycle_jax.data.opening import open_dataset
-from upcycle_jax.data.stream import Stream, describe, eval_rows
+from upcycle_jax.data.images.streams import ImageStream
+from upcycle_jax.data.stream import describe, eval_rows
 from upcycle_jax.features import FeatureConverter, HostBatch, check_lengths
 from upcycle_jax.features.images import IMAGE, ImageFeatures
 
 _EVALUATION_SEED = 0x5EED
 _THREADS = min(4, os.cpu_count() or 1)
-_READ = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=4)
-"""Threads that make batches, and batches made ahead."""
 
 
 class ImageDataset:
@@ -41,6 +36,12 @@ class ImageDataset:
     """
 
     def __init__(self, config: ImageDatasetConfig, features: FeatureConverter):
+        if config.mixture is not None:
+            raise ValueError(
+                f"{config.mixture_or_task_name!r} is a mixture of {', '.join(config.mixture)}: one"
+                " set of images is read here, so name one of them and leave out mixture"
+                " (IMAGE_MIXTURE)"
+            )
         if not isinstance(features, ImageFeatures):
             raise ValueError(f"{config.mixture_or_task_name} are images, the model takes none")
         check_lengths(features, config.task_feature_lengths)
@@ -52,6 +53,24 @@ class ImageDataset:
                 f"{config.mixture_or_task_name} has {self.images.num_classes} classes, the model"
                 f" {features.num_classes}: set NUM_CLASSES to at least that many"
             )
+
+    def numbered(self, numbers: np.ndarray, seed: int) -> HostBatch:
+        """Views of these numbers of the training stream: every image once in each epoch, in an
+        order of its own.
+
+        Args:
+          numbers: int `[n]`, from 0.
+          seed: of the stream.
+        """
+        count = len(self.images.labels)
+        epochs, places = np.divmod(numbers, count)
+        which = places
+        if self.config.shuffle:
+            which = np.empty(len(numbers), np.int64)
+            for epoch in np.unique(epochs):
+                mine = epochs == epoch
+                which[mine] = _permutation(seed, int(epoch), count)[places[mine]]
+        return self.batch(which, numbers, seed, len(numbers))
 
     def batch(self, which: np.ndarray, numbers: np.ndarray, seed: int, rows: int) -> HostBatch:
         """Views of images.
@@ -160,69 +179,6 @@ class ImageDataset:
         return self.images.verify()
 
 
-class _Batches:
-    """This process's rows of each batch: what grain's threads call."""
-
-    def __init__(self, dataset: ImageDataset, *, seed: int, process_index: int, process_count: int):
-        self._dataset, self._seed = dataset, seed
-        self._local = dataset.config.local_batch_size(process_count)
-        self._first_row = process_index * self._local
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, number: Any) -> HostBatch:
-        config, count = self._dataset.config, len(self._dataset.images.labels)
-        first = int(number) * config.batch_size + self._first_row
-        numbers = np.arange(first, first + self._local)
-        epochs, places = np.divmod(numbers, count)
-        which = places
-        if config.shuffle:
-            which = np.empty(self._local, np.int64)
-            for epoch in np.unique(epochs):
-                mine = epochs == epoch
-                which[mine] = _permutation(self._seed, int(epoch), count)[places[mine]]
-        return self._dataset.batch(which, numbers, self._seed, self._local)
-
-
-class ImageStream(Stream):
-    """An endless stream of views: every image once in each epoch, in an order of its own. A batch
-    depends on seed and number alone; some are made ahead.
-    """
-
-    def __init__(self, dataset: ImageDataset, *, process_index: int, process_count: int):
-        super().__init__(dataset, process_index=process_index, process_count=process_count)
-        self._images = dataset
-        self._open()
-
-    def __next__(self) -> HostBatch:
-        batch: HostBatch = next(self._iterator)
-        self._batches += 1
-        return batch
-
-    def _open(self) -> None:
-        source: Any = _Batches(
-            self._images,
-            seed=self._seed,
-            process_index=self._process_index,
-            process_count=self._process_count,
-        )
-        self._iterator: Any = iter(grain.MapDataset.source(source).to_iter_dataset(_READ))
-        self._move(0)
-
-    def _move(self, num_batches: int) -> None:
-        self._batches = num_batches
-        self._iterator.set_state({"next_index": num_batches})
-
-    def save(self, directory: epath.PathLike) -> None:
-        """See `BatchIterator`."""
-        self._write_position(directory)
-
-    def restore(self, directory: epath.PathLike) -> None:
-        """See `BatchIterator`."""
-        self._move(self._read_position(directory).batches)
-
-
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
@@ -232,9 +188,3 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Int64 `[count]`, the order of an epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-@open_dataset.register
-def open_images(config: ImageDatasetConfig, features: FeatureConverter) -> ImageDataset:
-    """`opening.open_dataset` of images."""
-    return ImageDataset(config, features)

@@ -3,6 +3,7 @@ where their bytes are.
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ class EncodedImages(abc.ABC):
     @abc.abstractmethod
     def num_classes(self) -> int:
         """See `Source`."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """See `Source`."""
+        return None
 
     @property
     @abc.abstractmethod

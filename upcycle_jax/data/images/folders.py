@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax.data.images import decoding
-from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images.config import ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.data.images.encoded import EncodedImages
 
 TRAIN, VALIDATION = "train", "validation"
@@ -40,6 +40,11 @@ class FolderImages(EncodedImages):
     def num_classes(self) -> int:
         """See `Source`."""
         return len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return self.classes
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +124,7 @@ def _split(root: pathlib.Path, split: str) -> pathlib.Path:
     for name in (split, *_OTHER_NAMES.get(split, ())):
         if (root / name).is_dir():
             return root / name
-    raise ValueError(
+    raise NoSuchSplitError(
         f"{root} has no split {split!r}, only {', '.join(splits(root)) or 'nothing'}: images lie in"
         " <split>/<class>/"
     )

@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 
-from upcycle_jax.data.images.config import FASHION_MNIST, ImageDatasetConfig
+from upcycle_jax.data.images.config import FASHION_MNIST, ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.data.images.sources import Images
 
 FOLDERS = ("/usr/share/datasets/fashion-mnist", "/usr/share/dataset/fashion-mnist")
@@ -37,7 +37,9 @@ def fashion_mnist(config: ImageDatasetConfig) -> Images:
       ValueError: another split is asked for, or a file is damaged.
     """
     if config.split not in _STEMS:
-        raise ValueError(f"split is {config.split!r}: {FASHION_MNIST} has {', '.join(_STEMS)}")
+        raise NoSuchSplitError(
+            f"split is {config.split!r}: {FASHION_MNIST} has {', '.join(_STEMS)}"
+        )
     place = folder()
     if place is None:
         raise FileNotFoundError(

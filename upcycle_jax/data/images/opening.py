@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 
 from upcycle_jax.data.images import folders, glyphs, named, records
-from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images.config import ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.data.images.sources import Images, Source
 
 _LARGEST = 1 << 34
@@ -56,7 +56,9 @@ def _arrays(config: ImageDatasetConfig) -> Images:
             names = [f"{config.split}_{kind}" for kind in ("images", "labels")]
             missing = [name for name in names if name not in archive.files]
             if missing:
-                raise ValueError(f"has no array {missing[0]}, only {', '.join(archive.files[:8])}")
+                raise NoSuchSplitError(
+                    f"has no array {missing[0]}, only {', '.join(archive.files[:8])}"
+                )
             sizes = archive.zip.infolist()
             if max(info.file_size for info in sizes) > _LARGEST:
                 raise ValueError("holds an array that is too large for this way of reading")
@@ -64,6 +66,8 @@ def _arrays(config: ImageDatasetConfig) -> Images:
             everywhere = [archive[n] for n in archive.files if n.endswith("_labels")]
     except FileNotFoundError:
         raise
+    except NoSuchSplitError as error:
+        raise NoSuchSplitError(f"{path}: {error}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: {error}") from None
     images = images[..., None] if images.ndim == 3 else images

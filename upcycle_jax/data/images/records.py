@@ -22,7 +22,7 @@ import numpy as np
 
 from upcycle_jax import data_folders
 from upcycle_jax.data.cache.format import FileEntry, digest, find_folder, sha256_of_file
-from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images.config import ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.data.images.encoded import EncodedImages
 from upcycle_jax.data.images.named import cache_command
 from upcycle_jax.features.images import IMAGE
@@ -118,7 +118,7 @@ class RecordImages(EncodedImages):
 
     def __init__(self, folder: pathlib.Path, manifest: ImageManifest, split: str, *, remedy: str):
         if split not in manifest.splits:
-            raise ValueError(
+            raise NoSuchSplitError(
                 f"the cache of {manifest.task!r} has no split {split!r}: it has"
                 f" {sorted(manifest.splits)}"
             )
@@ -140,6 +140,11 @@ class RecordImages(EncodedImages):
     def num_classes(self) -> int:
         """See `Source`."""
         return self.manifest.num_classes
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """See `Source`."""
+        return self.manifest.classes
 
     @property
     def num_bytes(self) -> int:

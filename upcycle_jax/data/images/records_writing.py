@@ -17,7 +17,7 @@ from array_record.python import array_record_module
 from upcycle_jax import leases
 from upcycle_jax.data.cache import format as cache_format
 from upcycle_jax.data.cache.format import FileEntry
-from upcycle_jax.data.images import decoding, folders, records
+from upcycle_jax.data.images import decoding, folders, mixtures, records
 from upcycle_jax.data.images.config import ImageDatasetConfig
 from upcycle_jax.data.images.records import ImageManifest, ImageSplit
 from upcycle_jax.features.images import IMAGE, LABEL
@@ -52,6 +52,44 @@ class _Origin:
     classes: Sequence[str] | None
     counts: dict[str, int]
     examples: Callable[[str, int], Iterator[_Example]]
+
+
+def write_sets(
+    config: ImageDatasetConfig,
+    output_cache_dir: str | os.PathLike,
+    *,
+    report: Report = print,
+    **options: Any,
+) -> None:
+    """Caches the images that a configuration names: of a mixture each set by its name, but for
+    those that lie in memory anyway; of a registered mixture its rates too.
+
+    Args:
+      config: see `write`.
+      output_cache_dir: the folder of all caches.
+      report: takes lines of progress.
+      **options: the others of `write`.
+
+    Raises:
+      FileNotFoundError: see `write`.
+      ValueError: see `write`; or no set of a mixture can be cached.
+    """
+    found = mixtures.parts(dataclasses.replace(config, use_cached=False))
+    if found is None:
+        write(config, output_cache_dir, report=report, **options)
+        return
+    for name, part in found.items():
+        if part.config.arrays is None and mixtures.can_be_cached(name, part.config.folder):
+            write(part.config, output_cache_dir, report=report, **options)
+        else:
+            report(f"{name}: read as it is, with a cache of the others too")
+    if config.mixture is None and not options.get("dry_run"):
+        name = config.mixture_or_task_name
+        folder = pathlib.Path(os.path.expanduser(output_cache_dir)) / cache_format.folder_name(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        rates = {task: part.rate for task, part in found.items()}
+        cache_format.write_json(folder / cache_format.MIXTURE, {"mixture": name, "tasks": rates})
+        report(f"{name}: a mixture of {len(rates)} cached tasks")
 
 
 def write(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import seqio
 
 from upcycle_jax.data import resolve
-from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images.config import ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.features.images import IMAGE, LABEL
 
 
@@ -27,10 +27,22 @@ def find(config: ImageDatasetConfig) -> seqio.Task:
         )
     have = resolve.splits(provider)
     if config.split not in have:
-        raise ValueError(
+        raise NoSuchSplitError(
             f"the task {provider.name!r} has no split {config.split!r}: it has {sorted(have)}"
         )
     return provider
+
+
+def mixture_of(config: ImageDatasetConfig) -> dict[str, float] | None:
+    """The tasks of the mixture that the configuration names with their rates; None for a task.
+
+    Raises:
+      ValueError: nothing has that name.
+    """
+    provider = resolve.task_or_mixture(config)
+    if not isinstance(provider, seqio.Mixture):
+        return None
+    return {task.name: float(provider.get_rate(task)) for task in resolve.tasks(config)}
 
 
 def num_classes(task: seqio.Task) -> int:

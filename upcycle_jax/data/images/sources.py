@@ -6,6 +6,7 @@ Axis legend: N images, H and W their height and width, S side of equal ones, c c
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,11 @@ class Source(Protocol):
     @property
     def num_classes(self) -> int:
         """Labels are below it."""
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """What the classes are called, where they have names."""
         ...
 
     @property
@@ -66,11 +72,13 @@ class Images:
       images: uint8 `[N, S, S, c]`.
       labels: int32 `[N]` or `[N, L]`, see `Source`.
       num_classes: labels are below it.
+      class_names: none.
     """
 
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    class_names: None = None
 
     @functools.cached_property
     def digest(self) -> str:
