@@ -51,7 +51,7 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Makes configs of a tiny T5: `tiny()` is dense, `tiny(num_experts=4, ...)` has an MoE layer
     with those settings in each stack.
@@ -73,6 +73,30 @@ def tiny():
         return T5Config(**shape | (model or {}), moe=MoeConfig(**moe) if moe else None)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def drawn_parameters():
+    """Models draw their parameters with NumPy: no program initialises them, which takes two seconds
+    to compile. For runs that have to begin somewhere, wherever that is.
+    """
+    import numpy as np
+
+    from upcycle_jax import trees
+    from upcycle_jax.models.stacked import StackedModel
+
+    def draw(model, rng):
+        random, params = np.random.default_rng(0), {}
+        for path, spec in model.param_specs().items():
+            scale = 0.1 if len(spec.shape) == 1 else spec.shape[-2] ** -0.5
+            around = float(path.endswith("scale"))
+            values = around + scale * random.normal(size=spec.shape)
+            params[path] = (0 * values if path.endswith("bias") else values).astype(spec.dtype)
+        return trees.unflatten(params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StackedModel, "init_params", draw)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def single(tiny):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_params():
     """Random parameters drawn with NumPy, which needs no compilation: kernels keep their input's
     scale, router logits have std about 1.
@@ -60,7 +60,7 @@ def make_params():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_batch():
     """Makes batches of random tokens; with `lengths`, row i has lengths[i] real tokens on both
     sides and padding after them.

@@ -30,10 +30,11 @@ F32 = np.dtype(np.float32)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
-    """Equal programs, of which runs that resume are full, are compiled once in the session."""
+def compile_once():
+    """Equal programs, of which runs that resume are full, are compiled once in the session, however
+    small they are.
+    """
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

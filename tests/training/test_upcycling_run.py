@@ -3,6 +3,7 @@ whatever the mesh.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from upcycle_jax.training.config import (
 )
 from upcycle_jax.training.train import Train
 
+pytestmark = pytest.mark.usefixtures("drawn_parameters")
 SHAPE = {
     "vocab_size": 24,
     "emb_dim": 8,
@@ -69,7 +71,6 @@ def starter(bags, folder):
         restore=None,
         partitioner=bags.one_device,
         group_size=16,
-        layers=1,
         dry_run=False,
         **kwargs,
     ):
@@ -78,7 +79,7 @@ def starter(bags, folder):
             if sparse
             else None
         )
-        config = T5Config(**SHAPE, num_encoder_layers=layers, num_decoder_layers=1, moe=experts)
+        config = T5Config(**SHAPE, num_encoder_layers=1, num_decoder_layers=1, moe=experts)
         data = Sequences(batch_size=8, task_feature_lengths={"inputs": 8, "targets": 8})
         return Train(
             model=EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS"),
@@ -105,18 +106,18 @@ def start(bags, tmp_path):
 
 @pytest.fixture(scope="module")
 def dense(bags, tmp_path_factory):
-    """A MODEL_DIR of two steps of the dense model, to start from."""
+    """A MODEL_DIR of four steps of the dense model, to start from."""
     folder = tmp_path_factory.mktemp("runs")
-    starter(bags, folder)("dense", sparse=False, steps=2)
+    starter(bags, folder)("dense", sparse=False, steps=4)
     return folder / "dense"
 
 
 @pytest.fixture(scope="module")
 def sparse(bags, dense, tmp_path_factory):
-    """A MODEL_DIR that was upcycled from `dense`, on one device."""
+    """A MODEL_DIR that was upcycled from `dense` and went on to step 8, on one device."""
     folder = tmp_path_factory.mktemp("upcycled")
     restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
-    starter(bags, folder)("one", sparse=True, steps=5, restore=restore)
+    starter(bags, folder)("one", sparse=True, steps=8, restore=restore)
     return folder / "one"
 
 
@@ -135,35 +136,27 @@ def leaves(path):
     return {name: reader.read(name) for name in reader.specs()}
 
 
-def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path):
-    start("dense", sparse=False, layers=2, steps=4)
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), recipe=Recipe())
-    assert start("whole", sparse=True, layers=2, steps=8, restore=restore).start == "upcycle"
-    start("parts", sparse=True, layers=2, steps=6, restore=restore)
-    (tmp_path / "dense").rename(
-        tmp_path / "gone"
-    )  # resuming must not even look at the dense checkpoint
-    assert start("parts", sparse=True, layers=2, steps=8, restore=restore).start == "resume"
-    assert rows(tmp_path / "whole" / "train") == rows(tmp_path / "parts" / "train")
-    whole, parts = (
-        leaves(tmp_path / "whole" / "checkpoint_8"),
-        leaves(tmp_path / "parts" / "checkpoint_8"),
-    )
+def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, dense, sparse, tmp_path):
+    source = shutil.copytree(dense, tmp_path / "dense")
+    restore = RestoreCheckpointConfig(path=str(source), recipe=Recipe())
+    assert start("parts", sparse=True, steps=6, restore=restore).start == "upcycle"
+    shutil.rmtree(source)  # resuming must not even look at the dense checkpoint
+    assert start("parts", sparse=True, steps=8, restore=restore).start == "resume"
+    assert rows(sparse / "train") == rows(tmp_path / "parts" / "train")
+    whole, parts = leaves(sparse / "checkpoint_8"), leaves(tmp_path / "parts" / "checkpoint_8")
     for name in whole:
         np.testing.assert_array_equal(whole[name], parts[name], err_msg=name)
     # The schedule goes on at the dense step: base rate 1.0, warm-up of 4 steps done, so 1 /
     # sqrt(step before the update).
-    rates = {step: row["learning_rate"] for step, row in rows(tmp_path / "whole" / "train").items()}
+    rates = {step: row["learning_rate"] for step, row in rows(sparse / "train").items()}
     assert list(rates) == [5, 6, 7, 8]
     np.testing.assert_allclose(
         list(rates.values()), [1 / np.sqrt(step) for step in (4, 5, 6, 7)], rtol=1e-6
     )
     # Renormalised and with ample capacity, the restored model computes what the dense one did: no
     # initial drop.
-    upcycled, dense = (
-        rows(tmp_path / name / "training_eval" / "bags_a")[4] for name in ("whole", "gone")
-    )
-    np.testing.assert_allclose(upcycled["cross_ent_loss"], dense["cross_ent_loss"], rtol=1e-4)
+    after, before = (rows(run / "training_eval" / "bags_a")[4] for run in (sparse, dense))
+    np.testing.assert_allclose(after["cross_ent_loss"], before["cross_ent_loss"], rtol=1e-4)
     record = open_checkpoint(tmp_path / "parts" / "checkpoint_8").metadata()[
         "surgery"
     ]  # handed on over the resume
@@ -184,7 +177,7 @@ def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, tmp_path)
 def test_upcycling_a_sparse_checkpoint_again_is_refused(start, dense, sparse, tmp_path):
     again = RestoreCheckpointConfig(path=str(sparse), recipe=Recipe())
     with pytest.raises(ValueError, match=r"Mixture-of-Experts already"):
-        start("twice", sparse=True, steps=6, restore=again)
+        start("twice", sparse=True, steps=9, restore=again)
     with pytest.raises(
         ValueError,
         match=r"dense and the model has experts: set RestoreCheckpointConfig.recipe = @Recipe\(\)",
@@ -203,14 +196,14 @@ def test_dry_run_shows_the_plan(start, dense, tmp_path, capsys):
     start(
         "sparse",
         sparse=True,
-        steps=4,
+        steps=6,
         restore=restore,
         dry_run=True,
         partitioner=Partitioner(num_expert_partitions=4),
     )
     out = capsys.readouterr().out
     assert (
-        "upcycle " in out and "tile x4" in out and "expert 4" in out and "2 -> 4 (2 to do)" in out
+        "upcycle " in out and "tile x4" in out and "expert 4" in out and "4 -> 6 (2 to do)" in out
     )
     assert not (tmp_path / "sparse").exists()
 
@@ -218,7 +211,7 @@ def test_dry_run_shows_the_plan(start, dense, tmp_path, capsys):
 @pytest.mark.parametrize("policy", ["tiled", "dense_only"])
 def test_optimizer_state_policies_reach_the_run(start, dense, policy):
     restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe(optimizer_state=policy))
-    assert start("sparse", sparse=True, steps=3, restore=restore).step == 3
+    assert start("sparse", sparse=True, steps=5, restore=restore).step == 5
 
 
 def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, sparse, tmp_path):
@@ -226,14 +219,14 @@ def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, spars
     start(
         "eight",
         sparse=True,
-        steps=5,
+        steps=7,
         restore=restore,
         partitioner=Partitioner(num_expert_partitions=4),
     )
     runs = sparse, tmp_path / "eight"
-    losses = [[row["loss"] for row in rows(run / "train").values()] for run in runs]
+    losses = [[rows(run / "train")[step]["loss"] for step in (5, 6, 7)] for run in runs]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    evaluated = [rows(run / "training_eval" / "bags_b")[2]["loss"] for run in runs]
+    evaluated = [rows(run / "training_eval" / "bags_b")[4]["loss"] for run in runs]
     np.testing.assert_allclose(*evaluated, rtol=1e-5)
 
 
