@@ -192,7 +192,12 @@ TWO_EXPERTS = ["MOE=@DecoderMoeConfig()", "DecoderMoeConfig.num_experts=2"]
 
 
 @pytest.mark.parametrize(
-    ("bindings", "start"), [([], "continue"), (["RECIPE=@Recipe()", *TWO_EXPERTS], "upcycle")]
+    ("bindings", "start"),
+    [
+        (["RECIPE=@Recipe()", *TWO_EXPERTS], "upcycle"),
+        # That no recipe is a continuation, test_gin_files.py shows in a run.
+        pytest.param([], "continue", marks=pytest.mark.slow),
+    ],
 )
 def test_runs_continue_without_a_model_file(bindings, start, dense_checkpoint, tmp_path):
     given = [f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", "ACTIVATION_DTYPE='float32'"]

@@ -101,8 +101,16 @@ def sums(tmp_path_factory):
     configure()
 
 
-@pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("use_cached", [False, True])
+# The cache and SeqIO give one and the same, see below.
+@pytest.mark.parametrize(
+    ("use_cached", "pack"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_decoder_reads_the_targets_alone(sums, use_cached, pack):
     config = sums(use_cached=use_cached, pack=pack)
     batch = next(open_dataset(config, LINE).train_iterator())
@@ -116,7 +124,7 @@ def test_a_decoder_reads_the_targets_alone(sums, use_cached, pack):
         assert not batch["decoder_input_tokens"][begins].any()
 
 
-@pytest.mark.parametrize("use_cached", [False, True])
+@pytest.mark.parametrize("use_cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_questions_and_answers_share_rows(sums, use_cached):
     """'7 + 0' and 'is 7', each with EOS, of a decoder-only model: 6 + 5 tokens, or two more."""
     lengths = {"inputs": 24, "targets": 16}

@@ -43,7 +43,7 @@ def reference():
 @pytest.mark.parametrize(
     ("experts", "model_parts", "fsdp"),
     [
-        (1, 1, False),
+        pytest.param(1, 1, False, marks=pytest.mark.slow),
         pytest.param(4, 1, False, marks=pytest.mark.slow),
         (2, 2, True),
         pytest.param(2, 1, False, marks=pytest.mark.slow),

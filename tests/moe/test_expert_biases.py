@@ -86,12 +86,13 @@ def test_experts_and_shared_expert_are_the_mlp_in_numpy(activations):
     ("router", "dispatch", "mesh", "looped"),
     [
         (DROPLESS, "sorted", None, False),
-        (DROPLESS, "gather", None, False),
-        (ROOMY, "one_hot", None, False),
         (ROOMY, "auto", None, True),
         (DROPLESS, "sorted", (2, 2), False),
-        (DROPLESS, "sorted", (1, 4), False),
         (ROOMY, "auto", (4, 2), False),
+        # Slots of tokens, whatever gathers them, meet the same experts; see test_dispatch.py.
+        pytest.param(DROPLESS, "gather", None, False, marks=pytest.mark.slow),
+        pytest.param(ROOMY, "one_hot", None, False, marks=pytest.mark.slow),
+        pytest.param(DROPLESS, "sorted", (1, 4), False, marks=pytest.mark.slow),
     ],
 )
 def test_all_forms_agree_on_values_and_gradients(monkeypatch, router, dispatch, mesh, looped):

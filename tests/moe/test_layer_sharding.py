@@ -187,7 +187,11 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("case", UNEVEN)
+# Several groups, and experts that choose, are in other cases, too.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] if c == "4 groups" else []) for c in UNEVEN],
+)
 def test_groups_that_do_not_divide_over_devices_change_nothing(case):
     router, batch, settings = UNEVEN[case]
     layer, partitioner = (

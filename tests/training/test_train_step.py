@@ -37,8 +37,15 @@ def assert_close(left, right, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(left[path], right[path], rtol=rtol, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("num_experts", [0, 4])
-@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.parametrize(
+    ("num_experts", "num_microbatches"),
+    [
+        (0, 2),
+        (4, 4),
+        pytest.param(0, 4, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_microbatches_change_neither_loss_nor_update(bags, num_experts, num_microbatches):
     model, data = bags.Model(num_experts=num_experts, dropout=0.0), bags.Dataset()
     host = [data.batch(k) for k in range(3)]
