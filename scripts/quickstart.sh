@@ -27,6 +27,8 @@ source "$root/scripts/venv.sh"
 make_venv ""
 # Later runs, and resumed ones, find programs that an earlier one compiled.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/compilation_cache}"
+# A run that is told to stop ends the script, which goes on with it when called again.
+export UPCYCLE_JAX_INTERRUPTED_CODE=75
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 mkdir -p "$out"
 cd "$out"

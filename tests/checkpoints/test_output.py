@@ -2,14 +2,19 @@
 
 import json
 import os
-import time
 
 import numpy as np
 import pytest
 
 from upcycle_jax.checkpoints import chunk_copy, create_checkpoint, open_checkpoint
 from upcycle_jax.checkpoints.huggingface.writer import HUGGINGFACE_FILES, write_huggingface
-from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, check_unfinished, try_lock
+from upcycle_jax.checkpoints.output import (
+    LOCK,
+    PROBE_PREFIX,
+    check_unfinished,
+    probe_folder,
+    try_lock,
+)
 from upcycle_jax.checkpoints.to_orbax import convert_to_orbax
 from upcycle_jax.trees import LeafSpec
 
@@ -144,22 +149,42 @@ def test_a_kill_between_the_last_rename_and_the_end(tmp_path):
 
 def test_a_probe_that_was_killed_is_cleaned_and_a_living_one_is_not(tmp_path):
     source = finished(tmp_path / "source" / "checkpoint_3")
-    dead, living = tmp_path / f"{PROBE_PREFIX}dead", tmp_path / f"{PROBE_PREFIX}living"
-    for folder in (dead, living):
-        (folder / "databases" / "d").mkdir(parents=True)
-        (folder / LOCK).touch()
-    for age in (0, 3600):  # Killed, or about to be, before it was locked.
-        early = tmp_path / f"{PROBE_PREFIX}early{age}"
-        early.mkdir()
-        os.utime(early, (time.time() - age,) * 2)
-    with try_lock(living / LOCK):
+
+    def probe_dies(name, *, folder, lock=True):
+        path = tmp_path / f"{PROBE_PREFIX}{name}"
+        if lock:
+            path.with_name(path.name + LOCK).touch()
+        if folder:
+            (path / "databases" / "d").mkdir(parents=True)
+
+    probe_dies("before_its_folder", folder=False)
+    probe_dies("later", folder=True)
+    probe_dies("of_an_earlier_version", folder=True, lock=False)
+    with probe_folder(tmp_path) as living:
+        (living / "link").touch()
         found = chunk_copy.probe(
             source, tmp_path / "out", {"target/w": chunk_copy.Reference("target/w")}, SPECS
         )
         assert found.possible and found.linked
-        assert not dead.exists() and living.exists()
-    left = {path.name.removeprefix(PROBE_PREFIX) for path in tmp_path.glob(f"{PROBE_PREFIX}*")}
-    assert left == {"living", "early0"}
+        # The living one's folder and its lock, whatever the others were doing when they died.
+        left = {path.name for path in tmp_path.glob(f"{PROBE_PREFIX}*")}
+        assert left == {living.name, living.name + LOCK} and (living / "link").exists()
+    assert not list(tmp_path.glob(f"{PROBE_PREFIX}*"))
+
+
+def test_a_probe_whose_lock_another_call_removed_takes_another(tmp_path, monkeypatch):
+    """Between the making of the file and its lock another call may take it for a dead one's."""
+    removed = []
+
+    def flock(number, how):
+        if not removed:
+            removed.extend(tmp_path.glob(f"{PROBE_PREFIX}*{LOCK}"))
+            removed[0].unlink()
+
+    monkeypatch.setattr("upcycle_jax.checkpoints.output.fcntl.flock", flock)
+    with probe_folder(tmp_path) as folder:
+        assert folder.with_name(folder.name + LOCK).exists()
+        assert folder.name + LOCK != removed[0].name
 
 
 def test_tries_that_fail_do_not_pile_up_on_the_disk(tmp_path):

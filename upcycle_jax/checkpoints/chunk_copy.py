@@ -10,10 +10,8 @@ never written to.
 
 import dataclasses
 import enum
-import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import tensorstore as ts
 from upcycle_jax.checkpoints import storage
 from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS, MANIFEST
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
-from upcycle_jax.checkpoints.output import LOCK, PROBE_PREFIX, REFERENCED, remove_dead_probes
+from upcycle_jax.checkpoints.output import REFERENCED, probe_folder
 from upcycle_jax.checkpoints.reader import CheckpointReader
 from upcycle_jax.checkpoints.writer import CheckpointWriter
 from upcycle_jax.trees import LeafSpec
@@ -138,14 +136,9 @@ def probe(
     while not parent.exists():
         parent = parent.parent
     try:
-        remove_dead_probes(parent)
-        with (
-            tempfile.TemporaryDirectory(prefix=PROBE_PREFIX, dir=parent) as scratch,
-            open(Path(scratch) / LOCK, "w") as lock,
-        ):
-            fcntl.flock(lock, fcntl.LOCK_EX)  # Tells other calls that this one lives.
-            problem = _try_copy(Path(scratch) / "databases")
-            linked = _can_link(Path(source.item) / MANIFEST, Path(scratch) / "link")
+        with probe_folder(parent) as folder:
+            problem = _try_copy(folder / "databases")
+            linked = _can_link(Path(source.item) / MANIFEST, folder / "link")
     except OSError as error:
         return Probe(False, f"{parent} cannot be written to: {error.strerror}")
     if problem:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import stat
-import time
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,6 @@ COMMIT_MARK = "commit_success.txt"
 REFERENCED = "referenced"
 """Folders of linked databases begin so; see `chunk_copy`."""
 PROBE_PREFIX = ".upcycle-probe-"
-PROBE_SECONDS = 60
-"""A probe has locked its folder long before."""
-
 _TOP = frozenset(
     {IDENTITY, f".{IDENTITY}{files.SUFFIX}", LOCK, STATE_ITEM, STEP_METADATA, COMMIT_MARK}
 )  # What the writer itself puts into a partial checkpoint.
@@ -244,19 +241,56 @@ def try_lock(path: Path) -> Any:
     return stream
 
 
-def remove_dead_probes(parent: Path) -> None:
-    """Removes the folders in which killed calls tried whether chunks can be shared. Those of
-    living processes are locked, or not a minute old, and stay.
+@contextlib.contextmanager
+def probe_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in `parent` for trying what its file system can do, gone afterwards. Those of
+    killed calls go first.
+
+    A file beside the folder, locked while this call lives, is made before it and removed after it:
+    at no moment is a folder of a living call without a lock, or would one of a dead call stay.
+
+    Raises:
+      OSError: `parent` cannot be written to.
     """
-    for folder in parent.glob(f"{PROBE_PREFIX}*"):
+    _remove_dead_probes(parent)
+    lock, name = _probe_lock(parent)
+    folder = Path(name.removesuffix(LOCK))
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.unlink(name)
+        os.close(lock)
+
+
+def _probe_lock(parent: Path) -> tuple[int, str]:
+    """A new file in `parent`, open and locked, and its name."""
+    while True:
+        lock, name = tempfile.mkstemp(prefix=PROBE_PREFIX, suffix=LOCK, dir=parent)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            os.unlink(name)
+            os.close(lock)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(name)):
+                return lock, name
+        os.close(lock)  # Another call removed it, as a dead one's, before it was locked.
+
+
+def _remove_dead_probes(parent: Path) -> None:
+    """Removes what killed calls left; what belongs to living ones is locked."""
+    for path in parent.glob(f"{PROBE_PREFIX}*"):
         with contextlib.suppress(OSError):  # Another call may be removing it, too.
-            if folder.is_symlink() or not folder.is_dir():
+            if path.is_symlink() or path.is_dir() or not path.name.endswith(LOCK):
                 continue
-            if not (folder / LOCK).is_file():
-                if time.time() - folder.stat().st_mtime > PROBE_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
-                continue
-            lock = try_lock(folder / LOCK)
-            if lock is not None:
+            if (lock := try_lock(path)) is not None:
                 with lock:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(path.with_name(path.name.removesuffix(LOCK)), ignore_errors=True)
+                    path.unlink()
+    for path in parent.glob(f"{PROBE_PREFIX}*"):
+        alone = not path.with_name(path.name + LOCK).exists()
+        if alone and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # of an earlier version, locked otherwise

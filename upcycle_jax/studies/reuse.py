@@ -52,7 +52,8 @@ def take_over(cells: Sequence[Cell], root: str, folder: str | Path) -> list[str]
         if state.is_finished(cell):
             taken.append(cell.name)
         else:
-            shutil.rmtree(cell.folder)
+            Path(cell.folder).rename(half)  # A kill leaves no half of a cell under its name.
+            shutil.rmtree(half)
     return taken
 
 

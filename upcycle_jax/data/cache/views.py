@@ -95,7 +95,8 @@ class _Records:
             raise task.damaged(f"{index_file} is no array ({_first_line(error)})") from error
         if index.shape != (records, len(names)) or index.dtype != np.int64:
             raise task.damaged(f"{index_file} holds {index.dtype} {list(index.shape)}")
-        self.ends = {name: index[:, column] for column, name in enumerate(names)}
+        # Plain arrays over the same mapped file: one element of a memmap takes ten times as long.
+        self.ends = {name: np.asarray(index)[:, column] for column, name in enumerate(names)}
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         try:
@@ -126,7 +127,7 @@ def _finish(
     for step in steps:
         if feature["add_eos"] and step["step"] in (APPEND_EOS, APPEND_EOS_AFTER_TRIM):
             kept = tokens[: length - 1] if step["step"] == APPEND_EOS_AFTER_TRIM else tokens
-            tokens = np.append(kept, np.int32(feature["eos_id"]))
+            tokens = np.concatenate([kept, np.array([feature["eos_id"]], np.int32)])
     return tokens[:length]
 
 
@@ -256,13 +257,16 @@ class TextView:
     def __len__(self) -> int:
         return self._count
 
-    def _span(self, draw: Draw) -> tuple[int, int, int]:
-        """(denoiser, first token, end) of a segment."""
+    def _offset(self, epoch: int) -> int:
+        """Where an epoch's first segment begins."""
+        if not self._largest_offset:
+            return 0
+        bits = draws.bits(self._seed, _OFFSET_DRAW, epoch)
+        return int(bits % np.uint64(self._largest_offset + 1))
+
+    def _span(self, draw: Draw, offset: int) -> tuple[int, int, int]:
+        """(denoiser, first token, end) of a segment of an epoch that begins at `offset`."""
         number, turn = divmod(draw.place, len(self._turns))
-        offset = 0
-        if self._largest_offset:
-            bits = draws.bits(self._seed, _OFFSET_DRAW, draw.epoch)
-            offset = int(bits % np.uint64(self._largest_offset + 1))
         start = offset + number * self._edges[-1]
         return (
             self._turns[turn],
@@ -272,7 +276,8 @@ class TextView:
 
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         """int32 `[stop - start]` of the whole text, out of the records that hold them."""
-        record = int(np.searchsorted(self._ends, start, side="right"))
+        # By bisection: NumPy's search would copy the whole column, one of several of the index.
+        record = bisect.bisect_right(self._ends, start)
         parts = []
         while start < stop:
             end = int(self._ends[record])
@@ -284,7 +289,8 @@ class TextView:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def examples(self, drawn: Sequence[Draw], *, key: int) -> list[Tokens]:
-        spans = [self._span(draw) for draw in drawn]
+        offsets = {epoch: self._offset(epoch) for epoch in {draw.epoch for draw in drawn}}
+        spans = [self._span(draw, offsets[draw.epoch]) for draw in drawn]
         # A denoiser corrupts segments of one length at a time: [N, L].
         alike: dict[tuple[int, int], list[int]] = {}
         for row, (denoiser, start, stop) in enumerate(spans):

@@ -344,10 +344,9 @@ def _working_folder(folder: pathlib.Path, plan: _Plan, *, overwrite: bool) -> pa
     """The folder of unfinished work, as it was left or new."""
     work = folder.with_name(folder.name + cache_format.UNFINISHED)
     note = work / _PLAN
-    if (
-        work.exists()
-        and overwrite
-        and (not note.exists() or json.loads(note.read_text()) != plan.identity)
+    # Without a note it is what a killed call had not yet removed, or had just made.
+    if work.exists() and (
+        not note.exists() or (overwrite and json.loads(note.read_text()) != plan.identity)
     ):
         shutil.rmtree(work)
     if note.exists():
