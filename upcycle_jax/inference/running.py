@@ -16,7 +16,7 @@ from upcycle_jax.models.base import Generative, Model
 from upcycle_jax.models.generation import Decoded, DecodingAlgorithm
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training import batches
-from upcycle_jax.types import Batch, PyTree
+from upcycle_jax.types import Array, Batch, PyTree
 
 
 def generative(model: Model) -> Generative:
@@ -143,7 +143,7 @@ class Runner:
         with self._partitioner.activate():
             return np.asarray(self._score(params, placed))[:rows]
 
-    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
         local = self.batch_size // self._layout.num_shards
         mine = slice(self._layout.shard * local, (self._layout.shard + 1) * local)
         return batches.to_global(

@@ -74,7 +74,7 @@ def to_global(batch: Batch, partitioner: Partitioner, num_shards: int = 1) -> di
     """
     sharding = partitioner.batch_sharding
     if jax.process_count() == 1:  # All features at once: an eighth of the time.
-        rows = {name: np.asarray(feature) for name, feature in batch.items()}
+        rows: dict[str, Array] = {k: np.asarray(feature) for k, feature in batch.items()}
         return rows if sharding.num_devices == 1 else jax.device_put(rows, sharding)
 
     def put(rows: Array) -> jax.Array:
