@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.inference.test_few_shot import ridge_scores
 from tests.models.vit.kinds import random_params
 from upcycle_jax import few_shot as few_shot_command
 from upcycle_jax import trees
 from upcycle_jax.checkpoints.manager import CheckpointManager
 from upcycle_jax.config import load
+from upcycle_jax.data.images import ImageDataset
 from upcycle_jax.inference import few_shot
 
 MODEL = [
@@ -46,7 +48,9 @@ def run(tmp_path_factory):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (CLASSES * IMAGES, 8, 8), dtype=np.uint8)
     labels = np.arange(CLASSES * IMAGES) % CLASSES
-    np.savez(folder / "images.npz", held_out_images=images, held_out_labels=labels)
+    arrays = {"held_out_images": images, "held_out_labels": labels}
+    arrays |= {"validation_images": images[6:], "validation_labels": labels[6:]}
+    np.savez(folder / "images.npz", **arrays)
     return folder, params, images, labels
 
 
@@ -110,6 +114,51 @@ def test_features_are_those_below_the_head(run, tmp_path, capsys):
     assert row["accuracies"] == pytest.approx(wanted)
 
 
+def test_shots_of_another_split(run, tmp_path, capsys, monkeypatch):
+    """Of 18 images 3 a seed are learnt from, and all 12 of the other split are classified: as NumPy
+    does it, with the normal equations.
+    """
+    folder, params, images, labels = run
+    read = []
+    whole = ImageDataset.batch
+
+    def batch(self, which, numbers, seed, rows):
+        read.extend((self.config.split, place) for place in which.tolist())
+        return whole(self, which, numbers, seed, rows)
+
+    monkeypatch.setattr(ImageDataset, "batch", batch)
+    given = ["SHOTS_SPLIT='held_out'", "EVAL_SPLIT='validation'", "SHOTS=1", "L2=1.0"]
+    # With room for every token at every expert, features are of each image alone.
+    room = ["EVAL_EXPERT_CAPACITY_FACTOR=8.0", "NUM_SEEDS=2", "RENORMALIZE=True"]
+    command = flags(folder, tmp_path, *given, *room)
+    assert few_shot_command.main([*command, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "1 shots of each of 3 classes, drawn from the split 'held_out', 12 other" in said
+    assert few_shot_command.main(command) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["shots_split"], row["split"], row["evaluated_images"]) == (
+        *("held_out", "validation", 12),
+    )
+    drawn = [np.flatnonzero(few_shot.draw(labels, 1, seed, others=labels)) for seed in (0, 1)]
+    needed = sorted(set(np.concatenate(drawn).tolist()))
+    assert sorted(place for split, place in read if split == "held_out") == needed
+    assert sorted(place for split, place in read if split == "validation") == list(range(12))
+    model = load(FILES[:1], [*MODEL, *room[::2]]).macro("MODEL")
+    batch = {"labels": np.zeros(8, np.int32), "weights": np.ones(8, np.float32)}
+    forward = jax.jit(model.pre_logits)
+    seen = (images[..., None] / 127.5 - 1).astype(np.float32)
+    parts = (seen[:8], seen[8:16], seen[10:])
+    first, second, last = (forward(params, {**batch, "images": part}) for part in parts)
+    features = np.concatenate([first, second, last[-2:]])
+    wanted = []
+    for places in drawn:
+        scores = ridge_scores(
+            features[places].astype(np.float64), labels[places], 3, features[6:], 1.0
+        )
+        wanted.append(np.mean(scores.argmax(1) == labels[6:]))
+    assert row["accuracies"] == pytest.approx(wanted)
+
+
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
     folder, *_ = run
     assert few_shot_command.main([*flags(folder, tmp_path / "new"), "--dry_run"]) == 0
@@ -124,6 +173,8 @@ def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
         (["SHOTS=7"], FILES, "class 0 has 6 images, 7 shots are asked for: lower SHOTS"),
         (["SHOTS=6"], FILES, "all 18 images are drawn as shots"),
         (["EVAL_SPLIT='train'"], FILES, "has no array train_images"),
+        (["SHOTS_SPLIT='train'"], FILES, "has no array train_images"),
+        (["SHOTS_SPLIT='held_out'"], FILES, "the split that is classified: leave it out"),
         (["VitConfig.emb_dim=16"], FILES, "is not a checkpoint of this model"),
         (["CHECKPOINT_STEPS=3"], FILES, "no checkpoint of step 3; it has 2, 5"),
         (["SHOTS=0"], FILES, "SHOTS"),

@@ -72,12 +72,24 @@ def test_accuracy_counts_the_images_that_were_not_drawn():
     assert one == few_shot.accuracy(noise, labels, shots=5, seed=0)
 
 
+def test_shots_of_one_split_classify_another():
+    rng = np.random.default_rng(1)
+    features, others = rng.normal(size=(12, 5)), rng.normal(size=(40, 5))
+    labels, other_labels = np.arange(12) % 3, np.arange(40) % 3
+    found = few_shot.share_right(features, labels, others, other_labels, l2=3.0)
+    scores = ridge_scores(features, labels, 3, others, 3.0)
+    assert found == np.mean(scores.argmax(1) == other_labels)
+
+
 def test_what_cannot_be_drawn_or_fitted():
     labels = np.array([0, 0, 0, 1, 1])
     with pytest.raises(ValueError, match="class 1 has 2 images, 3 shots are asked for: lower"):
         few_shot.draw(labels, 3, seed=0)
     with pytest.raises(ValueError, match="all 4 images are drawn"):
         few_shot.draw(labels[1:], 2, seed=0)
+    with pytest.raises(ValueError, match="of class 2 are classified, and none of it is there"):
+        few_shot.draw(labels, 2, seed=0, others=np.array([1, 2]))
+    assert few_shot.draw(labels[1:], 2, seed=0, others=labels).all()
     features = np.ones((5, 2))
     with pytest.raises(ValueError, match="one label for each image"):
         few_shot.fit(features, labels[:4], 2)

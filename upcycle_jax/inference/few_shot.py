@@ -78,16 +78,20 @@ def fit(
     return LeastSquares(mean, spread, (left / (eigenvalues + l2)) @ right)
 
 
-def draw(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+def draw(
+    labels: np.ndarray, shots: int, seed: int, *, others: np.ndarray | None = None
+) -> np.ndarray:
     """Bool `[N]`: `shots` images of each class, drawn without replacement.
 
     Args:
       labels: int `[N]`; the classes are those that occur.
       shots: images of each class.
       seed: of the draw.
+      others: int `[M]`, labels of what is classified; None: of the images that are not drawn.
 
     Raises:
-      ValueError: a class has fewer images, or none is left to evaluate on.
+      ValueError: a class has fewer images, none is left to evaluate on, or something to classify is
+        of a class without images.
     """
     rng = np.random.default_rng(seed)
     drawn = np.zeros(len(labels), bool)
@@ -99,10 +103,16 @@ def draw(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
                 " or take more views of each image (VIEWS)"
             )
         drawn[rng.permutation(mine)[:shots]] = True
-    if drawn.all():
+    if others is None and drawn.all():
         raise ValueError(
             f"all {len(labels)} images are drawn as shots, none is left to evaluate on: lower"
             " SHOTS, or take more views of each image (VIEWS)"
+        )
+    unknown = np.setdiff1d([] if others is None else others, labels)
+    if len(unknown):
+        raise ValueError(
+            f"images of class {int(unknown[0])} are classified, and none of it is there to learn"
+            " from: name a SHOTS_SPLIT with all classes of EVAL_SPLIT"
         )
     return drawn
 
@@ -124,8 +134,31 @@ def accuracy(
       ValueError: see `draw` and `fit`.
     """
     drawn = draw(labels, shots, seed)
-    fitted = fit(features[drawn], labels[drawn], int(labels.max()) + 1, l2=l2)
-    return float(np.mean(fitted.classify(features[~drawn]) == labels[~drawn]))
+    return share_right(features[drawn], labels[drawn], features[~drawn], labels[~drawn], l2=l2)
+
+
+def share_right(
+    features: np.ndarray,
+    labels: np.ndarray,
+    others: np.ndarray,
+    other_labels: np.ndarray,
+    *,
+    l2: float = L2,
+) -> float:
+    """The share of other images that is classified rightly.
+
+    Args:
+      features: `[N, d]`, of the images to fit on.
+      labels: int `[N]`, below the number of classes.
+      others: `[M, d]`, of the images to classify.
+      other_labels: int `[M]`, each of which is one of `labels`.
+      l2: see `fit`.
+
+    Raises:
+      ValueError: see `fit`.
+    """
+    fitted = fit(features, labels, int(labels.max()) + 1, l2=l2)
+    return float(np.mean(fitted.classify(others) == other_labels))
 
 
 def _whitened(features: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:

@@ -67,7 +67,8 @@ def _of_point(point: Point, label: str, start: int | None, places: Places) -> li
             f"CHECKPOINT_PATH='{model_dir}'",
             f"EVAL_OUTPUT_DIR='{model_dir}'",
             *("MIXTURE_OR_TASK_NAME='imagenet2012'", "USE_CACHED_TASKS=True"),
-            *("EVAL_SPLIT='test'", "EVAL_CROP='central'", f"SHOTS={SHOTS}", "VIEWS=1"),
+            *("SHOTS_SPLIT='train'", "EVAL_SPLIT='test'", "EVAL_CROP='central'"),
+            *(f"SHOTS={SHOTS}", "VIEWS=1"),
             *(text for text in _bindings(point) if not text.startswith("Recipe.")),
         ]
         out.append(
