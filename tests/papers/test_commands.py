@@ -134,3 +134,35 @@ def test_every_vision_curve_names_commands_that_resolve():
             described["model"], described["recipe"] or {}, new=head.method == Method.SCRATCH
         )
         assert setting == paper_setting(head)
+
+
+def test_figure_3_fine_tunes_what_was_cooled_down():
+    """Twelve settings of the checkpoint that the run before leaves; the chosen cell is evaluated on
+    images that had no part in the choice.
+    """
+    tuned = [
+        series
+        for name, series in VISION
+        if name == "figure3" and series.head.metric == "imagenet_full_finetune"
+    ]
+    assert len(tuned) == 9
+    for series in tuned:
+        train, sweep, evaluation = commands(series, Places("runs", "dense"))
+        sparse = series.head.method == Method.UPCYCLED
+        parsed = flags.parse("x", sweep.words[3:], description="")
+        cells = config.load(parsed.gin_file, parsed.gin_bindings).build("Sweep")().cells()
+        assert len(cells) == 12
+        model_dir = next(w for w in train.words if "MODEL_DIR" in w).partition("=")[2]
+        for cell in cells[:1]:
+            files, bindings = cell.gin
+            call = config.load(files, bindings).build("train").keywords
+            restore = call["checkpoint_cfg"].restore
+            assert f"'{restore.path}'".startswith(model_dir[:-1] + "/checkpoint_")
+            assert call["total_steps"] in (5000, 10000)
+            assert call["train_eval_dataset_cfg"].split == "validation"
+        assert call["model"].config.image_size == 384
+        assert (call["model"].config.moe is not None) == sparse
+        parsed = flags.parse("x", evaluation.words[3:], description="")
+        call = config.load(parsed.gin_file, parsed.gin_bindings).build("evaluate").keywords
+        assert call["dataset_cfg"].split == "test" and call["dataset_cfg"].use_cached
+        assert call["dataset_cfg"].crop == "central"

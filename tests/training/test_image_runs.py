@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from upcycle_jax import eval as evaluate
 from upcycle_jax import train, trees
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.layers.position_grids import interpolate
@@ -92,6 +93,29 @@ def test_a_resumed_run_of_a_mixture_is_the_uninterrupted_one(arrays, tmp_path):
     assert losses(parts) == losses(whole)
     assert (whole / "training_eval" / "glyphs").is_dir()
     assert (whole / "training_eval" / "mine").is_dir()
+
+
+def test_a_checkpoint_is_evaluated_as_its_run_was(arrays, dense, tmp_path):
+    command = [
+        "--gin_file=models/vit_tiny.gin",
+        "--gin_file=runs/eval_images.gin",
+        *SHAPE,
+        "--gin.MIXTURE_OR_TASK_NAME='mine'",
+        f"--gin.IMAGE_ARRAYS='{arrays}'",
+        f"--gin.CHECKPOINT_PATH='{dense}'",
+        f"--gin.EVAL_OUTPUT_DIR='{tmp_path}'",
+        "--gin.BATCH_SIZE=8",
+        "--gin.EVAL_STEPS=1",
+    ]
+    assert evaluate.main(command) == 0
+    lines = (tmp_path / "inference_eval" / "mine" / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(lines[-1])
+    lines = (dense / "training_eval" / "mine" / "metrics.jsonl").read_text().splitlines()
+    wanted = json.loads(lines[-1])
+    assert found["step"] == wanted["step"] == 4
+    for name in ("accuracy", "cross_ent_loss"):
+        assert found[f"teacher_forced/{name}"] == pytest.approx(wanted[name], rel=1e-5)
+    assert evaluate.main([*command, "--gin.TEACHER_FORCED=False"]) == 2
 
 
 def test_a_dense_run_goes_on_with_experts(arrays, dense, tmp_path):

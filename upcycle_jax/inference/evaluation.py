@@ -7,13 +7,14 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from etils import epath
 
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader, loading
+from upcycle_jax.data.images import ImageDatasetConfig
 from upcycle_jax.features import HostBatch
 from upcycle_jax.files import write_whole
 from upcycle_jax.inference import perplexity, ranking, running
@@ -55,7 +56,8 @@ class Evaluate(InferenceSettings):
     `teacher_forced/<name>`, those of evaluation during training, with those of `perplexity` for
     language models. A mixture of several tasks gets a
     folder of its own with `average`: the mean over tasks of the mean of each task's own metrics, as
-    SuperGLUE averages.
+    SuperGLUE averages. Images have no metrics of their own: their `teacher_forced/accuracy` is
+    precision at 1.
 
     `InferenceSettings` has the attributes that are not listed.
 
@@ -108,10 +110,15 @@ class Evaluate(InferenceSettings):
             print(self._plan(readers))
             return {}
 
-        from upcycle_jax.data.examples import task_examples
-
         dataset = prepare.open_data(self.model, self.dataset_cfg)
-        found = task_examples(self.dataset_cfg, self.model.features, self.few_shot)
+        given: Mapping[str, Any] = {}
+        if self.teacher_forced:
+            given = dataset.eval_batches(
+                num_batches=self.teacher_forced_batches,
+                process_index=layout.shard,
+                process_count=layout.num_shards,
+            )
+        found = self._tasks(given)
         tasks = {task.name: _Task(self, task, is_one_of_many=len(found) > 1) for task in found}
         name = self.dataset_cfg.mixture_or_task_name
         with (
@@ -119,13 +126,6 @@ class Evaluate(InferenceSettings):
             holding.hold_results(self.folder, name, setting="EVAL_OUTPUT_DIR"),
         ):
             _write_files(self)
-            given = {}
-            if self.teacher_forced:
-                given = dataset.eval_batches(
-                    num_batches=self.teacher_forced_batches,
-                    process_index=layout.shard,
-                    process_count=layout.num_shards,
-                )
             evaluator = Evaluator(self.model, self.partitioner, num_shards=layout.num_shards)
             results = {}
             for reader in readers:
@@ -140,7 +140,21 @@ class Evaluate(InferenceSettings):
         """Where results are written."""
         return epath.Path(self.output_dir) / FOLDER
 
+    def _tasks(self, given: Iterable[str]) -> "Sequence[TaskExamples | _Images]":
+        if isinstance(self.dataset_cfg, ImageDatasetConfig):
+            return [_Images(name) for name in given]
+        from upcycle_jax.data.examples import task_examples
+
+        return task_examples(self.dataset_cfg, self.model.features, self.few_shot)
+
     def _check(self) -> None:
+        if isinstance(self.dataset_cfg, ImageDatasetConfig) and (
+            not self.teacher_forced or self.few_shot is not None
+        ):
+            raise ValueError(
+                "images are evaluated by their labels alone: leave TEACHER_FORCED and FEW_SHOT as"
+                " they are (runs/few_shot.gin evaluates features)"
+            )
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(
                 f"num_examples must be at least 1, or None for all, got {self.num_examples}"
@@ -154,9 +168,10 @@ class Evaluate(InferenceSettings):
         listed = ", ".join(str(reader.step) for reader in readers)
         how = repr(self.decoder) if self.answering == Answering.DECODE else "ranked answers"
         data = self.dataset_cfg
+        how = "" if isinstance(data, ImageDatasetConfig) else f", with {how}"
         return (
             f"evaluate {what} (steps {listed}) on {data.mixture_or_task_name!r}, split"
-            f" {data.split!r}, with {how}, to {self.output_dir}/{FOLDER}"
+            f" {data.split!r}{how}, to {self.output_dir}/{FOLDER}"
         )
 
 
@@ -219,12 +234,29 @@ def _one_checkpoint(
     return results
 
 
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """A set of images, which has no metrics of its own.
+
+    Attributes:
+      name: of the set.
+      outputs: what its metrics need of the model.
+    """
+
+    name: str
+    outputs: frozenset[str] = frozenset()
+
+
 class _Task:
     """One task: its examples are read once, its programs are compiled once, for all checkpoints."""
 
-    def __init__(self, evaluation: Evaluate, task: "TaskExamples", *, is_one_of_many: bool):
-        self._evaluation, self._task, self._is_one_of_many = evaluation, task, is_one_of_many
-        self._outputs = task.outputs  # raises early where a metric cannot be served
+    def __init__(
+        self, evaluation: Evaluate, task: "TaskExamples | _Images", *, is_one_of_many: bool
+    ):
+        self._evaluation, self._is_one_of_many = evaluation, is_one_of_many
+        # What images do not have is asked for by outputs, which they do not have either.
+        self._task = cast("TaskExamples", task)
+        self._outputs = self._task.outputs  # raises early where a metric cannot be served
         self._ranks = (
             "prediction" in self._outputs
             and evaluation.answering == Answering.RANK
@@ -238,8 +270,8 @@ class _Task:
                 evaluation.partitioner,
                 batch_size=evaluation.dataset_cfg.batch_size,
                 decoder=evaluation.decoder,
-                eos_ids=task.eos_ids,
-                max_length=task.target_length,
+                eos_ids=self._task.eos_ids,
+                max_length=self._task.target_length,
                 seed=evaluation.random_seed,
             )
 

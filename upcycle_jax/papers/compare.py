@@ -19,10 +19,14 @@ from upcycle_jax.papers.runs import (
     extra_steps_before,
     find_runs,
     paper_setting,
+    source_of,
     superglue,
 )
 from upcycle_jax.papers.sizes import SizeRow, size_rows
 from upcycle_jax.studies.intervals import Interval, mean_interval, paired_difference
+
+TUNED = "imagenet_full_finetune"
+"""The metric of figure 3's vision half."""
 
 DENSE, DEFAULT = "dense continuation", "upcycled as in the paper"
 """What gains are counted from."""
@@ -187,7 +191,9 @@ def _matches(one: Found, head: Point) -> bool:
     method = Method.DENSE if head.method == Method.START else head.method
     if one.modality != head.modality:
         return False
-    return one.method == method and dict(one.setting) == paper_setting(head)
+    is_tuned = head.metric == TUNED
+    setting = vision_runs.of_pre_training(one.setting) if is_tuned else dict(one.setting)
+    return one.method == method and setting == paper_setting(head)
 
 
 def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
@@ -200,9 +206,15 @@ def _lines(series: Series, found: Sequence[Found]) -> tuple[Line, ...]:
             Line(point, _score(point, [one for one in chosen if one.fine_tuned], found))
             for point in series.points
         )
-    tunes = head.metric == "imagenet_full_finetune"
+    if head.metric == TUNED:
+        tuned = [one for one in chosen if one.fine_tuned]
+        last = series.points[-1]
+        return tuple(
+            Line(point, _tuned(point, tuned, found) if point is last else None)
+            for point in series.points
+        )
     values = _few_shot if head.metric == "imagenet_10shot" else _accuracy
-    runs = [one for one in chosen if one.fine_tuned == tunes]
+    runs = [one for one in chosen if not one.fine_tuned]
     return tuple(
         Line(point, values(point, point is series.points[-1], _twins(_started_from(point, runs))))
         for point in series.points
@@ -268,6 +280,21 @@ def _score(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Inter
             scored[one.folder] = score
     values = [scored[one.folder] for one in _twins([one for one in runs if one.folder in scored])]
     return mean_interval(values) if values else None
+
+
+def _tuned(point: Point, runs: Sequence[Found], found: Sequence[Found]) -> Interval | None:
+    """Fine-tuned accuracy in percent of the runs that were evaluated on what they were not chosen
+    on: of a network from scratch beside the start of the curves, of others beside their ends, since
+    the steps between are not known.
+    """
+    values = {}
+    for one in runs:
+        accuracy = vision_runs.fine_tuned(one.folder)
+        source = source_of(one, list(found))
+        is_start = source is not None and not source.run.start_step
+        if accuracy is not None and is_start == (point.method == Method.START):
+            values[one.folder] = accuracy
+    return _percent([values[o.folder] for o in _twins([o for o in runs if o.folder in values])])
 
 
 def _scaled(exhibit: Exhibit, curves: Sequence[Curve], found: Sequence[Found]) -> list[Scaled]:

@@ -309,10 +309,17 @@ def extra_steps_before(found: Found, others: list[Found]) -> int:
     """
     source = found.run.manifest.get("restored_from") or {}
     step = int(source.get("step") or found.run.start_step)
+    other = source_of(found, others)
+    return max(step - START_STEP, 0) if other is None else step - other.run.start_step
+
+
+def source_of(found: Found, others: list[Found]) -> Found | None:
+    """The run that wrote the checkpoint that a run started from, where it is among the others."""
+    source = found.run.manifest.get("restored_from") or {}
     folder = Path(str(source.get("path", ""))).parent
     for other in others:
         if other is not found and (
             other.folder.resolve() == folder.resolve() or other.folder.name == folder.name
         ):
-            return step - other.run.start_step
-    return max(step - START_STEP, 0)
+            return other
+    return None

@@ -60,6 +60,8 @@ def _of_point(point: Point, label: str, start: int | None, places: Places) -> li
     bound += [f"TRAIN_STEPS={steps}", *_bindings(point)]
     model_dir = f"{places.results}/{name}"
     out = [Command(_line("train", files, [f"MODEL_DIR='{model_dir}'", *bound]), makes)]
+    if point.metric == "imagenet_full_finetune":
+        out += _fine_tuning(point, label, model, f"{model_dir}/{step_name(steps)}")
     if point.metric == "imagenet_10shot":
         sparse = "_upcycled" if point.method in _SPARSE else ""
         files = [f"models/{model}{sparse}.gin", "runs/few_shot.gin"]
@@ -77,7 +79,48 @@ def _of_point(point: Point, label: str, start: int | None, places: Places) -> li
     return out
 
 
+def _fine_tuning(point: Point, label: str, model: str, checkpoint: str) -> list[Command]:
+    """Twelve settings of full fine-tuning of a checkpoint, and what the chosen one does on images
+    that had no part in the choice.
+    """
+    sparse = point.method in _SPARSE
+    study = f"{checkpoint.rpartition('/')[0]}_imagenet"
+    model_file = f"models/{model}{'_upcycled' if sparse else ''}.gin"
+    patches = (_TUNED_SIZE // int(point.size.partition("/")[2])) ** 2
+    tuned: dict[str, int | float] = {"IMAGE_SIZE": _TUNED_SIZE}
+    if sparse:
+        # Groups of 8 images, and V-MoE's capacity factor of fine-tuning.
+        tuned |= {"GROUP_SIZE": 8 * patches, "TRAIN_EXPERT_CAPACITY_FACTOR": 1.5}
+    given = [
+        f"SWEEP_DIR='{study}'",
+        f"MODEL_FILE='{model_file}'",
+        f"CHECKPOINT='{checkpoint}'",
+        f"TUNED={tuned}",
+    ]
+    chosen = f"{study}/cells/CHOSEN"
+    evaluated = [
+        *(f"{name}={value}" for name, value in tuned.items() if name != _TRAINED),
+        f"CHECKPOINT_PATH='{chosen}'",
+        f"EVAL_OUTPUT_DIR='{chosen}'",
+        *("EVAL_SPLIT='test'", "EVAL_CROP='central'"),
+    ]
+    files = [model_file, "runs/eval_images.gin", f"{FOLDER}/parts/imagenet.gin"]
+    return [
+        Command(
+            _line("sweep", [f"{FOLDER}/vit_imagenet.gin"], given),
+            f"{label}: full fine-tuning, 12 settings, the best on validation in chosen.json",
+        ),
+        Command(
+            _line("eval", files, evaluated),
+            f"{label}: its accuracy; CHOSEN is the cell that chosen.json names",
+        ),
+    ]
+
+
 FOLDER = "papers/sparse_upcycling"
+_TUNED_SIZE = 384
+"""Pixels, as V-MoE fine-tunes; the paper's is not printed."""
+_TRAINED = "TRAIN_EXPERT_CAPACITY_FACTOR"
 _EPOCH = 74_000
 """Steps of an epoch: about 303 million images in batches of 4096 (inferred)."""
 _COOLED = "constant * linear_warmup * rsqrt_timescale * straight_cooldown"

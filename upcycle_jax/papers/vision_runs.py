@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from upcycle_jax.studies.run_results import METRICS, read_rows
+
 MODEL = "VitConfig"
 """What manifests call a vision transformer."""
 
@@ -33,6 +35,7 @@ SHAPES = {
     "L/16": (1024, 4096, 16, 24, 16),
 }
 """emb_dim, mlp_dim, num_heads, num_layers, patch_size."""
+_ACCURACY = "teacher_forced/accuracy"
 _FIELDS = ("emb_dim", "mlp_dim", "num_heads", "num_layers", "patch_size")
 _RESULT = re.compile(rf".*{FINE_TUNING}.*-{SHOTS}_shots-(\d+)\.json", re.IGNORECASE)
 
@@ -113,6 +116,13 @@ def differences(size_name: str, point_setting: Mapping[str, str]) -> dict[str, s
     }
 
 
+def of_pre_training(tuned: Mapping[str, str]) -> dict[str, str]:
+    """A setting of a fine-tuned run without what fine-tuning has of its own: another capacity
+    factor, and an optimizer that starts anew.
+    """
+    return {key: value for key, value in tuned.items() if key not in ("C", "state")}
+
+
 def few_shot(model_dir: Path) -> dict[int, float]:
     """10-shot accuracy on ImageNet by step, as `upcycle_jax.few_shot` has left it in a MODEL_DIR.
     Files that are none of its are passed over.
@@ -127,3 +137,14 @@ def few_shot(model_dir: Path) -> dict[int, float]:
         if match and isinstance(accuracy, int | float):
             found[int(match[1])] = float(accuracy)
     return found
+
+
+def fine_tuned(model_dir: Path) -> float | None:
+    """Accuracy of a fine-tuned run's last checkpoint that `upcycle_jax.eval` evaluated on ImageNet;
+    None where it has not.
+    """
+    for path in sorted((model_dir / "inference_eval").glob(f"*{FINE_TUNING}*/{METRICS}")):
+        rows = [row for row in read_rows(path) if _ACCURACY in row]
+        if rows:
+            return float(rows[-1][_ACCURACY])
+    return None

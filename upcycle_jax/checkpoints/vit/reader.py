@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from upcycle_jax.checkpoints.reader import Index, ReaderBase, checked_index
-from upcycle_jax.checkpoints.vit import names
+from upcycle_jax.checkpoints.vit import names, slots
 from upcycle_jax.checkpoints.vit.arrays import Arrays, Stored
 from upcycle_jax.moe import roles
 from upcycle_jax.printing import printable
-from upcycle_jax.state_tree import STEP, TARGET
+from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.trees import LeafSpec
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class TreeReader(ReaderBase):
 
     Attention arrays are flattened to `[d, H * D]`. Where the class token has a position of its own
     (vit_jax, V-MoE), that is added to the token, so that positions are those of patches. Of a
-    training state the step is read, and no optimizer state, which the log says.
+    training state the step is read, and the state of big_vision's Adafactor (`slots`); another
+    optimizer's is left out, which the log says.
 
     Args:
       arrays: what is stored.
@@ -87,12 +88,11 @@ class TreeReader(ReaderBase):
         self._arrays = arrays
         self._heads = 0
         self._sources = self._find()
-        slots = sum(1 for name in arrays.arrays if names.is_optimizer_state(name))
-        if slots:
-            _tell_of_optimizer_state(self.path, slots)
         self._token_has_position = self._find_positions()
         leaves = {name: self._spec(name, source) for name, source in self._sources.items()}
         self._step = self._find_step()
+        self._slots = self._find_slots(leaves)
+        leaves |= {f"{PARAM_STATES}{name}": slot.spec for name, slot in self._slots.items()}
         if self._step is not None:
             leaves[STEP] = LeafSpec((), self._arrays.arrays[self._step].dtype)
         self._specs = roles.inferred(dict(sorted(leaves.items())))
@@ -202,6 +202,29 @@ class TreeReader(ReaderBase):
                 return name
         return None
 
+    def _find_slots(self, leaves: Mapping[str, LeafSpec]) -> dict[str, slots.Slot]:
+        """The optimizer's slots; none where its state is not read, which the log says."""
+        arrays = self._arrays.arrays
+        count = sum(1 for name in arrays if names.is_optimizer_state(name))
+        if not count:
+            return {}
+        prefix = names.prefix_of(arrays) or ""
+        parameters = {
+            name.removeprefix(TARGET): slots.Of(
+                source.array.removeprefix(prefix), source.layer, source.joined, leaves[name].shape
+            )
+            for name, source in self._sources.items()
+        }
+        try:
+            if self._token_has_position:
+                raise slots.NotReadError("a position of the class token is in the positions' state")
+            counting, found = slots.find(arrays, parameters, prefix)
+        except slots.NotReadError as error:
+            _tell_of_optimizer_state(self.path, count, str(error))
+            return {}
+        self._step = self._step or counting
+        return found
+
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)
 
@@ -211,6 +234,8 @@ class TreeReader(ReaderBase):
         if name == STEP:
             assert self._step is not None  # It has a spec.
             return np.asarray(self._arrays.read(self._step, ()))
+        if name.startswith(PARAM_STATES):
+            return self._read_slot(name.removeprefix(PARAM_STATES), index)
         source = self._sources[name]
         if self._token_has_position and name == _POSITIONS:
             first, rows, *rest = index
@@ -220,6 +245,16 @@ class TreeReader(ReaderBase):
             # One token, whose position is the first.
             value = value + self._sources[_POSITIONS].read(self._arrays, index)
         return np.ascontiguousarray(value)
+
+    def _read_slot(self, name: str, index: Index) -> np.ndarray:
+        slot = self._slots[name]
+        if slot.array is not None:
+            source = self._sources[TARGET + name.rpartition("/")[0]]
+            value = dataclasses.replace(source, array=slot.array).read(self._arrays, index)
+        else:
+            assert slot.read is not None  # It has no array.
+            value = slot.read(self._arrays, index)
+        return np.asarray(value, order="C")
 
     def model_settings(self) -> Mapping[str, Any]:
         """The arithmetic of the projects that write such checkpoints: tanh GELU, epsilon 1e-6."""
@@ -235,13 +270,14 @@ class TreeReader(ReaderBase):
 
 
 @functools.lru_cache(maxsize=64)
-def _tell_of_optimizer_state(path: str, count: int) -> None:
+def _tell_of_optimizer_state(path: str, count: int, why: str) -> None:
     """Logs once what is left out."""
     _log.warning(
-        "%s holds its optimizer's state (arrays: %d), which is not read: what goes on from it"
-        " starts with a fresh one",
+        "%s holds its optimizer's state (arrays: %d), which is not read, since %s: what goes on"
+        " from it starts with a fresh one",
         path,
         count,
+        why,
     )
 
 
