@@ -29,6 +29,7 @@ def test_the_documented_example_runs(tmp_path, capsys):
     )
 
 
+@pytest.mark.usefixtures("drawn_parameters")
 def test_parameters_come_back_as_they_were_saved(tmp_path):
     model = uj.build_model("models/t5_1_1_tiny_upcycled.gin", NUM_EXPERTS=2)
     params = jax.jit(model.init_params)(jax.random.key(1))

@@ -43,6 +43,7 @@ def encoder_decoder(**settings):
     ],
     ids=["decoder", "decoder_tied", "t5", "t5_tied"],
 )
+@pytest.mark.usefixtures("drawn_parameters")
 def test_parts_of_the_logits_give_the_same_scores(model, monkeypatch):
     examples = [
         {"inputs": list(range(3, 3 + n)), "targets": list(range(5, 5 + 2 * n))} for n in (2, 3, 5)

@@ -77,6 +77,7 @@ def test_finite_steps_pass(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("drawn_parameters")
 def test_a_train_step_counts_them_and_skips_the_update():
     # An infinite entry in the router of the second encoder layer: sigmoid gates make 1 of an
     # infinite logit, and the loss stays finite.

@@ -108,7 +108,7 @@ def test_a_model_whose_padding_is_routed_is_told(ignore, tiny):
         "decoder_target_tokens": targets,
         "decoder_loss_weights": (targets > 0).astype(np.int32),
     }
-    params = model.init_params(jax.random.key(0))
+    params = jax.jit(model.init_params)(jax.random.key(0))
     found = metrics.compute(jax.jit(model.eval_fn)(params, batch))
     said = RoutingCheck(model.stacks.values()).look(found)
     assert any("choices of tokens were dropped" in text for text in said) != ignore

@@ -75,6 +75,7 @@ def one_device():
         pytest.param("capacity", 1, 2, False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("drawn_parameters")
 def test_eight_devices_equal_one(router, experts, model_parts, fsdp, one_device):
     """Of packed rows with padding; dropout is on: its masks must not depend on the mesh either."""
     moe = dataclasses.replace(CONFIG.moe, router=ROUTERS[router], train_expert_capacity_factor=1.0)
