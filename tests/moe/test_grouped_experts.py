@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle_jax.moe import grouped_experts
+from upcycle_jax.moe import batched_blocks, grouped_experts
 from upcycle_jax.partitioning import Partitioner
 
 D, F = 6, 10
@@ -58,11 +59,18 @@ def problem(
     )
 
 
-in_sorted_form = jax.jit(
-    functools.partial(grouped_experts.apply, activations=("gelu", "linear"), dispatch="sorted")
-)
+SMALL = {"one product": batched_blocks.SMALL, "loop": 0}
+"""Of `moe.batched_blocks`: what makes the blocks of these experts one product, or a loop."""
 
 
+@functools.cache
+def in_sorted_form(blocks):
+    return jax.jit(
+        functools.partial(grouped_experts.apply, activations=("gelu", "linear"), dispatch="sorted")
+    )
+
+
+@pytest.mark.parametrize("blocks", SMALL)
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, 10**6),
@@ -70,9 +78,10 @@ in_sorted_form = jax.jit(
     st.sampled_from([0.0, 3.0]),
     st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_sorted_equals_a_loop_over_tokens(seed, sizes, skew, skip):
+def test_sorted_equals_a_loop_over_tokens(blocks, seed, sizes, skew, skip):
     args = problem(seed, *sizes, skew=skew, skip=skip)
-    got = in_sorted_form(*args)
+    with mock.patch.object(batched_blocks, "SMALL", SMALL[blocks]):
+        got = in_sorted_form(blocks)(*args)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(
         got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-5, atol=1e-5
@@ -80,8 +89,13 @@ def test_sorted_equals_a_loop_over_tokens(seed, sizes, skew, skip):
 
 
 @pytest.mark.parametrize("activations", [("relu",), ("gelu", "linear")])
-@pytest.mark.parametrize("dispatch", ["sorted", "ragged_dot"])
-def test_gradients_equal_those_of_a_product_with_every_expert(dispatch, activations):
+@pytest.mark.parametrize(
+    ("dispatch", "blocks"), [*(("sorted", blocks) for blocks in SMALL), ("ragged_dot", "loop")]
+)
+def test_gradients_equal_those_of_a_product_with_every_expert(
+    dispatch, blocks, activations, monkeypatch
+):
+    monkeypatch.setattr(batched_blocks, "SMALL", SMALL[blocks])
     # All 300 tokens want expert 2: a block of 256 rows and what is left in smaller ones; expert 0
     # gets nobody.
     tokens, expert, weight, kernels = problem(
@@ -247,8 +261,9 @@ def random_expert_loads():
 def test_any_load_on_a_mesh_equals_a_loop_over_tokens(load, mesh):
     seed, skew, skip = load
     args = problem(seed, 203, 8, 3, skew=skew, skip=skip)
-    with Partitioner(num_expert_partitions=mesh[0], num_model_partitions=mesh[1]).activate():
-        got = in_sorted_form(*args)
+    partitioner = Partitioner(num_expert_partitions=mesh[0], num_model_partitions=mesh[1])
+    with partitioner.activate(), mock.patch.object(batched_blocks, "SMALL", SMALL["loop"]):
+        got = in_sorted_form("loop")(*args)
     np.testing.assert_allclose(
         got, loop_over_tokens(*args, ("gelu", "linear")), rtol=1e-5, atol=1e-5
     )

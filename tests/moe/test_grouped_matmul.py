@@ -39,6 +39,15 @@ def test_rows_by_hand():
     ]
 
 
+def test_pairs_too_many_for_one_number_are_sorted_all_the_same():
+    # 5 choices of 2^29 experts: (2^29 + 1) * 5 is beyond 2^31.
+    expert = jnp.array([3, 1, 2**29, 1, 0], jnp.int32)
+    for num_experts in (4, 2**29):
+        experts, choice = grouped_matmul._by_expert(jnp.minimum(expert, num_experts), num_experts)
+        assert experts.tolist() == [0, 1, 1, 3, num_experts]
+        assert choice.tolist() == [4, 1, 3, 0, 2]
+
+
 @pytest.mark.parametrize("load", [[0, 0, 0], [1, 0, 767], [700, 64, 4], [256, 256, 256]])
 def test_every_load_fits(load):
     expert = (

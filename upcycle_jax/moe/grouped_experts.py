@@ -11,6 +11,7 @@ Axis legend: N tokens, K experts per token, E experts, d and f sizes of an exper
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
-from upcycle_jax.moe import all_to_all, even_load, grouped_matmul
+from upcycle_jax.moe import all_to_all, batched_blocks, even_load, grouped_matmul
 from upcycle_jax.partitioning import (
     DATA,
     EXPERT,
@@ -179,12 +180,15 @@ def _local(
     dispatch: Dispatch,
 ) -> jax.Array:
     """As `apply`, on one device and for the experts that it has."""
-    num_experts = kernels["wo"].shape[0]
-    product, alignment = (
-        (grouped_matmul.ragged_dot, 1)
-        if dispatch == "ragged_dot"
-        else (grouped_matmul.block_dot, grouped_matmul.ALIGNMENT)
-    )
+    num_experts, *matrix = kernels["wo"].shape
+    product: Product
+    if dispatch == "ragged_dot":
+        product, alignment = grouped_matmul.ragged_dot, 1
+    elif batched_blocks.is_faster(math.prod(matrix)):
+        alignment = batched_blocks.rows_per_block(expert.size, num_experts)
+        product = functools.partial(batched_blocks.batched_dot, alignment)
+    else:
+        product, alignment = grouped_matmul.block_dot, grouped_matmul.ALIGNMENT
     rows = grouped_matmul.sort_rows(expert, num_experts=num_experts, alignment=alignment)
     outputs = _mlp(
         grouped_matmul.to_rows(tokens, rows),
