@@ -133,6 +133,26 @@ def test_an_ungated_shared_expert_behind_a_gate(tmp_path):
     np.testing.assert_allclose(ours, their_logits(folder), atol=1e-4)
 
 
+def test_an_ungated_shared_expert_within_every_expert(tmp_path):
+    """Where no type with such blocks has a shared expert: 48 + 20 hidden units each."""
+    moe = dataclasses.replace(UNIT, shared_expert_mlp_dim=20)
+    held = Held(of(qk_norm="head", head_dim=16, moe=moe))
+    folder = write_huggingface(held, tmp_path / "out")
+    said = json.loads((folder / "verdicts.json").read_text())
+    assert said["model_type"] == "qwen3_moe"
+    assert said["rewritings"] == ["shared expert within every expert"]
+    assert json.loads((folder / "config.json").read_text())["moe_intermediate_size"] == 68
+    ours = our_logits(held.config, held.leaves)
+    np.testing.assert_allclose(ours, their_logits(folder), atol=1e-4)
+    # Weights that do not sum to 1 would scale it, and a gate has no place there.
+    for other in (
+        dataclasses.replace(moe, router=PLAIN.router),
+        dataclasses.replace(moe, shared_expert_gate=True),
+    ):
+        with pytest.raises(ValueError, match="qwen3_moe: .*shared expert"):
+            choose(dataclasses.replace(held.config, moe=other))
+
+
 @pytest.mark.parametrize(
     ("dense", "said"),
     [

@@ -15,6 +15,7 @@ from upcycle_jax.checkpoints.huggingface.decoder.rewriting import (
     Leaves,
     Padded,
     Rewriting,
+    SharedInExperts,
     UntiedHead,
     ZeroBiases,
     ZeroSharedExpert,
@@ -139,6 +140,8 @@ def _chains(config: DecoderConfig, kind: str) -> Iterator[tuple[Rewriting, ...]]
             and not moe.shared_expert_gate
         ):
             steps.append([(HalfGate(),)])
+        if holder.moe.shared is None and SharedInExperts().why_not(config) is None:
+            steps.append([(SharedInExperts(),)])
     if not config.qkv_bias and any(qkv for qkv, *_ in holder.biases) and kind.startswith("qwen2"):
         steps.append([(), (ZeroBiases(),)])
     untied = any(isinstance(one, Folded) for step in steps for chain in step for one in chain)
@@ -151,7 +154,7 @@ def _chains(config: DecoderConfig, kind: str) -> Iterator[tuple[Rewriting, ...]]
 def _rank(form: Form, readers: Sequence[str], preferred: str | None) -> tuple[int, ...]:
     """Smaller is better."""
     unread = sum(form.verdict(reader).kind in UNUSABLE for reader in readers)
-    large = sum(isinstance(one, Padded | UntiedHead) for one in form.rewritings)
+    large = sum(isinstance(one, Padded | SharedInExperts | UntiedHead) for one in form.rewritings)
     own = form.model_type == preferred and not form.rewritings
     lost = sum(one.kind in UNUSABLE for one in form.verdicts)
     near = sum(one.kind == Kind.NEAR for one in form.verdicts)

@@ -231,6 +231,65 @@ class HalfGate:
 
 
 @dataclasses.dataclass(frozen=True)
+class SharedInExperts:
+    """An ungated shared expert becomes hidden units of every routed expert, behind their own. The
+    weights of a token's experts sum to 1, and so do those of the shared expert's output.
+    """
+
+    name = "shared expert within every expert"
+
+    def why_not(self, config: DecoderConfig) -> str | None:
+        """Why a model cannot be written so; None where it can."""
+        moe = config.moe
+        if moe is None or not moe.shared_expert_mlp_dim:
+            return "there is no shared expert"
+        if moe.shared_expert_gate:
+            return "the shared expert has a gate"
+        if config.mlp_bias:
+            return "experts have biases"
+        return None if moe.router.unit_weights else "the weights of a token do not sum to 1"
+
+    def config(self, config: DecoderConfig) -> DecoderConfig:
+        assert config.moe is not None and config.moe.shared_expert_mlp_dim is not None
+        moe = dataclasses.replace(
+            config.moe,
+            expert_mlp_dim=config.expert_mlp_dim + config.moe.shared_expert_mlp_dim,
+            shared_expert_mlp_dim=None,
+        )
+        return dataclasses.replace(config, moe=moe)
+
+    def leaves(self, leaves: Leaves, config: DecoderConfig) -> dict[str, Leaf]:
+        out = dict(leaves)
+        for number in config.sparse_layers:
+            mlp = f"decoder/layers_{number}/mlp"
+            for name in ("wi_0", "wi_1", "wo"):
+                shared = out.pop(f"{mlp}/{roles.SHARED_EXPERT}/{name}/kernel")
+                path = f"{mlp}/{roles.EXPERT}/{name}/kernel"
+                out[path] = _with_units(out[path], shared, axis=1 if name == "wo" else 2)
+        return out
+
+
+def _with_units(experts: Leaf, shared: Leaf, *, axis: int) -> Leaf:
+    """Experts `[E, ., .]` with those of `shared` `[., .]` behind their own along an axis."""
+    has = experts.spec.shape[axis]
+    shape = list(experts.spec.shape)
+    shape[axis] += shared.spec.shape[axis - 1]
+    same = experts.spec.dtype == shared.spec.dtype
+    dtype = experts.spec.dtype if same else FLOAT32
+
+    def read(index: Index) -> np.ndarray:
+        own, other = list(index), list(index[1:])
+        start, stop = index[axis].start, index[axis].stop
+        own[axis] = slice(min(start, has), min(stop, has))
+        other[axis - 1] = slice(max(start - has, 0), max(stop - has, 0))
+        units = shared.read(tuple(other)).astype(dtype)
+        copies = np.broadcast_to(units, (index[0].stop - index[0].start, *units.shape))
+        return np.concatenate([experts.read(tuple(own)).astype(dtype), copies], axis)
+
+    return Leaf(LeafSpec(tuple(shape), dtype), read)
+
+
+@dataclasses.dataclass(frozen=True)
 class Padded:
     """Dense layers become MoE layers of E identical experts with a router of zeros.
 
