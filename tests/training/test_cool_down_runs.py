@@ -9,6 +9,7 @@ import pytest
 from upcycle_jax import train
 from upcycle_jax.checkpoints import open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("drawn_parameters")
 SHAPE = [
     "--gin.IMAGE_SIZE=8",
     "--gin.NUM_CLASSES=3",

@@ -11,6 +11,7 @@ from upcycle_jax import train, trees
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.layers.position_grids import interpolate
 
+pytestmark = pytest.mark.usefixtures("drawn_parameters")
 SHAPE = [
     "--gin.IMAGE_SIZE=8",
     "--gin.NUM_CLASSES=3",

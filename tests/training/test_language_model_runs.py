@@ -31,6 +31,7 @@ from upcycle_jax.training.train import Train
 from upcycle_jax.training.train_state import TrainState
 from upcycle_jax.training.train_step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("drawn_parameters")
 D, F, V, LENGTH, ROWS = 16, 24, 32, 16, 8
 MOE = DecoderMoeConfig(
     num_experts=2, group_size=16, router=LossFreeTopK(num_selected_experts=1, update_rate=2.0**-9)
@@ -174,7 +175,7 @@ def test_microbatches_change_neither_loss_nor_update(bags, num_microbatches):
     config = DecoderConfig(
         vocab_size=V,
         emb_dim=D,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         head_dim=4,
         mlp_dim=F,
