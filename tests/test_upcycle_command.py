@@ -264,7 +264,7 @@ def test_parents_and_the_way_back(dense, tmp_path, capsys):
     paths = f"--gin.INITIAL_CHECKPOINT_PATH=('{dense}', '{other}')"
     mix = ["--gin_file=recipes/branch_train_mix.gin", "--gin.PARENTS=(0, 1, 0, 1)", paths, OFF]
     assert upcycle.main(words(dense, tmp_path / "mixed", *mix)) == 0
-    merge = ["--gin_file=recipes/merge_mean.gin"]
+    merge = ["--gin_file=recipes/merge_mean.gin", OFF]
     assert (
         upcycle.main(
             words(tmp_path / "mixed", tmp_path / "merged", *merge, model="models/t5_1_1_tiny.gin")
@@ -354,6 +354,7 @@ def test_depth_tiling_recipe(dense, tmp_path):
         "--gin_file=recipes/depth_tiling.gin",
         "--gin.T5Config.num_encoder_layers=4",
         "--gin.T5Config.num_decoder_layers=3",
+        OFF,
     ]
     assert (
         upcycle.main(words(dense, tmp_path / "deep", *deeper, model="models/t5_1_1_tiny.gin")) == 0
