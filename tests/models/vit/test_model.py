@@ -77,7 +77,7 @@ def test_groups_need_not_divide_one_image():
     """9 tokens of an image, groups of 6: two images are three groups."""
     moe = VitMoeConfig(num_experts=2, group_size=6)
     one = VitModel(VitConfig(**SHAPE | {"moe": moe}))
-    params = jax.jit(one.init_params)(jax.random.key(0))
+    params = trees.unflatten(random_params(one))
     logits = jax.jit(one.logits)(params, one.features.random(None, batch_size=2))
     assert logits.shape == (2, 7)
 

@@ -3,6 +3,7 @@ and against itself where two ways must give one result.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,24 +80,23 @@ def test_renormalised_copies_with_room_for_all_are_the_dense_model():
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
+@functools.cache
+def gradient(**form):
+    """By path, of a model in a form."""
+    one = VitModel(dataclasses.replace(model("renormalised").config, **form))
+    params = jax.tree.map(jnp.asarray, trees.unflatten(random_params(one)))
+    batch = one.features.random(None, batch_size=2)
+    denominator = one.loss_denominator(batch)
+    loss = lambda params: one.loss_fn(params, batch, None, denominator=denominator)[0]
+    return trees.flatten(jax.jit(jax.grad(loss))(params))
+
+
 @pytest.mark.parametrize(
     "form",
     [{"scan_layers": True}, {"remat_policy": "full"}],
     ids=str,
 )
 def test_scan_and_remat_change_no_gradient(form):
-    plain = model("renormalised")
-    params = jax.tree.map(jnp.asarray, trees.unflatten(random_params(plain)))
-    batch = plain.features.random(None, batch_size=2)
-
-    def gradient(one):
-        denominator = one.loss_denominator(batch)
-
-        def loss(params):
-            return one.loss_fn(params, batch, None, denominator=denominator)[0]
-
-        return trees.flatten(jax.jit(jax.grad(loss))(params))
-
-    expected = gradient(plain)
-    for path, leaf in gradient(VitModel(dataclasses.replace(plain.config, **form))).items():
+    expected = gradient()
+    for path, leaf in gradient(**form).items():
         np.testing.assert_allclose(leaf, expected[path], atol=1e-5, rtol=1e-5, err_msg=path)
