@@ -80,7 +80,7 @@ def test_fine_tuning_runs_and_counts_from_zero_where_asked(tmp_path):
         *MODEL,
         "BATCH_SIZE=8",
         "TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 6}",
-        "EVAL_STEPS=1",
+        "train.train_eval_dataset_cfg=None",
         "STATS_PERIOD=1",
     ]
     bindings += [

@@ -106,14 +106,15 @@ def arithmetic() -> str:
 
 
 @functools.cache
-def programs(devices: int) -> dict[str, dict[str, object]]:
-    """Work and results of the compiled train step of the tiny models, by model file.
+def programs(devices: int, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
+    """Work and results of the compiled train step of tiny models, by model file.
 
     Args:
       devices: of the mesh: 1, or 8 with four expert partitions.
+      names: of the model files.
     """
     found: dict[str, dict[str, object]] = {}
-    for name in (DENSE, SPARSE) if devices == 1 else (SPARSE,):
+    for name in names:
         groups = () if name == DENSE else ("--gin.GROUP_SIZE=32", ROUTED_PADDING)
         bindings = [flag.removeprefix("--gin.") for flag in (*SMALL, *groups)]
         model = load([f"models/{name}.gin"], bindings).macro("MODEL")
@@ -170,7 +171,7 @@ def main(out: str) -> None:
         record = {
             "arithmetic": arithmetic(),
             "runs": {run: scalars(folder / run) for run in kept},
-            "programs": {str(n): programs(n) for n in (1, 8)},
+            "programs": {"1": programs(1, (DENSE, SPARSE)), "8": programs(8, (SPARSE,))},
         }
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
         (target / "record.json").write_text(text, encoding="utf-8")
