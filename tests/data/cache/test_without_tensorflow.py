@@ -1,6 +1,4 @@
-"""A machine without TensorFlow and SeqIO trains from a cache; killed and started again it ends with
-the same losses.
-"""
+"""A machine without TensorFlow and SeqIO trains from a cache, and resumes."""
 
 import json
 import os
@@ -83,15 +81,28 @@ def losses(model_dir):
     return {row["step"]: row["loss"] for row in rows}
 
 
-def test_training_imports_neither_and_a_killed_run_ends_with_the_same_losses(folder, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(whole, folder)
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """MODEL_DIR of an uninterrupted run, and what it printed."""
+    model_dir = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(model_dir, folder)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
+    return model_dir, output
+
+
+def test_training_imports_neither(whole):
+    model_dir, output = whole
     assert "imported: []" in output
-    evaluated = {path.name for path in (whole / "training_eval").iterdir()}
+    evaluated = {path.name for path in (model_dir / "training_eval").iterdir()}
     assert evaluated == {"without_tensorflow_code", "without_tensorflow_words"}
 
+
+# That a killed run resumes, training/test_killed_run.py shows, that a cache's stream does,
+# test_batches.py.
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_losses(folder, whole, tmp_path):
+    whole, killed = whole[0], tmp_path / "killed"
     process = start(killed, folder, seconds=0.3)
     deadline = time.monotonic() + 300
     saved = (
@@ -116,12 +127,14 @@ def test_training_imports_neither_and_a_killed_run_ends_with_the_same_losses(fol
 @pytest.mark.parametrize(
     ("cached", "message"),
     [
-        (
+        # test_writer.py has the same message, where both are installed.
+        pytest.param(
             "True",
             (
                 "Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there"
                 " --output_cache_dir={folder}`"
             ),
+            marks=pytest.mark.slow,
         ),
         ("False", "is read through SeqIO, which is not installed ("),
     ],
