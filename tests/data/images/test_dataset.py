@@ -163,5 +163,14 @@ def test_glyphs_are_thousands_of_distinct_classes():
     trained = open_dataset(ImageDatasetConfig(seed=0), features).images
     held_out = open_dataset(ImageDatasetConfig(seed=0, split="held_out"), features).images
     assert trained.num_classes + held_out.num_classes == count
+    designs = [
+        open_dataset(ImageDatasetConfig(f"glyphs_{name}", num_classes=7), features).images
+        for name in ("sans", "serif", "mono")
+    ]
     few = open_dataset(ImageDatasetConfig(seed=0, num_classes=7), features).images
+    # The faces are three domains of the same classes.
+    assert [one.num_classes for one in designs] == [7] * 3
+    together = np.concatenate([one.labels for one in designs])
+    np.testing.assert_array_equal(np.sort(together), np.sort(few.labels))
+    assert all(set(one.labels) == set(range(7)) for one in designs)
     assert few.num_classes == 7 and few.labels.max() == 6

@@ -1,13 +1,15 @@
 """Several sets of images in one stream: shares, order, resumption, caches, and what is refused."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tests.data.images.test_folders import write_image
 from upcycle_jax import cache_tasks, data_folders
-from upcycle_jax.data.images import ImageDatasetConfig
+from upcycle_jax.data.images import ImageDatasetConfig, records_writing
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features.images import ImageFeatures
 
@@ -206,3 +208,29 @@ def test_other_classes_are_refused(shares, folders, tmp_path):
 def test_mixtures_that_are_none(settings, message):
     with pytest.raises(ValueError, match=message):
         ImageDatasetConfig(**{"mixture_or_task_name": "both"} | settings)
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+for name in ("tensorflow", "seqio", "tensorflow_datasets"):
+    sys.modules[name] = None
+from upcycle_jax import data_folders
+from upcycle_jax.data.images import ImageDatasetConfig, open_images
+from upcycle_jax.features.images import ImageFeatures
+data_folders.configure(cache_dirs=[sys.argv[1]])
+config = ImageDatasetConfig(
+    "both", {"image": 8}, batch_size=4, seed=7, warp=0.0, use_cached=True, mixture={"a": 1, "b": 1}
+)
+batch = next(open_images(config, ImageFeatures(8, 3, 2)).train_iterator())
+print(batch["labels"].tolist())
+"""
+
+
+def test_caches_are_read_without_tensorflow(folders, tmp_path):
+    for name, (place, _) in folders.items():
+        config = ImageDatasetConfig(name, folder=place)
+        records_writing.write(config, tmp_path / "cache", report=str)
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    batch = next(dataset(folders, ImageFeatures(8, 3, 2)).train_iterator())
+    assert done.stdout.strip() == str(batch["labels"].tolist()), done.stderr

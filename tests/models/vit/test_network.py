@@ -100,3 +100,26 @@ def test_scan_and_remat_change_no_gradient(form):
     expected = gradient()
     for path, leaf in gradient(**form).items():
         np.testing.assert_allclose(leaf, expected[path], atol=1e-5, rtol=1e-5, err_msg=path)
+
+
+def test_experts_have_a_dropout_of_their_own():
+    """With no dropout elsewhere the loss depends on the draw where experts drop, in training."""
+    params = random_params(model("renormalised"))
+    batch = model("renormalised").features.random(None, batch_size=2)
+
+    def losses(rate):
+        config = model("renormalised").config
+        moe = dataclasses.replace(config.moe, expert_dropout_rate=rate)
+        one = VitModel(dataclasses.replace(config, moe=moe))
+        run = jax.jit(
+            lambda key: one.loss_fn(
+                trees.unflatten(params), batch, key, denominator=jnp.float32(2)
+            )[0]
+        )
+        plain = jax.jit(lambda: one.logits(trees.unflatten(params), batch))()
+        return [float(run(jax.random.key(seed))) for seed in (0, 1)], plain
+
+    (first, second), plain = losses(0.5)
+    (third, fourth), without = losses(0.0)
+    assert first != second and third == fourth
+    np.testing.assert_array_equal(plain, without)

@@ -9,6 +9,8 @@ from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.features.images import IMAGE
 
 GLYPHS, FASHION_MNIST = "glyphs", "fashion_mnist"
+GLYPH_NAMES = (GLYPHS, "glyphs_sans", "glyphs_serif", "glyphs_mono")
+"""All glyphs, and those of one design of the fonts."""
 SPLITS = ("train", "validation", "held_out")
 
 Crop = Literal["none", "central", "inception"]
@@ -31,8 +33,10 @@ class ImageDatasetConfig(DatasetConfig):
 
     Attributes:
       mixture_or_task_name: 'glyphs', the characters of the fonts that matplotlib brings (see
-        `glyphs`); 'fashion_mnist', where its files are installed (see `idx`); a cached or
-        registered task of images; or the name under which `arrays` or `folder` are reported.
+        `glyphs`), or those of one of their designs as domains of the same classes, 'glyphs_sans',
+        'glyphs_serif' and 'glyphs_mono'; 'fashion_mnist', where its files are installed (see
+        `idx`); a cached or registered task of images; or the name under which `arrays` or `folder`
+        are reported.
       task_feature_lengths: {'image': side}.
       split: 'train'; 'validation', views of the same images that training never draws; 'held_out',
         views of classes that are not trained on. Folders, caches and tasks have splits of their
@@ -121,5 +125,5 @@ class ImageDatasetConfig(DatasetConfig):
         if self.use_cached or self.mixture is not None:
             return False
         return self.arrays is not None or (
-            self.folder is None and self.mixture_or_task_name == GLYPHS
+            self.folder is None and self.mixture_or_task_name in GLYPH_NAMES
         )

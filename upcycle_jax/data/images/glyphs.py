@@ -15,7 +15,7 @@ import zipfile
 
 import numpy as np
 
-NAME = "glyphs"
+from upcycle_jax.data.images.config import GLYPH_NAMES
 
 SIDE = 48
 """Pixels of an image."""
@@ -29,10 +29,16 @@ FACES = (
     "DejaVuSans-Oblique",
     "DejaVuSerif-Italic",
 )
+DOMAINS = dict(
+    zip(GLYPH_NAMES, (tuple(range(len(FACES))), (0, 3, 6), (1, 4, 7), (2, 5)), strict=True)
+)
+"""Names of all glyphs and of those of one design, with its faces: the same classes in another
+hand.
+"""
 MIN_FACES = 4
 HELD_OUT_EVERY = 6
 """Every so-manieth class is not trained on."""
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +49,13 @@ class Glyphs:
       images: uint8 `[N, SIDE, SIDE]`, ink 255.
       classes: int32 `[N]`, the class of each.
       code_points: int32 `[classes]`, the character of each class.
+      faces: int32 `[N]`, the place in `FACES` of each image's.
     """
 
     images: np.ndarray
     classes: np.ndarray
     code_points: np.ndarray
+    faces: np.ndarray
 
 
 @functools.cache
@@ -142,19 +150,24 @@ def _rendered(faces: list[pathlib.Path]) -> Glyphs:
     images: list[np.ndarray] = []
     classes: list[int] = []
     code_points: list[int] = []
+    of_faces: list[int] = []
     for code_point, numbers in _characters(faces):
-        views = [render(fonts[number], chr(code_point)) for number in numbers]
-        shown = [view for view in views if view is not None and view.any()]
+        views = [(number, render(fonts[number], chr(code_point))) for number in numbers]
+        shown = [(number, view) for number, view in views if view is not None and view.any()]
         # Greek Alpha and Latin A are one picture in the first face, and one class.
-        key = shown[0].tobytes() if shown else b""
+        key = shown[0][1].tobytes() if shown else b""
         if len(shown) < MIN_FACES or key in seen:
             continue
         seen.add(key)
-        images += shown
+        images += [view for _, view in shown]
+        of_faces += [number for number, _ in shown]
         classes += [len(code_points)] * len(shown)
         code_points.append(code_point)
     return Glyphs(
-        np.stack(images), np.asarray(classes, np.int32), np.asarray(code_points, np.int32)
+        np.stack(images),
+        np.asarray(classes, np.int32),
+        np.asarray(code_points, np.int32),
+        np.asarray(of_faces, np.int32),
     )
 
 

@@ -19,7 +19,7 @@ from upcycle_jax.data.cache.format import MIXTURE, find_folder
 from upcycle_jax.data.dataset import Dataset
 from upcycle_jax.data.images.config import (
     FASHION_MNIST,
-    GLYPHS,
+    GLYPH_NAMES,
     ImageDatasetConfig,
     NoSuchSplitError,
 )
@@ -33,6 +33,8 @@ from upcycle_jax.features import FeatureConverter, HostBatch
 _log = logging.getLogger(__name__)
 
 _ARCHIVE = ".npz"
+IN_MEMORY = (*GLYPH_NAMES, FASHION_MNIST)
+"""Sets that are known by name and never cached."""
 
 
 class Part(NamedTuple):
@@ -68,7 +70,7 @@ def _is_archive(place: str | None) -> bool:
 
 def can_be_cached(name: str, place: str | None) -> bool:
     """Whether a set is read from a cache where one is asked for: what lies in memory is not."""
-    return not _is_archive(place) and (place is not None or name not in (GLYPHS, FASHION_MNIST))
+    return not _is_archive(place) and (place is not None or name not in IN_MEMORY)
 
 
 def _part(config: ImageDatasetConfig, name: str, share: Any) -> Part:
@@ -95,7 +97,7 @@ def _registered(config: ImageDatasetConfig) -> Mapping[str, float] | None:
         if folder is None or find_folder(folders, name, MANIFEST) is not None:
             return None
         return _cached_rates(folder / MIXTURE)
-    if config.arrays or config.folder or name in (GLYPHS, FASHION_MNIST):
+    if config.arrays or config.folder or name in IN_MEMORY:
         return None
     try:
         tensorflow_import.quietly()

@@ -25,7 +25,7 @@ def open_source(config: ImageDatasetConfig) -> Source:
         return records.find(config)
     if config.arrays is not None:
         return _arrays(config)
-    if config.mixture_or_task_name == glyphs.NAME:
+    if config.mixture_or_task_name in glyphs.DOMAINS:
         return _glyphs(config)
     return named.open_named(config)
 
@@ -44,6 +44,7 @@ def _glyphs(config: ImageDatasetConfig) -> Images:
             )
         kept = kept[: config.num_classes]
     wanted = np.isin(found.classes, kept)
+    wanted &= np.isin(found.faces, glyphs.DOMAINS[config.mixture_or_task_name])
     labels = np.searchsorted(kept, found.classes[wanted]).astype(np.int32)
     return Images(found.images[wanted][..., None], labels, len(kept))
 
