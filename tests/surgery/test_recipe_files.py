@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from tests.checkpoints.random_decoders import BASE, Held
 from upcycle_jax.checkpoints import create_checkpoint, model_settings, open_checkpoint
+from upcycle_jax.checkpoints.huggingface.writer import write_huggingface
 from upcycle_jax.config import load
 from upcycle_jax.models.decoder.config import DecoderConfig
 from upcycle_jax.models.decoder.model import DecoderModel
@@ -138,3 +140,42 @@ def test_a_source_without_experts_or_a_model_is_refused(dense, tmp_path):
     assert upcycle(dense, tmp_path / "small", "mixtral", bindings=["FUNCTION_CHECK='off'"]).ok
     with pytest.raises(ValueError, match="upcycling happens once.*MoreExperts"):
         upcycle(tmp_path / "small", tmp_path / "out", "mixtral")
+
+
+def test_folders_become_experts_beside_each_other(tmp_path):
+    """Branch-Train-MiX of two Hugging Face folders, and the mixture as a folder again."""
+    held = [Held(BASE, seed=seed) for seed in (1, 2)]
+    folders = [str(write_huggingface(one, tmp_path / f"hf{i}")) for i, one in enumerate(held)]
+
+    def mixed(paths, output):
+        bindings = [
+            f"INITIAL_CHECKPOINT_PATH={paths}",
+            f"OUTPUT_CHECKPOINT_PATH='{output}'",
+            "OPTIMIZER=None",
+            "NUM_EXPERTS=4",
+            "PARENTS=(0, 1, 1, 0)",
+        ]
+        files = ("runs/upcycle", "recipes/mixtral", "recipes/branch_train_mix")
+        loaded = load([f"{name}.gin" for name in files], bindings)
+        return loaded.build("upcycle")().run(report=lambda line: None)
+
+    assert mixed(folders, tmp_path / "mixed").ok
+    result = open_checkpoint(tmp_path / "mixed")
+    first, second = (one.leaves["decoder/layers_1/mlp/wo/kernel"] for one in held)
+    experts = result.read("target/decoder/layers_1/mlp/expert/wo/kernel")
+    np.testing.assert_array_equal(experts, [first, second, second, first])
+    first, second = (one.leaves["token_embedder/embedding"] for one in held)
+    embedding = result.read("target/token_embedder/embedding")
+    np.testing.assert_allclose(embedding, (first + second) / 2, atol=1e-6)
+
+    again = open_checkpoint(write_huggingface(result, tmp_path / "again"))
+    assert again.model_config().moe.num_experts == 4
+    name = "target/decoder/layers_0/mlp/expert/wi_1/kernel"
+    np.testing.assert_array_equal(again.read(name), result.read(name))
+
+    damaged = dict(held[1].leaves)
+    damaged["decoder/decoder_norm/scale"] = np.full(BASE.emb_dim, np.nan, np.float32)
+    folders[1] = str(write_huggingface(Held(BASE, damaged), tmp_path / "damaged"))
+    with pytest.raises(ValueError, match="damaged: .*decoder_norm/scale has 32 NaN .*Nothing was"):
+        mixed(folders, tmp_path / "refused")
+    assert not list(tmp_path.glob("refused*"))

@@ -12,10 +12,11 @@ import numpy as np
 import upcycle_jax
 from upcycle_jax.checkpoints import CheckpointWriter, chunk_copy, create_checkpoint, model_settings
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.verification import NonFiniteParameterError
 from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.progress import Meter, Progress
-from upcycle_jax.state_tree import STEP
-from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, leaf_sums
+from upcycle_jax.state_tree import STEP, TARGET
+from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, LeafSum, leaf_sums
 from upcycle_jax.surgery.leaf_values import RowValues
 from upcycle_jax.surgery.operations import Copy, Tile, Zeros
 from upcycle_jax.surgery.parents import Reader, source_paths
@@ -109,6 +110,7 @@ def apply_offline(
       FileExistsError: there is something at `output_path`.
       ValueError: a partial checkpoint of another plan lies there; `max_memory` is too small to work
         with; a source leaf cannot be read.
+      NonFiniteParameterError: parameters of the source are NaN or infinite; nothing is kept.
       OSError: the disk is full or cannot be written. What was written is kept for the next call.
     """
     if max_memory < 16 << 20:
@@ -163,11 +165,30 @@ def apply_offline(
         for name in used_leaves(plan):
             if sums[name].problem:
                 raise ValueError(f"source leaf {name} cannot be read: {sums[name].problem}")
+        damaged = not_finite(plan, sums)
+        if damaged:
+            writer.discard()
+            raise NonFiniteParameterError(
+                f"{', '.join(source_paths(reader))}: {damaged}. Nothing was written: convert"
+                " another checkpoint"
+            )
         specs = reader.specs()
         begun["surgery"]["leaves"] = source_leaves(specs, sums)
         return str(writer.finalize(sealed(begun)))
     finally:
         writer.close()
+
+
+def not_finite(plan: Plan, sums: Mapping[str, LeafSum]) -> str:
+    """Which parameters of the source that go into the result have NaN or infinite values; '' if
+    none has.
+    """
+    used = {name for row in plan.rows if row.target.startswith(TARGET) for name in row.sources}
+    bad = sorted(name for name in used if sums[name].nonfinite)
+    if not bad:
+        return ""
+    more = f" ({len(bad) - 1} more have such)" if len(bad) > 1 else ""
+    return f"the parameter {bad[0]} has {sums[bad[0]].nonfinite} NaN or infinite values{more}"
 
 
 @dataclasses.dataclass(frozen=True)
