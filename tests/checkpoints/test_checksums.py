@@ -73,6 +73,14 @@ def test_the_host_computes_the_formula(dtype):
     assert checksum(array) == "sum64:{:08x}{:08x}".format(*expected)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def summed_on_devices():
+    """Small arrays, too, whose programs take longer to compile than their sums on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "_AT_HAND", -1)
+        yield
+
+
 @few
 @hypothesis.given(
     dtype=st.sampled_from(sorted(TYPES)),
@@ -184,6 +192,25 @@ def test_two_devices_or_eight_or_none_agree_under_one_jit_and_outside():
         mesh = jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices])
         placed = jax.device_put(array, NamedSharding(mesh, P("d")))
         assert device_checksums({"x": placed}) == {"x": checksum(array)}
+
+
+def test_small_arrays_on_cpu_devices_are_summed_on_the_host(monkeypatch):
+    array = bits((16, 8), np.dtype(np.float32))
+    array[3, 5], array[4, 0] = np.nan, np.inf
+    placed = {
+        str(devices): jax.device_put(
+            array,
+            NamedSharding(
+                jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices]), P("d")
+            ),
+        )
+        for devices in (1, 8)
+    }
+    want = checksums.device_summaries(placed)
+    monkeypatch.setattr(checksums, "_AT_HAND", array.nbytes)
+    monkeypatch.setattr(checksums, "_leaf_sums", None)
+    assert checksums.device_summaries(placed) == want
+    assert want["8"].nonfinite >= 2
 
 
 def test_the_sum_of_a_sharded_array_moves_no_array():

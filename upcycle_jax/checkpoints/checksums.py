@@ -36,6 +36,10 @@ PREFIX = "sum64:"
 _SCATTER = 0x9E3779B1
 _SLAB = 1 << 15
 """Words that the host treats at a time: they stay in the processor's cache."""
+_AT_HAND = 1 << 16
+"""Bytes of an array in this process's own memory up to which it is summed sooner than a program for
+its kind is compiled.
+"""
 
 
 def checksum(array: np.ndarray) -> str:
@@ -207,7 +211,8 @@ def device_summaries(tree: PyTree) -> dict[str, LeafSummary]:
     """Checksums of the leaves, by path, and how many of their elements are not finite.
 
     jax arrays are summed where they lie, whatever their sharding, in one pass over memory; every
-    process of a run must call this and gets every result. Host arrays are summed on the host.
+    process of a run must call this and gets every result. Host arrays, and small ones on the CPU
+    devices of this process alone, are summed on the host.
 
     Args:
       tree: nested dict of arrays, or a flat one by path.
@@ -218,7 +223,11 @@ def device_summaries(tree: PyTree) -> dict[str, LeafSummary]:
     flat = trees.flatten(tree)
     for leaf in flat.values():
         _words_per_element(np.dtype(leaf.dtype))
-    on_device = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.Array)}
+    on_device = {
+        path: leaf
+        for path, leaf in flat.items()
+        if isinstance(leaf, jax.Array) and not _is_at_hand(leaf)
+    }
     # Compiled once for every kind of leaf, of which a model has few.
     sums = jax.device_get({path: in_turn(_leaf_sums(leaf)) for path, leaf in on_device.items()})
     summaries = {}
@@ -230,6 +239,16 @@ def device_summaries(tree: PyTree) -> dict[str, LeafSummary]:
         else:
             summaries[path] = LeafSummary(checksum(leaf), nonfinite_count(leaf))
     return summaries
+
+
+def _is_at_hand(leaf: jax.Array) -> bool:
+    """Whether an array is small, and all of it in the memory of this process."""
+    devices: set[Any] = leaf.sharding.device_set
+    return (
+        leaf.nbytes <= _AT_HAND
+        and leaf.is_fully_addressable
+        and all(device.platform == "cpu" for device in devices)
+    )
 
 
 def device_checksums(tree: PyTree) -> dict[str, str]:
