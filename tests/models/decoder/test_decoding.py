@@ -43,9 +43,12 @@ ONE_LAYER = {"num_layers": 1, "layer_types": ("sliding",), "sliding_window": 5}
 
 
 def model_of(kind, **changes):
-    """A model and its parameters, nested."""
+    """A model of two layers, where nothing else is said, and its parameters, nested."""
+    whole = config(kind)
+    two = {"num_layers": 2, "layer_types": whole.layer_types[:2]}
+    two |= {"no_rope_layers": (1,)} if whole.no_rope_layers else {}
     model = DecoderModel(
-        dataclasses.replace(config(kind), **changes), features=DecoderOnlyFeatures(bos_id=BOS)
+        dataclasses.replace(whole, **two | changes), features=DecoderOnlyFeatures(bos_id=BOS)
     )
     return model, trees.unflatten(random_params(model))
 
@@ -132,7 +135,8 @@ def test_eight_devices_compute_what_one_does():
 
 
 def test_a_cache_holds_what_its_layer_sees_of_its_own_heads():
-    model, params = model_of("gemma2")
+    types = ("sliding", "full", "sliding")
+    model, params = model_of("gemma2", num_layers=3, layer_types=types)
     prompts = TOKENS[:, :WIDTH]
     _, cache = jax.eval_shape(
         lambda p: model.start_decoding(p, prompts, max_length=NEW + 1), params

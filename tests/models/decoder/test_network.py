@@ -180,9 +180,11 @@ def test_padding_takes_no_expert_capacity():
 
 @functools.cache
 def gradient(kind, **form):
-    """By path, of a model of four layers in a form."""
+    """By path, of a model in a form: four layers where their types alternate, or two."""
     types = ("sliding", "full") * 2 if config(kind).layer_types else ()
-    settings = dataclasses.replace(config(kind), num_layers=4, layer_types=types, **form)
+    settings = dataclasses.replace(
+        config(kind), num_layers=len(types) or 2, layer_types=types, **form
+    )
     model = DecoderModel(settings)
     params = jax.tree.map(jnp.asarray, trees.unflatten(random_params(model)))
     batch = model.features.random(50, batch_size=2, length=16)
