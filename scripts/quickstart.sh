@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole story on CPU: pre-train a small dense T5 1.1, upcycle it, continue both, train the same
 # MoE from scratch, compare.
-#   ./scripts/quickstart.sh            about a quarter of an hour on two idle cores,
-#   installation included (an estimate: docs/benchmarks.md)
+#   ./scripts/quickstart.sh            about 12 minutes on two idle cores, installation
+#   included (an estimate: docs/benchmarks.md)
 #   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
 # Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default
 # quickstart/). Words after the options go to the cache of the text, to every training run and to
@@ -13,8 +13,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 # The gain comes after the crossing and grows, so that upcycled and dense go on for longer than the
-# dense model was trained; MoE from scratch is far behind after a third of that.
-dense_steps=2000 extra_steps=3000 scratch_steps=1000 eval_period=250
+# dense model was trained; MoE from scratch is far behind after a sixth of that.
+dense_steps=1500 extra_steps=3000 scratch_steps=500 eval_period=500
 out="${QUICKSTART_DIR:-$root/quickstart}"
 if [ "${1:-}" = --smoke ]; then
     shift
