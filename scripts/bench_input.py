@@ -1,10 +1,10 @@
 """Prints how many examples a second the input gives, from a cache and on the fly, against those
 that train steps consume on this machine.
 
-    python scripts/bench_input.py                                   # tiny and small, as
-    runs/pretrain.gin feeds them but for the batch python scripts/bench_input.py --sizes tiny
-    --inputs 128 --targets 40 --batch_size 32
-    python scripts/bench_input.py --images --sizes tiny s32 --batch_size 64   # images, below
+    # tiny and small, as runs/pretrain.gin feeds them but for the batch
+    python scripts/bench_input.py
+    python scripts/bench_input.py --sizes tiny --inputs 128 --targets 40 --batch_size 32
+    python scripts/bench_input.py --images --batch_size 64   # tiny and s32, images, below
 
 With --images: views of glyphs; and of photographs (noise of 256 x 256 pixels as JPEG files, in
 folders and cached), cropped at random and mirrored, against the steps of vision transformers.
@@ -178,7 +178,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", default="embedded_text_span_corruption")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--sizes", nargs="+", help="tiny and small, or tiny and s32 of images")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=128)
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--images", action="store_true", help="of vision transformers")
     parser.add_argument("--files", type=int, default=256, help="photographs, with --images")
     args = parser.parse_args()
+    args.sizes = args.sizes or ["tiny", "s32" if args.images else "small"]
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     if args.images:
         print(f"{benchmarks.hardware()}; batches of {args.batch_size} images")
