@@ -195,8 +195,7 @@ TWO_EXPERTS = ["MOE=@DecoderMoeConfig()", "DecoderMoeConfig.num_experts=2"]
     ("bindings", "start"),
     [
         (["RECIPE=@Recipe()", *TWO_EXPERTS], "upcycle"),
-        # That no recipe is a continuation, test_gin_files.py shows in a run.
-        pytest.param([], "continue", marks=pytest.mark.slow),
+        ([], "continue"),
     ],
 )
 def test_runs_continue_without_a_model_file(bindings, start, dense_checkpoint, tmp_path):

@@ -49,12 +49,8 @@ def same_arithmetic(earlier) -> bool:
     return earlier.arithmetic() == RECORD["arithmetic"]
 
 
-# The sparse run resumes layers, optimizer slots and data of the dense one, too.
-DENSE_RUN = pytest.param("dense", "DENSE", 3, 4, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
-    ("run", "model", "first", "steps"), [("sparse", "SPARSE", 5, 6), DENSE_RUN]
+    ("run", "model", "first", "steps"), [("sparse", "SPARSE", 5, 6), ("dense", "DENSE", 3, 4)]
 )
 def test_a_checkpoint_of_then_resumes_with_the_same_losses(
     earlier, text, tmp_path, run, model, first, steps
@@ -75,8 +71,7 @@ def test_a_checkpoint_of_then_resumes_with_the_same_losses(
     [
         (1, "SPARSE"),
         (8, "SPARSE"),
-        # Half of the layers of the sparse model are its.
-        pytest.param(1, "DENSE", marks=pytest.mark.slow),
+        (1, "DENSE"),
     ],
 )
 def test_programs_do_the_same_work(earlier, devices, name):

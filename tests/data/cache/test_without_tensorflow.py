@@ -98,9 +98,6 @@ def test_training_imports_neither(whole):
     assert evaluated == {"without_tensorflow_code", "without_tensorflow_words"}
 
 
-# That a killed run resumes, training/test_killed_run.py shows, that a cache's stream does,
-# test_batches.py.
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_losses(folder, whole, tmp_path):
     whole, killed = whole[0], tmp_path / "killed"
     process = start(killed, folder, seconds=0.3)
