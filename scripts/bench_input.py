@@ -7,21 +7,30 @@ that train steps consume on this machine.
     python scripts/bench_input.py --images --batch_size 64   # tiny and s32, images, below
 
 With --images: views of glyphs; and of photographs (noise of 256 x 256 pixels as JPEG files, in
-folders and cached), cropped at random and mirrored, against the steps of vision transformers.
+folders, cached as files, and cached as pixels with shorter sides of --shorter_sides), cropped at
+random and mirrored, against the steps of vision transformers. Inputs and steps take turns: ratios
+are medians over the rounds, each of what was measured in one of them. Beside the rates stands the
+processor time that an image takes, all threads together, which other jobs on the machine change
+little.
 
 A step and its input share the processors of a CPU machine; on an accelerator's host the input has
 them to itself. The cache is written to a temporary folder first.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import functools
 import io
 import pathlib
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import benchmarks
+import jax
 import numpy as np
 from PIL import Image
 
@@ -81,8 +90,11 @@ def inputs(
         }
 
 
-def image_inputs(side: int, batch_size: int, *, seconds: float, files: int) -> dict[str, float]:
-    """Images a second of each way to read them."""
+@contextlib.contextmanager
+def image_inputs(
+    side: int, batch_size: int, *, files: int, shorter_sides: Sequence[int]
+) -> Iterator[dict[str, Iterator[Any]]]:
+    """The ways to read images: endless batches by name."""
     features = ImageFeatures(side)
     given: dict[str, Any] = {
         "task_feature_lengths": {"image": side},
@@ -99,17 +111,49 @@ def image_inputs(side: int, batch_size: int, *, seconds: float, files: int) -> d
             coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC).save(path)
         folder = ImageDatasetConfig("noise", folder=str(root / "photographs"), **augmented)
-        records_writing.write(folder, root / "cache", report=lambda line: None)
-        configure(cache_dirs=[str(root / "cache")])
-        configs = {
-            "glyphs": ImageDatasetConfig(**given),
-            "folder": folder,
-            "cached": ImageDatasetConfig("noise", use_cached=True, **augmented),
-        }
-        return {
-            name: rate(open_dataset(config, features).train_iterator(), batch_size, seconds=seconds)
+        configs = {"glyphs": ImageDatasetConfig(**given), "folder": folder}
+        streams = {
+            name: open_dataset(config, features).train_iterator()
             for name, config in configs.items()
         }
+        for pixels in (None, *(each for each in shorter_sides if each >= side)):
+            source = dataclasses.replace(folder, shorter_side=pixels)
+            cache = root / f"cache_{pixels}"
+            records_writing.write(source, cache, report=lambda line: None)
+            configure(cache_dirs=[str(cache)])
+            cached = dataclasses.replace(source, folder=None, use_cached=True)
+            name = "cached" if pixels is None else f"cached {pixels}"
+            streams[name] = open_dataset(cached, features).train_iterator()
+        yield dict(streams)
+
+
+class Turn(NamedTuple):
+    """One turn of something that is repeated: a second's executions, and the processor's seconds of
+    each.
+    """
+
+    rate: float
+    processor: float
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: int
+) -> dict[str, list[Turn]]:
+    """Repeats each call for its share of `seconds` in every round. What was made ahead before a
+    turn is taken out first.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for _ in range(4):
+                call()
+            count, began, processor = 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - began < seconds / rounds:
+                call()
+                count += 1
+            processor = time.process_time() - processor
+            turns[name].append(Turn(count / (time.perf_counter() - began), processor / count))
+    return turns
 
 
 def decoding_rate(side: int, *, seconds: float) -> float:
@@ -140,32 +184,51 @@ def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
             dtype="float32",
         )
         side = lengths["image"]
-        given = image_inputs(side, args.batch_size, seconds=args.seconds, files=args.files)
-        for name, images in given.items():
-            print(f"input {name:<12} {images:>12,.1f} images/s of {side} x {side} pixels")
+        steps = benchmarks.step_programs(
+            models, trainer, batch_size=args.batch_size, lengths=lengths
+        )
+        with image_inputs(
+            side, args.batch_size, files=args.files, shorter_sides=args.shorter_sides
+        ) as streams:
+            calls: dict[str, Callable[[], Any]] = {
+                **{name: functools.partial(next, stream) for name, stream in streams.items()},
+                **{kind: _waited(step) for kind, step in steps.items()},
+            }
+            turns = in_turns(calls, seconds=args.seconds, rounds=args.rounds)
+        print(f"{size}, {side} x {side} pixels")
+        for name, each in turns.items():
+            images = args.batch_size * statistics.median(turn.rate for turn in each)
+            processor = statistics.median(turn.processor for turn in each) / args.batch_size
+            what = "step" if name in steps else "input"
+            print(f"{what:<5} {name:<12} {images:>12,.1f} images/s, {processor * 1e6:>10,.1f} us")
         decoded = decoding_rate(side, seconds=args.seconds)
         print(f"of this decoding alone {decoded:>6,.1f} images/s of 256 x 256 pixels, one thread")
-        steps = benchmarks.train_steps(
-            size,
-            models,
-            trainer,
-            batch_size=args.batch_size,
-            lengths=lengths,
-            rounds=args.rounds,
-        )
-        _compared(size, steps, args.batch_size, given, unit="images")
+        for kind in steps:
+            ratios = {
+                name: statistics.median(
+                    one.rate / step.rate for one, step in zip(turns[name], turns[kind], strict=True)
+                )
+                for name in streams
+            }
+            listed = ", ".join(f"{name} {ratio:.3g} times" for name, ratio in ratios.items())
+            print(f"step {size} {kind:<9} is fed {listed}")
+            slow = [name for name, ratio in ratios.items() if ratio < 1]
+            if slow:
+                print(f"     is limited by: {', '.join(slow)}")
 
 
-def _compared(
-    size: str, steps: Any, batch_size: int, given: dict[str, float], *, unit: str
-) -> None:
+def _waited(step: benchmarks.Program) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(step.call())
+
+
+def _compared(size: str, steps: Any, batch_size: int, given: dict[str, float]) -> None:
     for kind, measured in (("dense", steps.dense), ("upcycled", steps.upcycled)):
         needed = batch_size / measured.seconds
         ratios = ", ".join(
             f"{name} {examples / needed:,.3g} times that" for name, examples in given.items()
         )
         print(
-            f"step {size} {kind:<9} {needed:>12,.1f} {unit}/s ({1 / measured.seconds:.2f}"
+            f"step {size} {kind:<9} {needed:>12,.1f} examples/s ({1 / measured.seconds:.2f}"
             f" steps/s): {ratios}"
         )
         slow = [name for name, examples in given.items() if examples < ASKED * needed]
@@ -183,10 +246,19 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--targets", type=int, default=128)
     parser.add_argument("--group_size", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each way to read")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of each way to read, and step of images"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", action="store_true", help="of vision transformers")
     parser.add_argument("--files", type=int, default=256, help="photographs, with --images")
+    parser.add_argument(
+        "--shorter_sides",
+        type=int,
+        nargs="+",
+        default=[256, 165],
+        help="of photographs cached as pixels, with --images; those below the model's are left out",
+    )
     args = parser.parse_args()
     args.sizes = args.sizes or ["tiny", "s32" if args.images else "small"]
     trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
@@ -216,7 +288,7 @@ def main() -> None:
             lengths=lengths,
             rounds=args.rounds,
         )
-        _compared(size, steps, args.batch_size, given, unit="examples")
+        _compared(size, steps, args.batch_size, given)
 
 
 if __name__ == "__main__":

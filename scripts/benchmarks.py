@@ -346,10 +346,7 @@ def train_steps(
       rounds: executions of each.
     """
     lengths = {name: lengths[name] for name in models[0].features.task_features}
-    programs = {
-        key: _step_program(model, trainer, batch_size, lengths)
-        for key, model in zip(("dense", "upcycled"), models, strict=True)
-    }
+    programs = step_programs(models, trainer, batch_size=batch_size, lengths=lengths)
     tokens = batch_size * sum(stack_lengths(models[0], lengths).values())
     dense, upcycled = compare(programs, baseline="dense", tokens=tokens, rounds=rounds)
     shape = StepShape(batch_size=batch_size, lengths=lengths)
@@ -363,6 +360,16 @@ def train_steps(
     ratio = costs[1].forward_flops / costs[0].forward_flops
     flops = (costs[0].model_flops, costs[1].model_flops)
     return StepComparison(name, dense, upcycled, ratio, shares, flops)
+
+
+def step_programs(
+    models: Sequence[Model], trainer: Trainer, *, batch_size: int, lengths: Mapping[str, int]
+) -> dict[str, Program]:
+    """The train steps that `train_steps` measures, by 'dense' and 'upcycled'; see there."""
+    return {
+        key: _step_program(model, trainer, batch_size, lengths)
+        for key, model in zip(("dense", "upcycled"), models, strict=True)
+    }
 
 
 def _step_program(

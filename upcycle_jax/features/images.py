@@ -114,8 +114,10 @@ class ImageFeatures:
         missing = rows - len(images)
         weights = np.zeros(rows, np.float32)
         weights[: len(images)] = 1
+        if missing:
+            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
         return {
-            "images": np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+            "images": images,
             "labels": np.pad(
                 labels.astype(np.int32), ((0, missing), *[(0, 0)] * (labels.ndim - 1))
             ),

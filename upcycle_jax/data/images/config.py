@@ -57,6 +57,11 @@ class ImageDatasetConfig(DatasetConfig):
         'inception', a random part of 5 to 100 % of the area and a width of 3/4 to 4/3 of the
         height, as they train. Scaled bilinearly.
       flip: show every second view mirrored, by chance.
+      shorter_side: files with more pixels are scaled down until their shorter side has so many,
+        before anything is cropped, bilinearly over all pixels; None: views are made of what is in
+        the file. With it `cache_tasks` caches the scaled images as plain pixels, which are read
+        several times as fast as files are decoded; runs that read them set the same number, and
+        see what they would see of the files. Glyphs and arrays are never scaled so.
       mixture: several sets of images instead of one: how often images of each are shown, by its
         name, {'birds': 3, 'planes': 1}, or where it lies and how often, {'birds': ('/data/birds',
         3), 'planes': ('/data/planes.npz', 1)}: a folder as `folder`, an archive as `arrays`. A name
@@ -83,6 +88,7 @@ class ImageDatasetConfig(DatasetConfig):
         Annotated[Mapping[str, Share], checks.Hint("{'birds': 3, 'planes': ('/data/planes', 1)}")]
         | None
     ) = dataclasses.field(default=None, metadata=checks.ADDED)
+    shorter_side: checks.Size | None = dataclasses.field(default=None, metadata=checks.ADDED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_jax.data.images import crops, views
+from upcycle_jax.data.images import crops, decoding, views
 from upcycle_jax.data.images.config import ImageDatasetConfig
 from upcycle_jax.data.images.opening import open_source
 from upcycle_jax.data.images.sources import Images, Source
@@ -47,7 +47,14 @@ class ImageDataset:
         check_lengths(features, config.task_feature_lengths)
         features.check_size(config.task_feature_lengths[IMAGE])
         self.config, self.features = config, features
+        if config.shorter_side is not None and config.shorter_side < features.size:
+            raise ValueError(
+                f"shorter_side (IMAGE_SHORTER_SIDE) is {config.shorter_side}, the model takes"
+                f" {features.size} x {features.size} pixels: give at least {features.size}, or"
+                " None to keep images as they are"
+            )
         self.images: Source = open_source(config)
+        self._shorter_side = None if isinstance(self.images, Images) else config.shorter_side
         if features.num_classes and self.images.num_classes > features.num_classes:
             raise ValueError(
                 f"{config.mixture_or_task_name} has {self.images.num_classes} classes, the model"
@@ -95,19 +102,25 @@ class ImageDataset:
             if seen.shape[-1] != self.features.channels:
                 seen = np.repeat(seen, self.features.channels, axis=-1)
             return seen
-        return self._cropped(which, numbers, seed).astype(np.float32) / 127.5 - 1
+        out = self._cropped(which, numbers, seed).astype(np.float32)
+        out /= 127.5
+        out -= 1
+        return out
 
     def _cropped(self, which: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
         """Uint8 `[n, T, T, c]`, by several threads: decoding and scaling leave Python's lock."""
         config, features, source = self.config, self.features, self.images
         side, crop = features.size, config.crop
-        channels, at_least = features.channels, crops.least_side(side, crop)
+        channels, shorter_side = features.channels, self._shorter_side
+        at_least = crops.least_side(side, crop) if shorter_side is None else shorter_side
         if isinstance(source, Images):
             channels = source.images.shape[-1]
             side = source.images.shape[1] if crop == "none" else side
 
         def one(place: int, draws: np.ndarray) -> np.ndarray:
-            image = source.image(int(place), channels=channels, at_least=at_least)
+            image = source.image(place, channels=channels, at_least=at_least)
+            if shorter_side is not None:
+                image = decoding.shrunk(image, shorter_side)
             if crop == "none" and image.size != (side, side):
                 raise ValueError(
                     f"image {place} of {config.mixture_or_task_name!r} is {image.size[0]} x"
@@ -118,8 +131,15 @@ class ImageDataset:
 
         draws = crops.drawn(seed, numbers)
         out = np.empty((len(which), side, side, channels), np.uint8)
-        for row, found in enumerate(_pool().map(one, which, draws)):
-            out[row] = found
+
+        def some(first: int, last: int) -> None:
+            for row in range(first, last):
+                out[row] = one(int(which[row]), draws[row])
+
+        # Each thread takes a run of rows: a call for each image would cost as much as a small one.
+        bounds = [len(which) * part // _THREADS for part in range(_THREADS + 1)]
+        for _ in _pool().map(some, bounds, bounds[1:]):
+            pass
         return out
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> "ImageStream":
@@ -167,6 +187,8 @@ class ImageDataset:
         }
         if config.crop != "none" or config.flip:
             task |= {"crop": config.crop, "flip": config.flip}
+        if self._shorter_side is not None:
+            task["shorter_side"] = self._shorter_side
         return describe(
             config,
             tasks={config.mixture_or_task_name: task},

@@ -1,19 +1,22 @@
-"""Cached images on disk: files in ArrayRecord, read one by one in any order, without TensorFlow.
+"""Cached images on disk: files, or their pixels, in ArrayRecord, read one by one in any order,
+without TensorFlow.
 
     <cache folder>/<task>/images.json                          what was cached, with counts and
     sha256
-                         /<split>-00000-of-00004.array_record  images, one a record
+                         /<split>-00000-of-00004.array_record  images, one a record: 'image' and
+                                                               'label'; of pixels 'shape' too
                          /<split>.labels.npy                   int32 [N]
 
 The manifest is written last and the task's folder renamed into place after it, so a folder with its
 name is whole.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -21,13 +24,16 @@ import msgpack
 import numpy as np
 
 from upcycle_jax import data_folders
-from upcycle_jax.data.cache.format import FileEntry, digest, find_folder, sha256_of_file
+from upcycle_jax.data.cache.format import FileEntry, digest, find_folder, sha256_of_file, write_json
 from upcycle_jax.data.images.config import ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.data.images.encoded import EncodedImages
 from upcycle_jax.data.images.named import cache_command
 from upcycle_jax.features.images import IMAGE
 
-FORMAT = 1
+FILES, PIXELS = 1, 2
+"""Formats: what a record's image is."""
+SHAPE = "shape"
+"""[height, width, channels] of a record's pixels."""
 MANIFEST = "images.json"
 
 
@@ -54,7 +60,8 @@ class ImageManifest:
       num_classes: labels are below it.
       classes: their names, where they have any.
       splits: by name.
-      format: of this file.
+      format: FILES or PIXELS.
+      shorter_side: of PIXELS: see `ImageDatasetConfig`; None of FILES.
     """
 
     task: str
@@ -62,7 +69,17 @@ class ImageManifest:
     num_classes: int
     classes: Sequence[str] | None
     splits: Mapping[str, ImageSplit]
-    format: int = FORMAT
+    format: int = FILES
+    shorter_side: int | None = None
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes it into the task's folder. That of files reads as it did before there were
+        PIXELS.
+        """
+        fields = dataclasses.asdict(self)
+        if self.shorter_side is None:
+            del fields["shorter_side"]
+        write_json(folder / MANIFEST, fields)
 
     @classmethod
     def read(cls, folder: pathlib.Path, *, remedy: str) -> "ImageManifest":
@@ -74,10 +91,14 @@ class ImageManifest:
         path = folder / MANIFEST
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields.get("format") != FORMAT:
+            if fields.get("format") not in (FILES, PIXELS):
                 raise ValueError(
-                    f"it has format {fields.get('format')!r}, this version reads {FORMAT}"
+                    f"it has format {fields.get('format')!r}, this version reads {FILES} and"
+                    f" {PIXELS}"
                 )
+            has_pixels, side = fields["format"] == PIXELS, fields.get("shorter_side")
+            if has_pixels != (isinstance(side, int) and side > 0):
+                raise ValueError(f"its shorter_side is {side!r}")
             splits = {
                 name: ImageSplit(
                     tuple(FileEntry(**file) for file in entry["files"]),
@@ -164,11 +185,17 @@ class RecordImages(EncodedImages):
 
     def encoded(self, place: int) -> bytes:
         """See `EncodedImages`."""
-        try:
+        with self._told(place):
             found = msgpack.unpackb(self._records[place])[IMAGE]
             if isinstance(found, bytes):
                 return found
             raise ValueError("it holds no file")
+
+    @contextlib.contextmanager
+    def _told(self, place: int) -> Iterator[None]:
+        """Damage of a record raises a ValueError that names it."""
+        try:
+            yield
         except (ValueError, KeyError, TypeError, RuntimeError, msgpack.UnpackException) as error:
             raise ValueError(
                 f"{self.name(place)} cannot be read ({error}): {self._remedy}"
@@ -188,6 +215,29 @@ class RecordImages(EncodedImages):
         return self.num_bytes
 
 
+class PixelImages(RecordImages):
+    """Cached images that are pixels already: see `ImageDatasetConfig.shorter_side`."""
+
+    def image(self, place: int, *, channels: int, at_least: int) -> Any:
+        """See `Source`; nothing is left to be decoded."""
+        from PIL import Image
+
+        with self._told(place):
+            record = msgpack.unpackb(self._records[place])
+            pixels, (height, width, has) = record[IMAGE], record[SHAPE]
+            if has not in (1, 3) or min(height, width) < 1 or len(pixels) != height * width * has:
+                raise ValueError(f"it holds {len(pixels)} bytes, not {height} x {width} x {has}")
+            mode = "L" if has == 1 else "RGB"
+            found = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
+        if has > channels:
+            # A file's grey values are not always those that its colours would give.
+            raise ValueError(
+                f"{self.name(place)} has colours, the model takes 1 channel: cache the images"
+                " without IMAGE_SHORTER_SIDE, which the run may set all the same"
+            )
+        return found if has == channels else found.convert("RGB")
+
+
 def find(config: ImageDatasetConfig) -> RecordImages:
     """The cache that a configuration with `use_cached` names.
 
@@ -205,6 +255,13 @@ def find(config: ImageDatasetConfig) -> RecordImages:
             " files) and start with --seqio_additional_cache_dirs of the same folder"
         )
     remedy = f"cache them again: `{cache_command(config)} --overwrite`"
-    return RecordImages(
-        folder, ImageManifest.read(folder, remedy=remedy), config.split, remedy=remedy
-    )
+    manifest = ImageManifest.read(folder, remedy=remedy)
+    if manifest.format == FILES:
+        return RecordImages(folder, manifest, config.split, remedy=remedy)
+    if manifest.shorter_side != config.shorter_side:
+        raise ValueError(
+            f"{folder} holds images whose shorter side was made {manifest.shorter_side} pixels,"
+            f" shorter_side (IMAGE_SHORTER_SIDE) is {config.shorter_side}: set it to"
+            f" {manifest.shorter_side}, or {remedy}"
+        )
+    return PixelImages(folder, manifest, config.split, remedy=remedy)

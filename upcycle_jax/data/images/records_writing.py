@@ -1,5 +1,5 @@
-"""Writes images as ArrayRecord files (`records` has the layout): of a folder without TensorFlow, or
-of a SeqIO task. A killed run continues after the last whole file.
+"""Writes images, as they are or as pixels, to ArrayRecord files (`records` has the layout): of a
+folder without TensorFlow, or of a SeqIO task. A killed run continues after the last whole file.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from upcycle_jax.text import size
 
 _PART = 10_000
 _OPTIONS = "group_size:1,uncompressed"
-"""Groups of one record, which are read in random order; files are compressed already."""
+"""Groups of one record, which are read in random order; files are compressed already, and pixels
+are to be read fast."""
 _PLAN = "plan.json"
 
 Report = Callable[[str], None]
@@ -107,7 +108,8 @@ def write(
     A finished cache of the same images is left as it is.
 
     Args:
-      config: with a folder, or the name of a SeqIO task; its split is not looked at.
+      config: with a folder, or the name of a SeqIO task; its split is not looked at. With a
+        `shorter_side` scaled pixels are cached, else the files.
       output_cache_dir: the folder of all caches.
       splits: splits to cache, or None for all.
       num_shards: files of each split, or None for one in 10,000 images.
@@ -138,6 +140,8 @@ def write(
         return
     folder = pathlib.Path(os.path.expanduser(output_cache_dir)) / cache_format.folder_name(name)
     plan = json.loads(json.dumps({"task": name, "identity": origin.identity, "parts": parts}))
+    if config.shorter_side is not None:
+        plan["shorter_side"] = config.shorter_side
     with leases.hold(
         folder.with_name(f".{folder.name}.lease.json"),
         what=f"the cache of {name!r} in {output_cache_dir}",
@@ -223,8 +227,8 @@ def _is_there(folder: pathlib.Path, plan: dict[str, Any], *, overwrite: bool, ve
     manifest = ImageManifest.read(folder, remedy=remedy)
     if manifest.identity != plan:
         raise ValueError(
-            f"{folder} holds a cache of other images of that name, or other splits: choose another"
-            " --output_cache_dir, or replace it with --overwrite"
+            f"{folder} holds a cache of other images of that name, of other splits or of another"
+            " IMAGE_SHORTER_SIDE: choose another --output_cache_dir, or replace it with --overwrite"
         )
     for split in manifest.splits if verify else ():
         records.RecordImages(folder, manifest, split, remedy=remedy).verify()
@@ -247,12 +251,13 @@ def _write(
     work.mkdir(parents=True, exist_ok=True)
     cache_format.write_json(note, plan)
     splits = {}
+    side = plan.get("shorter_side")
     for split, count in plan["parts"].items():
-        splits[split] = _split(work, origin, split, count, report)
-    manifest = ImageManifest(
-        plan["task"], plan, origin.num_classes, origin.classes, splits, records.FORMAT
+        splits[split] = _split(work, origin, split, count, side, report)
+    kind = records.FILES if side is None else records.PIXELS
+    ImageManifest(plan["task"], plan, origin.num_classes, origin.classes, splits, kind, side).write(
+        work
     )
-    cache_format.write_json(work / records.MANIFEST, dataclasses.asdict(manifest))
     kept = {entry.name for one in splits.values() for entry in (*one.files, one.labels)}
     for path in work.iterdir():
         if path.name not in kept | {records.MANIFEST}:
@@ -269,7 +274,12 @@ def _write(
 
 
 def _split(
-    work: pathlib.Path, origin: _Origin, split: str, parts: int, report: Report
+    work: pathlib.Path,
+    origin: _Origin,
+    split: str,
+    parts: int,
+    shorter_side: int | None,
+    report: Report,
 ) -> ImageSplit:
     """Writes the files of a split that are not whole yet, and its labels."""
     total = origin.counts[split]
@@ -279,8 +289,9 @@ def _split(
     meter = Meter(total, report, unit="images", done=bounds[lacking[0]] if lacking else total)
     if lacking:
         examples = origin.examples(split, bounds[lacking[0]])
+        found = (_record(*example, shorter_side=shorter_side) for example in examples)
         for part in range(lacking[0], parts):
-            labels = _part(work, stems[part], examples, bounds[part], bounds[part + 1], meter)
+            labels = _part(work, stems[part], found, bounds[part], bounds[part + 1], meter)
             np.save(work / f"{stems[part]}.labels.npy", np.asarray(labels, np.int32))
             path = work / f"{stems[part]}.array_record"
             entry = FileEntry(
@@ -298,27 +309,41 @@ def _split(
     return ImageSplit(tuple(files), entry)
 
 
+def _record(file: bytes, label: int, name: str, *, shorter_side: int | None) -> tuple[bytes, int]:
+    """What is written of an image, which is decoded in any case; and its label.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if shorter_side is None:
+        decoding.decode(file, what=name, channels=3, at_least=1)
+        return msgpack.packb({IMAGE: file, LABEL: label}), label
+    decoded = decoding.decode(file, what=name, channels=None, at_least=shorter_side)
+    pixels = np.asarray(decoding.shrunk(decoded, shorter_side))  # [H, W] or [H, W, 3]
+    shape = [*pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1]
+    return msgpack.packb({IMAGE: pixels.tobytes(), LABEL: label, records.SHAPE: shape}), label
+
+
 def _part(
     work: pathlib.Path,
     stem: str,
-    examples: Iterator[_Example],
+    found: Iterator[tuple[bytes, int]],
     first: int,
     last: int,
     meter: Meter,
 ) -> list[int]:
-    """Writes one file of images; returns their labels."""
+    """Writes one file of records; returns their labels."""
     temporary = work / f"{stem}.writing"
     temporary.unlink(missing_ok=True)
     writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), _OPTIONS)
     labels = []
     try:
         for place in range(first, last):
-            found = next(examples, None)
-            if found is None:
+            one = next(found, None)
+            if one is None:
                 raise ValueError(f"the split ends after {place} images, {last} were counted")
-            file, label, name = found
-            decoding.decode(file, what=name, channels=3, at_least=1)
-            writer.write(msgpack.packb({IMAGE: file, LABEL: label}))
+            record, label = one
+            writer.write(record)
             labels.append(label)
             meter.reach(place + 1, stem)
     finally:
