@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle_jax.moe import batched_blocks, grouped_experts
+from upcycle_jax.moe import batched_blocks, expert_runs, grouped_experts
 from upcycle_jax.partitioning import Partitioner
 
 D, F = 6, 10
@@ -60,7 +60,8 @@ def problem(
 
 
 SMALL = {"one product": batched_blocks.SMALL, "loop": 0}
-"""Of `moe.batched_blocks`: what makes the blocks of these experts one product, or a loop."""
+"""Of `moe.batched_blocks`: what makes the blocks of these experts one product, or a loop over the
+parts of runs."""
 
 
 @functools.cache
@@ -217,6 +218,21 @@ def loss_and_gradients(tokens, expert, weight, kernels, scale):
         return jnp.sum(out * target), out
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(tokens, weight, kernels)
+
+
+@pytest.mark.parametrize("load", ["random", "all want the last expert"])
+def test_all_forms_are_one_function(load, monkeypatch):
+    # What CPUs do with large experts, and the blocks of other platforms.
+    monkeypatch.setattr(batched_blocks, "SMALL", 0)
+    for faster in (True, False):
+        monkeypatch.setattr(expert_runs, "is_faster", lambda faster=faster: faster)
+        jax.tree.map(
+            lambda g, w: np.testing.assert_allclose(
+                g, w, rtol=1e-5, atol=1e-5 * max(np.abs(w).max(), 1)
+            ),
+            jax.jit(lambda *args: loss_and_gradients(*args))(*wide_problem(load)),
+            on_one_device(load),
+        )
 
 
 QUICK = {("random", mesh) for mesh in ((2, 2), (1, 8))} | {(load, (4, 1)) for load in LOADS}

@@ -6,9 +6,9 @@ Rows of one expert follow each other, a run, which is padded to whole blocks of 
     rows    [ e0 e0 .. | e0 .. | e1 e1 .. | e1 .. | e1 .. | e2 .. | unused ]      R rows in all
     blocks  [    0     |   1   |    2     |   3   |   4   |   5   |   6    ]
 
-Every block gets a copy of its expert's matrix, and one batched product does the rest. A loop over
-blocks (`moe.grouped_matmul`) copies no matrix and computes no unused block, but each of its steps
-costs as much as the product of a small block (docs/benchmarks.md).
+Every block gets a copy of its expert's matrix, and one batched product does the rest. A loop
+(`moe.expert_runs`) copies no matrix and computes no unused block, but each of its steps costs as
+much as the product of a small block (docs/benchmarks.md).
 
 Axis legend: N tokens, K experts per token, E experts, R rows (a static bound), B blocks, d and f
 sizes of matrices.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
-from upcycle_jax.moe import all_to_all, batched_blocks, even_load, grouped_matmul
+from upcycle_jax.moe import all_to_all, batched_blocks, even_load, expert_runs, grouped_matmul
 from upcycle_jax.partitioning import (
     DATA,
     EXPERT,
@@ -187,6 +187,18 @@ def _local(
     elif batched_blocks.is_faster(math.prod(matrix)):
         alignment = batched_blocks.rows_per_block(expert.size, num_experts)
         product = functools.partial(batched_blocks.batched_dot, alignment)
+    elif expert_runs.is_faster():
+        step = expert_runs.rows_per_step(expert.size, num_experts)
+        return expert_runs.apply(
+            tokens,
+            weight,
+            kernels,
+            grouped_matmul.sort_rows(expert, num_experts=num_experts, alignment=step),
+            step=step,
+            activations=activations,
+            hidden_scale=hidden_scale,
+            biases=biases,
+        )
     else:
         product, alignment = grouped_matmul.block_dot, grouped_matmul.ALIGNMENT
     rows = grouped_matmul.sort_rows(expert, num_experts=num_experts, alignment=alignment)

@@ -99,6 +99,12 @@ def expert_of_row(rows: SortedRows) -> jax.Array:
     return jnp.searchsorted(ends, jnp.arange(rows.choice.size), side="right").astype(jnp.int32)
 
 
+def token_of_row(rows: SortedRows) -> jax.Array:
+    """Int32 `[R]`: the token that each row holds; N for an empty row."""
+    num_tokens, per_token = rows.row.shape
+    return jnp.where(rows.choice < rows.row.size, rows.choice // per_token, num_tokens)
+
+
 @jax.custom_vjp
 def to_rows(tokens: jax.Array, rows: SortedRows) -> jax.Array:
     """Gathers tokens `[N, d]` into rows `[R, d]`; empty rows are zero.
@@ -106,10 +112,7 @@ def to_rows(tokens: jax.Array, rows: SortedRows) -> jax.Array:
     Automatic differentiation would scatter rows into tokens, one after the other. As it is known
     which rows hold a token, its gradient is a gather, too.
     """
-    num_tokens, per_token = rows.row.shape
-    return take(
-        tokens, jnp.where(rows.choice < rows.row.size, rows.choice // per_token, num_tokens)
-    )
+    return take(tokens, token_of_row(rows))
 
 
 def _to_rows_backward(rows: SortedRows, grad: jax.Array) -> tuple[jax.Array, None]:

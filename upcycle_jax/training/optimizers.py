@@ -344,9 +344,10 @@ class Adafactor(Optimizer):
             change = _stateless(optax.clip_by_block_rms(self.clipping_threshold), change, param32)
         change = change * learning_rate
         if self.multiply_by_parameter_scale:
-            change = _stateless(
-                optax.scale_by_param_block_rms(min_scale=self.epsilon2), change, param32
-            )
+            # As `optax.scale_by_param_block_rms`, which writes and reads a copy of the parameter so
+            # that its own gradient is defined where the RMS is zero.
+            rms = jnp.sqrt(jnp.mean(jnp.square(param32)))
+            change = change * jnp.maximum(rms, self.epsilon2)
         if self.beta1 is not None:
             average = optax.ema(self.beta1, debias=False)
             change, ema = average.update(change, optax.EmaState(count=step, ema=slots["m"]))
