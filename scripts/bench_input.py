@@ -256,7 +256,7 @@ def main() -> None:
         "--shorter_sides",
         type=int,
         nargs="+",
-        default=[256, 165],
+        default=[256, 165, 128],
         help="of photographs cached as pixels, with --images; those below the model's are left out",
     )
     args = parser.parse_args()

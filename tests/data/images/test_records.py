@@ -3,7 +3,6 @@
 import itertools
 import json
 
-import msgpack
 import numpy as np
 import pytest
 from PIL import Image
@@ -167,23 +166,52 @@ def test_shorter_sides_that_do_not_fit_are_refused(photographs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "record",
-    [
-        {"image": b"0" * 12, "shape": [2, 2, 3, 1]},
-        {"image": b"0" * 12, "shape": [2, 3, 2]},
-        {"image": b"0" * 11, "shape": [2, 2, 3]},
-        {"image": b"", "shape": [2, 0, 3]},
-        {"image": b"0" * 12, "shape": [-2, -2, 3]},
-        {"image": b"0" * 12},
-        {"image": 7, "shape": [2, 2, 3]},
-        {"image": [1] * 12, "shape": [2, 2, 3]},
-        {"image": b"0" * 12, "shape": ["2", 2, 3]},
-        [7],
-    ],
+    ("place", "value"), [((0, 0), 0), ((0, 1), 13), ((3, 2), 3), ((1, 2), 2), ((2, 0), -12)]
 )
-def test_damaged_pixels_are_told(photographs, tmp_path, monkeypatch, record):
-    cached_pixels(photographs, tmp_path / "cache")
+def test_shapes_that_do_not_fit_are_told(photographs, tmp_path, place, value):
+    path = cached_pixels(photographs, tmp_path / "cache", num_shards=2) / "train.shapes.npy"
+    shapes = np.load(path)
+    assert shapes.tolist() == [[12, 16, 3], [30, 12, 3], [12, 18, 1], [12, 12, 1], [14, 11, 3]]
+    shapes[place] = value
+    np.save(path, shapes)
+    opened = {"folder": None, "use_cached": True, "crop": "central", "shorter_side": 12}
+    with pytest.raises(ValueError, match=r"shapes\.npy does not fit .* cache them again"):
+        dataset(photographs, **opened)
+    np.save(path, shapes.astype(np.int64)[:3])
+    with pytest.raises(ValueError, match="has .* bytes, .* were written"):
+        dataset(photographs, **opened)
+
+
+def test_other_pixels_than_were_written_are_told(photographs, tmp_path):
+    place = cached_pixels(photographs, tmp_path / "cache", num_shards=2)
     opened = dataset(photographs, folder=None, use_cached=True, crop="central", shorter_side=12)
-    monkeypatch.setattr(opened.images, "_records", [msgpack.packb(record)] * 5)
-    with pytest.raises(ValueError, match=r"of the cache .* cannot be read .*cache them again"):
-        next(opened.train_iterator())
+    assert opened.verify() == 3 * (12 * 16 + 30 * 12 + 14 * 11) + 12 * 18 + 12 * 12
+    content = bytearray((place / "train-00001-of-00002.pixels").read_bytes())
+    content[7] ^= 1
+    (place / "train-00001-of-00002.pixels").write_bytes(content)
+    with pytest.raises(ValueError, match="pixels has other content than was written"):
+        opened.verify()
+
+
+def test_a_killed_cache_of_pixels_goes_on_after_the_last_whole_file(
+    photographs, tmp_path, monkeypatch
+):
+    whole = cached_pixels(photographs, tmp_path / "whole", num_shards=5)
+    read, decode = [], decoding.decode
+
+    def killed(encoded, **options):
+        read.append(options["what"])
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return decode(encoded, **options)
+
+    monkeypatch.setattr(decoding, "decode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cached_pixels(photographs, tmp_path / "cache", num_shards=5)
+    place = cached_pixels(photographs, tmp_path / "cache", num_shards=5)
+    assert read[3] == read[4] and len(read) == 6
+    assert sorted(path.name for path in place.iterdir()) == sorted(
+        path.name for path in whole.iterdir()
+    )
+    for path in whole.iterdir():
+        assert (place / path.name).read_bytes() == path.read_bytes()

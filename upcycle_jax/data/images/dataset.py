@@ -13,6 +13,7 @@ import numpy as np
 from upcycle_jax.data.images import crops, decoding, views
 from upcycle_jax.data.images.config import ImageDatasetConfig
 from upcycle_jax.data.images.opening import open_source
+from upcycle_jax.data.images.records import PixelImages
 from upcycle_jax.data.images.sources import Images, Source
 from upcycle_jax.data.images.streams import ImageStream
 from upcycle_jax.data.stream import describe, eval_rows
@@ -21,6 +22,10 @@ from upcycle_jax.features.images import IMAGE, ImageFeatures
 
 _EVALUATION_SEED = 0x5EED
 _THREADS = min(4, os.cpu_count() or 1)
+_FEW_PIXELS = 200 * 200
+"""Threads that make views of so few pixels wait for Python's lock longer than they work: one makes
+them faster.
+"""
 
 
 class ImageDataset:
@@ -55,6 +60,7 @@ class ImageDataset:
             )
         self.images: Source = open_source(config)
         self._shorter_side = None if isinstance(self.images, Images) else config.shorter_side
+        self._threads = _threads(self.images, features.size)
         if features.num_classes and self.images.num_classes > features.num_classes:
             raise ValueError(
                 f"{config.mixture_or_task_name} has {self.images.num_classes} classes, the model"
@@ -102,13 +108,17 @@ class ImageDataset:
             if seen.shape[-1] != self.features.channels:
                 seen = np.repeat(seen, self.features.channels, axis=-1)
             return seen
-        out = self._cropped(which, numbers, seed).astype(np.float32)
+        out = self._cropped(which, numbers, seed, np.float32)
         out /= 127.5
         out -= 1
         return out
 
-    def _cropped(self, which: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
-        """Uint8 `[n, T, T, c]`, by several threads: decoding and scaling leave Python's lock."""
+    def _cropped(
+        self, which: np.ndarray, numbers: np.ndarray, seed: int, dtype: type[np.number] = np.uint8
+    ) -> np.ndarray:
+        """`[n, T, T, c]` from 0 to 255, by several threads: decoding and scaling leave Python's
+        lock.
+        """
         config, features, source = self.config, self.features, self.images
         side, crop = features.size, config.crop
         channels, shorter_side = features.channels, self._shorter_side
@@ -130,15 +140,16 @@ class ImageDataset:
             return crops.view(image, side, crop, config.flip, draws)
 
         draws = crops.drawn(seed, numbers)
-        out = np.empty((len(which), side, side, channels), np.uint8)
+        out = np.empty((len(which), side, side, channels), dtype)
 
         def some(first: int, last: int) -> None:
             for row in range(first, last):
                 out[row] = one(int(which[row]), draws[row])
 
         # Each thread takes a run of rows: a call for each image would cost as much as a small one.
-        bounds = [len(which) * part // _THREADS for part in range(_THREADS + 1)]
-        for _ in _pool().map(some, bounds, bounds[1:]):
+        threads = self._threads
+        bounds = [len(which) * part // threads for part in range(threads + 1)]
+        for _ in _pool(threads).map(some, bounds, bounds[1:]):
             pass
         return out
 
@@ -201,9 +212,20 @@ class ImageDataset:
         return self.images.verify()
 
 
+def _threads(source: Source, side: int) -> int:
+    """How many threads make views of `side` pixels."""
+    if isinstance(source, PixelImages):
+        side = max(side, source.manifest.shorter_side or side)
+    elif isinstance(source, Images):
+        side = max(side, source.images.shape[1])
+    else:
+        return _THREADS
+    return 1 if side * side < _FEW_PIXELS else _THREADS
+
+
 @functools.cache
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="images")
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,22 +1,23 @@
-"""Cached images on disk: files, or their pixels, in ArrayRecord, read one by one in any order,
-without TensorFlow.
+"""Cached images on disk: files in ArrayRecord, or their pixels in plain files, read one by one in
+any order, without TensorFlow.
 
     <cache folder>/<task>/images.json                          what was cached, with counts and
     sha256
-                         /<split>-00000-of-00004.array_record  images, one a record: 'image' and
-                                                               'label'; of pixels 'shape' too
+                         /<split>-00000-of-00004.array_record  files, one a record; or
+                         /<split>-00000-of-00004.pixels        uint8 [H, W, c], one after another
                          /<split>.labels.npy                   int32 [N]
+                         /<split>.shapes.npy                   of pixels: int32 [N, 3], H, W and c
 
 The manifest is written last and the task's folder renamed into place after it, so a folder with its
 name is whole.
 """
 
-import contextlib
+import bisect
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -31,18 +32,31 @@ from upcycle_jax.data.images.named import cache_command
 from upcycle_jax.features.images import IMAGE
 
 FILES, PIXELS = 1, 2
-"""Formats: what a record's image is."""
-SHAPE = "shape"
-"""[height, width, channels] of a record's pixels."""
+"""Formats."""
 MANIFEST = "images.json"
+_LONGEST_SIDE = 1 << 27
+_OF_PIXELS = ("shorter_side", "shapes")
+"""Fields of a manifest that only PIXELS have: that of FILES reads as before there were any."""
+
+
+def _fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in items if name not in _OF_PIXELS or value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSplit:
-    """The images of one split: the ArrayRecord files in order, and the file of labels."""
+    """The images of one split: their files in order, the file of labels and, of PIXELS, that of
+    shapes.
+    """
 
     files: Sequence[FileEntry]
     labels: FileEntry
+    shapes: FileEntry | None = None
+
+    @property
+    def entries(self) -> tuple[FileEntry, ...]:
+        """All files."""
+        return (*self.files, self.labels, *(() if self.shapes is None else (self.shapes,)))
 
     @property
     def count(self) -> int:
@@ -73,13 +87,8 @@ class ImageManifest:
     shorter_side: int | None = None
 
     def write(self, folder: pathlib.Path) -> None:
-        """Writes it into the task's folder. That of files reads as it did before there were
-        PIXELS.
-        """
-        fields = dataclasses.asdict(self)
-        if self.shorter_side is None:
-            del fields["shorter_side"]
-        write_json(folder / MANIFEST, fields)
+        """Writes it into the task's folder."""
+        write_json(folder / MANIFEST, dataclasses.asdict(self, dict_factory=_fields))
 
     @classmethod
     def read(cls, folder: pathlib.Path, *, remedy: str) -> "ImageManifest":
@@ -103,6 +112,7 @@ class ImageManifest:
                 name: ImageSplit(
                     tuple(FileEntry(**file) for file in entry["files"]),
                     FileEntry(**entry["labels"]),
+                    FileEntry(**entry["shapes"]) if has_pixels else None,
                 )
                 for name, entry in fields["splits"].items()
             }
@@ -110,7 +120,7 @@ class ImageManifest:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
         for split in splits.values():
-            for entry in (*split.files, split.labels):
+            for entry in split.entries:
                 if pathlib.PurePath(entry.name).name != entry.name:
                     raise ValueError(
                         f"{path} names the file {entry.name!r}, which is no file beside it:"
@@ -124,8 +134,8 @@ class ImageManifest:
         return found
 
 
-class RecordImages(EncodedImages):
-    """Cached images of a split.
+class _CachedImages:
+    """Cached images of a split: a `Source`, but for the images.
 
     Args:
       folder: the task's.
@@ -145,17 +155,24 @@ class RecordImages(EncodedImages):
             )
         self.folder, self.manifest, self._remedy = folder, manifest, remedy
         self._split = manifest.splits[split]
-        path = folder / self._split.labels.name
+        self.labels = self._array(self._split.labels, ())
+
+    def _array(self, entry: FileEntry, shape: tuple[int, ...]) -> np.ndarray:
+        """Int32 `[N, *shape]` of a file.
+
+        Raises:
+          ValueError: it is none.
+        """
+        path, count = self.folder / entry.name, self._split.count
         try:
-            self.labels = np.load(path, allow_pickle=False)
+            found = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): {remedy}") from None
-        count = self._split.count
-        if self.labels.dtype != np.int32 or self.labels.shape != (count,):
+            raise ValueError(f"{path} cannot be read ({error}): {self._remedy}") from None
+        if found.dtype != np.int32 or found.shape != (count, *shape):
             raise ValueError(
-                f"{path} is {self.labels.dtype} {list(self.labels.shape)}, of {count} images:"
-                f" {remedy}"
+                f"{path} is {found.dtype} {list(found.shape)}, of {count} images: {self._remedy}"
             )
+        return found
 
     @property
     def num_classes(self) -> int:
@@ -175,7 +192,25 @@ class RecordImages(EncodedImages):
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """See `Source`."""
-        return {"cache": digest([dataclasses.asdict(self._split), self.manifest.num_classes])}
+        split = dataclasses.asdict(self._split, dict_factory=_fields)
+        return {"cache": digest([split, self.manifest.num_classes])}
+
+    def name(self, place: int) -> str:
+        """See `EncodedImages`."""
+        return f"{place} of the cache {self.folder}"
+
+    def verify(self) -> int:
+        """See `Source`: the sha256 of every file is compared."""
+        for entry in self._split.entries:
+            if sha256_of_file(self.folder / entry.name) != entry.sha256:
+                raise ValueError(
+                    f"{self.folder / entry.name} has other content than was written: {self._remedy}"
+                )
+        return self.num_bytes
+
+
+class RecordImages(_CachedImages, EncodedImages):
+    """Files in ArrayRecord."""
 
     @functools.cached_property
     def _records(self) -> Any:
@@ -185,50 +220,65 @@ class RecordImages(EncodedImages):
 
     def encoded(self, place: int) -> bytes:
         """See `EncodedImages`."""
-        with self._told(place):
+        try:
             found = msgpack.unpackb(self._records[place])[IMAGE]
             if isinstance(found, bytes):
                 return found
             raise ValueError("it holds no file")
-
-    @contextlib.contextmanager
-    def _told(self, place: int) -> Iterator[None]:
-        """Damage of a record raises a ValueError that names it."""
-        try:
-            yield
         except (ValueError, KeyError, TypeError, RuntimeError, msgpack.UnpackException) as error:
             raise ValueError(
                 f"{self.name(place)} cannot be read ({error}): {self._remedy}"
             ) from None
 
-    def name(self, place: int) -> str:
-        """See `EncodedImages`."""
-        return f"{place} of the cache {self.folder}"
 
-    def verify(self) -> int:
-        """See `Source`: the sha256 of every file is compared."""
-        for entry in (*self._split.files, self._split.labels):
-            if sha256_of_file(self.folder / entry.name) != entry.sha256:
-                raise ValueError(
-                    f"{self.folder / entry.name} has other content than was written: {self._remedy}"
-                )
-        return self.num_bytes
+class PixelImages(_CachedImages):
+    """Pixels of images: see `ImageDatasetConfig.shorter_side`. Files are mapped into memory, and
+    nothing is left to be decoded.
 
+    Raises:
+      ValueError: see `RecordImages`; or shapes that do not fit the files.
+    """
 
-class PixelImages(RecordImages):
-    """Cached images that are pixels already: see `ImageDatasetConfig.shorter_side`."""
+    def __init__(self, folder: pathlib.Path, manifest: ImageManifest, split: str, *, remedy: str):
+        super().__init__(folder, manifest, split, remedy=remedy)
+        entry = self._split.shapes
+        assert entry is not None  # `ImageManifest.read` asks for it
+        self._shapes = self._array(entry, (3,))
+        sides, channels = self._shapes[:, :2], self._shapes[:, 2]
+        fits = (sides >= 1).all() and (sides <= _LONGEST_SIDE).all()
+        if not (len(sides) and fits and np.isin(channels, (1, 3)).all()):
+            raise self._misfit(entry)
+        sizes = self._shapes.prod(1, dtype=np.int64)
+        self._ends = np.cumsum(sizes).tolist()  # bytes up to the end of each image, of all files
+        self._files: list[np.ndarray] = []
+        self._firsts: list[int] = []  # image of each file
+        self._starts: list[int] = []  # byte at which each file begins
+        image = byte = 0
+        for file in self._split.files:
+            self._firsts.append(image)
+            self._starts.append(byte)
+            image, byte = image + file.records, byte + file.bytes
+            if not image or self._ends[image - 1] != byte:
+                raise self._misfit(entry)
+            self._files.append(np.asarray(np.memmap(folder / file.name, np.uint8, "r")))
+        if sizes.max() > byte:
+            raise self._misfit(entry)
+
+    def _misfit(self, shapes: FileEntry) -> ValueError:
+        return ValueError(
+            f"{self.folder / shapes.name} does not fit the files beside it: {self._remedy}"
+        )
 
     def image(self, place: int, *, channels: int, at_least: int) -> Any:
-        """See `Source`; nothing is left to be decoded."""
+        """See `Source`."""
         from PIL import Image
 
-        with self._told(place):
-            record = msgpack.unpackb(self._records[place])
-            pixels, (height, width, has) = record[IMAGE], record[SHAPE]
-            if has not in (1, 3) or min(height, width) < 1 or len(pixels) != height * width * has:
-                raise ValueError(f"it holds {len(pixels)} bytes, not {height} x {width} x {has}")
-            mode = "L" if has == 1 else "RGB"
-            found = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
+        height, width, has = self._shapes[place].tolist()
+        file = bisect.bisect_right(self._firsts, place) - 1
+        end = self._ends[place] - self._starts[file]
+        pixels = self._files[file][end - height * width * has : end]
+        mode = "L" if has == 1 else "RGB"
+        found = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
         if has > channels:
             # A file's grey values are not always those that its colours would give.
             raise ValueError(
@@ -238,7 +288,15 @@ class PixelImages(RecordImages):
         return found if has == channels else found.convert("RGB")
 
 
-def find(config: ImageDatasetConfig) -> RecordImages:
+def open_split(
+    folder: pathlib.Path, manifest: ImageManifest, split: str, *, remedy: str
+) -> RecordImages | PixelImages:
+    """Cached images of a split; arguments and errors as `_CachedImages`."""
+    kind = RecordImages if manifest.format == FILES else PixelImages
+    return kind(folder, manifest, split, remedy=remedy)
+
+
+def find(config: ImageDatasetConfig) -> RecordImages | PixelImages:
     """The cache that a configuration with `use_cached` names.
 
     Raises:
@@ -256,12 +314,10 @@ def find(config: ImageDatasetConfig) -> RecordImages:
         )
     remedy = f"cache them again: `{cache_command(config)} --overwrite`"
     manifest = ImageManifest.read(folder, remedy=remedy)
-    if manifest.format == FILES:
-        return RecordImages(folder, manifest, config.split, remedy=remedy)
-    if manifest.shorter_side != config.shorter_side:
+    if manifest.format == PIXELS and manifest.shorter_side != config.shorter_side:
         raise ValueError(
             f"{folder} holds images whose shorter side was made {manifest.shorter_side} pixels,"
             f" shorter_side (IMAGE_SHORTER_SIDE) is {config.shorter_side}: set it to"
             f" {manifest.shorter_side}, or {remedy}"
         )
-    return PixelImages(folder, manifest, config.split, remedy=remedy)
+    return open_split(folder, manifest, config.split, remedy=remedy)

@@ -1,5 +1,5 @@
-"""Writes images, as they are or as pixels, to ArrayRecord files (`records` has the layout): of a
-folder without TensorFlow, or of a SeqIO task. A killed run continues after the last whole file.
+"""Writes images as ArrayRecord files, or their pixels (`records` has the layout): of a folder
+without TensorFlow, or of a SeqIO task. A killed run continues after the last whole file.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -26,8 +26,7 @@ from upcycle_jax.text import size
 
 _PART = 10_000
 _OPTIONS = "group_size:1,uncompressed"
-"""Groups of one record, which are read in random order; files are compressed already, and pixels
-are to be read fast."""
+"""Groups of one record, which are read in random order; files are compressed already."""
 _PLAN = "plan.json"
 
 Report = Callable[[str], None]
@@ -231,7 +230,7 @@ def _is_there(folder: pathlib.Path, plan: dict[str, Any], *, overwrite: bool, ve
             " IMAGE_SHORTER_SIDE: choose another --output_cache_dir, or replace it with --overwrite"
         )
     for split in manifest.splits if verify else ():
-        records.RecordImages(folder, manifest, split, remedy=remedy).verify()
+        records.open_split(folder, manifest, split, remedy=remedy).verify()
     return True
 
 
@@ -258,7 +257,7 @@ def _write(
     ImageManifest(plan["task"], plan, origin.num_classes, origin.classes, splits, kind, side).write(
         work
     )
-    kept = {entry.name for one in splits.values() for entry in (*one.files, one.labels)}
+    kept = {entry.name for one in splits.values() for entry in one.entries}
     for path in work.iterdir():
         if path.name not in kept | {records.MANIFEST}:
             path.unlink()
@@ -287,66 +286,94 @@ def _split(
     stems = [f"{split}-{part:05}-of-{parts:05}" for part in range(parts)]
     lacking = [part for part in range(parts) if not (work / f"{stems[part]}.json").exists()]
     meter = Meter(total, report, unit="images", done=bounds[lacking[0]] if lacking else total)
+    kind = "array_record" if shorter_side is None else "pixels"
     if lacking:
         examples = origin.examples(split, bounds[lacking[0]])
         found = (_record(*example, shorter_side=shorter_side) for example in examples)
         for part in range(lacking[0], parts):
-            labels = _part(work, stems[part], found, bounds[part], bounds[part + 1], meter)
+            written = _part(work, stems[part], kind, found, bounds[part], bounds[part + 1], meter)
+            labels = [record.label for record in written]
             np.save(work / f"{stems[part]}.labels.npy", np.asarray(labels, np.int32))
-            path = work / f"{stems[part]}.array_record"
-            entry = FileEntry(
-                path.name, len(labels), path.stat().st_size, cache_format.sha256_of_file(path)
-            )
+            if shorter_side is not None:
+                shapes = [record.shape for record in written]
+                np.save(work / f"{stems[part]}.shapes.npy", np.asarray(shapes, np.int32))
+            entry = _entry(work / f"{stems[part]}.{kind}", len(labels))
             cache_format.write_json(work / f"{stems[part]}.json", dataclasses.asdict(entry))
     meter.finish()
     files = [
         FileEntry(**json.loads((work / f"{stem}.json").read_text(encoding="utf-8")))
         for stem in stems
     ]
-    path = work / f"{split}.labels.npy"
-    np.save(path, np.concatenate([np.load(work / f"{stem}.labels.npy") for stem in stems]))
-    entry = FileEntry(path.name, 0, path.stat().st_size, cache_format.sha256_of_file(path))
-    return ImageSplit(tuple(files), entry)
+    shapes_entry = None if shorter_side is None else _together(work, split, stems, "shapes")
+    return ImageSplit(tuple(files), _together(work, split, stems, "labels"), shapes_entry)
 
 
-def _record(file: bytes, label: int, name: str, *, shorter_side: int | None) -> tuple[bytes, int]:
-    """What is written of an image, which is decoded in any case; and its label.
+def _together(work: pathlib.Path, split: str, stems: Sequence[str], what: str) -> FileEntry:
+    """Writes the array of a split from those of its files."""
+    path = work / f"{split}.{what}.npy"
+    np.save(path, np.concatenate([np.load(work / f"{stem}.{what}.npy") for stem in stems]))
+    return _entry(path, 0)
+
+
+def _entry(path: pathlib.Path, count: int) -> FileEntry:
+    return FileEntry(path.name, count, path.stat().st_size, cache_format.sha256_of_file(path))
+
+
+class _Record(NamedTuple):
+    """What is written of an image.
+
+    Attributes:
+      content: a record, or pixels.
+      label: the image's.
+      shape: of pixels.
+    """
+
+    content: bytes
+    label: int
+    shape: tuple[int, ...] = ()
+
+
+def _record(file: bytes, label: int, name: str, *, shorter_side: int | None) -> _Record:
+    """What is written of an image, which is decoded in any case.
 
     Raises:
       ValueError: it is damaged.
     """
     if shorter_side is None:
         decoding.decode(file, what=name, channels=3, at_least=1)
-        return msgpack.packb({IMAGE: file, LABEL: label}), label
+        return _Record(msgpack.packb({IMAGE: file, LABEL: label}), label)
     decoded = decoding.decode(file, what=name, channels=None, at_least=shorter_side)
-    pixels = np.asarray(decoding.shrunk(decoded, shorter_side))  # [H, W] or [H, W, 3]
-    shape = [*pixels.shape[:2], pixels.shape[2] if pixels.ndim == 3 else 1]
-    return msgpack.packb({IMAGE: pixels.tobytes(), LABEL: label, records.SHAPE: shape}), label
+    pixels = np.atleast_3d(decoding.shrunk(decoded, shorter_side))  # [H, W, c]
+    return _Record(pixels.tobytes(), label, pixels.shape)
 
 
 def _part(
     work: pathlib.Path,
     stem: str,
-    found: Iterator[tuple[bytes, int]],
+    kind: str,
+    found: Iterator[_Record],
     first: int,
     last: int,
     meter: Meter,
-) -> list[int]:
-    """Writes one file of records; returns their labels."""
+) -> list[_Record]:
+    """Writes one file; returns its records without their content."""
     temporary = work / f"{stem}.writing"
     temporary.unlink(missing_ok=True)
-    writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), _OPTIONS)
-    labels = []
+    writer: Any = (
+        array_record_module.ArrayRecordWriter(os.fspath(temporary), _OPTIONS)
+        if kind == "array_record"
+        else temporary.open("wb")
+    )
+    written = []
     try:
         for place in range(first, last):
             one = next(found, None)
             if one is None:
                 raise ValueError(f"the split ends after {place} images, {last} were counted")
-            record, label = one
-            writer.write(record)
-            labels.append(label)
+            writer.write(one.content)
+            written.append(one._replace(content=b""))
             meter.reach(place + 1, stem)
     finally:
         writer.close()
-    os.replace(temporary, work / f"{stem}.array_record")
-    return labels
+    os.replace(temporary, work / f"{stem}.{kind}")
+    return written
