@@ -6,8 +6,9 @@ compile time, memory, FLOPs.
         --forms unscanned scanned --gin.NUM_EXPERTS=8
 
 Nothing is executed, so any size can be asked for; the programs are those of one device of this
-machine's kind. `peak` is what the step needs beside its arguments, `estimate` the same from shapes
-alone (upcycle_jax/costs/activations.py), `FLOPs` the matrix products it executes.
+machine's kind. `peak` is what the step needs beside its arguments, `activations` what its backward
+pass keeps and computes again, from shapes alone (upcycle_jax/costs/activations.py), `FLOPs` the
+matrix products it executes.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> None:
         f" {args.targets}, {args.dtype}\n"
     )
     print(
-        "| form | compile s | peak MiB | estimate MiB | FLOPs |\n| --- | ---: | ---: | ---: |"
+        "| form | compile s | peak MiB | activations MiB | FLOPs |\n| --- | ---: | ---: | ---: |"
         " ---: |",
         flush=True,
     )
@@ -78,7 +79,7 @@ def main() -> None:
         compiled = compilation.compile_train_step(work)
         print(
             f"| {form} | {compiled.seconds:.0f} | {compiled.temporary_bytes / 2**20:,.0f} |"
-            f" {work.costs.temporary_bytes / 2**20:,.0f} | {work.costs.hardware_flops:.3g} |",
+            f" {work.costs.all_activation_bytes / 2**20:,.0f} | {work.costs.hardware_flops:.3g} |",
             flush=True,
         )
 

@@ -6,7 +6,7 @@ remains of it are results of matrix products. Compilers for CPUs keep what diffe
 but for sums and products that follow from one array that is kept, as 1 - t^2 does from t.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -100,46 +100,23 @@ def _peak_of_products(
     return peak
 
 
-def peak_bytes(program: LossProgram, counted: Counted, partitioner: Partitioner) -> int:
-    """Bytes on one device that the backward pass needs at once, where results of elementwise
-    operations are kept: activations, which go as gradients come, and what is computed again.
-    """
-    mesh = dict(partitioner.mesh.shape)
-    sizes = {var: flops.device_bytes(var, counted.known, mesh) for var in _kept(program)}
-    holds: dict[core.Var, core.Var] = {}  # what a variable of the backward pass is a view of
-    for saved, var in zip(program.saved, program.backward.invars, strict=False):
-        holds[var] = next(_sources(program, [saved], _is_view), var)
-    last: dict[core.Var, int] = {}
-    for i, equation in enumerate(program.backward.eqns):
-        operands = [var for var in equation.invars if isinstance(var, core.Var)]
-        last |= {holds.get(var, var): i for var in operands}
-        if _is_view(equation) and operands:
-            holds[equation.outvars[0]] = holds.get(operands[0], operands[0])
-    results = {holds.get(var, var) for var in program.backward.outvars if isinstance(var, core.Var)}
-    now = peak = sum(sizes.values())
-    for i, equation in enumerate(program.backward.eqns):
-        made = [var for var in equation.outvars if var not in holds]
-        sizes |= {var: flops.device_bytes(var, counted.backward_known, mesh) for var in made}
-        gone = {holds.get(var, var) for var in equation.invars if isinstance(var, core.Var)}
-        freed = sum(sizes.get(var, 0) for var in gone - results if last[var] == i)
-        now += sum(sizes[var] for var in made)
-        # Elementwise results take the place of operands that are not needed any more.
-        peak = max(peak, now if flops.multiplies(equation) else now - freed)
-        now -= freed
-    return peak + counted.backward.recomputed_bytes
-
-
 def _kept(program: LossProgram) -> list[core.Var]:
     """What the forward pass leaves, without views, repetitions and constants."""
     found = _sources(program, program.saved, _is_view)
     varying = _following(program, program.forward.invars)
-    kept = [var for var in found if var in varying]
-    among = set(kept)
-    return [var for var in kept if not _follows_from_one(program, var, among)]
+    left = dict.fromkeys(var for var in found if var in varying)
+    kept: dict[core.Var, None] = {}
+    for var in left:
+        origin = _origin(program, var, left.keys())
+        if origin is None:
+            kept[var] = None
+        elif (centred := _centred(program, origin)) is not None:
+            kept[centred] = None
+    return list(kept)
 
 
-def _follows_from_one(program: LossProgram, var: core.Var, kept: set[core.Var]) -> bool:
-    """Whether sums and products make an array of another one that is kept, as large as it is."""
+def _origin(program: LossProgram, var: core.Var, kept: Collection[core.Var]) -> core.Var | None:
+    """The array that is kept, and as large, of which alone sums and products make this one."""
     made_of: set[core.Var] = set()
     seen, pending = {var}, [var]
     while pending:
@@ -152,8 +129,25 @@ def _follows_from_one(program: LossProgram, var: core.Var, kept: set[core.Var]) 
         before = {x for x in equation.invars if isinstance(x, core.Var)} - seen
         seen |= before
         pending.extend(before)
-    sizes = [flops.array_of(one).size for one in made_of]
-    return made_of <= kept - {var} and sizes == [flops.array_of(var).size]
+    if len(made_of) != 1 or made_of <= {var}:
+        return None
+    (origin,) = made_of
+    same = flops.array_of(origin).size == flops.array_of(var).size
+    return origin if same and origin in kept else None
+
+
+def _centred(program: LossProgram, var: core.Var) -> core.Var | None:
+    """What an array of differences from the mean of each row is made of: where something that
+    follows from the differences is computed again, so are they.
+    """
+    equation = program.made_by[var]
+    if equation.primitive.name != "sub":
+        return None
+    array, mean = equation.invars
+    if not isinstance(array, core.Var) or mean not in program.made_by:
+        return None
+    sizes = [flops.array_of(x).size for x in (array, mean, var)]
+    return array if sizes[0] == sizes[2] > sizes[1] else None
 
 
 def _kept_products(program: LossProgram) -> list[core.Var]:

@@ -265,11 +265,12 @@ def _held_at_peak(jaxpr: core.Jaxpr, known: Mapping[core.Var, Value], mesh: Mesh
     return peak
 
 
-def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr | None:
+def called(equation: core.JaxprEqn) -> core.Jaxpr | None:
     """The program that an equation runs once on its operands; None for operations."""
     if equation.primitive.name.startswith("reduce"):  # how two elements become one
         return None
-    return next((equation.params[key] for key in _CALLED if key in equation.params), None)
+    found = next((equation.params[key] for key in _CALLED if key in equation.params), None)
+    return getattr(found, "jaxpr", found)
 
 
 def _programs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
@@ -298,8 +299,8 @@ class _Program:
             found = self._while(equation.params, values)
         elif name == "cond":
             found = self._cond(equation.params["branches"], values[1:])
-        elif (called := _called(equation)) is not None:
-            found = self._call(called, values, recomputes="remat" in name)
+        elif (program := called(equation)) is not None:
+            found = self._call(program, values, recomputes="remat" in name)
         else:
             found = self._operation(equation, values)
         for var, value in zip(equation.outvars, found, strict=True):
@@ -348,10 +349,7 @@ class _Program:
         work, known = count(jaxpr, values, self.mesh)
         return [value_of(var, known) for var in jaxpr.outvars], work
 
-    def _call(
-        self, program: Any, values: Sequence[Value], *, recomputes: bool = False
-    ) -> list[Value]:
-        jaxpr = getattr(program, "jaxpr", program)
+    def _call(self, jaxpr: core.Jaxpr, values: Sequence[Value], *, recomputes: bool) -> list[Value]:
         work, known = count(jaxpr, values, self.mesh)
         self.work.add(work)
         if recomputes:

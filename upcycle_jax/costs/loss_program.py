@@ -4,7 +4,7 @@ compiled or computed, however large the model.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,9 @@ from upcycle_jax.moe.even_load import even_load
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.trees import LeafSpec
 from upcycle_jax.types import Batch, PyTree
+
+_CALLS = frozenset(["custom_jvp_call", "custom_vjp_call", "jit"])
+"""Primitives that call a program as if it were written out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,39 @@ def trace(
         traced, (results, pull) = jax.make_jaxpr(forward, return_shape=True)(params, batch)
         gradient = jax.ShapeDtypeStruct((), jnp.float32)
         backward = jax.make_jaxpr(lambda pull, gradient: pull(gradient))(pull, gradient)
-    return LossProgram(traced.jaxpr, backward.jaxpr, len(jax.tree.leaves(results)), specs, batch)
+    return LossProgram(
+        _inlined(traced.jaxpr),
+        _inlined(backward.jaxpr),
+        len(jax.tree.leaves(results)),
+        specs,
+        batch,
+    )
+
+
+def _inlined(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """The program with those that it calls (`jit`, custom derivatives) written out."""
+    equations: list[core.JaxprEqn] = []
+
+    def write(jaxpr: core.Jaxpr, operands: Sequence[Any]) -> list[Any]:
+        """Adds a program's equations, and returns its results."""
+        names = dict(zip(jaxpr.invars, operands, strict=True))
+
+        def named(var: Any) -> Any:
+            return var if isinstance(var, core.Literal) else names.get(var, var)
+
+        for equation in jaxpr.eqns:
+            given = [named(var) for var in equation.invars]
+            called = flops.called(equation) if equation.primitive.name in _CALLS else None
+            if called is not None and not called.constvars:
+                results = write(called, given)
+            else:
+                results = [core.Var(var.aval) for var in equation.outvars]
+                equations.append(equation.replace(invars=given, outvars=results))
+            names.update(zip(equation.outvars, results, strict=True))
+        return [named(var) for var in jaxpr.outvars]
+
+    results = write(jaxpr, jaxpr.invars)
+    return jaxpr.replace(eqns=equations, outvars=results)
 
 
 def count(program: LossProgram, partitioner: Partitioner) -> Counted:

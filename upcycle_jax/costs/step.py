@@ -33,8 +33,6 @@ class StepCosts:
       activation_bytes: what one device keeps for the backward pass of a microbatch where a
         compiler computes cheap elementwise results again, as those of accelerators do.
       all_activation_bytes: the same where it does not, as on CPUs.
-      temporary_bytes: what one device needs beside the state, where activations go as gradients
-        come; as `all_activation_bytes`.
       exchange_bytes: all-to-alls of one device, at even load.
     """
 
@@ -44,7 +42,6 @@ class StepCosts:
     device_flops: float
     activation_bytes: int
     all_activation_bytes: int
-    temporary_bytes: int
     exchange_bytes: int
 
     @property
@@ -98,7 +95,6 @@ def of_step(
         device_flops=device,
         activation_bytes=cheap,
         all_activation_bytes=every,
-        temporary_bytes=activations.peak_bytes(program, counted, partitioner),
         exchange_bytes=exchange.exchange_bytes(
             model, shape, partitioner, recomputes=program.recomputes
         ),

@@ -91,9 +91,8 @@ def _attended_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     numerators = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     sums = jnp.sum(numerators, axis=-1, keepdims=True)  # [B, N, L, 1], at least 1
-    out = _product(numerators, value.swapaxes(1, 2), 3, 2) / sums
-    out = out.swapaxes(1, 2)
-    return out, (numerators, sums, value, out)
+    out = _product(numerators, value.swapaxes(1, 2), 3, 2) / sums  # [B, N, L, D]
+    return out.swapaxes(1, 2), (numerators, sums, value, out)
 
 
 def _attended_backward(
@@ -102,8 +101,8 @@ def _attended_backward(
     """The gradient of a logit with weight w is w (g - sum over the query's keys of w g), where g,
     the weight's own, is grad value^T. That sum is the sum over D of grad times output.
     """
-    numerators, sums, *swapped = saved
-    value, out, grad = _swapped(*swapped, grad)
+    numerators, sums, value, out = saved
+    value, grad = _swapped(value, grad)
     grad = grad / sums
     mean = jnp.sum(grad * out, axis=-1, keepdims=True)  # [B, N, L, 1]
     of_logits = numerators * (_product(grad, value, 3, 3) - mean)
