@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from upcycle_jax import checks
 from upcycle_jax.data.text import documents
@@ -67,6 +67,11 @@ class DatasetConfig:
     validation_fraction: float = documents.VALIDATION_FRACTION
     vocabulary: str | None = None
     extra_ids: checks.CountOrZero = 100
+
+    has_task_metrics: ClassVar[bool] = True
+    """Whether tasks may have metrics of their own, of what a model predicts or scores. Where they
+    cannot, they are evaluated by their targets alone.
+    """
 
     def __post_init__(self) -> None:
         checks.check_fields(self)

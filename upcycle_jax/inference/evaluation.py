@@ -7,14 +7,14 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
 from upcycle_jax import checks, distributed
 from upcycle_jax.checkpoints import CheckpointReader, loading
-from upcycle_jax.data.images import ImageDatasetConfig
+from upcycle_jax.data.config import DatasetConfig
 from upcycle_jax.features import HostBatch
 from upcycle_jax.files import write_whole
 from upcycle_jax.inference import perplexity, ranking, running
@@ -118,8 +118,7 @@ class Evaluate(InferenceSettings):
                 process_index=layout.shard,
                 process_count=layout.num_shards,
             )
-        found = self._tasks(given)
-        tasks = {task.name: _Task(self, task, is_one_of_many=len(found) > 1) for task in found}
+        tasks = self._tasks(given)
         name = self.dataset_cfg.mixture_or_task_name
         with (
             full_disk.explained(f"{self.output_dir}/{FOLDER}", kept="Finished steps are kept"),
@@ -140,17 +139,23 @@ class Evaluate(InferenceSettings):
         """Where results are written."""
         return epath.Path(self.output_dir) / FOLDER
 
-    def _tasks(self, given: Iterable[str]) -> "Sequence[TaskExamples | _Images]":
-        if isinstance(self.dataset_cfg, ImageDatasetConfig):
-            return [_Images(name) for name in given]
+    @property
+    def _data(self) -> DatasetConfig:
+        config: DatasetConfig = self.dataset_cfg
+        return config
+
+    def _tasks(self, given: Iterable[str]) -> "dict[str, _Task]":
+        """What is evaluated, by name; `given` are those with batches of targets."""
+        if not self._data.has_task_metrics:
+            return {name: _Task(self, name) for name in given}
         from upcycle_jax.data.examples import task_examples
 
-        return task_examples(self.dataset_cfg, self.model.features, self.few_shot)
+        found = task_examples(self._data, self.model.features, self.few_shot)
+        return {task.name: _TextTask(self, task, is_one_of_many=len(found) > 1) for task in found}
 
     def _check(self) -> None:
-        if isinstance(self.dataset_cfg, ImageDatasetConfig) and (
-            not self.teacher_forced or self.few_shot is not None
-        ):
+        by_targets_alone = not self._data.has_task_metrics
+        if by_targets_alone and (not self.teacher_forced or self.few_shot is not None):
             raise ValueError(
                 "images are evaluated by their labels alone: leave TEACHER_FORCED and FEW_SHOT as"
                 " they are (runs/few_shot.gin evaluates features)"
@@ -167,8 +172,8 @@ class Evaluate(InferenceSettings):
         what = readers[0].path.parent if len(readers) > 1 else readers[0].path
         listed = ", ".join(str(reader.step) for reader in readers)
         how = repr(self.decoder) if self.answering == Answering.DECODE else "ranked answers"
-        data = self.dataset_cfg
-        how = "" if isinstance(data, ImageDatasetConfig) else f", with {how}"
+        data = self._data
+        how = f", with {how}" if data.has_task_metrics else ""
         return (
             f"evaluate {what} (steps {listed}) on {data.mixture_or_task_name!r}, split"
             f" {data.split!r}{how}, to {self.output_dir}/{FOLDER}"
@@ -234,28 +239,39 @@ def _one_checkpoint(
     return results
 
 
-@dataclasses.dataclass(frozen=True)
-class _Images:
-    """A set of images, which has no metrics of its own.
+class _Task:
+    """One task, evaluated by its targets alone."""
 
-    Attributes:
-      name: of the set.
-      outputs: what its metrics need of the model.
+    def __init__(self, evaluation: Evaluate, name: str):
+        self._evaluation, self.name = evaluation, name
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether the task has metrics of its own."""
+        return False
+
+    def teacher_forced(
+        self, params: PyTree, evaluator: Evaluator, batches: Callable[[], Iterable[HostBatch]]
+    ) -> dict[str, Any]:
+        """Metrics of the given targets."""
+        return evaluator.evaluate(params, {self.name: batches})[self.name]
+
+    def run(self, params: PyTree, step: int) -> "TaskResult | None":
+        """Predicts and scores what the task's metrics need and computes them; None where the task
+        has none.
+        """
+        _log.info("%s has no metrics of its own", self.name)
+        return None
+
+
+class _TextTask(_Task):
+    """One task of texts: its examples are read once, its programs are compiled once, for all
+    checkpoints.
     """
 
-    name: str
-    outputs: frozenset[str] = frozenset()
-
-
-class _Task:
-    """One task: its examples are read once, its programs are compiled once, for all checkpoints."""
-
-    def __init__(
-        self, evaluation: Evaluate, task: "TaskExamples | _Images", *, is_one_of_many: bool
-    ):
-        self._evaluation, self._is_one_of_many = evaluation, is_one_of_many
-        # What images do not have is asked for by outputs, which they do not have either.
-        self._task = cast("TaskExamples", task)
+    def __init__(self, evaluation: Evaluate, task: "TaskExamples", *, is_one_of_many: bool):
+        super().__init__(evaluation, task.name)
+        self._task, self._is_one_of_many = task, is_one_of_many
         self._outputs = self._task.outputs  # raises early where a metric cannot be served
         self._ranks = (
             "prediction" in self._outputs
@@ -277,7 +293,7 @@ class _Task:
 
     @property
     def has_metrics(self) -> bool:
-        """Whether the task has metrics of its own."""
+        """See `_Task`."""
         return bool(self._outputs)
 
     def _check_options(self) -> bool:
@@ -293,7 +309,7 @@ class _Task:
             ):
                 _log.warning(
                     "%s does not say which answers it allows: its predictions are decoded",
-                    self._task.name,
+                    self.name,
                 )
                 return False
             self._task.options(example, self._evaluation.rank_options)
@@ -304,30 +320,28 @@ class _Task:
     ) -> dict[str, Any]:
         """Metrics of the given targets; with perplexities where the model is a language model."""
         if not perplexity.is_language_model(self._evaluation.model):
-            return evaluator.evaluate(params, {self._task.name: batches})[self._task.name]
+            return super().teacher_forced(params, evaluator, batches)
         if self._counter is None:
             self._counter = perplexity.TextCounter(self._task.target_texts())
-        counted = {self._task.name: self._counter.counting(batches)}
-        values = evaluator.evaluate(params, counted)[self._task.name]
+        counted = {self.name: self._counter.counting(batches)}
+        values = evaluator.evaluate(params, counted)[self.name]
         counts = perplexity.over_processes(self._counter.counts, evaluator.num_shards)
         return values | perplexity.perplexities(float(values[perplexity.LOSS]), counts)
 
     def run(self, params: PyTree, step: int) -> "TaskResult | None":
-        """Predicts and scores what the task's metrics need and computes them; None where the task
-        has none.
+        """See `_Task`.
 
         Raises:
           ValueError: the split is empty.
         """
         if not self._outputs:
-            _log.info("%s has no metrics of its own", self._task.name)
-            return None
+            return super().run(params, step)
         if self._examples is None:
             self._examples = list(self._task.examples(self._evaluation.num_examples))
             if not self._examples:
                 raise ValueError(
                     f"the split '{self._evaluation.dataset_cfg.split}' of the task"
-                    f" '{self._task.name}' is empty"
+                    f" '{self.name}' is empty"
                 )
         outputs: dict[str, list[Any]] = {kind: [] for kind in self._outputs}
         ranked = None
@@ -381,7 +395,7 @@ class _Task:
             if "score" in outputs:
                 record["score"] = float(outputs["score"][i])
             lines.append(json_line(record) + "\n")
-        path = self._evaluation.folder / f"{self._task.name}-{step}.jsonl"
+        path = self._evaluation.folder / f"{self.name}-{step}.jsonl"
         write_whole(path, "".join(lines))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from upcycle_jax import checks
 from upcycle_jax.data.config import DatasetConfig
@@ -89,6 +89,8 @@ class ImageDatasetConfig(DatasetConfig):
         | None
     ) = dataclasses.field(default=None, metadata=checks.ADDED)
     shorter_side: checks.Size | None = dataclasses.field(default=None, metadata=checks.ADDED)
+
+    has_task_metrics: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
