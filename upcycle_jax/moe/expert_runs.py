@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from upcycle_jax.layers.mlp import gated, input_kernel_names
 from upcycle_jax.layers.projection import sums
-from upcycle_jax.moe.grouped_matmul import SortedRows, take, token_of_row
+from upcycle_jax.moe.grouped_matmul import SortedRows, take, to_rows, token_of_row
 from upcycle_jax.partitioning import active_platform
 
 STEPS = 16
@@ -74,9 +74,46 @@ def apply(
         none.
       biases: `[E, f]`, and `[E, d]` of `wo`; None or empty for none.
     """
-    return _runs(
-        activations, step, tokens, weight, dict(kernels), dict(biases or {}), hidden_scale, rows
+    outputs = _mlp(
+        activations,
+        step,
+        to_rows(tokens, rows),
+        dict(kernels),
+        dict(biases or {}),
+        hidden_scale,
+        rows,
     )
+    return _weighted_sums(outputs, weight, rows)
+
+
+@jax.custom_vjp
+def _weighted_sums(outputs: jax.Array, weight: jax.Array, rows: SortedRows) -> jax.Array:
+    """Of the rows `[R, d]` of each token's choices: float32 `[N, d]`.
+
+    One gather per choice, which XLA fuses with the sum: no array of all choices is written.
+    """
+    return functools.reduce(
+        jnp.add,
+        [
+            take(outputs, row).astype(jnp.float32) * weight[:, k, None]
+            for k, row in enumerate(rows.row.T)
+        ],
+    )
+
+
+def _weighted_sums_backward(
+    saved: tuple[jax.Array, jax.Array, SortedRows], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    outputs, weight, rows = saved
+    of_outputs = take(grad, token_of_row(rows)) * take(weight.reshape(-1), rows.choice)[:, None]
+    of_weight = [sums(take(outputs, row).astype(jnp.float32) * grad) for row in rows.row.T]
+    return of_outputs.astype(outputs.dtype), jnp.stack(of_weight, axis=1), None
+
+
+_weighted_sums.defvjp(
+    lambda outputs, weight, rows: (_weighted_sums(outputs, weight, rows), (outputs, weight, rows)),
+    _weighted_sums_backward,
+)
 
 
 @flax.struct.dataclass
@@ -86,7 +123,6 @@ class _Saved:
     Attributes:
       x: `[R, d]`, tokens in rows.
       products: of rows with each input kernel, biases included, `[R, f]`.
-      weight: float32 `[R]`; zero in empty rows.
       kernels: `[E, ., .]`.
       biases: `[E, .]`.
       scale: of hidden units, `[E, f]`.
@@ -95,7 +131,6 @@ class _Saved:
 
     x: jax.Array
     products: tuple[jax.Array, ...]
-    weight: jax.Array
     kernels: Leaves
     biases: Leaves
     scale: jax.Array | None
@@ -103,25 +138,23 @@ class _Saved:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _runs(
+def _mlp(
     activations: tuple[str, ...],
     step: int,
-    tokens: jax.Array,
-    weight: jax.Array,
+    x: jax.Array,
     kernels: Leaves,
     biases: Leaves,
     scale: jax.Array | None,
     rows: SortedRows,
 ) -> jax.Array:
-    """As `apply`."""
-    return _forward(activations, step, tokens, weight, kernels, biases, scale, rows, keep=False)[0]
+    """`MlpBlock` on rows `[R, d]`, each with its own expert's matrices and biases."""
+    return _forward(activations, step, x, kernels, biases, scale, rows, keep=False)[0]
 
 
 def _forward(
     activations: tuple[str, ...],
     step: int,
-    tokens: jax.Array,
-    weight: jax.Array,
+    x: jax.Array,
     kernels: Leaves,
     biases: Leaves,
     scale: jax.Array | None,
@@ -130,52 +163,37 @@ def _forward(
     keep: bool = True,
 ) -> tuple[jax.Array, _Saved]:
     """The result, and with `keep` what the backward pass needs."""
-    names, dtype = input_kernel_names(activations), tokens.dtype
-    x = take(tokens, token_of_row(rows))  # [R, d]
-    weight = take(weight.reshape(-1), rows.choice)  # [R]
+    names = input_kernel_names(activations)
 
     def one_part(e: jax.Array, at: jax.Array, n: int, carry: Any) -> Any:
         outputs, kept = carry
         of_one = _OfOne(*(_at(e, leaves) for leaves in (kernels, biases, scale)))
         products = tuple(of_one.product(_part(x, at, n), name) for name in names)
         out = of_one.product(_hidden(products, of_one.scale, activations), "wo")
-        out = out.astype(jnp.float32) * _part(weight, at, n)[:, None]
         return _put(outputs, out, at), tuple(map(_put, kept, products, [at] * len(kept)))
 
-    kept = tuple(jnp.zeros((len(x), kernels[name].shape[2]), dtype) for name in names if keep)
-    outputs, kept = _over_runs(
-        rows, step, one_part, one_part, (jnp.zeros(x.shape, jnp.float32), kept)
-    )
-    summed = jnp.sum(take(outputs, rows.row), axis=1)  # [N, K, d] to [N, d]
-    return summed, _Saved(x, kept, weight, kernels, biases, scale, rows)
+    kept = tuple(jnp.zeros((len(x), kernels[name].shape[2]), x.dtype) for name in names if keep)
+    outputs, kept = _over_runs(rows, step, one_part, one_part, (jnp.zeros_like(x), kept))
+    return outputs, _Saved(x, kept, kernels, biases, scale, rows)
 
 
 def _backward(
     activations: tuple[str, ...], step: int, saved: _Saved, grad: jax.Array
-) -> tuple[jax.Array, jax.Array, Leaves, Leaves, None, None]:
-    """Gradients of tokens, `weight`, `kernels` and `biases`; none of `scale` and `rows`."""
-    names, rows, dtype = input_kernel_names(activations), saved.rows, saved.x.dtype
-    grads = take(grad.astype(dtype), token_of_row(rows))  # [R, d]
+) -> tuple[jax.Array, Leaves, Leaves, None, None]:
+    """Gradients of `x`, `kernels` and `biases`; none of `scale` and `rows`."""
+    names, dtype = input_kernel_names(activations), saved.x.dtype
 
     def one_part(e: jax.Array, at: jax.Array, n: int, carry: Any, *, first: bool) -> Any:
-        of_x, of_weight, of_kernels, of_biases = carry
+        of_x, of_kernels, of_biases = carry
         of_one = _OfOne(*(_at(e, leaves) for leaves in (saved.kernels, saved.biases, saved.scale)))
-        x, g = _part(saved.x, at, n), _part(grads, at, n)
+        x, g = _part(saved.x, at, n), _part(grad, at, n)
         products = tuple(_part(leaf, at, n) for leaf in saved.products)
-        weight = _part(saved.weight, at, n)[:, None]
         hidden, pull = jax.vjp(lambda p: _hidden(p, of_one.scale, activations), products)
-        of_hidden = _dot(g, of_one.kernels["wo"], 1, 1)
-        # A weight's gradient is the output (hidden @ wo) times its gradient. That equals hidden
-        # times (gradient @ wo.T), which is at hand: the output need not be computed again.
-        of_part = sums(hidden.astype(jnp.float32) * of_hidden)
-        if of_one.biases:
-            of_part += sums(g.astype(jnp.float32) * of_one.biases["wo"].astype(jnp.float32))
-        (of_products,) = pull((of_hidden * weight).astype(dtype))
+        (of_products,) = pull(_dot(g, of_one.kernels["wo"], 1, 1).astype(dtype))
         by_name = dict(zip(names, of_products, strict=True))
         of_rows = functools.reduce(
             jnp.add, [_dot(p, of_one.kernels[name], 1, 1) for name, p in by_name.items()]
         )
-        weighted = hidden * weight.astype(dtype)
 
         def added(total: Leaves, parts: Leaves) -> Leaves:
             # The first part of a run is put where there are zeros.
@@ -187,16 +205,15 @@ def _backward(
             of_biases,
             {
                 name: jnp.sum(part, axis=0, dtype=jnp.float32)
-                for name, part in (by_name | {"wo": g.astype(jnp.float32) * weight}).items()
+                for name, part in (by_name | {"wo": g}).items()
                 if name in of_biases
             },
         )
         of_kernels = added(
             of_kernels,
-            {name: _dot(x, p, 0, 0) for name, p in by_name.items()}
-            | {"wo": _dot(weighted, g, 0, 0)},
+            {name: _dot(x, p, 0, 0) for name, p in by_name.items()} | {"wo": _dot(hidden, g, 0, 0)},
         )
-        return _put(of_x, of_rows, at), _put(of_weight, of_part, at), of_kernels, of_biases
+        return _put(of_x, of_rows, at), of_kernels, of_biases
 
     def zeros(leaves: Leaves) -> Leaves:
         return {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in leaves.items()}
@@ -204,30 +221,17 @@ def _backward(
     def like(leaves: Leaves, gradients: Leaves) -> Leaves:
         return {name: g.astype(leaves[name].dtype) for name, g in gradients.items()}
 
-    of_x, of_weight, of_kernels, of_biases = _over_runs(
-        rows,
+    of_x, of_kernels, of_biases = _over_runs(
+        saved.rows,
         step,
         functools.partial(one_part, first=True),
         functools.partial(one_part, first=False),
-        (
-            jnp.zeros_like(saved.x),
-            jnp.zeros_like(saved.weight),
-            zeros(saved.kernels),
-            zeros(saved.biases),
-        ),
+        (jnp.zeros_like(saved.x), zeros(saved.kernels), zeros(saved.biases)),
     )
-    of_tokens = jnp.sum(take(of_x, rows.row), axis=1, dtype=jnp.float32)
-    return (
-        of_tokens.astype(dtype),
-        take(of_weight, rows.row),
-        like(saved.kernels, of_kernels),
-        like(saved.biases, of_biases),
-        None,
-        None,
-    )
+    return of_x, like(saved.kernels, of_kernels), like(saved.biases, of_biases), None, None
 
 
-_runs.defvjp(_forward, _backward)
+_mlp.defvjp(_forward, _backward)
 
 _Part = Callable[[jax.Array, jax.Array, int, Any], Any]
 """`part(expert, first row, rows, carry)`."""

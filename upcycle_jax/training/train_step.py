@@ -181,9 +181,12 @@ def jitted_train_step(
 
 def global_norm(tree: PyTree) -> jax.Array:
     """The 2-norm of all leaves together, float32 scalar."""
-    return jnp.sqrt(
-        sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
-    )
+    leaves = jax.tree.leaves(tree)
+    if partitioning.active_platform() == "cpu":
+        # XLA for CPUs would share the squares with the optimizer's, and write them to memory for
+        # that.
+        leaves = [jax.lax.optimization_barrier(leaf) for leaf in leaves]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
 
 def split_batch(batch: Batch, num_microbatches: int) -> dict[str, jax.Array]:
