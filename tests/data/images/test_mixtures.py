@@ -150,13 +150,15 @@ def folders(tmp_path):
     return {"a": (str(tmp_path / "a"), 1), "b": (str(tmp_path / "b"), 1)}
 
 
-def test_a_cached_mixture_is_that_of_the_files(folders, tmp_path, capsys):
+@pytest.mark.parametrize("shorter_side", [None, 8])
+def test_a_cached_mixture_is_that_of_the_files(folders, tmp_path, capsys, shorter_side):
     assert (
         cache_tasks.main(
             [
                 "--gin_file=runs/cache_images.gin",
                 "--gin.MIXTURE_OR_TASK_NAME='both'",
                 f"--gin.IMAGE_MIXTURE={folders}",
+                f"--gin.IMAGE_SHORTER_SIDE={shorter_side}",
                 f"--output_cache_dir={tmp_path / 'cache'}",
             ]
         )
@@ -168,7 +170,9 @@ def test_a_cached_mixture_is_that_of_the_files(folders, tmp_path, capsys):
     try:
         named = {name: rate for name, (_, rate) in folders.items()}
         streams = [
-            dataset(mixture, features, use_cached=cached).train_iterator()
+            dataset(
+                mixture, features, use_cached=cached, shorter_side=shorter_side
+            ).train_iterator()
             for mixture, cached in ((folders, False), (folders, True), (named, True))
         ]
         for _ in range(4):
@@ -176,9 +180,10 @@ def test_a_cached_mixture_is_that_of_the_files(folders, tmp_path, capsys):
             for found in cached:
                 for name in files:
                     np.testing.assert_array_equal(found[name], files[name])
-        assert dataset(named, features, use_cached=True).verify() > 0
+        opened = dataset(named, features, use_cached=True, shorter_side=shorter_side)
+        assert opened.verify() > 0
         with pytest.raises(FileNotFoundError, match="images of 'c' are not cached"):
-            dataset({**named, "c": 1}, features, use_cached=True)
+            dataset({**named, "c": 1}, features, use_cached=True, shorter_side=shorter_side)
     finally:
         data_folders.configure()
 

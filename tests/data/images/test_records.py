@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from upcycle_jax import data_folders
+from upcycle_jax.data.cache.format import digest
 from upcycle_jax.data.images import ImageDatasetConfig, decoding, records, records_writing
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features.images import ImageFeatures
@@ -115,6 +116,18 @@ def test_caches_of_files_are_scaled_as_they_are_read(photographs, tmp_path):
     place = cached_pixels(photographs, tmp_path / "cache", shorter_side=None)
     manifest = json.loads((place / "images.json").read_text())
     assert manifest["format"] == 1 and "shorter_side" not in manifest
+    split = manifest["splits"]["train"]
+    assert list(split) == ["files", "labels"]
+    # What positions in the stream were saved with before there were caches of pixels.
+    plain = dataset(photographs, folder=None, use_cached=True, crop="inception")
+    assert plain.fingerprint()["tasks"]["pets"] == {
+        "images": 5,
+        "classes": 2,
+        "cache": digest([split, 2]),
+        "warp": 1.0,
+        "crop": "inception",
+        "flip": False,
+    }
     settings = {"crop": "inception", "shorter_side": 12}
     files = dataset(photographs, **settings).train_iterator()
     cache = dataset(photographs, folder=None, use_cached=True, **settings).train_iterator()

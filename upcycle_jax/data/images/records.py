@@ -249,7 +249,7 @@ class PixelImages(_CachedImages):
         if not (len(sides) and fits and np.isin(channels, (1, 3)).all()):
             raise self._misfit(entry)
         sizes = self._shapes.prod(1, dtype=np.int64)
-        self._ends = np.cumsum(sizes).tolist()  # bytes up to the end of each image, of all files
+        self._ends = np.cumsum(sizes)  # bytes up to the end of each image, over all files
         self._files: list[np.ndarray] = []
         self._firsts: list[int] = []  # image of each file
         self._starts: list[int] = []  # byte at which each file begins
@@ -275,7 +275,7 @@ class PixelImages(_CachedImages):
 
         height, width, has = self._shapes[place].tolist()
         file = bisect.bisect_right(self._firsts, place) - 1
-        end = self._ends[place] - self._starts[file]
+        end = int(self._ends[place]) - self._starts[file]
         pixels = self._files[file][end - height * width * has : end]
         mode = "L" if has == 1 else "RGB"
         found = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
