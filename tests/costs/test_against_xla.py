@@ -53,8 +53,8 @@ def workload(
     scan: bool = False,
     bindings: tuple[str, ...] = (),
 ) -> Workload:
-    """256 images, or 16 rows of 64 and 32 tokens, on eight devices, experts over four of them, or on
-    one device.
+    """256 images, or 16 rows of 64 and 32 tokens, on eight devices, experts over four of them,
+    or on one device.
     """
     model = config.load(
         [f"models/{name}.gin"],
