@@ -204,14 +204,19 @@ def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
         decoded = decoding_rate(side, seconds=args.seconds)
         print(f"of this decoding alone {decoded:>6,.1f} images/s of 256 x 256 pixels, one thread")
         for kind in steps:
+            pairs = {name: list(zip(turns[name], turns[kind], strict=True)) for name in streams}
             ratios = {
-                name: statistics.median(
-                    one.rate / step.rate for one, step in zip(turns[name], turns[kind], strict=True)
-                )
-                for name in streams
+                name: statistics.median(one.rate / step.rate for one, step in each)
+                for name, each in pairs.items()
             }
             listed = ", ".join(f"{name} {ratio:.3g} times" for name, ratio in ratios.items())
             print(f"step {size} {kind:<9} is fed {listed}")
+            shares = {
+                name: statistics.median(one.processor / step.processor for one, step in each)
+                for name, each in pairs.items()
+            }
+            listed = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
+            print(f"     processor time of an input over that of its step: {listed}")
             slow = [name for name, ratio in ratios.items() if ratio < 1]
             if slow:
                 print(f"     is limited by: {', '.join(slow)}")
