@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from upcycle_jax import trees
-from upcycle_jax.training.optimizers import Adafactor, AdamW
+from upcycle_jax.training.optimizers import Adafactor, AdamW, root_mean_squares
 from upcycle_jax.trees import LeafSpec, Role
 
 F32 = np.dtype(np.float32)
@@ -167,6 +167,13 @@ def test_fresh_state_at_a_late_step_is_bounded_by_clipping_and_restart_forgets()
         params, grads, stale, param_specs=spec, step=jnp.int32(1_000_000), learning_rate=0.1
     )
     np.testing.assert_array_equal(out.param_states["w"]["v"], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0])
+def test_root_mean_squares_are_those_of_optax(scale):
+    x = scale * jax.random.normal(jax.random.key(0), (96, 33))
+    ours, theirs = (jax.jit(f)(x, 1e-3) for f in (root_mean_squares, optax.safe_root_mean_squares))
+    assert ours == theirs
 
 
 def test_one_expert_does_not_see_the_others():

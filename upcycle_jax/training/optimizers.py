@@ -247,6 +247,13 @@ class Optimizer(abc.ABC):
         }
 
 
+def root_mean_squares(x: jax.Array, at_least: float) -> jax.Array:
+    """The RMS of all elements, or `at_least`: `optax.safe_root_mean_squares` to the same bits,
+    without the copy of the array that defines its gradient where the RMS is zero.
+    """
+    return jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(x))), at_least)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
     """Adafactor with T5X's defaults: no momentum, factored second moments, clipped and
@@ -344,10 +351,7 @@ class Adafactor(Optimizer):
             change = _stateless(optax.clip_by_block_rms(self.clipping_threshold), change, param32)
         change = change * learning_rate
         if self.multiply_by_parameter_scale:
-            # As `optax.scale_by_param_block_rms`, which writes and reads a copy of the parameter so
-            # that its own gradient is defined where the RMS is zero.
-            rms = jnp.sqrt(jnp.mean(jnp.square(param32)))
-            change = change * jnp.maximum(rms, self.epsilon2)
+            change = change * root_mean_squares(param32, self.epsilon2)
         if self.beta1 is not None:
             average = optax.ema(self.beta1, debias=False)
             change, ema = average.update(change, optax.EmaState(count=step, ema=slots["m"]))
