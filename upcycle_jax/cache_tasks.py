@@ -22,13 +22,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from upcycle_jax import checks
 from upcycle_jax.config import command, registry
 from upcycle_jax.config.flags import Flags
+from upcycle_jax.features.images import IMAGE
 
 if TYPE_CHECKING:
     from upcycle_jax.config import Config
 
 _LENGTHS = "task_feature_lengths"
+_IMAGE_SIZE = "IMAGE_SIZE"
 
 
 def _names(text: str) -> list[str]:
@@ -126,6 +129,8 @@ def _cache_images(flags: Flags, loaded: "Config") -> int:
     given: dict[str, Any] = {"use_cached": False}
     if asked.module_import:
         given["module"] = tuple(asked.module_import)
+    if _LENGTHS not in loaded.bindings.effective("ImageDatasetConfig", ()):
+        given[_LENGTHS] = _image_lengths(loaded)
     chosen = [{"mixture_or_task_name": name} for name in asked.tasks] or [{}]
     configs = [loaded.build("ImageDatasetConfig", **given, **name)() for name in chosen]
     command.say_unused(loaded, name="cache_tasks", other_functions=registry.FUNCTIONS)
@@ -143,6 +148,13 @@ def _cache_images(flags: Flags, loaded: "Config") -> int:
         )
     print(_train_with(asked.output_cache_dir))
     return 0
+
+
+def _image_lengths(loaded: "Config") -> dict[str, int]:
+    """The side of the images of the model that is to read the cache, where it is known."""
+    has = loaded.has_macro(_IMAGE_SIZE)
+    size = loaded.macro(_IMAGE_SIZE, checks.Size | None) if has else None
+    return {} if size is None else {IMAGE: size}
 
 
 def _train_with(folder: str) -> str:

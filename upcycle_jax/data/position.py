@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,6 +14,18 @@ POSITION_FILE = "position.json"
 
 class DamagedPositionError(ValueError):
     """A saved data position cannot be read."""
+
+
+class OtherStreamError(ValueError):
+    """A saved data position is of another stream of batches.
+
+    Attributes:
+      differences: a line for each, 'tasks/birds/crop: was ..., is ...'.
+    """
+
+    def __init__(self, text: str, differences: Sequence[str]):
+        super().__init__(text)
+        self.differences = tuple(differences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +94,15 @@ class Position:
             raise ValueError(f"packing is {packing!r}")
 
     def check(self, current: Mapping[str, Any], directory: epath.PathLike) -> None:
-        """Raises a ValueError that lists the differences where the position is not of the stream
-        whose fingerprint is `current`.
+        """Raises an OtherStreamError that lists the differences where the position is not of the
+        stream whose fingerprint is `current`.
         """
         differences = fingerprints.differences(self.fingerprint, current)
         if differences:
             listed = "\n".join(f"  {difference}" for difference in differences)
-            raise ValueError(
+            raise OtherStreamError(
                 f"the data position at {directory} belongs to another stream of"
                 f" batches:\n{listed}\nRestore the former data and settings, or start from the"
-                " checkpoint in a new MODEL_DIR"
+                " checkpoint in a new MODEL_DIR",
+                differences,
             )

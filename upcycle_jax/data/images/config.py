@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from upcycle_jax import checks
 from upcycle_jax.data.config import DatasetConfig
@@ -14,6 +14,7 @@ GLYPH_NAMES = (GLYPHS, "glyphs_sans", "glyphs_serif", "glyphs_mono")
 SPLITS = ("train", "validation", "held_out")
 
 Crop = Literal["none", "central", "inception"]
+AUTOMATIC: Final = "auto"
 
 
 class NoSuchSplitError(ValueError):
@@ -61,7 +62,9 @@ class ImageDatasetConfig(DatasetConfig):
         before anything is cropped, bilinearly over all pixels; None: views are made of what is in
         the file. With it `cache_tasks` caches the scaled images as plain pixels, which are read
         several times as fast as files are decoded; runs that read them set the same number, and
-        see what they would see of the files. Glyphs and arrays are never scaled so.
+        see what they would see of the files. 'auto': by the side of the model's images, 5.2 times
+        of it where that is no more than 256 pixels, else None (see `scaling`). Glyphs and arrays
+        are never scaled so.
       mixture: several sets of images instead of one: how often images of each are shown, by its
         name, {'birds': 3, 'planes': 1}, or where it lies and how often, {'birds': ('/data/birds',
         3), 'planes': ('/data/planes.npz', 1)}: a folder as `folder`, an archive as `arrays`. A name
@@ -88,7 +91,9 @@ class ImageDatasetConfig(DatasetConfig):
         Annotated[Mapping[str, Share], checks.Hint("{'birds': 3, 'planes': ('/data/planes', 1)}")]
         | None
     ) = dataclasses.field(default=None, metadata=checks.ADDED)
-    shorter_side: checks.Size | None = dataclasses.field(default=None, metadata=checks.ADDED)
+    shorter_side: checks.Size | Literal["auto"] | None = dataclasses.field(
+        default=None, metadata=checks.ADDED
+    )
 
     has_task_metrics: ClassVar[bool] = False
 

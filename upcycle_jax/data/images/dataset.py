@@ -4,14 +4,15 @@ same views every time to evaluate on. No TensorFlow.
 
 import concurrent.futures
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from upcycle_jax.data.images import crops, decoding, views
-from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images import crops, decoding, scaling, views
+from upcycle_jax.data.images.config import AUTOMATIC, ImageDatasetConfig
 from upcycle_jax.data.images.opening import open_source
 from upcycle_jax.data.images.records import PixelImages
 from upcycle_jax.data.images.sources import Images, Source
@@ -19,6 +20,8 @@ from upcycle_jax.data.images.streams import ImageStream
 from upcycle_jax.data.stream import describe, eval_rows
 from upcycle_jax.features import FeatureConverter, HostBatch, check_lengths
 from upcycle_jax.features.images import IMAGE, ImageFeatures
+
+_log = logging.getLogger(__name__)
 
 _EVALUATION_SEED = 0x5EED
 _THREADS = min(4, os.cpu_count() or 1)
@@ -52,14 +55,22 @@ class ImageDataset:
         check_lengths(features, config.task_feature_lengths)
         features.check_size(config.task_feature_lengths[IMAGE])
         self.config, self.features = config, features
-        if config.shorter_side is not None and config.shorter_side < features.size:
+        shorter_side = scaling.shorter_side(config)
+        if shorter_side is not None and shorter_side < features.size:
             raise ValueError(
-                f"shorter_side (IMAGE_SHORTER_SIDE) is {config.shorter_side}, the model takes"
+                f"shorter_side (IMAGE_SHORTER_SIDE) is {shorter_side}, the model takes"
                 f" {features.size} x {features.size} pixels: give at least {features.size}, or"
                 " None to keep images as they are"
             )
         self.images: Source = open_source(config)
-        self._shorter_side = None if isinstance(self.images, Images) else config.shorter_side
+        self._shorter_side = None if isinstance(self.images, Images) else shorter_side
+        if self._shorter_side is not None and config.shorter_side == AUTOMATIC:
+            _log.info(
+                "images of %r are scaled to a shorter side of %d pixels before they are cropped,"
+                " where they have more (IMAGE_SHORTER_SIDE = 'auto')",
+                config.mixture_or_task_name,
+                self._shorter_side,
+            )
         self._threads = _threads(self.images, features.size)
         if features.num_classes and self.images.num_classes > features.num_classes:
             raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from upcycle_jax import data_folders
 from upcycle_jax.data import tensorflow_import
-from upcycle_jax.data.images import idx
+from upcycle_jax.data.images import idx, scaling
 from upcycle_jax.data.images.config import FASHION_MNIST, GLYPHS, ImageDatasetConfig
 from upcycle_jax.data.images.encoded import EncodedImages
 from upcycle_jax.data.images.sources import Source
@@ -106,15 +106,11 @@ def open_named(config: ImageDatasetConfig) -> Source:
 
 def cache_command(config: ImageDatasetConfig) -> str:
     """The shell command that caches what the configuration reads."""
-    folders = data_folders.current().cache_dirs
+    folders, side = data_folders.current().cache_dirs, scaling.shorter_side(config)
     words = [
         *_COMMAND.split(),
         f"--gin.MIXTURE_OR_TASK_NAME={config.mixture_or_task_name!r}",
-        *(
-            [f"--gin.IMAGE_SHORTER_SIDE={config.shorter_side}"]
-            if config.shorter_side is not None
-            else []
-        ),
+        *([f"--gin.IMAGE_SHORTER_SIDE={side}"] if side is not None else []),
         f"--output_cache_dir={folders[0] if folders else 'cache'}",
     ]
     return " ".join(map(shlex.quote, words))

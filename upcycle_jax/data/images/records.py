@@ -26,7 +26,8 @@ import numpy as np
 
 from upcycle_jax import data_folders
 from upcycle_jax.data.cache.format import FileEntry, digest, find_folder, sha256_of_file, write_json
-from upcycle_jax.data.images.config import ImageDatasetConfig, NoSuchSplitError
+from upcycle_jax.data.images import scaling
+from upcycle_jax.data.images.config import AUTOMATIC, ImageDatasetConfig, NoSuchSplitError
 from upcycle_jax.data.images.encoded import EncodedImages
 from upcycle_jax.data.images.named import cache_command
 from upcycle_jax.features.images import IMAGE
@@ -283,7 +284,7 @@ class PixelImages(_CachedImages):
             # A file's grey values are not always those that its colours would give.
             raise ValueError(
                 f"{self.name(place)} has colours, the model takes 1 channel: cache the images"
-                " without IMAGE_SHORTER_SIDE, which the run may set all the same"
+                " with IMAGE_SHORTER_SIDE = None, that is, as files; the run need not set it so"
             )
         return found if has == channels else found.convert("RGB")
 
@@ -314,10 +315,12 @@ def find(config: ImageDatasetConfig) -> RecordImages | PixelImages:
         )
     remedy = f"cache them again: `{cache_command(config)} --overwrite`"
     manifest = ImageManifest.read(folder, remedy=remedy)
-    if manifest.format == PIXELS and manifest.shorter_side != config.shorter_side:
+    side = scaling.shorter_side(config)
+    if manifest.format == PIXELS and manifest.shorter_side != side:
+        whence = " by 'auto'" if config.shorter_side == AUTOMATIC else ""
         raise ValueError(
             f"{folder} holds images whose shorter side was made {manifest.shorter_side} pixels,"
-            f" shorter_side (IMAGE_SHORTER_SIDE) is {config.shorter_side}: set it to"
+            f" shorter_side (IMAGE_SHORTER_SIDE) is {side}{whence}: set it to"
             f" {manifest.shorter_side}, or {remedy}"
         )
     return open_split(folder, manifest, config.split, remedy=remedy)

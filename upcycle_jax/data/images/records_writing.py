@@ -17,8 +17,8 @@ from array_record.python import array_record_module
 from upcycle_jax import leases
 from upcycle_jax.data.cache import format as cache_format
 from upcycle_jax.data.cache.format import FileEntry
-from upcycle_jax.data.images import decoding, folders, mixtures, records
-from upcycle_jax.data.images.config import ImageDatasetConfig
+from upcycle_jax.data.images import decoding, folders, mixtures, records, scaling
+from upcycle_jax.data.images.config import AUTOMATIC, ImageDatasetConfig
 from upcycle_jax.data.images.records import ImageManifest, ImageSplit
 from upcycle_jax.features.images import IMAGE, LABEL
 from upcycle_jax.progress import Meter
@@ -132,15 +132,17 @@ def write(
         split: max(1, min(num_shards or -(-count // _PART), count))
         for split, count in origin.counts.items()
     }
-    name = config.mixture_or_task_name
+    name, side = config.mixture_or_task_name, scaling.shorter_side(config)
+    if config.shorter_side == AUTOMATIC:
+        report(_what_auto_is(config, side))
     if dry_run:
         for split, count in origin.counts.items():
             report(f"{name}: {count:,} images of the split {split} in {parts[split]} files")
         return
     folder = pathlib.Path(os.path.expanduser(output_cache_dir)) / cache_format.folder_name(name)
     plan = json.loads(json.dumps({"task": name, "identity": origin.identity, "parts": parts}))
-    if config.shorter_side is not None:
-        plan["shorter_side"] = config.shorter_side
+    if side is not None:
+        plan["shorter_side"] = side
     with leases.hold(
         folder.with_name(f".{folder.name}.lease.json"),
         what=f"the cache of {name!r} in {output_cache_dir}",
@@ -157,6 +159,18 @@ def write(
                 " space or choose another --output_cache_dir; the same command goes on after the"
                 " last whole file"
             ) from error
+
+
+def _what_auto_is(config: ImageDatasetConfig, side: int | None) -> str:
+    name = config.mixture_or_task_name
+    if side is not None:
+        return f"{name}: cached as pixels, scaled to a shorter side of {side} where it is longer"
+    if IMAGE in config.task_feature_lengths:
+        return f"{name}: cached as files, which are decoded when they are read"
+    return (
+        f"{name}: cached as files. For a model of small images set --gin.IMAGE_SIZE, or give its"
+        " gin file first: pixels are then cached, which are read several times as fast"
+    )
 
 
 def _folder(config: ImageDatasetConfig, splits: Sequence[str] | None) -> _Origin:

@@ -11,11 +11,16 @@ import numpy as np
 from etils import epath
 
 from upcycle_jax.data.dataset import Dataset
+from upcycle_jax.data.position import OtherStreamError
 from upcycle_jax.data.stream import Stream
 from upcycle_jax.features import HostBatch
 
 _READ = grain.ReadOptions(num_threads=min(4, os.cpu_count() or 1), prefetch_buffer_size=4)
 """Threads that make batches, and batches made ahead."""
+_SCALED_OTHERWISE = (
+    "shorter_side is IMAGE_SHORTER_SIDE: a run goes on with the number that it began with, or with"
+    " --gin.IMAGE_SHORTER_SIDE=None where that was None, as it was before there was 'auto'"
+)
 
 
 class Numbered(Dataset, Protocol):
@@ -80,5 +85,16 @@ class ImageStream(Stream):
         self._write_position(directory)
 
     def restore(self, directory: epath.PathLike) -> None:
-        """See `BatchIterator`."""
-        self._move(self._read_position(directory).batches)
+        """See `BatchIterator`.
+
+        Raises:
+          FileNotFoundError: no position was saved there.
+          ValueError: it belongs to other data, another seed or another batch.
+        """
+        try:
+            position = self._read_position(directory)
+        except OtherStreamError as error:
+            if any("/shorter_side: " in difference for difference in error.differences):
+                error.add_note(_SCALED_OTHERWISE)
+            raise
+        self._move(position.batches)
