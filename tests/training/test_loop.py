@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 import types
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.training import input_check
 from upcycle_jax.training.config import (
     CheckpointConfig,
     RestoreCheckpointConfig,
@@ -104,6 +106,21 @@ def test_training_reduces_the_loss(start, tmp_path):
     result = start(steps=60, period=100, eval_period=60)
     first = rows(tmp_path / "run" / "training_eval" / "bags_a")[0]["cross_ent_loss"]
     assert result.evaluation["bags_a"]["cross_ent_loss"] < first - 0.1
+
+
+def test_a_run_that_waits_for_its_batches_says_so(start, bags, caplog, monkeypatch):
+    class Slow(bags.Dataset):
+        def batch(self, k):
+            time.sleep(0.1)
+            return super().batch(k)
+
+    monkeypatch.setattr(input_check, "SHORTEST", 0.0)
+    start(train_dataset_cfg=Slow(), stats_period=4)
+    (said,) = [text for text in caplog.messages if text.startswith("INPUT limits this run")]
+    assert said.endswith(
+        "came. Its batches are made by the host: give the host more processors, or"
+        " run nothing beside it."
+    )
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, tmp_path):

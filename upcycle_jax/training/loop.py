@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from upcycle_jax.checkpoints.verification import DamagedCheckpointError
 from upcycle_jax.costs.mfu import Utilisation
 from upcycle_jax.costs.model_info import model_info
 from upcycle_jax.data import BatchIterator
+from upcycle_jax.data.faster_input import faster_input
 from upcycle_jax.distributed import in_turn
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
 from upcycle_jax.surgery.recipe_json import to_json
@@ -31,6 +33,7 @@ from upcycle_jax.training import (
 )
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.holding import Hold
+from upcycle_jax.training.input_check import InputCheck
 from upcycle_jax.training.interrupts import StopRequest
 from upcycle_jax.training.metric_writers import MetricWriter, progress_line
 from upcycle_jax.training.prepare import PreparedRun
@@ -107,7 +110,8 @@ def train_prepared(
                 settings.folder, step=source.step, fresh=source.start != Start.RESUME
             )
             _write_start(run, cost, iterator.fingerprint())
-            loop = _Loop(run, state, iterator, eval_tasks, saver, cost, hold)
+            advice = functools.partial(faster_input, train_data)
+            loop = _Loop(run, state, iterator, eval_tasks, saver, cost, hold, advice)
             del state  # the loop donates it
             result = loop.run(stop)
         hold.require(look=True)
@@ -259,6 +263,7 @@ class _Loop:
         saver: Saver,
         cost: description.Costs,
         hold: Hold,
+        faster: Callable[[], str],
     ):
         settings = run.settings
         self._run, self._settings, self._saver, self._iterator, self._eval_tasks = (
@@ -282,6 +287,7 @@ class _Loop:
             flops_per_step=cost.train_flops_per_step,
         )
         self._routing = RoutingCheck(settings.model.stacks.values())
+        self._input = InputCheck(faster)
         self._utilisation = Utilisation.of_run(
             model_flops=cost.train_flops_per_step,
             hardware_flops=cost.hardware_flops_per_step,
@@ -354,7 +360,8 @@ class _Loop:
                     interrupted=reason,
                     evaluation=self._evaluation,
                 )
-            batch = next(self._iterator)
+            last: Any = output.loss  # the type of arrays does not know `is_ready`
+            batch = self._input.take(self._iterator, last.is_ready)
 
     def close(self, *, failed: bool) -> None:
         """Closes the metric files and the tracker."""
@@ -429,6 +436,7 @@ class _Loop:
             values["skipped_updates"] = float(self._watch.skipped)
         self._write("train", values)
         self._routing.look(values)
+        self._input.look(values["timing/seconds"])
         speed, tokens = values["timing/steps_per_second"], values["timing/target_tokens_per_second"]
         _log.info(
             "%s",

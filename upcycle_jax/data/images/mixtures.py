@@ -170,6 +170,11 @@ class MixedImages:
                         f" {other!r} in {name}. Give the folders of classes the same names"
                     )
 
+    @property
+    def sets(self) -> tuple[ImageDataset, ...]:
+        """Those that have the split, by name."""
+        return tuple(self._parts.values())
+
     def numbered(self, numbers: np.ndarray, seed: int) -> HostBatch:
         """Views of these numbers, int `[n]`, of the mixture's stream."""
         turns = np.array(

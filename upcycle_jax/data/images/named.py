@@ -110,6 +110,7 @@ def cache_command(config: ImageDatasetConfig) -> str:
     words = [
         *_COMMAND.split(),
         f"--gin.MIXTURE_OR_TASK_NAME={config.mixture_or_task_name!r}",
+        *([f"--gin.IMAGE_FOLDER={config.folder!r}"] if config.folder is not None else []),
         *([f"--gin.IMAGE_SHORTER_SIDE={side}"] if side is not None else []),
         f"--output_cache_dir={folders[0] if folders else 'cache'}",
     ]
