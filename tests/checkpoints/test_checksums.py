@@ -131,6 +131,35 @@ def test_large_arrays_are_cut_into_slabs_without_changing_the_sum(monkeypatch):
         assert checksum(array.transpose(2, 0, 1).transpose(1, 2, 0)) == whole
 
 
+@pytest.mark.parametrize("dtype", HOST_TYPES.values(), ids=HOST_TYPES)
+def test_the_compiled_program_of_the_host_gives_the_sums_of_numpy(dtype, monkeypatch):
+    """Runs that begin anywhere in memory and in the array, whole programs, padded ones, rests."""
+    array = bits((5, 67), dtype)
+    whole = checksum(array)
+    monkeypatch.setattr(checksums, "_COMPILED", 64)
+    calls, compiled = [], checksums._run_sums
+    monkeypatch.setattr(
+        checksums, "_run_sums", lambda *given: calls.append(given) or compiled(*given)
+    )
+    assert checksum(array) == whole and len(calls) >= 335 * dtype.itemsize // 512
+    assert {words.shape for words, _ in calls} == {(64,)}
+    for cut in (1, 2, 3):
+        room = np.empty(array.nbytes + 128, np.uint8)
+        start = -room.ctypes.data % 64 + cut * dtype.itemsize
+        moved = room[start : start + array.nbytes].view(dtype).reshape(array.shape)
+        moved[...] = array
+        total = Accumulator(array.shape, dtype)
+        total.add((slice(cut, 5),), moved[cut:])
+        total.add((slice(0, cut),), moved[:cut])
+        assert total.text() == whole
+    swapped = array.astype(dtype.newbyteorder(">")) if dtype.isnative else array
+    assert checksum(swapped) == whole
+    before = len(calls)
+    assert checksum(np.asfortranarray(array)) == whole and len(calls) == before
+    monkeypatch.setattr(checksums, "_host_device", lambda: None)
+    assert checksum(array) == whole and len(calls) == before
+
+
 def test_positions_beyond_two_to_the_32_wrap():
     """A part of an array of 2**33 elements, of which nothing else is looked at."""
     shape, block = (2**20, 2**13), bits((2, 2**13), np.dtype(np.int8))

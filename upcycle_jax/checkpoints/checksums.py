@@ -17,6 +17,7 @@ words.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,12 @@ PREFIX = "sum64:"
 _SCATTER = 0x9E3779B1
 _SLAB = 1 << 15
 """Words that the host treats at a time: they stay in the processor's cache."""
+_COMPILED = 1 << 20
+"""Words that the host's compiled program treats at a time. It is four times as fast as NumPy and
+takes a tenth of a second to compile, so that shorter runs are left to NumPy.
+"""
+_ALIGNMENT = 64
+"""Bytes: arrays that begin at a multiple of it are not copied for a compiled program."""
 _AT_HAND = 1 << 16
 """Bytes of an array in this process's own memory up to which it is summed sooner than a program for
 its kind is compiled.
@@ -95,10 +102,12 @@ class Accumulator:
                 f" {self._dtype.name}{list(wanted)}"
             )
         first = sum(at * stride for (at, _, _), stride in zip(bounds, self._strides, strict=True))
-        scratch = _Scratch(min(block.size * self._words_per_element, _SLAB))
-        for offset, slab in _slabs(block, self._strides, _SLAB // self._words_per_element):
-            self._add(slab, first + offset, scratch)
         self._elements += block.size
+        if block.flags.c_contiguous and _is_run(block.shape, self._strides):
+            for offset, rest in self._add_compiled(block.reshape(-1), first):
+                self._add_slabs(rest, first + offset, [1])
+        else:
+            self._add_slabs(block, first, self._strides)
 
     def merge(self, other: "Accumulator") -> None:
         """Takes in the parts that another accumulator of the same array has, e.g. one of another
@@ -128,15 +137,54 @@ class Accumulator:
             raise ValueError(f"{self._elements} elements were added up, the array has {size}")
         return _text(self._lanes, self._shape, self._dtype)
 
-    def _add(self, slab: np.ndarray, first: int, scratch: "_Scratch") -> None:
-        """Adds the words of a small block whose first element has the linear index `first`."""
+    def _add_compiled(self, run: np.ndarray, first: int) -> list[tuple[int, np.ndarray]]:
+        """Adds the long part of a run of elements, whose first one has the linear index `first`.
+
+        Returns:
+          What is left to add: pieces, with their places in the run.
+        """
+        each = self._words_per_element
+        most, aligned = _COMPILED // each, -run.ctypes.data % _ALIGNMENT // run.itemsize
+        cpu = _host_device() if run.size >= aligned + most else None
+        if cpu is None:
+            return [(0, run)]
+        with jax.default_device(cpu):
+            for start in range(aligned, run.size, most):
+                part = run[start : start + most]
+                words = _unsigned(part)
+                if part.size < most:
+                    if part.size < most // 4:
+                        return [(0, run[:aligned]), (start, part)]
+                    # Words of zero add nothing, wherever they are.
+                    words = np.pad(words, (0, _COMPILED - words.size))
+                place = np.uint32((first + start) * each % 2**32)
+                for lane, found in enumerate(np.asarray(_run_sums(words, place))):
+                    self._lanes[lane] += int(found)
+        return [(0, run[:aligned])]
+
+    def _add_slabs(self, block: np.ndarray, first: int, strides: Sequence[int]) -> None:
+        """Adds a block, by NumPy, whose first element has the linear index `first`.
+
+        Args:
+          block: the values.
+          first: see above.
+          strides: how many elements of the whole array its neighbours along each axis are apart.
+        """
+        scratch = _Scratch(min(block.size * self._words_per_element, _SLAB))
+        for offset, slab in _slabs(block, strides, _SLAB // self._words_per_element):
+            self._add(slab, first + offset, strides, scratch)
+
+    def _add(
+        self, slab: np.ndarray, first: int, strides: Sequence[int], scratch: "_Scratch"
+    ) -> None:
+        """Adds the words of a block that fits `scratch`; see `_add_slabs`."""
         each, words = self._words_per_element, _host_words(slab)
         where, mixed, spare = (part[: words.size] for part in scratch.parts)
-        if _is_run(slab.shape, self._strides):
+        if _is_run(slab.shape, strides):
             np.add(scratch.counted[: words.size], np.uint32(first * each % 2**32), out=where)
         else:
             places: np.ndarray = np.full((1,) * slab.ndim, first * each % 2**32, np.uint32)
-            for axis, (size, stride) in enumerate(zip(slab.shape, self._strides, strict=True)):
+            for axis, (size, stride) in enumerate(zip(slab.shape, strides, strict=True)):
                 steps = np.arange(size, dtype=np.uint32) * np.uint32(stride * each % 2**32)
                 places = places + steps.reshape((-1,) + (1,) * (slab.ndim - 1 - axis))
             places = places[..., None] + np.arange(each, dtype=np.uint32)
@@ -192,6 +240,15 @@ def _is_run(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         counted *= size
     return True
+
+
+@functools.cache
+def _host_device() -> jax.Device | None:
+    """The CPU as a device of jax; None where a process may not use it (JAX_PLATFORMS)."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +357,20 @@ def _leaf_sums(leaf: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
+@jax.jit
+def _run_sums(words: jax.Array, first: jax.Array) -> jax.Array:
+    """Both lanes `[2]` of words of one to four bytes `[n]`, of which the first one lies at `first`
+    (modulo 2**32) in the array.
+    """
+    mixed = _mix(words.astype(jnp.uint32))
+    where = first + jax.lax.iota(jnp.uint32, words.size)
+    operands = tuple(mixed * weights for weights in _weights(where))
+    lanes = jax.lax.reduce(
+        operands, (jnp.uint32(0),) * 2, lambda a, b: (a[0] + b[0], a[1] + b[1]), (0,)
+    )
+    return jnp.stack(lanes)
+
+
 def _mix(words: jax.Array) -> jax.Array:
     """A bijection of 32-bit words in which every bit of the result depends on every bit of the
     input.
@@ -353,11 +424,13 @@ def _words_per_element(dtype: np.dtype) -> int:
 
 def _host_words(array: np.ndarray) -> np.ndarray:
     """The words of an array, flat, in C order."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    flat = flat.astype(flat.dtype.newbyteorder("<"), copy=False)
-    if flat.dtype.itemsize == 8:
-        return flat.view("<u4")
-    return flat.view(f"<u{flat.dtype.itemsize}").astype(np.uint32, copy=False)
+    return _unsigned(np.ascontiguousarray(array).reshape(-1)).astype(np.uint32, copy=False)
+
+
+def _unsigned(run: np.ndarray) -> np.ndarray:
+    """The words of a run of elements, not widened yet."""
+    run = run.astype(run.dtype.newbyteorder("<"), copy=False)
+    return run.view(f"<u{min(4, run.dtype.itemsize)}")
 
 
 def _device_words(array: jax.Array) -> jax.Array:
