@@ -13,6 +13,10 @@ and more is faster. Every way runs in a process of its own.
 reads a Hugging Face folder of a decoder-only model into an Orbax checkpoint, and writes it back, by
 turns with a plain copy of the same bytes, in one process; medians of the rounds, and of their
 ratios.
+
+    python scripts/bench_surgery.py --megabytes 990 --experts 32 --ways proof --rounds 7
+
+proves a conversion by reference, by turns with a plain read of the dense bytes, in one process.
 """
 
 import argparse
@@ -29,11 +33,13 @@ from typing import TYPE_CHECKING
 
 import folder_speed
 import numpy as np
+import proof_speed
 
 if TYPE_CHECKING:
     from upcycle_jax.trees import LeafSpec
 
 FOLDER_WAYS = {"read_folder", "write_folder"}
+PROOF = "proof"
 WAYS = ("reference", "encoded", "streaming", "noise", "online", "naive")
 D_MODEL, LAYERS = 1024, 4
 """Layers 1 and 3 become sparse; the MLP's width follows from the size asked for."""
@@ -168,7 +174,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
-    parser.add_argument("--rounds", type=int, default=5, help="of reading and writing folders")
+    parser.add_argument("--rounds", type=int, default=5, help="of folders and proofs")
     parser.add_argument("--max_memory", type=int, default=1 << 30, help="bytes, of the same")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -176,13 +182,18 @@ def main() -> None:
         run_way(args.one, pathlib.Path(args.folder), args.megabytes, args.experts)
         return
     folder = pathlib.Path(tempfile.mkdtemp(dir=args.folder))
-    ways = [way for way in args.ways.split(",") if way not in FOLDER_WAYS]
+    asked = set(args.ways.split(","))
+    ways = [way for way in args.ways.split(",") if way not in FOLDER_WAYS | {PROOF}]
     try:
-        if len(ways) < len(args.ways.split(",")):
+        if asked & FOLDER_WAYS:
             folder_speed.main(folder, args.megabytes, args.rounds, args.max_memory)
-        if not ways:
+        if asked <= FOLDER_WAYS:
             return
         write_dense(folder / "dense", args.megabytes, args.experts)
+        if PROOF in asked:
+            proof_speed.main(folder, trees(args.megabytes, args.experts)[1], args.rounds)
+        if not ways:
+            return
         total = sum(spec.nbytes for spec in trees(args.megabytes, args.experts)[1].values())
         copy = plain_copy(folder, total)
         print(

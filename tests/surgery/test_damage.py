@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 
 from upcycle_jax import surgery
-from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint
+from upcycle_jax.checkpoints import create_checkpoint, open_checkpoint, stored_sums
 from upcycle_jax.checkpoints.ocdbt import stored_values
+from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.reader import METADATA_KEY
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
 from upcycle_jax.moe import roles
-from upcycle_jax.surgery.recorded import PLAN_FILE, PROOF_FILE, read_recorded, small_files
+from upcycle_jax.surgery.recorded import (
+    PLAN_FILE,
+    PROOF_FILE,
+    SEAL,
+    read_recorded,
+    sealed,
+    small_files,
+)
 from upcycle_jax.trees import LeafSpec
 
 DENSE = "target/encoder/layers_1/mlp/wi_0/kernel"
@@ -111,6 +120,110 @@ def test_every_copy_is_proved_by_the_chunks_it_shares(pair):
     record = open_checkpoint(pair.target).metadata()["surgery"]
     assert set(record["leaves"]) == set(open_checkpoint(pair.source).specs())
     assert record["leaves"][DENSE]["checksum"].startswith("sum64:")
+
+
+class Counted:
+    """The stored bytes that are read for their checksums, and the leaves that are decoded."""
+
+    def __init__(self, monkeypatch):
+        self.ranges, self.decoded = [], []
+        read, parts = stored_sums.read_into, OrbaxReader.read_parts
+
+        def read_into(file, value, start, room):
+            if value.inline is None:
+                number = os.fstat(file.open(value.file).fileno()).st_ino
+                self.ranges.append((number, value.offset + start, room.size))
+            return read(file, value, start, room)
+
+        def read_parts(reader, name, indices):
+            self.decoded.append((reader.path.name, name))
+            return parts(reader, name, indices)
+
+        monkeypatch.setattr(stored_sums, "read_into", read_into)
+        monkeypatch.setattr(OrbaxReader, "read_parts", read_parts)
+
+
+def data_ranges(folder):
+    """Where the values of all leaves lie that are not in the index, each once."""
+    reader = open_checkpoint(folder)
+    return sorted(
+        (os.stat(pathlib.Path(reader.item) / value.file).st_ino, value.offset, value.length)
+        for key, value in stored_values(pathlib.Path(reader.item), reader.context).items()
+        if value.file and not key.endswith(".zarray")
+    )
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_proof_reads_the_shared_bytes_once_and_decodes_none_of_them(pair, gone, monkeypatch):
+    stored = data_ranges(pair.source)  # Before the source is gone.
+    experts = {row.target for row in pair.plan.rows if row.operation.stacked}
+    if gone:
+        pair.source.rename(pair.source.with_name("elsewhere"))
+    counted = Counted(monkeypatch)
+    proof = pair.prove(gone=gone)
+    assert proof.ok, proof.text()
+    assert sorted(counted.ranges) == [place for place in stored if place in counted.ranges]
+    assert gone or sorted(counted.ranges) == stored
+    assert not experts & {name for _, name in counted.decoded}
+    if not gone:  # What is decoded: the step, the router drawn anew and its slots.
+        assert {path for path, name in counted.decoded if name != "state/step"} <= {"sparse"}
+        assert all("router" in name for _, name in counted.decoded if name != "state/step")
+
+
+def test_a_record_without_checksums_of_stored_bytes_is_proved_by_decoding(pair, monkeypatch):
+    """Results of older versions."""
+    path = pair.target / "_CHECKPOINT_METADATA"
+    (pair.target / PROOF_FILE).unlink()
+    content = json.loads(path.read_text())
+    record = content["custom_metadata"][METADATA_KEY]
+    leaves = record["surgery"]["leaves"]
+    assert all(leaf.pop("stored").startswith("stored64:") for leaf in leaves.values())
+    content["custom_metadata"][METADATA_KEY] = sealed(
+        {name: value for name, value in record.items() if name != SEAL}
+    )
+    path.write_text(json.dumps(content))
+    counted = Counted(monkeypatch)
+    for gone in (False, True):
+        proof = pair.prove(gone=gone)
+        assert proof.ok, proof.text()
+        if not gone:
+            assert [leaf.identical for leaf in proof.leaves] == [
+                leaf.identical for leaf in pair.first.leaves
+            ]
+    assert not counted.ranges
+    assert ("dense", DENSE) in counted.decoded and ("sparse", EXPERT) in counted.decoded
+
+
+def test_values_that_are_not_finite_have_no_checksum_of_stored_bytes(small, tmp_path):
+    """So that every proof looks at them, and says so."""
+    arrays = small.filled(small.tree(**SIZES))
+    slot = "state/param_states/encoder/layers_1/mlp/wi_0/kernel/v_row"
+    arrays[slot][1] = np.inf
+    source = save(tmp_path / "dense", arrays)
+    plan = surgery.make_plan(
+        source.specs(), small.tree(sparse=(1,), **SIZES), surgery.Recipe(optimizer_state="tiled")
+    )
+    surgery.apply_offline(plan, source, tmp_path / "sparse")
+    recorded = read_recorded(open_checkpoint(tmp_path / "sparse"))
+    assert set(recorded.checksums) - set(recorded.stored) == {slot}
+    proof = surgery.prove(plan, source, open_checkpoint(tmp_path / "sparse"))
+    assert [leaf.problems for leaf in proof.leaves if not leaf.ok] == [["1 values are not finite"]]
+
+
+def test_a_source_that_is_stored_anew_is_the_same_by_its_values(small, tmp_path):
+    """Other chunks of the same values: the bytes differ, the leaves do not."""
+    pair = Pair(small, tmp_path, materialize=True)
+    reader = open_checkpoint(pair.source)
+    specs = reader.specs()
+    arrays = {name: reader.read(name) for name in specs}
+    shutil.rmtree(pair.source)
+    with create_checkpoint(pair.source, specs, step=1000, metadata={}, compress=False) as writer:
+        for name, array in arrays.items():
+            if name != "state/step":
+                writer.write(name, None, array)
+        writer.finalize()
+    proof = pair.prove()
+    assert proof.ok, proof.text()
 
 
 def test_damage_in_a_chunk_that_both_share(pair):

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ _SLAB = 1 << 15
 """Words that the host treats at a time: they stay in the processor's cache."""
 _COMPILED = 1 << 20
 """Words that the host's compiled program treats at a time. It is four times as fast as NumPy and
-takes a tenth of a second to compile, so that shorter runs are left to NumPy.
+takes a tenth of a second to compile, so that smaller arrays are left to NumPy.
 """
 _ALIGNMENT = 64
 """Bytes: arrays that begin at a multiple of it are not copied for a compiled program."""
@@ -144,23 +145,25 @@ class Accumulator:
           What is left to add: pieces, with their places in the run.
         """
         each = self._words_per_element
-        most, aligned = _COMPILED // each, -run.ctypes.data % _ALIGNMENT // run.itemsize
-        cpu = _host_device() if run.size >= aligned + most else None
+        most, head = _COMPILED // each, -run.ctypes.data % _ALIGNMENT // run.itemsize
+        # Compiled for large arrays, and used for such parts of them as are worth the padding.
+        long = math.prod(self._shape) >= most and run.size - head >= most // 4
+        cpu = _host_device() if long else None
         if cpu is None:
             return [(0, run)]
         with jax.default_device(cpu):
-            for start in range(aligned, run.size, most):
+            for start in range(head, run.size, most):
                 part = run[start : start + most]
                 words = _unsigned(part)
                 if part.size < most:
                     if part.size < most // 4:
-                        return [(0, run[:aligned]), (start, part)]
+                        return [(0, run[:head]), (start, part)]
                     # Words of zero add nothing, wherever they are.
-                    words = np.pad(words, (0, _COMPILED - words.size))
+                    words = _padded(words)
                 place = np.uint32((first + start) * each % 2**32)
                 for lane, found in enumerate(np.asarray(_run_sums(words, place))):
                     self._lanes[lane] += int(found)
-        return [(0, run[:aligned])]
+        return [(0, run[:head])]
 
     def _add_slabs(self, block: np.ndarray, first: int, strides: Sequence[int]) -> None:
         """Adds a block, by NumPy, whose first element has the linear index `first`.
@@ -240,6 +243,32 @@ def _is_run(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         counted *= size
     return True
+
+
+class _Padding(threading.local):
+    """Words of each thread, of the size that a compiled program takes."""
+
+    room: np.ndarray | None = None
+
+
+_padding = _Padding()
+
+
+def _padded(words: np.ndarray) -> np.ndarray:
+    """Words followed by zeros, valid until this thread's next call."""
+    room = _padding.room
+    if room is None or (room.size, room.dtype) != (_COMPILED, words.dtype):
+        _padding.room = room = aligned(_COMPILED * words.itemsize).view(words.dtype)
+    room[: words.size] = words
+    room[words.size :] = 0
+    return room
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Room for so many bytes, which a compiled program takes without a copy."""
+    room = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + nbytes]
 
 
 @functools.cache

@@ -192,6 +192,10 @@ class OrbaxReader(ReaderBase):
     def specs(self) -> dict[str, LeafSpec]:
         return dict(self._specs)
 
+    def spec(self, name: str) -> LeafSpec:
+        found = self._specs.get(name)
+        return super().spec(name) if found is None else found  # Which says what is missing.
+
     @property
     def step(self) -> int:
         """`state/step` where it is stored, else the number that the folder's name ends with, else

@@ -14,6 +14,24 @@ from upcycle_jax.checkpoints.ocdbt import StoredValue, stored_values
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredValues:
+    """Where the chunks of a leaf, or of one position along its first axis, lie.
+
+    Attributes:
+      layout: how they are encoded, and which part of the array each of them is.
+      values: of every chunk, in C order of the grid.
+    """
+
+    layout: storage.ZarrLayout
+    values: tuple[StoredValue, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(value.length for value in self.values)
+
+
 class StoredChunks:
     """Where the chunks of one checkpoint lie on the disk.
 
@@ -43,6 +61,21 @@ class StoredChunks:
           name: the leaf.
           expert: None for the whole leaf.
         """
+        found = self.values(name, expert)
+        if found is None:
+            return None
+        layout = found.layout
+        codec = repr(sorted(layout.codec.items(), key=lambda item: item[0]))
+        return (
+            layout.shape,
+            layout.chunks,
+            layout.dtype,
+            codec,
+            *(self.identity(value) for value in found.values),
+        )
+
+    def values(self, name: str, expert: int | None = None) -> StoredValues | None:
+        """Where the chunks lie that `slab` compares; None: unknown, or chunks are missing."""
         if self._reader is None or name not in self._values:
             return None
         layout = self._reader.zarr_layout(name)
@@ -55,16 +88,8 @@ class StoredChunks:
             self._values[name].get(prefix + layout.key(position))
             for position in itertools.product(*(range(n) for n in layout.grid))
         ]
-        if not places or any(place is None for place in places):
-            return None
-        codec = repr(sorted(layout.codec.items(), key=lambda item: item[0]))
-        return (
-            layout.shape,
-            layout.chunks,
-            layout.dtype,
-            codec,
-            *(self._identity(place) for place in places if place is not None),
-        )
+        there = tuple(place for place in places if place is not None)
+        return StoredValues(layout, there) if there and len(there) == len(places) else None
 
     def files(self, name: str) -> list[str]:
         """The files that hold a leaf's values, as paths; of a leaf that is unknown, the
@@ -73,10 +98,11 @@ class StoredChunks:
         if self._reader is None or name not in self._values:
             return []
         used = {value.file for value in self._values[name].values()}
-        return sorted(str(self._folder / file) if file else str(self._folder) for file in used)
+        return sorted(str(self.folder / file) if file else str(self.folder) for file in used)
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Of the database: what the files of its values are relative to."""
         assert self._reader is not None
         return Path(os.fspath(self._reader.item))
 
@@ -88,7 +114,7 @@ class StoredChunks:
         assert self._reader is not None
         try:
             names = {self._reader.key(name): name for name in self._reader.specs()}
-            values = stored_values(self._folder, self._reader.context)
+            values = stored_values(self.folder, self._reader.context)
         except (ValueError, KeyError, OSError):
             return {}
         found: dict[str, dict[str, StoredValue]] = {}
@@ -98,7 +124,7 @@ class StoredChunks:
                 found.setdefault(names[leaf], {})[chunk] = value
         return found
 
-    def _identity(self, value: StoredValue) -> Hashable:
+    def identity(self, value: StoredValue) -> Hashable:
         """Equal where the bytes are the same ones: hard links of one file are one file."""
         if value.inline is not None:
             return value.inline
@@ -107,8 +133,8 @@ class StoredChunks:
     def _file_identity(self, file: str) -> Hashable:
         if file not in self._files:
             try:
-                found = os.stat(self._folder / file)
+                found = os.stat(self.folder / file)
                 self._files[file] = (found.st_dev, found.st_ino)
             except OSError:
-                self._files[file] = (str(self._folder), file)
+                self._files[file] = (str(self.folder), file)
         return self._files[file]

@@ -3,20 +3,24 @@ checksums where the source is gone.
 """
 
 import math
+import threading
 from collections.abc import Mapping
 
 import numpy as np
 
 from upcycle_jax.checkpoints.checksums import Accumulator, nonfinite_count
 from upcycle_jax.checkpoints.stored_chunks import StoredChunks
+from upcycle_jax.checkpoints.stored_sums import BLOCK_BYTES as STORED_BLOCK_BYTES
+from upcycle_jax.checkpoints.stored_sums import stored_sums
 from upcycle_jax.progress import Meter
 from upcycle_jax.surgery.leaf_check import LeafVerdict, Moments, check_region, twin_of
 from upcycle_jax.surgery.leaf_sums import LeafSum, accumulator, blocks, rows_of_chunk
 from upcycle_jax.surgery.leaf_values import RowValues, regions_of
 from upcycle_jax.surgery.operations import Copy, Region, Tile
-from upcycle_jax.surgery.parents import JoinedReader, Reader
+from upcycle_jax.surgery.parents import Reader
 from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.recorded import Recorded
+from upcycle_jax.surgery.source_chunks import SourceChunks
 
 REGION_BYTES = 64 << 20
 """Read and compared at a time, of all threads together."""
@@ -43,21 +47,15 @@ class LeafProver:
         sums: Mapping[str, LeafSum],
         meter: Meter,
         region_bytes: int,
+        origins: SourceChunks,
     ):
         self.plan, self.source, self.target, self.recorded = plan, source, target, recorded
         self.sums, self.meter = sums, meter
         self.specs = target.specs()
         self.stored = StoredChunks(target)
-        readers = source.readers if isinstance(source, JoinedReader) else (source,)
-        self._origins = {id(reader): StoredChunks(reader) for reader in readers}
+        self.origins = origins
+        self._summing = threading.Lock()  # All cores are busy with one leaf.
         self.region_bytes = max(1 << 20, region_bytes)
-
-    def origin(self, name: str) -> tuple[StoredChunks, str]:
-        """The chunks of the checkpoint that has a source leaf, and the leaf's name there."""
-        if isinstance(self.source, JoinedReader):
-            reader, name = self.source.origin(name)
-            return self._origins[id(reader)], name
-        return self._origins[id(self.source)], name
 
     def changed(self, name: str) -> bool:
         """Whether a source leaf is not what it was at the conversion."""
@@ -106,7 +104,7 @@ class LeafProver:
         for expert in experts:
             slab = self.stored.slab(row.target, expert if row.operation.stacked else None)
             same.setdefault(("alone", expert) if slab is None else slab, []).append(expert)
-        chunks, leaf = self.origin(name)
+        chunks, leaf = self.origins.origin(name)
         shared = same.pop(chunks.slab(leaf), []) if self.source is not None else []
         if shared:
             self._shared_with_source(row, shared, size, verdict)
@@ -181,8 +179,10 @@ class LeafProver:
                 "the source is gone and no checksum of it is recorded: it cannot be proved"
             )
             return set()
-        right = set()
+        right = self._stored_as_recorded(row, experts)
         for expert in experts:
+            if expert in right:
+                continue
             now, bad = self._slab_sum(row, expert)
             if now == then and not bad:
                 right.add(expert)
@@ -191,6 +191,23 @@ class LeafProver:
                 what = f"{bad} values are not finite" if now == then else "is not what was recorded"
                 verdict.problems.append(f"{where}{what} (checksum {now}, recorded {then})")
                 verdict.blame = "result"
+        return right
+
+    def _stored_as_recorded(self, row: Row, experts: list[int]) -> set[int]:
+        """The experts (0 for a leaf without experts) that are stored as the bytes that the record
+        has of their source leaf: these are read, and not decoded.
+        """
+        then = self.recorded.stored.get(row.sources[0])
+        if then is None:
+            return set()
+        slabs = {(row.target, e if row.operation.stacked else None): e for e in experts}
+        with self._summing:
+            found = stored_sums(
+                self.stored, slabs, block_bytes=min(STORED_BLOCK_BYTES, self.region_bytes)
+            )
+        right = {slabs[slab] for slab, text in found.items() if text == then}
+        parts = row.spec.shape[0] if row.operation.stacked else 1
+        self.meter.add(row.spec.nbytes // parts * len(right), row.target)
         return right
 
     def _slab_sum(self, row: Row, expert: int) -> tuple[str, int]:

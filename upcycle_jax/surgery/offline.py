@@ -12,6 +12,7 @@ import numpy as np
 import upcycle_jax
 from upcycle_jax.checkpoints import CheckpointWriter, chunk_copy, create_checkpoint, model_settings
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.stored_sums import BLOCK_BYTES as STORED_BLOCK_BYTES
 from upcycle_jax.checkpoints.verification import NonFiniteParameterError
 from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.progress import Meter, Progress
@@ -23,6 +24,7 @@ from upcycle_jax.surgery.parents import Reader, source_paths
 from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.surgery.recorded import sealed, source_leaves
+from upcycle_jax.surgery.source_chunks import SourceChunks
 
 DEFAULT_MAX_MEMORY = 2 << 30
 
@@ -86,8 +88,8 @@ def apply_offline(
     Leaves that only move bytes out of an Orbax checkpoint are not decoded: where the file system
     and the library allow it (this is tried, at a small scale), all experts refer to the one stored
     copy of a dense chunk, and otherwise encoded chunks are copied as they are. In the end every
-    source leaf is read once for its checksum, which the result records: damage in chunks that both
-    share would otherwise change both sides alike.
+    source leaf is read for its checksums, of its values and of its stored bytes, which the result
+    records: damage in chunks that both share would otherwise change both sides alike.
 
     Nothing stands at `output_path` before everything is written; a call that was killed is finished
     by the same call, and what it had written already is not written again.
@@ -155,11 +157,15 @@ def apply_offline(
         writer.flush()
         for row in repeated:
             _repeat_first_expert(row, writer, meter)
-        meter.finish("; reading the source once for its checksums")
+        meter.finish("; reading the source for its checksums")
+        block_bytes = min(BLOCK_BYTES, max_memory // (4 * threads()))
+        stored = SourceChunks(reader).sums(
+            reader.specs(), block_bytes=min(STORED_BLOCK_BYTES, block_bytes), progress=progress
+        )
         sums = leaf_sums(
             reader,
             reader.specs(),
-            block_bytes=min(BLOCK_BYTES, max_memory // (4 * threads())),
+            block_bytes=block_bytes,
             progress=progress,
         )
         for name in used_leaves(plan):
@@ -173,7 +179,7 @@ def apply_offline(
                 " another checkpoint"
             )
         specs = reader.specs()
-        begun["surgery"]["leaves"] = source_leaves(specs, sums)
+        begun["surgery"]["leaves"] = source_leaves(specs, sums, stored)
         return str(writer.finalize(sealed(begun)))
     finally:
         writer.close()

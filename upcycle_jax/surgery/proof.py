@@ -5,8 +5,8 @@ were drawn have the mean and deviation that the recipe promises; and does drawin
 the same values. One for the tree: is every leaf of the plan there, and nothing else. And one for
 time: are source, result and record still what they were at the conversion.
 
-Chunks that source and result share are read once: their checksum is compared with the recorded
-one, since damage in them changes both sides.
+Chunks that source and result share are read once, and not decoded where the checksum of their
+stored bytes is the recorded one: it is compared, since damage in them changes both sides.
 """
 
 import concurrent.futures
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_jax import trees
+from upcycle_jax.checkpoints.stored_sums import BLOCK_BYTES as STORED_BLOCK_BYTES
 from upcycle_jax.checkpoints.workers import threads
 from upcycle_jax.files import write_whole
 from upcycle_jax.progress import Meter
@@ -36,6 +37,7 @@ from upcycle_jax.surgery.recorded import (
     read_recorded,
     sealed,
 )
+from upcycle_jax.surgery.source_chunks import SourceChunks
 from upcycle_jax.text import shorten, size
 
 MAX_MEMORY = 2 << 30
@@ -206,11 +208,16 @@ def prove(
     difference = trees.diff(plan.specs(), specs)
     rows = [row for row in plan.rows if row.target in specs]
     dropped = {item.source for item in plan.dropped} & set(recorded.checksums)
-    sums = _source_sums(rows, dropped, source, max_memory, progress) if source is not None else {}
+    origins = SourceChunks(source)
+    sums = (
+        _source_sums(rows, dropped, source, origins, recorded, max_memory, progress)
+        if source is not None
+        else {}
+    )
     workers = _workers(rows, max_memory)
     meter = Meter(sum(row.spec.nbytes for row in rows), progress, verb="proved")
     region_bytes = min(REGION_BYTES, max_memory // 8) // workers
-    prover = LeafProver(plan, source, target, recorded, sums, meter, region_bytes)
+    prover = LeafProver(plan, source, target, recorded, sums, meter, region_bytes, origins)
     found: dict[str, LeafVerdict] = {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
@@ -254,11 +261,16 @@ def _source_sums(
     rows: list[Row],
     dropped: set[str],
     source: Reader,
+    origins: SourceChunks,
+    recorded: Recorded,
     max_memory: int,
     progress: Callable[[str], None] | None,
 ) -> dict[str, LeafSum]:
-    """Reads every source leaf once: those that are used, of which one that is not what was planned
-    with is a problem of its own; and those that were dropped, where they still are.
+    """Reads every source leaf: those that are used, of which one that is not what was planned with
+    is a problem of its own; and those that were dropped, where they still are.
+
+    A leaf whose stored bytes are those of the record has the recorded values, which are finite. The
+    others are decoded, so that their values, or what is wrong with them, can be told.
     """
     planned = {
         name: spec for row in rows for name, spec in zip(row.sources, row.source_specs, strict=True)
@@ -273,7 +285,20 @@ def _source_sums(
     block_bytes = min(BLOCK_BYTES, max_memory // (4 * threads()))
     there = set(planned) - set(problems)
     there |= dropped & set(found)
-    return leaf_sums(source, there, block_bytes=block_bytes, progress=progress) | problems
+    stored = origins.sums(
+        there & set(recorded.stored),
+        block_bytes=min(STORED_BLOCK_BYTES, block_bytes),
+        progress=progress,
+    )
+    as_recorded = {
+        name: LeafSum(recorded.checksums[name])
+        for name, text in stored.items()
+        if text == recorded.stored[name]
+    }
+    decoded = leaf_sums(
+        source, there - set(as_recorded), block_bytes=block_bytes, progress=progress
+    )
+    return as_recorded | decoded | problems
 
 
 def _workers(rows: list[Row], max_memory: int) -> int:
@@ -293,7 +318,7 @@ def _source_damage(prover: LeafProver, sums: dict[str, LeafSum]) -> list[str]:
     lines = []
     for name in filter(prover.changed, sums):
         found, then = sums[name], prover.recorded.checksums.get(name)
-        chunks, leaf = prover.origin(name)
+        chunks, leaf = prover.origins.origin(name)
         what = (
             f"cannot be read: {found.problem}"
             if found.problem

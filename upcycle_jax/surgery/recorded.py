@@ -1,7 +1,8 @@
 """What a converted checkpoint says about its making, and whether that is as it was written.
 
 The record lies in the checkpoint's own metadata from the moment it exists: recipe, sources, model,
-and of every source leaf its shape, dtype and checksum. `proof.json`, written
+and of every source leaf its shape, dtype and checksums, of its values and of its stored bytes.
+`proof.json`, written
 once the conversion is proved, repeats it and adds the checksums of the leaves that are not plain
 copies, and the digests of the small files beside the arrays. Both carry a seal, so that damage in
 one of them is told from damage in the arrays. A seal tells damage, not forgery: whoever rewrites a
@@ -51,15 +52,22 @@ def _digest(content: Mapping[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def source_leaves(specs: Mapping[str, LeafSpec], sums: Mapping[str, LeafSum]) -> dict[str, Any]:
+def source_leaves(
+    specs: Mapping[str, LeafSpec], sums: Mapping[str, LeafSum], stored: Mapping[str, str]
+) -> dict[str, Any]:
     """What is recorded of the source's leaves: shape, dtype, and the checksum of those that can be
-    read.
+    read; where it is known and all values are finite, that of the stored bytes, too.
     """
     return {
         name: {
             "shape": list(spec.shape),
             "dtype": spec.dtype.name,
             **({"checksum": sums[name].checksum} if sums[name].checksum else {}),
+            **(
+                {"stored": stored[name]}
+                if name in stored and sums[name].checksum and not sums[name].nonfinite
+                else {}
+            ),
         }
         for name, spec in specs.items()
     }
@@ -75,6 +83,9 @@ class Recorded:
       fingerprint: of the source; '' where none is recorded.
       specs: shape and dtype of every source leaf; empty where none are recorded.
       checksums: of the source leaves, used or dropped.
+      stored: of those whose values all are finite, the checksums of their stored bytes
+        (`checkpoints.stored_sums`); those of older versions, and of sources that are no Orbax
+        checkpoints, have none.
       results: checksums of the leaves of the result that are not plain copies, by path.
       files: sha256 of the small files of the result, by name relative to it.
       model: the configuration of the result's model, as JSON; None where none is recorded.
@@ -87,6 +98,7 @@ class Recorded:
     fingerprint: str = ""
     specs: dict[str, LeafSpec] = dataclasses.field(default_factory=dict)
     checksums: dict[str, str] = dataclasses.field(default_factory=dict)
+    stored: dict[str, str] = dataclasses.field(default_factory=dict)
     results: dict[str, str] = dataclasses.field(default_factory=dict)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     model: object = None
@@ -176,6 +188,11 @@ def _parsed(content: dict[str, Any], problems: list[str]) -> Recorded:
             ),
             checksums={
                 name: str(leaf["checksum"]) for name, leaf in leaves.items() if leaf.get("checksum")
+            },
+            stored={
+                name: str(leaf["stored"])
+                for name, leaf in leaves.items()
+                if leaf.get("stored") and leaf.get("checksum")
             },
             model=content.get("model"),
             content=content,
