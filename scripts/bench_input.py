@@ -8,11 +8,12 @@ that train steps consume on this machine.
 
 With --images: views of glyphs; and of photographs (noise of 256 x 256 pixels as JPEG files),
 cropped at random and mirrored, against the steps of vision transformers. "folder" and "default
-cache" are what a user gets who leaves IMAGE_SHORTER_SIDE as it is; beside them stand folder and
-cache with None where that is another setting, which keeps files as they are, and caches of pixels
-with shorter sides of --shorter_sides. Inputs and steps take turns: ratios are medians over the
-rounds, each of what was measured in one of them. Beside the rates stands the processor time that an
-image takes, all threads together, which other jobs on the machine change little.
+cache" are what a user gets who leaves IMAGE_SHORTER_SIDE as it is. Where that scales images, beside
+them stand "folder first", the first epoch, in which none is in memory yet; folder and cache with
+None, which keeps files as they are; and caches of pixels with other shorter sides
+(--shorter_sides). Inputs and steps take turns: ratios are medians over the rounds, each of what was
+measured in one of them. Beside the rates stands the processor time that an image takes, all threads
+together, which other jobs on the machine change little.
 
 A step and its input share the processors of a CPU machine; on an accelerator's host the input has
 them to itself. The cache is written to a temporary folder first.
@@ -36,7 +37,14 @@ import numpy as np
 from PIL import Image
 
 from upcycle_jax.data import DatasetConfig, configure
-from upcycle_jax.data.images import ImageDatasetConfig, decoding, records_writing, scaling
+from upcycle_jax.data.images import (
+    ImageDataset,
+    ImageDatasetConfig,
+    decoding,
+    records_writing,
+    scaling,
+)
+from upcycle_jax.data.images.held import HeldImages
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.features.images import ImageFeatures
@@ -127,6 +135,11 @@ def image_inputs(
             name: open_dataset(config, features).train_iterator()
             for name, config in configs.items()
         }
+        for _ in range(-(-files // batch_size)):  # the first epoch
+            next(streams["folder"])
+        if chosen is not None:
+            first = ImageDataset(folder, features, HeldImages(most_bytes=0))
+            streams["folder first"] = first.train_iterator()
         for name, source in cached.items():
             cache = root / name.replace(" ", "_")
             records_writing.write(source, cache, report=lambda line: None)
@@ -148,12 +161,13 @@ class Turn(NamedTuple):
 def in_turns(
     calls: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: int
 ) -> dict[str, list[Turn]]:
-    """Repeats each call for its share of `seconds` in every round. What was made ahead before a
-    turn is taken out first.
+    """Repeats each call for its share of `seconds` in every round. The one before has filled what
+    it reads ahead by then, and what was made ahead before a turn is taken out first.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            _wait_until_idle()
             for _ in range(4):
                 call()
             count, began, processor = 0, time.perf_counter(), time.process_time()
@@ -163,6 +177,16 @@ def in_turns(
             processor = time.process_time() - processor
             turns[name].append(Turn(count / (time.perf_counter() - began), processor / count))
     return turns
+
+
+def _wait_until_idle(most: float = 10.0) -> None:
+    """Waits until no thread of this process works, for so many seconds at most."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < most:
+        worked, asleep = time.process_time(), time.perf_counter()
+        time.sleep(0.05)
+        if time.process_time() - worked < 0.02 * (time.perf_counter() - asleep):
+            return
 
 
 def decoding_rate(side: int, *, seconds: float) -> float:

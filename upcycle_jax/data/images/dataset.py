@@ -13,6 +13,7 @@ import numpy as np
 
 from upcycle_jax.data.images import crops, decoding, scaling, views
 from upcycle_jax.data.images.config import AUTOMATIC, ImageDatasetConfig
+from upcycle_jax.data.images.held import HeldImages
 from upcycle_jax.data.images.opening import open_source
 from upcycle_jax.data.images.records import PixelImages
 from upcycle_jax.data.images.sources import Images, Source
@@ -37,13 +38,19 @@ class ImageDataset:
     Args:
       config: what to read.
       features: the model's converter.
+      held: keeps images that were scaled, those of other sets too; None for one of its own.
 
     Raises:
       ValueError: the model takes no images, or of another size, or has too few classes; or the
         arrays are not what `ImageDatasetConfig.arrays` describes.
     """
 
-    def __init__(self, config: ImageDatasetConfig, features: FeatureConverter):
+    def __init__(
+        self,
+        config: ImageDatasetConfig,
+        features: FeatureConverter,
+        held: HeldImages | None = None,
+    ):
         if config.mixture is not None:
             raise ValueError(
                 f"{config.mixture_or_task_name!r} is a mixture of {', '.join(config.mixture)}: one"
@@ -71,7 +78,8 @@ class ImageDataset:
                 config.mixture_or_task_name,
                 self._shorter_side,
             )
-        self._threads = _threads(self.images, features.size)
+        is_scaled = self._shorter_side is not None and not isinstance(self.images, PixelImages)
+        self._held = (held or HeldImages()) if is_scaled else None
         if features.num_classes and self.images.num_classes > features.num_classes:
             raise ValueError(
                 f"{config.mixture_or_task_name} has {self.images.num_classes} classes, the model"
@@ -132,16 +140,13 @@ class ImageDataset:
         """
         config, features, source = self.config, self.features, self.images
         side, crop = features.size, config.crop
-        channels, shorter_side = features.channels, self._shorter_side
-        at_least = crops.least_side(side, crop) if shorter_side is None else shorter_side
+        channels = features.channels
         if isinstance(source, Images):
             channels = source.images.shape[-1]
             side = source.images.shape[1] if crop == "none" else side
 
         def one(place: int, draws: np.ndarray) -> np.ndarray:
-            image = source.image(place, channels=channels, at_least=at_least)
-            if shorter_side is not None:
-                image = decoding.shrunk(image, shorter_side)
+            image = self._image(place, channels)
             if crop == "none" and image.size != (side, side):
                 raise ValueError(
                     f"image {place} of {config.mixture_or_task_name!r} is {image.size[0]} x"
@@ -158,11 +163,39 @@ class ImageDataset:
                 out[row] = one(int(which[row]), draws[row])
 
         # Each thread takes a run of rows: a call for each image would cost as much as a small one.
-        threads = self._threads
+        threads = self._threads(which)
         bounds = [len(which) * part // threads for part in range(threads + 1)]
         for _ in _pool(threads).map(some, bounds, bounds[1:]):
             pass
         return out
+
+    def _image(self, place: int, channels: int) -> Any:
+        """A whole image, Pillow's, scaled where that is asked for."""
+        held = self._held
+        if held is None:
+            return self._read(place, channels)
+        key = self.config.mixture_or_task_name, place
+        return held.get(key, lambda: self._read(place, channels))
+
+    def _read(self, place: int, channels: int) -> Any:
+        shorter_side, source = self._shorter_side, self.images
+        if shorter_side is None:
+            at_least = crops.least_side(self.features.size, self.config.crop)
+            return source.image(place, channels=channels, at_least=at_least)
+        image = source.image(place, channels=channels, at_least=shorter_side)
+        return decoding.shrunk(image, shorter_side)
+
+    def _threads(self, which: np.ndarray) -> int:
+        """How many threads make views of images, int `[n]`."""
+        name, held, source = self.config.mixture_or_task_name, self._held, self.images
+        side = max(self.features.size, self._shorter_side or 0)
+        if isinstance(source, Images):
+            side = max(side, source.images.shape[1])
+        elif not isinstance(source, PixelImages) and not (
+            held is not None and all((name, int(place)) in held for place in which)
+        ):
+            return _THREADS  # They decode.
+        return 1 if side * side < _FEW_PIXELS else _THREADS
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> "ImageStream":
         """See `Dataset`."""
@@ -221,17 +254,6 @@ class ImageDataset:
     def verify(self) -> int:
         """See `Dataset`."""
         return self.images.verify()
-
-
-def _threads(source: Source, side: int) -> int:
-    """How many threads make views of `side` pixels."""
-    if isinstance(source, PixelImages):
-        side = max(side, source.manifest.shorter_side or side)
-    elif isinstance(source, Images):
-        side = max(side, source.images.shape[1])
-    else:
-        return _THREADS
-    return 1 if side * side < _FEW_PIXELS else _THREADS
 
 
 @functools.cache

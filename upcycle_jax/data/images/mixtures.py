@@ -24,6 +24,7 @@ from upcycle_jax.data.images.config import (
     NoSuchSplitError,
 )
 from upcycle_jax.data.images.dataset import ImageDataset
+from upcycle_jax.data.images.held import HeldImages
 from upcycle_jax.data.images.records import MANIFEST
 from upcycle_jax.data.images.streams import ImageStream
 from upcycle_jax.data.opening import open_dataset
@@ -137,9 +138,10 @@ class MixedImages:
         self._rates = {name: part.rate for name, part in found.items()}
         self._parts: dict[str, ImageDataset] = {}
         self._lacking: dict[str, NoSuchSplitError] = {}
+        held = HeldImages()
         for name, part in found.items():
             try:
-                self._parts[name] = ImageDataset(part.config, features)
+                self._parts[name] = ImageDataset(part.config, features, held)
             except NoSuchSplitError as error:
                 self._lacking[name] = error
         if not self._parts:
