@@ -275,6 +275,31 @@ def test_a_record_is_read_once_for_an_example():
     ]
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_a_small_text_is_read_once_and_a_large_one_at_each_segment(config, held, monkeypatch):
+    """Two passes over the first records: the same tokens from memory and from disk."""
+    from upcycle_jax.data.cache import lookup, views
+
+    (task, *_) = [task for task, _ in lookup.find(config, FEATURES).tasks]
+    if not held:
+        monkeypatch.setattr(views, "HELD_TOKENS", 1)
+    view = views.open_view(task, "train", config.task_feature_lengths, FEATURES.task_features)
+    text = np.concatenate([view._records[number]["targets"] for number in range(4)])
+    records, read = view._records, []
+
+    class Counting:
+        def __getitem__(self, number):
+            read.append(number)
+            return records[number]
+
+    view._records = Counting()
+    starts = range(0, len(text) - 20, max(1, len(text) // 40))
+    for _ in range(2):
+        for start in starts:
+            np.testing.assert_array_equal(view._tokens(start, start + 20), text[start:][:20])
+    assert (max(read.count(number) for number in read) == 1) == held
+
+
 def test_shuffling_is_global(config):
     """The first batch of a long text comes from all over it."""
     from upcycle_jax.data.cache import lookup, views

@@ -28,6 +28,10 @@ STEPS = (DENOISE, APPEND_EOS, APPEND_EOS_AFTER_TRIM)
 """Steps after caching that are known here: `{'step': name}`, denoising with its 'denoisers'."""
 
 _OFFSET_DRAW = 0x0FF5E7  # keeps the draws of offsets apart from those of noise
+HELD_TOKENS = 2**24
+"""A text of no more tokens stays in memory once it is read, in 64 MiB: to read a record again for
+each of its segments would take half of an example's time.
+"""
 
 Tokens = dict[str, np.ndarray]
 
@@ -233,6 +237,7 @@ class TextView:
         # text.
         self._ends = self._records.ends[TARGETS]
         self._total = int(self._ends[-1]) if len(self._ends) else 0
+        self._held: dict[int, np.ndarray] | None = {} if self._total <= HELD_TOKENS else None
         self._seed = seed
         if self._total < 2:
             raise ValueError(
@@ -274,6 +279,14 @@ class TextView:
             min(start + self._edges[turn + 1], self._total),
         )
 
+    def _record(self, number: int) -> np.ndarray:
+        """int32 `[tokens]` of a record."""
+        if self._held is None:
+            return self._records[number][TARGETS]
+        if number not in self._held:
+            self._held[number] = self._records[number][TARGETS]
+        return self._held[number]
+
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         """int32 `[stop - start]` of the whole text, out of the records that hold them."""
         # By bisection: NumPy's search would copy the whole column, one of several of the index.
@@ -283,7 +296,7 @@ class TextView:
             end = int(self._ends[record])
             begin = int(self._ends[record - 1]) if record else 0
             if end > start:  # not an empty record
-                parts.append(self._records[record][TARGETS][start - begin : stop - begin])
+                parts.append(self._record(record)[start - begin : stop - begin])
                 start = end
             record += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
