@@ -326,12 +326,7 @@ class _Loop:
             self._hold.require()
             self._saver.check()
             self._window.add(output.metrics)
-            self._watch.add(
-                self.step,
-                output,
-                batch=self._iterator.position - 1,
-                batch_fingerprint=batches.fingerprint(batch),
-            )
+            self._watch.add(self.step, output, batch=self._iterator.position - 1, rows=batch)
             reason = stop.after_step(self.step)
             ends = self.step >= settings.total_steps or reason is not None
             evaluates = (

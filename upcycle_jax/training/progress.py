@@ -15,9 +15,11 @@ from etils import epath
 
 from upcycle_jax.models import metrics as metrics_lib
 from upcycle_jax.training import manifest
+from upcycle_jax.training.batches import fingerprint
 from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.train_step import Metrics, StepOutput
 from upcycle_jax.training.trainer import NonFinite
+from upcycle_jax.types import Batch
 
 _log = logging.getLogger(__name__)
 
@@ -55,14 +57,15 @@ class LossWatch:
     ):
         self._model_dir, self._policy, self.history = model_dir, policy, history
         self._layers = list(layers)
-        self._pending: collections.deque[tuple[int, StepOutput, int, str]] = collections.deque()
+        self._pending: collections.deque[tuple[int, StepOutput, int, Batch]] = collections.deque()
         self.skipped = 0
 
-    def add(self, step: int, output: StepOutput, *, batch: int, batch_fingerprint: str) -> None:
-        """Takes the output of the update that led to `step`, from batch number `batch`, and looks
-        at those that are due.
+    def add(self, step: int, output: StepOutput, *, batch: int, rows: Batch) -> None:
+        """Takes the output of the update that led to `step`, from `rows` of batch number `batch`,
+        and looks at those that are due. The rows are held until then: only those of a bad step are
+        worth the time that a fingerprint takes.
         """
-        self._pending.append((step, output, batch, batch_fingerprint))
+        self._pending.append((step, output, batch, rows))
         while len(self._pending) > STEPS_AHEAD:
             self._look()
 
@@ -78,7 +81,7 @@ class LossWatch:
             self._look()
 
     def _look(self) -> None:
-        step, output, batch, batch_fingerprint = self._pending.popleft()
+        step, output, batch, rows = self._pending.popleft()
         loss, grad_norm, bad_logits = jax.device_get(
             (output.loss, output.grad_norm, output.bad_logits)
         )
@@ -87,18 +90,21 @@ class LossWatch:
         limit = self.history.limit(step) if self.history else math.inf
         if self.history:
             self.history.add(step, loss)
+        not_finite = bool(bad) or not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not (not_finite or loss > limit):
+            return
         report = {
             "step": step,
             "batch": batch,
             "loss": str(loss),
             "grad_norm": str(grad_norm),
-            "batch_crc32": json.loads(batch_fingerprint),
+            "batch_crc32": fingerprint(rows),
         }
         if bad:
             report["non_finite_router_logits"] = bad
-        if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if not_finite:
             self._not_finite(report)
-        elif loss > limit:
+        else:
             self._spike(report, limit)
 
     def _save(self, kind: str, report: dict[str, Any]) -> epath.Path:
