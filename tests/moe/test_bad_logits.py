@@ -46,7 +46,7 @@ def test_the_first_layer_in_the_order_of_the_forward_pass_is_named(tmp_path):
             encoder__layers_1=0,
         ),
         batch=6,
-        batch_fingerprint="{}",
+        rows={"x": np.frombuffer(b"abc", np.uint8)},
     )
     with pytest.raises(
         NonFiniteLossError,
@@ -54,6 +54,7 @@ def test_the_first_layer_in_the_order_of_the_forward_pass_is_named(tmp_path):
     ):
         seen.settle()
     report = json.loads((tmp_path / "non_finite_7.json").read_text())
+    assert report["batch_crc32"] == {"x": "352441c2"}  # the CRC-32 of "abc"
     assert report["non_finite_router_logits"] == {
         "decoder/layers_1": 9,
         "encoder/layers_11": 4,
@@ -63,7 +64,7 @@ def test_the_first_layer_in_the_order_of_the_forward_pass_is_named(tmp_path):
 
 def test_a_finite_loss_does_not_hide_them(tmp_path):
     seen = watch(tmp_path)
-    seen.add(3, output(2.5, decoder__layers_1=1), batch=2, batch_fingerprint="{}")
+    seen.add(3, output(2.5, decoder__layers_1=1), batch=2, rows={})
     with pytest.raises(
         NonFiniteLossError, match=r"step 3: the loss is 2.5 .*1 in decoder/layers_1, the first of 1"
     ):
@@ -72,7 +73,7 @@ def test_a_finite_loss_does_not_hide_them(tmp_path):
 
 def test_finite_steps_pass(tmp_path):
     seen = watch(tmp_path)
-    seen.add(3, output(2.5, decoder__layers_1=0), batch=2, batch_fingerprint="{}")
+    seen.add(3, output(2.5, decoder__layers_1=0), batch=2, rows={})
     seen.settle()
     assert not list(tmp_path.iterdir())
 
