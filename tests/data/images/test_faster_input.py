@@ -29,6 +29,7 @@ def folder(tmp_path):
 def test_the_advice_for_files_of_small_models_is_a_command_that_works(folder, tmp_path):
     data_folders.configure(cache_dirs=[str(tmp_path / "cache")])
     told = faster_input(dataset(folder, **AUTO))
+    assert told.startswith("Later epochs do not decode again what fits into memory. A new run")
     words = shlex.split(told.split("`")[1])
     assert words[:3] == ["python", "-m", "upcycle_jax.cache_tasks"]
     assert cache_tasks.main(words[3:]) == 0
@@ -47,7 +48,9 @@ def test_a_cache_of_files_is_to_be_replaced(folder, tmp_path):
 
 
 def test_other_images(folder, tmp_path):
-    assert "A new run with IMAGE_SHORTER_SIDE" in faster_input(dataset(folder, ImageFeatures(64)))
+    for size, named in ((64, "IMAGE_SHORTER_SIDE,"), (8, "IMAGE_SHORTER_SIDE = 'auto',")):
+        told = faster_input(dataset(folder, ImageFeatures(size)))
+        assert f"A new run with {named} set for cache_tasks too, reads pixels" in told
     grey = np.zeros((4, 8, 8), np.uint8)
     np.savez(tmp_path / "x.npz", train_images=grey, train_labels=[0, 0, 0, 0])
     arrays = dataset(None, ImageFeatures(8, 1, 2), folder=None, arrays=str(tmp_path / "x.npz"))

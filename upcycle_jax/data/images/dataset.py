@@ -73,9 +73,10 @@ class ImageDataset:
         self._shorter_side = None if isinstance(self.images, Images) else shorter_side
         if self._shorter_side is not None and config.shorter_side == AUTOMATIC:
             _log.info(
-                "images of %r are scaled to a shorter side of %d pixels before they are cropped,"
-                " where they have more (IMAGE_SHORTER_SIDE = 'auto')",
+                "images of %r, split %s, are scaled to a shorter side of %d pixels before they are"
+                " cropped, where they have more (IMAGE_SHORTER_SIDE = 'auto')",
                 config.mixture_or_task_name,
+                config.split,
                 self._shorter_side,
             )
         is_scaled = self._shorter_side is not None and not isinstance(self.images, PixelImages)

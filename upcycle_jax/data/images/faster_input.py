@@ -7,11 +7,14 @@ from upcycle_jax.data.faster_input import (
     to_cache,
 )
 from upcycle_jax.data.images import scaling
+from upcycle_jax.data.images.config import AUTOMATIC
 from upcycle_jax.data.images.dataset import ImageDataset
 from upcycle_jax.data.images.mixtures import MixedImages
 from upcycle_jax.data.images.named import cache_command
 from upcycle_jax.data.images.records import PixelImages, RecordImages
 from upcycle_jax.data.images.sources import Images
+
+_AUTOMATIC = f" = {AUTOMATIC!r}"
 
 
 @faster_input.register
@@ -22,12 +25,15 @@ def _of_one_set(dataset: ImageDataset) -> str:
     if isinstance(images, Images):
         return MADE_BY_HOST
     if scaling.shorter_side(config) is None:
+        is_small = scaling.automatic_side(dataset.features.size) is not None
         return (
-            "Its files are decoded whenever they are read. A new run with IMAGE_SHORTER_SIDE, set"
-            " for cache_tasks too, reads pixels instead (docs/vision.md)"
+            "Its files are decoded for every view. A new run with"
+            f" IMAGE_SHORTER_SIDE{_AUTOMATIC if is_small else ''}, set for cache_tasks too, reads"
+            " pixels instead (docs/vision.md)"
         )
     command = cache_command(config)
-    return to_cache(f"{command} --overwrite" if isinstance(images, RecordImages) else command)
+    command = f"{command} --overwrite" if isinstance(images, RecordImages) else command
+    return f"Later epochs do not decode again what fits into memory. {to_cache(command)}"
 
 
 @faster_input.register

@@ -1,11 +1,14 @@
 """Scaled images that stay in memory, so that later epochs do not decode them again."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
-MOST_BYTES = 1 << 30
-"""Of one set or mixture: about ten thousand photographs for a model of 32 x 32 pixels."""
+MOST_BYTES = min(1 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+"""Of one set or mixture: 1 GiB, about ten thousand photographs for a model of 32 x 32 pixels, and
+no more than an eighth of the machine's memory.
+"""
 _BYTES_OF_A_PIXEL = {"L": 1, "RGB": 4}
 """As Pillow keeps them."""
 
