@@ -3,6 +3,7 @@ evaluation passes.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from etils import epath
 
 from upcycle_jax.data import fingerprints, resolve, stream
 from upcycle_jax.data.config import DatasetConfig
+from upcycle_jax.data.plain_graphs import without_autograph
 from upcycle_jax.data.tokenizer_vocabulary import TokenizerVocabulary
 from upcycle_jax.features import DecoderOnlyFeatures, FeatureConverter, HostBatch, check_task
 from upcycle_jax.features.names import TARGETS
@@ -80,12 +82,15 @@ class SeqioBatchIterator(stream.Stream):
         self._open()
 
     def _open(self) -> None:
-        dataset = _train_dataset(
-            self._config,
-            self._features,
-            seed=self._seed,
-            process_index=self._process_index,
-            process_count=self._process_count,
+        dataset = without_autograph(
+            functools.partial(
+                _train_dataset,
+                self._config,
+                self._features,
+                seed=self._seed,
+                process_index=self._process_index,
+                process_count=self._process_count,
+            )
         )
         self._iterator = iter(dataset)
         self._batches = 0
@@ -295,7 +300,8 @@ class _EvalPass:
 
     def _first_pass(self) -> Iterator[HostBatch]:
         config = self._dataset.config
-        batches = _eval_dataset(self._task, config, self._dataset.features)
+        build = functools.partial(_eval_dataset, self._task, config, self._dataset.features)
+        batches = without_autograph(build)
         kept: list[HostBatch] | None = []
         held = 0
         for batch in batches.take(-1 if self._num_batches is None else self._num_batches):
