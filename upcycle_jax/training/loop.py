@@ -31,6 +31,7 @@ from upcycle_jax.training import (
     restore,
     set_aside,
 )
+from upcycle_jax.training.early_programs import EarlyPrograms
 from upcycle_jax.training.evaluation import Evaluator
 from upcycle_jax.training.holding import Hold
 from upcycle_jax.training.input_check import InputCheck
@@ -46,7 +47,7 @@ from upcycle_jax.training.spikes import LossHistory, OnSpike
 from upcycle_jax.training.tracking import WandbRun
 from upcycle_jax.training.train_settings import TrainSettings
 from upcycle_jax.training.train_state import TrainState, model_hash
-from upcycle_jax.training.train_step import TrainStep, jitted_train_step
+from upcycle_jax.training.train_step import TrainStep
 from upcycle_jax.training.trainer import NonFinite
 
 _log = logging.getLogger(__name__)
@@ -81,6 +82,18 @@ def train_prepared(
       stop: the signals that end it early.
       hold: the lease of MODEL_DIR.
     """
+    with contextlib.closing(EarlyPrograms(run)) as programs:
+        return _train(run, cost, stop, hold, programs)
+
+
+def _train(
+    run: PreparedRun,
+    cost: description.Costs,
+    stop: StopRequest,
+    hold: Hold,
+    programs: EarlyPrograms,
+) -> TrainResult:
+    """See `train_prepared`."""
     settings = run.settings
     train_data = prepare.open_data(settings.model, settings.train_dataset_cfg)
     eval_data = None
@@ -104,14 +117,14 @@ def train_prepared(
     loop: _Loop | None = None
     try:
         with Saver(settings.folder, settings.checkpoint_cfg.save, hold) as saver:
-            state, source = _load(run, saver, iterator)
+            state, source = _load(run, saver, iterator, programs)
             run = dataclasses.replace(run, source=source)
             set_aside.set_aside(
                 settings.folder, step=source.step, fresh=source.start != Start.RESUME
             )
             _write_start(run, cost, iterator.fingerprint())
             advice = functools.partial(faster_input, train_data)
-            loop = _Loop(run, state, iterator, eval_tasks, saver, cost, hold, advice)
+            loop = _Loop(run, state, iterator, eval_tasks, saver, cost, hold, advice, programs)
             del state  # the loop donates it
             result = loop.run(stop)
         hold.require(look=True)
@@ -133,7 +146,9 @@ def _write_failure(model_dir: epath.Path, step: int, error: BaseException) -> No
     manifest.update(model_dir, status="failed", step=step, error=text)
 
 
-def _load(run: PreparedRun, saver: Saver, iterator: BatchIterator) -> tuple[TrainState, Source]:
+def _load(
+    run: PreparedRun, saver: Saver, iterator: BatchIterator, programs: EarlyPrograms
+) -> tuple[TrainState, Source]:
     """The first state, and the data placed where it belongs; a checkpoint of MODEL_DIR that turns
     out to be damaged is passed over for the one before it.
     """
@@ -142,15 +157,20 @@ def _load(run: PreparedRun, saver: Saver, iterator: BatchIterator) -> tuple[Trai
     while True:
         error, state = None, None
         try:
-            state = restore.load(
-                source,
-                model=settings.model,
-                optimizer=settings.trainer.optimizer,
-                groups=settings.trainer.parameter_groups,
-                seed=settings.random_seed,
-                specs=run.specs,
-                partitioner=settings.partitioner,
-                manager=saver.manager,
+            fresh = programs.fresh_state() if source.start == Start.SCRATCH else None
+            state = (
+                fresh()
+                if fresh is not None
+                else restore.load(
+                    source,
+                    model=settings.model,
+                    optimizer=settings.trainer.optimizer,
+                    groups=settings.trainer.parameter_groups,
+                    seed=settings.random_seed,
+                    specs=run.specs,
+                    partitioner=settings.partitioner,
+                    manager=saver.manager,
+                )
             )
             restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
         except DamagedCheckpointError as found:
@@ -264,6 +284,7 @@ class _Loop:
         cost: description.Costs,
         hold: Hold,
         faster: Callable[[], str],
+        programs: EarlyPrograms,
     ):
         settings = run.settings
         self._run, self._settings, self._saver, self._iterator, self._eval_tasks = (
@@ -273,7 +294,7 @@ class _Loop:
             iterator,
             eval_tasks,
         )
-        self._hold = hold
+        self._hold, self._programs = hold, programs
         self._state = state
         self.step = run.source.step
         self._watch = LossWatch(
@@ -392,21 +413,8 @@ class _Loop:
             cfg.batch_size, cfg.task_feature_lengths, packed=cfg.pack
         )
         batches.check_first_batch(batch, expected, shards)
-        jitted = jitted_train_step(
-            settings.model,
-            self._run.trainer,
-            partitioner=settings.partitioner,
-            shardings=settings.partitioner.shardings(self._run.specs),
-            seed=settings.random_seed,
-        )
-        started = time.monotonic()
-        with settings.partitioner.activate():
-            compiled = jitted.lower(
-                self._state,
-                batches.to_global(batch, settings.partitioner, shards),
-                *self._loss_limit(),
-            ).compile()
-        _log.info("the train step compiled in %s", duration(time.monotonic() - started))
+        on_device = batches.to_global(batch, settings.partitioner, shards)
+        compiled = self._programs.step(self._run, self._state, on_device, *self._loss_limit())
         return compiled, batch
 
     def _writer(self, name: str) -> MetricWriter:

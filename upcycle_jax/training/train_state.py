@@ -70,8 +70,23 @@ def initial_state(
     shardings: Mapping[str, jax.sharding.Sharding],
     groups: Sequence[ParameterGroup] = (),
 ) -> TrainState:
-    """A state at step 0, each device computing only its own part; call it inside
-    `Partitioner.activate`.
+    """A state at step 0; see `initial_state_program`."""
+    state: TrainState = initial_state_program(
+        model, optimizer, seed=seed, shardings=shardings, groups=groups
+    )()
+    return state
+
+
+def initial_state_program(
+    model: Model,
+    optimizer: Optimizer,
+    *,
+    seed: int,
+    shardings: Mapping[str, jax.sharding.Sharding],
+    groups: Sequence[ParameterGroup] = (),
+) -> Any:
+    """The jitted function without arguments that makes a state at step 0, each device computing
+    only its own part; call or lower it inside `Partitioner.activate`.
 
     Args:
       model: makes the parameters.
@@ -89,7 +104,7 @@ def initial_state(
             param_states=optimizer.init(model.param_specs(), groups),
         )
 
-    return jax.jit(init, out_shardings=from_state_dict(shardings))()
+    return jax.jit(init, out_shardings=from_state_dict(shardings))
 
 
 def initialisation_key(seed: int) -> jax.Array:
