@@ -84,6 +84,14 @@ def is_first() -> bool:
     return process_index() == 0
 
 
+def host_device() -> jax.Device | None:
+    """The CPU of this process as a device of jax; None where there is none (JAX_PLATFORMS)."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def in_turn(values: T) -> T:
     """The results of a program that all processes run, when they may start the next one: at once,
     but for CPU devices of several processes, where the values are waited for.

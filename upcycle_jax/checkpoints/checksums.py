@@ -17,7 +17,6 @@ words.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import threading
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle_jax import trees
-from upcycle_jax.distributed import in_turn
+from upcycle_jax.distributed import host_device, in_turn
 from upcycle_jax.types import PyTree
 
 PREFIX = "sum64:"
@@ -148,7 +147,7 @@ class Accumulator:
         most, head = _COMPILED // each, -run.ctypes.data % _ALIGNMENT // run.itemsize
         # Compiled for large arrays, and used for such parts of them as are worth the padding.
         long = math.prod(self._shape) >= most and run.size - head >= most // 4
-        cpu = _host_device() if long else None
+        cpu = host_device() if long else None
         if cpu is None:
             return [(0, run)]
         with jax.default_device(cpu):
@@ -269,15 +268,6 @@ def aligned(nbytes: int) -> np.ndarray:
     room = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -room.ctypes.data % _ALIGNMENT
     return room[start : start + nbytes]
-
-
-@functools.cache
-def _host_device() -> jax.Device | None:
-    """The CPU as a device of jax; None where a process may not use it (JAX_PLATFORMS)."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from upcycle_jax.distributed import host_device
+
 IMPLEMENTATION = "threefry2x32"
 
 
@@ -98,11 +100,3 @@ def draw(
         return np.asarray(
             _drawing(kind, tuple(shape))(np.uint32(seed), np.uint32(path_hash), np.uint32(expert))
         )
-
-
-def host_device() -> jax.Device | None:
-    """The CPU device where there is one, else None (JAX's default device)."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
