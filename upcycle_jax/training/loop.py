@@ -26,6 +26,7 @@ from upcycle_jax.text import duration
 from upcycle_jax.training import (
     batches,
     description,
+    garbage,
     manifest,
     prepare,
     restore,
@@ -333,6 +334,7 @@ class _Loop:
         state is saved before it is evaluated (an evaluation may be long), and the next batch is
         taken after the save, whose data position then belongs to its step.
         """
+        garbage.resume()
         settings = self._settings
         self._evaluate_start()
         train_step, batch = self._compile(next(self._iterator))

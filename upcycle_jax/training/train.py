@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 from upcycle_jax.printing import show
-from upcycle_jax.training import description, full_disk, holding, loop, prepare
+from upcycle_jax.training import description, full_disk, garbage, holding, loop, prepare
 from upcycle_jax.training.interrupts import StopRequest
 from upcycle_jax.training.loop import TrainResult
 from upcycle_jax.training.prepare import PreparedRun
@@ -37,6 +37,14 @@ class Train(TrainSettings):
             where there is room. `NonFiniteLossError`: the loss became NaN. `LossSpikeError`: it
             rose far above those before it, and the trainer says to stop then.
         """
+        garbage.pause()  # Until the loop begins.
+        try:
+            return self._run(dry_run=dry_run)
+        finally:
+            garbage.resume()
+
+    def _run(self, *, dry_run: bool) -> TrainResult:
+        """See `run`."""
         prepared = prepare.prepare(self)
         if dry_run:
             show(description.describe(prepared, description.costs(prepared)))
