@@ -128,9 +128,9 @@ def test_bfloat16_accumulates_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(of_kernels)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_no_product_is_made_outside_the_loop_that_needs_it():
-    # A head's loop has one iteration or none. A product that does not depend on the iteration would
-    # be moved before the loop: made for every size of a head.
+@pytest.fixture(scope="module")
+def compiled():
+    """A forward and a backward pass as XLA compiles them."""
     expert, args = problem([40, 20, 8], ("silu", "linear"), whole=False)
 
     def loss(tokens, weight, kernels):
@@ -139,8 +139,13 @@ def test_no_product_is_made_outside_the_loop_that_needs_it():
         )
         return jnp.sum(out**2)
 
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args[:3]).compile().as_text()
-    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args[:3]).compile().as_text()
+
+
+def test_no_product_is_made_outside_the_loop_that_needs_it(compiled):
+    # A head's loop has one iteration or none. A product that does not depend on the iteration would
+    # be moved before the loop: made for every size of a head.
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", compiled, re.M | re.S))
     of_matrices = r" = f32\[\d+,(?!1\])\d+\]\S* (dot|fusion)\("
     products = {
         name
@@ -153,3 +158,12 @@ def test_no_product_is_made_outside_the_loop_that_needs_it():
         if name in products or products & set(re.findall(r"calls=%?([\w.\-]+)", body))
     }
     assert callers and not [name for name in callers if " while(" in bodies[name]]
+
+
+def test_what_a_loop_fills_or_overwrites_is_not_copied(compiled):
+    # Both products with input kernels [R, F] and both kernels' gradients [E, D, F] would be copies
+    # of one array of zeros each.
+    of_rows, of_kernels = rf"f32\[\d+,{F}\]", rf"f32\[{E},{D},{F}\]"
+    for shape in (of_rows, of_kernels):
+        assert re.search(rf" = {shape}\S* dynamic-update-slice\(", compiled)
+        assert not re.search(rf" = {shape}\S* copy\(", compiled)

@@ -172,8 +172,9 @@ def _forward(
         out = of_one.product(_hidden(products, of_one.scale, activations), "wo")
         return _put(outputs, out, at), tuple(map(_put, kept, products, [at] * len(kept)))
 
-    kept = tuple(jnp.zeros((len(x), kernels[name].shape[2]), x.dtype) for name in names if keep)
-    outputs, kept = _over_runs(rows, step, one_part, one_part, (jnp.zeros_like(x), kept))
+    hidden = [(len(x), kernels[name].shape[2]) for name in names if keep]
+    outputs, *kept = _to_be_filled([x.shape, *hidden], x.dtype, rows)
+    outputs, kept = _over_runs(rows, step, one_part, one_part, (outputs, tuple(kept)))
     return outputs, _Saved(x, kept, kernels, biases, scale, rows)
 
 
@@ -184,9 +185,10 @@ def _backward(
     names, dtype = input_kernel_names(activations), saved.x.dtype
 
     def one_part(e: jax.Array, at: jax.Array, n: int, carry: Any, *, first: bool) -> Any:
+        # Rows of `of_x` hold the gradients of outputs until those of `x` take their place.
         of_x, of_kernels, of_biases = carry
         of_one = _OfOne(*(_at(e, leaves) for leaves in (saved.kernels, saved.biases, saved.scale)))
-        x, g = _part(saved.x, at, n), _part(grad, at, n)
+        x, g = _part(saved.x, at, n), _part(of_x, at, n)
         products = tuple(_part(leaf, at, n) for leaf in saved.products)
         hidden, pull = jax.vjp(lambda p: _hidden(p, of_one.scale, activations), products)
         (of_products,) = pull(_dot(g, of_one.kernels["wo"], 1, 1).astype(dtype))
@@ -221,7 +223,8 @@ def _backward(
         return _put(of_x, of_rows, at), of_kernels, of_biases
 
     def zeros(leaves: Leaves) -> Leaves:
-        return {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in leaves.items()}
+        shapes = [leaf.shape for leaf in leaves.values()]
+        return dict(zip(leaves, _to_be_filled(shapes, jnp.float32, saved.rows), strict=True))
 
     def like(leaves: Leaves, gradients: Leaves) -> Leaves:
         return {name: g.astype(leaves[name].dtype) for name, g in gradients.items()}
@@ -231,7 +234,7 @@ def _backward(
         step,
         functools.partial(one_part, first=True),
         functools.partial(one_part, first=False),
-        (jnp.zeros_like(saved.x), zeros(saved.kernels), zeros(saved.biases)),
+        (grad, zeros(saved.kernels), zeros(saved.biases)),
     )
     return of_x, like(saved.kernels, of_kernels), like(saved.biases, of_biases), None, None
 
@@ -270,6 +273,16 @@ def _over_runs(rows: SortedRows, step: int, head: _Part, block: _Part, carry: An
         )
 
     return jax.lax.fori_loop(0, rows.sizes.size, one_run, carry)
+
+
+def _to_be_filled(
+    shapes: Sequence[tuple[int, ...]], dtype: Any, rows: SortedRows
+) -> list[jax.Array]:
+    """Arrays of zeros for loops to write to, each of a zero that XLA cannot know: of constant zeros
+    it would keep one array per shape, for all layers, and copy that.
+    """
+    zero = jnp.minimum(rows.sizes, 0)  # [E]
+    return [jnp.full(shape, zero[i % zero.size], dtype) for i, shape in enumerate(shapes)]
 
 
 @flax.struct.dataclass
