@@ -41,7 +41,7 @@ def test_a_dry_run_gives_one_table_and_the_same_as_json(tmp_path, capsys):
         "dropless top-2, sorted",
     ]
     out = capsys.readouterr().out
-    assert out.count("\n| ") == 2 + len(record["rows"]) and "MFU >= 45%" in out
+    assert out.count("\n| ") == 2 + len(record["rows"]) and "<= 1.10x" in out
 
 
 def test_what_fails_or_has_no_time_left_is_named(tmp_path, monkeypatch):
