@@ -89,7 +89,8 @@ def test_what_is_wrong_either_way_is_raised_as_it_is():
         without_autograph(build)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+# A packed pipeline has every step of the other one, and more.
+@pytest.mark.parametrize("pack", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_batches_and_saved_positions_are_those_of_autograph(make_config, pack, tmp_path):
     build = functools.partial(
         seqio_dataset._train_dataset,
