@@ -16,6 +16,18 @@ def enabled():
     assert gc.isenabled()
 
 
+def short_run(bags, model_dir):
+    return Train(
+        model=bags.Model(),
+        model_dir=model_dir,
+        train_dataset_cfg=bags.Dataset(),
+        train_eval_dataset_cfg=None,
+        partitioner=bags.one_device,
+        trainer=bags.trainer(),
+        total_steps=2,
+    )
+
+
 def test_a_pause_ends_once_and_for_all():
     garbage.pause()
     garbage.pause()
@@ -49,15 +61,7 @@ def test_it_rests_while_a_run_starts_and_works_in_the_loop(bags, tmp_path, monke
     spy(prepare, "prepare")
     spy(prepare, "open_data")
     spy(loop.batches, "check_first_batch")
-    result = Train(
-        model=bags.Model(),
-        model_dir=tmp_path,
-        train_dataset_cfg=bags.Dataset(),
-        train_eval_dataset_cfg=None,
-        partitioner=bags.one_device,
-        trainer=bags.trainer(),
-        total_steps=2,
-    ).run()
+    result = short_run(bags, tmp_path).run()
     assert result.step == 2, result
     assert found == {"prepare": False, "open_data": False, "check_first_batch": True}
     assert gc.isenabled()
@@ -68,15 +72,7 @@ def test_it_works_again_after_a_refusal(bags, tmp_path, monkeypatch):
         raise FileNotFoundError("no such data")
 
     monkeypatch.setattr(prepare, "open_data", fails)
-    run = Train(
-        model=bags.Model(),
-        model_dir=tmp_path,
-        train_dataset_cfg=bags.Dataset(),
-        train_eval_dataset_cfg=None,
-        partitioner=bags.one_device,
-        trainer=bags.trainer(),
-        total_steps=2,
-    )
+    run = short_run(bags, tmp_path)
     with pytest.raises(FileNotFoundError):
         run.run()
     assert gc.isenabled()

@@ -255,11 +255,8 @@ def test_every_epoch_has_each_example_once_in_another_order():
     ]
 
 
-def test_a_record_is_read_once_for_an_example():
-    from upcycle_jax.data.cache import lookup, views
-
-    ((task, _),) = lookup.find(sums(), FEATURES).tasks
-    view = views.open_view(task, "train", sums().task_feature_lengths, FEATURES.task_features)
+def count_reads(view):
+    """The numbers of the records that a view reads from now on."""
     records, read = view._records, []
 
     class Counting:
@@ -268,6 +265,15 @@ def test_a_record_is_read_once_for_an_example():
             return records[number]
 
     view._records = Counting()
+    return read
+
+
+def test_a_record_is_read_once_for_an_example():
+    from upcycle_jax.data.cache import lookup, views
+
+    ((task, _),) = lookup.find(sums(), FEATURES).tasks
+    view = views.open_view(task, "train", sums().task_feature_lengths, FEATURES.task_features)
+    read = count_reads(view)
     examples = view.examples([views.Draw(place, 0, place) for place in (7, 3)], key=0)
     assert [decode(example["inputs"]) for example in examples] == ["7 + 0", "3 + 3"] and read == [
         7,
@@ -285,14 +291,7 @@ def test_a_small_text_is_read_once_and_a_large_one_at_each_segment(config, held,
         monkeypatch.setattr(views, "HELD_TOKENS", 1)
     view = views.open_view(task, "train", config.task_feature_lengths, FEATURES.task_features)
     text = np.concatenate([view._records[number]["targets"] for number in range(4)])
-    records, read = view._records, []
-
-    class Counting:
-        def __getitem__(self, number):
-            read.append(number)
-            return records[number]
-
-    view._records = Counting()
+    read = count_reads(view)
     starts = range(0, len(text) - 20, max(1, len(text) // 40))
     for _ in range(2):
         for start in starts:
