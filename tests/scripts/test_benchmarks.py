@@ -1,11 +1,11 @@
-"""What the benchmarks compare is the same computation; how fast it is, tests do not say."""
+"""What the benchmarks compare is the same computation; how fast it is, tests do not say. Layers
+are measured in the dry run of `test_device_check`.
+"""
 
 import benchmarks
 import jax
 import pytest
-from benchmarks import LayerShape, Measurement, StepComparison
-
-SHAPE = LayerShape(d=16, ff=32, num_experts=4, tokens=32)
+from benchmarks import Measurement, StepComparison
 
 
 def test_the_dense_baseline_has_as_many_flops():
@@ -16,24 +16,6 @@ def test_the_dense_baseline_has_as_many_flops():
     params = dense.init(jax.random.key(0), x)
     flops = jax.jit(dense.apply).lower(params, x).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * 512 * 64 * 128 * 3, rel=0.1)
-
-
-def test_layers_are_measured_and_shown():
-    measured = benchmarks.layer(SHAPE, backward=True, rounds=2)
-    assert [m.name for m in measured] == [
-        "dense MLP",
-        "experts alone, slots full",
-        "experts choose",
-        "experts choose, one-hot einsum",
-        "tokens choose top-2",
-        "tokens choose top-2, one-hot einsum",
-        "dropless top-2, sorted",
-    ]
-    assert measured[0].ratio == 1.0 and all(
-        m.seconds > 0 and m.tokens_per_second > 0 for m in measured
-    )
-    table = benchmarks.layer_table(measured)
-    assert len(table.splitlines()) == 9 and "| dense MLP | 1.00x |" in table
 
 
 def test_step_table_divides_the_time_ratio_by_the_flop_ratio():

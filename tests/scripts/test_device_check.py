@@ -10,9 +10,24 @@ import sys
 import benchmarks
 import device_check
 import jax
+import numpy as np
 import pytest
 
+from upcycle_jax import trees
+from upcycle_jax.models.stacked import StackedModel
+
 SCRIPTS = pathlib.Path(device_check.__file__).parent
+
+
+LAYERS = [
+    "dense MLP",
+    "experts alone, slots full",
+    "experts choose",
+    "experts choose, one-hot einsum",
+    "tokens choose top-2",
+    "tokens choose top-2, one-hot einsum",
+    "dropless top-2, sorted",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +40,41 @@ def check(tmp_path, *flags):
     return code, json.loads((tmp_path / "device_check.json").read_text(encoding="utf-8"))
 
 
-def test_a_dry_run_gives_one_table_and_the_same_as_json(tmp_path, capsys):
+def ones(model, rng):
+    return trees.unflatten(
+        {path: np.ones(spec.shape, spec.dtype) for path, spec in model.param_specs().items()}
+    )
+
+
+def test_a_dry_run_gives_one_table_and_the_same_as_json(tmp_path, capsys, monkeypatch):
+    layer, measured = benchmarks.layer, []
+
+    def measure(*args, **given):
+        measured.extend(layer(*args, **given))
+        return measured
+
+    monkeypatch.setattr(benchmarks, "layer", measure)
+    # No program initialises the models that decode: which numbers they have is all one.
+    monkeypatch.setattr(StackedModel, "init_params", ones)
     code, record = check(tmp_path, "--parts", "layers", "products", "decoding")
     assert code == 0 and record["left_out"] == {} and record["smoke"]
     parts = {row["part"] for row in record["rows"]}
     assert parts == {"layers", "products", "decoding"}
     names = [row["what"] for row in record["rows"] if row["part"] == "layers"]
-    assert [name.partition(": ")[2] for name in names] == [
-        "dense MLP",
-        "experts alone, slots full",
-        "experts choose",
-        "experts choose, one-hot einsum",
-        "tokens choose top-2",
-        "tokens choose top-2, one-hot einsum",
-        "dropless top-2, sorted",
-    ]
+    assert [name.partition(": ")[2] for name in names] == LAYERS
+    assert_measured_and_shown(measured)
     out = capsys.readouterr().out
     assert out.count("\n| ") == 2 + len(record["rows"]) and "<= 1.10x" in out
+
+
+def assert_measured_and_shown(measured):
+    """What the benchmark of layers gives, forward and backward, and its own table."""
+    assert [m.name for m in measured] == LAYERS
+    assert measured[0].ratio == 1.0 and all(
+        m.seconds > 0 and m.tokens_per_second > 0 for m in measured
+    )
+    table = benchmarks.layer_table(measured)
+    assert len(table.splitlines()) == 9 and "| dense MLP | 1.00x |" in table
 
 
 def test_what_fails_or_has_no_time_left_is_named(tmp_path, monkeypatch):
