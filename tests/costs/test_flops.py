@@ -146,7 +146,20 @@ def test_what_does_not_depend_on_the_batch_is_repeated():
     assert work.device == work.products
 
 
-MOE = {"num_experts": 4, "group_size": 32}
+ONE_LAYER = {
+    "emb_dim": 32,
+    "head_dim": 16,
+    "mlp_dim": 128,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+}
+"""A stack of one layer has the operations of any number of them."""
+MOE = {
+    "num_experts": 4,
+    "group_size": 32,
+    "encoder_sparse_layout": (0,),
+    "decoder_sparse_layout": (0,),
+}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +177,7 @@ MOE = {"num_experts": 4, "group_size": 32}
 )
 def test_a_loss_and_its_gradient_as_xla_counts_them(model, moe, tiny):
     """Before XLA optimises, so that nothing is compiled; `test_against_xla` has compiled steps."""
-    model = tiny(model={"emb_dim": 32, "head_dim": 16, "mlp_dim": 128} | model, **moe)
+    model = tiny(model=ONE_LAYER | model, **moe)
     lengths = {"inputs": 32, "targets": 16}
     counted = loss_program.count(
         loss_program.trace(model, 4, lengths), Partitioner(devices=(jax.devices()[0],))

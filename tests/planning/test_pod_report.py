@@ -18,6 +18,11 @@ TINY = [
     "--gin_file=models/t5_1_1_tiny_upcycled.gin",
     "--gin_file=runs/continue_pretrain.gin",
     "--gin.RECIPE=@Recipe()",
+    # One sparse layer in each stack.
+    "--gin.T5Config.num_encoder_layers=1",
+    "--gin.T5Config.num_decoder_layers=1",
+    "--gin.ENCODER_SPARSE_LAYOUT=(0,)",
+    "--gin.DECODER_SPARSE_LAYOUT=(0,)",
     "--gin.NUM_EXPERTS=8",
     "--gin.GROUP_SIZE=16",
     "--gin.BATCH_SIZE=16",

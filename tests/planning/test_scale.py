@@ -1,6 +1,7 @@
 """A plan on more chips, by hand: a chip with four links of 25 GB/s and slices of four."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -40,12 +41,17 @@ TINY = [
 ]
 
 
-def plan_on(chip, chips=4):
+@functools.cache
+def workload():
+    """One for all chips: its models are traced once."""
     files = ("models/t5_1_1_base_upcycled.gin", "runs/pretrain.gin")
     run = config.load(files, [*TINY, *stand_ins(config.load(files, TINY))])
-    work = Workload.of_run(run.build("train", train_eval_dataset_cfg=None)())
+    return Workload.of_run(run.build("train", train_eval_dataset_cfg=None)())
+
+
+def plan_on(chip, chips=4):
     return estimate.make_plan(
-        "tiny", work, Hardware(chip, chips), extra_steps=1000, dense_steps=4000
+        "tiny", workload(), Hardware(chip, chips), extra_steps=1000, dense_steps=4000
     )
 
 
