@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -61,6 +62,12 @@ def folders(tmp_path):
     }
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests of a page's words: no picture is drawn."""
+    monkeypatch.setattr(plots, "png", lambda figure: plt.close(figure) or b"no picture")
+
+
 def load_all(folders):
     return [Run.load(name, path) for name, path in folders.items()]
 
@@ -81,7 +88,7 @@ def test_curve_is_the_mean_over_tasks_and_linear_between_evaluations(folders):
     assert np.isnan(curve.at(121))
 
 
-def test_tables_hold_what_the_rows_say(folders):
+def test_tables_hold_what_the_rows_say(folders, undrawn):
     report = compare(load_all(folders), dense="dense", upcycled="upcycled", title="T", scale="tiny")
     summary = cells(report, "## Summary", "upcycled")
     # 20 extra steps of 2 TFLOP each; 0.25 s per step.
@@ -101,7 +108,7 @@ def test_tables_hold_what_the_rows_say(folders):
     ]
 
 
-def test_findings_name_drop_and_differences(folders):
+def test_findings_name_drop_and_differences(folders, undrawn):
     text = compare(
         load_all(folders), dense="dense", upcycled="upcycled", title="T", scale="tiny"
     ).markdown
@@ -199,7 +206,7 @@ def test_bad_input_is_one_clear_line(folders, tmp_path, capsys, change, message)
         ),
     ],
 )
-def test_names_never_become_elements_of_the_page(folders, tmp_path, name):
+def test_names_never_become_elements_of_the_page(folders, undrawn, tmp_path, name):
     runs = [Run.load("dense", folders["dense"]), Run.load(name, folders["upcycled"])]
     page = compare(runs, dense="dense", upcycled=name, title=f"T {name}", scale=f"S {name}")
     _, path = page.write(tmp_path / "page")

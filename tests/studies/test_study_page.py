@@ -150,9 +150,14 @@ def write_sweep(root, losses=LOSSES, baseline="dense_continued"):
 
 
 @pytest.fixture
-def page(monkeypatch):
-    """Makes the page of a sweep folder for its words and numbers: no picture is drawn."""
+def undrawn(monkeypatch):
+    """For pages of which words and numbers are looked at: no picture is drawn."""
     monkeypatch.setattr(plots, "png", lambda figure: plt.close(figure) or b"no picture")
+
+
+@pytest.fixture
+def page(undrawn):
+    """Makes the page of a sweep folder."""
     return lambda folder: study_page.report(Study.load(folder))
 
 
@@ -462,7 +467,7 @@ def test_flags_that_do_not_go_together(words, capsys):
 
 
 @pytest.mark.parametrize("stored", REPORTS)
-def test_the_stored_report_is_what_the_stored_results_give(stored, tmp_path):
+def test_the_stored_report_is_what_the_stored_results_give(stored, undrawn, tmp_path):
     """Text byte for byte, pages too; figures by their numbers, because PNG bytes depend on the
     versions of matplotlib and its fonts.
     """
