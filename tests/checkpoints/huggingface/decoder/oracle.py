@@ -44,6 +44,7 @@ LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 5.0],
 }
+ONE_LAYER = {"num_hidden_layers": 1}
 WINDOW = {"sliding_window": 5}
 HEADS = {"head_dim": 8}
 GRANITE = {
@@ -60,19 +61,19 @@ NEOX = {"num_key_value_heads": 4}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 CASES = {
-    "llama": ("llama", {"rope_parameters": LLAMA3}),
+    "llama": ("llama", {**ONE_LAYER, "rope_parameters": LLAMA3}),
     "llama with biases": (
         "llama",
         {**HEADS, **BIASES, "tie_word_embeddings": True, "rope_parameters": LINEAR},
     ),
-    "mistral": ("mistral", WINDOW),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {**ONE_LAYER, **WINDOW}),
+    "qwen2": ("qwen2", {**ONE_LAYER, "tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
-    "qwen3": ("qwen3", {**HEADS, "rope_parameters": YARN}),
-    "olmo": ("olmo", {"clip_qkv": 0.5}),
-    "olmo2": ("olmo2", {}),
+    "qwen3": ("qwen3", {**ONE_LAYER, **HEADS, "rope_parameters": YARN}),
+    "olmo": ("olmo", {**ONE_LAYER, "clip_qkv": 0.5}),
+    "olmo2": ("olmo2", ONE_LAYER),
     "olmo3": ("olmo3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gemma": ("gemma", HEADS),
+    "gemma": ("gemma", {**ONE_LAYER, **HEADS}),
     "gemma2": (
         "gemma2",
         {
@@ -93,19 +94,19 @@ CASES = {
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
-    "granite": ("granite", GRANITE),
+    "granite": ("granite", {**ONE_LAYER, **GRANITE}),
     "phi3": (
         "phi3",
         {**WINDOW, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
     ),
     "phi3 beyond its first context": (
         "phi3",
-        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
+        {**ONE_LAYER, "rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
     ),
     "gpt_neox": ("gpt_neox", {**NEOX, "rotary_pct": 0.5}),
     "gpt_neox in sequence": (
         "gpt_neox",
-        {**NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
+        {**ONE_LAYER, **NEOX, "rotary_pct": 1.0, "use_parallel_residual": False},
     ),
     "mixtral": ("mixtral", {**LOCAL, **WINDOW, "rope_parameters": LLAMA3}),
     "qwen2_moe": ("qwen2_moe", {**SHARED, "decoder_sparse_step": 2}),
@@ -113,16 +114,18 @@ CASES = {
         "qwen2_moe",
         {**SHARED, "norm_topk_prob": True, "mlp_only_layers": [1], "qkv_bias": False},
     ),
-    "qwen3_moe": ("qwen3_moe", {**QWEN_MOE, **HEADS, "norm_topk_prob": True}),
-    "olmoe": ("olmoe", {**EXPERTS, "clip_qkv": 0.5}),
-    "flex_olmo": ("flex_olmo", {**EXPERTS, "norm_topk_prob": True}),
-    "granitemoe": ("granitemoe", {**LOCAL, **GRANITE}),
+    "qwen3_moe": ("qwen3_moe", {**ONE_LAYER, **QWEN_MOE, **HEADS, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**ONE_LAYER, **EXPERTS, "clip_qkv": 0.5}),
+    "flex_olmo": ("flex_olmo", {**ONE_LAYER, **EXPERTS, "norm_topk_prob": True}),
+    "granitemoe": ("granitemoe", {**ONE_LAYER, **LOCAL, **GRANITE}),
     "granitemoeshared": (
         "granitemoeshared",
         {**LOCAL, **GRANITE, "shared_intermediate_size": 12},
     ),
 }
-"""Name -> `model_type`, and settings beside `SIZES`."""
+"""Name -> `model_type`, and settings beside `SIZES`. Two layers are for models whose layers are not
+all alike, and for one of each form of tensors.
+"""
 
 NOT_IN_REFERENCE = ("phi3", "gpt_neox")
 """Types that the NumPy reference does not compute."""

@@ -19,14 +19,8 @@ from upcycle_jax.models.decoder.model import DecoderModel
 from upcycle_jax.partitioning import Partitioner
 
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 12))
-WITH_GRADIENTS = (
-    "llama with biases",
-    "olmo",
-    "gemma2",
-    "gpt_neox",
-    "granitemoeshared",
-    "qwen2_moe",
-)
+# Of separate and of fused tensors, and of experts; the others' are left to the longer run.
+WITH_GRADIENTS = ("llama with biases", "gpt_neox", "qwen2_moe")
 
 
 def read_params(reader):
