@@ -176,6 +176,8 @@ SLOW = {
     "copies, softmax after top-k",
     "halves, one expert per token",
     "shared zeros",
+    "groups, plain weights",
+    "K doubled",
     "K doubled, sigmoid",
     "K fixed, plain weights",
 }
@@ -208,7 +210,9 @@ def as_predicted(conversion, verdict, words, *, measured=False):
     assert ("with so many experts" in outcome.text()) == (verdict is Verdict.FEWER)
 
 
-@pytest.mark.parametrize("name", ["copies", "groups", "halves, gated"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("copies", marks=pytest.mark.slow), "groups", "halves, gated"]
+)
 def test_plain_mlps_with_biases_are_exact_too(small, name):
     dense = dataclasses.replace(DENSE, mlp_bias=True, mlp_activations=("gelu_exact",))
     model, how, *_ = CASES[name]

@@ -240,7 +240,10 @@ def compared(small, dense, width, damage=None, *, gate=False):
     )
 
 
-@pytest.mark.parametrize(("width", "gate"), [(32, False), (8, True)])
+# The first units behind a gate are in `test_decoder_recipes` as well.
+@pytest.mark.parametrize(
+    ("width", "gate"), [(32, False), pytest.param(8, True, marks=pytest.mark.slow)]
+)
 def test_the_function_check_covers_it(small, dense, width, gate):
     result = compared(small, dense, width, gate=gate)
     outcome, arrays = result.outcome, result.arrays
