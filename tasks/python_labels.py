@@ -156,9 +156,11 @@ def functions() -> tuple[Function, ...]:
     path = python_environment._cache_file(identity, "functions")
     kept = python_environment._load_cache(path)
     if kept is None:
+        with python_environment.uncollected():
+            found = _parse_functions()
         kept = [
             Document(json.dumps(dataclasses.asdict(function)), key=function.file)
-            for function in _parse_functions()
+            for function in found
         ]
         python_environment._save_cache(path, kept)
     return tuple(Function(**json.loads(document.text)) for document in kept)
