@@ -3,6 +3,7 @@ is named.
 """
 
 import dataclasses
+import functools
 import http.server
 import json
 import shutil
@@ -183,11 +184,20 @@ def test_rewritten_folders_are_the_model(model_type, tmp_path, capsys):
     assert "as mixtral after rewriting" in lines[0]
 
 
+@functools.cache
+def logprobs(tokens):
+    """Of every token but the first, by the model of the folder 'mixtral'. Tokens that are asked for
+    again are not computed again.
+    """
+    logits = our_logits(WINDOWED, Held(WINDOWED).leaves, np.array([tokens], np.int32))
+    logits = logits[0].astype(np.float64)
+    normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return [float(normal[i, t]) for i, t in enumerate(tokens[1:])]
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """Answers as OpenAI's completions do, with the log-probabilities of a model."""
 
-    config = WINDOWED
-    leaves = None
     off = 0.0
     asked = None
 
@@ -197,10 +207,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         type(self).asked = asked
-        tokens = np.array([asked["prompt"]], np.int32)
-        logits = our_logits(self.config, self.leaves, tokens)[0].astype(np.float64)
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        found = [float(logprobs[i, t]) for i, t in enumerate(tokens[0, 1:])]
+        found = logprobs(tuple(asked["prompt"]))
         given = [None, *(value + self.off for value in found), -1.0]
         self.answer({"choices": [{"logprobs": {"token_logprobs": given}}]})
 
@@ -220,7 +227,7 @@ def server():
     """A server on this machine; it yields its class and its URL."""
 
     class Own(Server):
-        leaves = Held(WINDOWED).leaves
+        pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Own) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
