@@ -17,6 +17,11 @@ from upcycle_jax.partitioning import Partitioner
 
 MLP = 3 * 2 * 16 * 32
 """One token through one MLP: two gates of 16 x 32, and 32 x 16 back."""
+SHALLOW = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+"""For differences that do not depend on how many layers there are: each takes time to trace."""
+ONE_LAYER = {"model": SHALLOW, "encoder_sparse_layout": (0,), "num_decoder_sparse_layers": 0}
+"""For numbers of an MoE layer alone: it is the encoder."""
+ONE_OF_EACH = {"model": SHALLOW, "encoder_sparse_layout": (0,), "decoder_sparse_layout": (0,)}
 
 
 def test_flops_by_hand(tiny, costs_of):
@@ -40,7 +45,8 @@ def test_flops_by_hand(tiny, costs_of):
 
 
 def test_microbatches_are_counted_one_by_one(tiny, costs_of):
-    whole, parts = (costs_of(tiny(), 4, 8, 4, num_microbatches=n) for n in (1, 2))
+    model = tiny(model=SHALLOW)
+    whole, parts = (costs_of(model, 4, 8, 4, num_microbatches=n) for n in (1, 2))
     # Position biases are computed for every microbatch: 2 * 2 heads * 32 * length^2, forward and
     # the gradient of the table.
     assert parts.model_flops - whole.model_flops == 2 * 2 * 2 * 32 * (8**2 + 4**2)
@@ -62,11 +68,11 @@ def test_what_is_computed_again(tiny, costs_of):
 
 
 def test_flops_of_experts_count_slots(tiny, costs_of):
-    # One of two layers is sparse in each stack. Encoder: 32 tokens in 2 groups of 16, capacity 2 *
+    # The layer of each stack is sparse. Encoder: 32 tokens in 2 groups of 16, capacity 2 *
     # 16 / 4 = 8 slots for 4 experts, so 64 in all. Decoder: 16 tokens, one group, 8 slots each, 32
     # in all. Routers: 16 x 4 for each token. The decoder's load-balancing loss takes two sums over
     # its 16 tokens, for each expert.
-    model = tiny(num_experts=4, group_size=16)
+    model = tiny(num_experts=4, group_size=16, **ONE_OF_EACH)
     more = costs_of(model, 4, 8, 4).forward_flops - costs_of(model.dense, 4, 8, 4).forward_flops
     assert more == (64 + 32 - 32 - 16) * MLP + (32 + 16) * 2 * 16 * 4 + 2 * 2 * 16 * 4
 
@@ -74,7 +80,9 @@ def test_flops_of_experts_count_slots(tiny, costs_of):
 def test_slots_that_cannot_be_filled_cost_nothing(tiny, costs_of):
     # Capacity factor 4 of 4 experts is room for all; 100 is no more.
     costs = [
-        costs_of(tiny(num_experts=4, train_expert_capacity_factor=factor), 2, 8, 8).forward_flops
+        costs_of(
+            tiny(num_experts=4, train_expert_capacity_factor=factor, **ONE_LAYER), 2, 8, 8
+        ).forward_flops
         for factor in (4.0, 100.0)
     ]
     assert costs[0] == costs[1]
@@ -82,11 +90,13 @@ def test_slots_that_cannot_be_filled_cost_nothing(tiny, costs_of):
 
 def test_a_shared_expert_computes_every_token(tiny, costs_of):
     before, after = (
-        costs_of(tiny(num_experts=4, shared_expert_mlp_dim=width), 2, 8, 4).forward_flops
+        costs_of(
+            tiny(num_experts=4, shared_expert_mlp_dim=width, **ONE_LAYER), 2, 8, 4
+        ).forward_flops
         for width in (None, 8)
     )
-    # 16 tokens in the encoder and 8 in the decoder, once each through three products of 16 x 8.
-    assert after - before == (16 + 8) * 3 * 2 * 16 * 8
+    # 16 tokens, once each through three products of 16 x 8.
+    assert after - before == 16 * 3 * 2 * 16 * 8
 
 
 @pytest.mark.parametrize(
@@ -105,7 +115,7 @@ def test_a_shared_expert_computes_every_token(tiny, costs_of):
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
 )
 def test_routers_by_hand(router, expert_rows, router_flops, tiny, costs_of):
-    model = tiny(num_experts=8, encoder_router=router, num_decoder_sparse_layers=0)
+    model = tiny(num_experts=8, encoder_router=router, **ONE_LAYER)
     more = costs_of(model, 4, 8, 8).forward_flops - costs_of(model.dense, 4, 8, 8).forward_flops
     # Losses and reports take at most two sums over all tokens for each expert.
     assert 0 <= more - (expert_rows - 32) * MLP - router_flops <= 2 * 2 * 32 * 8
@@ -129,7 +139,10 @@ def test_choices_are_divided_over_devices(tiny, costs_of):
 def test_a_loop_over_layers_costs_what_its_layers_cost(tiny, costs_of):
     unrolled, scanned = (
         costs_of(
-            tiny(model={"scan_layers": scan, "remat_policy": "full", "num_encoder_layers": 4}),
+            tiny(
+                model=SHALLOW
+                | {"scan_layers": scan, "remat_policy": "full", "num_encoder_layers": 4}
+            ),
             2,
             8,
             4,
@@ -144,6 +157,6 @@ def test_a_loop_over_layers_costs_what_its_layers_cost(tiny, costs_of):
 def test_a_large_model_is_counted_without_memory(tiny, costs_of):
     """Terabytes of parameters and activations: shapes alone are looked at."""
     large = dataclasses.replace(
-        tiny(num_experts=64).config, emb_dim=2**16, mlp_dim=2**18, vocab_size=2**20
+        tiny(num_experts=64, **ONE_LAYER).config, emb_dim=2**16, mlp_dim=2**18, vocab_size=2**20
     )
     assert costs_of(EncoderDecoderModel(large), 2**10, 512, 128).model_flops > 1e17

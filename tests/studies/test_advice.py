@@ -74,7 +74,7 @@ def test_crossings_of_known_laws_lie_in_the_intervals(study, capsys):
     scratch = known(SCRATCH.loss, lambda d: UPCYCLED.loss(PARENT, d))
     runs = advice.read(study())
     assert (len(runs.dense), len(runs.upcycled), len(runs.scratch)) == (3, 3, 3)
-    (one,) = advice.advise(runs, resamples=40)
+    (one,) = advice.advise(runs, resamples=20)
     assert one.parent == PARENT and not one.reasons
     assert one.passes_dense.begin == pytest.approx(passes, rel=0.1)
     assert one.passes_dense.low <= passes <= one.passes_dense.high and one.passes_dense.seen

@@ -410,7 +410,7 @@ _ROPE_KEYS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=80, suppress_health_check=list(HealthCheck))
 @given(
     model_type=st.sampled_from(sorted(KINDS)),
     keys=st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=3),
