@@ -23,6 +23,7 @@ from upcycle_jax.state_tree import PARAM_STATES, STEP
 from upcycle_jax.training.big_vision_adafactor import BigVisionAdafactor
 
 UPDATES = 3
+POOL = {2: "mean", 4: "map"}
 
 
 def small(heads, *, pool="mean", moe=None):
@@ -56,9 +57,20 @@ def adafactor(momentum_dtype, *, middle):
     return optax.chain(rms, *middle, average)
 
 
-def states(transformation, params, renamed):
-    """The state after updates of random gradients under a project's names, and our slots after the
-    same ones.
+def gradients(params):
+    """Random ones of every update."""
+    for number in range(UPDATES):
+        yield {path: gradient(path, v.shape, number) for path, v in params.items()}
+
+
+def gradient(path, shape, number):
+    """The same for a path whatever else the model has."""
+    random = np.random.default_rng([number, *path.encode()])
+    return random.standard_normal(shape).astype(np.float32)
+
+
+def state_after(transformation, params, renamed):
+    """Parameters under a project's names, and its state after the updates.
 
     Args:
       transformation: the project's.
@@ -67,6 +79,17 @@ def states(transformation, params, renamed):
     """
     theirs = renamed(params)
     state, update = transformation.init(theirs), jax.jit(transformation.update)
+    for grads in gradients(params):
+        _, state = update(renamed(grads), state, theirs)
+    return theirs, state
+
+
+@functools.cache
+def our_slots():
+    """Our slots after the same updates, of every parameter that one of the models has. They know
+    nothing of heads, nor of each other.
+    """
+    params = random_params(small(2, pool="map"))
     specs = {path: trees.LeafSpec(v.shape, v.dtype) for path, v in params.items()}
     optimizer = BigVisionAdafactor()
     ours = optimizer.init(specs)
@@ -82,12 +105,9 @@ def states(transformation, params, renamed):
             learning_rate=jnp.float32(0),
         ).param_states
 
-    for number in range(UPDATES):
-        rng = np.random.default_rng(number)
-        grads = {p: rng.standard_normal(v.shape).astype(np.float32) for p, v in params.items()}
-        _, state = update(renamed(grads), state, theirs)
+    for number, grads in enumerate(gradients(params)):
         ours = step(trees.unflatten(grads), ours, jnp.int32(number))
-    return theirs, state, {path: np.asarray(v) for path, v in trees.flatten(ours).items()}
+    return {path: np.asarray(v) for path, v in trees.flatten(ours).items()}
 
 
 def by_position(tree, name=""):
@@ -117,8 +137,11 @@ def by_field(tree, name=""):
 
 
 @functools.cache
-def big_vision(heads, *, scan=False, pool="mean"):
-    """Arrays of a training state as big_vision flattens it, and our slots."""
+def big_vision(heads, *, scan=False):
+    """Arrays of a training state as big_vision flattens it, and our slots. Of four heads it has
+    attention pooling, with a probe and matrices of its own.
+    """
+    pool = POOL[heads]
 
     def renamed(values):
         arrays = in_big_vision(values, heads)
@@ -133,9 +156,10 @@ def big_vision(heads, *, scan=False, pool="mean"):
         optax.scale_by_schedule(lambda step: 1.0),
         optax.scale(-1.0),
     )
-    theirs, state, ours = states(chain, params, renamed)
+    theirs, state = state_after(chain, params, renamed)
     arrays = {f"params/{name}": value for name, value in theirs.items()}
     arrays |= dict(by_position({"opt": state}))
+    ours = {name: v for name, v in our_slots().items() if name.rpartition("/")[0] in params}
     return params, arrays, ours
 
 
@@ -199,8 +223,7 @@ def test_a_state_of_big_vision_is_what_our_optimizer_keeps(heads, scan, tmp_path
 
 
 def test_a_folder_of_big_vision_is_read_with_its_state(tmp_path):
-    """Attention pooling has a probe and matrices of its own."""
-    params, arrays, ours = big_vision(4, pool="map")
+    params, arrays, ours = big_vision(4)
     write(tmp_path / "checkpoint.bv-000000003", arrays)
     check(open_checkpoint(tmp_path / "checkpoint.bv-000000003"), params, arrays, ours, 4)
 
@@ -216,7 +239,7 @@ def test_a_state_of_v_moe_with_experts(tmp_path):
         adafactor(jnp.float32, middle=[]),
         optax.identity(),
     )
-    theirs, state, _ = states(chain, params, lambda v: in_v_moe(in_big_vision(v, 2)))
+    theirs, state = state_after(chain, params, lambda v: in_v_moe(in_big_vision(v, 2)))
     arrays = {f"params/{name}": value for name, value in theirs.items()}
     arrays |= dict(by_field({"opt_state": state})) | {"step": np.int32(UPDATES)}
     reader = stored_as_npz(tmp_path / "state.npz", arrays)
@@ -291,6 +314,7 @@ def test_experts_start_with_the_state_of_big_vision(tmp_path):
         "VitConfig.emb_dim": 64,
         "VitConfig.num_layers": 2,
         "VitConfig.num_heads": 4,
+        "VitConfig.pool": "'map'",
         "VitConfig.mlp_dim": 48,
         "INITIAL_CHECKPOINT_PATH": f"'{source}'",
         "OUTPUT_CHECKPOINT_PATH": f"'{tmp_path / 'sparse' / 'checkpoint_3'}'",
