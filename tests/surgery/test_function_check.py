@@ -46,9 +46,8 @@ def sparse_model(*, renormalize=False, capacity=2.0, order="before_top_k"):
 
 
 @pytest.fixture(scope="module")
-def dense():
-    model = EncoderDecoderModel(CONFIG)
-    params = trees.flatten(jax.jit(model.init_params)(jax.random.key(0)))
+def dense(drawn_parameters):
+    params = trees.flatten(EncoderDecoderModel(CONFIG).init_params(None))
     # Larger MLPs, so that what they do shows in the logits.
     arrays = {
         f"target/{path}": np.asarray(leaf) * (3 if "/mlp/" in path else 1)
@@ -103,7 +102,12 @@ def test_renormalised_with_room_is_exact(dense):
 
 
 @pytest.mark.parametrize(
-    ("capacity", "words"), [(2.0, "slots for 16 tokens"), (4.0, "not renormalised")]
+    ("capacity", "words"),
+    [
+        (2.0, "slots for 16 tokens"),
+        # Measured in `test_decoder_recipes`, too.
+        pytest.param(4.0, "not renormalised", marks=pytest.mark.slow),
+    ],
 )
 def test_paper_settings_are_scaled_layer_by_layer(dense, capacity, words):
     model = sparse_model(capacity=capacity)
@@ -121,7 +125,8 @@ def test_paper_settings_are_scaled_layer_by_layer(dense, capacity, words):
 
 def test_softmax_after_top_k_needs_no_renormalisation(dense):
     model = sparse_model(renormalize=True, capacity=4.0, order="after_top_k")
-    assert run(upcycled(dense, model), model).prediction.verdict is check.Verdict.EXACT
+    plan = upcycled(dense, model).plan
+    assert check.predict(plan, model, TOKENS.batch).verdict is check.Verdict.EXACT
 
 
 @pytest.mark.parametrize(
