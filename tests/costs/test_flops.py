@@ -166,14 +166,13 @@ MOE = {
     ("model", "moe"),
     [
         ({}, {}),
-        ({"mlp_activations": ("gelu_exact", "silu")}, {}),
-        ({"mlp_activations": ("relu",), "logits_via_embedding": True}, {}),
+        ({"mlp_activations": ("gelu_exact", "silu", "relu"), "logits_via_embedding": True}, {}),
         ({}, {**MOE, "encoder_router": ExpertsChoose(), "decoder_router": TokensChoose()}),
         ({}, {**MOE, "encoder_router": SwitchTop1(), "decoder_router": SigmoidTopK()}),
         ({}, {**MOE, "encoder_router": SoftMoe(2), "decoder_router": LossFreeTopK()}),
         ({}, {**MOE, "encoder_router": HashTop1(), "decoder_router": HashTop1()}),
     ],
-    ids=["dense", "exact", "tied", "default", "switch_sigmoid", "soft_loss_free", "hash"],
+    ids=["dense", "other_activations_tied", "default", "switch_sigmoid", "soft_loss_free", "hash"],
 )
 def test_a_loss_and_its_gradient_as_xla_counts_them(model, moe, tiny):
     """Before XLA optimises, so that nothing is compiled; `test_against_xla` has compiled steps."""
