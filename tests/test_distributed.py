@@ -168,6 +168,7 @@ import sys, time
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from upcycle_jax import distributed as d
+from upcycle_jax.checkpoints.checksums import checksum, device_summaries
 port, index = sys.argv[1], int(sys.argv[2])
 address = f"127.0.0.1:{port}"
 place = {"coordinator_address": address, "process_count": 2, "process_index": index}
@@ -177,7 +178,7 @@ d.barrier("a/b")
 d.barrier("a/b")
 mesh = Mesh(np.array(jax.devices()), ("x",))
 sharding = NamedSharding(mesh, PartitionSpec("x"))
-ones = jax.make_array_from_callback((4,), sharding, lambda i: np.arange(4.0)[i])
+ones = jax.make_array_from_callback((8,), sharding, lambda i: np.arange(8.0)[i])
 print("sum", float(jax.jit(jnp.sum)(ones)), "devices", len(jax.devices()), end=" ")
 print(d.process_index(), d.process_count(), d.is_first())
 try:
@@ -199,34 +200,8 @@ if index == 0:
     d.barrier("end")
 else:
     d.barrier("end")
-"""
 
-
-def test_two_processes_compute_together_agree_and_name_who_is_missing():
-    port = str(free_port())
-    results = run_processes(TOGETHER, [[port, "0"], [port, "1"]])
-    for index, (code, output) in enumerate(results):
-        assert code == 0, output
-        # 0 + 1 + 2 + 3, over the two devices of each process.
-        assert f"sum 6.0 devices 4 {index} 2 {index == 0}" in output
-        assert (
-            "configuration is not the same in all 2 processes; not as in process 0: process 1"
-            in output
-        )
-        assert f"decided {'by 0' if index == 0 else None}" in output
-        assert "process 0 says no" in output
-    assert "barrier 'a/b': process 1 did not come within 1 s (1 of 2 there)" in results[0][1]
-
-
-MANY_PROGRAMS = """
-import sys
-import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from upcycle_jax import distributed as d
-from upcycle_jax.checkpoints.checksums import checksum, device_summaries
-port, index = sys.argv[1], int(sys.argv[2])
-place = {"coordinator_address": f"127.0.0.1:{port}", "process_count": 2, "process_index": index}
-d.join(**place, initialization_timeout=60, environ={})
+# One program for each leaf: unless each waits for the one before it, this never ends.
 mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "expert"))
 splits = [PartitionSpec("data"), PartitionSpec("expert", "data"), PartitionSpec(None, "data")]
 leaves = {f"{i}": np.full((8, 16), i, np.float32) for i in range(66)}
@@ -238,17 +213,35 @@ arrays = {
 }
 for _ in range(4):
     found = {name: summary.checksum for name, summary in device_summaries(arrays).items()}
-print(found == {name: checksum(leaf) for name, leaf in leaves.items()})
-d.barrier("end")
+print("checksums", found == {name: checksum(leaf) for name, leaf in leaves.items()})
+d.barrier("programs")
 """
 
 
-def test_many_programs_of_two_processes_do_not_wait_for_each_other_for_ever():
-    """One program for each leaf: unless each waits for the one before it, this never ends."""
+@pytest.fixture(scope="module")
+def together():
+    """Exit codes and outputs of two processes of four devices each."""
     port = str(free_port())
-    results = run_processes(MANY_PROGRAMS, [[port, "0"], [port, "1"]], devices=4)
-    for code, output in results:
-        assert code == 0 and output.endswith("True\n"), output
+    return run_processes(TOGETHER, [[port, "0"], [port, "1"]], devices=4)
+
+
+def test_two_processes_compute_together_agree_and_name_who_is_missing(together):
+    for index, (code, output) in enumerate(together):
+        assert code == 0, output
+        # 0 + 1 + ... + 7, over the four devices of each process.
+        assert f"sum 28.0 devices 8 {index} 2 {index == 0}" in output
+        assert (
+            "configuration is not the same in all 2 processes; not as in process 0: process 1"
+            in output
+        )
+        assert f"decided {'by 0' if index == 0 else None}" in output
+        assert "process 0 says no" in output
+    assert "barrier 'a/b': process 1 did not come within 1 s (1 of 2 there)" in together[0][1]
+
+
+def test_many_programs_of_two_processes_do_not_wait_for_each_other_for_ever(together):
+    for code, output in together:
+        assert code == 0 and output.endswith("checksums True\n"), output
 
 
 JOIN = """

@@ -90,32 +90,43 @@ def test_the_wheel_holds_library_tasks_and_gin_files(wheel):
     )
 
 
+COMMANDS = """
+import runpy, sys
+import upcycle_jax.tasks as t
+print(t.__file__)
+for words in (
+    ["model_info", "--gin_file=gin_configs/models/t5_1_1_tiny.gin"],
+    ["cli", "model_info", "--gin_file=models/t5_1_1_tiny.gin"],
+    ["paper", "list"],
+):
+    print("==")
+    sys.argv = words
+    try:
+        runpy.run_module("upcycle_jax." + words[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+"""As with `python -m`, one after the other in one process."""
+
+
 def test_commands_work_from_a_wheel_in_another_directory(wheel, tmp_path):
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-
-    def run(*words):
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=elsewhere,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert run("-c", "import upcycle_jax.tasks as t; print(t.__file__)").startswith(str(target))
-    by_path = run("-m", "upcycle_jax.model_info", "--gin_file=gin_configs/models/t5_1_1_tiny.gin")
-    by_name = run("-m", "upcycle_jax.cli", "model_info", "--gin_file=models/t5_1_1_tiny.gin")
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file, by_path, by_name, sizes = done.stdout.split("==\n")
+    assert file.startswith(str(target))
     assert by_path == by_name and "Total number of parameters: " in by_path
-    assert "Table 1: sizes of the models" in run(
-        "-m", "upcycle_jax.paper", "list"
-    )  # reads the data file of the package
+    assert "Table 1: sizes of the models" in sizes  # reads the data file of the package
 
 
 def test_requirements_are_ranges_with_both_ends():
@@ -132,13 +143,17 @@ def test_everything_that_is_imported_is_required():
     problems = []
     for path in [*(ROOT / "upcycle_jax").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(tree))
         inside = {
             id(node)
-            for function in ast.walk(tree)
+            for function in nodes
             if isinstance(function, ast.FunctionDef)
             for node in ast.walk(function)
+            if isinstance(node, ast.Import | ast.ImportFrom)
         }
-        for node in ast.walk(tree):
+        for node in nodes:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for head in (
