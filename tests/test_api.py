@@ -14,6 +14,7 @@ import upcycle_jax as uj
 EXAMPLE = pathlib.Path(__file__).parents[1] / "docs" / "python.md"
 
 
+@pytest.mark.usefixtures("drawn_parameters")
 def test_the_documented_example_runs(tmp_path, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(encoding="utf-8"), re.DOTALL)
     assert "tempfile.mkdtemp()" in code
