@@ -21,7 +21,9 @@ TINY = (
     "T5Config.mlp_dim=32",
     "T5Config.num_heads=2",
     "T5Config.head_dim=8",
+    "T5Config.num_decoder_layers=1",
 )
+SPARSE = "DECODER_SPARSE_LAYOUT=(0,)"
 MODEL_FILE = "models/t5_1_1_tiny_upcycled.gin"
 
 
@@ -43,14 +45,16 @@ def write_dense(folder, step=7, bindings=TINY, seed=0):
     return folder
 
 
-@pytest.fixture
-def dense(tmp_path):
-    return write_dense(tmp_path / "dense" / "checkpoint_7")
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """What nobody changes, one for all tests."""
+    return write_dense(tmp_path_factory.mktemp("source") / "dense" / "checkpoint_7")
 
 
 def words(dense, output, *more, model=MODEL_FILE):
     files = [f"--gin_file={model}"] if model else []
     bindings = [f"--gin.{line}" for line in TINY] if model else []
+    bindings += [f"--gin.{SPARSE}"] if model == MODEL_FILE else []
     paths = [f"--gin.INITIAL_CHECKPOINT_PATH='{dense}'", f"--gin.OUTPUT_CHECKPOINT_PATH='{output}'"]
     return [*files, "--gin_file=runs/upcycle.gin", *bindings, *paths, *more]
 
@@ -102,7 +106,8 @@ def test_the_function_check_on_real_text(tmp_path, capsys):
     """The first batch of the validation split of one's own text, by gin alone; bytes and sentinels
     are 359 ids.
     """
-    bindings = [line.replace("VOCAB_SIZE=64", "VOCAB_SIZE=384") for line in TINY]
+    shallow = "T5Config.num_encoder_layers=1"
+    bindings = [*(line.replace("VOCAB_SIZE=64", "VOCAB_SIZE=384") for line in TINY), shallow]
     dense = write_dense(tmp_path / "dense" / "checkpoint_7", bindings=bindings)
     text = tmp_path / "text.txt"
     text.write_text(
@@ -114,6 +119,8 @@ def test_the_function_check_on_real_text(tmp_path, capsys):
         "--gin.MIXTURE_OR_TASK_NAME='sentences_on_squares'",
         "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 24}",
         "--gin.BATCH_SIZE=4",
+        f"--gin.{shallow}",
+        "--gin.ENCODER_SPARSE_LAYOUT=(0,)",
     ]
     assert upcycle.main(words(dense, tmp_path / "refused", *real)) == 2
     refused = capsys.readouterr().err
@@ -321,7 +328,7 @@ def test_weighted_merge_measures_its_weights_with_the_sparse_model(dense, tmp_pa
     )
     assert "weighted mean of experts" in capsys.readouterr().out
     merged, sparse = open_checkpoint(tmp_path / "merged"), open_checkpoint(tmp_path / "sparse")
-    model = config.load([MODEL_FILE], TINY).macro("MODEL")
+    model = config.load([MODEL_FILE], [*TINY, SPARSE]).macro("MODEL")
     tokens = EncoderDecoderFeatures().random(64)
     weights = function_check.router_weights(model, sparse, tokens)
     assert max(weights["encoder/layers_1"]) > 0.26  # Not the plain mean.

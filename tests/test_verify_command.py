@@ -25,6 +25,8 @@ TINY = (
     "T5Config.num_heads=2",
     "T5Config.head_dim=8",
 )
+SHALLOW = [f"T5Config.num_{stack}_layers=1" for stack in ("encoder", "decoder")]
+SPARSE = ["ENCODER_SPARSE_LAYOUT=(0,)", "DECODER_SPARSE_LAYOUT=(0,)"]
 OFF = "--gin.verify.function_check='off'"
 
 
@@ -32,7 +34,8 @@ OFF = "--gin.verify.function_check='off'"
 def folder(tmp_path_factory):
     """A dense checkpoint, and what became of it by a recipe that is not the default one."""
     folder = tmp_path_factory.mktemp("conversion")
-    specs = state_specs(config.load(["models/t5_1_1_tiny.gin"], TINY).macro("MODEL"), Adafactor())
+    model = config.load(["models/t5_1_1_tiny.gin"], [*TINY, *SHALLOW]).macro("MODEL")
+    specs = state_specs(model, Adafactor())
     rng = np.random.default_rng(0)
     with create_checkpoint(folder / "dense" / "checkpoint_7", specs, step=7, metadata={}) as writer:
         for name, spec in specs.items():
@@ -48,7 +51,7 @@ def words(folder):
     return [
         "--gin_file=models/t5_1_1_tiny_upcycled.gin",
         "--gin_file=runs/upcycle.gin",
-        *(f"--gin.{line}" for line in TINY),
+        *(f"--gin.{line}" for line in (*TINY, *SHALLOW, *SPARSE)),
         f"--gin.INITIAL_CHECKPOINT_PATH='{folder}/dense/checkpoint_7'",
         f"--gin.OUTPUT_CHECKPOINT_PATH='{folder}/sparse/checkpoint_7'",
         "--gin.FUNCTION_CHECK='off'",
