@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle_jax import train, upcycle
+from upcycle_jax import train, trees, upcycle
 from upcycle_jax.config import load
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
-from upcycle_jax.training.train_state import initial_state, state_specs
+from upcycle_jax.training.train_state import from_state_dict, initial_state, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
 
@@ -106,6 +107,16 @@ def arithmetic() -> str:
 
 
 @functools.cache
+def _drawn(model: EncoderDecoderModel, optimizer: Adafactor) -> dict[str, np.ndarray]:
+    """The first state by path, which is the same on every mesh: drawn once, on one device."""
+    one = Partitioner(devices=(jax.devices()[0],))
+    shardings = one.shardings(state_specs(model, optimizer))
+    with one.activate():
+        state = initial_state(model, optimizer, seed=0, shardings=shardings)
+    return jax.device_get(trees.flatten(state.state_dict()))
+
+
+@functools.cache
 def programs(devices: int, names: tuple[str, ...]) -> dict[str, dict[str, object]]:
     """Work and results of the compiled train step of tiny models, by model file.
 
@@ -132,7 +143,7 @@ def programs(devices: int, names: tuple[str, ...]) -> dict[str, dict[str, object
         }
         shardings = partitioner.shardings(state_specs(model, trainer.optimizer))
         with partitioner.activate():
-            state = initial_state(model, trainer.optimizer, seed=0, shardings=shardings)
+            state = from_state_dict(jax.device_put(_drawn(model, trainer.optimizer), shardings))
             step = jitted_train_step(
                 model, trainer, partitioner=partitioner, shardings=shardings, seed=0
             )

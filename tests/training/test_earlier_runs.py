@@ -51,8 +51,13 @@ def same_arithmetic(earlier) -> bool:
     return earlier.arithmetic() == RECORD["arithmetic"]
 
 
+# Every second layer of the sparse model is a dense one: the dense model has nothing of its own.
 @pytest.mark.parametrize(
-    ("run", "model", "first", "steps"), [("sparse", "SPARSE", 5, 6), ("dense", "DENSE", 3, 4)]
+    ("run", "model", "first", "steps"),
+    [
+        ("sparse", "SPARSE", 5, 6),
+        pytest.param("dense", "DENSE", 3, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_of_then_resumes_with_the_same_losses(
     earlier, text, tmp_path, run, model, first, steps
@@ -73,7 +78,7 @@ def test_a_checkpoint_of_then_resumes_with_the_same_losses(
     [
         (1, "SPARSE"),
         (8, "SPARSE"),
-        (1, "DENSE"),
+        pytest.param(1, "DENSE", marks=pytest.mark.slow),
     ],
 )
 def test_programs_do_the_same_work(earlier, devices, name, monkeypatch):

@@ -95,36 +95,37 @@ def biases(path):
 
 
 def test_runs_go_on_in_the_other_form(start, tmp_path):
-    start("layers", scan=False, steps=4)
-    start("mixed", scan=True, remat="minimal", steps=2, evaluates=True)
-    assert specs(tmp_path / "mixed" / "checkpoint_2") == specs(tmp_path / "layers" / "checkpoint_2")
-    assert start("mixed", scan=False, steps=4).start == "resume"
-    want, have = (rows(tmp_path / name / "train") for name in ("layers", "mixed"))
-    assert list(have) == [1, 2, 3, 4]
-    for step, row in want.items():
+    """Layer by layer to step 6; from its step 2 on with a loop to step 4, and back to step 6."""
+    layers, mixed = tmp_path / "layers", tmp_path / "mixed"
+    start("layers", scan=False, steps=6)
+    restore = RestoreCheckpointConfig(path=str(layers / "checkpoint_2"))
+    loop = {"scan": True, "remat": "minimal", "evaluates": True}
+    assert start("mixed", steps=4, restore=restore, **loop).start == "continue"
+    assert specs(mixed / "checkpoint_4") == specs(layers / "checkpoint_4")
+    assert start("mixed", scan=False, steps=6).start == "resume"
+    want, have = rows(layers / "train"), rows(mixed / "train")
+    assert list(have) == [3, 4, 5, 6]
+    for step, row in have.items():
         names = [name for name in row if not name.startswith(("timing/", "wall"))]
         assert set(names) == {
-            name for name in have[step] if not name.startswith(("timing/", "wall"))
+            name for name in want[step] if not name.startswith(("timing/", "wall"))
         }
         for name in names:
             np.testing.assert_allclose(
-                have[step][name], row[name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}: {name}"
+                row[name], want[step][name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}: {name}"
             )
-    # The bias went on by whole steps: it is restored, and no optimizer, weight decay or momentum
-    # has a part in it.
-    early, late = (biases(tmp_path / "layers" / f"checkpoint_{step}") for step in (2, 4))
-    assert early.shape == (2, 4) and early.any() and (late != early).any()
+    # The bias went on by whole steps: it is restored, by a run of its own that continues as by one
+    # that resumes, and no optimizer, weight decay or momentum has a part in it.
+    early, middle, late = (biases(layers / f"checkpoint_{step}") for step in (2, 4, 6))
+    assert early.shape == (2, 4) and early.any()
+    assert (middle != early).any() and (late != middle).any()
     np.testing.assert_array_equal(late / RATE, np.round(late / RATE))
-    assert np.abs(late - early).max() <= 2 * RATE
-    np.testing.assert_array_equal(biases(tmp_path / "mixed" / "checkpoint_2"), early)
-    np.testing.assert_array_equal(biases(tmp_path / "mixed" / "checkpoint_4"), late)
-    # A run of its own that continues from the checkpoint of another finds it there, too.
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "layers" / "checkpoint_2"))
-    assert start("continued", scan=False, steps=4, restore=restore).start == "continue"
-    np.testing.assert_array_equal(biases(tmp_path / "continued" / "checkpoint_4"), late)
+    assert max(np.abs(middle - early).max(), np.abs(late - middle).max()) <= 2 * RATE
+    np.testing.assert_array_equal(biases(mixed / "checkpoint_4"), middle)
+    np.testing.assert_array_equal(biases(mixed / "checkpoint_6"), late)
     # What is computed again is said where it is, and an evaluation says how alike experts are.
-    first = rows(tmp_path / "mixed" / "train")[1]
+    first = rows(mixed / "train")[3]
     assert first["timing/hardware_flops_per_second"] > first["timing/model_flops_per_second"]
     assert "timing/mfu" not in first  # the peak of a CPU is nobody's to know
-    evaluated = rows(next((tmp_path / "mixed" / "training_eval").iterdir()))
+    evaluated = rows(next((mixed / "training_eval").iterdir()))
     assert all(-1 <= row["experts/encoder/layers_1/similarity"] <= 1 for row in evaluated.values())

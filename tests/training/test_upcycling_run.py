@@ -4,6 +4,7 @@ whatever the mesh.
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -114,11 +115,16 @@ def dense(bags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sparse(bags, dense, tmp_path_factory):
-    """A MODEL_DIR that was upcycled from `dense` and went on to step 8, on one device."""
+    """A MODEL_DIR that was upcycled from `dense` and went on to step 8, on one device; and how it
+    was restored, from a copy that is gone since.
+    """
     folder = tmp_path_factory.mktemp("upcycled")
-    restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
-    starter(bags, folder)("one", sparse=True, steps=8, restore=restore)
-    return folder / "one"
+    source = shutil.copytree(dense, folder / "dense")
+    restore = RestoreCheckpointConfig(path=str(source), recipe=Recipe())
+    result = starter(bags, folder)("one", sparse=True, steps=8, restore=restore)
+    assert result.start == "upcycle"
+    shutil.rmtree(source)
+    return types.SimpleNamespace(folder=folder / "one", restore=restore)
 
 
 def rows(folder):
@@ -137,10 +143,10 @@ def leaves(path):
 
 
 def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, dense, sparse, tmp_path):
-    source = shutil.copytree(dense, tmp_path / "dense")
-    restore = RestoreCheckpointConfig(path=str(source), recipe=Recipe())
-    assert start("parts", sparse=True, steps=6, restore=restore).start == "upcycle"
-    shutil.rmtree(source)  # resuming must not even look at the dense checkpoint
+    restore, sparse = sparse.restore, sparse.folder
+    shutil.copytree(sparse, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint_8")  # as if it had been killed after step 7
+    # Resuming must not even look at the dense checkpoint, which is gone.
     assert start("parts", sparse=True, steps=8, restore=restore).start == "resume"
     assert rows(sparse / "train") == rows(tmp_path / "parts" / "train")
     whole, parts = leaves(sparse / "checkpoint_8"), leaves(tmp_path / "parts" / "checkpoint_8")
@@ -175,7 +181,7 @@ def test_upcycling_happens_once_and_the_run_resumes_bit_for_bit(start, dense, sp
 
 
 def test_upcycling_a_sparse_checkpoint_again_is_refused(start, dense, sparse, tmp_path):
-    again = RestoreCheckpointConfig(path=str(sparse), recipe=Recipe())
+    again = RestoreCheckpointConfig(path=str(sparse.folder), recipe=Recipe())
     with pytest.raises(ValueError, match=r"Mixture-of-Experts already"):
         start("twice", sparse=True, steps=9, restore=again)
     with pytest.raises(
@@ -208,7 +214,8 @@ def test_dry_run_shows_the_plan(start, dense, tmp_path, capsys):
     assert not (tmp_path / "sparse").exists()
 
 
-@pytest.mark.parametrize("policy", ["tiled", "dense_only"])
+# A run of test_image_runs.py has the state tiled.
+@pytest.mark.parametrize("policy", ["dense_only", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_optimizer_state_policies_reach_the_run(start, dense, policy):
     restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe(optimizer_state=policy))
     assert start("sparse", sparse=True, steps=5, restore=restore).step == 5
@@ -223,7 +230,7 @@ def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, spars
         restore=restore,
         partitioner=Partitioner(num_expert_partitions=4),
     )
-    runs = sparse, tmp_path / "eight"
+    runs = sparse.folder, tmp_path / "eight"
     losses = [[rows(run / "train")[step]["loss"] for step in (5, 6, 7)] for run in runs]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     evaluated = [rows(run / "training_eval" / "bags_b")[4]["loss"] for run in runs]
