@@ -70,9 +70,12 @@ def dense(arrays, tmp_path_factory):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(arrays, dense, tmp_path):
-    parts = tmp_path / "parts"
-    assert train.main(flags(arrays, parts, 2)) == 0
+    """Killed after step 2."""
+    parts = shutil.copytree(dense, tmp_path / "parts")
+    shutil.rmtree(parts / "checkpoint_4")
     assert train.main(flags(arrays, parts, 4)) == 0
+    starts = json.loads((parts / "manifest.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 2]
     assert losses(parts) == losses(dense)
     found, expected = (open_checkpoint(run / "checkpoint_4") for run in (parts, dense))
     assert not trees.diff(found.specs(), expected.specs())

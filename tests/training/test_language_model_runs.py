@@ -4,6 +4,7 @@ killed and resumed, in microbatches, and scanned.
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,9 @@ def saved(path, step):
 
 def test_an_upcycled_folder_is_trained_and_resumed_with_the_same_bits(start, folder, tmp_path):
     assert start("whole", 5).start == "upcycle"
-    start("parts", 3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (4, 5):  # as if it had been killed after step 3
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint_{step}")
     assert start("parts", 5).start == "resume"
     whole, parts = saved(tmp_path / "whole", 5), saved(tmp_path / "parts", 5)
     assert whole.keys() == parts.keys()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 import types
@@ -25,14 +26,13 @@ from upcycle_jax.training.train import Train
 from upcycle_jax.trees import LeafSpec
 
 
-@pytest.fixture
-def start(bags, tmp_path):
-    """`Train` with small defaults, run."""
+def starter(bags, folder):
+    """`Train` with small defaults in `folder`, run."""
 
     def run(name="run", *, period=4, restore=None, steps=8, dry_run=False, **kwargs):
         arguments = {
             "model": bags.Model(),
-            "model_dir": tmp_path / name,
+            "model_dir": folder / name,
             "train_dataset_cfg": bags.Dataset(),
             "train_eval_dataset_cfg": bags.Dataset(split="validation"),
             "checkpoint_cfg": CheckpointConfig(
@@ -48,6 +48,33 @@ def start(bags, tmp_path):
         return Train(**arguments | kwargs).run(dry_run=dry_run)
 
     return run
+
+
+@pytest.fixture
+def start(bags, tmp_path):
+    return starter(bags, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(bags, tmp_path_factory):
+    """MODEL_DIR of an uninterrupted run of ten steps, which saved 4, 8 and 10. Only to be read."""
+    folder = tmp_path_factory.mktemp("runs")
+    starter(bags, folder)("whole", steps=10)
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def made_dense(bags, tmp_path_factory):
+    """MODEL_DIR of a run of four steps. Only to be read."""
+    folder = tmp_path_factory.mktemp("runs")
+    starter(bags, folder)("dense", steps=4)
+    return folder / "dense"
+
+
+@pytest.fixture
+def dense(made_dense, tmp_path):
+    """A copy of a MODEL_DIR of four steps, to continue from, or in."""
+    return shutil.copytree(made_dense, tmp_path / "dense")
 
 
 def rows(folder, skip=("wall_time",)):
@@ -123,19 +150,14 @@ def test_a_run_that_waits_for_its_batches_says_so(start, bags, caplog, monkeypat
     )
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, tmp_path):
-    start("whole", steps=10)
-    start("parts", steps=4)
-    assert start("parts", steps=7).start == "resume"
-    start("parts", steps=10)
-    whole, parts = rows(tmp_path / "whole" / "train"), rows(tmp_path / "parts" / "train")
-    assert whole == parts  # every metric of every step, as printed to JSON without loss of digits
-    assert_same_arrays(
-        leaves(tmp_path / "whole" / "checkpoint_10"), leaves(tmp_path / "parts" / "checkpoint_10")
-    )
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, whole, dense):
+    assert start("dense", steps=7).start == "resume"
+    start("dense", steps=10)
+    # Every metric of every step, as printed to JSON without loss of digits.
+    assert rows(whole / "train") == rows(dense / "train")
+    assert_same_arrays(leaves(whole / "checkpoint_10"), leaves(dense / "checkpoint_10"))
     assert (
-        rows(tmp_path / "whole" / "training_eval" / "bags_b")[8]
-        == rows(tmp_path / "parts" / "training_eval" / "bags_b")[8]
+        rows(whole / "training_eval" / "bags_b")[8] == rows(dense / "training_eval" / "bags_b")[8]
     )
 
 
@@ -146,51 +168,42 @@ def test_finished_run_started_again_does_nothing(start, tmp_path):
     assert (tmp_path / "run" / "train" / "metrics.jsonl").read_text() == before
 
 
-def test_a_signal_saves_after_the_step_and_the_run_goes_on_later(start, tmp_path, bags):
-    start("whole", steps=9)
-
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_later(start, whole, tmp_path, bags):
     class Interrupting(bags.Dataset):
         def batch(self, k):
             if k == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().batch(k)
 
-    result = start("cut", steps=9, train_dataset_cfg=Interrupting())
+    result = start("cut", steps=10, train_dataset_cfg=Interrupting())
     assert (result.step, result.interrupted) == (6, "SIGTERM")
     assert (tmp_path / "cut" / "checkpoint_6").exists()
     assert (
         json.loads((tmp_path / "cut" / "manifest.json").read_text())["status"]
         == "interrupted by SIGTERM"
     )
-    start("cut", steps=9)
-    assert_same_arrays(
-        leaves(tmp_path / "whole" / "checkpoint_9"), leaves(tmp_path / "cut" / "checkpoint_9")
-    )
+    start("cut", steps=10)
+    assert_same_arrays(leaves(whole / "checkpoint_10"), leaves(tmp_path / "cut" / "checkpoint_10"))
 
 
-def test_continuing_keeps_step_schedule_optimizer_and_data_position(start, tmp_path):
-    start("whole", steps=8)
-    start("dense", steps=4)
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"))
+def test_continuing_keeps_step_schedule_optimizer_and_data_position(start, whole, dense, tmp_path):
+    restore = RestoreCheckpointConfig(path=str(dense))
     result = start("more", steps=8, restore=restore)
     assert (result.start, result.step) == ("continue", 8)
     # Everything is carried on, so a continuation in another MODEL_DIR is the same run.
-    assert_same_arrays(
-        leaves(tmp_path / "whole" / "checkpoint_8"), leaves(tmp_path / "more" / "checkpoint_8")
-    )
+    assert_same_arrays(leaves(whole / "checkpoint_8"), leaves(tmp_path / "more" / "checkpoint_8"))
     manifest = json.loads((tmp_path / "more" / "manifest.json").read_text())
     assert manifest["start_step"] == 4 and manifest["restored_from"]["path"].endswith(
         "checkpoint_4"
     )
     evaluated = rows(tmp_path / "more" / "training_eval" / "bags_a")
     assert (
-        evaluated[4] == rows(tmp_path / "dense" / "training_eval" / "bags_a")[4]
+        evaluated[4] == rows(dense / "training_eval" / "bags_a")[4]
     )  # the restored state, before any update
 
 
 @pytest.mark.parametrize(("position", "batch"), [("step", 4), ("start", 0), ("checkpoint", 4)])
-def test_data_position_after_restoring(start, tmp_path, bags, position, batch):
-    start("dense", steps=4)
+def test_data_position_after_restoring(start, dense, bags, position, batch):
     seen = []
 
     class Recording(bags.Dataset):
@@ -198,7 +211,7 @@ def test_data_position_after_restoring(start, tmp_path, bags, position, batch):
             seen.append(k)
             return super().batch(k)
 
-    restore = RestoreCheckpointConfig(path=str(tmp_path / "dense"), data_position=position)
+    restore = RestoreCheckpointConfig(path=str(dense), data_position=position)
     start("more", steps=6, restore=restore, train_dataset_cfg=Recording())
     assert seen == [batch, batch + 1]
 
@@ -216,11 +229,8 @@ def test_first_batch_shifts_the_data_and_a_resumed_run_stays_on_course(start, ba
     assert seen == [100, 101, 102, 103, 104, 105]
 
 
-def test_restoring_with_a_new_optimizer_and_step(start, tmp_path, bags):
-    start("dense", steps=4)
-    restore = RestoreCheckpointConfig(
-        path=str(tmp_path / "dense"), optimizer_state="reset", step="reset"
-    )
+def test_restoring_with_a_new_optimizer_and_step(start, dense, tmp_path, bags):
+    restore = RestoreCheckpointConfig(path=str(dense), optimizer_state="reset", step="reset")
     result = start(
         "tune", steps=2, restore=restore, trainer=bags.trainer(optimizer=AdamW()), period=1
     )
@@ -232,9 +242,8 @@ def test_restoring_with_a_new_optimizer_and_step(start, tmp_path, bags):
     } == {"mu", "nu"}
 
 
-def test_a_checkpoint_without_optimizer_state_starts_it_afresh(start, tmp_path, caplog):
-    start("dense", steps=4)
-    state = leaves(tmp_path / "dense" / "checkpoint_4")
+def test_a_checkpoint_without_optimizer_state_starts_it_afresh(start, dense, tmp_path, caplog):
+    state = leaves(dense / "checkpoint_4")
     bare = {
         name: array for name, array in state.items() if "param_states" not in name
     }  # as a Hugging Face folder has it
@@ -254,7 +263,7 @@ def test_a_checkpoint_without_optimizer_state_starts_it_afresh(start, tmp_path, 
     start(
         "reset",
         steps=5,
-        restore=RestoreCheckpointConfig(path=str(tmp_path / "dense"), optimizer_state="reset"),
+        restore=RestoreCheckpointConfig(path=str(dense), optimizer_state="reset"),
     )
     assert_same_arrays(
         leaves(tmp_path / "more" / "checkpoint_5"), leaves(tmp_path / "reset" / "checkpoint_5")
@@ -268,10 +277,9 @@ def test_a_full_disk_is_noticed_before_anything_is_written(start, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_describes_and_writes_nothing(start, tmp_path, capsys):
-    start("dense", steps=4)
+def test_dry_run_describes_and_writes_nothing(start, dense, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
-    start("more", restore=RestoreCheckpointConfig(path=str(tmp_path / "dense")), dry_run=True)
+    start("more", restore=RestoreCheckpointConfig(path=str(dense)), dry_run=True)
     out = capsys.readouterr().out
     assert (
         "continue from" in out
@@ -282,8 +290,8 @@ def test_dry_run_describes_and_writes_nothing(start, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_dir_of_another_model_is_refused_and_left_alone(start, tmp_path, bags):
-    start(steps=4)
+def test_a_model_dir_of_another_model_is_refused_and_left_alone(start, dense, tmp_path, bags):
+    dense.rename(tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").rglob("*"))}
     with pytest.raises(ValueError, match=r"belongs to a run of another model"):
         start(model=bags.Model(hidden=32))
@@ -335,9 +343,8 @@ def with_dots(call):
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(
-    start, tmp_path, bags, arguments, message
+    start, dense, tmp_path, bags, arguments, message
 ):
-    start("dense", steps=4)
     given = dict(arguments)
     kwargs = {
         "restore": RestoreCheckpointConfig(path=str(tmp_path / given.pop("restore", "dense"))),
@@ -365,17 +372,15 @@ def test_a_model_dir_that_cannot_be_written_to(start, tmp_path):
         start("file/run")
 
 
-def test_damaged_latest_checkpoint_falls_back_to_the_one_before(start, tmp_path, caplog):
-    start("whole", steps=10)
-    start("hurt", steps=8)
+def test_damaged_latest_checkpoint_falls_back_to_the_one_before(start, whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "hurt")
+    shutil.rmtree(tmp_path / "hurt" / "checkpoint_10")
     for data in (tmp_path / "hurt" / "checkpoint_8" / "state").rglob("d/*"):
         data.write_bytes(b"\0" * data.stat().st_size)
     result = start("hurt", steps=10)
     assert result.step == 10 and "IS DAMAGED" in caplog.text
     assert list((tmp_path / "hurt").glob("damaged_checkpoint_8_*"))
-    assert_same_arrays(
-        leaves(tmp_path / "whole" / "checkpoint_10"), leaves(tmp_path / "hurt" / "checkpoint_10")
-    )
+    assert_same_arrays(leaves(whole / "checkpoint_10"), leaves(tmp_path / "hurt" / "checkpoint_10"))
 
 
 def test_nan_stops_the_run_and_names_step_and_batch(start, tmp_path, bags):
@@ -486,7 +491,12 @@ def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(start, tmp_path, ba
         "period": 3,
     }
     start("whole", steps=16, **arguments)
-    for steps in (9, 12, 16):  # the window of step 11, and of step 14, lies partly before a cut
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (12, 15, 16):
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint_{step}")
+    for step in (11, 14):
+        (tmp_path / "parts" / f"loss_spike_{step}.json").unlink()
+    for steps in (12, 16):  # the window of step 11, and of step 14, lies partly before a cut
         start("parts", steps=steps, **arguments)
     assert sorted(path.name for path in (tmp_path / "parts").glob("loss_spike_*")) == [
         "loss_spike_11.json",

@@ -40,8 +40,8 @@ def assert_close(left, right, rtol=1e-5, atol=1e-6):
 @pytest.mark.parametrize(
     ("num_experts", "num_microbatches"),
     [
-        (0, 2),
         (4, 4),
+        pytest.param(0, 2, marks=pytest.mark.slow),
         pytest.param(0, 4, marks=pytest.mark.slow),
         pytest.param(4, 2, marks=pytest.mark.slow),
     ],
@@ -65,7 +65,12 @@ def test_microbatches_change_neither_loss_nor_update(bags, num_experts, num_micr
 
 @pytest.mark.parametrize(
     ("num_experts", "mesh"),
-    [(0, {}), (4, {"num_expert_partitions": 4}), (4, {"num_model_partitions": 2, "fsdp": True})],
+    [
+        # Each of the others divides its batch over the data axis too.
+        pytest.param(0, {}, marks=pytest.mark.slow),
+        (4, {"num_expert_partitions": 4}),
+        (4, {"num_model_partitions": 2, "fsdp": True}),
+    ],
 )
 def test_eight_devices_equal_one(bags, num_experts, mesh):
     model, data = (

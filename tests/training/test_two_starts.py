@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import time
 
@@ -19,14 +20,13 @@ from upcycle_jax.training.full_disk import DiskFullError, reason_of
 from upcycle_jax.training.train import Train
 
 
-@pytest.fixture
-def start(bags, tmp_path):
-    """`train` of a few steps, with a save every two."""
+def starter(bags, folder):
+    """`train` of a few steps in `folder`, with a save every two."""
 
     def run(name="run", *, steps=4, dry_run=False, **kwargs):
         arguments = {
             "model": bags.Model(),
-            "model_dir": tmp_path / name,
+            "model_dir": folder / name,
             "train_dataset_cfg": bags.Dataset(),
             "checkpoint_cfg": CheckpointConfig(save=SaveCheckpointConfig(period=2)),
             "partitioner": bags.one_device,
@@ -37,6 +37,19 @@ def start(bags, tmp_path):
         return Train(**arguments | kwargs).run(dry_run=dry_run)
 
     return run
+
+
+@pytest.fixture
+def start(bags, tmp_path):
+    return starter(bags, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def begun(bags, tmp_path_factory):
+    """MODEL_DIR of a run of two steps. Only to be read."""
+    folder = tmp_path_factory.mktemp("runs")
+    starter(bags, folder)(steps=2)
+    return folder / "run"
 
 
 def steps_of(path):
@@ -50,9 +63,8 @@ def content(folder):
 # One writer.
 
 
-def test_a_second_start_is_refused_before_it_touches_anything(start, tmp_path):
-    start(steps=2)
-    folder = tmp_path / "run"
+def test_a_second_start_is_refused_before_it_touches_anything(start, begun, tmp_path):
+    folder = shutil.copytree(begun, tmp_path / "run")
     half = folder / "checkpoint_4.orbax-checkpoint-tmp-7"  # the save under way of the first
     half.mkdir()
     (half / "data").write_text("half")
@@ -71,8 +83,10 @@ def test_a_second_start_is_refused_before_it_touches_anything(start, tmp_path):
     assert not list(folder.glob(".training_lease*"))
 
 
-def test_a_run_that_went_on_while_this_one_waited_is_looked_at_again(start, tmp_path, monkeypatch):
-    start("other", steps=2)
+def test_a_run_that_went_on_while_this_one_waited_is_looked_at_again(
+    start, begun, tmp_path, monkeypatch
+):
+    shutil.copytree(begun, tmp_path / "other")
     real = holding.hold_model_dir
 
     def slow_hold(folder):
@@ -160,7 +174,6 @@ def test_no_room_in_a_save_in_the_background(start, tmp_path, monkeypatch, bags)
     """Orbax's own thread fails at the second save; the first checkpoint stays and is gone on
     from.
     """
-    start("whole", steps=8)
     real = manager_lib.ocp.CheckpointManager.check_for_errors
 
     def check(self):
@@ -181,9 +194,8 @@ def test_no_room_in_a_save_in_the_background(start, tmp_path, monkeypatch, bags)
 
 
 @pytest.mark.parametrize("where", ["metrics", "manifest", "set_aside"])
-def test_no_room_for_small_files(start, tmp_path, monkeypatch, where):
-    start(steps=2)
-    folder = tmp_path / "run"
+def test_no_room_for_small_files(start, begun, tmp_path, monkeypatch, where):
+    folder = shutil.copytree(begun, tmp_path / "run")
     before = (folder / "manifest.json").read_bytes()
     (folder / "train" / "metrics.jsonl").open("a").write('{"step": 3}\n')
     with monkeypatch.context() as patch:
