@@ -89,12 +89,22 @@ def test_what_is_wrong_either_way_is_raised_as_it_is():
         without_autograph(build)
 
 
-# A packed pipeline has every step of the other one, and more.
-@pytest.mark.parametrize("pack", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_batches_and_saved_positions_are_those_of_autograph(make_config, pack, tmp_path):
+# A packed pipeline has every step of the other one, and more; each domain has the same ones.
+@pytest.mark.parametrize(
+    ("pack", "domains"),
+    [
+        (True, 1),
+        pytest.param(True, 2, marks=pytest.mark.slow),
+        pytest.param(False, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_batches_and_saved_positions_are_those_of_autograph(
+    make_config, text_folder, pack, domains, tmp_path
+):
+    alone = {"mixture_or_task_name": "alone", "text_files": [str(text_folder / "words.txt")]}
     build = functools.partial(
         seqio_dataset._train_dataset,
-        make_config(pack=pack),
+        make_config(pack=pack, **(alone if domains == 1 else {})),
         EncoderDecoderFeatures(),
         seed=3,
         process_index=0,

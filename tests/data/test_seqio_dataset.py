@@ -69,7 +69,8 @@ def test_a_pass_holds_the_whole_split(config, whole):
 
 
 def test_fixed_number_of_batches(config, whole):
-    for task, start in open_dataset(config, FEATURES).eval_batches(2).items():
+    passes = open_dataset(config, FEATURES).eval_batches(2)
+    for task, start in itertools.islice(passes.items(), 1):
         batches = list(start())
         assert len(batches) == 2
         np.testing.assert_array_equal(
@@ -84,7 +85,7 @@ def test_processes_share_each_batch(config, whole):
         open_dataset(config, FEATURES).eval_batches(3, process_index=index, process_count=2)
         for index in range(2)
     ]
-    for task, batches in whole.items():
+    for task, batches in itertools.islice(whole.items(), 1):
         for batch, first, second in zip(
             itertools.islice(batches, 3), parts[0][task](), parts[1][task](), strict=True
         ):
@@ -136,13 +137,17 @@ def test_bad_files_register_nothing(tmp_path):
     }
 
 
-def test_sentencepiece_vocabulary_by_path(make_config, tmp_path):
+def test_sentencepiece_vocabulary_by_path(make_config, text_folder, tmp_path):
     model = (
         pathlib.Path(seqio.__file__).parent / "test_data" / "sentencepiece" / "sentencepiece.model"
     )
     if not model.exists():
         pytest.skip("this seqio has no test vocabulary")
-    config = make_config(vocabulary=str(model), mixture_or_task_name="small_text_pieces")
+    config = make_config(
+        vocabulary=str(model),
+        mixture_or_task_name="small_text_pieces",
+        text_files=[str(text_folder / "words.txt")],
+    )
     plain = seqio.SentencePieceVocabulary(str(model), extra_ids=100)
     assert open_dataset(config, FEATURES).vocabulary_size() == plain.vocab_size
     tokens = next(open_dataset(config, FEATURES).train_iterator())["encoder_input_tokens"]

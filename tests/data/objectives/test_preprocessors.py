@@ -3,6 +3,7 @@ shares kept.
 """
 
 import collections
+import functools
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from upcycle_jax.features import EncoderDecoderFeatures
 tf = pytest.importorskip("tensorflow", reason="SeqIO tasks need TensorFlow")
 seqio = pytest.importorskip("seqio", reason="SeqIO tasks need seqio")
 preprocessors = pytest.importorskip("upcycle_jax.data.objectives.preprocessors")
+plain_graphs = pytest.importorskip("upcycle_jax.data.plain_graphs")
 
 pytestmark = pytest.mark.usefixtures("short_shuffle")
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
@@ -27,8 +29,10 @@ def _segments(objective, lengths, *, documents=60, size=700, **settings):
     ]
     ragged = tf.RaggedTensor.from_row_lengths(np.concatenate(texts), [len(text) for text in texts])
     dataset = tf.data.Dataset.from_tensor_slices(ragged).map(lambda tokens: {"targets": tokens})
+    # As pipelines are built: without AutoGraph, which takes longer than all the rest.
+    build = functools.partial(objective, dataset, lengths, FEATURES, **settings)
     with seqio.utils.map_seed_manager(3):
-        return texts, list(objective(dataset, lengths, FEATURES, **settings).as_numpy_iterator())
+        return texts, list(plain_graphs.without_autograph(build).as_numpy_iterator())
 
 
 def test_prefix_lm_splits_each_segment_in_two():
