@@ -1,5 +1,5 @@
 """`upcycle_jax.train` where nothing that only prepares data can be imported: `python cached_run.py
-SECONDS_PER_BATCH FLAG...`.
+SECONDS_PER_BATCH FLAG... [-- FLAG...]`, one run after the other.
 
 A process of its own, to be killed. Not a test module.
 """
@@ -36,14 +36,19 @@ def main(seconds: str, *flags: str) -> int:
         return read(self)
 
     batches.CachedBatchIterator.__next__ = slowly
-    code = train.main(flags)
+    words, codes = [*flags, "--"], []
+    while words:
+        end = words.index("--")
+        codes.append(train.main(words[:end]))
+        words = words[end + 1 :]
+    print(f"exit codes: {codes}")
     found = [
         name
         for name, module in sys.modules.items()
         if module is not None and name.partition(".")[0] in REFUSED
     ]
     print(f"imported: {found}")
-    return code
+    return codes[-1]
 
 
 if __name__ == "__main__":

@@ -49,24 +49,34 @@ def folder(tmp_path_factory, text_folder):
     return folder
 
 
-def start(model_dir, folder, seconds=0.0, devices=1):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-        # The three runs are one program, of many small parts.
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    command = [
-        sys.executable,
-        str(RUN),
-        str(seconds),
-        *SMALL,
+def flags_of(model_dir, folder, *, task="without_tensorflow", cached=True):
+    return [
+        *(
+            flag.replace("without_tensorflow", task).replace("TASKS=True", f"TASKS={cached}")
+            for flag in SMALL
+        ),
         f"--gin.MODEL_DIR='{model_dir}'",
         f"--seqio_additional_cache_dirs={folder}",
     ]
+
+
+def start(*runs, seconds=0.0):
+    """A process that has the runs with these flags, one after the other."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")]),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
+        # All runs are one program, of many small parts.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    first, *others = runs
+    words = [*first, *(word for flags in others for word in ("--", *flags))]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(RUN), str(seconds), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -82,25 +92,14 @@ def losses(model_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """MODEL_DIR of an uninterrupted run, and what it printed."""
-    model_dir = tmp_path_factory.mktemp("runs") / "whole"
-    process = start(model_dir, folder)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    return model_dir, output
-
-
-def test_training_imports_neither(whole):
-    model_dir, output = whole
-    assert "imported: []" in output
-    evaluated = {path.name for path in (model_dir / "training_eval").iterdir()}
-    assert evaluated == {"without_tensorflow_code", "without_tensorflow_words"}
-
-
-def test_a_killed_run_ends_with_the_same_losses(folder, whole, tmp_path):
-    whole, killed = whole[0], tmp_path / "killed"
-    process = start(killed, folder, seconds=0.3)
+def runs(folder, tmp_path_factory):
+    """A folder with MODEL_DIRs, and what was printed: `killed` began in a process that was killed;
+    a second process was refused two runs, had one from beginning to end, `whole`, and finished the
+    killed one. One process, since importing the library takes as long as a run.
+    """
+    place = tmp_path_factory.mktemp("runs")
+    killed = place / "killed"
+    process = start(flags_of(killed, folder), seconds=0.3)
     deadline = time.monotonic() + 300
     saved = (
         killed / f"checkpoint_{PERIOD}" / "commit_success.txt"
@@ -111,9 +110,27 @@ def test_a_killed_run_ends_with_the_same_losses(folder, whole, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    process = start(killed, folder)
+    assert max(losses(killed)) < STEPS
+    process = start(
+        flags_of(place / "refused", folder, task="not_there"),
+        flags_of(place / "refused", folder, task="not_there", cached=False),
+        flags_of(place / "whole", folder),
+        flags_of(killed, folder),
+    )
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "imported: []" in output, output
+    assert process.returncode == 0, output
+    return place, output
+
+
+def test_training_imports_neither(runs):
+    place, output = runs
+    assert "imported: []" in output
+    evaluated = {path.name for path in (place / "whole" / "training_eval").iterdir()}
+    assert evaluated == {"without_tensorflow_code", "without_tensorflow_words"}
+
+
+def test_a_killed_run_ends_with_the_same_losses(runs):
+    whole, killed = (runs[0] / name for name in ("whole", "killed"))
     assert losses(killed) == losses(whole) and len(losses(whole)) == STEPS
     starts = [
         entry["step"] for entry in json.loads((killed / "manifest.json").read_text())["starts"]
@@ -121,42 +138,16 @@ def test_a_killed_run_ends_with_the_same_losses(folder, whole, tmp_path):
     assert len(starts) == 2 and starts[0] == 0 and starts[1] >= PERIOD and starts[1] % PERIOD == 0
 
 
-@pytest.mark.parametrize(
-    ("cached", "message"),
-    [
-        # test_writer.py has the same message, where both are installed.
-        pytest.param(
-            "True",
-            (
-                "Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there"
-                " --output_cache_dir={folder}`"
-            ),
-            marks=pytest.mark.slow,
-        ),
-        ("False", "is read through SeqIO, which is not installed ("),
-    ],
-)
-def test_what_is_missing_is_told(folder, tmp_path, cached, message):
-    flags = [
-        flag.replace("without_tensorflow", "not_there").replace("TASKS=True", f"TASKS={cached}")
-        for flag in SMALL
-    ]
-    command = [
-        sys.executable,
-        str(RUN),
-        "0",
-        *flags,
-        f"--gin.MODEL_DIR='{tmp_path}/run'",
-        f"--seqio_additional_cache_dirs={folder}",
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(RUN.parents[3]), os.environ.get("PYTHONPATH", "")])
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 2 and message.format(folder=folder) in done.stderr, done.stderr
-    assert not (tmp_path / "run").exists()
+def test_what_is_missing_is_told(runs, folder):
+    place, output = runs
+    assert "exit codes: [2, 2, 0, 0]" in output
+    for message in (
+        f"Prepare it with `python -m upcycle_jax.cache_tasks --tasks=not_there"
+        f" --output_cache_dir={folder}`",
+        "is read through SeqIO, which is not installed (",
+    ):
+        assert output.count(message) == 1, output
+    assert not (place / "refused").exists()
 
 
 @pytest.mark.slow
