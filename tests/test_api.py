@@ -11,6 +11,8 @@ import pytest
 
 import upcycle_jax as uj
 
+SHALLOW = "T5Config.num_encoder_layers = 1\nT5Config.num_decoder_layers = 1\n"
+SPARSE = "ENCODER_SPARSE_LAYOUT = (0,)\nDECODER_SPARSE_LAYOUT = (0,)\n"
 EXAMPLE = pathlib.Path(__file__).parents[1] / "docs" / "python.md"
 
 
@@ -19,6 +21,12 @@ def test_the_documented_example_runs(tmp_path, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(encoding="utf-8"), re.DOTALL)
     assert "tempfile.mkdtemp()" in code
     code = code.replace("tempfile.mkdtemp()", repr(str(tmp_path)))
+    # The models are these, but for their depth.
+    for kind, more in (("tiny", ""), ("tiny_upcycled", SPARSE)):
+        file = tmp_path / f"{kind}.gin"
+        file.write_text(f"include 'models/t5_1_1_{kind}.gin'\n{SHALLOW}{more}")
+        assert f'"models/t5_1_1_{kind}.gin"' in code
+        code = code.replace(f'"models/t5_1_1_{kind}.gin"', repr(str(file)))
     names: dict = {}
     exec(compile(code, str(EXAMPLE), "exec"), names)
     printed = capsys.readouterr().out

@@ -74,11 +74,13 @@ SMALL = [
     "ACTIVATION_DTYPE='float32'",
     "T5Config.emb_dim=16",
     "T5Config.num_heads=2",
-    "T5Config.num_encoder_layers=2",
-    "T5Config.num_decoder_layers=2",
+    "T5Config.num_encoder_layers=1",
+    "T5Config.num_decoder_layers=1",
     "T5Config.head_dim=8",
     "T5Config.mlp_dim=32",
 ]
+# Which layers of a whole model are sparse, tests below say; here the only layer of each stack is.
+SPARSE = ["NUM_EXPERTS=2", "ENCODER_SPARSE_LAYOUT=(0,)", "DECODER_SPARSE_LAYOUT=(0,)"]
 LENGTHS = {"inputs": 16, "targets": 8}
 ROWS = 8
 
@@ -88,8 +90,8 @@ def small(name: str) -> list[str]:
     if name in FLAXFORMERS:
         # What its sizes differ in beside their shape: with these every size is one small model.
         one_layer = ["NUM_ENCODER_SPARSE_LAYERS=1", "NUM_DECODER_SPARSE_LAYERS=1"]
-        return [*SMALL, "NUM_EXPERTS=2", "GROUP_SIZE=64", *one_layer]
-    return [*SMALL, "NUM_EXPERTS=2"] if "upcycled" in name or "moe_" in name else SMALL
+        return [*SMALL, *SPARSE, "GROUP_SIZE=64", *one_layer]
+    return [*SMALL, *SPARSE] if "upcycled" in name or "moe_" in name else SMALL
 
 
 def batch_of(model, rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
@@ -114,7 +116,7 @@ def one_step(config, smoothing: float, z_loss: float, normalizing) -> float:
         path: (random.normal(size=spec.shape) * path.startswith("target/")).astype(spec.dtype)
         for path, spec in state_specs(model, trainer.optimizer).items()
     }
-    with Partitioner(devices=(jax.devices()[0],)).activate():
+    with one_device().activate():
         step = jax.jit(make_train_step(model, trainer, seed=0))
         after, output = step(from_state_dict(state), batch_of(model))
     assert int(after.step) == 1
@@ -149,7 +151,10 @@ def test_files_open_with_what_they_need(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_build_and_step(name):
-    model = load([name], small(name)).macro("MODEL")
+    """Without dropout, as in the paper's pre-training: one step is of both. With it they are traced
+    below, as the paper's fine-tuning.
+    """
+    model = load([name], [*small(name), "DROPOUT_RATE=0.0"]).macro("MODEL")
     assert (model.config.moe is not None) == ("upcycled" in name or name in FLAXFORMERS)
     if name in FLAXFORMERS and "st_moe_base" not in name:
         # Their parts are those of stepped models: a trace is enough.
@@ -259,6 +264,10 @@ def data_for(model) -> RandomData:
     return RandomData(functools.partial(batch_of, model, ROWS), ROWS, LENGTHS)
 
 
+def one_device() -> Partitioner:
+    return Partitioner(devices=(jax.devices()[0],))
+
+
 def run_once(
     name: str,
     model_name: str,
@@ -267,7 +276,7 @@ def run_once(
     *bindings: str,
     evaluates: bool = True,
 ):
-    """Builds a run file with everything in it, then runs it on random tokens."""
+    """Builds a run file with everything in it, then runs it on random tokens and one device."""
     required = [
         f"MODEL_DIR='{model_dir}'",
         f"TRAIN_STEPS={steps}",
@@ -279,7 +288,9 @@ def run_once(
     assert "train.model = %MODEL" in loaded.operative_text()
     data = data_for(call.keywords["model"])
     evaluated = data if evaluates else None
-    return call(train_dataset_cfg=data, train_eval_dataset_cfg=evaluated).run()
+    return call(
+        train_dataset_cfg=data, train_eval_dataset_cfg=evaluated, partitioner=one_device()
+    ).run()
 
 
 @pytest.mark.parametrize("name", ["models/t5_1_1_base.gin", "models/t5_1_1_base_upcycled.gin"])
@@ -332,7 +343,15 @@ def test_runs_build_and_step(model, recipe, start, dense_checkpoint, tmp_path):
     sparse.
     """
     bindings = [f"INITIAL_CHECKPOINT_PATH='{dense_checkpoint}'", f"RECIPE={recipe}"]
-    result = run_once("runs/continue_pretrain.gin", model, tmp_path / "run", 2, *bindings)
+    evaluates = start == "upcycle"
+    result = run_once(
+        "runs/continue_pretrain.gin",
+        model,
+        tmp_path / "run",
+        2,
+        *bindings,
+        evaluates=evaluates,
+    )
     assert (result.step, result.start) == (2, start)
     assert (tmp_path / "run" / "checkpoint_2").is_dir()
 
@@ -343,7 +362,7 @@ def test_offline_conversion_runs(dense_checkpoint, tmp_path):
     # The command's own tests look at what the sparse model computes.
     loaded = load([name, "runs/upcycle.gin"], [*small(name), *paths, "FUNCTION_CHECK='off'"])
     lines = []
-    loaded.build("upcycle")().run(report=lines.append)
+    loaded.build("upcycle", model=loaded.macro("MODEL"))().run(report=lines.append)
     assert output.is_dir() and any("mlp/expert" in line for line in lines)
 
 
@@ -384,7 +403,7 @@ def test_paper_files_build_and_step(name):
     deeper one is stepped from a checkpoint below.
     """
     call, unused = paper_run(
-        name, *small(name), *(["T5Config.num_decoder_layers=4"] if "depth" in name else [])
+        name, *small(name), *(["T5Config.num_decoder_layers=2"] if "depth" in name else [])
     )
     assert unused == []
     model = call["model"]
@@ -466,7 +485,7 @@ def test_fine_tuning_is_the_papers(name, rate, expert_dropout):
 
 
 def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path):
-    """The base file at small size: three layers per stack made of two, then a step."""
+    """The base file at small size: two layers of the encoder made of one, then a step."""
     name = f"{PAPER}/base_depth_tiled.gin"
     required = [
         f"MODEL_DIR='{tmp_path}/run'",
@@ -474,10 +493,11 @@ def test_depth_tiling_starts_from_a_dense_checkpoint(dense_checkpoint, tmp_path)
         "TRAIN_STEPS=2",
         f"BATCH_SIZE={ROWS}",
     ]
-    deeper = ["T5Config.num_encoder_layers=3", "T5Config.num_decoder_layers=3"]
-    call = load([name], [*SMALL, *required, *deeper]).build("train")
+    call = load([name], [*SMALL, *required, "T5Config.num_encoder_layers=2"]).build("train")
     data = data_for(call.keywords["model"])
-    result = call(train_dataset_cfg=data, train_eval_dataset_cfg=None).run()
+    result = call(
+        train_dataset_cfg=data, train_eval_dataset_cfg=None, partitioner=one_device()
+    ).run()
     assert (result.step, result.start) == (2, "upcycle")
 
 

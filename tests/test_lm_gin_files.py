@@ -50,7 +50,7 @@ SMALL = [
     "DecoderConfig.emb_dim=16",
     "DecoderConfig.num_heads=4",
     "DecoderConfig.num_kv_heads=2",
-    "DecoderConfig.num_layers=2",
+    "DecoderConfig.num_layers=1",
     "DecoderConfig.head_dim=8",
     "DecoderConfig.mlp_dim=32",
     "DecoderConfig.norm_epsilon=1e-5",
@@ -65,7 +65,7 @@ def small(name: str) -> list[str]:
     text = (FOLDER / name).read_text(encoding="utf-8")
     bindings = list(SMALL)
     if "layer_types" in text or "mistral" in name:
-        bindings += ["DecoderConfig.layer_types=('sliding', 'sliding')"]
+        bindings += ["DecoderConfig.layer_types=('sliding',)"]
         bindings += ["DecoderConfig.sliding_window=4"]
     return [*bindings, "NUM_EXPERTS=4"] if "upcycled" in name else bindings
 

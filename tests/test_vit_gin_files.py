@@ -38,10 +38,10 @@ def loss_after_a_step(model) -> tuple[float, float]:
             return model.loss_fn(params, batch, None, denominator=denominator)[0]
 
         before, gradient = jax.value_and_grad(loss)(params)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-        return before, loss(params)
+        return before, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
 
-    before, after = step(jax.jit(model.init_params)(jax.random.key(0)))
+    before, params = step(jax.jit(model.init_params)(jax.random.key(0)))
+    after, _ = step(params)
     return float(before), float(after)
 
 
