@@ -2,6 +2,8 @@
 2212.05055).
 """
 
+import contextlib
+import io
 import re
 
 import numpy as np
@@ -31,13 +33,26 @@ def test_counts_equal_table_1(size):
     assert info.total_parameters(model.param_specs()) == TABLE_1[size]
 
 
-def test_the_command_prints_every_parameter_and_the_total(capsys):
-    assert model_info.main(["--gin_file=gin_configs/models/t5_1_1_base_upcycled.gin"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    total = lines.index("Total number of parameters: 2003188992")
+@pytest.fixture(scope="module")
+def printed():
+    """What the command prints of two layers of each stack of the upcycled base model."""
+    layers = [f"--gin.T5Config.num_{stack}_layers=2" for stack in ("encoder", "decoder")]
+    words = ["--gin_file=gin_configs/models/t5_1_1_base_upcycled.gin", *layers]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert model_info.main([*words, "--gin.REMAT_POLICY='full'"]) == 0
+    return out.getvalue()
+
+
+def test_the_command_prints_every_parameter_and_the_total(printed):
+    lines = printed.splitlines()
+    layers = [f"T5Config.num_{stack}_layers=2" for stack in ("encoder", "decoder")]
+    model = load(["models/t5_1_1_base_upcycled.gin"], layers).macro("MODEL")
+    count = info.total_parameters(model.param_specs())
+    total = lines.index(f"Total number of parameters: {count}")
     parsed = [LINE.fullmatch(line) for line in lines[:total]]
     assert all(parsed)
-    assert sum(int(match[2]) for match in parsed) == TABLE_1["base_upcycled"]
+    assert {match[1] for match in parsed} == set(model.param_specs())
+    assert sum(int(match[2]) for match in parsed) == count
     by_name = {match[1]: match[0] for match in parsed}
     wi = by_name["encoder/layers_1/mlp/expert/wi_0/kernel"]
     assert f"size {32 * 768 * 2048} " in wi
@@ -50,11 +65,8 @@ def test_the_command_prints_every_parameter_and_the_total(capsys):
     )
 
 
-def test_the_command_prints_what_the_model_costs(capsys):
-    layers = [f"--gin.T5Config.num_{stack}_layers=2" for stack in ("encoder", "decoder")]
-    words = ["--gin_file=models/t5_1_1_base_upcycled.gin", "--gin.REMAT_POLICY='full'"]
-    assert model_info.main([*words, *layers]) == 0
-    costs = capsys.readouterr().out.partition("Total number of parameters: ")[2]
+def test_the_command_prints_what_the_model_costs(printed):
+    costs = printed.partition("Total number of parameters: ")[2]
     total = int(costs.splitlines()[0])
     # 2 of 4 layers are sparse and a token meets 2 of 32 experts: 30 experts of 3 * 768 * 2048 are
     # inactive in each.
