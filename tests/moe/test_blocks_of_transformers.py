@@ -93,8 +93,10 @@ def ours(leaves):
     return out
 
 
-SLOW = {"mixtral is renormalised", "qwen3", "olmoe"}
-"""Blocks that are others by another name: left to the longer run."""
+SLOW = {"mixtral is renormalised", "qwen2, renormalised", "qwen3", "olmoe", "flex_olmo"}
+"""Blocks that are others by another name, or with the weights of another: left to the longer
+run.
+"""
 
 
 @pytest.mark.parametrize(

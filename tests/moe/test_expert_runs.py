@@ -13,8 +13,10 @@ from upcycle_jax.moe.grouped_matmul import sort_rows
 
 D, F, E = 6, 10, 3
 STEP = 8
-LARGEST = expert_runs.STEPS * STEP
-"""128 rows."""
+STEPS = 4
+"""Of the largest part in most tests. A loop is compiled for each size of a part, so that 16 of them
+take four times as long and show no more.
+"""
 
 
 def test_steps_by_hand():
@@ -56,7 +58,7 @@ def every_expert(tokens, weight, kernels, scale, biases, *, expert, activations)
     return jnp.einsum("ned,ne->nd", outputs, gate)
 
 
-def problem(load, activations, *, whole, dtype=jnp.float32):
+def problem(load, activations, *, whole, num_tokens, dtype=jnp.float32):
     """Tokens of which `load[e]` choose expert e, and what `apply` takes; biases and a scale of
     hidden units if `whole`.
     """
@@ -64,7 +66,7 @@ def problem(load, activations, *, whole, dtype=jnp.float32):
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     chosen = [e for e, number in enumerate(load) for _ in range(number)]
     # The second choice of a token is the next expert, or none at all.
-    first = rng.permutation(np.asarray(chosen + [E] * (8 - len(chosen) % 8)))
+    first = rng.permutation(np.asarray(chosen + [E] * (num_tokens - len(chosen))))
     second = np.where(rng.random(first.size) < 0.5, (first + 1) % E, E)
     second = np.where(first == E, E, second)
     expert = jnp.asarray(np.stack([first, second], axis=1), jnp.int32)
@@ -76,31 +78,53 @@ def problem(load, activations, *, whole, dtype=jnp.float32):
     return expert, (draw(first.size, D), weight, kernels, scale, biases)
 
 
-LOADS = {
-    "a head each": [8, 1, 40],
-    "an expert without tokens": [0, 0, 20],
-    "one block": [LARGEST, 0, 0],
-    "blocks and heads": [2 * LARGEST, LARGEST + 1, 3 * LARGEST - 5],
-    "nobody": [0, 0, 0],
-}
+def loads(steps):
+    """By name: tokens in all, of which many choose nothing, and the load of each expert. Few tokens
+    have heads alone.
+    """
+    few, largest = (steps - 1) * STEP, steps * STEP
+    many = 6 * largest + 8
+    return {
+        "a head each": (few, [8, 1, few - 9]),
+        "an expert without tokens": (few, [0, 0, few - 5]),
+        "nobody": (few, [0, 0, 0]),
+        "one block": (many, [largest, 0, 0]),
+        "blocks and heads": (many, [2 * largest, largest + 1, 3 * largest - 5]),
+    }
 
 
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("activations", "whole"), [(("silu", "linear"), True), (("relu",), False)])
-def test_values_and_gradients(load, activations, whole):
-    expert, args = problem(LOADS[load], activations, whole=whole)
-    target = jax.random.normal(jax.random.key(0), args[0].shape)
+@functools.cache
+def values_and_gradients(form, activations, steps):
+    """Compiled: of loads of as many tokens it is one program."""
 
-    def loss(form, *args):
+    def loss(tokens, weight, kernels, scale, biases, expert, target):
+        args = tokens, weight, kernels, scale, biases
         out = form(*args, expert=expert, activations=activations)
         return jnp.sum(out * target), out
 
+    # The scale is what dropout draws: it has no gradient.
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4), has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ("activations", "whole", "steps", "load"),
+    [
+        *((("silu", "linear"), True, STEPS, load) for load in loads(STEPS)),
+        *((("relu",), False, STEPS, load) for load in loads(STEPS)),
+        (("relu",), False, expert_runs.STEPS, "blocks and heads"),
+    ],
+)
+def test_values_and_gradients(activations, whole, steps, load, monkeypatch):
+    monkeypatch.setattr(expert_runs, "STEPS", steps)
+    num_tokens, of_experts = loads(steps)[load]
+    expert, args = problem(of_experts, activations, whole=whole, num_tokens=num_tokens)
+    target = np.random.default_rng(1).normal(size=args[0].shape).astype(np.float32)
+
     def of(form):
-        # The scale is what dropout draws: it has no gradient.
-        run = jax.value_and_grad(functools.partial(loss, form), (0, 1, 2, 4), has_aux=True)
-        ((_, out), gradients) = jax.jit(run)(*args)
+        run = values_and_gradients(form, activations, steps)
+        ((_, out), gradients) = run(*args, expert, target)
         # The gradient of the weight of a choice that is not made is nobody's business.
-        return out, (gradients[0], jnp.where(expert < E, gradients[1], 0), *gradients[2:])
+        return out, (gradients[0], np.where(expert < E, gradients[1], 0), *gradients[2:])
 
     got, want = of(apply), of(every_expert)
     jax.tree.map(
@@ -117,11 +141,15 @@ def test_bfloat16_accumulates_in_float32():
     run = functools.partial(expert_runs.apply, rows=rows, step=STEP, activations=("linear",))
     kernels = {"wi": jnp.ones((1, 4096, 1), jnp.bfloat16), "wo": jnp.ones((1, 1, 4096), "bfloat16")}
     token, weight = jnp.full((1, 4096), 2.0**-4, jnp.bfloat16), jnp.ones((1, 1))
-    out = run(token, weight, kernels)
+
+    def summed(*args):
+        out = run(*args)
+        return jnp.sum(out), out
+
+    (_, out), (of_token, of_weight, of_kernels) = jax.jit(
+        jax.value_and_grad(summed, (0, 1, 2), has_aux=True)
+    )(token, weight, kernels)
     assert out.dtype == jnp.float32 and (out == 256).all()
-    of_token, of_weight, of_kernels = jax.grad(lambda *args: jnp.sum(run(*args)), (0, 1, 2))(
-        token, weight, kernels
-    )
     # 4096 outputs of 256 each; every one has the token's features as its gradient, times one.
     assert of_weight.dtype == jnp.float32 and float(of_weight[0, 0]) == 4096 * 256
     assert of_token.dtype == jnp.bfloat16 and (of_token == 4096).all()
@@ -131,7 +159,7 @@ def test_bfloat16_accumulates_in_float32():
 @pytest.fixture(scope="module")
 def compiled():
     """A forward and a backward pass as XLA compiles them."""
-    expert, args = problem([40, 20, 8], ("silu", "linear"), whole=False)
+    expert, args = problem([16, 8, 5], ("silu", "linear"), whole=False, num_tokens=32)
 
     def loss(tokens, weight, kernels):
         out = apply(

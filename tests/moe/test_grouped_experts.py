@@ -22,6 +22,8 @@ def loop_over_tokens(tokens, expert, weight, kernels, activations):
     gelu = lambda v: 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
     functions = {"gelu": gelu, "linear": lambda v: v, "relu": lambda v: np.maximum(v, 0)}
     names = ["wi"] if len(activations) == 1 else [f"wi_{i}" for i in range(len(activations))]
+    # Of arrays of JAX every slice would be a program.
+    kernels = jax.tree.map(np.asarray, kernels)
     out = np.zeros(tokens.shape)
     for n, token in enumerate(np.asarray(tokens, np.float64)):
         for e, w in zip(np.asarray(expert[n]), np.asarray(weight[n]), strict=True):
@@ -64,6 +66,15 @@ SMALL = {"one product": batched_blocks.SMALL, "loop": 0}
 parts of runs."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_sizes_of_parts():
+    """A loop is compiled for each size of a part of a run: four of them, not 16, which
+    test_expert_runs.py has.
+    """
+    with mock.patch.object(expert_runs, "STEPS", 4):
+        yield
+
+
 @functools.cache
 def in_sorted_form(blocks):
     return jax.jit(
@@ -89,16 +100,12 @@ def test_sorted_equals_a_loop_over_tokens(blocks, seed, sizes, skew, skip):
     )
 
 
-@pytest.mark.parametrize("activations", [("relu",), ("gelu", "linear")])
-@pytest.mark.parametrize(
-    ("dispatch", "blocks"), [*(("sorted", blocks) for blocks in SMALL), ("ragged_dot", "loop")]
-)
-def test_gradients_equal_those_of_a_product_with_every_expert(
-    dispatch, blocks, activations, monkeypatch
-):
-    monkeypatch.setattr(batched_blocks, "SMALL", SMALL[blocks])
-    # All 300 tokens want expert 2: a block of 256 rows and what is left in smaller ones; expert 0
-    # gets nobody.
+@functools.cache
+def of_a_product_with_every_expert(activations):
+    """A problem, and the sum of its outputs times a target with its gradients.
+
+    All 300 tokens want expert 2: blocks and what is left in smaller ones; expert 0 gets nobody.
+    """
     tokens, expert, weight, kernels = problem(
         0, 300, 3, 2, skew=9.0, skip=0.1, activations=activations
     )
@@ -120,6 +127,20 @@ def test_gradients_equal_those_of_a_product_with_every_expert(
         gate = jnp.einsum("nke,nk->ne", jax.nn.one_hot(expert, 3), weight)
         return jnp.sum(jnp.einsum("ned,ne->nd", outputs, gate) * target)
 
+    want = jax.jit(jax.value_and_grad(every_expert, argnums=(0, 1, 2)))(tokens, weight, kernels)
+    return (tokens, expert, weight, kernels), target, want
+
+
+@pytest.mark.parametrize("activations", [("relu",), ("gelu", "linear")])
+@pytest.mark.parametrize(
+    ("dispatch", "blocks"), [*(("sorted", blocks) for blocks in SMALL), ("ragged_dot", "loop")]
+)
+def test_gradients_equal_those_of_a_product_with_every_expert(
+    dispatch, blocks, activations, monkeypatch
+):
+    monkeypatch.setattr(batched_blocks, "SMALL", SMALL[blocks])
+    (tokens, expert, weight, kernels), target, want = of_a_product_with_every_expert(activations)
+
     def ours(tokens, weight, kernels):
         return jnp.sum(
             grouped_experts.apply(
@@ -128,10 +149,7 @@ def test_gradients_equal_those_of_a_product_with_every_expert(
             * target
         )
 
-    want, got = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(tokens, weight, kernels)
-        for f in (every_expert, ours)
-    )
+    got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(tokens, weight, kernels)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     # The gradient of the weight of a choice that is not made is nobody's business.
     made = np.asarray(expert) < 3
@@ -169,11 +187,12 @@ def test_ragged_dot_is_refused_where_it_is_masked(caplog):
     )
 
 
+# Of as many tokens, two choices each, are one program.
 LOADS = {
-    "random": {"num_tokens": 61, "num_experts": 8, "k": 2, "skew": 1.0, "skip": 0.1},
-    "all want the last expert": {"num_tokens": 256, "num_experts": 8, "k": 1, "skew": 99.0},
-    "no choices": {"num_tokens": 64, "num_experts": 8, "k": 2, "skip": 1.0},
-    "more choices than devices": {"num_tokens": 83, "num_experts": 8, "k": 6, "skip": 0.2},
+    "random": {"num_tokens": 157, "num_experts": 8, "k": 2, "skew": 1.0, "skip": 0.1},
+    "all want the last experts": {"num_tokens": 157, "num_experts": 8, "k": 2, "skew": 99.0},
+    "no choices": {"num_tokens": 157, "num_experts": 8, "k": 2, "skip": 1.0},
+    "more choices than devices": {"num_tokens": 80, "num_experts": 8, "k": 6, "skip": 0.2},
 }
 MESHES = [(1, 1), (8, 1), (2, 1), (4, 1), (2, 2), (1, 8)]
 """Expert and model partitions of eight devices: 8x1, 1x8, 4x2, 2x4 (data x expert), 2x2x2, and
@@ -220,7 +239,12 @@ def loss_and_gradients(tokens, expert, weight, kernels, scale):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(tokens, weight, kernels)
 
 
-@pytest.mark.parametrize("load", ["random", "all want the last expert"])
+@functools.cache
+def in_form(faster):
+    return jax.jit(lambda *args: loss_and_gradients(*args))
+
+
+@pytest.mark.parametrize("load", ["random", "all want the last experts"])
 def test_all_forms_are_one_function(load, monkeypatch):
     # What CPUs do with large experts, and the blocks of other platforms.
     monkeypatch.setattr(batched_blocks, "SMALL", 0)
@@ -230,7 +254,7 @@ def test_all_forms_are_one_function(load, monkeypatch):
             lambda g, w: np.testing.assert_allclose(
                 g, w, rtol=1e-5, atol=1e-5 * max(np.abs(w).max(), 1)
             ),
-            jax.jit(lambda *args: loss_and_gradients(*args))(*wide_problem(load)),
+            in_form(faster)(*wide_problem(load)),
             on_one_device(load),
         )
 

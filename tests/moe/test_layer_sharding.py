@@ -187,10 +187,13 @@ UNEVEN = {
 }
 
 
-# Several groups, and experts that choose, are in other cases, too.
+# Several groups, fewer than there are devices, and experts that choose, are in other cases, too.
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=[pytest.mark.slow] if c == "4 groups" else []) for c in UNEVEN],
+    [
+        pytest.param(c, marks=[pytest.mark.slow] if c in ("4 groups", "1 group") else [])
+        for c in UNEVEN
+    ],
 )
 def test_groups_that_do_not_divide_over_devices_change_nothing(case):
     router, batch, settings = UNEVEN[case]
