@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,7 +56,7 @@ def test_layer_outputs_name_the_layers_in_order(tiny, make_batch, make_params, c
 
 @pytest.mark.parametrize("router", [ExpertsChoose(), TokensChoose()], ids=["experts", "tokens"])
 @pytest.mark.parametrize("capacity_factor", [0.5, 4.0])
-def test_without_renormalisation_a_layer_scales_by_the_summed_weights(router, capacity_factor, key):
+def test_without_renormalisation_a_layer_scales_by_the_summed_weights(router, capacity_factor):
     config = MoeSettings(
         num_experts=4,
         train_expert_capacity_factor=1.0,
@@ -66,21 +65,24 @@ def test_without_renormalisation_a_layer_scales_by_the_summed_weights(router, ca
         group_size=16,
     )
     layer = MoeLayer(config=config, router=router, hidden=32)
-    x = jax.random.normal(key, (4, 8, 16))
-    params = nn.meta.unbox(jax.jit(layer.init)(key, x))["params"]
-    params["router"]["router_weights"]["w"]["kernel"] *= 50
-    dense = {
-        name: {"kernel": params["expert"][name]["kernel"][0]} for name in ("wi_0", "wi_1", "wo")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(0, shape[0] ** -0.5, shape).astype(np.float32)
+    x, kernel = 4 * draw(4 * 8, 16).reshape(4, 8, 16), draw(16, 4)
+    dense = {"wi_0": draw(16, 32), "wi_1": draw(16, 32), "wo": draw(32, 16)}
+    dense = {name: {"kernel": leaf} for name, leaf in dense.items()}
+    params = {
+        "router": {"router_weights": {"w": {"kernel": kernel}}},
+        "expert": jax.tree.map(lambda leaf: np.stack([leaf] * 4), dense),
     }
-    params["expert"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (4, *leaf.shape)), dense)
+    shapes = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), x))["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
 
     # The summed weights, from the words: two groups of two rows, 16 tokens each.
-    p = jax.nn.softmax(
-        x.reshape(2, 16, 16) @ params["router"]["router_weights"]["w"]["kernel"], axis=-1
-    )
+    p = np.exp(x.reshape(2, 16, 16) @ kernel)
+    p /= p.sum(axis=-1, keepdims=True)
     capacity = max(round(capacity_factor * 16 / 4), 1)
     summed = np.zeros((2, 16), np.float32)
-    for group, probabilities in enumerate(np.asarray(p)):
+    for group, probabilities in enumerate(p):
         for expert in range(4):
             if router == ExpertsChoose():
                 took = np.argsort(-probabilities[:, expert], kind="stable")[:capacity]
@@ -91,6 +93,6 @@ def test_without_renormalisation_a_layer_scales_by_the_summed_weights(router, ca
                 ][:capacity]
             summed[group, took] += probabilities[took, expert]
 
-    want = MlpBlock(hidden=32).apply({"params": dense}, x) * summed.reshape(4, 8, 1)
+    want = jax.jit(MlpBlock(hidden=32).apply)({"params": dense}, x) * summed.reshape(4, 8, 1)
     got = jax.jit(lambda params, x: layer.apply({"params": params}, x))(params, x)
     np.testing.assert_allclose(got, want, atol=1e-5)

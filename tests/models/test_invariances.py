@@ -2,6 +2,8 @@
 experts.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,18 +37,13 @@ def test_padding_changes_neither_logits_nor_losses(single, make_batch, make_para
     params = make_params(model)
     batch = make_batch(inputs=10, targets=7, lengths=[7, 2, 6, 1])
     padded = pad_to(batch, 16, 12)
-    logits = jax.jit(model.logits)
+    both = jax.jit(lambda p, b: (model.logits(p, b), model.eval_fn(p, b)))
+    (logits, plain), (padded_logits, longer) = both(params, batch), both(params, padded)
     real = np.asarray(batch["decoder_target_tokens"]) > 0
     np.testing.assert_allclose(
-        np.asarray(logits(params, padded)[:, :7])[real],
-        np.asarray(logits(params, batch))[real],
-        atol=1e-5,
+        np.asarray(padded_logits)[:, :7][real], np.asarray(logits)[real], atol=1e-5
     )
-    evaluate = jax.jit(model.eval_fn)
-    plain, longer = (
-        metrics.compute(evaluate(params, batch)),
-        metrics.compute(evaluate(params, padded)),
-    )
+    plain, longer = metrics.compute(plain), metrics.compute(longer)
     for name in plain:
         # The number of slots grows with the padded length, so their usage falls.
         if name != "experts/expert_usage":
@@ -76,11 +73,22 @@ def test_padding_takes_capacity_unless_ignored(ignore, single, make_batch, make_
         assert values["experts/encoder/layers_0/dropped"] > 0
 
 
-def test_packed_equals_unpacked(single, make_batch, make_params):
-    # Two examples per row against one per row, with experts that have room for all.
-    moe = {"num_experts": 4, "encoder_router": TokensChoose(), "eval_expert_capacity_factor": 4.0}
-    model = EncoderDecoderModel(single(**moe))
-    params = make_params(model)
+ROOMY = {"num_experts": 4, "encoder_router": TokensChoose(), "eval_expert_capacity_factor": 4.0}
+"""Experts have room for all tokens."""
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny, make_params):
+    """A model, its parameters, and its logits as a program, which several tests share."""
+    layouts = {"encoder_sparse_layout": (0,), "decoder_sparse_layout": (0,)}
+    config = tiny(model={"num_encoder_layers": 1, "num_decoder_layers": 1}, **ROOMY, **layouts)
+    model = EncoderDecoderModel(config)
+    return config, make_params(model), jax.jit(model.logits)
+
+
+def test_packed_equals_unpacked(roomy, make_batch):
+    # Two examples per row against one per row.
+    _, params, logits = roomy
     batch = make_batch(batch_size=4, inputs=6, targets=5, lengths=[5, 3, 4, 2])
     lengths = {"encoder": 6, "decoder": 5}
 
@@ -93,15 +101,14 @@ def test_packed_equals_unpacked(single, make_batch, make_params):
         packed[f"{stack}_segment_ids"] = jnp.where(tokens > 0, segments, 0)
         packed[f"{stack}_positions"] = jnp.tile(jnp.arange(length), (2, 2))
     real = np.asarray(batch["decoder_target_tokens"]) > 0
-    want = np.asarray(jax.jit(model.logits)(params, batch))[real]
-    got = np.asarray(jax.jit(model.logits)(params, packed)).reshape(4, 5, -1)[real]
+    want = np.asarray(logits(params, batch))[real]
+    got = np.asarray(logits(params, packed)).reshape(4, 5, -1)[real]
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_no_later_token_is_seen(single, make_batch, make_params):
-    model = EncoderDecoderModel(single(num_experts=4, eval_expert_capacity_factor=4.0))
-    params, batch = make_params(model), make_batch()
-    logits = jax.jit(model.logits)
+def test_no_later_token_is_seen(roomy, make_batch):
+    _, params, logits = roomy
+    batch = make_batch()
     before = logits(params, batch)
     # Another token from position 5 on, as input of position 5.
     changed = dict(batch, decoder_input_tokens=batch["decoder_input_tokens"].at[:, 5:].set(1))
@@ -130,14 +137,13 @@ def test_experts_may_be_renumbered(single, make_batch, make_params):
     )
 
 
-def test_regrouping_changes_nothing_when_nothing_is_dropped(single, make_batch, make_params):
-    moe = {"num_experts": 4, "encoder_router": TokensChoose(), "eval_expert_capacity_factor": 4.0}
-    model = EncoderDecoderModel(single(**moe))
-    params, batch = make_params(model), make_batch()
-    want = jax.jit(model.logits)(params, batch)
-    for group_size in (8, 16):
-        other = EncoderDecoderModel(single(**moe, group_size=group_size))
-        np.testing.assert_allclose(jax.jit(other.logits)(params, batch), want, atol=1e-5)
+def test_regrouping_changes_nothing_when_nothing_is_dropped(roomy, single, make_batch):
+    _, params, logits = roomy
+    batch = make_batch()
+    other = EncoderDecoderModel(single(**ROOMY, group_size=8))
+    np.testing.assert_allclose(
+        jax.jit(other.logits)(params, batch), logits(params, batch), atol=1e-5
+    )
 
 
 def test_tokens_that_do_not_divide_into_groups(single, make_batch, make_params):
@@ -147,15 +153,11 @@ def test_tokens_that_do_not_divide_into_groups(single, make_batch, make_params):
         jax.eval_shape(model.logits, make_params(model), make_batch())
 
 
-def test_bfloat16_activations_keep_float32_logits_and_parameters(single, make_batch, make_params):
-    config = single(model={"dtype": "bfloat16"}, num_experts=4, eval_expert_capacity_factor=4.0)
-    model, reference = (
-        EncoderDecoderModel(config),
-        EncoderDecoderModel(single(num_experts=4, eval_expert_capacity_factor=4.0)),
-    )
-    params, batch = make_params(model), make_batch()
+def test_bfloat16_activations_keep_float32_logits_and_parameters(roomy, make_batch):
+    config, params, logits = roomy
+    model, batch = EncoderDecoderModel(dataclasses.replace(config, dtype="bfloat16")), make_batch()
     assert {leaf.dtype.name for leaf in model.param_specs().values()} == {"float32"}
-    got, want = jax.jit(model.logits)(params, batch), jax.jit(reference.logits)(params, batch)
+    got, want = jax.jit(model.logits)(params, batch), logits(params, batch)
     assert got.dtype == jnp.float32
     assert {a.dtype.name for a in jax.eval_shape(model.layer_outputs, params, batch).values()} == {
         "bfloat16"

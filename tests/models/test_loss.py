@@ -95,10 +95,10 @@ def value_metrics_and_gradient(model, params, batch, num_microbatches):
     return total, metrics.compute(collected), trees.flatten(gradient)
 
 
-# Without a factor the denominator is 1, however the batch is divided.
-@pytest.mark.parametrize(
-    "factor", ["NUM_REAL_TARGET_TOKENS", pytest.param(None, marks=pytest.mark.slow)]
-)
+# In every run test_step_forms.py compares the values, metrics and gradients of train steps with and
+# without microbatches. Without a factor the denominator is 1, however the batch is divided.
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", ["NUM_REAL_TARGET_TOKENS", None])
 def test_microbatches_change_nothing(factor, single, make_batch, make_params):
     model = EncoderDecoderModel(single(**MOE), loss_normalizing_factor=factor)
     params = make_params(model)
@@ -134,9 +134,15 @@ def test_loss_is_the_sum_of_its_parts(single, make_batch, make_params):
         model.config, moe=dataclasses.replace(model.config.moe, group_size=16)
     )
     model = EncoderDecoderModel(config, loss_normalizing_factor="NUM_REAL_TARGET_TOKENS")
-    loss, found = jax.jit(
-        lambda p, b: model.loss_fn(p, b, None, denominator=model.loss_denominator(b))
-    )(params, batch)
+
+    @jax.jit
+    def both(params, batch):
+        denominator = model.loss_denominator(batch)
+        return model.loss_fn(params, batch, None, denominator=denominator), model.eval_fn(
+            params, batch
+        )
+
+    (loss, found), evaluated = both(params, batch)
     values = metrics.compute(found)
     parts = ("cross_ent_loss", "z_loss", "experts/auxiliary_loss", "experts/router_z_loss")
     assert all(values[name] > 0 for name in parts)
@@ -146,7 +152,7 @@ def test_loss_is_the_sum_of_its_parts(single, make_batch, make_params):
     assert 0 < values["experts/encoder/layers_0/entropy"] < np.log(4)
     # Evaluation of the same model: dropout is 0 and capacity the same here, and its loss is per
     # token, so all agree.
-    evaluated = metrics.compute(jax.jit(model.eval_fn)(params, batch))
+    evaluated = metrics.compute(evaluated)
     # What needs a whole batch is added by the train step (`dead`), and what stops a run is looked
     # at in training alone.
     layers = ("encoder/layers_0", "decoder/layers_0")
@@ -162,10 +168,16 @@ def test_auxiliary_losses_are_averaged_over_all_moe_layers(single, make_batch, m
 
     model = EncoderDecoderModel(single(num_experts=4, aux_loss_factor=1.0))
     params, batch = make_params(model), make_batch()
-    values = metrics.compute(jax.jit(model.eval_fn)(params, batch))
-    _, variables = jax.jit(
-        lambda p, b: model._apply(p, b, train=False, dropout_rng=None, mutable=[LAYER_STATS])
-    )(params, batch)
+
+    @jax.jit
+    def both(params, batch):
+        _, variables = model._apply(
+            params, batch, train=False, dropout_rng=None, mutable=[LAYER_STATS]
+        )
+        return model.eval_fn(params, batch), variables
+
+    found, variables = both(params, batch)
+    values = metrics.compute(found)
     decoder = variables[LAYER_STATS]["decoder"]["layers_0"]["mlp"]["stats"]
     assert variables[LAYER_STATS]["encoder"]["layers_0"]["mlp"]["stats"].auxiliary_loss == 0
     np.testing.assert_allclose(
@@ -174,7 +186,7 @@ def test_auxiliary_losses_are_averaged_over_all_moe_layers(single, make_batch, m
 
 
 def test_dropout_needs_its_key_and_uses_it(single, make_batch, make_params):
-    model = EncoderDecoderModel(single(model={"dropout_rate": 0.3}, num_experts=4))
+    model = EncoderDecoderModel(single(model={"dropout_rate": 0.3}))
     params, batch = make_params(model), make_batch()
     loss = jax.jit(lambda rng: model.loss_fn(params, batch, rng, denominator=1.0)[0])
     assert loss(jax.random.key(0)) == loss(jax.random.key(0)) != loss(jax.random.key(1))

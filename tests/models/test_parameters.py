@@ -81,17 +81,19 @@ def test_golden_tree(name, tiny):
     assert lines == golden.read_text().splitlines()
 
 
-def test_initialised_parameters_are_what_the_specs_say(tiny, key):
+def test_initialised_parameters_are_what_the_specs_say(single, key):
     from upcycle_jax import trees
 
-    model = EncoderDecoderModel(tiny(num_experts=4))
+    model = EncoderDecoderModel(
+        single(num_experts=4, num_decoder_sparse_layers=0, decoder_sparse_layout="MIXED")
+    )
     params = trees.flatten(jax.jit(model.init_params)(key))
     assert not trees.diff(model.param_specs(), params, compare_dtype=True)
     assert all(isinstance(leaf, jax.Array) for leaf in params.values())
     # Experts start different from one another, and routers at N(0, 0.02).
-    experts = params["encoder/layers_1/mlp/expert/wi_0/kernel"]
+    experts = params["encoder/layers_0/mlp/expert/wi_0/kernel"]
     assert abs(experts[0] - experts[1]).max() > 0.01
-    assert 0.01 < params["encoder/layers_1/mlp/router/router_weights/w/kernel"].std() < 0.03
+    assert 0.01 < params["encoder/layers_0/mlp/router/router_weights/w/kernel"].std() < 0.03
 
 
 def test_expert_width_can_differ(tiny):

@@ -16,6 +16,7 @@ from upcycle_jax import trees
 from upcycle_jax.models import metrics, stacking
 from upcycle_jax.models.stacking import Segment
 from upcycle_jax.models.t5.model import EncoderDecoderModel
+from upcycle_jax.moe.routing import LossFreeTopK
 from upcycle_jax.partitioning import Partitioner
 
 MOE = {
@@ -27,6 +28,7 @@ MOE = {
 }
 SHALLOW_DECODER = {"num_encoder_layers": 4, "num_decoder_layers": 1}
 ONE_SPARSE = {"decoder_sparse_layout": (0,)}
+DENSE_DECODER = {"num_decoder_sparse_layers": 0}
 DEEP = {"num_encoder_layers": 4, "num_decoder_layers": 4}
 
 
@@ -103,8 +105,15 @@ def test_the_examples_of_the_docstrings():
 @pytest.mark.parametrize(
     ("settings", "moe"),
     [
-        ({"num_encoder_layers": 2, "num_decoder_layers": 2}, {}),
-        (SHALLOW_DECODER, MOE | ONE_SPARSE),
+        # Loops over two kinds of layers, with a selection bias in one, and over dense ones.
+        (
+            {"num_encoder_layers": 4, "num_decoder_layers": 2},
+            MOE | DENSE_DECODER | {"encoder_router": LossFreeTopK()},
+        ),
+        pytest.param(
+            {"num_encoder_layers": 2, "num_decoder_layers": 2}, {}, marks=pytest.mark.slow
+        ),
+        pytest.param(SHALLOW_DECODER, MOE | ONE_SPARSE, marks=pytest.mark.slow),
         pytest.param(DEEP, MOE, marks=pytest.mark.slow),
         pytest.param(
             DEEP,
@@ -122,7 +131,7 @@ def test_the_examples_of_the_docstrings():
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["dense", "mixed", "both_mixed", "top_middle", "explicit_bottom"],
+    ids=["mixed_dense", "dense", "mixed", "both_mixed", "top_middle", "explicit_bottom"],
 )
 def test_a_scanned_model_computes_what_its_layers_do(settings, moe, tiny, make_batch, make_params):
     config = tiny(model=settings, **moe)
@@ -135,10 +144,12 @@ def test_a_scanned_model_computes_what_its_layers_do(settings, moe, tiny, make_b
 @pytest.fixture(scope="module")
 def with_dropout(tiny, make_batch, make_params):
     """Makes the outcome, on one device, of a form of one model with dropout: each form once. Its
-    config, parameters, batch and key are attributes.
+    config, parameters, batch and key are attributes. The encoder is a loop over two layers, the
+    decoder has one beside any loop.
     """
     config = tiny(
-        model=SHALLOW_DECODER | {"dropout_rate": 0.1}, **MOE | ONE_SPARSE | {"num_experts": 8}
+        model={"num_encoder_layers": 2, "num_decoder_layers": 1, "dropout_rate": 0.1},
+        **MOE | ONE_SPARSE | {"encoder_sparse_layout": (0, 1), "num_experts": 8},
     )
     params = make_params(EncoderDecoderModel(config))
     batch = make_batch(batch_size=8, inputs=16, targets=8, lengths=[16, 3, 9, 12, 1, 8, 5, 14])
@@ -155,7 +166,7 @@ def with_dropout(tiny, make_batch, make_params):
 @pytest.mark.parametrize(
     ("remat", "scan"),
     [
-        ("minimal", True),
+        pytest.param("minimal", True, marks=pytest.mark.slow),  # on eight devices in every run
         pytest.param("full", False, marks=pytest.mark.slow),
         pytest.param("minimal", False, marks=pytest.mark.slow),
         pytest.param("full", True, marks=pytest.mark.slow),
@@ -177,7 +188,9 @@ def test_recomputing_changes_nothing(remat, scan, with_dropout):
         pytest.param(4, 1, True, marks=pytest.mark.slow),
     ],
 )
-def test_eight_devices_equal_one(experts, model_parts, fsdp, with_dropout):
+def test_eight_devices_that_recompute_equal_one_that_does_not(
+    experts, model_parts, fsdp, with_dropout
+):
     partitioner = Partitioner(
         num_expert_partitions=experts, num_model_partitions=model_parts, fsdp=fsdp
     )
@@ -188,7 +201,15 @@ def test_eight_devices_equal_one(experts, model_parts, fsdp, with_dropout):
         rng=with_dropout.rng,
         partitioner=partitioner,
     )
-    assert_same(with_dropout(scan=True, remat="minimal"), have)
+    assert_same(with_dropout(scan=True, remat="none"), have)
+    gradient = have[2]
+    specs = EncoderDecoderModel(with_dropout.config).param_specs()
+    for path, sharding in partitioner.shardings(specs).items():
+        assert gradient[path].sharding.is_equivalent_to(sharding, gradient[path].ndim), path
+    data = 8 // experts // model_parts
+    for layer in ("encoder/layers_1", "decoder/layers_0"):
+        kernel = gradient[f"{layer}/mlp/expert/wi_0/kernel"].addressable_shards[0].data
+        assert kernel.shape == (8 // experts, 16 // (data if fsdp else 1), 32 // model_parts)
 
 
 def test_layers_of_a_loop_draw_masks_of_their_own():
@@ -261,24 +282,24 @@ def test_layer_outputs_keep_their_names(tiny, make_batch, make_params):
 
 def test_cached_decoding_of_a_scanned_model(tiny, make_batch, make_params):
     config = tiny(
-        model={"num_encoder_layers": 2, "num_decoder_layers": 2},
+        model={"num_encoder_layers": 1, "num_decoder_layers": 2},
         num_experts=4,
-        encoder_sparse_layout=(0, 1),
+        encoder_sparse_layout=(0,),
+        decoder_sparse_layout=(0, 1),
     )
     batch = make_batch(lengths=[12, 3, 9, 5])
-    inputs = batch["encoder_input_tokens"]
     params = make_params(EncoderDecoderModel(config))
     found = []
     for form in (config, loop_form(config, remat="full")):
         model = EncoderDecoderModel(form)
 
-        def two_steps(params, inputs, model=model):
+        def two_steps_and_scores(params, batch, model=model):
+            inputs = batch["encoder_input_tokens"]
             first, cache = model.start_decoding(params, inputs, max_length=6)
-            return first, model.decode_step(params, jnp.argmax(first, -1), jnp.int32(1), cache)[0]
+            second, _ = model.decode_step(params, jnp.argmax(first, -1), jnp.int32(1), cache)
+            return first, second, model.score_batch(params, batch)
 
-        found.append(
-            (*jax.jit(two_steps)(params, inputs), jax.jit(model.score_batch)(params, batch))
-        )
+        found.append(jax.jit(two_steps_and_scores)(params, batch))
     for want, have in zip(*found, strict=True):
         np.testing.assert_allclose(have, want, atol=1e-4, rtol=1e-5)
 

@@ -297,11 +297,18 @@ def test_padding_has_no_part_in_soft_slots():
     assert not nothing.dispatch_weight.any() and not nothing.combine_weight.any()
 
 
+def drawn(layer, x):
+    """Parameters from NumPy, which compiles nothing."""
+    rng = np.random.default_rng(1)
+    specs = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), x))["params"]
+    draw = lambda leaf: rng.normal(0, leaf.shape[-2] ** -0.5, leaf.shape).astype(leaf.dtype)
+    return jax.tree.map(draw, specs)
+
+
 def test_jitter_acts_in_training_alone():
     layer = MoeLayer(MoeSettings(num_experts=4), SwitchTop1(jitter_noise=0.9), hidden=8)
     x = jax.random.normal(jax.random.key(0), (1, 16, 8))
-    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
-    params = {"params": jax.tree.map(lambda leaf: 30 * leaf, params)}
+    params = {"params": drawn(layer, x)}
 
     @functools.partial(jax.jit, static_argnames="train")
     def probabilities(rngs, *, train):
@@ -325,7 +332,7 @@ def test_noise_is_normal_over_the_number_of_experts_and_in_training_alone():
     """
     layer = MoeLayer(MoeSettings(num_experts=8), ExpertsChoose(noise_std=1.0), hidden=8)
     x = jnp.zeros((2, 512, 8))
-    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+    params = drawn(layer, x)
 
     @functools.partial(jax.jit, static_argnames="train")
     def entropy(key, *, train):
@@ -346,8 +353,8 @@ def test_the_losses_of_v_moe_enter_the_report():
     )
     layer = MoeLayer(settings, TokensChoose(noise_std=1.0), hidden=8)
     x = jax.random.normal(jax.random.key(0), (2, 16, 8))
-    params = {"params": jax.jit(layer.init)(jax.random.key(1), x)["params"]}
-    kernel = nn.meta.unbox(params["params"]["router"]["router_weights"]["w"]["kernel"])
+    params = {"params": drawn(layer, x)}
+    kernel = params["params"]["router"]["router_weights"]["w"]["kernel"]
 
     @functools.partial(jax.jit, static_argnames="train")
     def report(*, train):

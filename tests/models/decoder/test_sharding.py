@@ -13,18 +13,18 @@ from upcycle_jax.models.decoder.model import DecoderModel
 from upcycle_jax.moe.routing import DroplessTopK, TokensChoose
 from upcycle_jax.partitioning import Partitioner
 
-# Grouped queries, norms of queries and keys, a window in one layer, one dense layer and one sparse
-# one with a shared expert: what a mesh could divide wrongly.
+# Grouped queries, norms of queries and keys, a window, experts and a shared one, which is an MLP as
+# those of dense layers: what a mesh could divide wrongly.
 CONFIG = DecoderConfig(
     vocab_size=24,
     emb_dim=16,
-    num_layers=2,
+    num_layers=1,
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
     mlp_dim=32,
     qk_norm="head",
-    layer_types=("full", "sliding"),
+    layer_types=("sliding",),
     sliding_window=5,
     dropout_rate=0.1,
     moe=DecoderMoeConfig(
@@ -102,7 +102,7 @@ def test_eight_devices_equal_one(router, experts, model_parts, fsdp, one_device)
             gradient[path], leaf, atol=1e-5 * max(np.abs(leaf).max(), 1e-3), err_msg=path
         )
         assert gradient[path].sharding.is_equivalent_to(shardings[path], gradient[path].ndim), path
-    kernel = gradient["decoder/layers_1/mlp/expert/wi_0/kernel"].addressable_shards[0].data.shape
+    kernel = gradient["decoder/layers_0/mlp/expert/wi_0/kernel"].addressable_shards[0].data.shape
     data = 8 // experts // model_parts
     assert kernel == (8 // experts, 16 // (data if fsdp else 1), 32 // model_parts)
     query = gradient["decoder/layers_0/self_attention/query/kernel"].addressable_shards[0].data

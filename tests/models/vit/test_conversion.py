@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from tests.models.vit.kinds import SHAPE, VitModel, in_big_vision, random_params
+from tests.models.vit import kinds
+from tests.models.vit.kinds import VitModel, in_big_vision, random_params
 from upcycle_jax import upcycle, verify
 from upcycle_jax.checkpoints import open_checkpoint
 from upcycle_jax.models.vit.config import VitConfig
+
+SHAPE = kinds.SHAPE | {"num_layers": 2}
 
 
 @pytest.fixture
@@ -42,11 +45,11 @@ def test_an_archive_becomes_experts_and_is_proved(archive, tmp_path, capsys):
     assert "proof: PASSED" in said and "2 images of 12 x 12" in said
     assert "function check: PASSED; predicted: exact" in said
     result = open_checkpoint(output)
-    kernel = result.read("target/encoder/layers_3/mlp/expert/wi/kernel")
-    bias = result.read("target/encoder/layers_3/mlp/expert/wi/bias")
+    kernel = result.read("target/encoder/layers_1/mlp/expert/wi/kernel")
+    bias = result.read("target/encoder/layers_1/mlp/expert/wi/bias")
     source = open_checkpoint(archive)
     for expert in range(4):
-        dense = "target/encoder/layers_3/mlp/wi"
+        dense = "target/encoder/layers_1/mlp/wi"
         np.testing.assert_array_equal(kernel[expert], source.read(f"{dense}/kernel"))
         np.testing.assert_array_equal(bias[expert], source.read(f"{dense}/bias"))
     assert verify.main(words(archive, output, room)) == 0

@@ -37,7 +37,7 @@ def settings(kind, oracle):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_oracles(kind, oracle):
-    one = model(kind)
+    one = VitModel(dataclasses.replace(model(kind).config, num_layers=2))
     params = random_params(one)
     batch = one.features.random(None, batch_size=2)
     theirs = {
@@ -91,9 +91,14 @@ def gradient(**form):
     return trees.flatten(jax.jit(jax.grad(loss))(params))
 
 
+# Each by itself is in decoder/test_network.py.
 @pytest.mark.parametrize(
     "form",
-    [{"scan_layers": True}, {"remat_policy": "full"}],
+    [
+        {"scan_layers": True, "remat_policy": "full"},
+        pytest.param({"scan_layers": True}, marks=pytest.mark.slow),
+        pytest.param({"remat_policy": "full"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_scan_and_remat_change_no_gradient(form):
@@ -104,11 +109,11 @@ def test_scan_and_remat_change_no_gradient(form):
 
 def test_experts_have_a_dropout_of_their_own():
     """With no dropout elsewhere the loss depends on the draw where experts drop, in training."""
-    params = random_params(model("renormalised"))
-    batch = model("renormalised").features.random(None, batch_size=2)
+    config = dataclasses.replace(model("renormalised").config, num_layers=2)  # dense, sparse
+    params = random_params(VitModel(config))
+    batch = VitModel(config).features.random(None, batch_size=2)
 
     def losses(rate):
-        config = model("renormalised").config
         moe = dataclasses.replace(config.moe, expert_dropout_rate=rate)
         one = VitModel(dataclasses.replace(config, moe=moe))
         run = jax.jit(

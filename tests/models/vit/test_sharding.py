@@ -16,13 +16,16 @@ CONFIG = VitConfig(
     image_size=8,
     patch_size=2,
     emb_dim=16,
-    num_layers=2,
+    num_layers=1,
     num_heads=4,
     mlp_dim=32,
     pool="map",
     # Noise is the same on every mesh.
     moe=VitMoeConfig(
-        num_experts=8, group_size=32, router=ExpertsChoose(renormalize=True, noise_std=1.0)
+        num_experts=8,
+        num_sparse_layers=1,
+        group_size=32,
+        router=ExpertsChoose(renormalize=True, noise_std=1.0),
     ),
 )
 
@@ -70,5 +73,5 @@ def test_eight_devices_equal_one(experts, model_parts):
     for path, leaf in want.items():
         scale = max(np.abs(leaf).max(), 1e-3)
         np.testing.assert_allclose(gradient[path], leaf, atol=1e-5 * scale, err_msg=path)
-    kernel = gradient["encoder/layers_1/mlp/expert/wi/kernel"].addressable_shards[0].data.shape
+    kernel = gradient["encoder/layers_0/mlp/expert/wi/kernel"].addressable_shards[0].data.shape
     assert kernel == (8 // experts, 16, 32 // model_parts)
