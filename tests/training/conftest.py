@@ -21,6 +21,7 @@ from upcycle_jax.models.base import Stack
 from upcycle_jax.models.metrics import Mean
 from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training import description, early_programs
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
@@ -50,6 +51,47 @@ def _configure(settings):
     compilation_cache.reset_cache()  # jax looks at the settings once, at its first compilation
 
 
+@pytest.fixture(scope="session", autouse=True)
+def count_once():
+    """Nor are equal steps traced anew, to count what they cost, by each run that starts."""
+    count, found = description.step_costs, {}
+
+    def counted(model, trainer, partitioner, **shape):
+        lengths = tuple(sorted(shape["lengths"].items()))
+        key = model, trainer, partitioner, *sorted((shape | {"lengths": lengths}).items())
+        if key not in found:
+            found[key] = count(model, trainer, partitioner, **shape)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(description, "step_costs", counted)
+        yield
+
+
+TRACED: dict[Any, Any] = {}
+"""Jitted train steps by all that they are made of."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trace_once():
+    """And the train step of equal runs is traced once: a run that resumes has that of the first.
+    Runs in processes of their own (test_killed_run.py) have nothing in common.
+    """
+    make = early_programs.jitted_train_step
+
+    def made(model, trainer, *, partitioner, shardings, seed):
+        key = model, trainer, partitioner, tuple(sorted(shardings.items())), seed
+        if key not in TRACED:
+            TRACED[key] = make(
+                model, trainer, partitioner=partitioner, shardings=shardings, seed=seed
+            )
+        return TRACED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(early_programs, "jitted_train_step", made)
+        yield
+
+
 class BagModel:
     """Predicts each target from the mean of the inputs and the previous token; with experts, from
     their mean output.
@@ -74,6 +116,15 @@ class BagModel:
             dropout,
             normalise,
         )
+
+    def _identity(self):
+        return type(self), self.num_experts, self.hidden, self.dropout, self.normalise
+
+    def __eq__(self, other):
+        return isinstance(other, BagModel) and self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash(self._identity())
 
     def param_specs(self):
         mlp, lead, names, width = "decoder/layers_0/mlp", (), (), "mlp"

