@@ -21,7 +21,7 @@ from upcycle_jax.models.base import Stack
 from upcycle_jax.models.metrics import Mean
 from upcycle_jax.moe import roles
 from upcycle_jax.partitioning import Partitioner
-from upcycle_jax.training import description, early_programs
+from upcycle_jax.training import description, early_programs, loop
 from upcycle_jax.training.optimizers import Adafactor
 from upcycle_jax.training.schedules import create_learning_rate_scheduler
 from upcycle_jax.training.trainer import Trainer
@@ -69,15 +69,15 @@ def count_once():
 
 
 TRACED: dict[Any, Any] = {}
-"""Jitted train steps by all that they are made of."""
+"""Jitted train steps and evaluations by all that they are made of."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def trace_once():
-    """And the train step of equal runs is traced once: a run that resumes has that of the first.
-    Runs in processes of their own (test_killed_run.py) have nothing in common.
+    """And the train step and the evaluation of equal runs are traced once: a run that resumes has
+    those of the first. Runs in processes of their own (test_killed_run.py) have nothing in common.
     """
-    make = early_programs.jitted_train_step
+    make, evaluator = early_programs.jitted_train_step, loop.Evaluator
 
     def made(model, trainer, *, partitioner, shardings, seed):
         key = model, trainer, partitioner, tuple(sorted(shardings.items())), seed
@@ -87,8 +87,15 @@ def trace_once():
             )
         return TRACED[key]
 
+    def evaluates(model, partitioner, *, num_shards):
+        key = model, partitioner, num_shards
+        if key not in TRACED:
+            TRACED[key] = evaluator(model, partitioner, num_shards=num_shards)
+        return TRACED[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(early_programs, "jitted_train_step", made)
+        patch.setattr(loop, "Evaluator", evaluates)
         yield
 
 
