@@ -36,6 +36,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import functools  # noqa: E402
 import gc  # noqa: E402
 import logging  # noqa: E402
 
@@ -96,6 +97,19 @@ def drawn_parameters():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StackedModel, "init_params", draw)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Calls of `eval` and `infer` with equal models and settings predict, score and evaluate with
+    one object, which has its programs from the first of them.
+    """
+    from upcycle_jax.inference import evaluation, running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "Runner", functools.cache(running.Runner))
+        patch.setattr(evaluation, "Evaluator", functools.cache(evaluation.Evaluator))
         yield
 
 

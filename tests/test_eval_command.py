@@ -26,6 +26,7 @@ from upcycle_jax.training import holding
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 FEATURES = EncoderDecoderFeatures()
 MODEL = [
     "T5Config.num_encoder_layers=1",

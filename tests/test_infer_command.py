@@ -25,6 +25,8 @@ from upcycle_jax.training import holding
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "inference"))
 import small_tasks
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+Runner = running.Runner
 FEATURES = EncoderDecoderFeatures()
 MODEL = [
     "T5Config.num_encoder_layers=1",
@@ -137,7 +139,7 @@ def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch, ca
 
     # Interrupted in the second of two chunks: the first is kept, and the result is the same
     # although it was drawn.
-    predict, calls = running.Runner.predict, []
+    predict, calls = Runner.predict, []
 
     def stops(self, *arguments):
         calls.append(1)
@@ -145,7 +147,7 @@ def test_interrupted_resumed_and_in_shards(checkpoint, tmp_path, monkeypatch, ca
             raise KeyboardInterrupt
         return predict(self, *arguments)
 
-    monkeypatch.setattr(running.Runner, "predict", stops)
+    monkeypatch.setattr(Runner, "predict", stops)
     with pytest.raises(KeyboardInterrupt):
         infer(checkpoint, tmp_path / "resumed", *draw)
     chunks = [path.name for path in (tmp_path / "resumed").glob("tmp-*/chunk-*")]

@@ -18,6 +18,8 @@ from upcycle_jax.inference import running
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import small_tasks
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+Runner = running.Runner
 BOS, EOS, NEW = 2, 1, 8
 LENGTHS = {"inputs": 40, "targets": NEW}
 
@@ -113,7 +115,7 @@ def test_predictions_are_generated_interrupted_or_not(written, tmp_path, monkeyp
         prompt = [*ids_of(f"small_parity {number}"), EOS]
         assert whole[number]["prediction"] == generated(model, prompt)
 
-    predict, calls = running.Runner.predict, []
+    predict, calls = Runner.predict, []
 
     def stops(self, *arguments):
         calls.append(1)
@@ -121,7 +123,7 @@ def test_predictions_are_generated_interrupted_or_not(written, tmp_path, monkeyp
             raise KeyboardInterrupt
         return predict(self, *arguments)
 
-    monkeypatch.setattr(running.Runner, "predict", stops)
+    monkeypatch.setattr(Runner, "predict", stops)
     often = "CHECKPOINT_PERIOD=1"
     with pytest.raises(KeyboardInterrupt):
         infer(folder, tmp_path / "resumed", often)
