@@ -25,12 +25,13 @@ SMALL = [
     "NUM_CLASSES=5",
     "VitConfig.patch_size=8",
     "VitConfig.emb_dim=16",
-    "VitConfig.num_layers=2",
+    "VitConfig.num_layers=1",
     "VitConfig.num_heads=2",
     "VitConfig.mlp_dim=24",
     "VitConfig.head_bias_init=0.0",
 ]
-SPARSE = [*SMALL, "NUM_EXPERTS=2", "GROUP_SIZE=32"]
+# The first of two layers is dense.
+SPARSE = [*SMALL, "VitConfig.num_layers=2", "NUM_EXPERTS=2", "GROUP_SIZE=32"]
 PAPER = "papers/sparse_upcycling"
 KINDS = ("", "_upcycled", "_moe_from_scratch")
 PAPERS = [f"{PAPER}/vit_{size}{kind}.gin" for size in SIZES for kind in KINDS]
