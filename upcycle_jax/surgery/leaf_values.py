@@ -75,15 +75,29 @@ class RowValues:
         ]
         return slabs[0][None] if len(slabs) == 1 else np.stack(slabs)
 
+    def prepare(self) -> None:
+        """Reads what whole slabs are made of. Threads may call `slab` at a time after it."""
+        self.sources(None), self.aux
+
+    def slab(self, expert: int) -> np.ndarray:
+        """One expert's slab, or the leaf where not stacked, in the leaf's dtype; it is not kept."""
+        operation, shape = self.row.operation, self.row.spec.shape
+        made = operation.make(
+            self.sources(None),
+            self.aux,
+            self.keys,
+            expert,
+            shape[1:] if operation.stacked else shape,
+        )
+        return np.asarray(made).astype(self.row.spec.dtype, copy=False)
+
     def _slab_region(self, expert: int, inner: Region) -> np.ndarray:
         """A region of one expert's slab, or of the leaf where not stacked, in the leaf's dtype."""
         operation = self.row.operation
         if self.whole_slabs:
             if self._slab is None or self._slab[0] != expert:
                 self._slab = None
-                shape = self.row.spec.shape[1:] if operation.stacked else self.row.spec.shape
-                made = operation.make(self.sources(None), self.aux, self.keys, expert, shape)
-                self._slab = (expert, np.asarray(made).astype(self.row.spec.dtype, copy=False))
+                self._slab = (expert, self.slab(expert))
             return self._slab[1][inner]
         shape = tuple(s.stop - s.start for s in inner)
         made = operation.make(self.sources(inner, expert), self.aux, self.keys, expert, shape)

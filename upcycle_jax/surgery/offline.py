@@ -14,12 +14,12 @@ from upcycle_jax.checkpoints import CheckpointWriter, chunk_copy, create_checkpo
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.stored_sums import BLOCK_BYTES as STORED_BLOCK_BYTES
 from upcycle_jax.checkpoints.verification import NonFiniteParameterError
-from upcycle_jax.checkpoints.workers import threads
+from upcycle_jax.checkpoints.workers import in_order, threads
 from upcycle_jax.progress import Meter, Progress
 from upcycle_jax.state_tree import STEP, TARGET
 from upcycle_jax.surgery.leaf_sums import BLOCK_BYTES, LeafSum, leaf_sums
 from upcycle_jax.surgery.leaf_values import RowValues
-from upcycle_jax.surgery.operations import Copy, Tile, Zeros
+from upcycle_jax.surgery.operations import Copy, Region, Tile, Zeros
 from upcycle_jax.surgery.parents import Reader, source_paths
 from upcycle_jax.surgery.plan import Plan, Row
 from upcycle_jax.surgery.recipe_json import to_json
@@ -27,6 +27,8 @@ from upcycle_jax.surgery.recorded import sealed, source_leaves
 from upcycle_jax.surgery.source_chunks import SourceChunks
 
 DEFAULT_MAX_MEMORY = 2 << 30
+_ARRAYS_OF_A_SLAB = 3
+"""Draws, their scaled form and the result."""
 
 
 def result_step(plan: Plan, reader: Reader) -> int:
@@ -151,9 +153,12 @@ def apply_offline(
             if isinstance(row.operation, Tile) and writer.layout(row.target).chunks[:1] == (1,)
         ]
         for row in made:
-            _offline_leaf(
-                row, reader, plan.recipe.seed, writer, meter, first_expert_only=row in repeated
-            )
+            values = RowValues(row, reader, plan.recipe.seed)
+            expert_by_expert = writer.layout(row.target).chunks[:1] == (1,)
+            if row.operation.stacked and values.whole_slabs and expert_by_expert:
+                _write_slabs(values, writer, meter, limit=max_memory // 4)
+            else:
+                _write_regions(values, writer, meter, first_expert_only=row in repeated)
         writer.flush()
         for row in repeated:
             _repeat_first_expert(row, writer, meter)
@@ -244,17 +249,41 @@ def shared_chunks(
     return SharedChunks({}, encoded, f"every leaf is read and written: {found.reason}")
 
 
-def _offline_leaf(
-    row: Row,
-    reader: Reader,
-    seed: int,
-    writer: CheckpointWriter,
-    meter: Meter,
-    *,
-    first_expert_only: bool,
+def _write_slabs(values: RowValues, writer: CheckpointWriter, meter: Meter, *, limit: int) -> None:
+    """Writes a leaf whose values can only be had an expert at a time, and which is stored so.
+    Several experts are made at a time, while those before them are encoded; what an earlier call
+    wrote is not made again.
+
+    Args:
+      limit: bytes of the experts that are made at a time.
+    """
+    row = values.row
+    regions: dict[int, list[Region]] = {}
+    for region in writer.pieces(row.target):
+        regions.setdefault(region[0].start, []).append(region)
+    slab_bytes = row.spec.nbytes // row.spec.shape[0]
+    lacking = [
+        expert
+        for expert in regions
+        if not all(writer.is_written(row.target, region) for region in regions[expert])
+    ]
+    meter.add(slab_bytes * (len(regions) - len(lacking)), row.target)
+    if not lacking:
+        return
+    values.prepare()
+    held = _ARRAYS_OF_A_SLAB * 4 * (row.spec.size // row.spec.shape[0])
+    slabs = in_order(values.slab, lacking, nbytes=lambda expert: held, limit=limit)
+    for expert, slab in zip(lacking, slabs, strict=True):
+        for region in regions[expert]:
+            writer.write(row.target, region, slab[None, *region[1:]])
+        meter.add(slab_bytes, row.target)
+
+
+def _write_regions(
+    values: RowValues, writer: CheckpointWriter, meter: Meter, *, first_expert_only: bool
 ) -> None:
-    """Writes one leaf, piece by piece; pieces that an earlier call wrote are skipped."""
-    values = RowValues(row, reader, seed)
+    """Writes a leaf piece by piece; pieces that an earlier call wrote are skipped."""
+    row = values.row
     regions = list(writer.pieces(row.target))
     if first_expert_only:
         regions = [region for region in regions if region[0].start == 0]

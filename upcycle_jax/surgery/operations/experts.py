@@ -38,8 +38,9 @@ class AddNoise(Operation):
         return {"std": np.full(target[0], scale, np.float32)}
 
     def make(self, sources, aux, keys, expert, shape):
-        noise = draw("normal", keys.seed, keys.leaf, expert, sources[0].shape) * aux["std"][expert]
-        return sources[0].astype(np.float32) + noise
+        values = draw("normal", keys.seed, keys.leaf, expert, sources[0].shape) * aux["std"][expert]
+        values += sources[0].astype(np.float32, copy=False)
+        return values
 
     def expectation(self, sources, aux, expert, shape):
         return Expectation(

@@ -123,17 +123,18 @@ class HiddenUnits(Operation):
         values = np.take(sources[0], aux["index"][expert], axis=self.axis)
         if not aux["redrawn"][expert].any() and self.scale == 1.0:
             return values
-        values = values.astype(np.float32)
+        values = values.astype(np.float32, copy=False)
         if aux["redrawn"][expert].any():
-            drawn = (
-                draw("normal", keys.seed, keys.leaf, expert, values.shape) * aux["std"][expert]
-                + aux["mean"][expert]
-            )
-            drawn = drawn if self.noise_std is None else values + drawn
+            drawn = draw("normal", keys.seed, keys.leaf, expert, values.shape) * aux["std"][expert]
+            drawn += aux["mean"][expert]
+            if self.noise_std is not None:
+                drawn += values
             form = [1] * values.ndim
             form[self.axis] = -1
-            values = np.where(aux["redrawn"][expert].reshape(form), drawn, values)
-        return values if self.scale == 1.0 else values * np.float32(self.scale)
+            np.copyto(values, drawn, where=aux["redrawn"][expert].reshape(form))
+        if self.scale != 1.0:
+            values *= np.float32(self.scale)
+        return values
 
     def expectation(self, sources, aux, expert, shape):
         values = np.take(sources[0], aux["index"][expert], axis=self.axis)
