@@ -180,7 +180,8 @@ def test_recomputing_changes_nothing(remat, scan, with_dropout):
 @pytest.mark.parametrize(
     ("experts", "model_parts", "fsdp"),
     [
-        (2, 2, True),
+        # Each alone is compared by default: recomputing above, meshes in test_sharding.py.
+        pytest.param(2, 2, True, marks=pytest.mark.slow),
         pytest.param(4, 1, False, marks=pytest.mark.slow),
         pytest.param(8, 1, False, marks=pytest.mark.slow),
         pytest.param(1, 1, False, marks=pytest.mark.slow),

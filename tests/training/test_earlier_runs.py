@@ -76,7 +76,7 @@ def test_a_checkpoint_of_then_resumes_with_the_same_losses(
 @pytest.mark.parametrize(
     ("devices", "name"),
     [
-        (1, "SPARSE"),
+        pytest.param(1, "SPARSE", marks=pytest.mark.slow),
         (8, "SPARSE"),
         pytest.param(1, "DENSE", marks=pytest.mark.slow),
     ],

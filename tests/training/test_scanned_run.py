@@ -94,6 +94,9 @@ def biases(path):
     return np.stack([reader.read(f"target/encoder/layers_{i}/mlp/router/bias") for i in (0, 1)])
 
 
+# A loop over layers computes what the layers do, and parameters are those of single layers, in
+# tests/models/test_stacking.py.
+@pytest.mark.slow
 def test_runs_go_on_in_the_other_form(start, tmp_path):
     """Layer by layer to step 6; from its step 2 on with a loop to step 4, and back to step 6."""
     layers, mixed = tmp_path / "layers", tmp_path / "mixed"

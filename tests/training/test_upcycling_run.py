@@ -221,6 +221,8 @@ def test_optimizer_state_policies_reach_the_run(start, dense, policy):
     assert start("sparse", sparse=True, steps=5, restore=restore).step == 5
 
 
+# Conversions on every mesh are in tests/surgery/test_apply.py, steps in test_train_step.py.
+@pytest.mark.slow
 def test_losses_of_an_upcycled_run_do_not_depend_on_the_mesh(start, dense, sparse, tmp_path):
     restore = RestoreCheckpointConfig(path=str(dense), recipe=Recipe())
     start(
