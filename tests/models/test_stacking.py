@@ -180,8 +180,7 @@ def test_recomputing_changes_nothing(remat, scan, with_dropout):
 @pytest.mark.parametrize(
     ("experts", "model_parts", "fsdp"),
     [
-        # Each alone is compared by default: recomputing above, meshes in test_sharding.py.
-        pytest.param(2, 2, True, marks=pytest.mark.slow),
+        (2, 2, True),
         pytest.param(4, 1, False, marks=pytest.mark.slow),
         pytest.param(8, 1, False, marks=pytest.mark.slow),
         pytest.param(1, 1, False, marks=pytest.mark.slow),
