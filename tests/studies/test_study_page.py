@@ -467,7 +467,7 @@ def test_flags_that_do_not_go_together(words, capsys):
 
 
 @pytest.mark.parametrize("stored", REPORTS)
-def test_the_stored_report_is_what_the_stored_results_give(stored, undrawn, tmp_path):
+def test_the_stored_report_is_what_the_stored_results_give(stored, tmp_path):
     """Text byte for byte, pages too; figures by their numbers, because PNG bytes depend on the
     versions of matplotlib and its fonts.
     """

@@ -1,6 +1,7 @@
 """Performs a plan offline: into a checkpoint on disk, streamed, resumable, finished atomically."""
 
 import dataclasses
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -147,15 +148,13 @@ def apply_offline(
             row for row in plan.rows if row.target != STEP and row.target not in shared.references
         ]  # The writer stores the step itself.
         meter = Meter(sum(row.bytes_written for row in made), progress)
+        by_expert = {row.target for row in made if writer.layout(row.target).chunks[:1] == (1,)}
         repeated = [
-            row
-            for row in made
-            if isinstance(row.operation, Tile) and writer.layout(row.target).chunks[:1] == (1,)
+            row for row in made if isinstance(row.operation, Tile) and row.target in by_expert
         ]
         for row in made:
             values = RowValues(row, reader, plan.recipe.seed)
-            expert_by_expert = writer.layout(row.target).chunks[:1] == (1,)
-            if row.operation.stacked and values.whole_slabs and expert_by_expert:
+            if row.operation.stacked and values.whole_slabs and row.target in by_expert:
                 _write_slabs(values, writer, meter, limit=max_memory // 4)
             else:
                 _write_regions(values, writer, meter, first_expert_only=row in repeated)
@@ -258,25 +257,21 @@ def _write_slabs(values: RowValues, writer: CheckpointWriter, meter: Meter, *, l
       limit: bytes of the experts that are made at a time.
     """
     row = values.row
-    regions: dict[int, list[Region]] = {}
+    lacking: dict[int, list[Region]] = {}
     for region in writer.pieces(row.target):
-        regions.setdefault(region[0].start, []).append(region)
-    slab_bytes = row.spec.nbytes // row.spec.shape[0]
-    lacking = [
-        expert
-        for expert in regions
-        if not all(writer.is_written(row.target, region) for region in regions[expert])
-    ]
-    meter.add(slab_bytes * (len(regions) - len(lacking)), row.target)
+        if writer.is_written(row.target, region):
+            meter.add(_nbytes(row, region), row.target)
+        else:
+            lacking.setdefault(region[0].start, []).append(region)
     if not lacking:
         return
     values.prepare()
     held = _ARRAYS_OF_A_SLAB * 4 * (row.spec.size // row.spec.shape[0])
     slabs = in_order(values.slab, lacking, nbytes=lambda expert: held, limit=limit)
-    for expert, slab in zip(lacking, slabs, strict=True):
-        for region in regions[expert]:
+    for regions, slab in zip(lacking.values(), slabs, strict=True):
+        for region in regions:
             writer.write(row.target, region, slab[None, *region[1:]])
-        meter.add(slab_bytes, row.target)
+            meter.add(_nbytes(row, region), row.target)
 
 
 def _write_regions(
@@ -294,7 +289,7 @@ def _write_regions(
                 writer.write(row.target, region, np.zeros(shape, row.spec.dtype))
             else:
                 writer.write(row.target, region, values.region(region))
-        meter.add(int(np.prod(shape, dtype=np.int64)) * row.spec.dtype.itemsize, row.target)
+        meter.add(_nbytes(row, region), row.target)
 
 
 def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: Meter) -> None:
@@ -314,8 +309,9 @@ def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: Meter) -> No
             place = [s.start // chunk for s, chunk in zip(region, layout.chunks, strict=True)]
             encoded = writer.store.read(f"{writer.key(name)}/{layout.key(place)}").result().value
             writer.write_encoded(name, {layout.key([e, *place[1:]]): encoded for e in lacking})
-        nbytes = (
-            int(np.prod([s.stop - s.start for s in region], dtype=np.int64))
-            * row.spec.dtype.itemsize
-        )
-        meter.add(nbytes * (experts - 1), name)
+        meter.add(_nbytes(row, region) * (experts - 1), name)
+
+
+def _nbytes(row: Row, region: Region) -> int:
+    """Bytes of a part of a leaf."""
+    return math.prod(s.stop - s.start for s in region) * row.spec.dtype.itemsize
