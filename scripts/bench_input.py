@@ -9,8 +9,8 @@ that train steps consume on this machine.
 With --images: views of glyphs; and of photographs (noise of 256 x 256 pixels as JPEG files),
 cropped at random and mirrored, against the steps of vision transformers. "folder" and "default
 cache" are what a user gets who leaves IMAGE_SHORTER_SIDE as it is. Where that scales images, beside
-them stand "folder first", the first epoch, in which none is in memory yet; folder and cache with
-None, which keeps files as they are; and caches of pixels with other shorter sides
+them stand "folder beyond", the images of a large folder that find no room in memory; folder and
+cache with None, which keeps files as they are; and caches of pixels with other shorter sides
 (--shorter_sides). Inputs and steps take turns: ratios are medians over the rounds, each of what was
 measured in one of them. Beside the rates stands the processor time that an image takes, all threads
 together, which other jobs on the machine change little.
@@ -135,11 +135,10 @@ def image_inputs(
             name: open_dataset(config, features).train_iterator()
             for name, config in configs.items()
         }
-        for _ in range(-(-files // batch_size)):  # the first epoch
-            next(streams["folder"])
+        streams["folder"].prepare()
         if chosen is not None:
-            first = ImageDataset(folder, features, HeldImages(most_bytes=0))
-            streams["folder first"] = first.train_iterator()
+            beyond = ImageDataset(folder, features, HeldImages(most_bytes=0))
+            streams["folder beyond"] = beyond.train_iterator()
         for name, source in cached.items():
             cache = root / name.replace(" ", "_")
             records_writing.write(source, cache, report=lambda line: None)

@@ -68,6 +68,9 @@ class Stream:
     def fingerprint(self):
         return self.data.fingerprint()
 
+    def prepare(self):
+        pass
+
     def seek(self, num_batches):
         self.position = num_batches
 

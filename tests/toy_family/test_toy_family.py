@@ -49,6 +49,9 @@ class Lines:
         self.position += 1
         return lines(self.position)
 
+    def prepare(self):
+        pass
+
     def seek(self, num_batches):
         self.position = num_batches
 

@@ -228,6 +228,9 @@ class ArithmeticIterator:
         self.position += 1
         return batch
 
+    def prepare(self):
+        pass
+
     def save(self, directory):
         (epath.Path(directory) / "position.json").write_text(json.dumps(self.position))
 

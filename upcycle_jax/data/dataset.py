@@ -26,6 +26,15 @@ class BatchIterator(Protocol):
         """Batches taken so far."""
         ...
 
+    def prepare(self) -> None:
+        """Does beforehand what the first batches would wait for: images that stay in memory are
+        decoded, with progress in the log. The batches are the same without it.
+
+        Raises:
+          ValueError: data cannot be read.
+        """
+        ...
+
     def save(self, directory: epath.PathLike) -> None:
         """Writes the position: `position.json`, and on data read on the fly this process's tf.data
         iterator.

@@ -67,6 +67,9 @@ class Stream(abc.ABC):
         """See `Dataset.fingerprint`."""
         return self._dataset.fingerprint()
 
+    def prepare(self) -> None:  # noqa: B027  Most streams have nothing to prepare.
+        """See `BatchIterator`: nothing, where batches are made faster than steps take them."""
+
     @abc.abstractmethod
     def _open(self) -> None:
         """Makes the stream of `self._seed`, at its beginning."""

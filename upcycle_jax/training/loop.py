@@ -110,6 +110,7 @@ def _train(
             process_index=run.eval_layout.shard,
             process_count=run.eval_layout.num_shards,
         )
+    iterator.prepare()
     saves = settings.checkpoint_cfg.save is not None
     prepare.make_model_dir(settings.folder, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
     # Here every process has decided where it starts. Orbax opens no folder with damaged metadata.

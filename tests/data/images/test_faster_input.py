@@ -8,7 +8,7 @@ import pytest
 from tests.data.images.test_folders import write_image
 from tests.data.images.test_records import dataset
 from upcycle_jax import cache_tasks, data_folders
-from upcycle_jax.data.faster_input import READ_FROM_CACHE, faster_input
+from upcycle_jax.data.faster_input import MADE_BY_HOST, READ_FROM_CACHE, faster_input
 from upcycle_jax.features.images import ImageFeatures
 
 AUTO = {"shorter_side": "auto", "crop": "inception"}
@@ -29,13 +29,19 @@ def folder(tmp_path):
 def test_the_advice_for_files_of_small_models_is_a_command_that_works(folder, tmp_path):
     data_folders.configure(cache_dirs=[str(tmp_path / "cache")])
     told = faster_input(dataset(folder, **AUTO))
-    assert told.startswith("Later epochs do not decode again what fits into memory. A new run")
+    assert told.startswith("Images that find no room in memory are decoded for every view. A new")
     words = shlex.split(told.split("`")[1])
     assert words[:3] == ["python", "-m", "upcycle_jax.cache_tasks"]
     assert cache_tasks.main(words[3:]) == 0
     cached = dataset(folder, folder=None, use_cached=True, **AUTO)
     assert cached.images.manifest.shorter_side == 41
     assert faster_input(cached) == READ_FROM_CACHE
+
+
+def test_images_that_are_all_in_memory_need_no_cache(folder):
+    opened = dataset(folder, **AUTO)
+    opened.train_iterator().prepare()
+    assert faster_input(opened) == MADE_BY_HOST
 
 
 def test_a_cache_of_files_is_to_be_replaced(folder, tmp_path):

@@ -1,5 +1,7 @@
 """Scaled images are kept, as many as fit, and are what would be decoded again."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,12 +38,13 @@ def photographs(tmp_path):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """Names of the files that were decoded."""
+def decoded(monkeypatch, tmp_path):
+    """Names of this test's files that were decoded: streams of others may still read ahead."""
     found, decode = [], decoding.decode
 
     def counted(encoded, **options):
-        found.append(options["what"])
+        if str(tmp_path) in options["what"]:
+            found.append(options["what"])
         return decode(encoded, **options)
 
     monkeypatch.setattr(decoding, "decode", counted)
@@ -68,6 +71,41 @@ def test_later_epochs_see_what_they_would_without(
     np.testing.assert_array_equal(fresh, first)
 
 
+@pytest.mark.parametrize("fit", [4, 1])
+def test_images_are_held_before_the_first_batch(photographs, decoded, monkeypatch, caplog, fit):
+    # Scaled to a shorter side of 12, photographs of 60 to 63 by 50 pixels are 14 or 15 wide:
+    # 4 * 14 * 12 = 672 or 4 * 15 * 12 = 720 bytes each. One finds room in 800 bytes, but not two.
+    monkeypatch.setattr(held.HeldImages.__init__, "__defaults__", (1 << 20 if fit == 4 else 800,))
+    settings = {"crop": "inception", "flip": True, "shorter_side": 12}
+    opened = dataset(photographs, **settings)
+    stream = opened.train_iterator()
+    with caplog.at_level("INFO"):
+        stream.prepare()
+    assert len(decoded) == 4 and len(opened._held) == fit
+    said = {4: "scaled 4 images in .*: all of 'pets' are in memory", 1: "no more of 'pets' fit"}
+    assert re.search(said[fit], caplog.text)
+    decoded.clear()
+    stream.prepare()
+    assert not decoded
+    batches = [next(stream)["images"] for _ in range(3)]
+    assert (not decoded) == (fit == 4)
+    unprepared = dataset(photographs, **settings).train_iterator()
+    np.testing.assert_array_equal(batches, [next(unprepared)["images"] for _ in range(3)])
+
+
+def test_where_no_image_stays_nothing_is_decoded_before_the_first_batch(photographs, decoded):
+    dataset(photographs, crop="inception").train_iterator().prepare()
+    assert not decoded
+
+
+def test_a_damaged_image_is_found_before_the_first_batch(photographs):
+    damaged = photographs / "train" / "cat" / "2.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    stream = dataset(photographs, crop="central", shorter_side=12).train_iterator()
+    with pytest.raises(ValueError, match=r"2\.jpg cannot be read .*mend it or take it out"):
+        stream.prepare()
+
+
 def test_the_sets_of_a_mixture_share_the_room(photographs, tmp_path, decoded):
     for number in range(4):
         photograph(tmp_path / "more" / "train" / "cat" / f"{number}.png", (30, 40))
@@ -75,8 +113,10 @@ def test_the_sets_of_a_mixture_share_the_room(photographs, tmp_path, decoded):
     settings = {"mixture": sets, "folder": None, "mixture_or_task_name": "both"}
     settings |= {"crop": "central", "shorter_side": 12}
     opened = dataset(None, **settings)
+    opened.train_iterator().prepare()
+    assert len(decoded) == len(set(decoded)) == 8
     for epoch in np.arange(24).reshape(3, 8):
         opened.numbered(epoch, 7)
-    assert len(decoded) == len(set(decoded)) == 8
+    assert len(decoded) == 8
     one, other = opened.sets
     assert one._held is other._held is not None

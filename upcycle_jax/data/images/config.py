@@ -65,7 +65,7 @@ class ImageDatasetConfig(DatasetConfig):
         see what they would see of the files. 'auto': by the side of the model's images, 5.2 times
         of it where that is no more than 256 pixels, else None (see `scaling`). Of files, up to
         1 GiB of scaled images (an eighth of the machine's memory at most) stays in memory, which
-        later epochs do not decode again. Glyphs and arrays are never scaled so.
+        no epoch decodes again. Glyphs and arrays are never scaled so.
       mixture: several sets of images instead of one: how often images of each are shown, by its
         name, {'birds': 3, 'planes': 1}, or where it lies and how often, {'birds': ('/data/birds',
         3), 'planes': ('/data/planes.npz', 1)}: a folder as `folder`, an archive as `arrays`. A name

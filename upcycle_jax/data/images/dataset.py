@@ -21,11 +21,14 @@ from upcycle_jax.data.images.streams import ImageStream
 from upcycle_jax.data.stream import describe, eval_rows
 from upcycle_jax.features import FeatureConverter, HostBatch, check_lengths
 from upcycle_jax.features.images import IMAGE, ImageFeatures
+from upcycle_jax.progress import Meter
 
 _log = logging.getLogger(__name__)
 
 _EVALUATION_SEED = 0x5EED
 _THREADS = min(4, os.cpu_count() or 1)
+_HELD_AT_ONCE = 256
+"""Images that are decoded between two looks at the room that is left."""
 _FEW_PIXELS = 200 * 200
 """Threads that make views of so few pixels wait for Python's lock longer than they work: one makes
 them faster.
@@ -80,7 +83,9 @@ class ImageDataset:
                 self._shorter_side,
             )
         is_scaled = self._shorter_side is not None and not isinstance(self.images, PixelImages)
-        self._held = (held or HeldImages()) if is_scaled else None
+        self._held = None
+        if is_scaled:
+            self._held = HeldImages() if held is None else held
         if features.num_classes and self.images.num_classes > features.num_classes:
             raise ValueError(
                 f"{config.mixture_or_task_name} has {self.images.num_classes} classes, the model"
@@ -104,6 +109,39 @@ class ImageDataset:
                 mine = epochs == epoch
                 which[mine] = _permutation(seed, int(epoch), count)[places[mine]]
         return self.batch(which, numbers, seed, len(numbers))
+
+    @property
+    def holds_all_images(self) -> bool:
+        """Whether all are in memory, scaled."""
+        held, name = self._held, self.config.mixture_or_task_name
+        return held is not None and all(
+            (name, place) in held for place in range(len(self.images.labels))
+        )
+
+    def hold_images(self) -> None:
+        """Decodes and scales the images that stay in memory, as many as fit, by all cores: the
+        first epoch then takes no longer than later ones. Nothing, where none stays.
+
+        Raises:
+          ValueError: an image cannot be read.
+        """
+        held, count, channels = self._held, len(self.images.labels), self.features.channels
+        if held is None or held.is_full:
+            return
+        name = repr(self.config.mixture_or_task_name)
+        meter = Meter(count, _log.info, verb="scaled", unit="images", period=10)
+        pool = _pool(os.cpu_count() or 1)
+        for first in range(0, count, _HELD_AT_ONCE):
+            places = range(first, min(first + _HELD_AT_ONCE, count))
+            for _ in pool.map(lambda place: self._image(place, channels), places):
+                pass
+            meter.add(len(places), name)
+            if held.is_full:
+                meter.finish(
+                    f": no more of {name} fit into memory, and the others are decoded in each epoch"
+                )
+                return
+        meter.finish(f": all of {name} are in memory")
 
     def batch(self, which: np.ndarray, numbers: np.ndarray, seed: int, rows: int) -> HostBatch:
         """Views of images.

@@ -31,9 +31,11 @@ def _of_one_set(dataset: ImageDataset) -> str:
             f" IMAGE_SHORTER_SIDE{_AUTOMATIC if is_small else ''}, set for cache_tasks too, reads"
             " pixels instead (docs/vision.md)"
         )
+    if dataset.holds_all_images:
+        return MADE_BY_HOST
     command = cache_command(config)
     command = f"{command} --overwrite" if isinstance(images, RecordImages) else command
-    return f"Later epochs do not decode again what fits into memory. {to_cache(command)}"
+    return f"Images that find no room in memory are decoded for every view. {to_cache(command)}"
 
 
 @faster_input.register

@@ -1,4 +1,4 @@
-"""Scaled images that stay in memory, so that later epochs do not decode them again."""
+"""Scaled images that stay in memory, so that no epoch decodes them again."""
 
 import os
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 MOST_BYTES = min(1 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
-"""Of one set or mixture: 1 GiB, about ten thousand photographs for a model of 32 x 32 pixels, and
+"""Of one set or mixture: 1 GiB, about seven thousand photographs for a model of 32 x 32 pixels, and
 no more than an eighth of the machine's memory.
 """
 _BYTES_OF_A_PIXEL = {"L": 1, "RGB": 4}
@@ -23,8 +23,13 @@ class HeldImages:
 
     def __init__(self, most_bytes: int = MOST_BYTES):
         self._room = most_bytes
+        self.is_full = False
+        """Whether an image found no room."""
         self._images: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._images)
 
     def __contains__(self, key: tuple[str, int]) -> bool:
         return key in self._images
@@ -41,7 +46,9 @@ class HeldImages:
             found = make()
             size = found.width * found.height * _BYTES_OF_A_PIXEL[found.mode]
             with self._lock:
-                if key not in self._images and size <= self._room:
-                    self._room -= size
-                    self._images[key] = found
+                if key not in self._images:
+                    self.is_full |= size > self._room
+                    if size <= self._room:
+                        self._room -= size
+                        self._images[key] = found
         return found

@@ -194,6 +194,11 @@ class MixedImages:
                 out[feature][rows] = values
         return out
 
+    def hold_images(self) -> None:
+        """See `ImageDataset.hold_images`."""
+        for part in self.sets:
+            part.hold_images()
+
     @functools.cached_property
     def _order(self) -> Any:
         """Which set each number is of, and its number in that."""

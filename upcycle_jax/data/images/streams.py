@@ -30,6 +30,10 @@ class Numbered(Dataset, Protocol):
         """Examples of these numbers, int `[n]`, of the stream of a seed."""
         ...
 
+    def hold_images(self) -> None:
+        """Decodes the images that stay in memory; see `BatchIterator.prepare`."""
+        ...
+
 
 class _Batches:
     """This process's rows of each batch: what grain's threads call."""
@@ -79,6 +83,10 @@ class ImageStream(Stream):
     def _move(self, num_batches: int) -> None:
         self._batches = num_batches
         self._iterator.set_state({"next_index": num_batches})
+
+    def prepare(self) -> None:
+        """See `BatchIterator`."""
+        self._images.hold_images()
 
     def save(self, directory: epath.PathLike) -> None:
         """See `BatchIterator`."""
