@@ -259,7 +259,9 @@ def test_rounding_that_deep_layers_amplify_is_no_difference():
         plan, model, source, target, ProbeBatch(PADDED, FEATURES, "random")
     )
     assert outcome.ok, outcome.text()
-    assert outcome.step_difference < 1e-6 < outcome.twin_difference / 10
+    assert outcome.step_difference < 1e-6
+    # From end to end by how much, depends on the processor: 1e-5 here or there.
+    assert outcome.twin_difference > 10 * outcome.step_difference
 
 
 @pytest.mark.parametrize(
