@@ -34,7 +34,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.mkdtemp(prefix="upcycle_jax_compiled_")
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    # Most programs compile within a tenth of a second, and many tests have the same ones.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import functools  # noqa: E402
 import gc  # noqa: E402
@@ -50,6 +51,13 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_sessionfinish():
+    """The interpreter looks through all objects once more when it ends: what a worker has by then
+    takes it ten seconds.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def test_a_checkpoint_of_then_resumes_with_the_same_losses(
     ("devices", "name"),
     [
         pytest.param(1, "SPARSE", marks=pytest.mark.slow),
-        (8, "SPARSE"),
+        pytest.param(8, "SPARSE", marks=pytest.mark.slow),
         pytest.param(1, "DENSE", marks=pytest.mark.slow),
     ],
 )
