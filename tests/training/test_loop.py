@@ -277,6 +277,21 @@ def test_a_full_disk_is_noticed_before_anything_is_written(start, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
+def test_data_that_cannot_be_prepared_leave_no_trace(start, bags, tmp_path):
+    class Damaged(bags.Dataset):
+        def train_iterator(self, process_index=0, process_count=1):
+            def prepare():
+                raise ValueError("the image 7.jpg cannot be read")
+
+            iterator = super().train_iterator()
+            iterator.prepare = prepare
+            return iterator
+
+    with pytest.raises(ValueError, match=r"7\.jpg cannot be read"):
+        start(train_dataset_cfg=Damaged())
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_describes_and_writes_nothing(start, dense, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     start("more", restore=RestoreCheckpointConfig(path=str(dense)), dry_run=True)
