@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--inputs", type=int, default=256)
     parser.add_argument("--targets", type=int, default=64)
     parser.add_argument("--group_size", type=int, default=512)

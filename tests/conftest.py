@@ -54,9 +54,7 @@ def pytest_collection_finish():
 
 
 def pytest_sessionfinish():
-    """The interpreter looks through all objects once more when it ends: what a worker has by then
-    takes it ten seconds.
-    """
+    """The interpreter looks through all objects once more when it ends, and a worker has many."""
     gc.freeze()
 
 

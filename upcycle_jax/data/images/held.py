@@ -28,9 +28,6 @@ class HeldImages:
         self._images: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def __contains__(self, key: tuple[str, int]) -> bool:
         return key in self._images
 
