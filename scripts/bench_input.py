@@ -9,9 +9,10 @@ that train steps consume on this machine.
 With --images: views of glyphs; and of photographs (noise of 256 x 256 pixels as JPEG files),
 cropped at random and mirrored, against the steps of vision transformers. "folder" and "default
 cache" are what a user gets who leaves IMAGE_SHORTER_SIDE as it is. Where that scales images, beside
-them stand "folder beyond", the images of a large folder that find no room in memory; folder and
+them stand "folder on disk", the images of a large folder that find no room in memory; folder and
 cache with None, which keeps files as they are; and caches of pixels with other shorter sides
-(--shorter_sides). Inputs and steps take turns: ratios are medians over the rounds, each of what was
+(--shorter_sides). Before its first step a run decodes what it keeps of a folder: so does this
+script. Inputs and steps take turns: ratios are medians over the rounds, each of what was
 measured in one of them. Beside the rates stands the processor time that an image takes, all threads
 together, which other jobs on the machine change little.
 
@@ -135,10 +136,11 @@ def image_inputs(
             name: open_dataset(config, features).train_iterator()
             for name, config in configs.items()
         }
-        streams["folder"].prepare()
         if chosen is not None:
-            beyond = ImageDataset(folder, features, HeldImages(most_bytes=0))
-            streams["folder beyond"] = beyond.train_iterator()
+            on_disk = ImageDataset(folder, features, HeldImages(most_bytes=0))
+            streams["folder on disk"] = on_disk.train_iterator()
+            for name in ("folder", "folder on disk"):
+                streams[name].prepare(0, files)
         for name, source in cached.items():
             cache = root / name.replace(" ", "_")
             records_writing.write(source, cache, report=lambda line: None)
@@ -232,7 +234,7 @@ def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
             images = args.batch_size * statistics.median(turn.rate for turn in each)
             processor = statistics.median(turn.processor for turn in each) / args.batch_size
             what = "step" if name in steps else "input"
-            print(f"{what:<5} {name:<13} {images:>12,.1f} images/s, {processor * 1e6:>10,.1f} us")
+            print(f"{what:<5} {name:<14} {images:>12,.1f} images/s, {processor * 1e6:>10,.1f} us")
         decoded = decoding_rate(side, seconds=args.seconds)
         print(f"of this decoding alone {decoded:>6,.1f} images/s of 256 x 256 pixels, one thread")
         for kind in steps:

@@ -68,7 +68,7 @@ class Stream:
     def fingerprint(self):
         return self.data.fingerprint()
 
-    def prepare(self):
+    def prepare(self, first_batch, num_batches):
         pass
 
     def seek(self, num_batches):

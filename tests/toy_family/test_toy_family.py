@@ -49,7 +49,7 @@ class Lines:
         self.position += 1
         return lines(self.position)
 
-    def prepare(self):
+    def prepare(self, first_batch, num_batches):
         pass
 
     def seek(self, num_batches):

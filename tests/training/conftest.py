@@ -228,7 +228,7 @@ class ArithmeticIterator:
         self.position += 1
         return batch
 
-    def prepare(self):
+    def prepare(self, first_batch, num_batches):
         pass
 
     def save(self, directory):

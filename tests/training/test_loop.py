@@ -280,7 +280,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(start, tmp_path, monk
 def test_data_that_cannot_be_prepared_leave_no_trace(start, bags, tmp_path):
     class Damaged(bags.Dataset):
         def train_iterator(self, process_index=0, process_count=1):
-            def prepare():
+            def prepare(first_batch, num_batches):
                 raise ValueError("the image 7.jpg cannot be read")
 
             iterator = super().train_iterator()

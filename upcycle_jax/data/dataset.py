@@ -26,9 +26,13 @@ class BatchIterator(Protocol):
         """Batches taken so far."""
         ...
 
-    def prepare(self) -> None:
-        """Does beforehand what the first batches would wait for: images that stay in memory are
-        decoded, with progress in the log. The batches are the same without it.
+    def prepare(self, first_batch: int, num_batches: int) -> None:
+        """Does beforehand what batches would wait for: images that are kept are decoded, with
+        progress in the log. The batches are the same without it.
+
+        Args:
+          first_batch: that will be taken, as far as is known before the stream is placed there.
+          num_batches: that will be taken.
 
         Raises:
           ValueError: data cannot be read.

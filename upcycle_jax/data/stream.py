@@ -67,7 +67,9 @@ class Stream(abc.ABC):
         """See `Dataset.fingerprint`."""
         return self._dataset.fingerprint()
 
-    def prepare(self) -> None:  # noqa: B027  Most streams have nothing to prepare.
+    def prepare(  # noqa: B027  Most streams have nothing to prepare.
+        self, first_batch: int, num_batches: int
+    ) -> None:
         """See `BatchIterator`: nothing, where batches are made faster than steps take them."""
 
     @abc.abstractmethod

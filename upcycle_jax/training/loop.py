@@ -25,6 +25,7 @@ from upcycle_jax.surgery.recipe_json import to_json
 from upcycle_jax.text import duration
 from upcycle_jax.training import (
     batches,
+    data_place,
     description,
     garbage,
     manifest,
@@ -110,7 +111,10 @@ def _train(
             process_index=run.eval_layout.shard,
             process_count=run.eval_layout.num_shards,
         )
-    iterator.prepare()
+    iterator.prepare(
+        data_place.expected_batch(run.source, first_batch=settings.first_batch),
+        settings.total_steps - run.source.step,
+    )
     saves = settings.checkpoint_cfg.save is not None
     prepare.make_model_dir(settings.folder, checkpoint_bytes=cost.checkpoint_bytes if saves else 0)
     # Here every process has decided where it starts. Orbax opens no folder with damaged metadata.
@@ -174,7 +178,7 @@ def _load(
                     manager=saver.manager,
                 )
             )
-            restore.place_data(source, iterator, saver.manager, first_batch=settings.first_batch)
+            data_place.place(source, iterator, saver.manager, first_batch=settings.first_batch)
         except DamagedCheckpointError as found:
             if source.start != Start.RESUME:
                 raise

@@ -11,7 +11,6 @@ Precedence, first that applies:
 import dataclasses
 import enum
 import errno
-import json
 import logging
 import os
 import time
@@ -27,18 +26,15 @@ from upcycle_jax import axes, surgery, trees
 from upcycle_jax.checkpoints import CheckpointReader, open_checkpoint
 from upcycle_jax.checkpoints.checksums import checksum
 from upcycle_jax.checkpoints.loading import load_leaves
-from upcycle_jax.checkpoints.manager import CheckpointManager, listing_error, saved_process_folder
+from upcycle_jax.checkpoints.manager import CheckpointManager, listing_error
 from upcycle_jax.checkpoints.steps import check_name, step_folders
 from upcycle_jax.checkpoints.verification import (
     DamagedCheckpointError,
     SavedContent,
     Verification,
     VerifiedReader,
-    check_digests,
     check_finite,
 )
-from upcycle_jax.data import BatchIterator
-from upcycle_jax.data.position import DamagedPositionError
 from upcycle_jax.models.base import Model
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.state_tree import PARAM_STATES, STEP, TARGET
@@ -536,62 +532,3 @@ def _zeros(
         out_shardings={path: shardings[path] for path in paths},
     )()
     return made
-
-
-def place_data(
-    source: Source,
-    iterator: BatchIterator,
-    manager: CheckpointManager | None = None,
-    *,
-    first_batch: int = 0,
-) -> None:
-    """Moves the training data to where the run starts: batch first_batch + k feeds the update from
-    step k to k + 1.
-
-    A checkpoint without a data position (saved elsewhere) falls back to the batch of its step.
-
-    Raises:
-      DamagedCheckpointError: the position was saved and is damaged.
-      ValueError: it belongs to other data.
-    """
-    if source.data_position == DataPosition.CHECKPOINT:
-        try:
-            if source.start == Start.RESUME:
-                assert manager is not None
-                _restore_own_dataset(source, iterator, manager)
-            else:
-                _restore_foreign_dataset(source, iterator)
-            return
-        except FileNotFoundError as error:
-            if source.start != Start.RESUME:
-                raise
-            _log.warning(
-                "%s; the data starts at batch %d instead", error, first_batch + source.step
-            )
-    position = first_batch + (0 if source.data_position == DataPosition.START else source.step)
-    if position:
-        iterator.seek(position)
-
-
-def _restore_own_dataset(
-    source: Source, iterator: BatchIterator, manager: CheckpointManager
-) -> None:
-    try:
-        manager.restore_dataset(source.step, iterator, verify=source.verify)
-    except (DamagedCheckpointError, FileNotFoundError):
-        raise
-    except (DamagedPositionError, json.JSONDecodeError, TypeError, LookupError) as error:
-        raise DamagedCheckpointError(f"{source.path}: the data position: {error}") from error
-
-
-def _restore_foreign_dataset(source: Source, iterator: BatchIterator) -> None:
-    assert source.path is not None
-    try:
-        folder = saved_process_folder(epath.Path(source.path) / "dataset")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}. Set RestoreCheckpointConfig.data_position to 'step' or 'start'"
-        ) from error
-    if source.verify:
-        check_digests(folder, epath.Path(source.path))
-    iterator.restore(folder)

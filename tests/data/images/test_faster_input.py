@@ -29,7 +29,7 @@ def folder(tmp_path):
 def test_the_advice_for_files_of_small_models_is_a_command_that_works(folder, tmp_path):
     data_folders.configure(cache_dirs=[str(tmp_path / "cache")])
     told = faster_input(dataset(folder, **AUTO))
-    assert told.startswith("Images that find no room in memory are decoded for every view. A new")
+    assert told.startswith("Images that find no room are decoded for every view. A new")
     words = shlex.split(told.split("`")[1])
     assert words[:3] == ["python", "-m", "upcycle_jax.cache_tasks"]
     assert cache_tasks.main(words[3:]) == 0
@@ -40,7 +40,7 @@ def test_the_advice_for_files_of_small_models_is_a_command_that_works(folder, tm
 
 def test_images_that_are_all_in_memory_need_no_cache(folder):
     opened = dataset(folder, **AUTO)
-    opened.train_iterator().prepare()
+    opened.train_iterator().prepare(0, 1)
     assert faster_input(opened) == MADE_BY_HOST
 
 

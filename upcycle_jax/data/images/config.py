@@ -63,9 +63,10 @@ class ImageDatasetConfig(DatasetConfig):
         the file. With it `cache_tasks` caches the scaled images as plain pixels, which are read
         several times as fast as files are decoded; runs that read them set the same number, and
         see what they would see of the files. 'auto': by the side of the model's images, 5.2 times
-        of it where that is no more than 256 pixels, else None (see `scaling`). Of files, up to
-        1 GiB of scaled images (an eighth of the machine's memory at most) stays in memory, which
-        no epoch decodes again. Glyphs and arrays are never scaled so.
+        of it where that is no more than 256 pixels, else None (see `scaling`). Scaled images
+        of files are kept, which no epoch decodes again: up to 1 GiB in memory (an eighth of the
+        machine's at most), others in a temporary file (a quarter of the free disk at most). Glyphs
+        and arrays are never scaled so.
       mixture: several sets of images instead of one: how often images of each are shown, by its
         name, {'birds': 3, 'planes': 1}, or where it lies and how often, {'birds': ('/data/birds',
         3), 'planes': ('/data/planes.npz', 1)}: a folder as `folder`, an archive as `arrays`. A name

@@ -100,6 +100,10 @@ class ImageDataset:
           numbers: int `[n]`, from 0.
           seed: of the stream.
         """
+        return self.batch(self._shown(numbers, seed), numbers, seed, len(numbers))
+
+    def _shown(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Int `[n]`, the images that these numbers of the stream show."""
         count = len(self.images.labels)
         epochs, places = np.divmod(numbers, count)
         which = places
@@ -108,19 +112,24 @@ class ImageDataset:
             for epoch in np.unique(epochs):
                 mine = epochs == epoch
                 which[mine] = _permutation(seed, int(epoch), count)[places[mine]]
-        return self.batch(which, numbers, seed, len(numbers))
+        return which
 
     @property
     def holds_all_images(self) -> bool:
-        """Whether all are in memory, scaled."""
+        """Whether all are kept, scaled."""
         held, name = self._held, self.config.mixture_or_task_name
         return held is not None and all(
             (name, place) in held for place in range(len(self.images.labels))
         )
 
-    def hold_images(self) -> None:
-        """Decodes and scales the images that stay in memory, as many as fit, by all cores: the
-        first epoch then takes no longer than later ones. Nothing, where none stays.
+    def hold_images(self, first: int, last: int, seed: int) -> None:
+        """Decodes and scales images that are kept, by all cores, as many as find room: the first
+        epoch then takes no longer than later ones. Nothing, where none is kept.
+
+        Args:
+          first: number of the training stream from which on images are shown.
+          last: one more than the last.
+          seed: of the stream.
 
         Raises:
           ValueError: an image cannot be read.
@@ -128,20 +137,24 @@ class ImageDataset:
         held, count, channels = self._held, len(self.images.labels), self.features.channels
         if held is None or held.is_full:
             return
-        name = repr(self.config.mixture_or_task_name)
-        meter = Meter(count, _log.info, verb="scaled", unit="images", period=10)
+        name, wanted = self.config.mixture_or_task_name, np.arange(count)
+        if last - first < count:
+            wanted = np.unique(self._shown(np.arange(first, last), seed))
+        places = [place for place in wanted.tolist() if (name, place) not in held]
+        meter = Meter(len(places), _log.info, verb="scaled", unit="images", period=10)
         pool = _pool(os.cpu_count() or 1)
-        for first in range(0, count, _HELD_AT_ONCE):
-            places = range(first, min(first + _HELD_AT_ONCE, count))
-            for _ in pool.map(lambda place: self._image(place, channels), places):
+        for start in range(0, len(places), _HELD_AT_ONCE):
+            these = places[start : start + _HELD_AT_ONCE]
+            for _ in pool.map(lambda place: self._image(place, channels), these):
                 pass
-            meter.add(len(places), name)
+            meter.add(len(these), repr(name))
             if held.is_full:
-                meter.finish(
-                    f": no more of {name} fit into memory, and the others are decoded in each epoch"
-                )
-                return
-        meter.finish(f": all of {name} are in memory")
+                break
+        whose = f"all of {name!r}" if len(wanted) == count else f"those of {name!r} that are shown"
+        outcome = f"{whose} are kept"
+        if held.is_full:
+            outcome = f"no more of {name!r} find room, and the others are decoded in each epoch"
+        meter.finish(f": {outcome} ({held})")
 
     def batch(self, which: np.ndarray, numbers: np.ndarray, seed: int, rows: int) -> HostBatch:
         """Views of images.

@@ -35,7 +35,7 @@ def _of_one_set(dataset: ImageDataset) -> str:
         return MADE_BY_HOST
     command = cache_command(config)
     command = f"{command} --overwrite" if isinstance(images, RecordImages) else command
-    return f"Images that find no room in memory are decoded for every view. {to_cache(command)}"
+    return f"Images that find no room are decoded for every view. {to_cache(command)}"
 
 
 @faster_input.register

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ from upcycle_jax.features import FeatureConverter, HostBatch
 _log = logging.getLogger(__name__)
 
 _ARCHIVE = ".npz"
+_MOST_OFF = 2
+"""Numbers by which a set's turns may differ from its share."""
 IN_MEMORY = (*GLYPH_NAMES, FASHION_MNIST)
 """Sets that are known by name and never cached."""
 
@@ -187,17 +190,23 @@ class MixedImages:
             rows = np.flatnonzero(turns[:, 0] == place)
             if not len(rows):
                 continue
-            key = int(draws.bits(seed, draws.name_number(name)) >> np.uint64(33))
-            for feature, values in part.numbered(turns[rows, 1], key).items():
+            values_of = part.numbered(turns[rows, 1], _seed_of(name, seed))
+            for feature, values in values_of.items():
                 if feature not in out:
                     out[feature] = np.zeros((len(numbers), *values.shape[1:]), values.dtype)
                 out[feature][rows] = values
         return out
 
-    def hold_images(self) -> None:
+    def hold_images(self, first: int, last: int, seed: int) -> None:
         """See `ImageDataset.hold_images`."""
-        for part in self.sets:
-            part.hold_images()
+        total = sum(self._rates[name] for name in self._parts)
+        for name, part in self._parts.items():
+            share = self._rates[name] / total  # of any run of numbers, to one or two
+            part.hold_images(
+                max(math.floor(share * first) - _MOST_OFF, 0),
+                math.ceil(share * last) + _MOST_OFF,
+                _seed_of(name, seed),
+            )
 
     @functools.cached_property
     def _order(self) -> Any:
@@ -248,6 +257,11 @@ class MixedImages:
     def verify(self) -> int:
         """See `Dataset`."""
         return sum(part.verify() for part in self._parts.values())
+
+
+def _seed_of(name: str, seed: int) -> int:
+    """The seed of a set's own stream."""
+    return int(draws.bits(seed, draws.name_number(name)) >> np.uint64(33))
 
 
 class _Turn(grain.transforms.MapWithIndex):

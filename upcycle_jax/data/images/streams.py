@@ -30,8 +30,14 @@ class Numbered(Dataset, Protocol):
         """Examples of these numbers, int `[n]`, of the stream of a seed."""
         ...
 
-    def hold_images(self) -> None:
-        """Decodes the images that stay in memory; see `BatchIterator.prepare`."""
+    def hold_images(self, first: int, last: int, seed: int) -> None:
+        """Decodes images that are kept; see `BatchIterator.prepare`.
+
+        Args:
+          first: number of the training stream from which on images are shown.
+          last: one more than the last.
+          seed: of the stream.
+        """
         ...
 
 
@@ -84,9 +90,11 @@ class ImageStream(Stream):
         self._batches = num_batches
         self._iterator.set_state({"next_index": num_batches})
 
-    def prepare(self) -> None:
+    def prepare(self, first_batch: int, num_batches: int) -> None:
         """See `BatchIterator`."""
-        self._images.hold_images()
+        size = self._config.batch_size
+        last = first_batch + num_batches
+        self._images.hold_images(first_batch * size, last * size, self._seed)
 
     def save(self, directory: epath.PathLike) -> None:
         """See `BatchIterator`."""
