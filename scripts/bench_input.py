@@ -49,9 +49,6 @@ from upcycle_jax.data.images.held import HeldImages
 from upcycle_jax.data.opening import open_dataset
 from upcycle_jax.features import EncoderDecoderFeatures
 from upcycle_jax.features.images import ImageFeatures
-from upcycle_jax.training.optimizers import Adafactor
-from upcycle_jax.training.schedules import create_learning_rate_scheduler
-from upcycle_jax.training.trainer import Trainer
 
 ASKED = 50
 """Times the examples of the fastest step that the input should give."""
@@ -206,7 +203,7 @@ def decoding_rate(side: int, *, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
+def bench_images(args: argparse.Namespace) -> None:
     """Input and steps of vision transformers."""
     for size in args.sizes:
         models, lengths = benchmarks.model_pair(
@@ -219,7 +216,10 @@ def bench_images(args: argparse.Namespace, trainer: Trainer) -> None:
         )
         side = lengths["image"]
         steps = benchmarks.step_programs(
-            models, trainer, batch_size=args.batch_size, lengths=lengths
+            models,
+            benchmarks.shipped_trainer(f"vit_{size}"),
+            batch_size=args.batch_size,
+            lengths=lengths,
         )
         with image_inputs(
             side, args.batch_size, files=args.files, shorter_sides=args.shorter_sides
@@ -300,10 +300,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.sizes = args.sizes or ["tiny", "s32" if args.images else "small"]
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     if args.images:
         print(f"{benchmarks.hardware()}; batches of {args.batch_size} images")
-        bench_images(args, trainer)
+        bench_images(args)
         return
     lengths = {"inputs": args.inputs, "targets": args.targets}
     print(f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}")
@@ -322,7 +321,7 @@ def main() -> None:
         steps = benchmarks.train_steps(
             size,
             models,
-            trainer,
+            benchmarks.shipped_trainer(size),
             batch_size=args.batch_size,
             lengths=lengths,
             rounds=args.rounds,

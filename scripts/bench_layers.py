@@ -20,9 +20,6 @@ from upcycle_jax import config
 from upcycle_jax.partitioning import Partitioner
 from upcycle_jax.planning import compilation
 from upcycle_jax.planning.compilation import Workload
-from upcycle_jax.training.optimizers import Adafactor
-from upcycle_jax.training.schedules import create_learning_rate_scheduler
-from upcycle_jax.training.trainer import Trainer
 
 FORMS = {
     "unscanned": (False, "none"),
@@ -50,7 +47,6 @@ def main() -> None:
         parser.error(
             f"unknown arguments {[item for item in rest if not item.startswith('--gin.')]}"
         )
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     print(
         f"{benchmarks.hardware()}; {args.model}, {args.batch_size} rows of {args.inputs} +"
         f" {args.targets}, {args.dtype}\n"
@@ -71,7 +67,7 @@ def main() -> None:
         ]
         work = Workload(
             model=config.load([f"models/{args.model}.gin"], settings).macro("MODEL"),
-            trainer=trainer,
+            trainer=benchmarks.shipped_trainer(args.model),
             partitioner=Partitioner(devices=(jax.devices()[0],)),
             batch_size=args.batch_size,
             task_feature_lengths={"inputs": args.inputs, "targets": args.targets},

@@ -2,7 +2,8 @@
 FLOPs, measured in one process, and the share of the FLOP/s of one large matrix product.
 
     python scripts/bench_train_step.py      # tiny, small and base T5, tiny and small language
-    model, small and base vision transformer (its batch is as many images)
+    model, small and base vision transformer (its batch is as many images), each with the
+    optimizer that runs/pretrain.gin, pretrain_lm.gin or pretrain_images.gin gives it
     python scripts/bench_train_step.py --sizes base --batch_size=64 --inputs=512 --targets=128
     --dtype=bfloat16
 
@@ -14,9 +15,6 @@ import argparse
 import benchmarks
 
 from upcycle_jax.layers import cpu_attention
-from upcycle_jax.training.optimizers import Adafactor
-from upcycle_jax.training.schedules import create_learning_rate_scheduler
-from upcycle_jax.training.trainer import Trainer
 
 SIZES = ["tiny", "small", "base", "tiny_lm", "small_lm", "vit_s16", "vit_b16"]
 
@@ -40,7 +38,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.plain_attention:
         cpu_attention.is_faster = lambda *_: False
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
     print(
         f"{benchmarks.hardware()}; {args.batch_size} rows of {args.inputs} + {args.targets}, E"
         f" {args.experts}, {args.dtype}\n"
@@ -60,7 +57,7 @@ def main() -> None:
             benchmarks.train_steps(
                 size,
                 models,
-                trainer,
+                benchmarks.shipped_trainer(size),
                 batch_size=args.batch_size,
                 lengths=lengths,
                 rounds=args.rounds,

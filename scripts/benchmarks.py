@@ -29,6 +29,7 @@ from upcycle_jax.layers.mlp import MlpBlock
 from upcycle_jax.models.base import Model, stack_lengths
 from upcycle_jax.models.decoder.model import DecoderModel
 from upcycle_jax.models.generation import DecodingCache
+from upcycle_jax.models.t5.model import EncoderDecoderModel
 from upcycle_jax.moe import grouped_experts
 from upcycle_jax.moe.config import MoeSettings
 from upcycle_jax.moe.dispatch import Assignment
@@ -36,6 +37,7 @@ from upcycle_jax.moe.experts import ExpertBank
 from upcycle_jax.moe.layer import LAYER_STATS, MoeLayer
 from upcycle_jax.moe.routing import DroplessTopK, ExpertsChoose, Router, TokensChoose
 from upcycle_jax.partitioning import Partitioner
+from upcycle_jax.training.run_start import Starts
 from upcycle_jax.training.train_state import initial_state, state_specs
 from upcycle_jax.training.train_step import jitted_train_step
 from upcycle_jax.training.trainer import Trainer
@@ -301,9 +303,9 @@ def model_pair(
       dtype: of the computation.
       bindings: of gin, for both.
     """
-    file = f"models/{size if '_' in size else f't5_1_1_{size}'}"
+    file = _model_file(size)
     shared = ["DROPOUT_RATE=0.0", f"ACTIVATION_DTYPE={dtype!r}", *bindings]
-    dense = config.load([f"{file}.gin"], shared).macro("MODEL")
+    dense = config.load([f"models/{file}.gin"], shared).macro("MODEL")
     lengths = {"inputs": inputs, "targets": targets}
     if dense.vocab_size is None:
         lengths = {"image": dense.config.image_size}
@@ -313,8 +315,32 @@ def model_pair(
     elif "inputs" not in dense.features.task_features:
         lengths = {"targets": inputs + targets}
     sparse = [f"NUM_EXPERTS={num_experts}", f"GROUP_SIZE={group_size}"]
-    upcycled = config.load([f"{file}_upcycled.gin"], shared + sparse).macro("MODEL")
+    upcycled = config.load([f"models/{file}_upcycled.gin"], shared + sparse).macro("MODEL")
     return [dense, upcycled], lengths
+
+
+def shipped_trainer(size: str) -> Trainer:
+    """The optimizer, schedule, clipping and parameter groups with which this house pre-trains
+    models of the family: a step is measured as users run it.
+
+    Args:
+      size: as `model_pair` takes it.
+    """
+    file = f"models/{_model_file(size)}.gin"
+    match config.load([file]).macro("MODEL"):
+        case EncoderDecoderModel():
+            run = "pretrain"
+        case DecoderModel():
+            run = "pretrain_lm"
+        case _:
+            run = "pretrain_images"
+    loaded = config.load([file, f"runs/{run}.gin"], ["TRAIN_STEPS=100000"])
+    trainer: Trainer = loaded.build("Trainer")()
+    return trainer.started_at(Starts(run=0, state=0))
+
+
+def _model_file(size: str) -> str:
+    return size if "_" in size else f"t5_1_1_{size}"
 
 
 @functools.cache

@@ -31,9 +31,6 @@ from upcycle_jax.costs import hardware
 from upcycle_jax.models.base import Model
 from upcycle_jax.models.decoder.model import DecoderModel
 from upcycle_jax.moe import grouped_experts, grouped_matmul
-from upcycle_jax.training.optimizers import Adafactor
-from upcycle_jax.training.schedules import create_learning_rate_scheduler
-from upcycle_jax.training.trainer import Trainer
 from upcycle_jax.types import PyTree
 
 LAYER_TARGET, MFU_TARGET = 1.10, 0.45
@@ -246,7 +243,7 @@ def step_rows(
 ) -> list[Row]:
     """Train steps of a dense and of an upcycled model."""
     models, lengths = step_models(name, group_size, bindings, sizes)
-    trainer = Trainer(optimizer=Adafactor(), learning_rate_fn=create_learning_rate_scheduler())
+    trainer = benchmarks.shipped_trainer(name)
     found = benchmarks.train_steps(
         name, models, trainer, batch_size=batch_size, lengths=lengths, rounds=sizes.rounds
     )

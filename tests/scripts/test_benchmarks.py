@@ -38,3 +38,17 @@ def test_each_program_is_compared_with_the_baseline_that_ran_beside_it():
         )
     assert (base.seconds, base.ratio, base.tokens_per_second) == (2, 1.0, 5)
     assert (other.seconds, other.ratio) == (4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "optimizer"),
+    [("tiny", "Adafactor"), ("tiny_lm", "AdamW"), ("vit_tiny", "Adafactor")],
+)
+def test_steps_are_measured_with_the_optimizer_that_the_run_files_give_the_family(size, optimizer):
+    # runs/pretrain.gin has T5's Adafactor, pretrain_lm.gin AdamW behind a clipped norm of 1,
+    # pretrain_images.gin Adafactor whose updates are not scaled by the parameter's size.
+    trainer = benchmarks.shipped_trainer(size)
+    assert type(trainer.optimizer).__name__ == optimizer
+    assert trainer.max_gradient_norm == (1.0 if optimizer == "AdamW" else None)
+    scaled = getattr(trainer.optimizer, "multiply_by_parameter_scale", None)
+    assert scaled is {"tiny": True, "tiny_lm": None, "vit_tiny": False}[size]
