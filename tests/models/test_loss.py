@@ -35,6 +35,14 @@ def test_token_losses_by_hand():
     np.testing.assert_array_equal(out.correct, [[1.0, 0.0]])
 
 
+def test_the_first_of_equal_logits_counts_as_the_prediction():
+    # As argmax says: tokens 1 and 2 share the largest logit, so that 1 is predicted. A row with a
+    # NaN predicts nothing.
+    logits = jnp.array([[[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [jnp.nan, 1.0, 0.0]]])
+    out = losses.token_losses(logits, jnp.array([[1, 2, 1]]))
+    np.testing.assert_array_equal(out.correct, [[1.0, 0.0, 0.0]])
+
+
 def test_label_smoothing_by_hand():
     # Three tokens, smoothing 0.2: targets (0.8, 0.1, 0.1). Logits equal to log of that: cross
     # entropy is its entropy, minus that: 0.
