@@ -4,7 +4,7 @@
 # conversion, proof, function check on glyphs), and continued beside the dense model on the same
 # batches. Accuracy on views that training never draws, 10-shot accuracy on characters that it never
 # saw, and the report.
-#   ./scripts/vision_story.sh            about nine minutes on two idle cores; it says
+#   ./scripts/vision_story.sh            ten to fifteen minutes on two idle cores; it says
 #   how long each part takes
 #   ./scripts/vision_story.sh --smoke    the same path with a few steps; its numbers mean nothing
 # Killed, it goes on where it stopped when called again. Results: $STORY_DIR (default

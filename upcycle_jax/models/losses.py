@@ -80,7 +80,7 @@ def sigmoid_losses(logits: jax.Array, labels: jax.Array) -> TokenLosses:
 def _most_probable(logits: jax.Array) -> jax.Array:
     """Index of the largest of the last axis, the first one where several are; its size where one is
     NaN. XLA for CPUs reduces argmax's pairs of value and index one by one; two plain reductions, of
-    which the loss has the first, took a third of the time (docs/benchmarks.md).
+    which the loss has the first, are faster (docs/benchmarks.md).
     """
     size = logits.shape[-1]
     largest = jnp.max(logits, axis=-1, keepdims=True)
