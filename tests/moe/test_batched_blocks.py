@@ -21,14 +21,18 @@ def test_large_matrices_are_not_copied():
     assert not batched_blocks.is_faster(256 * 768)
 
 
+@pytest.mark.parametrize("d, f", [(6, 6), (4, 10), (10, 4)])
 @pytest.mark.parametrize("load", [[0, 0, 0], [96, 0, 32], [0, 32, 64]])
-def test_it_is_the_loop_over_blocks(load):
+def test_it_is_the_loop_over_blocks(load, d, f):
     # 128 rows for runs of multiples of 32; what no run needs is zero and stays so.
     keys = jax.random.split(jax.random.key(0), 3)
     sizes = jnp.array(load, jnp.int32)
     used = jnp.arange(128)[:, None] < sum(load)
-    x, target = (jnp.where(used, jax.random.normal(key, (128, 6)), 0) for key in keys[:2])
-    kernels = jax.random.normal(keys[2], (3, 6, 6))
+    x, target = (
+        jnp.where(used, jax.random.normal(key, (128, size)), 0)
+        for key, size in zip(keys[:2], (d, f), strict=True)
+    )
+    kernels = jax.random.normal(keys[2], (3, d, f))
 
     def both(product, x, kernels):
         out = product(x, kernels, sizes)
