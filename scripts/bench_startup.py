@@ -43,7 +43,7 @@ def seconds_to_first_step(model_dir: pathlib.Path, compiled: pathlib.Path) -> fl
         "train.train_eval_dataset_cfg=None",
         "EVAL_PERIOD=None",
     ]
-    files = ["models/t5_1_1_tiny.gin", "runs/pretrain.gin", "runs/quickstart.gin"]
+    files = ["models/t5_1_1_tiny.gin", "runs/pretrain.gin", "runs/tiny_t5.gin"]
     command = [
         sys.executable,
         "-m",

@@ -315,7 +315,7 @@ def cells(cache: str | None) -> Iterator[Cell]:
     yield Cell("glyphs", "vit_tiny", True, ("--gin_file=runs/vision_story.gin",))
     if cache is not None:
         flags = (
-            "--gin_file=runs/quickstart.gin",
+            "--gin_file=runs/tiny_t5.gin",
             "--gin.USE_CACHED_TASKS=True",
             f"--seqio_additional_cache_dirs={pathlib.Path(cache).resolve()}",
         )

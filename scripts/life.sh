@@ -88,7 +88,7 @@ interrupt() {
     wait "$pid"
 }
 
-text=(--gin_file=runs/quickstart.gin)
+text=(--gin_file=runs/tiny_t5.gin)
 cached=("${text[@]}" --gin.USE_CACHED_TASKS=True --seqio_additional_cache_dirs="$out/cache")
 labels=(--gin.MIXTURE_OR_TASK_NAME="'offline_suite_finetune'" --gin.VOCAB_SIZE=384 --gin.NUM_EXPERTS=8
     --gin.TASK_FEATURE_LENGTHS="{'inputs': 512, 'targets': 32}" --gin.BATCH_SIZE=16)
