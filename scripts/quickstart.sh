@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole story on CPU: pre-train a small dense language model, upcycle it, continue both, train
 # the same MoE from scratch, compare.
-#   ./scripts/quickstart.sh            about twelve minutes on two slow idle cores, installation
-#   included (docs/benchmarks.md)
+#   ./scripts/quickstart.sh            some twelve minutes on two slow idle cores, installation
+#   included, by the times of its parts (docs/benchmarks.md)
 #   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
 # Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default
 # quickstart/). Words after the options go to the cache of the text, to every training run and to
@@ -12,8 +12,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# The gain grows with the steps. A thousand show it clearly, and MoE from scratch is far behind
-# after half of that.
+# The gain grows with the steps. A thousand show it clearly.
 dense_steps=1500 extra_steps=1000 scratch_steps=500 eval_period=250
 out="${QUICKSTART_DIR:-$root/quickstart}"
 if [ "${1:-}" = --smoke ]; then
