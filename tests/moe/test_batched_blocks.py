@@ -18,6 +18,7 @@ def test_size_of_blocks_by_hand():
 
 def test_large_matrices_are_not_copied():
     assert batched_blocks.is_faster(32 * 64)
+    assert not batched_blocks.is_faster(64 * 128)
     assert not batched_blocks.is_faster(256 * 768)
 
 
