@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole story on CPU: pre-train a small dense language model, upcycle it, continue both, train
 # the same MoE from scratch, compare.
-#   ./scripts/quickstart.sh            some twelve minutes on two slow idle cores, installation
-#   included, by the times of its parts (docs/benchmarks.md)
+#   ./scripts/quickstart.sh            less than twelve minutes on two idle cores, installation
+#   included (docs/benchmarks.md)
 #   ./scripts/quickstart.sh --smoke    the same path in a minute or two; its numbers mean nothing
 # Killed, it goes on where it stopped when called again. Results: $QUICKSTART_DIR (default
 # quickstart/). Words after the options go to the cache of the text, to every training run and to

@@ -106,6 +106,18 @@ def wait_for(condition, seconds=60.0):
         time.sleep(0.01)
 
 
+def test_cells_of_other_tasks_get_a_table_of_their_own(tmp_path):
+    sweep = fake_sweep.study(tmp_path)
+    cells = sweep.cells()
+    assert fake_sweep.runner(sweep).run().exit_code == 0
+    last = pathlib.Path(cells[-1].folder) / "training_eval"
+    (last / "task").rename(last / "label")
+    tables = state.save_table(sweep, cells).split("\n\n")
+    assert [len(table.splitlines()) for table in tables] == [len(cells), 2]
+    assert "task/accuracy" in tables[0] and "label/accuracy" in tables[1].splitlines()[0]
+    assert not any(" - " in table for table in tables)
+
+
 def test_killed_half_way_and_restarted_no_cell_runs_twice(tmp_path):
     """SIGKILL of the sweep leaves its cells alive: the next sweep waits for them."""
     sweep = fake_sweep.study(tmp_path)

@@ -113,7 +113,7 @@ def write_sweep(root, losses=LOSSES, baseline="dense_continued"):
             "labels": labels,
             "start_step": start,
             "end_step": end,
-            "needs": [],
+            "needs": ["dense"] if start else [],
             "command": "python y",
         }
         cells.append(entry)
@@ -360,6 +360,44 @@ def test_different_data_are_named(sweep, page):
     path = sweep / "cells" / "scratch-seed=1" / "manifest.json"
     path.write_text(path.read_text().replace('"sha": "x"', '"sha": "y"'))
     assert "**the runs read 2 different data sets**" in page(sweep).markdown
+
+
+def test_runs_that_are_tuned_from_runs_of_other_data(tmp_path, page):
+    """Dense -> one continuation and one upcycled run for each seed -> each tuned on other data."""
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    write_sweep(folder, baseline="dense_tuned")
+    plan = json.loads((folder / "sweep.json").read_text())
+    plan["cells"] = [
+        cell
+        for cell in plan["cells"]
+        if cell["stage"] != "scratch" and cell["labels"].get("capacity_factor") != "2"
+    ]
+    for cell in [cell for cell in plan["cells"] if cell["stage"] != "dense"]:
+        stage = {"dense_continued": "dense_tuned", "upcycled": "upcycled_tuned"}[cell["stage"]]
+        seed, last = int(cell["labels"]["seed"]), {"upcycled": 1.6}.get(cell["stage"], 1.7)
+        entry = {"name": f"{stage}-{seed}", "stage": stage, "labels": {"seed": str(seed)}}
+        entry |= {"start_step": 120, "end_step": 140, "needs": [cell["name"]], "command": "z"}
+        plan["cells"].append(entry)
+        plan["stages"][cell["stage"]]["compared"] = False
+        plan["stages"][stage] = {"label": stage, "compared": True}
+        losses, moe = [2.0, 1.8, last], stage == "upcycled_tuned"
+        run = folder / "cells" / entry["name"]
+        write_cell(run, start=120, losses=losses, flops=1e12, moe=moe, seed=seed)
+        manifest = (run / "manifest.json").read_text().replace('"sha": "x"', '"sha": "y"')
+        (run / "manifest.json").write_text(manifest)
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    text = page(folder).markdown
+    assert "all runs that are compared read the same text, and all that they start from" in text
+    # Over the last tenth, 2 of 20 steps between losses after 10 and 20: 1.8 to 1.7 falls by 0.02,
+    # 1.9 to 1.9 by nothing.
+    assert (
+        "`dense_continued`, 1,234 parameters, 20 steps, one for each seed; its loss fell by 0.0000"
+        " to 0.0200 over" in text
+    )
+    # The tuned runs start from different checkpoints: no conversion lies between them.
+    assert "## Initial drop" not in text
+    assert "upcycled_tuned ends 0.1000 ± 0.0000 below dense_tuned" in text
 
 
 def test_routing_over_training_is_the_mean_over_tasks(sweep):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from upcycle_jax.partitioning import active_platform
 
 SMALL = 2**12
-"""Elements of an expert's matrix up to which copying it for every block is worth it: so for 32 x 64,
+"""Elements of an expert's matrix up to which copying it for every block is worth it: of 32 x 64,
 not for 64 x 128, with 1,024 rows an expert (docs/benchmarks.md)."""
 _MIN_ROWS = 8
 _ROWS_OF_A_COPY = 8

@@ -68,12 +68,12 @@ class StudyRow:
 
     Attributes:
       study: its name and folder.
-      hours: of two idle cores, estimated from step times; None for what is run elsewhere.
+      hours: of two idle cores, estimated from step times.
       command: what runs it.
     """
 
     study: str
-    hours: float | None
+    hours: float
     command: str
 
 
@@ -191,10 +191,7 @@ def studies() -> Mapping[str, StudyRow]:
     """The studies by name."""
     rows = _rows("findings_studies")
     return {
-        row["study"]: StudyRow(
-            row["study"], float(row["hours"]) if row["hours"] else None, row["command"]
-        )
-        for row in rows
+        row["study"]: StudyRow(row["study"], float(row["hours"]), row["command"]) for row in rows
     }
 
 

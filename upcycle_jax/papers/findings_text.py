@@ -57,8 +57,8 @@ def _studies(found: Sequence[Finding], folder: str | Path, style: Format) -> str
             part for one in found for part in one.measured if part.comparison.study == study.study
         ]
         if all(part.verdict == Verdict.NOT_RUN for part in measured):
-            hours = "" if study.hours is None else f" (about {study.hours:g} hours)"
-            rows.append([study.study, "not run", f"{study.command}{hours}"])
+            command = f"{study.command} (about {study.hours:g} hours)"
+            rows.append([study.study, "not run", command])
             continue
         state = "stored" if all(part.finished for part in measured) else "not finished"
         rows.append([study.study, state, _report(study.study, folder)])

@@ -218,13 +218,9 @@ def _bars(
 
 def initial_drop(study: Study) -> Picture | None:
     """Bars: loss before the first update minus the dense checkpoint's; None where nothing starts
-    from a checkpoint beside a baseline.
+    from the checkpoint that its baseline starts from.
     """
-    groups = [
-        group
-        for group in study.groups
-        if study.baseline_of(group) is not None and group.first.start_step
-    ]
+    groups = [group for group in study.groups if study.starts_with_baseline(group)]
     if not groups:
         return None
     first = at_steps("cross_ent_loss", 0)

@@ -219,7 +219,9 @@ def table(cells: Sequence[Cell]) -> list[Row]:
 
 
 def save_table(sweep: Sweep, cells: Sequence[Cell]) -> str:
-    """Writes `table.jsonl` and returns the table for a terminal."""
+    """Writes `table.jsonl` and returns the table for a terminal: one for each set of tasks that
+    cells were evaluated on.
+    """
     rows = table(cells)
     write_whole(
         Path(sweep.root) / TABLE_FILE,
@@ -228,6 +230,13 @@ def save_table(sweep: Sweep, cells: Sequence[Cell]) -> str:
     )
     if not rows:
         return "no training cell has finished"
+    same_tasks: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        same_tasks.setdefault(tuple(row.tasks), []).append(row)
+    return "\n\n".join(map(_of_same_tasks, same_tasks.values()))
+
+
+def _of_same_tasks(rows: Sequence[Row]) -> str:
     columns = [(task, metric) for task in rows[0].tasks for metric in COLUMNS]
     header = ["cell", "step", *(f"{task}/{metric}" for task, metric in columns)]
     body = []

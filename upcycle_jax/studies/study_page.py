@@ -28,7 +28,7 @@ from upcycle_jax.studies.study_results import (
     at_steps,
     trained_cells,
 )
-from upcycle_jax.studies.sweep import shell_line
+from upcycle_jax.studies.sweep import SEED_AXIS, shell_line
 
 LOSS, ACCURACY = "cross_ent_loss", "accuracy"
 FIGURES_FILE = "figures.json"
@@ -184,16 +184,32 @@ def _scale(study: Study) -> str:
         f"* **Runs**: {len(study.runs)} compared, of {' or '.join(f'{n:,}' for n in extra)} extra"
         f" steps; seeds {seeds}."
     )
-    for name, run in study.shared.items():
-        lines.append(
-            f"* **Shared start**: `{name}`, {run.manifest['parameters']:,} parameters,"
-            f" {run.extra_steps:,} steps, one for all seeds; its loss fell by {_slope(run):.4f}"
-            " over the last tenth of them."
-        )
+    lines += _shared_starts(study)
     tasks = ", ".join(f"`{task}`" for task in first.tasks)
     lines.append(f"* **Data**: {tasks}; {_data(study)}.")
     lines.append(f"* **Hardware**: {_hardware(study)}")
     return "\n".join([*lines, *_incomplete(study)])
+
+
+def _shared_starts(study: Study) -> list[str]:
+    """What the compared runs start from: one run for all seeds, or one for each."""
+    found: dict[str, list[Run]] = {}
+    for cell in trained_cells(study.plan):
+        if run := study.shared.get(cell["name"]):
+            axes = {axis: label for axis, label in cell["labels"].items() if axis != SEED_AXIS}
+            name = "-".join([cell["stage"], *(f"{axis}={label}" for axis, label in axes.items())])
+            found.setdefault(name if SEED_AXIS in cell["labels"] else run.name, []).append(run)
+    lines = []
+    for name, runs in found.items():
+        first, seeds = runs[0], "one for all seeds" if runs[0].name == name else "one for each seed"
+        falls = sorted({f"{_slope(run):.4f}" for run in runs}, key=float)
+        by = falls[0] if len(falls) == 1 else f"{falls[0]} to {falls[-1]}"
+        lines.append(
+            f"* **Shared start**: `{name}`, {first.manifest['parameters']:,} parameters,"
+            f" {first.extra_steps:,} steps, {seeds}; its loss fell by {by} over the last tenth of"
+            " them."
+        )
+    return lines
 
 
 def _slope(run: Run) -> float:
@@ -240,12 +256,21 @@ def _incomplete(study: Study) -> list[str]:
 
 
 def _data(study: Study) -> str:
-    """Whether all runs read the same text."""
-    found = {
-        _without_versions(run.manifest.get("data")) for run in [*study.runs, *study.shared.values()]
-    }
+    """Whether all runs read the same text; runs that are fine-tuned start from others that read
+    another.
+    """
+    compared, shared = (
+        {_without_versions(run.manifest.get("data")) for run in runs}
+        for runs in (study.runs, study.shared.values())
+    )
+    found = compared | shared
     if len(found) == 1:
         return "all runs read the same text (equal fingerprints in their manifests)"
+    if len(compared) == len(shared) == 1:
+        return (
+            "all runs that are compared read the same text, and all that they start from another"
+            " one (equal fingerprints in their manifests)"
+        )
     return (
         f"**the runs read {len(found)} different data sets** (fingerprints in their manifests):"
         " differences may come from that"

@@ -173,6 +173,18 @@ class Study:
                 return other
         return None
 
+    def starts_with_baseline(self, group: Group) -> bool:
+        """Whether the group and its baseline go on from one trained checkpoint, of each seed."""
+        other = self.baseline_of(group)
+        if other is None:
+            return False
+        parents = {seed: _trained_parent(self.plan, run.name) for seed, run in group.runs.items()}
+        return None not in parents.values() and all(
+            _trained_parent(self.plan, run.name) == parents[seed]
+            for seed, run in other.runs.items()
+            if seed in parents
+        )
+
     def difference(self, group: Group, value: Callable[[Run], float]) -> Interval | None:
         """Paired difference of a value to the baseline's; None where there is no baseline."""
         other = self.baseline_of(group)
@@ -206,6 +218,18 @@ def _load_run(name: str, path: Path) -> Run | None:
 def trained_cells(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The cells of a study's plan that are training runs; others write a cache, or convert."""
     return [cell for cell in plan["cells"] if cell.get("kind", "train") == "train"]
+
+
+def _trained_parent(plan: Mapping[str, Any], name: str) -> str | None:
+    """The training run that a cell starts from, by way of conversions or none."""
+    cells = {cell["name"]: cell for cell in plan["cells"]}
+    for need in cells[name]["needs"]:
+        kind = cells[need].get("kind", "train")
+        if kind == "train":
+            return need
+        if kind == "upcycle":
+            return _trained_parent(plan, need)
+    return None
 
 
 def _exit_codes(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
