@@ -24,7 +24,10 @@ STORED = ROOT / "results" / "capacity_factor"
 REPORTS = [
     pytest.param(path.parent, id=path.parent.name, marks=[pytest.mark.slow] if number else [])
     for number, path in enumerate(sorted((ROOT / "results").glob("findings/*/report")))
-] + [pytest.param(STORED, id=STORED.name, marks=[pytest.mark.slow])]
+] + [
+    pytest.param(folder, id=folder.name, marks=[pytest.mark.slow])
+    for folder in (STORED, ROOT / "results" / "quickstart")
+]
 TASKS = ("code", "prose")
 
 # Loss after 0, 10 and 20 extra steps of the task `code`, by stage and seed; `prose` lies 1 above.
