@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from upcycle_jax.config import load
 from upcycle_jax.studies.run_results import read_rows
 from upcycle_jax.sweep import main
 
@@ -246,3 +248,17 @@ def test_a_study_over_cached_data_goes_on_after_sigkill_of_everything(tmp_path):
         == 0
         and len(starts()) == done
     )
+
+
+def test_the_quickstart_with_seeds_trains_what_the_quickstart_does():
+    text = (ROOT / "scripts" / "quickstart.sh").read_text().split("if [")[0]
+    steps = {name: int(n) for name, n in re.findall(r"(dense|extra|scratch)_steps=(\d+)", text)}
+    cells = load(["sweeps/quickstart.gin"], ["SWEEP_DIR='/x'"]).build("Sweep")().cells()
+    done = {cell.stage: cell.end_step - cell.start_step for cell in cells}
+    assert done == {
+        "cache_tasks": 0,
+        "dense": steps["dense"],
+        "dense_continued": steps["extra"],
+        "upcycled": steps["extra"],
+        "moe_from_scratch": steps["scratch"],
+    }
