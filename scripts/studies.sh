@@ -11,7 +11,7 @@
 # (default 2), --gin.SEEDS="[0, 1, 2, 3, 4]".
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-names=(core_encoder_decoder core_decoder_only core_vision capacity_factor renormalization expert_init num_experts step_zero router optimizer_state dense_steps moe_layers depth_tiling fine_tuning)
+names=(core_encoder_decoder core_decoder_only core_vision capacity_factor renormalization expert_init num_experts step_zero router optimizer_state dense_steps moe_layers vision_experts vision_layers depth_tiling fine_tuning)
 
 if [ $# = 0 ]; then
     printf '%s\n' "${names[@]}"
