@@ -1,12 +1,13 @@
 """Time, speed against a plain copy, peak memory and new bytes of four ways to upcycle one
 checkpoint.
 
-    python scripts/bench_surgery.py --megabytes 990 --experts 8 [--ways
+    python scripts/bench_surgery.py --megabytes 990 --experts 8 --rounds 5 [--ways
     reference,streaming,encoded,noise,online,naive] [--folder DIR]
 
-The plain copy reads the dense file, writes as many bytes as the materialised result has, and calls
-fsync: the ratio of a way is that copy's time / its time, so 1.0 is as fast as the disk path allows
-and more is faster. Every way runs in a process of its own.
+The plain copy reads the dense files, writes as many bytes as the materialised result has, and calls
+fsync. The ratio of a way is that copy's time / its time, which ends when everything is on disk:
+1.0 is as fast as a copy and more is faster. Every way runs in a process of its own, by turns with
+the copy; medians of the rounds, and of their ratios.
 
     python scripts/bench_surgery.py --megabytes 400 --ways read_folder,write_folder --rounds 5
 
@@ -25,6 +26,7 @@ import os
 import pathlib
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,7 +103,7 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
     plan = surgery.make_plan(source.specs(), specs, surgery.Recipe(expert_init=init))
     output = folder / way
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     if way in ("reference", "encoded", "noise"):
         surgery.apply_offline(plan, source, output, materialize=way != "reference")
     elif way == "streaming":
@@ -127,9 +129,8 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
             tree[name] = stacked
             writer.write(name, None, stacked)
         writer.finalize()
-    seconds = time.perf_counter() - begun
     os.sync()
-    synced = time.perf_counter() - begun
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     new = (
         sum(p.stat().st_size for p in output.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
@@ -141,7 +142,7 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
             {
                 "way": way,
                 "seconds": seconds,
-                "synced": synced,
+                "cpu": cpu,
                 "peak_mib": peak / 1024,
                 "new_mib": new / 2**20,
             }
@@ -150,8 +151,9 @@ def run_way(way: str, folder: pathlib.Path, megabytes: float, experts: int) -> N
 
 
 def plain_copy(folder: pathlib.Path, total: int) -> float:
-    """Seconds to read the dense files once and write `total` bytes of them, with fsync."""
+    """Seconds to read the dense files and write `total` bytes of them, with fsync."""
     files = [path for path in (folder / "dense").rglob("*") if path.is_file()]
+    os.sync()
     begun, written = time.perf_counter(), 0
     with open(folder / "plain", "wb") as out:
         while written < total:
@@ -161,8 +163,46 @@ def plain_copy(folder: pathlib.Path, total: int) -> float:
                         written += out.write(block[: total - written])
         out.flush()
         os.fsync(out.fileno())
+    seconds = time.perf_counter() - begun
     (folder / "plain").unlink()
-    return time.perf_counter() - begun
+    return seconds
+
+
+def by_turns(
+    ways: list[str], folder: pathlib.Path, megabytes: float, experts: int, rounds: int
+) -> None:
+    """Measures every way beside the plain copy, `rounds` times by turns, and prints a table."""
+    total = sum(spec.nbytes for spec in trees(megabytes, experts)[1].values())
+    command = [sys.executable, __file__, "--folder", str(folder), "--megabytes", str(megabytes)]
+    command += ["--experts", str(experts), "--one"]
+    copies: list[float] = []
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        copies.append(plain_copy(folder, total))
+        for way in ways:
+            os.sync()
+            done = subprocess.run([*command, way], stdout=subprocess.PIPE, text=True, check=True)
+            found[way].append(json.loads(done.stdout.splitlines()[-1]))
+            shutil.rmtree(folder / way, ignore_errors=True)
+    load = pathlib.Path("/proc/loadavg").read_text().split()[0]
+    print(
+        f"dense {megabytes:.0f} MiB, {experts} experts, result {total / 2**20:.0f} MiB; medians of"
+        f" {rounds} rounds by turns; load average {load}"
+    )
+    print(f"{'way':<10} {'seconds':>8} {'CPU s':>7} {'ratio':>7} {'peak MiB':>9} {'new MiB':>8}")
+    print(f"{'plain copy':<10} {statistics.median(copies):>8.2f}")
+    for way, rows in found.items():
+        ratio = statistics.median(
+            copy / row["seconds"] for copy, row in zip(copies, rows, strict=True)
+        )
+        seconds, cpu, peak, new = (
+            statistics.median(row[key] for row in rows)
+            for key in ("seconds", "cpu", "peak_mib", "new_mib")
+        )
+        print(
+            f"{way:<10} {seconds:>8.2f} {cpu:>7.2f} {ratio:>7.2f} {peak:>9.0f} {new:>8.1f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -174,8 +214,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--folder", help="where to work; default: a temporary folder")
-    parser.add_argument("--rounds", type=int, default=5, help="of folders and proofs")
-    parser.add_argument("--max_memory", type=int, default=1 << 30, help="bytes, of the same")
+    parser.add_argument("--rounds", type=int, default=5, help="of which medians are shown")
+    parser.add_argument(
+        "--max_memory", type=int, default=1 << 30, help="bytes to hold, for folders"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -194,46 +236,7 @@ def main() -> None:
             proof_speed.main(folder, trees(args.megabytes, args.experts)[1], args.rounds)
         if not ways:
             return
-        total = sum(spec.nbytes for spec in trees(args.megabytes, args.experts)[1].values())
-        copy = plain_copy(folder, total)
-        print(
-            f"dense {args.megabytes:.0f} MiB, {args.experts} experts, result {total / 2**20:.0f}"
-            f" MiB; plain read+write+fsync {copy:.2f} s"
-        )
-        print(
-            f"{'way':<10} {'seconds':>8} {'with sync':>10} {'ratio':>7} {'peak MiB':>9}"
-            f" {'new MiB':>8}"
-        )
-        for way in ways:
-            command = [
-                sys.executable,
-                __file__,
-                "--one",
-                way,
-                "--folder",
-                str(folder),
-                "--megabytes",
-                str(args.megabytes),
-            ]
-            done = subprocess.run(
-                [*command, "--experts", str(args.experts)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            found = json.loads(done.stdout.splitlines()[-1])
-            shutil.rmtree(folder / way, ignore_errors=True)
-            numbers = (
-                found["seconds"],
-                found["synced"],
-                copy / found["synced"],
-                found["peak_mib"],
-                found["new_mib"],
-            )
-            print(
-                "{:<10} {:>8.2f} {:>10.2f} {:>7.2f} {:>9.0f} {:>8.1f}".format(way, *numbers),
-                flush=True,
-            )
+        by_turns(ways, folder, args.megabytes, args.experts, args.rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

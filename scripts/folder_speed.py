@@ -59,7 +59,6 @@ def plain_copy(source: pathlib.Path, target: pathlib.Path) -> None:
             out.write(block)
         out.flush()
         os.fsync(out.fileno())
-    target.unlink()
 
 
 def measured(call: Callable[[], object]) -> tuple[float, float, float]:
@@ -115,6 +114,7 @@ def main(folder: pathlib.Path, megabytes: float, rounds: int, max_memory: int) -
         for _ in range(rounds):
             for made in ("orbax", "back"):
                 shutil.rmtree(root / made, ignore_errors=True)
+            (root / "plain").unlink(missing_ok=True)
             for way, call in ways.items():
                 found[way].append(measured(call))
         load = pathlib.Path("/proc/loadavg").read_text().split()[0]

@@ -1,5 +1,6 @@
 """Copies leaves between Orbax checkpoints without decoding them: by reference where that is
-possible, else as encoded chunks.
+possible, else as encoded chunks, of which further experts get copies of the files
+(`repeated_rows`).
 
 An OCDBT database maps keys to (file, offset, length). A chunk of a dense `[d, f]` array has the
 same bytes as the chunk `[1, d, f]` of an `[E, d, f]` array with the same codec, so all E experts
@@ -11,7 +12,6 @@ never written to.
 import dataclasses
 import enum
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,11 +22,10 @@ from upcycle_jax.checkpoints.ocdbt import DATA_FOLDERS, MANIFEST
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
 from upcycle_jax.checkpoints.output import REFERENCED, probe_folder
 from upcycle_jax.checkpoints.reader import CheckpointReader
+from upcycle_jax.checkpoints.repeated_rows import bring_copy, copy_keys, refer, repeat_rows
 from upcycle_jax.checkpoints.writer import CheckpointWriter
+from upcycle_jax.progress import Progress
 from upcycle_jax.trees import LeafSpec
-
-# Chunk keys are digits with dots; '.zarray' sorts before them and is not copied.
-_CHUNK_KEYS = ts.KvStore.KeyRange(b"0", b":")
 
 
 class CopyMode(enum.Enum):
@@ -166,7 +165,7 @@ def _try_copy(folder: Path) -> str:
             storage.ocdbt_spec(folder / REFERENCED, create=True), context=context
         ).result()
         inner.write("a/0", value).result()
-        _copy_keys(inner / "a/", outer / "b/3.").result()
+        copy_keys(inner / "a/", outer / "b/3.").result()
         copied = outer.read("b/3.0").result().value
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         return str(error)
@@ -184,15 +183,14 @@ def _can_link(existing: Path, link: Path) -> bool:
     return True
 
 
-def _copy_keys(source: ts.KvStore, target: ts.KvStore) -> ts.Future:
-    return source.experimental_copy_range_to(target, source_range=_CHUNK_KEYS)
-
-
 def copy_leaves(
     writer: CheckpointWriter,
     source: OrbaxReader,
     references: Mapping[str, Reference],
     mode: CopyMode,
+    *,
+    read_before: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Puts the chunks of `references` into the output. Whatever an interrupted call did already is
     skipped.
@@ -202,9 +200,13 @@ def copy_leaves(
       source: the checkpoint to copy from.
       references: target leaf -> where it comes from.
       mode: see `CopyMode`; `probe` says whether REFERENCE works.
+      read_before: the caller has read every leaf. Otherwise ENCODED decodes each chunk as well:
+        encoded bytes say nothing of damage.
+      progress: called with a line of text about every second.
 
     Raises:
-      ValueError: the writer was begun with other layouts; or a chunk is missing in the source.
+      ValueError: the writer was begun with other layouts; or a chunk is missing in the source, or
+        damaged.
       OSError: the disk is full or cannot be written.
     """
     for name, layout in copied_layouts(source, references, writer.specs).items():
@@ -225,7 +227,7 @@ def copy_leaves(
     if mode is CopyMode.REFERENCE:
         _copy_by_reference(writer, source, todo)
     else:
-        _copy_encoded(writer, source, todo)
+        _copy_encoded(writer, source, todo, read_before, progress)
 
 
 def _parts(reference: Reference, spec: LeafSpec) -> Iterator[tuple[slice, ...]]:
@@ -241,23 +243,17 @@ def _copy_by_reference(
     folder = writer.state / f"{REFERENCED}.{source.fingerprint().rpartition(':')[2][:12]}"
     with writer.explained():
         _bring_files(Path(source.item), folder)
-        child = ts.KvStore.open(storage.ocdbt_spec(folder), context=writer.context).result()
-    transaction = ts.Transaction(atomic=True)
-    futures = []
+    links = []
     for name, reference in references.items():
-        key, origin = writer.key(name), child / f"{source.key(reference.source)}/"
+        key = writer.key(name)
         prefixes = (
             [""]
             if reference.experts is None
             else [f"{expert}{writer.layout(name).separator}" for expert in reference.experts]
         )
-        target = writer.store.with_transaction(transaction)
-        futures += [_copy_keys(origin, target / f"{key}/{prefix}") for prefix in prefixes]
-    with writer.explained():
-        for future in futures:
-            future.result()
-        transaction.commit_async().result()
-    writer.refresh()
+        origin = f"{source.key(reference.source)}/"
+        links += [(folder, origin, f"{key}/{prefix}") for prefix in prefixes]
+    refer(writer, links)
     _require_complete(writer, source, references)
 
 
@@ -285,38 +281,51 @@ def _bring_files(source: Path, folder: Path) -> None:
             path.parent.name in DATA_FOLDERS or relative == Path(MANIFEST)
         ):
             continue
-        if place.exists() and place.stat().st_size == path.stat().st_size:
-            continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        if relative == Path(MANIFEST) or not _can_link(path, place):
-            scratch = place.with_name(place.name + ".tmp")
-            # Data files never change once written, so a link to them is safe; the manifest may be
-            # replaced.
-            shutil.copyfile(path, scratch)
-            scratch.rename(place)
+        # Data files never change once written, so a link to them is safe; the manifest may be
+        # replaced.
+        if relative == Path(MANIFEST) or place.exists() or not _can_link(path, place):
+            bring_copy(path, place)
 
 
 def _copy_encoded(
-    writer: CheckpointWriter, source: OrbaxReader, references: Mapping[str, Reference]
+    writer: CheckpointWriter,
+    source: OrbaxReader,
+    references: Mapping[str, Reference],
+    read_before: bool,
+    progress: Progress | None,
 ) -> None:
+    """Experts first, so that the files that hold their chunks hold nothing else: all but one are
+    copies of those.
+    """
+    stacked = {name: found.experts for name, found in references.items() if found.experts}
+    for name, experts in stacked.items():
+        prefix = f"{experts[0]}{writer.layout(name).separator}"
+        _write_encoded(writer, source, name, references[name].source, prefix, read_before)
+    repeat_rows(writer, stacked, progress)
     for name, reference in references.items():
-        key, layout = source.key(reference.source), source.zarr_layout(reference.source)
-        for position in storage.positions(layout.grid):
-            chunk = layout.key(position)
-            # Encoded bytes say nothing of damage: the chunk is decoded as well, and that refused.
-            source.read(reference.source, layout.region(position))
-            result = source.store.read(f"{key}/{chunk}").result()
-            if result.state != "value":
-                raise ValueError(
-                    f"{source.item}: chunk {chunk} of {reference.source} is missing, so the source"
-                    " is damaged"
-                )
-            if reference.experts is None:
-                writer.write_encoded(name, {chunk: result.value})
-            else:
-                separator = writer.layout(name).separator
-                writer.write_encoded(
-                    name,
-                    {f"{expert}{separator}{chunk}": result.value for expert in reference.experts},
-                )
+        if name not in stacked:
+            _write_encoded(writer, source, name, reference.source, "", read_before)
     writer.flush()
+
+
+def _write_encoded(
+    writer: CheckpointWriter,
+    source: OrbaxReader,
+    name: str,
+    origin: str,
+    prefix: str,
+    read_before: bool,
+) -> None:
+    """Puts the chunks of the source's leaf `origin` below those keys of `name` that begin so."""
+    layout = source.zarr_layout(origin)
+    for position in storage.positions(layout.grid):
+        chunk = layout.key(position)
+        if not read_before:
+            source.read(origin, layout.region(position))
+        result = source.store.read(f"{source.key(origin)}/{chunk}").result()
+        if result.state != "value":
+            raise ValueError(
+                f"{source.item}: chunk {chunk} of {origin} is missing, so the source is damaged"
+            )
+        writer.write_encoded(name, {prefix + chunk: result.value})

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,21 @@ def data_files(folder: Path, context: ts.Context) -> set[str]:
     """Every data file that the current version of the database in `folder` refers to, relative to
     it.
     """
-    files = set()
-    for _, entry in _entries(folder, context):
-        for location in ("location", "indirect_value"):
-            if location in entry:
-                files.add(_file_of(entry[location]))
-    return files
+    return _files(folder, context, ("location", "indirect_value"))
+
+
+def index_files(folder: Path, context: ts.Context) -> set[str]:
+    """Of `data_files`, those that hold the index, perhaps beside values."""
+    return _files(folder, context, ("location",))
+
+
+def _files(folder: Path, context: ts.Context, kinds: Sequence[str]) -> set[str]:
+    return {
+        _file_of(entry[kind])
+        for _, entry in _entries(folder, context)
+        for kind in kinds
+        if kind in entry
+    }
 
 
 def stored_values(folder: Path, context: ts.Context) -> dict[str, StoredValue]:

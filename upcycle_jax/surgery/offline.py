@@ -13,6 +13,7 @@ import numpy as np
 import upcycle_jax
 from upcycle_jax.checkpoints import CheckpointWriter, chunk_copy, create_checkpoint, model_settings
 from upcycle_jax.checkpoints.orbax_reader import OrbaxReader
+from upcycle_jax.checkpoints.repeated_rows import has_rows, repeat_rows
 from upcycle_jax.checkpoints.stored_sums import BLOCK_BYTES as STORED_BLOCK_BYTES
 from upcycle_jax.checkpoints.verification import NonFiniteParameterError
 from upcycle_jax.checkpoints.workers import in_order, threads
@@ -142,51 +143,78 @@ def apply_offline(
         compress=compress,
     )
     try:
+        begun["surgery"]["leaves"] = _checked_source(plan, reader, max_memory, progress)
+    except NonFiniteParameterError:
+        writer.discard()
+        raise
+    except BaseException:
+        writer.close()
+        raise
+    with writer:
         if shared.references and isinstance(reader, OrbaxReader):
-            chunk_copy.copy_leaves(writer, reader, shared.references, shared.mode)
+            chunk_copy.copy_leaves(
+                writer, reader, shared.references, shared.mode, read_before=True, progress=progress
+            )
         made = [
             row for row in plan.rows if row.target != STEP and row.target not in shared.references
         ]  # The writer stores the step itself.
-        meter = Meter(sum(row.bytes_written for row in made), progress)
-        by_expert = {row.target for row in made if writer.layout(row.target).chunks[:1] == (1,)}
-        repeated = [
-            row for row in made if isinstance(row.operation, Tile) and row.target in by_expert
-        ]
-        for row in made:
+        repeated = {
+            row.target: range(row.spec.shape[0])
+            for row in made
+            if isinstance(row.operation, Tile) and has_rows(writer, row.target)
+        }
+        meter = Meter(
+            sum(row.bytes_written // len(repeated.get(row.target, [0])) for row in made), progress
+        )
+
+        def write(row: Row) -> None:
             values = RowValues(row, reader, plan.recipe.seed)
-            if row.operation.stacked and values.whole_slabs and row.target in by_expert:
+            by_expert = writer.layout(row.target).chunks[:1] == (1,)
+            if row.operation.stacked and values.whole_slabs and by_expert:
                 _write_slabs(values, writer, meter, limit=max_memory // 4)
             else:
-                _write_regions(values, writer, meter, first_expert_only=row in repeated)
+                _write_regions(values, writer, meter, first_expert_only=row.target in repeated)
+
+        # Repeated ones first, so that the files that hold their chunks hold nothing else.
+        for row in made:
+            if row.target in repeated:
+                write(row)
+        repeat_rows(writer, repeated, progress)
+        for row in made:
+            if row.target not in repeated:
+                write(row)
         writer.flush()
-        for row in repeated:
-            _repeat_first_expert(row, writer, meter)
-        meter.finish("; reading the source for its checksums")
-        block_bytes = min(BLOCK_BYTES, max_memory // (4 * threads()))
-        stored = SourceChunks(reader).sums(
-            reader.specs(), block_bytes=min(STORED_BLOCK_BYTES, block_bytes), progress=progress
-        )
-        sums = leaf_sums(
-            reader,
-            reader.specs(),
-            block_bytes=block_bytes,
-            progress=progress,
-        )
-        for name in used_leaves(plan):
-            if sums[name].problem:
-                raise ValueError(f"source leaf {name} cannot be read: {sums[name].problem}")
-        damaged = not_finite(plan, sums)
-        if damaged:
-            writer.discard()
-            raise NonFiniteParameterError(
-                f"{', '.join(source_paths(reader))}: {damaged}. Nothing was written: convert"
-                " another checkpoint"
-            )
-        specs = reader.specs()
-        begun["surgery"]["leaves"] = source_leaves(specs, sums, stored)
+        meter.finish()
         return str(writer.finalize(sealed(begun)))
-    finally:
-        writer.close()
+
+
+def _checked_source(
+    plan: Plan, reader: Reader, max_memory: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Reads every leaf of the source, and gives what the result records of them.
+
+    Raises:
+      ValueError: a leaf that the plan uses cannot be read.
+      NonFiniteParameterError: parameters that it uses are NaN or infinite.
+    """
+    if progress is not None:
+        progress("reading the source for its checksums")
+    block_bytes = min(BLOCK_BYTES, max_memory // (4 * threads()))
+    specs = reader.specs()
+    stored = SourceChunks(reader).sums(
+        specs, block_bytes=min(STORED_BLOCK_BYTES, block_bytes), progress=progress
+    )
+    sums = leaf_sums(reader, specs, block_bytes=block_bytes, progress=progress)
+    for name in used_leaves(plan):
+        if sums[name].problem:
+            raise ValueError(f"source leaf {name} cannot be read: {sums[name].problem}")
+    damaged = not_finite(plan, sums)
+    if damaged:
+        raise NonFiniteParameterError(
+            f"{', '.join(source_paths(reader))}: {damaged}. Nothing was written: convert another"
+            " checkpoint"
+        )
+    return source_leaves(specs, sums, stored)
 
 
 def not_finite(plan: Plan, sums: Mapping[str, LeafSum]) -> str:
@@ -290,26 +318,6 @@ def _write_regions(
             else:
                 writer.write(row.target, region, values.region(region))
         meter.add(_nbytes(row, region), row.target)
-
-
-def _repeat_first_expert(row: Row, writer: CheckpointWriter, meter: Meter) -> None:
-    """Gives every other expert the encoded bytes of expert 0, which is on disk: each chunk is
-    compressed once, not E times.
-    """
-    name, experts, layout = row.target, row.spec.shape[0], writer.layout(row.target)
-    for region in writer.pieces(name):
-        if region[0].start > 0:
-            break  # Pieces come expert by expert.
-        lacking = [
-            e
-            for e in range(1, experts)
-            if not writer.is_written(name, (slice(e, e + 1), *region[1:]))
-        ]
-        if lacking:
-            place = [s.start // chunk for s, chunk in zip(region, layout.chunks, strict=True)]
-            encoded = writer.store.read(f"{writer.key(name)}/{layout.key(place)}").result().value
-            writer.write_encoded(name, {layout.key([e, *place[1:]]): encoded for e in lacking})
-        meter.add(_nbytes(row, region) * (experts - 1), name)
 
 
 def _nbytes(row: Row, region: Region) -> int:
