@@ -54,6 +54,7 @@ def write_folder(folder: pathlib.Path, megabytes: float, dtype: np.dtype) -> Non
 
 def plain_copy(source: pathlib.Path, target: pathlib.Path) -> None:
     """Reads a file and writes it, with fsync."""
+    target.parent.mkdir()
     with open(source, "rb") as stream, open(target, "wb") as out:
         while block := stream.read(1 << 24):
             out.write(block)
@@ -106,16 +107,17 @@ def main(folder: pathlib.Path, megabytes: float, rounds: int, max_memory: int) -
             write_huggingface(reader, root / "back", shard_bytes=max_memory)
 
         ways: dict[str, Callable[[], object]] = {
-            "plain": functools.partial(plain_copy, weights, root / "plain"),
+            "plain": functools.partial(plain_copy, weights, root / "plain" / weights.name),
             "read_folder": read,
             "write_folder": write,
         }
+        made = {"plain": "plain", "read_folder": "orbax", "write_folder": "back"}
         found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
         for _ in range(rounds):
-            for made in ("orbax", "back"):
-                shutil.rmtree(root / made, ignore_errors=True)
-            (root / "plain").unlink(missing_ok=True)
             for way, call in ways.items():
+                # Right before, so that each finds memory that was in use a moment ago: what has
+                # been free for seconds, a virtual machine may have to ask its host for again.
+                shutil.rmtree(root / made[way], ignore_errors=True)
                 found[way].append(measured(call))
         load = pathlib.Path("/proc/loadavg").read_text().split()[0]
         print(
