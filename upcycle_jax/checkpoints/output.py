@@ -23,7 +23,7 @@ from upcycle_jax.checkpoints.orbax_metadata import STATE_ITEM, STEP_METADATA, TR
 IDENTITY, LOCK = "resume.json", ".lock"
 COMMIT_MARK = "commit_success.txt"
 REFERENCED = "referenced"
-"""Folders of linked databases begin so; see `chunk_copy`."""
+"""Folders of databases below the main one begin so; see `chunk_copy` and `repeated_rows`."""
 PROBE_PREFIX = ".upcycle-probe-"
 _TOP = frozenset(
     {IDENTITY, f".{IDENTITY}{files.SUFFIX}", LOCK, STATE_ITEM, STEP_METADATA, COMMIT_MARK}

@@ -142,15 +142,12 @@ def apply_offline(
         pending_bytes=max_memory // 8,
         compress=compress,
     )
-    try:
-        begun["surgery"]["leaves"] = _checked_source(plan, reader, max_memory, progress)
-    except NonFiniteParameterError:
-        writer.discard()
-        raise
-    except BaseException:
-        writer.close()
-        raise
     with writer:
+        try:
+            begun["surgery"]["leaves"] = _checked_source(plan, reader, max_memory, progress)
+        except NonFiniteParameterError:
+            writer.discard()
+            raise
         if shared.references and isinstance(reader, OrbaxReader):
             chunk_copy.copy_leaves(
                 writer, reader, shared.references, shared.mode, read_before=True, progress=progress
