@@ -19,6 +19,7 @@ from upcycle_jax.checkpoints import (
     chunk_copy,
     create_checkpoint,
     open_checkpoint,
+    repeated_rows,
 )
 from upcycle_jax.checkpoints.chunk_copy import CopyMode, Reference
 from upcycle_jax.partitioning import Partitioner
@@ -231,6 +232,31 @@ def test_an_interrupted_copy_is_resumed(tmp_path, source):
         writer.write("target/layer/mlp/router/kernel", None, np.zeros((64, EXPERTS), np.float32))
         writer.finalize()
     np.testing.assert_array_equal(open_checkpoint(path).read(SPARSE)[-1], source.read(DENSE))
+
+
+def test_an_interrupted_copy_of_encoded_chunks_writes_none_of_them_again(
+    tmp_path, source, monkeypatch
+):
+    """What was written would be superseded, and copies of it would pile up with every try."""
+    specs, references = job(source)
+    path = tmp_path / "sparse" / "checkpoint_11"
+
+    def interrupted(writer, links):
+        raise OSError("interrupted")
+
+    monkeypatch.setattr(repeated_rows, "refer", interrupted)
+    sizes = []
+    for _ in range(4):
+        with begin(source, path, specs, references) as writer:
+            with pytest.raises(OSError, match="interrupted"):
+                chunk_copy.copy_leaves(writer, source, references, CopyMode.ENCODED)
+            copied = list((writer.state / "referenced.row_3" / "d").iterdir())
+            sizes.append(sum(file.stat().st_size for file in copied))
+    # Each try leaves a new index, of less than a kilobyte, and no chunk (of 3 KiB or more).
+    assert sizes[0] > 0.5 * source.spec(DENSE).nbytes > 5 * (sizes[-1] - sizes[0])
+    monkeypatch.undo()
+    reader = make(source, path, CopyMode.ENCODED)
+    np.testing.assert_array_equal(reader.read(SPARSE)[-1], source.read(DENSE))
 
 
 def test_a_tiled_checkpoint_can_be_a_source_again(tmp_path, source):

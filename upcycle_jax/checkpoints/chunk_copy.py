@@ -317,10 +317,14 @@ def _write_encoded(
     prefix: str,
     read_before: bool,
 ) -> None:
-    """Puts the chunks of the source's leaf `origin` below those keys of `name` that begin so."""
+    """Puts the chunks of the source's leaf `origin` below those keys of `name` that begin with
+    `prefix`; not those that are there.
+    """
     layout = source.zarr_layout(origin)
     for position in storage.positions(layout.grid):
         chunk = layout.key(position)
+        if writer.is_stored(name, prefix + chunk):
+            continue
         if not read_before:
             source.read(origin, layout.region(position))
         result = source.store.read(f"{source.key(origin)}/{chunk}").result()

@@ -284,6 +284,10 @@ class CheckpointWriter:
             key in self._present for key in self._chunk_keys(name, self._aligned(name, index))
         )
 
+    def is_stored(self, name: str, key: str) -> bool:
+        """As `is_written`, of one chunk by its key below the leaf's own."""
+        return f"{_key(name)}/{key}" in self._present
+
     def missing(self) -> dict[str, int]:
         """Leaves that are not complete, with the number of chunks that they lack. Waits for pending
         writes.
